@@ -1,0 +1,212 @@
+"""The command line: one verb per stage, `key.path=value` overrides, and exit codes that mean something.
+
+0 done; 1 failed while running; 2 the input is wrong (one message, no traceback); 75 stopped by a signal, go on with the
+same command. torch is imported only by verbs that need it.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from distill import __version__
+from distill.errors import DistillError, Stopped
+
+if TYPE_CHECKING:
+    from distill.recipe.schema import Recipe
+
+app = typer.Typer(
+    name="distill",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="One recipe takes a large transformer to a released, measured small one.",
+)
+console = Console(stderr=True, highlight=False)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="Path of a recipe.yaml.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Replace values, e.g. training.lr=1e-4.")
+]
+Out = Annotated[Path | None, typer.Option(help="Run folder (default: runs/NAME).", show_default=False)]
+RemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run modelling code that comes with the teacher. Read it first.")
+]
+
+
+@app.command()
+def validate(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Check a recipe and say everything that is wrong with it; needs no torch and no network."""
+    loaded = _load(recipe, overrides)
+    console.print(f"{recipe}: fine ({loaded.name})")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors."""
+    from distill.recipe.schema import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=1))
+
+
+@app.command()
+def plan(recipe: RecipePath, overrides: Overrides = None, out: Out = None, remote_code: RemoteCode = False) -> None:
+    """Fit the teacher where the recipe says so, calibrate, and decide what the student keeps."""
+    _run("plan", recipe, overrides, out, remote_code)
+
+
+@app.command()
+def build(recipe: RecipePath, overrides: Overrides = None, out: Out = None, remote_code: RemoteCode = False) -> None:
+    """Everything up to the student as cut."""
+    _run("build", recipe, overrides, out, remote_code)
+
+
+@app.command()
+def train(recipe: RecipePath, overrides: Overrides = None, out: Out = None, remote_code: RemoteCode = False) -> None:
+    """Everything up to the distilled student; also the door for `accelerate launch scripts/train.py`."""
+    _run("train", recipe, overrides, out, remote_code)
+
+
+@app.command()
+def evaluate(recipe: RecipePath, overrides: Overrides = None, out: Out = None, remote_code: RemoteCode = False) -> None:
+    """Everything up to the measured arms; prints the table."""
+    _run("evaluate", recipe, overrides, out, remote_code)
+
+
+@app.command()
+def release(recipe: RecipePath, overrides: Overrides = None, out: Out = None, remote_code: RemoteCode = False) -> None:
+    """Everything up to the release folder."""
+    _run("release", recipe, overrides, out, remote_code)
+
+
+@app.command()
+def run(recipe: RecipePath, overrides: Overrides = None, out: Out = None, remote_code: RemoteCode = False) -> None:
+    """The whole recipe. Give the same command again after an interruption; finished stages are skipped."""
+    _run("run", recipe, overrides, out, remote_code)
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(f"distill {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print version.")] = False,
+) -> None:
+    """One recipe takes a large transformer to a released, measured small one."""
+
+
+def _load(path: Path, overrides: list[str] | None) -> Recipe:
+    from distill.recipe.load import load_recipe
+
+    return load_recipe(path, overrides or ())
+
+
+def _run(verb: str, path: Path, overrides: list[str] | None, out: Path | None, remote_code: bool) -> None:
+    recipe = _load(path, overrides)  # before torch: a wrong recipe is answered at once
+    _quiet_libraries()
+    from distill.rundir import RunDir
+    from distill.session import Session, run_stages
+    from distill.stages import VERBS
+    from distill.training.guards import processes
+
+    main_process = processes().is_main_process
+    folder = out if out is not None else Path("runs") / recipe.name
+
+    def say(message: str) -> None:
+        if main_process:
+            console.print(message, markup=False, soft_wrap=True)
+
+    session = Session(recipe, path.resolve().parent, RunDir(folder.absolute()), say, remote_code)
+    run_stages(session, VERBS[verb])
+    if main_process and verb in ("evaluate", "release", "run"):
+        _print_table(json.loads(session.run.evaluation.read_text(encoding="utf-8")))
+    if main_process and verb in ("release", "run"):
+        say(f"released: {folder / 'release'}   report: {folder / 'report.html'}")
+
+
+def _quiet_libraries() -> None:
+    # Their progress bars and notices about heads that are about to be fitted would bury our own lines.
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+
+
+def _print_table(evaluation: dict[str, Any]) -> None:
+    metrics = evaluation["metrics"]
+    table = Table(title=f"{evaluation['data']['examples']} held-out examples of {evaluation['data']['source']}")
+    table.add_column("arm")
+    for name in [*metrics, "retained", "steps"]:
+        table.add_column(name, justify="right")
+    for arm in evaluation["arms"]:
+        retained = arm["retained"].get(evaluation["primary"])
+        share = "" if retained is None else f"{100 * retained:.1f} %"
+        table.add_row(arm["name"], *(f"{arm['metrics'][name]:.4f}" for name in metrics), share, str(arm["steps"]))
+    output = Console(highlight=False)
+    output.print(table)
+    if evaluation["efficiency"]:
+        output.print(_efficiency_table(evaluation["efficiency"]))
+
+
+def _efficiency_table(efficiency: dict[str, Any]) -> Table:
+    table = Table(title="size and speed, student against teacher, measured in one run")
+    for name in ("", "teacher", "student", "ratio"):
+        table.add_column(name, justify="left" if not name else "right")
+    teacher, student = (efficiency["models"][name] for name in ("teacher", "student"))
+    ratios = efficiency["ratios"]["student"]
+    rows = [
+        ("parameters", teacher["parameters"], student["parameters"], ratios["parameters"]),
+        ("parameters in layers", teacher["layer_parameters"], student["layer_parameters"], ratios["layer_parameters"]),
+        ("bytes", teacher["bytes"], student["bytes"], ratios["bytes"]),
+        ("FLOPs per example", teacher["flops_per_example"], student["flops_per_example"], ratios["flops"]),
+        ("latency ms, batch 1", teacher["latency_ms"]["p50"], student["latency_ms"]["p50"], ratios["latency"]),
+        ("examples per second", teacher["throughput"], student["throughput"], ratios["throughput"]),
+    ]
+    for name, before, after, ratio in rows:
+        median = ratio["median"] if isinstance(ratio, dict) else ratio
+        table.add_row(name, f"{before:,.4g}" if isinstance(before, float) else f"{before:,}",
+                      f"{after:,.4g}" if isinstance(after, float) else f"{after:,}", f"{median:.3f}")  # fmt: skip
+    return table
+
+
+def _stop(number: int, _frame: FrameType | None) -> None:
+    # Outside training nothing is lost either: finished stages are kept, an unfinished one left nothing behind.
+    raise Stopped(f"stopped by {signal.Signals(number).name}; the same command continues from the last finished stage")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGINT, _stop)
+    try:
+        result = app(arguments, standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except typer.Exit as exit_:
+        return exit_.exit_code
+    except DistillError as error:
+        console.print(f"{'stopped' if error.exit_code == 75 else 'error'}: {error}", markup=False, soft_wrap=True)
+        return error.exit_code
+    except Exception as error:
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # click's usage errors
+            console.print(f"error: {error.format_message()}", markup=False, soft_wrap=True)
+            return 2
+        raise
+
+
+def entry() -> None:
+    """The console script."""
+    sys.exit(main())

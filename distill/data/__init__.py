@@ -1,0 +1,6 @@
+"""Texts to batches: sources, tasks, the split, and an order that is a pure function of the step."""
+
+from distill.data.batches import TrainingBatches, collate, evaluation_batches
+from distill.data.corpus import Corpus, Examples, Texts, read_texts, tokenise
+
+__all__ = ["Corpus", "Examples", "Texts", "TrainingBatches", "collate", "evaluation_batches", "read_texts", "tokenise"]

@@ -1,0 +1,128 @@
+"""Which examples a step sees, and how they become tensors.
+
+The order is a pure function of (seed, step): nothing about it has to be saved, a resumed run continues exactly, and it
+does not depend on how many processes share the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from distill.data.corpus import UNLABELLED, Corpus, Examples
+from distill.models.outputs import Batch
+
+
+def step_indices(pool: Sequence[int], batch_size: int, seed: int, step: int) -> list[int]:
+    """The examples of one optimizer step (0 is the first).
+
+    Examples stream through endless epochs, each a fresh permutation of `pool`; every step takes the next `batch_size`,
+    so all steps are full and each epoch visits every example exactly once.
+    """
+    first = step * batch_size
+    positions = range(first, first + batch_size)
+    size = len(pool)
+    return [pool[_permutation(seed, position // size, size)[position % size]] for position in positions]
+
+
+@lru_cache(maxsize=2)  # a step touches one epoch, or two where it crosses over
+def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(size)
+
+
+def micro_batches(indices: Sequence[int], lengths: np.ndarray, size: int) -> list[list[int]]:
+    """Split one step's examples into forward passes of `size`, like lengths together, so that little is padding.
+
+    The split does not change the loss, which is normalised over the whole step.
+    """
+    ordered = sorted(indices, key=lambda index: (-lengths[index], index))
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+
+
+def collate(corpus: Corpus, examples: Examples, indices: Sequence[int]) -> Batch:
+    """Right-padded tensors for some examples: input_ids, attention_mask [B, L]; labels [B] or [B, L]."""
+    longest = max(len(examples.tokens[index]) for index in indices)
+    ids = np.full((len(indices), longest), corpus.padding, dtype=np.int64)
+    mask = np.zeros((len(indices), longest), dtype=np.int64)
+    for row, index in enumerate(indices):
+        tokens = examples.tokens[index]
+        ids[row, : len(tokens)] = tokens
+        mask[row, : len(tokens)] = 1
+    if corpus.task.head == "next_token":
+        labels = np.where(mask == 1, ids, UNLABELLED)
+    else:
+        labels = examples.labels[list(indices)]
+    return {
+        "input_ids": torch.from_numpy(ids),
+        "attention_mask": torch.from_numpy(mask),
+        "labels": torch.from_numpy(labels),
+    }
+
+
+@dataclass(frozen=True)
+class TrainingBatches:
+    """The micro-batches of every step, dealt out to processes."""
+
+    corpus: Corpus
+    pool: Sequence[int]
+    """Training examples in use: all, or the labelled ones."""
+    batch_size: int
+    micro_batch_size: int
+    seed: int
+
+    def micro_batches_per_step(self) -> int:
+        """Forward passes per optimizer step over all processes."""
+        return -(-self.batch_size // self.micro_batch_size)
+
+    def steps_for(self, epochs: float) -> int:
+        """Optimizer steps in so many passes over the pool, rounded up."""
+        return max(1, int(np.ceil(epochs * len(self.pool) / self.batch_size - 1e-9)))
+
+    def epoch_at(self, step: int) -> float:
+        """Passes over the pool done after `step` steps."""
+        return step * self.batch_size / len(self.pool)
+
+    def stream(self, start: int, stop: int, rank: int, world: int) -> Iterator[list[tuple[int, Batch]]]:
+        """For each step in [start, stop): this process's micro-batches, each with its number within the step."""
+        numbers = range(rank, self.micro_batches_per_step(), world)
+        loader: DataLoader[Batch] = DataLoader(
+            _TrainingSet(self.corpus),  # type: ignore[arg-type]
+            batch_sampler=self._indices(start, stop, numbers),  # type: ignore[arg-type]
+            collate_fn=lambda batch: batch,
+        )
+        batches = iter(loader)
+        for _ in range(start, stop):
+            yield [(number, next(batches)) for number in numbers]
+
+    def _indices(self, start: int, stop: int, numbers: range) -> Iterator[list[int]]:
+        for step in range(start, stop):
+            chosen = step_indices(self.pool, self.batch_size, self.seed, step)
+            groups = micro_batches(chosen, self.corpus.train.lengths, self.micro_batch_size)
+            yield from (groups[number] for number in numbers)
+
+
+@dataclass(frozen=True)
+class _TrainingSet:
+    """Map-style view for DataLoader; `__getitems__` gets a whole batch of indices at once."""
+
+    corpus: Corpus
+
+    def __len__(self) -> int:
+        return len(self.corpus.train)
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        return collate(self.corpus, self.corpus.train, indices)
+
+
+def evaluation_batches(
+    corpus: Corpus, examples: Examples, batch_size: int, rank: int = 0, world: int = 1
+) -> Iterator[Batch]:
+    """Every example exactly once over all processes, like lengths together."""
+    groups = micro_batches(range(len(examples)), examples.lengths, batch_size)
+    for indices in groups[rank::world]:
+        yield collate(corpus, examples, indices)

@@ -1,0 +1,223 @@
+"""Size, FLOPs, latency and throughput of several models by one protocol in one run.
+
+Times of a shared machine drift by more than a pruned layer saves. So every round times the models one after the other
+(A B A B ...) on the same ids, and a ratio is the median over rounds of the ratios within a round.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+Layers = Callable[[nn.Module], Iterable[nn.Module]]
+Rounds = dict[str, list[list[float]]]
+"""Model -> round -> seconds of each forward pass."""
+
+WARM_UP = 2
+"""Untimed passes of each model at each shape."""
+LATENCY_PASSES = 5
+"""Passes of one example per model and round: enough samples for a 95th percentile."""
+
+
+def measure_efficiency(
+    models: Mapping[str, nn.Module],
+    layers: Layers,
+    *,
+    kind: Literal["sequence", "next_token"],
+    length: int,
+    batch_size: int = 32,
+    repeats: int = 9,
+    vocabulary: int,
+    device: torch.device | str,
+) -> dict[str, Any]:
+    """Compare models that are on `device`; the first one (the teacher) is the reference of every ratio.
+
+    A pass runs `length` random ids without padding and without a key-value cache; latency is that of one example, and
+    throughput that of `batch_size`. Every module is left in the mode (training or evaluation) it was in.
+
+    Args:
+        models: Name -> model.
+        layers: Gives a model's layers.
+        kind: One output per example, or logits at every position; recorded in the protocol.
+        length: Tokens per example.
+        batch_size: Examples per pass.
+        repeats: Rounds of turns.
+        vocabulary: Ids are drawn below this number.
+        device: Where the models are.
+
+    Returns:
+        JSON-able `protocol`, `models` (`size`, `flops` and `speed` of each) and `ratios` (`compared` for each but the
+        first).
+    """
+    device = torch.device(device)
+    reference = next(iter(models))
+    ids = random_ids(vocabulary, (batch_size, length), models[reference]).to(device)
+    with _evaluating(models.values()):
+        measured = {name: size(model, layers) | flops(model, layers, ids[:1]) for name, model in models.items()}
+        passes = {name: partial(model, **_options(model)) for name, model in models.items()}
+        with torch.inference_mode():
+            single = _time(passes, ids[:1], repeats, LATENCY_PASSES, device)
+            batched = _time(passes, ids, repeats, 1, device)
+    measured = {name: model | speed(single[name], batched[name], batch_size) for name, model in measured.items()}
+    ratios = {name: compared(model, measured[reference]) for name, model in measured.items() if name != reference}
+    for name, ratio in ratios.items():
+        ratio["latency"] = _paired(single[name], single[reference])
+        ratio["throughput"] = _paired(batched[reference], batched[name])
+    protocol = {"kind": kind, "batch_size": batch_size, "length": length, "repeats": repeats, "reference": reference}
+    dtypes = {"dtype": ", ".join(sorted({model["dtype"] for model in measured.values()}))}
+    return {"protocol": protocol | dtypes | surroundings(device), "models": measured, "ratios": ratios}
+
+
+def surroundings(device: torch.device) -> dict[str, Any]:
+    """The part of the protocol that the machine and the process decide; nothing in it names a host or a path."""
+    return {
+        "warm_up": WARM_UP,
+        "latency_passes": LATENCY_PASSES,
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "torch": str(torch.__version__),
+    }
+
+
+def size(model: nn.Module, layers: Layers) -> dict[str, Any]:
+    """Parameters (a tensor used twice, such as a tied head, counts once), those inside the layers, bytes and dtype."""
+    inside = {id(p): p.numel() for layer in layers(model) for p in layer.parameters()}
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "layer_parameters": sum(inside.values()),
+        "bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "dtype": ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})),
+    }
+
+
+def flops(model: nn.Module, layers: Layers, ids: Tensor) -> dict[str, Any]:
+    """Matrix-product FLOPs (2 per multiply-add) of a forward pass over `ids` [B, L]; causal attention counts in full.
+
+    Counted on fake tensors, which have shapes and no values, in a copy: nothing is computed and a model that stores a
+    tensor during its forward pass keeps its own. A model that reads values (`.item()`) cannot run like that and is
+    counted while it really runs once.
+    """
+    fake = FakeTensorMode()
+    try:
+        with FakeCopyMode(fake):
+            hollow = copy.deepcopy(model)
+        with fake:
+            return _count(hollow, layers, fake.from_tensor(ids)) | {"flops_counted_on": "fake tensors"}
+    except (RuntimeError, AssertionError):
+        # Whatever fake tensors cannot do is one of these two; a fault of the model itself comes up again here.
+        return _count(model, layers, ids) | {"flops_counted_on": "a real pass"}
+
+
+def _count(model: nn.Module, layers: Layers, ids: Tensor) -> dict[str, Any]:
+    """FLOPs of the whole pass and of the layers."""
+    counter = FlopCounterMode(display=False)
+    # torch's table of FLOPs lacks the fused attention of CPUs, which would count as nothing; as plain matrix products
+    # attention counts the same on every device.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        model(ids, **_options(model))
+    names = {module: f"{type(model).__name__}.{name}" for name, module in model.named_modules()}
+    by_module = counter.get_flop_counts()
+    return {
+        "flops_per_example": counter.get_total_flops() // len(ids),
+        "layer_flops_per_example": sum(sum(by_module[names[layer]].values()) for layer in layers(model)) // len(ids),
+    }
+
+
+def speed(single: list[list[float]], batched: list[list[float]], batch_size: int) -> dict[str, Any]:
+    """Median and 95th percentile of the milliseconds for one example, and examples per second in a batch."""
+    milliseconds = [1000 * seconds for samples in single for seconds in samples]
+    p95 = statistics.quantiles(milliseconds, n=20, method="inclusive")[-1]
+    return {
+        "latency_ms": {"p50": statistics.median(milliseconds), "p95": p95},
+        "throughput": batch_size / statistics.median(seconds for samples in batched for seconds in samples),
+    }
+
+
+def compared(model: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, Any]:
+    """Model / reference for sizes and FLOPs; `latency` and `throughput` join as {median, min, max} over the rounds."""
+    keys = ("parameters", "layer_parameters", "bytes", "flops_per_example", "layer_flops_per_example")
+    return {key.removesuffix("_per_example"): model[key] / reference[key] for key in keys}
+
+
+def random_ids(vocabulary: int, shape: tuple[int, int], model: nn.Module) -> Tensor:
+    """The same ids [B, L] on every call, none of them the model's padding id (which would turn into real padding)."""
+    padding = getattr(getattr(model, "config", None), "pad_token_id", None)
+    ids = torch.randint(vocabulary - 1, shape, generator=torch.Generator().manual_seed(0))
+    return ids if padding is None else ids + (ids >= padding)
+
+
+def device_name(device: torch.device) -> str:
+    """Product name of the accelerator or processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if device.type == "cpu" and cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{device.type} ({names[0] if names else platform.machine()})"
+
+
+def _options(model: nn.Module) -> dict[str, Any]:
+    """No key-value cache, for models that have one: it costs memory traffic and nobody reads it."""
+    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+
+
+@contextmanager
+def _evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Evaluation mode; afterwards every module is back in its own mode, also one that differs from its parent's."""
+    training = {module: module.training for model in models for module in model.modules()}
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def _time(
+    passes: Mapping[str, Callable[[Tensor], object]], ids: Tensor, repeats: int, per_round: int, device: torch.device
+) -> Rounds:
+    """Time every model in every round, in turns."""
+    for run in passes.values():
+        for _ in range(WARM_UP):
+            run(ids)
+    rounds: Rounds = {name: [] for name in passes}
+    for _ in range(repeats):
+        for samples in rounds.values():
+            samples.append([])
+        for _ in range(per_round):
+            for name, run in passes.items():
+                _synchronize(device)
+                start = time.perf_counter()
+                run(ids)
+                _synchronize(device)
+                rounds[name][-1].append(time.perf_counter() - start)
+    return rounds
+
+
+def _synchronize(device: torch.device) -> None:
+    """Wait for the accelerator: its kernels run behind Python's back."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def _paired(rounds: list[list[float]], reference: list[list[float]]) -> dict[str, float]:
+    """Ratio of the median seconds within each round."""
+    pairs = zip(rounds, reference, strict=True)
+    ratios = [statistics.median(samples) / statistics.median(others) for samples, others in pairs]
+    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}

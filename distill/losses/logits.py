@@ -1,0 +1,276 @@
+"""Divergences between the student's and the teacher's next-class distributions.
+
+Every function takes logits `(student_logits, teacher_logits)` of shape [..., V] and returns one value per position,
+shape [...], in nats (`logit_mse`: squared logits). Nothing here scales by temperature², reduces over positions or
+knows about masks: `distill.losses.objective` does that, once, for every loss.
+
+V: vocabulary or classes. T, S: the softmax of the teacher's and of the student's logits at the given temperature.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def align(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Bring both sides to one vocabulary, one precision and one temperature.
+
+    Vocabularies are padded to different lengths within one model family, so both are cut to the shared length:
+    filling the shorter one with zeros would hand probability to tokens that do not exist.
+
+    Args:
+        student_logits: [..., V], any float type.
+        teacher_logits: [..., V'], the same leading shape.
+        temperature: divisor of the logits, > 0.
+
+    Returns:
+        Student and teacher logits [..., min(V, V')], finite, in fp32 (float64 stays float64).
+
+    Raises:
+        ValueError: the leading shapes differ, or the temperature is not positive.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
+    if student_logits.shape[:-1] != teacher_logits.shape[:-1]:
+        raise ValueError(
+            f"student and teacher logits are for different positions: {tuple(student_logits.shape)} "
+            f"against {tuple(teacher_logits.shape)}"
+        )
+    length = min(student_logits.shape[-1], teacher_logits.shape[-1])
+    return _scaled(student_logits[..., :length], temperature), _scaled(teacher_logits[..., :length], temperature)
+
+
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    # A forbidden class (-inf on both sides) must contribute 0; as infinities its log-ratio would be inf - inf = NaN.
+    return wide.clamp(min=torch.finfo(wide.dtype).min)
+
+
+def _log_probabilities(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    student, teacher = align(student_logits, teacher_logits, temperature)
+    return student.log_softmax(-1), teacher.log_softmax(-1)
+
+
+def _non_negative(value: Tensor) -> Tensor:
+    """Remove the rounding error below zero, but keep the gradient, which `clamp` would cut off there."""
+    return value - value.detach().clamp(max=0)
+
+
+def _log_mixture(log_ratio: Tensor, weight: float, rest: float) -> Tensor:
+    """log(weight * exp(log_ratio) + rest) with weight + rest = 1: exactly 0 at ratio 1 and finite at any ratio."""
+    near = torch.log1p(weight * torch.expm1(log_ratio.clamp(-1, 1)))
+    far = torch.logaddexp(log_ratio + math.log(weight), log_ratio.new_full((), math.log(rest)))
+    return torch.where(log_ratio.abs() < 1, near, far)
+
+
+def forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """KL(T || S) = sum T (log T - log S): covers all that the teacher would say; zero at equality.
+
+    Args:
+        student_logits: [..., V].
+        teacher_logits: [..., V].
+        temperature: softens both, > 0.
+
+    Returns:
+        [...] in nats.
+
+    Source: Hinton et al. 2015, arXiv:1503.02531, section 2 (there as cross-entropy; the gradient is the same).
+    """
+    student, teacher = _log_probabilities(student_logits, teacher_logits, temperature)
+    return _non_negative((teacher.exp() * (teacher - student)).sum(-1))
+
+
+def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """KL(S || T) = sum S (log S - log T): the student may ignore what it cannot say, but says nothing of its own.
+
+    Args:
+        student_logits: [..., V].
+        teacher_logits: [..., V].
+        temperature: softens both, > 0.
+
+    Returns:
+        [...] in nats.
+
+    Source: Gu et al. 2023 (MiniLLM), arXiv:2306.08543, section 2.
+    """
+    student, teacher = _log_probabilities(student_logits, teacher_logits, temperature)
+    return _non_negative((student.exp() * (student - teacher)).sum(-1))
+
+
+def symmetric_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """(KL(T || S) + KL(S || T)) / 2 = sum (T - S)(log T - log S) / 2.
+
+    Args:
+        student_logits: [..., V].
+        teacher_logits: [..., V].
+        temperature: softens both, > 0.
+
+    Returns:
+        [...] in nats.
+
+    Source: Kullback and Leibler 1951, On information and sufficiency (there the sum, not the mean).
+    """
+    student, teacher = _log_probabilities(student_logits, teacher_logits, temperature)
+    return _non_negative(((teacher.exp() - student.exp()) * (teacher - student)).sum(-1) / 2)
+
+
+def jsd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, beta: float = 0.5) -> Tensor:
+    """Generalised Jensen-Shannon: beta KL(T || M) + (1 - beta) KL(S || M), M = beta T + (1 - beta) S.
+
+    The formula itself fades to 0 at both ends of beta; divided by beta it tends to KL(T || S) for beta -> 0, divided
+    by 1 - beta to KL(S || T) for beta -> 1. As in TRL, `beta=0` and `beta=1` therefore return those two limits,
+    `forward_kl` and `reverse_kl`, and everything in between is the formula as it stands.
+
+    Args:
+        student_logits: [..., V].
+        teacher_logits: [..., V].
+        temperature: softens both, > 0.
+        beta: share of the teacher in the mixture, 0 to 1.
+
+    Returns:
+        [...] in nats, at most log 2 for `beta=0.5`.
+
+    Raises:
+        ValueError: beta is outside 0 to 1.
+
+    Source: Agarwal et al. 2023 (GKD), arXiv:2306.13649, section 2.
+    """
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta must be between 0 and 1, got {beta}")
+    if beta == 0:
+        return forward_kl(student_logits, teacher_logits, temperature=temperature)
+    if beta == 1:
+        return reverse_kl(student_logits, teacher_logits, temperature=temperature)
+    student, teacher = _log_probabilities(student_logits, teacher_logits, temperature)
+    log_ratio = teacher - student
+    teacher_part = teacher.exp() * -_log_mixture(-log_ratio, 1 - beta, beta)  # T log(T / M)
+    student_part = student.exp() * -_log_mixture(log_ratio, beta, 1 - beta)  # S log(S / M)
+    return _non_negative((beta * teacher_part + (1 - beta) * student_part).sum(-1))
+
+
+def skew_forward_kl(
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, alpha: float = 0.1
+) -> Tensor:
+    """KL(T || alpha T + (1 - alpha) S): forward KL whose gradient stays bounded where the student says almost 0.
+
+    Args:
+        student_logits: [..., V].
+        teacher_logits: [..., V].
+        temperature: softens both, > 0.
+        alpha: share of the teacher in the mixture, 0 (plain forward KL) up to, but not including, 1.
+
+    Returns:
+        [...] in nats, at most -log alpha.
+
+    Raises:
+        ValueError: alpha is outside [0, 1).
+
+    Source: Ko et al. 2024 (DistiLLM), arXiv:2402.03898, section 3.1.
+    """
+    _check_skew(alpha)
+    if alpha == 0:
+        return forward_kl(student_logits, teacher_logits, temperature=temperature)
+    student, teacher = _log_probabilities(student_logits, teacher_logits, temperature)
+    return _non_negative(-(teacher.exp() * _log_mixture(student - teacher, 1 - alpha, alpha)).sum(-1))
+
+
+def skew_reverse_kl(
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, alpha: float = 0.1
+) -> Tensor:
+    """KL(S || (1 - alpha) T + alpha S): reverse KL that stays bounded where the teacher says almost 0.
+
+    Args:
+        student_logits: [..., V].
+        teacher_logits: [..., V].
+        temperature: softens both, > 0.
+        alpha: share of the student in the mixture, 0 (plain reverse KL) up to, but not including, 1.
+
+    Returns:
+        [...] in nats, at most -log alpha.
+
+    Raises:
+        ValueError: alpha is outside [0, 1).
+
+    Source: Ko et al. 2024 (DistiLLM), arXiv:2402.03898, section 3.1.
+    """
+    _check_skew(alpha)
+    if alpha == 0:
+        return reverse_kl(student_logits, teacher_logits, temperature=temperature)
+    student, teacher = _log_probabilities(student_logits, teacher_logits, temperature)
+    return _non_negative(-(student.exp() * _log_mixture(teacher - student, 1 - alpha, alpha)).sum(-1))
+
+
+def _check_skew(alpha: float) -> None:
+    # At 1 the mixture is the target itself: a loss that is 0 everywhere and teaches nothing.
+    if not 0 <= alpha < 1:
+        raise ValueError(f"alpha must be at least 0 and below 1, got {alpha}")
+
+
+def total_variation(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Half of sum |S - T|: the largest difference in probability that any event can have.
+
+    Args:
+        student_logits: [..., V].
+        teacher_logits: [..., V].
+        temperature: softens both, > 0.
+
+    Returns:
+        [...] between 0 and 1.
+
+    Source: Wen et al. 2023 (f-DISTILL), arXiv:2307.15190.
+    """
+    student, teacher = _log_probabilities(student_logits, teacher_logits, temperature)
+    return (student.exp() - teacher.exp()).abs().sum(-1) / 2
+
+
+def soft_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """-sum T log S = KL(T || S) + entropy of T: same gradient as `forward_kl`, but not zero at equality.
+
+    Args:
+        student_logits: [..., V].
+        teacher_logits: [..., V].
+        temperature: softens both, > 0.
+
+    Returns:
+        [...] in nats.
+
+    Source: Hinton et al. 2015, arXiv:1503.02531, section 2.
+    """
+    student, teacher = _log_probabilities(student_logits, teacher_logits, temperature)
+    return -(teacher.exp() * student).sum(-1)
+
+
+def logit_mse(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Mean over V of the squared difference of the logits, each divided by the temperature.
+
+    Scaled by temperature², as the objective does, it does not depend on the temperature.
+
+    Args:
+        student_logits: [..., V].
+        teacher_logits: [..., V].
+        temperature: divisor of both, > 0.
+
+    Returns:
+        [...] in squared logits.
+
+    Source: Ba and Caruana 2014, arXiv:1312.6184 (there the sum over V, halved).
+    """
+    student, teacher = align(student_logits, teacher_logits, temperature)
+    return (student - teacher).square().mean(-1)
+
+
+LOGITS: dict[str, Callable[..., Tensor]] = {
+    "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "symmetric_kl": symmetric_kl,
+    "jsd": jsd,
+    "skew_forward_kl": skew_forward_kl,
+    "skew_reverse_kl": skew_reverse_kl,
+    "total_variation": total_variation,
+    "soft_cross_entropy": soft_cross_entropy,
+    "logit_mse": logit_mse,
+}

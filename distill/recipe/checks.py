@@ -1,0 +1,285 @@
+"""Rules across keys, checked on the recipe as written, so that they speak even when other keys are wrong.
+
+A check takes a `View` and yields findings; `CHECKS` is all of them. Values of the wrong type are the schema's business
+(`explain`): a check that meets one says nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from distill.errors import InputError
+from distill.recipe.document import Finding, KeyPath, at, dotted
+from distill.recipe.locate import TeacherSize, ambiguous_folder, is_path, teacher_folder, teacher_size
+from distill.recipe.schema import Data, Evaluation, Fit, Layers, Mlp, Teacher, Term, Training
+
+USED_KEYS = {
+    "labels": {"match", "weight"},
+    "logits": {"match", "weight", "loss", "temperature", "scale_by_temperature", "params"},
+    "hidden": {"match", "weight", "loss", "map", "params"},
+}
+"""Keys of a loss term that mean something for what it matches."""
+
+
+class View:
+    """The raw data, read leniently, and what the teacher's folder says."""
+
+    def __init__(self, data: Any, base: Path):
+        self.data, self.base = data, base
+
+    def section(self, path: KeyPath, model: type[BaseModel]) -> dict[str, Any] | None:
+        """A section with its defaults filled in; None when it is absent or not a section."""
+        given = at(self.data, path)
+        if not isinstance(given, dict):
+            # Sections that may be left out have a default for each key that the checks read.
+            return defaults(model) if path and at(self.data, path, default=path) is path else None
+        return {**defaults(model), **given}
+
+    def terms(self) -> Iterator[tuple[KeyPath, dict[str, Any]]]:
+        """Each loss term with its path."""
+        losses = at(self.data, ("losses",))
+        for index in range(len(losses) if isinstance(losses, list) else 0):
+            path: KeyPath = ("losses", index)
+            term = self.section(path, Term)
+            if term is not None:
+                yield path, term
+
+    @cached_property
+    def teacher(self) -> TeacherSize | InputError:
+        """Size of the teacher; an error when its folder or config.json cannot be read; nothing known for a hub id."""
+        model = at(self.data, ("teacher", "model"))
+        try:
+            folder = teacher_folder(model, self.base) if isinstance(model, str) else None
+            return teacher_size(folder) if folder else TeacherSize(None, None)
+        except InputError as error:
+            return error
+
+    @property
+    def layers(self) -> int | None:
+        """Number of the teacher's layers, where known."""
+        return self.teacher.layers if isinstance(self.teacher, TeacherSize) else None
+
+    @property
+    def width(self) -> int | None:
+        """Width of the teacher's MLPs, where known."""
+        return self.teacher.width if isinstance(self.teacher, TeacherSize) else None
+
+
+def defaults(model: type[BaseModel]) -> dict[str, Any]:
+    """The default of every key of a section that has one."""
+    fields = model.model_fields.items()
+    return {name: field.get_default(call_default_factory=True) for name, field in fields if not field.is_required()}
+
+
+def count(value: Any) -> int | None:
+    """A whole number, or None."""
+    return value if type(value) is int else None
+
+
+def number(value: Any) -> float | None:
+    """A number as the schema reads it, the text '1e-4' included, or None."""
+    try:
+        return None if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def indices(value: Any) -> list[int] | None:
+    """A list of layer indices, or None."""
+    valid = isinstance(value, list) and all(type(index) is int and index >= 0 for index in value)
+    return value if valid else None
+
+
+def teacher_is_there(view: View) -> Iterator[Finding]:
+    """The teacher's folder can be read, and its name means one thing only."""
+    path: KeyPath = ("teacher", "model")
+    model = at(view.data, path)
+    if not isinstance(model, str):
+        return
+    if isinstance(view.teacher, InputError):
+        message, _, fix = str(view.teacher).partition(": pip install ")
+        yield Finding(path, message, f"pip install {fix}" if fix else "")
+        return
+    folder = ambiguous_folder(model, view.base)
+    if folder:
+        yield Finding(path, f"ambiguous: {model} is a folder here and could be a hub id", f"write {folder}")
+    if at(view.data, ("teacher", "revision")) is not None and (is_path(model) or model.startswith("package:")):
+        message = "has no effect: only hub ids have revisions"
+        yield Finding(("teacher", "revision"), message, "remove it; `sha256` pins the weights of a folder", at="key")
+
+
+def random_teacher_is_fitted(view: View) -> Iterator[Finding]:
+    """A teacher with random weights knows nothing until it is fitted, and has no weights to verify."""
+    teacher = view.section(("teacher",), Teacher)
+    if teacher is None or teacher["init"] != "random":
+        return
+    if teacher["fit"] is None:
+        message = "a teacher with random weights has nothing to teach"
+        yield Finding(("teacher", "init"), message, "add `fit: {epochs: …, lr: …}` under teacher:")
+    if teacher["sha256"] is not None:
+        message = "has no effect with init: random, which reads no weights"
+        yield Finding(("teacher", "sha256"), message, "remove it", at="key")
+
+
+def length_is_given_once(view: View) -> Iterator[Finding]:
+    """Training and fitting last for `epochs` or for `steps`."""
+    for path, model in _optimizations(view):
+        given = [key for key in ("epochs", "steps") if model[key] is not None]
+        if not given:
+            yield Finding(path, "how long is not said: neither epochs nor steps is given", "add one of them", at="key")
+        if len(given) == 2:
+            message = "epochs and steps are both given, and only one can hold"
+            yield Finding((*path, "steps"), message, "remove one, or set it to null", at="key")
+
+
+def batch_divides(view: View) -> Iterator[Finding]:
+    """A batch consists of whole micro-batches."""
+    for path, model in _optimizations(view):
+        batch, micro = count(model["batch_size"]), count(model["micro_batch_size"])
+        if batch and micro and batch > 0 and micro > 0 and batch % micro:
+            fits = next(size for size in range(min(micro, batch), 0, -1) if batch % size == 0)
+            message = f"batch_size {batch} is not a multiple of micro_batch_size {micro}"
+            yield Finding((*path, "micro_batch_size"), message, f"for example {fits}")
+
+
+def _optimizations(view: View) -> Iterator[tuple[KeyPath, dict[str, Any]]]:
+    for path, model in ((("teacher", "fit"), Fit), (("training",), Training)):
+        section = view.section(path, model)
+        if section is not None and isinstance(at(view.data, path), dict):
+            yield path, section
+
+
+def layers_exist(view: View) -> Iterator[Finding]:
+    """The student's layers are layers of the teacher, each once and in order."""
+    layers = view.section(("student", "layers"), Layers)
+    if layers is None:
+        return
+    path: KeyPath = ("student", "layers", "keep")
+    keep, have = layers.get("keep"), view.layers
+    wanted, chosen = count(keep), indices(keep)
+    if wanted and have and wanted > have:
+        yield Finding(path, f"keeps {wanted} layers, the teacher has {have}", f"1 to {have}")
+    if chosen is None:
+        return
+    if not chosen:
+        yield Finding(path, "the list names no layer", "name at least one")
+    yield from _index_problems(path, chosen, have)
+    changed = [key for key in ("choose", "params") if layers[key] != defaults(Layers)[key]]
+    for key in changed:
+        message = "has no effect: `keep` names the layers"
+        yield Finding(("student", "layers", key), message, "remove it, or give `keep` as a number", at="key")
+
+
+def _index_problems(path: KeyPath, chosen: list[int], have: int | None) -> Iterator[Finding]:
+    for position, index in enumerate(chosen):
+        own = (*path, position)
+        if index in chosen[:position]:
+            yield Finding(own, f"layer {index} is listed twice", "keep one of them")
+        elif have is not None and index >= have:
+            yield Finding(own, f"the teacher has no layer {index}", f"0 to {have - 1}")
+        elif position and index < chosen[position - 1]:
+            fix = f"write {sorted(set(chosen))}"
+            yield Finding(own, f"layer {index} comes after layer {chosen[position - 1]}, not in ascending order", fix)
+
+
+def width_can_be_had(view: View) -> Iterator[Finding]:
+    """The MLP width is not more than the teacher's and not nothing after rounding down."""
+    mlp = view.section(("student", "mlp"), Mlp)
+    multiple = count(mlp["multiple_of"]) if mlp else None
+    if mlp is None or multiple is None or multiple < 1:
+        return
+    path: KeyPath = ("student", "mlp", "keep")
+    wanted, share, have = count(mlp["keep"]), number(mlp["keep"]), view.width
+    if wanted is None and share is not None and 0 < share <= 1 and have is not None:
+        wanted = int(share * have + 1e-9)  # as distill.student.allocate does
+    if wanted is None or wanted < 0 or (wanted == 0 and share == 0) or wanted == have:
+        return
+    if have is not None and wanted > have:
+        yield Finding(path, f"keeps {wanted} neurons, the teacher's MLP has {have}", f"1 to {have}, or a share")
+    elif wanted < multiple:
+        of = f" of {have}" if have is not None else ""
+        message = f"{wanted}{of} neurons, rounded down to a multiple of {multiple} (multiple_of), leaves none"
+        yield Finding(path, message, f"keep at least {multiple}, or lower multiple_of")
+
+
+def some_term_counts(view: View) -> Iterator[Finding]:
+    """The loss is not zero whatever the student does."""
+    weights = [number(term["weight"]) for _, term in view.terms()]
+    if weights and all(weight == 0 for weight in weights):
+        yield Finding(("losses",), "no loss term has a weight above zero", "give one a weight", at="key")
+
+
+def term_keys_have_effect(view: View) -> Iterator[Finding]:
+    """Each key of a term means something for what the term matches."""
+    for path, term in view.terms():
+        used = USED_KEYS.get(str(term.get("match")))
+        for key, default in defaults(Term).items():
+            # The default says nothing, and a recipe that was written out in full has them all.
+            if used is not None and key not in used and term[key] != default:
+                others = " and ".join(f"match: {match}" for match, keys in USED_KEYS.items() if key in keys)
+                fix = f"remove it; it is for {others}"
+                yield Finding((*path, key), f"has no effect with match: {term['match']}", fix, at="key")
+
+
+def mapped_layers_exist(view: View) -> Iterator[Finding]:
+    """Explicit [student, teacher] pairs name layers of both models, each pair once."""
+    keep = at(view.data, ("student", "layers", "keep"))
+    chosen = indices(keep)
+    sides = (("student", len(chosen) if chosen else count(keep)), ("teacher", view.layers))
+    for path, term in view.terms():
+        pairs = term["map"]
+        if term.get("match") != "hidden" or not isinstance(pairs, list):
+            continue
+        if not pairs:
+            yield Finding((*path, "map"), "the list maps no layer", "give [student, teacher] pairs, or write plan")
+        for position, pair in enumerate(pairs):
+            if indices(pair) is None or len(pair) != 2:
+                continue
+            own = (*path, "map", position)
+            if pair in pairs[:position]:
+                yield Finding(own, f"the pair {pair} is listed twice", "keep one of them")
+            for layer, (side, have) in zip(pair, sides, strict=True):
+                if have is not None and have > 0 and layer >= have:
+                    message = f"the {side} has no layer {layer} (pairs are [student, teacher])"
+                    yield Finding(own, message, f"0 to {have - 1}")
+
+
+def columns_are_for_files(view: View) -> Iterator[Finding]:
+    """A built-in corpus has no columns to choose from."""
+    data = view.section(("data",), Data)
+    if data is None or not isinstance(data.get("source"), str) or is_path(data["source"]):
+        return
+    for key in ("text", "label"):
+        if data[key] != defaults(Data)[key]:
+            yield Finding(("data", key), "has no effect: only files have columns to choose", "remove it", at="key")
+
+
+def listed_once(view: View) -> Iterator[Finding]:
+    """Arms and metrics are measured once each."""
+    evaluation = view.section(("evaluation",), Evaluation) or {}
+    for key in ("arms", "metrics"):
+        names = evaluation.get(key)
+        for position, name in enumerate(names if isinstance(names, list) else []):
+            if name in names[:position]:
+                path: KeyPath = ("evaluation", key, position)
+                yield Finding(path, f"{name} is listed twice in {dotted(path[:-1])}", "keep one of them")
+
+
+CHECKS: list[Callable[[View], Iterable[Finding]]] = [
+    teacher_is_there,
+    random_teacher_is_fitted,
+    length_is_given_once,
+    batch_divides,
+    layers_exist,
+    width_can_be_had,
+    some_term_counts,
+    term_keys_have_effect,
+    mapped_layers_exist,
+    columns_are_for_files,
+    listed_once,
+]

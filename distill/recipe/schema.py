@@ -1,0 +1,217 @@
+"""The vocabulary of a recipe, one model per section, in the order of the work. This file is the user manual.
+
+Nothing here imports torch: a recipe can be checked on a login node. What a strategy (a score, a loss) accepts beyond
+these keys is the keyword-only signature of its function and is given under `params`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+
+Count = Annotated[StrictInt, Field(ge=1)]
+Index = Annotated[StrictInt, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Params = dict[StrictStr, StrictBool | StrictInt | float | StrictStr]
+
+
+class Section(BaseModel):
+    """Strict, frozen base of every section: an unknown key is an error and nothing changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class Optimization(Section):
+    """How long and how fast a model learns; shared by `training` and `teacher.fit`."""
+
+    epochs: Positive | None = None
+    """Passes over the training examples. Give `epochs` or `steps`, not both."""
+    steps: Count | None = None
+    """Optimizer steps."""
+    batch_size: Count = 32
+    """Examples per optimizer step, over all processes and micro-batches."""
+    micro_batch_size: Count | None = None
+    """Examples per forward pass (default: `batch_size`). The number of processes only deals these out, so a run on
+    two processes computes what one process computes."""
+    lr: Positive = 1e-4
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the learning rate after warmup."""
+    warmup: NonNegative = 0.1
+    """Below 1: share of the steps; 1 or more: steps."""
+    weight_decay: NonNegative = 0.01
+    """AdamW's decoupled decay, not applied to biases and norms."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """AdamW's moment decays."""
+    max_grad_norm: Positive | None = 1.0
+    """Clip the global gradient norm to this; null: never."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Autocast precision of the model being trained; losses are always fp32."""
+    save_every: Index = 50
+    """Publish a checkpoint every so many steps; 0: only at the end."""
+
+
+class Fit(Optimization):
+    """Teacher correction: fine-tune the teacher on the recipe's own labels before anything else."""
+
+
+class Teacher(Section):
+    """The large model."""
+
+    model: StrictStr
+    """`package:NAME/SUBFOLDER` (inside an installed Python package), `./FOLDER` (relative to the recipe, or absolute),
+    or a hub id `ORG/NAME`."""
+    revision: StrictStr | None = None
+    """Commit of a hub id."""
+    sha256: Annotated[StrictStr, Field(pattern="^[0-9a-f]{64}$")] | None = None
+    """Refuse the weights unless model.safetensors has this sha256."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """`random`: the folder holds a config and a tokenizer only; weights are drawn from `seed`. Needs `fit`."""
+    fit: Fit | None = None
+    """Fine-tune the teacher on this recipe's data first; needed where the task's head has no trained weights."""
+
+
+class Layers(Section):
+    """Which layers the student keeps."""
+
+    keep: Count | list[Index]
+    """How many, or the indices themselves (0 is the first layer of the teacher)."""
+    choose: StrictStr = "even"
+    """Policy when `keep` is a number: a name from `distill.student.layers.CHOICES` or `package.module:function`."""
+    params: Params = {}
+    """Keyword arguments of the policy."""
+
+
+class Mlp(Section):
+    """Which neurons each kept layer's MLP keeps."""
+
+    keep: Count | Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Neurons per layer (integer) or the share of them (0 < share ≤ 1)."""
+    score: StrictStr = "activation"
+    """How neurons are ranked: a name from `distill.student.importance.SCORES` or `package.module:function`."""
+    allocate: StrictStr = "uniform"
+    """How the budget is spread over layers: a name from `distill.student.allocate.ALLOCATIONS` or
+    `package.module:function`."""
+    multiple_of: Count = 64
+    """Widths are rounded down to a multiple of this; asked and got are reported."""
+    params: Params = {}
+    """Keyword arguments of the score."""
+
+
+class Calibration(Section):
+    """The one pass over data that all scores read."""
+
+    examples: Count = 512
+    """How many training examples, taken in the order of the data source."""
+    batch_size: Count = 32
+    """Examples per forward pass; does not change the statistics."""
+
+
+class Student(Section):
+    """How the student is cut from the teacher."""
+
+    layers: Layers
+    """Depth."""
+    mlp: Mlp = Mlp()
+    """Width of the MLPs."""
+    calibration: Calibration = Calibration()
+    """Sample that the scores see."""
+
+
+class Data(Section):
+    """Texts, labels and how they become batches."""
+
+    source: StrictStr
+    """A built-in corpus from `distill.data.sources.SOURCES`, or `./FILE.jsonl`, `.csv`, `.parquet`, `.txt`."""
+    task: StrictStr
+    """What the model predicts: a name from `distill.data.tasks.TASKS`."""
+    text: StrictStr = "text"
+    """Column with the text, for files."""
+    label: StrictStr = "label"
+    """Column with the label, for files; an empty or null label means unlabelled."""
+    labelled: Count | None = None
+    """Keep the labels of only so many training examples (chosen by `seed`); the rest become unlabelled text that the
+    teacher labels. null: keep all."""
+    max_length: Count = 128
+    """Tokens per example; longer texts are cut (classification) or packed in blocks of this length (causal LM)."""
+    test_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Share of examples held out, by a hash of their text."""
+    limit: Count | None = None
+    """Use at most this many examples, for trials."""
+
+
+class Term(Section):
+    """One term of the training loss."""
+
+    match: Literal["labels", "logits", "hidden"]
+    """What the student must match: true labels, the teacher's logits, or the teacher's hidden states."""
+    weight: NonNegative = 1.0
+    """Factor of this term's mean."""
+    loss: StrictStr | None = None
+    """`logits`: a name from `distill.losses.LOGITS` (default forward_kl); `hidden`: from `distill.losses.HIDDEN`
+    (default mse); or `package.module:function`."""
+    temperature: Positive = 1.0
+    """Softens student and teacher logits."""
+    scale_by_temperature: StrictBool = True
+    """Multiply by temperature², so that gradients keep their size (Hinton et al. 2015)."""
+    map: Literal["plan", "last"] | list[tuple[Index, Index]] = "plan"
+    """`hidden`: `plan` (each kept layer with the teacher layer it came from), `last`, or [student, teacher] pairs."""
+    params: Params = {}
+    """Keyword arguments of the loss, e.g. `{beta: 0.5}` for `jsd`."""
+
+
+class Training(Optimization):
+    """How the student learns."""
+
+    evaluate_every: Index = 0
+    """Measure the held-out split every so many steps; 0: only at the end."""
+    log_every: Count = 10
+    """Write a line to metrics.jsonl every so many steps."""
+
+
+class Evaluation(Section):
+    """What is measured, on which arms."""
+
+    metrics: list[StrictStr] | None = None
+    """Names from `distill.evaluation.metrics.METRICS`; null: the task's own."""
+    arms: list[Literal["teacher", "cut", "distilled", "labels_only"]] = ["teacher", "cut", "distilled", "labels_only"]
+    """`cut`: the student before training; `labels_only`: the same student trained for the same steps without teacher."""
+    batch_size: Count = 64
+    """Examples per forward pass."""
+    efficiency: StrictBool = True
+    """Measure size, FLOPs, latency and throughput of teacher and student."""
+
+
+class Release(Section):
+    """The folder that is handed out."""
+
+    format: Literal["uniform"] = "uniform"
+    """`uniform`: one MLP width for all layers; stock transformers loads it everywhere."""
+    license: StrictStr | None = None
+    """SPDX id for the model card. Give the teacher's licence, or one that it allows."""
+    language: StrictStr | None = None
+    """Language code for the model card."""
+
+
+class Recipe(Section):
+    """Everything about one run. Sections have the names of the packages that do their work."""
+
+    name: Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Names the run folder `runs/<name>`."""
+    seed: Index = 0
+    """Every random choice follows from this number."""
+    teacher: Teacher
+    student: Student
+    data: Data
+    losses: Annotated[list[Term], Field(min_length=1)]
+    training: Training
+    evaluation: Evaluation = Evaluation()
+    release: Release = Release()
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of a recipe, for editors (`distill schema > recipe.schema.json`)."""
+    return Recipe.model_json_schema()

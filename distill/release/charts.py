@@ -1,0 +1,277 @@
+"""Inline SVG from numbers. Pure functions; every text is escaped, and colours are classes of the page's stylesheet.
+
+A shape with `class="line teacher"` takes its colour from `.teacher { color: … }`, so one rule serves light and dark.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from markupsafe import Markup
+
+from distill.release.evidence import finite, number, plain
+
+Point = tuple[float, float]
+WIDTH, HEIGHT = 560, 300
+LEFT, RIGHT, TOP, BOTTOM = 58, 132, 26, 40
+MOST_POINTS = 240
+BAR = 220
+"""Pixels of the widest MLP in the picture of the architecture."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a line chart."""
+
+    name: str
+    points: Sequence[Point]
+    style: str
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One value: a bar, or a horizontal reference in a line chart."""
+
+    name: str
+    value: float | None
+    style: str
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Maps [low, high] to [start, end] in pixels."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+
+    def at(self, value: float) -> float:
+        """Pixel of a value."""
+        bend = math.log10 if self.log else float
+        low, high = bend(self.low), bend(self.high)
+        return self.start + (self.end - self.start) * (bend(value) - low) / (high - low)
+
+
+def tag(name: str, *children: str, **attributes: object) -> Markup:
+    """One element. Attribute `class_` is written `class`, and `aria_label` `aria-label`."""
+    pairs = ((key.rstrip("_").replace("_", "-"), value) for key, value in attributes.items())
+    written = ((key, f"{value:.1f}" if isinstance(value, float) else plain(value)) for key, value in pairs)
+    inside = Markup("").join(child if isinstance(child, Markup) else plain(child) for child in children)
+    return Markup("<{0}{1}>{2}</{0}>").format(name, Markup("").join(Markup(' {}="{}"').format(*p) for p in written), inside)
+
+
+def drawing(width: float, height: float, title: str, description: str, *children: str) -> Markup:
+    """A picture with a name and a description for those who cannot see it."""
+    head = (tag("title", title), tag("desc", description))
+    return tag("svg", *head, *children, viewBox=f"0 0 {width:.0f} {height:.0f}", role="img", aria_label=title)
+
+
+def text(x: float, y: float, content: str, style: str = "note", anchor: str = "start") -> Markup:
+    """A label, cut at 28 letters; the whole of it shows when the pointer rests on it."""
+    short = plain(content)
+    whole = [tag("title", short)] if len(short) > 28 else []
+    return tag("text", *whole, short[:27] + "…" if whole else short, x=x, y=y, class_=style, text_anchor=anchor)
+
+
+def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round values that cover [low, high], in steps of 1, 2, 2.5 or 5 times a power of ten.
+
+    >>> nice_ticks(0.13, 0.78)
+    [0.0, 0.2, 0.4, 0.6, 0.8]
+    """
+    if high - low <= max(abs(low), abs(high), 1e-30) * 1e-9:
+        margin = max(abs(low), 1e-30) / 2 if low else 0.5
+        low, high = low - margin, high + margin
+    raw = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * (1 - 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [float(f"{index * step:.12g}") for index in range(first, last + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Marks that cover [low, high]: 1, 2 and 5 in each decade of a short range, at most eight decades of a long one.
+
+    >>> log_ticks(0.3, 7)
+    [0.2, 0.5, 1.0, 2.0, 5.0, 10.0]
+    """
+    first, last = math.floor(math.log10(low)), math.floor(math.log10(high)) + 1
+    if last - first > 3:
+        stride = math.ceil((last - first) / 8)
+        return [10.0**power for power in range(first, last + stride, stride)]
+    marks = [float(f"{factor}e{power}") for power in range(first, last + 1) for factor in (1, 2, 5)]
+    below, above = max(mark for mark in marks if mark <= low), min(mark for mark in marks if mark > high)
+    return [mark for mark in marks if below <= mark <= above]
+
+
+def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Positions near the wanted ones, in the same order and at least `gap` apart, inside [low, high] if they fit."""
+    order = sorted(range(len(wanted)), key=lambda index: wanted[index])
+    placed = list(wanted)
+    floor = low
+    for index in order:
+        placed[index] = floor = max(placed[index], floor)
+        floor += gap
+    ceiling = high
+    for index in reversed(order):
+        placed[index] = ceiling = min(placed[index], ceiling)
+        ceiling -= gap
+    return placed
+
+
+def clean(points: Iterable[Point], log: bool) -> list[Point]:
+    """The points that can be drawn; long lines become means of equal stretches, so that a page stays small."""
+    known = [(x, y) for x, y in points if finite(x) is not None and finite(y) is not None and (y > 0 or not log)]
+    size = math.ceil(len(known) / MOST_POINTS)
+    parts = [known[start : start + size] for start in range(0, len(known), size)] if size > 1 else [[p] for p in known]
+    return [(part[-1][0], sum(y for _, y in part) / len(part)) for part in parts]
+
+
+def line_chart(
+    series: Sequence[Series],
+    *,
+    title: str,
+    description: str,
+    levels: Sequence[Bar] = (),
+    log: bool = False,
+    write: Callable[[float], str] = number,
+) -> Markup:
+    """Values over steps, named at their right ends; empty when there is no point to draw."""
+    drawn = [line for line in (replace(line, points=clean(line.points, log)) for line in series) if line.points]
+    marks = [Bar(m.name, m.value, m.style) for m in levels if finite(m.value) is not None and (not log or m.value > 0)]
+    if not drawn:
+        return Markup("")
+    values = [y for line in drawn for _, y in line.points] + [mark.value or 0.0 for mark in marks]
+    rows = log_ticks(min(values), max(values)) if log else nice_ticks(min(values), max(values))
+    last = max(x for line in drawn for x, _ in line.points) or 1.0
+    x = Scale(0, last, LEFT, WIDTH - RIGHT)
+    y = Scale(rows[0], rows[-1], HEIGHT - BOTTOM, TOP, log)
+    columns = [step for step in nice_ticks(0, last) if step <= last]
+    ends = [Bar(m.name, y.at(m.value or 0.0), m.style) for m in marks]
+    ends += [Bar(line.name, y.at(line.points[-1][1]), line.style) for line in drawn]
+    return drawing(
+        WIDTH,
+        HEIGHT,
+        title,
+        description,
+        *(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y.at(v), y2=y.at(v), class_="grid") for v in rows),
+        *(text(LEFT - 8, y.at(v) + 4, write(v), anchor="end") for v in rows),
+        *(text(x.at(v), HEIGHT - BOTTOM + 20, number(v), anchor="middle") for v in columns),
+        text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 4, "step", anchor="middle"),
+        *(_level(mark, y) for mark in marks),
+        *(part for line in drawn for part in _line(line, x, y)),
+        *_end_labels(ends),
+    )
+
+
+def _level(mark: Bar, y: Scale) -> Markup:
+    at = y.at(mark.value or 0.0)
+    return tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=at, y2=at, class_=f"level {mark.style}")
+
+
+def _line(line: Series, x: Scale, y: Scale) -> list[Markup]:
+    """The line, a dot on each point while they are few, and one at the end."""
+    pixels = [(x.at(step), y.at(value)) for step, value in line.points]
+    path = "M" + "L".join(f"{left:.1f} {top:.1f}" for left, top in pixels)
+    dots = pixels if len(pixels) <= 12 else pixels[-1:]
+    drawn = [tag("path", d=path, class_=f"line {line.style}")] if len(pixels) > 1 else []
+    return drawn + [tag("circle", cx=left, cy=top, r=3, class_=f"dot {line.style}") for left, top in dots]
+
+
+def _end_labels(ends: Sequence[Bar]) -> list[Markup]:
+    """Names beside the right ends, pushed apart where they would overlap."""
+    edge, wanted = WIDTH - RIGHT, [end.value or 0.0 for end in ends]
+    shapes = []
+    for end, start, place in zip(ends, wanted, spread(wanted, 15, TOP, HEIGHT - BOTTOM), strict=True):
+        shapes.append(tag("path", d=f"M{edge} {start:.1f}L{edge + 12} {place:.1f}", class_=f"leader {end.style}"))
+        shapes.append(text(edge + 16, place + 4, end.name, f"name {end.style}"))
+    return shapes
+
+
+def bar_chart(
+    bars: Sequence[Bar], *, title: str, description: str, write: Callable[[float], str] = number
+) -> Markup:
+    """Horizontal bars with their values, and the first bar's value as a line through all; empty without values.
+
+    One value far above the rest is drawn broken, so that the others can still be told apart.
+    """
+    known = [(bar, value) for bar in bars if (value := finite(bar.value)) is not None]
+    if not known:
+        return Markup("")
+    values = sorted(value for _, value in known)
+    broken = len(values) > 1 and values[-2] > 0 and values[-1] > 8 * values[-2]
+    top = values[-2] * 1.6 if broken else values[-1]
+    x = Scale(min(0.0, values[0]), top if top > min(0.0, values[0]) else 1.0, 150, WIDTH - 90)
+    row, height = 36, 36 * len(known) + 8
+    first, at = known[0][0], x.at(min(known[0][1], x.high))
+    shapes = [tag("line", x1=at, x2=at, y1=4, y2=height - 6, class_=f"level {first.style}")]
+    for index, (bar, value) in enumerate(known):
+        y, end = 8.0 + row * index, x.at(min(value, x.high))
+        left, right = sorted((x.at(0), end))
+        shapes.append(text(140, y + 17, bar.name, f"name {bar.style}", anchor="end"))
+        shapes.append(tag("rect", x=left, y=y, width=max(right - left, 1.5), height=24, rx=3, class_=f"bar {bar.style}"))
+        if value > x.high:
+            shapes.append(tag("path", d=f"M{right - 22:.1f} {y + 28:.1f}l8 -32", class_="break"))
+        shapes.append(text(right + 8, y + 17, write(value), "value"))
+    return drawing(WIDTH, height, title, description, *shapes)
+
+
+def pair(teacher: float, student: float) -> Markup:
+    """Two thin bars to the same scale: how much smaller, faster or better, at a glance. The numbers stand beside it."""
+    most = max(teacher, student)
+    bars = [
+        tag("rect", x=0, y=y, width=max(200 * value / most, 1.0), height=6, rx=3, class_=f"bar {style}")
+        for y, value, style in ((0, teacher, "teacher"), (10, student, "distilled"))
+        if most > 0 and value >= 0
+    ]
+    return tag("svg", *bars, viewBox="0 0 200 16", aria_hidden="true", class_="pair")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A student layer and what it is made of."""
+
+    teacher_layer: int
+    teacher_width: int
+    width: int
+
+
+def architecture(teacher_layers: int, kept: Sequence[Kept], *, title: str, description: str) -> Markup:
+    """The teacher's layers on the left, the student's on the right, to one scale, and what came from where."""
+    row = max(9.0, min(34.0, 640 / teacher_layers))
+    height, thick = row * teacher_layers + 56, row * 0.68
+    widest = max(layer.teacher_width for layer in kept)
+    sources = {layer.teacher_layer: layer for layer in kept}
+    first = 44 + row * (teacher_layers - len(kept)) / 2
+    shapes = [text(300, 20, "Teacher", "head teacher", "end"), text(420, 20, "Student", "head distilled")]
+    for index in range(teacher_layers):
+        shapes += _teacher_layer(index, sources.get(index), 44 + row * index, thick, widest)
+    for index, layer in enumerate(kept):
+        start, end = 44 + row * layer.teacher_layer + thick / 2, first + row * index + thick / 2
+        bend = f"M306 {start:.1f}C360 {start:.1f} 360 {end:.1f} 414 {end:.1f}"
+        shapes.append(tag("path", d=bend, class_="flow distilled"))
+        length = BAR * layer.width / widest
+        top = first + row * index
+        shapes.append(tag("rect", x=420, y=top, width=length, height=thick, rx=3, class_="bar distilled"))
+        if thick >= 9:
+            shapes.append(text(428 + length, top + thick / 2 + 4, f"{index} · {layer.width}", "note"))
+    return drawing(510 + BAR * max(layer.width for layer in kept) / widest, height, title, description, *shapes)
+
+
+def _teacher_layer(index: int, kept: Kept | None, top: float, thick: float, widest: int) -> list[Markup]:
+    """A bar that ends at the middle: coloured the neurons that live on, pale those that go, dashed a dropped layer."""
+    # The plan knows no width for dropped layers; they are drawn as wide as the widest and carry no number.
+    length = BAR * (kept.teacher_width if kept else widest) / widest
+    style = "bar pruned" if kept else "dropped"
+    shapes = [tag("rect", x=300 - length, y=top, width=length, height=thick, rx=3, class_=style)]
+    if kept:
+        inside = BAR * kept.width / widest
+        shapes.append(tag("rect", x=300 - inside, y=top, width=inside, height=thick, rx=3, class_="bar distilled"))
+    if thick >= 9:
+        label = f"{index} · {kept.teacher_width}" if kept else f"{index} · dropped"
+        shapes.append(text(292 - length, top + thick / 2 + 4, label, "note", "end"))
+    return shapes

@@ -1,0 +1,205 @@
+"""The report: one HTML page that shows a run. It fetches nothing and runs nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from distill.release import charts
+from distill.release.card import ARMS, caveats, tables
+from distill.release.evidence import (
+    Evidence,
+    findings,
+    finite,
+    is_share,
+    measured,
+    megabytes,
+    number,
+    percent,
+    plain,
+    quantity,
+    summary,
+    times,
+)
+
+STYLES = {"teacher": "teacher", "cut": "cut", "distilled": "distilled", "labels_only": "labels"}
+"""Arm -> class of the stylesheet."""
+WIDE = 50
+"""Values that differ by more than this factor are drawn on a logarithmic scale."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One headline figure."""
+
+    name: str
+    value: str
+    note: str
+    picture: Markup = Markup("")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A chart and the sentence under it."""
+
+    title: str
+    picture: Markup
+    caption: str
+
+
+def render_report(evidence: Evidence) -> str:
+    """One self-contained HTML page."""
+    environment = Environment(
+        loader=PackageLoader("distill.release"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["plain"] = plain
+    curves = [loss_curves(evidence), held_out(evidence), learning_rate(evidence)]
+    return environment.get_template("report.html.jinja").render(
+        evidence=evidence,
+        summary=summary(evidence),
+        findings=findings(evidence),
+        caveats=caveats(evidence),
+        tables=tables(evidence),
+        this_arm=ARMS["distilled"],
+        tiles=[tile for tile in (score(evidence), size(evidence), speed(evidence), agreement(evidence)) if tile],
+        architecture=architecture(evidence),
+        curves=[figure for figure in curves if figure.picture],
+        arms=arms(evidence),
+    )
+
+
+def score(evidence: Evidence) -> Tile | None:
+    """The student on the primary metric."""
+    metric, student, teacher = evidence.primary, evidence.score("distilled"), evidence.score("teacher")
+    if student is None:
+        return None
+    if teacher is None:
+        return Tile(metric, measured(metric, student), "the teacher was not measured")
+    retained = evidence.retained("distilled", metric)
+    share = "" if retained is None else f", {percent(retained)} retained"
+    note = f"teacher {measured(metric, teacher)}{share}"
+    return Tile(metric, measured(metric, student), note, charts.pair(teacher, student))
+
+
+def size(evidence: Evidence) -> Tile:
+    """Parameters, or layers when nothing was counted."""
+    student, teacher = evidence.efficiency("student", "parameters"), evidence.efficiency("teacher", "parameters")
+    if student is None or not teacher:
+        deep, kept = evidence.plan.teacher_layers, len(evidence.plan.layers)
+        return Tile("layers", str(kept), f"teacher {deep}", charts.pair(deep, kept))
+    weights = evidence.efficiency("student", "bytes")
+    note = f"teacher {quantity(teacher)}, {percent(student / teacher)} left"
+    return Tile("parameters", quantity(student), note + (f", {megabytes(weights)}" if weights else ""), charts.pair(teacher, student))
+
+
+def speed(evidence: Evidence) -> Tile | None:
+    """Throughput against the teacher."""
+    ratio = evidence.ratio("throughput")
+    if ratio is None:
+        return None
+    student, teacher = evidence.efficiency("student", "throughput"), evidence.efficiency("teacher", "throughput")
+    middle, _, span = times(ratio).partition(" ")
+    note = f"{number(student)} against {number(teacher)} examples/s" + (f", range {span.strip('()')}" if span else "")
+    return Tile("throughput", middle, note, charts.pair(teacher, student) if teacher and student else Markup(""))
+
+
+def agreement(evidence: Evidence) -> Tile | None:
+    """How often the student says what the teacher says."""
+    value, before = evidence.score("distilled", "agreement"), evidence.score("cut", "agreement")
+    if value is None:
+        return None
+    note = "of test examples, same answer as the teacher" + ("" if before is None else f"; {percent(before)} before training")
+    return Tile("agreement", percent(value), note, charts.pair(1.0, value))
+
+
+def architecture(evidence: Evidence) -> Figure:
+    """The teacher's layers, and those that live on in the student."""
+    plan = evidence.plan
+    kept = [charts.Kept(layer.teacher_layer, layer.teacher_width, layer.width) for layer in plan.layers]
+    sources = ", ".join(str(index) for index in plan.kept_layers)
+    title = f"{len(kept)} of {plan.teacher_layers} layers kept"
+    description = f"The student is made of teacher layers {sources}, with MLP widths {', '.join(map(str, plan.widths))}."
+    caption = (
+        "Bar length: MLP width. Solid: neurons that live on in the student; pale: neurons pruned; dashed: layers "
+        f"dropped. Layer policy {plan.layer_policy}, neuron score {plan.mlp_score}, allocation {plan.mlp_allocation}."
+    )
+    return Figure("What was cut", charts.architecture(plan.teacher_layers, kept, title=title, description=description), caption)
+
+
+def loss_curves(evidence: Evidence) -> Figure:
+    """The loss and each of its parts, before weights."""
+    records = [record for record in evidence.metrics if record.get("event") == "train"]
+    parts = list(dict.fromkeys(part for record in records for part in record.get("parts") or {}))
+    lines = [charts.Series("loss", points(records, lambda record: record.get("loss")), "total")]
+    for index, part in enumerate(parts):
+        values = points(records, lambda record, part=part: (record.get("parts") or {}).get(part))
+        lines.append(charts.Series(part, values, f"c{index % 6}"))
+    wide = is_wide(value for line in lines for _, value in line.points)
+    caption = f"Training loss and its parts{', logarithmic scale' if wide else ''}."
+    picture = charts.line_chart(lines, title="Training loss", description=caption, log=wide)
+    return Figure("Training loss", picture, caption)
+
+
+def held_out(evidence: Evidence) -> Figure:
+    """The primary metric on the held-out split while the student and its control learned."""
+    metric = evidence.primary
+
+    def line(name: str, records: list[dict[str, Any]]) -> charts.Series:
+        found = [record for record in records if record.get("event") == "evaluate"]
+        return charts.Series(name, points(found, lambda record: (record.get("metrics") or {}).get(metric)), STYLES[name])
+
+    lines = [line("distilled", evidence.metrics), line("labels_only", evidence.control_metrics)]
+    levels = [charts.Bar(name, evidence.score(name), STYLES[name]) for name in ("teacher", "cut")]
+    values = [value for each in lines for _, value in each.points] + [level.value for level in levels]
+    caption = f"{metric} on the held-out split; teacher and cut student as horizontal lines where measured."
+    picture = charts.line_chart(
+        lines,
+        title=f"Held-out {metric}",
+        description=caption,
+        levels=levels,
+        log=is_wide(values),
+        write=(lambda value: f"{100 * value:g} %") if is_share(metric) else number,
+    )
+    return Figure(f"Held-out {metric}", picture, caption)
+
+
+def learning_rate(evidence: Evidence) -> Figure:
+    """The schedule as it was run."""
+    records = [record for record in evidence.metrics if record.get("event") == "train"]
+    line = charts.Series("lr", points(records, lambda record: record.get("lr")), "total")
+    training = evidence.recipe.training
+    caption = f"Learning rate: {training.schedule}, peak {number(training.lr)}."
+    return Figure("Learning rate", charts.line_chart([line], title="Learning rate", description=caption), caption)
+
+
+def arms(evidence: Evidence) -> Figure:
+    """The primary metric of every arm, side by side."""
+    metric = evidence.primary
+    bars = [charts.Bar(name, evidence.score(name), STYLES.get(name, "cut")) for name in evidence.arms]
+    direction = "higher" if evidence.higher_is_better(metric) else "lower"
+    caption = f"{metric}, {direction} is better. The dashed line marks the first arm."
+    picture = charts.bar_chart(bars, title=f"Arms compared: {metric}", description=caption, write=partial(measured, metric))
+    return Figure(f"Arms compared: {metric}", picture, caption)
+
+
+def points(records: list[dict[str, Any]], value: Callable[[dict[str, Any]], Any]) -> list[charts.Point]:
+    """(step, value) in order of steps. A resumed run repeats steps: the last record of a step counts."""
+    found = {record.get("step"): value(record) for record in records}
+    known = [(step, number) for key, each in found.items() if (step := finite(key)) is not None and (number := finite(each)) is not None]
+    return sorted(known)
+
+
+def is_wide(values: Iterable[float | None]) -> bool:
+    """Whether the positive values ask for a logarithmic scale."""
+    known = [value for value in values if value is not None and value > 0]
+    return bool(known) and max(known) > WIDE * min(known)

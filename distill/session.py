@@ -1,0 +1,145 @@
+"""A recipe at work in a run folder, and the rule by which its stages are run or skipped."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+
+from distill import __version__
+from distill.data import Corpus, Texts, read_texts, tokenise
+from distill.evaluation.arms import AGAINST_TEACHER
+from distill.models.load import Head, load_model, load_tokenizer, teacher_path
+from distill.recipe.load import dump, fingerprint
+from distill.recipe.schema import Recipe
+from distill.rundir import RunDir, content_of, write_json, write_text
+from distill.training.guards import processes
+
+
+@dataclass(frozen=True)
+class Session:
+    """One recipe at work in one run folder, with what several stages need loaded once."""
+
+    recipe: Recipe
+    base: Path
+    """Folder that the recipe's relative paths start from."""
+    run: RunDir
+    say: Callable[[str], None]
+    remote_code: bool = False
+
+    @cached_property
+    def source(self) -> Path:
+        """Local folder of the teacher as the recipe names it."""
+        return teacher_path(self.recipe.teacher, self.base)
+
+    @property
+    def teacher(self) -> Path:
+        """Local folder of the teacher that distils: fitted, or as the recipe names it."""
+        return self.run.teacher if self.recipe.teacher.fit else self.source
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The teacher's tokenizer."""
+        return load_tokenizer(self.source)
+
+    @cached_property
+    def texts(self) -> Texts:
+        """The split texts."""
+        return read_texts(self.recipe.data, self.recipe.seed, self.base)
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        """The split token ids."""
+        return tokenise(self.texts, self.recipe.data, self.tokenizer)
+
+    @cached_property
+    def head(self) -> Head:
+        """The task's model class and class names."""
+        return Head(self.corpus.task.auto_class, self.corpus.classes)
+
+    @property
+    def metrics(self) -> list[str]:
+        """Metrics of every arm, the headline first."""
+        asked = self.recipe.evaluation.metrics or self.corpus.task.metrics
+        return list(dict.fromkeys([*asked, *AGAINST_TEACHER]))
+
+    def load(self, folder: Path) -> Any:
+        """A model with the task's head and all its weights."""
+        return load_model(folder, self.head, remote_code=self.remote_code)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the story."""
+
+    name: str
+    work: Callable[[Session], None]
+    made_from: Callable[[Session], Any]
+    """Everything the result depends on, as JSON."""
+    results: Callable[[RunDir], Sequence[Path]]
+    wanted: Callable[[Recipe], bool] = lambda _recipe: True
+    """Whether the recipe asks for it at all."""
+    together: bool = False
+    """Every process takes part; other stages are done by the main one while the rest wait."""
+
+
+def run_stages(session: Session, stages: Sequence[Stage]) -> None:
+    """Run each stage that the recipe asks for and whose inputs or results changed.
+
+    Raises:
+        InputError: The run folder is in use.
+    """
+    state = processes()
+    if not state.is_main_process:
+        for stage in stages:
+            _run(session, stage)
+        return
+    with session.run.locked():
+        write_text(session.run.recipe, dump(session.recipe))
+        for stage in stages:
+            _run(session, stage)
+
+
+def _run(session: Session, stage: Stage) -> None:
+    if not stage.wanted(session.recipe):
+        return
+    state = processes()
+    made_from = ""
+    due = [True]
+    if state.is_main_process:
+        made_from = fingerprint({"distill": __version__, "stage": stage.name, "from": stage.made_from(session)})
+        due[0] = not _finished(session.run, stage, made_from)
+    if state.num_processes > 1:
+        broadcast_object_list(due)
+    if not due[0]:
+        session.say(f"{stage.name}: unchanged, skipped")
+        return
+    start = time.monotonic()
+    session.say(f"{stage.name}: started")
+    if state.is_main_process:
+        session.run.stamp(stage.name).unlink(missing_ok=True)
+    if stage.together or state.is_main_process:
+        stage.work(session)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        results = {str(path.relative_to(session.run.root)): content_of(path) for path in stage.results(session.run)}
+        seconds = round(time.monotonic() - start, 1)
+        write_json(session.run.stamp(stage.name), {"made_from": made_from, "results": results, "seconds": seconds})
+        session.say(f"{stage.name}: done in {seconds} s")
+    state.wait_for_everyone()
+
+
+def _finished(run: RunDir, stage: Stage, made_from: str) -> bool:
+    """Whether the stamp says the same inputs, and the results still have the content that it recorded."""
+    try:
+        stamp = json.loads(run.stamp(stage.name).read_text(encoding="utf-8"))
+        results = {str(path.relative_to(run.root)): content_of(path) for path in stage.results(run)}
+        return bool(stamp["made_from"] == made_from and stamp["results"] == results and all(results.values()))
+    except (OSError, ValueError, LookupError, TypeError):
+        return False

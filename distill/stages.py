@@ -1,0 +1,397 @@
+"""The story of each verb, from a recipe to a released student. Stages meet only in the run folder."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+import transformers
+from accelerate.utils import gather_object
+
+from distill import __version__
+from distill.data import TrainingBatches, collate, evaluation_batches
+from distill.evaluation.arms import arm_row, with_retained
+from distill.evaluation.efficiency import measure_efficiency
+from distill.evaluation.metrics import HIGHER_IS_BETTER, compute
+from distill.evaluation.predict import gathered, predict
+from distill.losses import Objective, layer_map
+from distill.models.layout import layers_of
+from distill.models.load import folder_fingerprint, load_model, random_model
+from distill.models.plan import StudentPlan
+from distill.recipe.load import fingerprint
+from distill.recipe.schema import Optimization, Recipe, Term
+from distill.release.card import render_card
+from distill.release.evidence import Evidence
+from distill.release.export import check_release, releasable_recipe, write_release
+from distill.release.report import render_report
+from distill.rundir import RunDir, TrainDir, content_of, fresh_folder, write_json, write_text
+from distill.session import Session, Stage
+from distill.student import Statistics, build_student, calibrate, plan_student
+from distill.teacher import OnlineTeacher
+from distill.training import Job, make_accelerator, read_records, train
+from distill.training.guards import processes
+
+LABELS_ONLY = (Term(match="labels"),)
+CADENCE = {"save_every", "log_every", "evaluate_every"}
+"""Keys that say when to look, not what to compute; changing them neither reruns a stage nor voids a checkpoint."""
+
+
+def fit_teacher(session: Session) -> None:
+    """Fine-tune the teacher on the recipe's labels, so that it has something to teach about them."""
+    spec = session.recipe.teacher.fit
+    assert spec is not None, "the stage is not wanted without `teacher.fit`"
+    if session.recipe.teacher.init == "random":
+        model = random_model(session.source, session.head, session.recipe.seed)
+    else:
+        seed = session.recipe.seed
+        model = load_model(
+            session.source, session.head, new_head=True, random_seed=seed, remote_code=session.remote_code
+        )
+    job = Job("teacher", spec, session.run.fit, session.recipe.seed, fingerprint(teacher_inputs(session)))
+    _train(session, job, model, LABELS_ONLY, None)
+    _save_model(session, model, session.run.teacher)
+
+
+def calibrate_teacher(session: Session) -> None:
+    """One pass of the teacher over a sample; every score reads its result."""
+    spec, corpus = session.recipe.student.calibration, session.corpus
+    sample = range(min(spec.examples, len(corpus.train)))
+    starts = range(0, len(sample), spec.batch_size)
+    batches = (collate(corpus, corpus.train, sample[start : start + spec.batch_size]) for start in starts)
+    calibrate(session.load(session.teacher), batches).save(session.run.calibration)
+
+
+def plan(session: Session) -> None:
+    """Decide which layers and neurons the student keeps."""
+    statistics = Statistics.load(session.run.calibration)
+    decided = plan_student(session.load(session.teacher), session.recipe.student, statistics)
+    write_text(session.run.plan, decided.to_json())
+    for key, choice in decided.choices.items():
+        reason = f" ({choice.reason})" if choice.reason else ""
+        session.say(f"  {key}: asked {choice.asked}, got {choice.got}{reason}")
+
+
+def build(session: Session) -> None:
+    """Cut the student."""
+    student = build_student(session.load(session.teacher), StudentPlan.load(session.run.plan))
+    _save_model(session, student, session.run.student)
+
+
+def distil(session: Session) -> None:
+    """Train the student on everything that the recipe's loss asks for."""
+    recipe = session.recipe
+    job = Job(
+        "distilled",
+        recipe.training,
+        session.run.training,
+        recipe.seed,
+        fingerprint(training_inputs(session)),
+        recipe.training.log_every,
+        recipe.training.evaluate_every,
+    )
+    _train_arm(session, job, recipe.losses, session.run.distilled)
+
+
+def train_control(session: Session) -> None:
+    """Train the same student for the same steps on labels alone: what distillation has to beat."""
+    recipe, arm = session.recipe, "labels_only"
+    spec = recipe.training
+    if spec.steps is None:  # fewer examples carry a label, so the same epochs would be fewer steps
+        spec = spec.model_copy(update={"epochs": None, "steps": _steps(session, spec)})
+    inputs = fingerprint(control_inputs(session))
+    job = Job(arm, spec, session.run.control(arm), recipe.seed, inputs, spec.log_every, spec.evaluate_every)
+    _train_arm(session, job, LABELS_ONLY, session.run.control_model(arm))
+
+
+def evaluate(session: Session) -> None:
+    """Measure all arms on the held-out split, and teacher and student against the clock."""
+    recipe, corpus = session.recipe, session.corpus
+    teacher = OnlineTeacher(session.load(session.teacher), (), processes().device)
+    rows = []
+    for arm in recipe.evaluation.arms:
+        model = session.load(_arm_folder(session, arm)).to(teacher.model.device)
+        batches = evaluation_batches(corpus, corpus.test, recipe.evaluation.batch_size)
+        metrics = compute(session.metrics, predict(model, batches, corpus.task.head, teacher))
+        rows.append(arm_row(arm, 0 if arm in ("teacher", "cut") else _steps(session, recipe.training), metrics))
+    efficiency = None
+    if recipe.evaluation.efficiency:
+        efficiency = measure_efficiency(
+            {"teacher": teacher.model, "student": session.load(session.run.student)},
+            layers_of,
+            kind=corpus.task.head,
+            length=recipe.data.max_length,
+            vocabulary=len(session.tokenizer),
+            device=teacher.model.device,
+        )
+    data = {"source": recipe.data.source, "split": "test", "examples": len(corpus.test)}
+    data |= {"train_examples": len(corpus.train), "labelled": len(corpus.labelled), "fingerprint": corpus.fingerprint}
+    table = {
+        "data": data,
+        "metrics": session.metrics,
+        "primary": session.metrics[0],
+        "higher_is_better": {name: HIGHER_IS_BETTER.get(name, True) for name in session.metrics},
+        "arms": with_retained(rows, session.metrics),
+        "efficiency": efficiency,
+    }
+    write_json(session.run.evaluation, table)
+
+
+def release(session: Session) -> None:
+    """Write the folder that is handed out, and prove that stock transformers loads it as the same model."""
+    evidence = _evidence(session)
+    model = session.load(session.run.distilled)
+    report = render_report(evidence)
+    texts = {
+        "README.md": render_card(evidence),
+        "report.html": report,
+        "plan.json": evidence.plan.to_json(),
+        "recipe.yaml": evidence.recipe_text,
+        "evaluation.json": session.run.evaluation.read_text(encoding="utf-8"),
+    }
+    corpus = session.corpus
+    probe = collate(corpus, corpus.test, range(min(8, len(corpus.test))))
+    probe.pop("labels")
+    with fresh_folder(session.run.release) as folder:
+        write_release(folder, model, session.tokenizer, texts)
+        check_release(folder, model, corpus.task.auto_class, probe)
+    write_text(session.run.report, report)
+
+
+# --- what they share -------------------------------------------------------------------------------------------------
+
+
+def _train_arm(session: Session, job: Job, terms: Sequence[Term], result: Path) -> None:
+    model = session.load(session.run.student)
+    teacher = session.load(session.teacher)
+    decided = StudentPlan.load(session.run.plan)
+    maps = partial(
+        layer_map, plan=decided, student_layers=len(decided.layers), teacher_layers=decided.teacher_layers
+    )
+    objective = Objective(terms, session.corpus.task.head, maps, _vocabulary(session))
+    live = OnlineTeacher(teacher, objective.teacher_layers, processes().device)
+    _train(session, job, model, terms, live if objective.needs_teacher else None, objective)
+    _save_model(session, model, result)
+
+
+def _vocabulary(session: Session) -> int | None:
+    """Entries of the vocabulary that are tokens; heads are often padded beyond. None for class heads."""
+    return len(session.tokenizer) if session.corpus.task.head == "next_token" else None
+
+
+def _train(
+    session: Session,
+    job: Job,
+    model: Any,
+    terms: Sequence[Term],
+    teacher: OnlineTeacher | None,
+    objective: Objective | None = None,
+) -> None:
+    corpus = session.corpus
+    batches = _batches(session, job.spec, labelled=all(term.match == "labels" for term in terms))
+    train(
+        job,
+        model,
+        objective or Objective(terms, corpus.task.head),
+        teacher,
+        batches,
+        make_accelerator(job.spec, batches),
+        evaluate=partial(_held_out, session),
+        say=session.say,
+    )
+
+
+def _batches(session: Session, spec: Optimization, *, labelled: bool) -> TrainingBatches:
+    corpus = session.corpus
+    # Without teacher terms an unlabelled example would be a wasted forward pass.
+    pool = corpus.labelled if labelled else range(len(corpus.train))
+    micro = spec.micro_batch_size or max(1, spec.batch_size // processes().num_processes)
+    return TrainingBatches(corpus, pool, spec.batch_size, micro, session.recipe.seed)
+
+
+def _steps(session: Session, spec: Optimization) -> int:
+    labelled = all(term.match == "labels" for term in session.recipe.losses)
+    return spec.steps or _batches(session, spec, labelled=labelled).steps_for(spec.epochs or 0)
+
+
+def _held_out(session: Session, model: Any) -> dict[str, float]:
+    """The task's metrics on the test split, shared out over the processes. Nothing is selected by them."""
+    corpus, state = session.corpus, processes()
+    size = session.recipe.evaluation.batch_size
+    batches = evaluation_batches(corpus, corpus.test, size, state.process_index, state.num_processes)
+    columns = predict(model, batches, corpus.task.head)
+    if state.num_processes > 1:
+        columns = gathered(columns, gather_object)
+    return compute(corpus.task.metrics, columns)
+
+
+def _save_model(session: Session, model: Any, folder: Path) -> None:
+    if processes().is_main_process:
+        with fresh_folder(folder) as temporary:
+            model.save_pretrained(temporary)
+            session.tokenizer.save_pretrained(temporary)
+
+
+def _arm_folder(session: Session, arm: str) -> Path:
+    run = session.run
+    return {"teacher": session.teacher, "cut": run.student, "distilled": run.distilled}.get(arm) or run.control_model(
+        arm
+    )
+
+
+def _evidence(session: Session) -> Evidence:
+    recipe, spec = session.recipe, session.recipe.teacher
+    text = releasable_recipe(recipe)
+    return Evidence(
+        recipe=recipe,
+        recipe_text=text,
+        plan=StudentPlan.load(session.run.plan),
+        evaluation=json.loads(session.run.evaluation.read_text(encoding="utf-8")),
+        metrics=read_records(session.run.training.metrics),
+        control_metrics=read_records(session.run.control("labels_only").metrics),
+        teacher={
+            "model": spec.model,
+            "revision": spec.revision,
+            "sha256": spec.sha256,
+            "model_type": StudentPlan.load(session.run.plan).model_type,
+            "fitted": spec.fit is not None,
+        },
+        environment={
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "accelerate": accelerate.__version__,
+            "distill": __version__,
+            "device": str(processes().device.type),
+            "processes": processes().num_processes,
+        },
+        command="distill run recipe.yaml",
+        auto_class=session.corpus.task.auto_class,
+    )
+
+
+# --- what each result depends on -------------------------------------------------------------------------------------
+
+
+def _settings(spec: Optimization) -> dict[str, Any]:
+    return spec.model_dump(mode="json", exclude=CADENCE)
+
+
+def teacher_inputs(session: Session) -> dict[str, Any]:
+    """Source weights, data, and how they are fitted."""
+    spec = session.recipe.teacher
+    return {
+        "source": folder_fingerprint(session.source),
+        "init": spec.init,
+        "fit": _settings(spec.fit) if spec.fit else None,
+        "data": session.corpus.fingerprint,
+        "seed": session.recipe.seed,
+    }
+
+
+def calibration_inputs(session: Session) -> dict[str, Any]:
+    """Teacher, data and sample size."""
+    spec = session.recipe.student.calibration
+    return {**_teacher_and_data(session), "examples": spec.examples}
+
+
+def _teacher_and_data(session: Session) -> dict[str, Any]:
+    return {"teacher": folder_fingerprint(session.teacher), "data": session.corpus.fingerprint}
+
+
+def plan_inputs(session: Session) -> dict[str, Any]:
+    """Teacher, statistics and policies."""
+    return {
+        "teacher": folder_fingerprint(session.teacher),
+        "calibration": content_of(session.run.calibration),
+        "student": session.recipe.student.model_dump(mode="json", exclude={"calibration"}),
+    }
+
+
+def build_inputs(session: Session) -> dict[str, Any]:
+    """Teacher and plan."""
+    return {"teacher": folder_fingerprint(session.teacher), "plan": content_of(session.run.plan)}
+
+
+def training_inputs(session: Session) -> dict[str, Any]:
+    """Student, teacher, data, loss and settings."""
+    return {
+        **control_inputs(session),
+        **_teacher_and_data(session),
+        "plan": content_of(session.run.plan),
+        "losses": [term.model_dump(mode="json") for term in session.recipe.losses],
+    }
+
+
+def control_inputs(session: Session) -> dict[str, Any]:
+    """Student, data and settings; the teacher has no say."""
+    return {
+        "student": folder_fingerprint(session.run.student),
+        "data": session.corpus.fingerprint,
+        "training": _settings(session.recipe.training),
+        "seed": session.recipe.seed,
+    }
+
+
+def evaluation_inputs(session: Session) -> dict[str, Any]:
+    """Every arm's weights, the data and what is measured."""
+    spec = session.recipe.evaluation
+    return {
+        "arms": {arm: folder_fingerprint(_arm_folder(session, arm)) for arm in spec.arms},
+        "student": folder_fingerprint(session.run.student),
+        "data": session.corpus.fingerprint,
+        "evaluation": spec.model_dump(mode="json"),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def release_inputs(session: Session) -> dict[str, Any]:
+    """The distilled student, its evidence and the recipe."""
+    run = session.run
+    files = [run.distilled, run.plan, run.evaluation, run.training.metrics, run.control("labels_only").metrics]
+    return {"files": [content_of(path) for path in files], "recipe": session.recipe.model_dump(mode="json")}
+
+
+def _wants_control(recipe: Recipe) -> bool:
+    return "labels_only" in recipe.evaluation.arms
+
+
+def _results(*paths: Callable[[RunDir], Path]) -> Callable[[RunDir], list[Path]]:
+    return lambda run: [path(run) for path in paths]
+
+
+TEACHER = Stage(
+    "teacher", fit_teacher, teacher_inputs, _results(lambda run: run.teacher),
+    wanted=lambda recipe: recipe.teacher.fit is not None, together=True,
+)  # fmt: skip
+CALIBRATE = Stage("calibrate", calibrate_teacher, calibration_inputs, _results(lambda run: run.calibration))
+PLAN = Stage("plan", plan, plan_inputs, _results(lambda run: run.plan))
+BUILD = Stage("build", build, build_inputs, _results(lambda run: run.student))
+TRAIN = Stage("train", distil, training_inputs, _results(lambda run: run.distilled), together=True)
+CONTROL = Stage(
+    "control", train_control, control_inputs, _results(lambda run: run.control_model("labels_only")),
+    wanted=_wants_control, together=True,
+)  # fmt: skip
+EVALUATE = Stage("evaluate", evaluate, evaluation_inputs, _results(lambda run: run.evaluation))
+RELEASE = Stage("release", release, release_inputs, _results(lambda run: run.release, lambda run: run.report))
+
+TO_PLAN = (TEACHER, CALIBRATE, PLAN)
+TO_BUILD = (*TO_PLAN, BUILD)
+TO_TRAIN = (*TO_BUILD, TRAIN)
+TO_EVALUATE = (*TO_TRAIN, CONTROL, EVALUATE)
+TO_RELEASE = (*TO_EVALUATE, RELEASE)
+
+VERBS: dict[str, tuple[Stage, ...]] = {
+    "plan": TO_PLAN,
+    "build": TO_BUILD,
+    "train": TO_TRAIN,
+    "evaluate": TO_EVALUATE,
+    "release": TO_RELEASE,
+    "run": TO_RELEASE,
+}
+"""Each verb brings everything before it up to date; what is unchanged is skipped."""

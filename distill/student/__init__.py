@@ -1,0 +1,12 @@
+"""Building a student: calibrate the teacher once, score, plan, cut.
+
+A score of one's own is a function `(layer: MlpLayer, statistics: Statistics | None, *, ...) -> Tensor [F]`; name it in
+the recipe as `score: package.module:function`. Its keyword-only parameters are what `params` may contain.
+"""
+
+from distill.student.build import build_student
+from distill.student.calibrate import Statistics, calibrate
+from distill.student.importance import MlpLayer
+from distill.student.plan import plan_student
+
+__all__ = ["MlpLayer", "Statistics", "build_student", "calibrate", "plan_student"]

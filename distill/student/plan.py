@@ -1,0 +1,94 @@
+"""Decide what the student keeps. Pure: reads the teacher's weights and the statistics, touches nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from distill.errors import InputError
+from distill.models.layout import layers_of, mlp_in_of, mlp_out_of
+from distill.models.plan import Choice, LayerPlan, StudentPlan
+from distill.recipe.schema import Student
+from distill.registry import bind, find
+from distill.student.allocate import ALLOCATIONS
+from distill.student.calibrate import Statistics
+from distill.student.importance import SCORES, MlpLayer
+from distill.student.layers import CHOICES
+
+
+def plan_student(model: Any, spec: Student, calibration: Statistics | None = None) -> StudentPlan:
+    """The plan for a student of `model`.
+
+    Args:
+        model: The teacher, a transformers model of a known family.
+        spec: The recipe's `student` section.
+        calibration: Statistics of one calibration pass; needed by the policies that read activations.
+
+    Raises:
+        InputError: An unknown family, a layer out of range, a width that cannot be had, or a missing calibration.
+    """
+    layers = layers_of(model)
+    kept = choose_layers(len(layers), spec, calibration)
+    score = bind(find(SCORES, spec.mlp.score, "score"), spec.mlp.params, "student.mlp.params")
+    allocate = find(ALLOCATIONS, spec.mlp.allocate, "allocation")
+    scores: list[Tensor] = []
+    for index in kept:
+        out = mlp_out_of(model, layers[index])
+        weights_in = [module.weight.detach() for module in mlp_in_of(model, layers[index])]
+        scores.append(score(MlpLayer(index, weights_in, out.weight.detach()), calibration))
+    widths = allocate(scores, spec.mlp.keep, spec.mlp.multiple_of)
+    return StudentPlan(
+        model_type=model.config.model_type,
+        teacher_layers=len(layers),
+        layers=[
+            LayerPlan(teacher_layer=index, width=width, teacher_width=len(values), neurons=top_neurons(values, width))
+            for index, width, values in zip(kept, widths, scores, strict=True)
+        ],
+        layer_policy=spec.layers.choose if isinstance(spec.layers.keep, int) else "explicit",
+        mlp_score=spec.mlp.score,
+        mlp_allocation=spec.mlp.allocate,
+        choices=_choices(spec, kept, widths, len(scores[0])),
+        layer_scores={} if calibration is None else {"block_influence": calibration.block_influence().tolist()},
+    )
+
+
+def choose_layers(layers: int, spec: Student, calibration: Statistics | None) -> list[int]:
+    """Ascending indices of the kept layers. Raises InputError when the request does not fit `layers`."""
+    keep = spec.layers.keep
+    if isinstance(keep, list):
+        if not keep or sorted(set(keep)) != keep:
+            raise InputError(f"student.layers.keep: {keep} must name layers once each, in ascending order")
+        if keep[-1] >= layers:
+            raise InputError(f"student.layers.keep: layer {keep[-1]} does not exist; the teacher has 0 to {layers - 1}")
+        return keep
+    if keep > layers:
+        raise InputError(f"student.layers.keep: {keep} layers asked, the teacher has {layers}")
+    policy = bind(find(CHOICES, spec.layers.choose, "layer policy"), spec.layers.params, "student.layers.params")
+    chosen: list[int] = policy(layers, keep, calibration)
+    if sorted(set(chosen)) != chosen or len(chosen) != keep or chosen[-1] >= layers or chosen[0] < 0:
+        raise InputError(
+            f"student.layers.choose: {spec.layers.choose} returned {chosen}, not {keep} ascending layers of {layers}"
+        )
+    return chosen
+
+
+def top_neurons(scores: Tensor, width: int) -> list[int] | None:
+    """Ascending indices of the `width` highest scores, ties to the lower index; None when all are kept."""
+    if width == len(scores):
+        return None
+    # A stable sort of the negated scores breaks ties by index, which topk does not promise.
+    order = (-scores.double()).argsort(stable=True)
+    return sorted(order[:width].tolist())
+
+
+def _choices(spec: Student, kept: list[int], widths: list[int], full: int) -> dict[str, Choice]:
+    share = spec.mlp.keep
+    asked = f"{share:g} of {full}" if isinstance(share, float) else f"{share} of {full}"
+    wanted = share * full if isinstance(share, float) else share
+    got = ", ".join(str(width) for width in sorted(set(widths)))
+    reason = f"rounded down to a multiple of {spec.mlp.multiple_of}" if min(widths) < wanted else ""
+    return {
+        "student.layers.keep": Choice(asked=str(spec.layers.keep), got=", ".join(map(str, kept))),
+        "student.mlp.keep": Choice(asked=asked, got=f"{got} of {full}", reason=reason),
+    }

@@ -1,0 +1,7 @@
+"""Training: the loop, its checkpoints and what it tells. It receives callables and never imports losses or teachers."""
+
+from distill.training.checkpoint import TrainState
+from distill.training.loop import Job, make_accelerator, train
+from distill.training.tracking import read_records
+
+__all__ = ["Job", "TrainState", "make_accelerator", "read_records", "train"]

@@ -1,0 +1,46 @@
+"""The one module that Accelerate prepares: the student together with the objective.
+
+The loss is computed inside this module's forward. Outside, it would be computed on the unwrapped student, and DDP would
+silently skip the all-reduce.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from distill.models.layout import layers_of
+from distill.models.outputs import Batch, Outputs, captured
+
+
+class Loss(Protocol):
+    """What training needs of an objective (`distill.losses.Objective`)."""
+
+    names: list[str]
+    student_layers: list[int]
+    needs_teacher: bool
+
+    def counts(self, batches: Sequence[Batch]) -> Tensor:
+        """Int64 [terms]: how many positions each term has in these batches."""
+
+    def __call__(
+        self, student: Outputs, teacher: Outputs | None, batch: Batch, counts: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(loss [], sums [terms]) given the counts of the whole optimizer step."""
+
+
+class DistillModel(nn.Module):
+    """Student and objective: (batch, teacher's outputs, global counts) -> (loss, per-term sums)."""
+
+    def __init__(self, student: Any, objective: Loss):
+        super().__init__()
+        self.student = student
+        self.objective = objective
+
+    def forward(self, batch: Batch, teacher: Outputs | None, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss [] of this micro-batch, as its share of the whole step's mean, and sums [terms] for the log."""
+        with captured(layers_of(self.student), self.objective.student_layers) as hidden:
+            output = self.student(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        return self.objective(Outputs(output.logits, dict(hidden)), teacher, batch, counts)

@@ -1,0 +1,201 @@
+import json
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+from distill.evaluation.efficiency import flops, measure_efficiency, random_ids, size
+
+VOCABULARY, WIDTH, MLP, LENGTH = 64, 32, 48, 8
+
+
+def bert(layers, **own):
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=MLP,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=16,
+        num_labels=5,
+        **own,
+    )
+    return BertForSequenceClassification._from_config(config)
+
+
+def llama(layers, **own):
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=MLP,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        **own,
+    )
+    return LlamaForCausalLM._from_config(config)
+
+
+def layers_of(model):
+    return model.bert.encoder.layer if hasattr(model, "bert") else model.model.layers
+
+
+def measure(models, kind="sequence", **own):
+    own = {"length": LENGTH, "batch_size": 2, "repeats": 2, "vocabulary": VOCABULARY, "device": "cpu"} | own
+    return measure_efficiency(models, layers_of, kind=kind, **own)
+
+
+BERT_LAYER = 4 * (WIDTH * WIDTH + WIDTH) + (WIDTH * MLP + MLP) + (MLP * WIDTH + WIDTH) + 4 * WIDTH
+LLAMA_LAYER = 2 * WIDTH * WIDTH + 2 * WIDTH * WIDTH // 2 + 3 * WIDTH * MLP + 2 * WIDTH
+
+
+def test_parameters_equal_a_count_by_hand():
+    embeddings = (VOCABULARY + 16 + 2) * WIDTH + 2 * WIDTH
+    heads = (WIDTH * WIDTH + WIDTH) + (5 * WIDTH + 5)  # pooler, classifier
+    found = size(bert(3), layers_of)
+    assert found["layer_parameters"] == 3 * BERT_LAYER
+    assert found["parameters"] == embeddings + 3 * BERT_LAYER + heads
+    assert found["bytes"] == 4 * found["parameters"]
+
+
+def test_tied_weights_count_once():
+    tied, untied = llama(1, tie_word_embeddings=True), llama(1, tie_word_embeddings=False)
+    assert size(tied, layers_of)["parameters"] == VOCABULARY * WIDTH + LLAMA_LAYER + WIDTH
+    assert size(untied, layers_of)["parameters"] == 2 * VOCABULARY * WIDTH + LLAMA_LAYER + WIDTH
+
+
+def test_bytes_follow_the_dtype():
+    assert size(bert(1).bfloat16(), layers_of)["bytes"] == 2 * size(bert(1), layers_of)["parameters"]
+    assert size(bert(1).bfloat16(), layers_of)["dtype"] == "bfloat16"
+
+
+def count(model):
+    return flops(model.eval(), layers_of, torch.ones(1, LENGTH, dtype=torch.long))
+
+
+ATTENTION = 2 * 2 * LENGTH * LENGTH * WIDTH
+"""FLOPs of one layer's Q K^T and P V."""
+
+
+def test_flops_equal_two_per_multiply_add_of_the_matrices():
+    bert_layer = 2 * LENGTH * (4 * WIDTH * WIDTH + 2 * WIDTH * MLP) + ATTENTION
+    found = count(bert(3))
+    assert found["flops_counted_on"] == "fake tensors"
+    assert found["layer_flops_per_example"] == 3 * bert_layer
+    assert found["flops_per_example"] == 3 * bert_layer + 2 * (WIDTH * WIDTH + 5 * WIDTH)  # heads see one position
+
+    llama_layer = 2 * LENGTH * (3 * WIDTH * WIDTH + 3 * WIDTH * MLP) + ATTENTION
+    found = count(llama(2))
+    assert found["flops_counted_on"] == "fake tensors"
+    assert found["layer_flops_per_example"] == 2 * llama_layer
+    head_and_rotary = found["flops_per_example"] - 2 * llama_layer
+    assert 0 <= head_and_rotary - 2 * LENGTH * WIDTH * VOCABULARY <= 2 * LENGTH * WIDTH
+
+
+@pytest.mark.parametrize("build", [bert, llama])
+def test_flops_do_not_depend_on_the_attention_kernel(build):
+    assert count(build(2, attn_implementation="sdpa")) == count(build(2, attn_implementation="eager"))
+
+
+class Peeking(nn.Module):
+    """Reads a value, which fake tensors do not have."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)])
+
+    def forward(self, input_ids):
+        hidden = input_ids[..., None].float().expand(-1, -1, WIDTH)
+        return self.layers[1](self.layers[0](hidden)) if input_ids.sum().item() > 0 else hidden
+
+
+def test_flops_of_a_model_that_reads_values_are_counted_on_a_real_pass():
+    found = flops(Peeking(), lambda model: model.layers[:1], torch.ones(1, LENGTH, dtype=torch.long))
+    one_layer = 2 * LENGTH * WIDTH * WIDTH
+    assert found == {
+        "flops_per_example": 2 * one_layer,
+        "layer_flops_per_example": one_layer,
+        "flops_counted_on": "a real pass",
+    }
+
+
+def test_half_the_layers_are_half_the_layer_flops():
+    result = measure({"teacher": llama(4), "student": llama(2)}, kind="next_token")
+    ratios, models = result["ratios"]["student"], result["models"]
+    assert list(result["ratios"]) == ["student"]
+    assert ratios["layer_flops"] == ratios["layer_parameters"] == 0.5
+    assert ratios["flops"] == models["student"]["flops_per_example"] / models["teacher"]["flops_per_example"]
+    assert 0.5 < ratios["flops"] < 1
+    assert 0.5 < ratios["parameters"] < 1
+
+
+def test_the_result_is_json_with_its_protocol_and_positive_times():
+    result = measure({"teacher": bert(2), "student": bert(1), "smallest": bert(1).bfloat16()})
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    protocol = {"kind": "sequence", "batch_size": 2, "length": LENGTH, "repeats": 2, "reference": "teacher"}
+    assert protocol.items() <= result["protocol"].items()
+    assert result["protocol"]["dtype"] == "bfloat16, float32"
+    assert result["protocol"]["threads"] == torch.get_num_threads()
+    for model in result["models"].values():
+        assert 0 < model["latency_ms"]["p50"] <= model["latency_ms"]["p95"]
+        assert model["throughput"] > 0
+    for ratio in result["ratios"].values():
+        for key in ("latency", "throughput"):
+            assert 0 < ratio[key]["min"] <= ratio[key]["median"] <= ratio[key]["max"]
+
+
+class Recorder(nn.Module):
+    """Writes down when it runs, on what, and in which mode."""
+
+    def __init__(self, name, log):
+        super().__init__()
+        self.name, self.log, self.layers = name, log, nn.ModuleList([nn.Linear(1, 1)])
+
+    def forward(self, input_ids):
+        self.log.append((self.name, tuple(input_ids.shape), self.training, input_ids.sum()))
+        return self.layers[0](input_ids[..., None].float())
+
+
+def test_models_run_in_turns_on_the_same_ids_in_evaluation_mode():
+    log = []
+    models = {"a": Recorder("a", log), "b": Recorder("b", log)}
+    measure_efficiency(
+        models,
+        lambda model: model.layers,
+        kind="sequence",
+        length=4,
+        repeats=3,
+        vocabulary=9,
+        device="cpu",
+        batch_size=2,
+    )
+    assert not any(training for _, _, training, _ in log)
+    timed = [name for name, shape, _, _ in log if shape == (2, 4)]
+    assert timed == ["a", "a", "b", "b"] + ["a", "b"] * 3  # warm-up, then rounds
+    sums = [int(total) for _, shape, _, total in log if shape == (2, 4)]
+    assert len(set(sums)) == 1
+
+
+def test_every_module_is_left_in_the_mode_it_was_in():
+    model = bert(1).train()
+    model.bert.embeddings.eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    measure({"teacher": model})
+    assert {name: module.training for name, module in model.named_modules()} == before
+
+
+def test_weights_and_random_state_are_untouched():
+    model = bert(1)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    torch.manual_seed(7)
+    measure({"teacher": model})
+    after = torch.rand(3)
+    torch.manual_seed(7)
+    assert torch.equal(after, torch.rand(3))
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+
+
+def test_ids_avoid_padding_and_use_the_whole_vocabulary():
+    ids = random_ids(8, (50, 10), llama(1, pad_token_id=3))
+    assert sorted(set(ids.flatten().tolist())) == [0, 1, 2, 4, 5, 6, 7]

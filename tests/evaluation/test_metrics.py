@@ -1,0 +1,129 @@
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from sklearn import metrics as sklearn_metrics
+
+from distill.errors import InputError
+from distill.evaluation.metrics import HIGHER_IS_BETTER, METRICS, columns_of, compute
+
+
+def array(*values):
+    return np.array(values)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_classification_metrics_equal_those_of_scikit_learn(seed):
+    random = np.random.default_rng(seed)
+    references, predictions = random.integers(0, 6, 200), random.integers(0, 6, 200)
+    found = compute(["accuracy", "f1_macro"], {"references": references, "predictions": predictions})
+    assert found["accuracy"] == pytest.approx(sklearn_metrics.accuracy_score(references, predictions))
+    assert found["f1_macro"] == pytest.approx(sklearn_metrics.f1_score(references, predictions, average="macro"))
+
+
+@pytest.mark.parametrize(
+    ("references", "predictions"),
+    [
+        (array(0, 0, 1, 1), array(0, 0, 0, 0)),  # class 1 is never predicted
+        (array(0, 0, 0, 0), array(0, 0, 7, 7)),  # class 7 is never true
+        (array(1, 2, 3), array(4, 5, 6)),  # nothing in common
+        (array(-3, 9, 9), array(-3, 9, 100)),
+        (array("json", "email", "json"), array("json", "json", "xml")),
+    ],
+)
+def test_f1_counts_classes_that_are_only_predicted_or_only_true_as_scikit_learn_does(references, predictions):
+    expected = sklearn_metrics.f1_score(references, predictions, average="macro", zero_division=0)
+    columns = {"references": references, "predictions": predictions}
+    assert compute(["f1_macro"], columns)["f1_macro"] == pytest.approx(expected)
+
+
+def test_all_metrics_by_hand_in_one_call():
+    columns = {
+        "references": array(0, 1, 1, 2),
+        "predictions": array(0, 1, 2, 2),
+        "teacher_predictions": array(0, 0, 2, 1),
+        "nll": array(2.0, 4.0),  # two texts of 1 and 3 tokens: 6 / 4, not the mean of 2 and 4 / 3
+        "tokens": array(1, 3),
+        "correct": array(1, 0),
+        "kl_sum": array(0.5, 0.25, 0.75),
+        "positions": array(1, 1, 4),
+    }
+    found = compute(list(METRICS), columns)
+    assert found == pytest.approx(
+        {
+            "accuracy": 3 / 4,
+            "f1_macro": (1 + 2 / 3 + 2 / 3) / 3,
+            "agreement": 2 / 4,
+            "perplexity": math.exp(1.5),
+            "token_accuracy": 1 / 4,
+            "kl": 1.5 / 6,
+            "loss": 1.5,
+        }
+    )
+    assert {type(value) for value in found.values()} == {float}
+
+
+def test_totals_are_summed_in_double_precision():
+    nll = np.concatenate([[2.0**24], np.ones(1000)]).astype(np.float32)  # float32 cannot count on from 2^24
+    assert compute(["loss"], {"nll": nll, "tokens": np.ones(1001, dtype=np.int64)})["loss"] == (2**24 + 1000) / 1001
+
+
+def test_what_has_no_finite_value_is_inf_or_nan():
+    assert compute(["perplexity"], {"nll": array(1e5), "tokens": array(1)})["perplexity"] == math.inf
+    empty_texts = {"nll": array(0.0), "correct": array(0), "tokens": array(0)}
+    assert all(math.isnan(value) for value in compute(["perplexity", "loss", "token_accuracy"], empty_texts).values())
+
+
+def test_every_metric_has_a_direction():
+    assert list(HIGHER_IS_BETTER) == list(METRICS)
+
+
+def bias(predictions, references, *, power=1):
+    return abs(predictions - references).mean() ** power
+
+
+def test_a_users_own_function_is_named_by_module_and_function(monkeypatch):
+    monkeypatch.setitem(sys.modules, "their_metrics", sys.modules[__name__])
+    columns = {"predictions": array(1.5, 2.0), "references": array(1.0, 1.0)}
+    assert columns_of(bias) == ("predictions", "references")
+    assert compute(["their_metrics:bias"], columns) == {"their_metrics:bias": 0.75}
+
+
+@pytest.mark.parametrize(
+    ("names", "columns", "message"),
+    [
+        (["agreement"], {"predictions": array(1)}, "'agreement' needs the columns predictions, teacher_predictions"),
+        (["accuracy", "loss"], {"predictions": array(1), "references": array(1)}, "'loss' .* there is no nll, tokens"),
+        (["accuracy"], {"predictions": array(), "references": array()}, "no examples"),
+        (["accuracy"], {"predictions": array(1, 2), "references": array(1)}, "different lengths"),
+        (["accuracy"], {"predictions": array([1, 2]), "references": array(1)}, r"predictions .* shape \(1, 2\)"),
+        (["acuracy"], {}, "did you mean 'accuracy'"),
+    ],
+)
+def test_unusable_input_is_explained(names, columns, message):
+    with pytest.raises(InputError, match=message):
+        compute(names, columns)
+
+
+def test_the_table_is_importable_without_the_slow_packages():
+    code = (
+        "import sys, distill.evaluation.metrics; print(*{'torch', 'evaluate', 'datasets', 'numpy'} & set(sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "\n"
+
+
+def test_nothing_is_read_from_or_written_to_the_working_folder_and_the_cache(tmp_path, monkeypatch):
+    import evaluate
+
+    work, cache, temporary = (tmp_path / name for name in ("work", "cache", "temporary"))
+    for script in (work / "accuracy" / "accuracy.py", temporary / "keep"):
+        script.parent.mkdir(parents=True)
+        script.write_text("raise SystemExit('evaluate.load would run this file')")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(work)
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", str(cache))
+    compute(["accuracy"], {"predictions": array(1), "references": array(1)})
+    assert sorted(tmp_path.rglob("*")) == before
