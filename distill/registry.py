@@ -1,8 +1,8 @@
 """Names in recipes and the functions they stand for.
 
-A strategy is one function and one row in a literal table; its keyword-only parameters are its schema. `find` and `bind`
-turn a name and its `params` into a callable; `names_in` reads a table without importing the module it stands in, so that
-a recipe is checked in milliseconds, without torch, from that same table.
+A strategy is one function and one row in a literal table; its keyword-only parameters are its schema. `find` and
+`bind` turn a name and its `params` into a callable; `names_in` reads a table without importing the module it stands in,
+so that a recipe is checked in milliseconds, without torch, from that same table.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from distill.errors import InputError
 
@@ -48,7 +48,7 @@ def find(table: Mapping[str, F], name: str, what: str) -> F:
     if name in table:
         return table[name]
     if is_reference(name):
-        return _imported(name, what)  # type: ignore[return-value]  # what it accepts is checked by `bind` and by use
+        return cast("F", _imported(name, what))  # what it accepts shows in `bind` and in use
     close = nearest(name, table)
     hint = f"did you mean {close!r}? " if close else ""
     raise InputError(
@@ -131,11 +131,13 @@ def _source(module: str) -> Path:
     """File of a module, found without importing any of its parent packages, whose `__init__` may import torch."""
     top, *rest = module.split(".")
     spec = importlib.util.find_spec(top)
-    for folder in (spec.submodule_search_locations or []) if spec else []:
+    candidates = [Path(spec.origin)] if spec and spec.origin and not rest else []
+    for folder in (spec.submodule_search_locations or []) if spec and rest else []:
         path = Path(folder, *rest)
-        for candidate in (path.with_name(f"{path.name}.py"), path / "__init__.py"):
-            if candidate.is_file():
-                return candidate
+        candidates += [path.with_name(f"{path.name}.py"), path / "__init__.py"]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
     raise LookupError(f"module {module} has no source file")
 
 

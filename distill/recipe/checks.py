@@ -33,12 +33,9 @@ class View:
         self.data, self.base = data, base
 
     def section(self, path: KeyPath, model: type[BaseModel]) -> dict[str, Any] | None:
-        """A section with its defaults filled in; None when it is absent or not a section."""
-        given = at(self.data, path)
-        if not isinstance(given, dict):
-            # Sections that may be left out have a default for each key that the checks read.
-            return defaults(model) if path and at(self.data, path, default=path) is path else None
-        return {**defaults(model), **given}
+        """A section with its defaults filled in, all of them when it is absent; None when it is not a section."""
+        given = at(self.data, path, default={})
+        return {**defaults(model), **given} if isinstance(given, dict) else None
 
     def terms(self) -> Iterator[tuple[KeyPath, dict[str, Any]]]:
         """Each loss term with its path."""
@@ -263,8 +260,9 @@ def listed_once(view: View) -> Iterator[Finding]:
     """Arms and metrics are measured once each."""
     evaluation = view.section(("evaluation",), Evaluation) or {}
     for key in ("arms", "metrics"):
-        names = evaluation.get(key)
-        for position, name in enumerate(names if isinstance(names, list) else []):
+        given = evaluation.get(key)
+        names: list[Any] = given if isinstance(given, list) else []
+        for position, name in enumerate(names):
             if name in names[:position]:
                 path: KeyPath = ("evaluation", key, position)
                 yield Finding(path, f"{name} is listed twice in {dotted(path[:-1])}", "keep one of them")

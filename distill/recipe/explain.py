@@ -48,7 +48,6 @@ def validate(document: Document) -> tuple[Recipe | None, list[Finding]]:
         for path in unknown:
             seen.add(path)
             finding, meant = _unknown_key(path, document, schema)
-            # The place is looked up now: moving the key takes it along to the new path.
             found.append(finding)
             if meant is not None:
                 document.move(path, meant)
@@ -98,7 +97,7 @@ class _Schema:
             return f"one of {', '.join(names)}" if len(names) > 1 else str(names[0])
         if "properties" in node:
             return f"a section with the keys {', '.join(node['properties'])}"
-        kind = node.get("type", "")
+        kind = str(node.get("type", ""))
         if kind == "object":
             return "a section of names and values"
         if kind == "array" and "prefixItems" in node:
@@ -129,9 +128,11 @@ def _unknown_key(path: KeyPath, document: Document, schema: _Schema) -> tuple[Fi
     """The finding for an unknown key, and where it should be when that is clear and free."""
     section, key = path[:-1], str(path[-1])
     siblings = schema.keys(section)
-    elsewhere = [other for other in schema.sections() if key in schema.keys(other)]
+    elsewhere = sorted((other for other in schema.sections() if key in schema.keys(other)), key=len)
+    # A close spelling beats a key of another section, which beats a distant spelling.
     close = nearest(key, siblings, 0.8) or (None if elsewhere else nearest(key, siblings))
     meant: KeyPath | None = None
+    fix = ""
     if close:
         fix, meant = f"did you mean {close!r}?", (*section, close)
     elif elsewhere:
@@ -141,11 +142,11 @@ def _unknown_key(path: KeyPath, document: Document, schema: _Schema) -> tuple[Fi
     else:
         fix = f"remove it; {_name(section)} has {', '.join(siblings)}"
     if meant and at(document.data, meant, default=meant) is not meant:
-        fix, meant = f"{fix} That is given as well: remove one of them" if close else fix, None
+        fix, meant = f"{fix} It is given as well: remove one of them" if close else fix, None
     if meant and not isinstance(at(document.data, meant[:-1]), dict):
         meant = None
-    finding = Finding(path, "unknown key", fix, at="key", place=document.keys.get(path))
-    return finding, meant
+    # The place is noted now: once the key is moved, the document knows it under its new path only.
+    return Finding(path, "unknown key", fix, at="key", place=document.keys.get(path)), meant
 
 
 def _under(sections: list[KeyPath]) -> str:
@@ -166,7 +167,7 @@ def _wrong_values(errors: list[tuple[str, KeyPath]], document: Document, schema:
             missing.append((*path, loc[-1]))
         elif kind != "extra_forbidden":
             wrong.append(path)
-    # Of a value with several allowed forms every form complains; the deepest complaint is about the form that was meant.
+    # Where several forms are allowed, each complains; the deepest complaint is about the form that was meant.
     wrong = [path for path in dict.fromkeys(wrong) if not any(_inside(other, path) for other in wrong)]
     return [
         *(Finding(path, f"missing; give {schema.words(schema.node(path), path)}", at="key") for path in missing),
@@ -215,6 +216,8 @@ def _value_fix(value: Any, options: list[Node]) -> str:
             return f"write {'true' if value.lower() in {'yes', 'on'} else 'false'}"
         if "integer" in kinds and value.strip().lstrip("+-").isdecimal():
             return "remove the quotes"
+    if isinstance(value, int | float) and not isinstance(value, bool) and "string" in kinds:
+        return "put it in quotes"
     if isinstance(value, float) and "integer" in kinds and value.is_integer():
         return f"write {int(value)}"
     return ""

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic_core import to_jsonable_python
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedSeq
+from ruamel.yaml.representer import RoundTripRepresenter
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from distill.errors import Problem, RecipeError
@@ -58,6 +59,8 @@ def dump(recipe: Recipe) -> str:
     """The recipe as YAML with every default written out; loads back to an equal recipe."""
     yaml = YAML()
     yaml.width = 2**20  # long text stays on its line
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    yaml.Representer = _Writer
     stream = StringIO()
     yaml.dump(_styled(recipe.model_dump(mode="json")), stream)
     return stream.getvalue()
@@ -96,6 +99,13 @@ def _override(document: Document, overrides: Sequence[str]) -> list[tuple[tuple[
         except _NotSet as error:
             problems.append((place.order, Problem(place.text, key, error.message, error.fix)))
     return problems
+
+
+class _Writer(RoundTripRepresenter):
+    """Writes `null` where the library leaves a blank."""
+
+
+_Writer.add_representer(type(None), lambda writer, _: writer.represent_scalar("tag:yaml.org,2002:null", "null"))
 
 
 class _NotSet(Exception):

@@ -8,13 +8,23 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
+
+def _not_a_switch(value: Any) -> Any:
+    """Pydantic reads `true` as the number 1."""
+    if isinstance(value, bool):
+        raise ValueError("a number is not true or false")
+    return value
+
+
+NotASwitch = BeforeValidator(_not_a_switch)
+"""Comes after the limits, which would be missing from the JSON schema otherwise."""
 Count = Annotated[StrictInt, Field(ge=1)]
 Index = Annotated[StrictInt, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0), NotASwitch]
+NonNegative = Annotated[float, Field(ge=0), NotASwitch]
+Fraction = Annotated[float, Field(ge=0, le=1), NotASwitch]
 Params = dict[StrictStr, StrictBool | StrictInt | float | StrictStr]
 
 
@@ -88,7 +98,7 @@ class Layers(Section):
 class Mlp(Section):
     """Which neurons each kept layer's MLP keeps."""
 
-    keep: Count | Annotated[float, Field(gt=0, le=1)] = 1.0
+    keep: Count | Annotated[float, Field(gt=0, le=1), NotASwitch] = 1.0
     """Neurons per layer (integer) or the share of them (0 < share ≤ 1)."""
     score: StrictStr = "activation"
     """How neurons are ranked: a name from `distill.student.importance.SCORES` or `package.module:function`."""
@@ -137,7 +147,7 @@ class Data(Section):
     teacher labels. null: keep all."""
     max_length: Count = 128
     """Tokens per example; longer texts are cut (classification) or packed in blocks of this length (causal LM)."""
-    test_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    test_share: Annotated[float, Field(gt=0, lt=1), NotASwitch] = 0.2
     """Share of examples held out, by a hash of their text."""
     limit: Count | None = None
     """Use at most this many examples, for trials."""

@@ -91,6 +91,8 @@ class _Composer:
             self._document()
         except MarkedYAMLError as error:
             self._syntax_error(error)
+        except RecipeError:  # a ValueError, too
+            raise
         except (YAMLError, ValueError, OverflowError) as error:
             # Escapes of characters that do not exist ("\ud800") break inside the parser, without a position.
             reason = str(error).splitlines()[0]
@@ -115,6 +117,9 @@ class _Composer:
         self._check(event, path)
         self.result.values[path] = self._place(event)
         if isinstance(event, events.ScalarEvent):
+            if event.value == "" and event.style is None and path in self.result.keys:
+                # Nothing was written: the parser places that at the next token, which may be lines below.
+                self.result.values[path] = self.result.keys[path]
             return self._text(event, path)
         return self._mapping(path) if isinstance(event, events.MappingStartEvent) else self._sequence(path)
 
@@ -130,7 +135,7 @@ class _Composer:
             self._refuse(event, path[:1], f"nested more than {MAX_DEPTH} levels deep")
         self.nodes += 1
         if self.nodes > MAX_NODES:
-            self._refuse(event, path, f"more than {MAX_NODES:,} values; a recipe is a page of settings")
+            self._refuse(event, path[:1], f"more than {MAX_NODES:,} values; a recipe is a page of settings")
 
     def _mapping(self, path: KeyPath) -> dict[str, Any]:
         mapping: dict[str, Any] = {}
@@ -141,7 +146,7 @@ class _Composer:
             self._check(event, path)
             key = self._text(event, path, resolve=False)
             own = (*path, key)
-            if key == "<<":
+            if key == "<<" and event.style is None:
                 self._refuse(event, path, "the merge key << is not allowed", "write the keys out")
             if key in mapping:
                 message = f"given twice in this section, first on line {self.result.keys[own].order[1]}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +14,8 @@ from markupsafe import Markup
 from distill.release.evidence import (
     MISSING,
     Evidence,
+    dig,
     findings,
-    finite,
     measured,
     megabytes,
     number,
@@ -62,7 +63,7 @@ class Table:
     """Rows of finished text."""
 
     head: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: Sequence[tuple[str, ...]]
     text_columns: int = 1
     """The first columns hold text, the others numbers."""
 
@@ -123,11 +124,12 @@ inputs = tokenizer("{text}", return_tensors="pt")
 def metadata(evidence: Evidence) -> ModelCardData:
     """The YAML head of the card. Built offline: `ModelCard.validate` would ask the hub."""
     release, model = evidence.recipe.release, str(evidence.teacher["model"])
-    base = {"base_model": model, "base_model_relation": "finetune"} if HUB_ID.fullmatch(model) else {}
+    on_hub = HUB_ID.fullmatch(model) is not None
     task, _ = USES.get(evidence.auto_class, (None, ""))
     results = eval_results(evidence, task or evidence.recipe.data.task)
     return ModelCardData(
-        **base,
+        base_model=model if on_hub else None,
+        base_model_relation="finetune" if on_hub else None,
         library_name="transformers",
         pipeline_tag=task,
         license=release.license,
@@ -185,7 +187,12 @@ def tables(evidence: Evidence) -> dict[str, Table]:
     plan = evidence.plan
     choices = [(key, choice.asked, choice.got, choice.reason or MISSING) for key, choice in plan.choices.items()]
     layers = [
-        (str(i), str(layer.teacher_layer), f"{layer.teacher_width} → {layer.width}", percent(layer.width / layer.teacher_width))
+        (
+            str(i),
+            str(layer.teacher_layer),
+            f"{layer.teacher_width} → {layer.width}",
+            percent(layer.width / layer.teacher_width),
+        )
         for i, layer in enumerate(plan.layers)
     ]
     return {
@@ -202,7 +209,8 @@ def tables(evidence: Evidence) -> dict[str, Table]:
 def arms_table(evidence: Evidence) -> Table:
     """All arms and all metrics; in brackets what an arm retains of the teacher's value."""
     names = evidence.metric_names
-    arrows = [f"{name} {'↑' if evidence.higher_is_better(name) else '↓'}" for name in names]
+    arrows = {True: " ↑", False: " ↓"}
+    titles = [name + arrows.get(evidence.evaluation["higher_is_better"].get(name), "") for name in names]
     rows = []
     for arm, record in evidence.arms.items():
         cells = []
@@ -211,7 +219,7 @@ def arms_table(evidence: Evidence) -> Table:
             share = "" if retained is None else f" ({percent(retained)})"
             cells.append(measured(name, record["metrics"].get(name)) + share)
         rows.append((ARMS.get(arm, arm), str(record.get("steps") or MISSING), *cells))
-    return Table(("arm", "steps", *arrows), rows)
+    return Table(("arm", "steps", *titles), rows)
 
 
 def losses_table(evidence: Evidence) -> Table:
@@ -235,7 +243,7 @@ def training_rows(evidence: Evidence) -> list[tuple[str, ...]]:
         "teacher": f"{teacher['model']} ({teacher['model_type']}{fitted})",
         "teacher revision": teacher.get("revision"),
         "teacher sha256": teacher.get("sha256"),
-        "steps": evidence.arms.get("distilled", {}).get("steps") or training.steps,
+        "steps": dig(evidence.arms, "distilled", "steps") or training.steps,
         "batch size": training.batch_size,
         "learning rate": f"{number(training.lr)}, {training.schedule}, warmup {number(training.warmup)}",
         "weight decay": number(training.weight_decay),
@@ -253,7 +261,11 @@ def efficiency_table(evidence: Evidence) -> Table:
     efficiency = evidence.evaluation.get("efficiency") or {}
     models, ratios = list(efficiency.get("models", {})), list(efficiency.get("ratios", {}))
     rows = [
-        (label, *(write(evidence.efficiency(model, *path)) for model in models), *(times(evidence.ratio(key, model)) for model in ratios))
+        (
+            label,
+            *(write(evidence.efficiency(model, *path)) for model in models),
+            *(times(evidence.ratio(key, model)) for model in ratios),
+        )
         for label, path, key, write in (
             ("parameters", ("parameters",), "parameters", quantity),
             ("parameters in layers", ("layer_parameters",), "layer_parameters", quantity),

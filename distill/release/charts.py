@@ -17,6 +17,8 @@ Point = tuple[float, float]
 WIDTH, HEIGHT = 560, 300
 LEFT, RIGHT, TOP, BOTTOM = 58, 132, 26, 40
 MOST_POINTS = 240
+BROKEN = 8
+"""A bar that is longer than the next by more than this factor is drawn broken."""
 BAR = 220
 """Pixels of the widest MLP in the picture of the architecture."""
 
@@ -35,7 +37,7 @@ class Bar:
     """One value: a bar, or a horizontal reference in a line chart."""
 
     name: str
-    value: float | None
+    value: float
     style: str
 
 
@@ -61,7 +63,9 @@ def tag(name: str, *children: str, **attributes: object) -> Markup:
     pairs = ((key.rstrip("_").replace("_", "-"), value) for key, value in attributes.items())
     written = ((key, f"{value:.1f}" if isinstance(value, float) else plain(value)) for key, value in pairs)
     inside = Markup("").join(child if isinstance(child, Markup) else plain(child) for child in children)
-    return Markup("<{0}{1}>{2}</{0}>").format(name, Markup("").join(Markup(' {}="{}"').format(*p) for p in written), inside)
+    return Markup("<{0}{1}>{2}</{0}>").format(
+        name, Markup("").join(Markup(' {}="{}"').format(*p) for p in written), inside
+    )
 
 
 def drawing(width: float, height: float, title: str, description: str, *children: str) -> Markup:
@@ -123,9 +127,14 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
     return placed
 
 
+def drawable(value: float, log: bool = False) -> bool:
+    """Whether a value has a place on a scale."""
+    return finite(value) is not None and (value > 0 or not log)
+
+
 def clean(points: Iterable[Point], log: bool) -> list[Point]:
     """The points that can be drawn; long lines become means of equal stretches, so that a page stays small."""
-    known = [(x, y) for x, y in points if finite(x) is not None and finite(y) is not None and (y > 0 or not log)]
+    known = [(x, y) for x, y in points if drawable(x) and drawable(y, log)]
     size = math.ceil(len(known) / MOST_POINTS)
     parts = [known[start : start + size] for start in range(0, len(known), size)] if size > 1 else [[p] for p in known]
     return [(part[-1][0], sum(y for _, y in part) / len(part)) for part in parts]
@@ -142,16 +151,16 @@ def line_chart(
 ) -> Markup:
     """Values over steps, named at their right ends; empty when there is no point to draw."""
     drawn = [line for line in (replace(line, points=clean(line.points, log)) for line in series) if line.points]
-    marks = [Bar(m.name, m.value, m.style) for m in levels if finite(m.value) is not None and (not log or m.value > 0)]
+    marks = [mark for mark in levels if drawable(mark.value, log)]
     if not drawn:
         return Markup("")
-    values = [y for line in drawn for _, y in line.points] + [mark.value or 0.0 for mark in marks]
+    values = [y for line in drawn for _, y in line.points] + [mark.value for mark in marks]
     rows = log_ticks(min(values), max(values)) if log else nice_ticks(min(values), max(values))
     last = max(x for line in drawn for x, _ in line.points) or 1.0
     x = Scale(0, last, LEFT, WIDTH - RIGHT)
     y = Scale(rows[0], rows[-1], HEIGHT - BOTTOM, TOP, log)
     columns = [step for step in nice_ticks(0, last) if step <= last]
-    ends = [Bar(m.name, y.at(m.value or 0.0), m.style) for m in marks]
+    ends = [Bar(m.name, y.at(m.value), m.style) for m in marks]
     ends += [Bar(line.name, y.at(line.points[-1][1]), line.style) for line in drawn]
     return drawing(
         WIDTH,
@@ -169,7 +178,7 @@ def line_chart(
 
 
 def _level(mark: Bar, y: Scale) -> Markup:
-    at = y.at(mark.value or 0.0)
+    at = y.at(mark.value)
     return tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=at, y2=at, class_=f"level {mark.style}")
 
 
@@ -184,7 +193,7 @@ def _line(line: Series, x: Scale, y: Scale) -> list[Markup]:
 
 def _end_labels(ends: Sequence[Bar]) -> list[Markup]:
     """Names beside the right ends, pushed apart where they would overlap."""
-    edge, wanted = WIDTH - RIGHT, [end.value or 0.0 for end in ends]
+    edge, wanted = WIDTH - RIGHT, [end.value for end in ends]
     shapes = []
     for end, start, place in zip(ends, wanted, spread(wanted, 15, TOP, HEIGHT - BOTTOM), strict=True):
         shapes.append(tag("path", d=f"M{edge} {start:.1f}L{edge + 12} {place:.1f}", class_=f"leader {end.style}"))
@@ -193,30 +202,40 @@ def _end_labels(ends: Sequence[Bar]) -> list[Markup]:
 
 
 def bar_chart(
-    bars: Sequence[Bar], *, title: str, description: str, write: Callable[[float], str] = number
+    bars: Sequence[Bar],
+    *,
+    title: str,
+    description: str,
+    mark: Bar | None = None,
+    write: Callable[[float], str] = number,
 ) -> Markup:
-    """Horizontal bars with their values, and the first bar's value as a line through all; empty without values.
+    """Horizontal bars with their values, and a reference as a line through all; empty without values.
 
     One value far above the rest is drawn broken, so that the others can still be told apart.
     """
-    known = [(bar, value) for bar in bars if (value := finite(bar.value)) is not None]
+    known = [bar for bar in bars if drawable(bar.value)]
     if not known:
         return Markup("")
-    values = sorted(value for _, value in known)
-    broken = len(values) > 1 and values[-2] > 0 and values[-1] > 8 * values[-2]
-    top = values[-2] * 1.6 if broken else values[-1]
-    x = Scale(min(0.0, values[0]), top if top > min(0.0, values[0]) else 1.0, 150, WIDTH - 90)
+    values = sorted(bar.value for bar in known)
+    low, high = min(0.0, values[0]), values[-1]
+    if len(values) > 1 and high > BROKEN * values[-2] > 0:
+        high = 1.6 * values[-2]
+    x = Scale(low, high if high > low else 1.0, 150, WIDTH - 90)
     row, height = 36, 36 * len(known) + 8
-    first, at = known[0][0], x.at(min(known[0][1], x.high))
-    shapes = [tag("line", x1=at, x2=at, y1=4, y2=height - 6, class_=f"level {first.style}")]
-    for index, (bar, value) in enumerate(known):
-        y, end = 8.0 + row * index, x.at(min(value, x.high))
-        left, right = sorted((x.at(0), end))
+    shapes = []
+    if mark is not None and drawable(mark.value):
+        at = x.at(min(mark.value, x.high))
+        shapes.append(tag("line", x1=at, x2=at, y1=2, y2=height - 2, class_=f"level {mark.style}"))
+    for index, bar in enumerate(known):
+        y = 8.0 + row * index
+        left, right = sorted((x.at(0), x.at(min(bar.value, x.high))))
         shapes.append(text(140, y + 17, bar.name, f"name {bar.style}", anchor="end"))
-        shapes.append(tag("rect", x=left, y=y, width=max(right - left, 1.5), height=24, rx=3, class_=f"bar {bar.style}"))
-        if value > x.high:
+        shapes.append(
+            tag("rect", x=left, y=y, width=max(right - left, 1.5), height=24, rx=3, class_=f"bar {bar.style}")
+        )
+        if bar.value > x.high:
             shapes.append(tag("path", d=f"M{right - 22:.1f} {y + 28:.1f}l8 -32", class_="break"))
-        shapes.append(text(right + 8, y + 17, write(value), "value"))
+        shapes.append(text(right + 8, y + 17, write(bar.value), "value"))
     return drawing(WIDTH, height, title, description, *shapes)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from distill.models.plan import StudentPlan
 from distill.recipe.schema import Recipe
 
-MISSING = "–"
+MISSING = "\N{EN DASH}"
 SHARES = ("accuracy", "agreement", "exact_match", "f1", "precision", "recall")
 """Metrics whose name starts like this are shares of 1 and are written as percentages."""
 
@@ -58,11 +58,11 @@ class Evidence:
 
     def score(self, arm: str, metric: str | None = None) -> float | None:
         """Value of one arm (of the primary metric by default); None when it was not measured or is not finite."""
-        return finite(self.arms.get(arm, {}).get("metrics", {}).get(metric or self.primary))
+        return finite(dig(self.arms, arm, "metrics", metric or self.primary))
 
     def retained(self, arm: str, metric: str) -> float | None:
         """Share of the teacher's value that an arm reaches."""
-        return None if arm == "teacher" else finite(self.arms[arm].get("retained", {}).get(metric))
+        return None if arm == "teacher" else finite(dig(self.arms, arm, "retained", metric))
 
     def higher_is_better(self, metric: str) -> bool:
         """Direction of a metric; higher is better unless the evaluation says otherwise."""
@@ -70,14 +70,18 @@ class Evidence:
 
     def efficiency(self, model: str, *path: str) -> float | None:
         """One figure of one model, e.g. `efficiency("student", "latency_ms", "p50")`."""
-        value: Any = (self.evaluation.get("efficiency") or {}).get("models", {}).get(model, {})
-        for key in path:
-            value = value.get(key) if isinstance(value, dict) else None
-        return finite(value)
+        return finite(dig(self.evaluation, "efficiency", "models", model, *path))
 
     def ratio(self, key: str, model: str = "student") -> Any:
         """Student ÷ teacher as measured: a number, a {median, min, max}, or None."""
-        return (self.evaluation.get("efficiency") or {}).get("ratios", {}).get(model, {}).get(key)
+        return dig(self.evaluation, "efficiency", "ratios", model, key)
+
+
+def dig(value: Any, *path: str) -> Any:
+    """What lies at the end of a path of keys; None where the path ends early."""
+    for key in path:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
 
 
 def finite(value: Any) -> float | None:
@@ -127,10 +131,10 @@ def times(value: Any) -> str:
     """A ratio, with its range when it was measured several times."""
     if isinstance(value, dict):
         low, high = finite(value.get("min")), finite(value.get("max"))
-        span = "" if low is None or high is None else f" ({low:.2f}–{high:.2f})"
+        span = "" if low is None or high is None else f" ({low:.2f} to {high:.2f})"
         return times(value.get("median")) + span
     known = finite(value)
-    return MISSING if known is None else f"{known:.2f}×"
+    return MISSING if known is None else f"{known:.2f}x"
 
 
 def is_share(metric: str) -> bool:
@@ -161,7 +165,8 @@ def summary(evidence: Evidence) -> str:
     """What was cut from what, and what it costs and keeps, in one sentence."""
     plan, metric = evidence.plan, evidence.primary
     share = sum(plan.widths) / sum(layer.teacher_width for layer in plan.layers)
-    text = f"keeps {len(plan.layers)} of its teacher's {plan.teacher_layers} layers, with {percent(share)} of their MLP neurons"
+    depth = f"{len(plan.layers)} of its teacher's {plan.teacher_layers} layers"
+    text = f"keeps {depth} and {percent(share)} of their MLP neurons"
     facts = []
     student, teacher = evidence.efficiency("student", "parameters"), evidence.efficiency("teacher", "parameters")
     if student and teacher:
@@ -207,7 +212,7 @@ def _comparison(evidence: Evidence, score: float, rival: str, what: str) -> Find
 
 
 def standard_error(evidence: Evidence, score: float) -> float | None:
-    """Of an accuracy over examples: sqrt(p (1 - p) / n). Unknown for metrics that are not a mean of independent hits."""
+    """Of an accuracy over examples: sqrt(p (1 - p) / n). None for metrics that are no mean of hits."""
     examples = finite(evidence.evaluation["data"].get("examples"))
     known = evidence.primary == "accuracy" and evidence.auto_class == "AutoModelForSequenceClassification"
     return math.sqrt(score * (1 - score) / examples) if known and examples and 0 <= score <= 1 else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from distill.release import charts
 from distill.release.card import ARMS, caveats, tables
 from distill.release.evidence import (
     Evidence,
+    dig,
     findings,
     finite,
     is_share,
@@ -40,7 +41,7 @@ class Tile:
     name: str
     value: str
     note: str
-    picture: Markup = Markup("")
+    picture: Markup | None = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,12 @@ def size(evidence: Evidence) -> Tile:
         return Tile("layers", str(kept), f"teacher {deep}", charts.pair(deep, kept))
     weights = evidence.efficiency("student", "bytes")
     note = f"teacher {quantity(teacher)}, {percent(student / teacher)} left"
-    return Tile("parameters", quantity(student), note + (f", {megabytes(weights)}" if weights else ""), charts.pair(teacher, student))
+    return Tile(
+        "parameters",
+        quantity(student),
+        note + (f", {megabytes(weights)}" if weights else ""),
+        charts.pair(teacher, student),
+    )
 
 
 def speed(evidence: Evidence) -> Tile | None:
@@ -110,7 +116,7 @@ def speed(evidence: Evidence) -> Tile | None:
     student, teacher = evidence.efficiency("student", "throughput"), evidence.efficiency("teacher", "throughput")
     middle, _, span = times(ratio).partition(" ")
     note = f"{number(student)} against {number(teacher)} examples/s" + (f", range {span.strip('()')}" if span else "")
-    return Tile("throughput", middle, note, charts.pair(teacher, student) if teacher and student else Markup(""))
+    return Tile("throughput", middle, note, charts.pair(teacher, student) if teacher and student else None)
 
 
 def agreement(evidence: Evidence) -> Tile | None:
@@ -118,7 +124,7 @@ def agreement(evidence: Evidence) -> Tile | None:
     value, before = evidence.score("distilled", "agreement"), evidence.score("cut", "agreement")
     if value is None:
         return None
-    note = "of test examples, same answer as the teacher" + ("" if before is None else f"; {percent(before)} before training")
+    note = "same answer as the teacher" + ("" if before is None else f"; {percent(before)} before training")
     return Tile("agreement", percent(value), note, charts.pair(1.0, value))
 
 
@@ -128,22 +134,24 @@ def architecture(evidence: Evidence) -> Figure:
     kept = [charts.Kept(layer.teacher_layer, layer.teacher_width, layer.width) for layer in plan.layers]
     sources = ", ".join(str(index) for index in plan.kept_layers)
     title = f"{len(kept)} of {plan.teacher_layers} layers kept"
-    description = f"The student is made of teacher layers {sources}, with MLP widths {', '.join(map(str, plan.widths))}."
+    description = (
+        f"The student is made of teacher layers {sources}, with MLP widths {', '.join(map(str, plan.widths))}."
+    )
     caption = (
         "Bar length: MLP width. Solid: neurons that live on in the student; pale: neurons pruned; dashed: layers "
         f"dropped. Layer policy {plan.layer_policy}, neuron score {plan.mlp_score}, allocation {plan.mlp_allocation}."
     )
-    return Figure("What was cut", charts.architecture(plan.teacher_layers, kept, title=title, description=description), caption)
+    return Figure(
+        "What was cut", charts.architecture(plan.teacher_layers, kept, title=title, description=description), caption
+    )
 
 
 def loss_curves(evidence: Evidence) -> Figure:
-    """The loss and each of its parts, before weights."""
-    records = [record for record in evidence.metrics if record.get("event") == "train"]
-    parts = list(dict.fromkeys(part for record in records for part in record.get("parts") or {}))
-    lines = [charts.Series("loss", points(records, lambda record: record.get("loss")), "total")]
+    """The loss and each of its parts."""
+    parts = dict.fromkeys(part for record in evidence.metrics for part in record.get("parts") or {})
+    lines = [charts.Series("loss", points(evidence.metrics, "train", "loss"), "total")]
     for index, part in enumerate(parts):
-        values = points(records, lambda record, part=part: (record.get("parts") or {}).get(part))
-        lines.append(charts.Series(part, values, f"c{index % 6}"))
+        lines.append(charts.Series(part, points(evidence.metrics, "train", "parts", part), f"c{index % 6}"))
     wide = is_wide(value for line in lines for _, value in line.points)
     caption = f"Training loss and its parts{', logarithmic scale' if wide else ''}."
     picture = charts.line_chart(lines, title="Training loss", description=caption, log=wide)
@@ -153,13 +161,11 @@ def loss_curves(evidence: Evidence) -> Figure:
 def held_out(evidence: Evidence) -> Figure:
     """The primary metric on the held-out split while the student and its control learned."""
     metric = evidence.primary
-
-    def line(name: str, records: list[dict[str, Any]]) -> charts.Series:
-        found = [record for record in records if record.get("event") == "evaluate"]
-        return charts.Series(name, points(found, lambda record: (record.get("metrics") or {}).get(metric)), STYLES[name])
-
-    lines = [line("distilled", evidence.metrics), line("labels_only", evidence.control_metrics)]
-    levels = [charts.Bar(name, evidence.score(name), STYLES[name]) for name in ("teacher", "cut")]
+    records = {"distilled": evidence.metrics, "labels_only": evidence.control_metrics}
+    lines = [
+        charts.Series(arm, points(found, "evaluate", "metrics", metric), STYLES[arm]) for arm, found in records.items()
+    ]
+    levels = scores(evidence, ["teacher", "cut"])
     values = [value for each in lines for _, value in each.points] + [level.value for level in levels]
     caption = f"{metric} on the held-out split; teacher and cut student as horizontal lines where measured."
     picture = charts.line_chart(
@@ -168,15 +174,19 @@ def held_out(evidence: Evidence) -> Figure:
         description=caption,
         levels=levels,
         log=is_wide(values),
-        write=(lambda value: f"{100 * value:g} %") if is_share(metric) else number,
+        write=round_percent if is_share(metric) else number,
     )
     return Figure(f"Held-out {metric}", picture, caption)
 
 
+def round_percent(value: float) -> str:
+    """Percentages of an axis, which are round."""
+    return f"{100 * value:g} %"
+
+
 def learning_rate(evidence: Evidence) -> Figure:
     """The schedule as it was run."""
-    records = [record for record in evidence.metrics if record.get("event") == "train"]
-    line = charts.Series("lr", points(records, lambda record: record.get("lr")), "total")
+    line = charts.Series("lr", points(evidence.metrics, "train", "lr"), "total")
     training = evidence.recipe.training
     caption = f"Learning rate: {training.schedule}, peak {number(training.lr)}."
     return Figure("Learning rate", charts.line_chart([line], title="Learning rate", description=caption), caption)
@@ -185,21 +195,30 @@ def learning_rate(evidence: Evidence) -> Figure:
 def arms(evidence: Evidence) -> Figure:
     """The primary metric of every arm, side by side."""
     metric = evidence.primary
-    bars = [charts.Bar(name, evidence.score(name), STYLES.get(name, "cut")) for name in evidence.arms]
     direction = "higher" if evidence.higher_is_better(metric) else "lower"
-    caption = f"{metric}, {direction} is better. The dashed line marks the first arm."
-    picture = charts.bar_chart(bars, title=f"Arms compared: {metric}", description=caption, write=partial(measured, metric))
-    return Figure(f"Arms compared: {metric}", picture, caption)
+    bars = scores(evidence, evidence.arms)
+    teacher = next((bar for bar in bars if bar.name == "teacher"), None)
+    caption = f"{metric}, {direction} is better." + (" Dashed: the teacher." if teacher else "")
+    title = f"Arms compared: {metric}"
+    write = partial(measured, metric)
+    picture = charts.bar_chart(bars, title=title, description=caption, mark=teacher, write=write)
+    return Figure(title, picture, caption)
 
 
-def points(records: list[dict[str, Any]], value: Callable[[dict[str, Any]], Any]) -> list[charts.Point]:
+def scores(evidence: Evidence, names: Iterable[str]) -> list[charts.Bar]:
+    """The primary metric of those arms that have it."""
+    values = [(name, evidence.score(name)) for name in names]
+    return [charts.Bar(name, value, STYLES.get(name, "cut")) for name, value in values if value is not None]
+
+
+def points(records: list[dict[str, Any]], event: str, *path: str) -> list[charts.Point]:
     """(step, value) in order of steps. A resumed run repeats steps: the last record of a step counts."""
-    found = {record.get("step"): value(record) for record in records}
-    known = [(step, number) for key, each in found.items() if (step := finite(key)) is not None and (number := finite(each)) is not None]
-    return sorted(known)
+    found = {record.get("step"): dig(record, *path) for record in records if record.get("event") == event}
+    pairs = ((finite(step), finite(value)) for step, value in found.items())
+    return sorted((step, value) for step, value in pairs if step is not None and value is not None)
 
 
-def is_wide(values: Iterable[float | None]) -> bool:
+def is_wide(values: Iterable[float]) -> bool:
     """Whether the positive values ask for a logarithmic scale."""
-    known = [value for value in values if value is not None and value > 0]
+    known = [value for value in values if value > 0]
     return bool(known) and max(known) > WIDE * min(known)

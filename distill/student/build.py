@@ -31,6 +31,7 @@ def build_student(teacher: Any, plan: StudentPlan) -> Any:
         )
     with no_init_weights():  # every tensor is copied below; drawing random ones first would be wasted
         student = type(teacher)._from_config(student_config(teacher.config, plan), dtype=teacher.dtype)
+    student.tie_weights()  # part of the skipped initialisation
     _reindex(layers_of(student))
     _copy_cut(teacher, student, plan)
     if teacher.can_generate():

@@ -107,7 +107,15 @@ def train_record(step: int) -> dict[str, Any]:
     }
     loss = 0.3 * parts["labels"] + parts["logits.forward_kl"] + parts["hidden.mse"]
     lr = 3e-4 * min(step / 30, 0.5 + 0.5 * math.cos(math.pi * step / 300))
-    return {"event": "train", "step": step, "epoch": step / 100, "lr": lr, "loss": loss, "parts": parts, "grad_norm": 1.0}
+    return {
+        "event": "train",
+        "step": step,
+        "epoch": step / 100,
+        "lr": lr,
+        "loss": loss,
+        "parts": parts,
+        "grad_norm": 1.0,
+    }
 
 
 def evaluate_record(step: int, best: float) -> dict[str, Any]:
@@ -191,7 +199,9 @@ def bare(evidence: Evidence) -> Evidence:
     )
 
 
-HOSTILE = "<script>alert(1)</script> \"quoted\" 'it' `tick` ```fence``` a|b **bold** [x](javascript:y)\n# head\x00\u2028"
+HOSTILE = (
+    "<script>alert(1)</script> \"quoted\" 'it' `tick` ```fence``` a|b **bold** [x](javascript:y)\n# head\x00\u2028"
+)
 
 
 @pytest.fixture

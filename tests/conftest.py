@@ -1,0 +1,16 @@
+"""Settings for every test: offline, a fixed number of threads, and each family as a parameter."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+from tiny import DECODERS, ENCODERS
+
+
+@pytest.fixture(params=DECODERS + ENCODERS)
+def family(request):
+    return request.param

@@ -1,0 +1,232 @@
+"""Recipes with one mistake each: what is changed in a good recipe, and what the message must say about it."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+GOOD = """\
+name: tiny
+seed: 0
+teacher:
+  model: ./teacher
+  fit: {epochs: 2, lr: 2e-4}
+student:
+  layers: {keep: 3, choose: even}
+  mlp: {keep: 0.5, score: activation, multiple_of: 64}
+data:
+  source: stdlib-docstrings
+  task: classification
+  labelled: 160
+losses:
+  - {match: labels, weight: 0.3}
+  - {match: logits, loss: jsd, temperature: 2.0, params: {beta: 0.5}}
+  - {match: hidden, loss: mse, map: plan}
+training:
+  epochs: 3
+  batch_size: 32
+  lr: 3e-4
+evaluation:
+  metrics: [accuracy, f1_macro]
+  arms: [teacher, cut, distilled]
+release: {license: apache-2.0}
+"""
+"""The teacher beside it has 6 layers and an MLP of 1536."""
+
+
+class Bad(NamedTuple):
+    """One mistake: `old` becomes `new` in the good recipe, and one problem says so."""
+
+    old: str
+    new: str
+    line: int
+    key: str
+    words: str
+    """Must appear in the problem, in this order."""
+
+    @property
+    def text(self) -> str:
+        assert GOOD.count(self.old) == 1, f"{self.old!r} must be in the good recipe once"
+        return GOOD.replace(self.old, self.new)
+
+
+UNKNOWN_KEYS = [
+    Bad("seed: 0", "sed: 0", 2, "sed", "unknown key did you mean 'seed'"),
+    Bad("seed: 0", "Seed: 0", 2, "Seed", "unknown key did you mean 'seed'"),
+    Bad("training:", "trainning:", 17, "trainning", "unknown key did you mean 'training'"),
+    Bad("losses:", "loss:", 13, "loss", "unknown key did you mean 'losses'"),
+    Bad("  labelled: 160", "  labeled: 160", 12, "data.labeled", "unknown key did you mean 'labelled'"),
+    Bad("  batch_size: 32", "  batch-size: 32", 19, "training.batch-size", "did you mean 'batch_size'"),
+    Bad("lr: 2e-4}", "learning_rate: 2e-4}", 5, "teacher.fit.learning_rate", "unknown key remove it epochs, steps"),
+    Bad("keep: 3,", "kep: 3,", 7, "student.layers.kep", "did you mean 'keep'"),
+    Bad("multiple_of", "multipleof", 8, "student.mlp.multipleof", "did you mean 'multiple_of'"),
+    Bad("weight: 0.3", "wieght: 0.3", 14, "losses.0.wieght", "did you mean 'weight'"),
+    Bad("license:", "licence:", 24, "release.licence", "did you mean 'license'"),
+    Bad("seed: 0", "seed: 0\nlr: 3e-4", 3, "lr", "unknown key belongs under training: or under teacher.fit:"),
+    Bad("  labelled: 160", "  score: activation", 12, "data.score", "belongs under student.mlp:"),
+    Bad("  lr: 3e-4", "  max_length: 64", 20, "training.max_length", "belongs under data:"),
+    Bad("  lr: 3e-4", "  temperature: 2", 20, "training.temperature", "belongs in an item of losses:"),
+    Bad("seed: 0", "extends: ../other.yaml", 2, "extends", "unknown key remove it name, seed, teacher"),
+    Bad("  lr: 3e-4", "  epoch: 3", 20, "training.epoch", "did you mean 'epochs'? It is given as well"),
+    Bad("map: plan", "map: plan, 'on': 1", 16, "losses.2.on", "unknown key"),
+    Bad("seed: 0", "\u0455eed: 0", 2, "\u0455eed", "unknown key did you mean 'seed'"),  # a Cyrillic s
+]
+
+WRONG_VALUES = [
+    Bad("name: tiny", "name: -tiny", 1, "name", 'letters, digits starting with got the text "-tiny"'),
+    Bad("name: tiny", "name: 12", 1, "name", "expected text got the number 12 put it in quotes"),
+    Bad("name: tiny", "name: runs/tiny", 1, "name", "letters, digits"),
+    Bad("name: tiny\n", "", 1, "name", "missing"),
+    Bad("seed: 0", "seed: -1", 2, "seed", "at least 0 got the number -1"),
+    Bad("seed: 0", "seed: true", 2, "seed", "a whole number got true"),
+    Bad("  model: ./teacher\n", "", 3, "teacher.model", "missing; give text"),
+    Bad("fit: {epochs: 2, lr: 2e-4}", "fit: 3", 5, "teacher.fit", "a section with the keys epochs got the number 3"),
+    Bad("fit: {epochs: 2,", "sha256: abc\n  fit: {epochs: 2,", 5, "teacher.sha256", "64 hexadecimal digits"),
+    Bad("fit: {epochs: 2,", "init: rand\n  fit: {epochs: 2,", 5, "teacher.init", "did you mean 'random'"),
+    Bad("keep: 3,", "keep: 0,", 7, "student.layers.keep", "at least 1 or a list got the number 0"),
+    Bad("keep: 3,", "keep: three,", 7, "student.layers.keep", 'a whole number or a list got the text "three"'),
+    Bad("keep: 3,", "keep: [0, -1],", 7, "student.layers.keep.1", "at least 0 got the number -1"),
+    Bad("keep: 3, choose: even", "keep: 3.0", 7, "student.layers.keep", "got the number 3.0 write 3"),
+    Bad("keep: 0.5", "keep: 1.5", 8, "student.mlp.keep", "at most 1 got the number 1.5"),
+    Bad("keep: 0.5", "keep: 0", 8, "student.mlp.keep", "got the number 0"),
+    Bad("keep: 0.5", "keep: true", 8, "student.mlp.keep", "got true"),
+    Bad("multiple_of: 64", "multiple_of: 0", 8, "student.mlp.multiple_of", "at least 1"),
+    Bad("labelled: 160", 'labelled: "160"', 12, "data.labelled", 'got the text "160" remove the quotes'),
+    Bad("labelled: 160", "labelled: ~\n  max_length: ~", 13, "data.max_length", "got null"),
+    Bad("labelled: 160", "test_share: 1.0", 12, "data.test_share", "above 0 and below 1 got the number 1.0"),
+    Bad("labelled: 160", "labelled: 12:30:00", 12, "data.labelled", 'got the text "12:30:00"'),
+    Bad("labelled: 160", "limit: [1]", 12, "data.limit", "got the list [1]"),
+    Bad("match: labels,", "match: label,", 14, "losses.0.match", "one of labels, logits, hidden did you mean 'labels'"),
+    Bad("{match: labels, weight: 0.3}", "{weight: 0.3}", 14, "losses.0.match", "missing; give one of labels"),
+    Bad("{match: labels, weight: 0.3}", "labels", 14, "losses.0", 'a section with the keys got the text "labels"'),
+    Bad("weight: 0.3", "weight: -1", 14, "losses.0.weight", "at least 0 got the number -1"),
+    Bad("weight: 0.3", "weight: .nan", 14, "losses.0.weight", "a number got the number .nan"),
+    Bad("weight: 0.3", "weight: .inf", 14, "losses.0.weight", "a number got the number .inf"),
+    Bad("temperature: 2.0,", "temperature: 0,", 15, "losses.1.temperature", "above 0"),
+    Bad("{beta: 0.5}", "{beta: [1]}", 15, "losses.1.params.beta", "got the list [1]"),
+    Bad("{beta: 0.5}", "{beta: {}}", 15, "losses.1.params.beta", "got the section {}"),
+    Bad("map: plan", "map: plane", 16, "losses.2.map", "did you mean 'plan'"),
+    Bad("map: plan", "map: [[0, 1], [1]]", 16, "losses.2.map.1", "expected [a whole number got the list [1]"),
+    Bad("map: plan", "map: [[0, 1], [1, x]]", 16, "losses.2.map.1.1", 'got the text "x"'),
+    Bad("  lr: 3e-4", "  lr: fast", 20, "training.lr", 'expected a number above 0, got the text "fast"'),
+    Bad("  lr: 3e-4", "  lr: true", 20, "training.lr", "expected a number above 0, got true"),
+    Bad("  lr: 3e-4", "  lr: ${LR}", 20, "training.lr", 'got the text "${LR}"'),
+    Bad("  lr: 3e-4", "  betas: [0.9]", 20, "training.betas", "expected [a number at least 0 got the list [0.9]"),
+    Bad("  lr: 3e-4", "  schedule: cosin", 20, "training.schedule", "did you mean 'cosine'"),
+    Bad("  lr: 3e-4", "  lr: 1e999", 20, "training.lr", "got the number .inf"),
+    Bad("arms: [teacher, cut,", "arms: [teacher, cuts,", 23, "evaluation.arms.1", "did you mean 'cut'"),
+    Bad("arms: [teacher", "efficiency: yes\n  arms: [teacher", 23, "evaluation.efficiency", "true or false write true"),
+    Bad("  metrics: [accuracy, f1_macro]", "  metrics: accuracy", 22, "evaluation.metrics", "a list got the text"),
+    Bad("{license: apache-2.0}", "{license: 2}", 24, "release.license", "expected text or null, got the number 2"),
+    Bad("{license: apache-2.0}", "", 24, "release", "a section with the keys format got null"),
+]
+
+CROSS_CHECKS = [
+    Bad("./teacher", "./teachr", 4, "teacher.model", "there is no folder"),
+    Bad("./teacher", "./empty", 4, "teacher.model", "config.json No such file"),
+    Bad("./teacher", "./broken", 4, "teacher.model", "config.json"),
+    Bad("./teacher", "teacher", 4, "teacher.model", "neither nor a hub id ORG/NAME"),
+    Bad("./teacher", "org/na/me", 4, "teacher.model", "neither"),
+    Bad("./teacher", "org/model", 4, "teacher.model", "ambiguous write ./org/model"),
+    Bad("./teacher", "package:no_such_package/model", 4, "teacher.model", "not installed pip install no_such_package"),
+    Bad("./teacher", "package:json/../model", 4, "teacher.model", "not of the form package:NAME/SUBFOLDER"),
+    Bad("./teacher", "package:json/model", 4, "teacher.model", "there is no folder"),
+    Bad("./teacher", "package:ast/model", 4, "teacher.model", "single module"),
+    Bad("./teacher", "./teacher\n  revision: abc", 5, "teacher.revision", "only hub ids have revisions"),
+    Bad("fit: {epochs: 2, lr: 2e-4}", "init: random", 5, "teacher.init", "nothing to teach add `fit:"),
+    Bad("{epochs: 2,", "{epochs: 2, steps: 9,", 5, "teacher.fit.steps", "epochs and steps are both given remove one"),
+    Bad("{epochs: 2, ", "{", 5, "teacher.fit", "neither epochs nor steps"),
+    Bad("  epochs: 3\n", "", 17, "training", "neither epochs nor steps is given add one"),
+    Bad("  epochs: 3\n", "  epochs: null\n", 17, "training", "neither epochs nor steps"),
+    Bad("  lr: 3e-4", "  micro_batch_size: 5", 20, "training.micro_batch_size", "32 is not a multiple for example 4"),
+    Bad("keep: 3,", "keep: 7,", 7, "student.layers.keep", "keeps 7 layers, the teacher has 6 1 to 6"),
+    Bad("keep: 3, choose: even", "keep: [0, 6]", 7, "student.layers.keep.1", "no layer 6 0 to 5"),
+    Bad("keep: 3, choose: even", "keep: [0, 2, 2]", 7, "student.layers.keep.2", "layer 2 is listed twice"),
+    Bad("keep: 3, choose: even", "keep: [2, 0]", 7, "student.layers.keep.1", "ascending write [0, 2]"),
+    Bad("keep: 3, choose: even", "keep: []", 7, "student.layers.keep", "names no layer"),
+    Bad("keep: 3, choose: even", "keep: [0, 2], choose: last", 7, "student.layers.choose", "has no effect"),
+    Bad("keep: 0.5", "keep: 1600", 8, "student.mlp.keep", "1600 neurons, the teacher's MLP has 1536"),
+    Bad("keep: 0.5", "keep: 63", 8, "student.mlp.keep", "63 of 1536 multiple of 64 leaves none at least 64"),
+    Bad("keep: 0.5", "keep: 0.01", 8, "student.mlp.keep", "15 of 1536 leaves none lower multiple_of"),
+    Bad("weight: 0.3}", "weight: 0.3, loss: jsd}", 14, "losses.0.loss", "no effect with match: labels match: logits"),
+    Bad("weight: 0.3}", "temperature: 2}", 14, "losses.0.temperature", "no effect with match: labels"),
+    Bad("weight: 0.3}", "map: last}", 14, "losses.0.map", "no effect with match: labels match: hidden"),
+    Bad("weight: 0.3}", "params: {beta: 1}}", 14, "losses.0.params", "no effect with match: labels"),
+    Bad("temperature: 2.0,", "map: last,", 15, "losses.1.map", "no effect with match: logits"),
+    Bad("map: plan", "temperature: 2", 16, "losses.2.temperature", "no effect with match: hidden"),
+    Bad("map: plan", "map: []", 16, "losses.2.map", "maps no layer"),
+    Bad("map: plan", "map: [[3, 5]]", 16, "losses.2.map.0", "the student has no layer 3 0 to 2"),
+    Bad("map: plan", "map: [[0, 6]]", 16, "losses.2.map.0", "the teacher has no layer 6 0 to 5"),
+    Bad("map: plan", "map: [[0, 1], [0, 1]]", 16, "losses.2.map.1", "listed twice"),
+    Bad("labelled: 160", "text: body", 12, "data.text", "only files have columns"),
+    Bad("[teacher, cut,", "[teacher, teacher,", 23, "evaluation.arms.1", "teacher is listed twice"),
+    Bad("f1_macro]", "accuracy]", 22, "evaluation.metrics.1", "accuracy is listed twice"),
+]
+
+STRATEGIES = [
+    Bad("even", "evn", 7, "student.layers.choose", "unknown layer policy 'evn' did you mean 'even' block_influence"),
+    Bad("even", "even, params: {sed: 1}", 7, "student.layers.params.sed", "even has no such parameter"),
+    Bad("even", "random, params: {sed: 1}", 7, "student.layers.params.sed", "did you mean 'seed'"),
+    Bad("activation", "activations", 8, "student.mlp.score", "unknown score did you mean 'activation'"),
+    Bad("activation", "magnitude, allocate: uniforms", 8, "student.mlp.allocate", "did you mean 'uniform'"),
+    Bad("activation", "random, params: {seeds: 1}", 8, "student.mlp.params.seeds", "did you mean 'seed'"),
+    Bad("stdlib-docstrings", "stdlib_docs", 10, "data.source", "unknown data source did you mean 'stdlib-docstrings'"),
+    Bad("classification", "clasification", 11, "data.task", "unknown task did you mean 'classification'"),
+    Bad("jsd, temperature: 2.0,", "jds,", 15, "losses.1.loss", "unknown loss 'jds' did you mean 'jsd'"),
+    Bad("{beta: 0.5}", "{bta: 0.5}", 15, "losses.1.params.bta", "jsd has no such parameter did you mean 'beta'"),
+    Bad("{beta: 0.5}", "{temperature: 2}", 15, "losses.1.params.temperature", "a key of its own beside `params:`"),
+    Bad("mse", "kl", 16, "losses.2.loss", "unknown loss 'kl' The options are mse"),
+    Bad("mse", "mse, params: {p: 1}", 16, "losses.2.params.p", "mse has no such parameter remove it"),
+    Bad("f1_macro", "f2", 22, "evaluation.metrics.1", "unknown metric 'f2' accuracy"),
+    Bad("mse", "mine:losses:huber", 16, "losses.2.loss", "unknown loss"),
+]
+
+SYNTAX = [
+    Bad("seed: 0", "seed: 0\nseed: 1", 3, "seed", "given twice first on line 2"),
+    Bad("keep: 3,", "keep: 3, keep: 3,", 7, "student.layers.keep", "given twice first on line 7"),
+    Bad("seed: 0", "seed: &x 0", 2, "seed", "the anchor &x is not allowed"),
+    Bad("seed: 0", "seed: *x", 2, "seed", "the alias *x is not allowed"),
+    Bad("seed: 0", "<<: {seed: 0}", 2, "recipe", "merge key"),
+    Bad("seed: 0", "seed: !!int 0", 2, "seed", "the tag not allowed"),
+    Bad("seed: 0", "seed: !!python/object/apply:os.system [ls]", 2, "seed", "the tag not allowed"),
+    Bad("seed: 0", "? [seed]\n: 0", 2, "recipe", "a key must be plain text"),
+    Bad("seed: 0", "seed:\t0\n\tx: 1", 2, "recipe", "a tab spaces"),
+    Bad("  epochs: 3", "\tepochs: 3", 18, "recipe", "a tab spaces"),
+    Bad("seed: 0", "seed: a: b", 2, "recipe", "not valid YAML quotes"),
+    Bad("{license: apache-2.0}", "{license: apache-2.0", 25, "recipe", "not valid YAML"),
+    Bad("name: tiny", "name: 'tiny", 25, "recipe", "not valid YAML"),
+    Bad("name: tiny", "name: @tiny", 1, "recipe", "not valid YAML"),
+    Bad("name: tiny", 'name: "ti\\0ny"', 1, "name", "control character U+0000"),
+    Bad("name: tiny", 'name: "\\ud800"', 1, "name", "character U+D800"),
+    Bad("name: tiny", 'name: "\\UFFFFFFFF"', 1, "recipe", "not valid YAML escapes"),
+    Bad("seed: 0", "seed: \x00", 2, "recipe", "U+0000 is not allowed"),
+    Bad("seed: 0", "seed: 0\n---", 3, "recipe", "a second document"),
+    Bad("name: tiny", "%YAML 1.1\n---\nname: tiny", 2, "recipe", "directives are not allowed"),
+    Bad("seed: 0", "seed: " + "[" * 5000, 2, "seed", "nested more than 32 levels"),
+    Bad("seed: 0", "seed: " + "{a: " * 5000, 2, "seed", "nested more than 32 levels"),
+    Bad("seed: 0", "seed: [" + "1, " * 30000 + "1]", 2, "seed", "more than 20,000 values"),
+]
+
+WHOLE_FILES: list[tuple[str, bytes, int, str]] = [
+    ("empty", b"", 1, "the file is empty"),
+    ("comment only", b"# nothing\n", 1, "the file is empty"),
+    ("list at top", b"- name: tiny\n- seed: 0\n", 1, "a recipe is a section of keys"),
+    ("text at top", b"tiny\n", 1, "a recipe is a section of keys"),
+    ("null at top", b"\n~\n", 2, "a recipe is a section of keys"),
+    ("not UTF-8", b"name: tiny\nseed: \xff\n", 2, "byte 0xff is not UTF-8"),
+    ("UTF-16", "name: tiny\n".encode("utf-16"), 1, "is not UTF-8"),
+    ("NUL", b"name: tiny\r\nseed: \x00\r\n", 2, "U+0000 is not allowed"),
+    ("huge", b"# " + b"x" * 1_100_000, 1, "larger than 1,000,000 bytes"),
+    (
+        "alias bomb",
+        b"a: &a [x, x]\n" + b"".join(b"%c: &%c [*%c, *%c]\n" % (i, i, i - 1, i - 1) for i in range(98, 123)),
+        1,
+        "the anchor &a is not allowed",
+    ),
+]
+"""(what, bytes, line, words)"""
+
+
+def says(text: str, words: str) -> bool:
+    """Whether the words stand in the text in this order, with anything between them."""
+    return re.search(".*".join(map(re.escape, words.split())), text, re.DOTALL) is not None

