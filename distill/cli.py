@@ -101,7 +101,9 @@ def _version(show: bool) -> None:
 
 @app.callback()
 def options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print version.")
+    ] = False,
 ) -> None:
     """One recipe takes a large transformer to a released, measured small one."""
 
@@ -156,7 +158,7 @@ def _print_table(evaluation: dict[str, Any]) -> None:
         retained = arm["retained"].get(evaluation["primary"])
         share = "" if retained is None else f"{100 * retained:.1f} %"
         table.add_row(arm["name"], *(f"{arm['metrics'][name]:.4f}" for name in metrics), share, str(arm["steps"]))
-    output = Console(highlight=False)
+    output = Console(highlight=False, width=max(100, console.width))  # off a terminal rich would cut columns at 80
     output.print(table)
     if evaluation["efficiency"]:
         output.print(_efficiency_table(evaluation["efficiency"]))

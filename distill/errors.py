@@ -23,7 +23,7 @@ class Problem:
     """One mistake in a recipe: where it is, what is wrong and how to put it right."""
 
     where: str
-    """`file:line:column`, or `override 2 (training.lr=…)` for a value given on the command line."""
+    """`file:line:column`, or `override 'training.lr=…'` for a value given on the command line."""
     key: str
     """Dotted key, e.g. `student.layers.keep`."""
     message: str

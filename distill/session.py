@@ -101,9 +101,20 @@ def run_stages(session: Session, stages: Sequence[Stage]) -> None:
             _run(session, stage)
         return
     with session.run.locked():
-        write_text(session.run.recipe, dump(session.recipe))
+        write_text(session.run.recipe, dump(with_absolute_paths(session.recipe, session.base)))
         for stage in stages:
             _run(session, stage)
+
+
+def with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
+    """The recipe with folders that no longer depend on where it lies, for the copy in the run folder."""
+
+    def absolute(path: str) -> str:
+        return str((base / path).resolve()) if path.startswith(("./", "../")) else path
+
+    teacher = recipe.teacher.model_copy(update={"model": absolute(recipe.teacher.model)})
+    data = recipe.data.model_copy(update={"source": absolute(recipe.data.source)})
+    return recipe.model_copy(update={"teacher": teacher, "data": data})
 
 
 def _run(session: Session, stage: Stage) -> None:

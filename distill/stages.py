@@ -30,7 +30,7 @@ from distill.release.card import render_card
 from distill.release.evidence import Evidence
 from distill.release.export import check_release, releasable_recipe, write_release
 from distill.release.report import render_report
-from distill.rundir import RunDir, TrainDir, content_of, fresh_folder, write_json, write_text
+from distill.rundir import RunDir, content_of, fresh_folder, write_json, write_text
 from distill.session import Session, Stage
 from distill.student import Statistics, build_student, calibrate, plan_student
 from distill.teacher import OnlineTeacher
@@ -170,9 +170,7 @@ def _train_arm(session: Session, job: Job, terms: Sequence[Term], result: Path) 
     model = session.load(session.run.student)
     teacher = session.load(session.teacher)
     decided = StudentPlan.load(session.run.plan)
-    maps = partial(
-        layer_map, plan=decided, student_layers=len(decided.layers), teacher_layers=decided.teacher_layers
-    )
+    maps = partial(layer_map, plan=decided, student_layers=len(decided.layers), teacher_layers=decided.teacher_layers)
     objective = Objective(terms, session.corpus.task.head, maps, _vocabulary(session))
     live = OnlineTeacher(teacher, objective.teacher_layers, processes().device)
     _train(session, job, model, terms, live if objective.needs_teacher else None, objective)
@@ -346,7 +344,6 @@ def evaluation_inputs(session: Session) -> dict[str, Any]:
         "student": folder_fingerprint(session.run.student),
         "data": session.corpus.fingerprint,
         "evaluation": spec.model_dump(mode="json"),
-        "threads": torch.get_num_threads(),
     }
 
 

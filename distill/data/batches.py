@@ -92,7 +92,7 @@ class TrainingBatches:
         numbers = range(rank, self.micro_batches_per_step(), world)
         loader: DataLoader[Batch] = DataLoader(
             _TrainingSet(self.corpus),  # type: ignore[arg-type]
-            batch_sampler=self._indices(start, stop, numbers),  # type: ignore[arg-type]
+            batch_sampler=self._indices(start, stop, numbers),
             collate_fn=lambda batch: batch,
         )
         batches = iter(loader)

@@ -1,1 +1,1 @@
-"""evaluation"""
+"""Measuring: metrics, the evaluation table, and size and speed by one protocol."""

@@ -1,1 +1,1 @@
-"""models"""
+"""Models: where the parts of each family live, loading, the plan, and what a forward pass hands on."""

@@ -69,7 +69,7 @@ def layers_of(model: Any) -> nn.ModuleList:
 def layers_prefix(model: Any) -> str:
     """Name of the layer list inside `model`, e.g. `bert.encoder.layer`."""
     layers = layers_of(model)
-    return next(name for name, module in model.named_modules() if module is layers)
+    return next(str(name) for name, module in model.named_modules() if module is layers)
 
 
 def mlp_out_of(model: Any, layer: nn.Module) -> nn.Linear:

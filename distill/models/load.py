@@ -151,5 +151,7 @@ def load_student(folder: str | Path) -> Any:
     try:
         architecture = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
     except (OSError, ValueError, LookupError) as error:
-        raise InputError(f"{folder} is not a student folder: its config.json names no architecture ({error})") from error
+        raise InputError(
+            f"{folder} is not a student folder: its config.json names no architecture ({error})"
+        ) from error
     return load_model(folder, Head(architecture))

@@ -160,7 +160,7 @@ def layers_exist(view: View) -> Iterator[Finding]:
     keep, have = layers.get("keep"), view.layers
     wanted, chosen = count(keep), indices(keep)
     if wanted and have and wanted > have:
-        yield Finding(path, f"keeps {wanted} layers, the teacher has {have}", f"1 to {have}")
+        yield Finding(path, f"keeps {wanted} layers, the teacher has {have}", f"use 1 to {have}")
     if chosen is None:
         return
     if not chosen:
@@ -178,7 +178,7 @@ def _index_problems(path: KeyPath, chosen: list[int], have: int | None) -> Itera
         if index in chosen[:position]:
             yield Finding(own, f"layer {index} is listed twice", "keep one of them")
         elif have is not None and index >= have:
-            yield Finding(own, f"the teacher has no layer {index}", f"0 to {have - 1}")
+            yield Finding(own, f"the teacher has no layer {index}", f"use 0 to {have - 1}")
         elif position and index < chosen[position - 1]:
             fix = f"write {sorted(set(chosen))}"
             yield Finding(own, f"layer {index} comes after layer {chosen[position - 1]}, not in ascending order", fix)
@@ -187,21 +187,20 @@ def _index_problems(path: KeyPath, chosen: list[int], have: int | None) -> Itera
 def width_can_be_had(view: View) -> Iterator[Finding]:
     """The MLP width is not more than the teacher's and not nothing after rounding down."""
     mlp = view.section(("student", "mlp"), Mlp)
-    multiple = count(mlp["multiple_of"]) if mlp else None
-    if mlp is None or multiple is None or multiple < 1:
+    multiple, have = count(mlp["multiple_of"]) if mlp else None, view.width
+    if mlp is None or multiple is None or have is None:
         return
     path: KeyPath = ("student", "mlp", "keep")
-    wanted, share, have = count(mlp["keep"]), number(mlp["keep"]), view.width
-    if wanted is None and share is not None and 0 < share <= 1 and have is not None:
+    wanted, share = count(mlp["keep"]), number(mlp["keep"])
+    if wanted is None and share is not None and 0 < share <= 1:
         wanted = int(share * have + 1e-9)  # as distill.student.allocate does
-    if wanted is None or wanted < 0 or (wanted == 0 and share == 0) or wanted == have:
+    elif wanted is None or wanted < 1:
         return
-    if have is not None and wanted > have:
-        yield Finding(path, f"keeps {wanted} neurons, the teacher's MLP has {have}", f"1 to {have}, or a share")
-    elif wanted < multiple:
-        of = f" of {have}" if have is not None else ""
-        message = f"{wanted}{of} neurons, rounded down to a multiple of {multiple} (multiple_of), leaves none"
-        yield Finding(path, message, f"keep at least {multiple}, or lower multiple_of")
+    if wanted > have:
+        yield Finding(path, f"keeps {wanted} neurons, the teacher's MLP has {have}", f"use 1 to {have}, or a share")
+    elif wanted < min(multiple, have):  # all of them is always a width that can be had
+        message = f"{wanted} of {have} neurons, rounded down to a multiple of {multiple} (multiple_of), leaves none"
+        yield Finding(path, message, f"keep at least {min(multiple, have)}, or lower multiple_of")
 
 
 def some_term_counts(view: View) -> Iterator[Finding]:
@@ -243,7 +242,7 @@ def mapped_layers_exist(view: View) -> Iterator[Finding]:
             for layer, (side, have) in zip(pair, sides, strict=True):
                 if have is not None and have > 0 and layer >= have:
                     message = f"the {side} has no layer {layer} (pairs are [student, teacher])"
-                    yield Finding(own, message, f"0 to {have - 1}")
+                    yield Finding(own, message, f"use 0 to {have - 1}")
 
 
 def columns_are_for_files(view: View) -> Iterator[Finding]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,8 +52,9 @@ def teacher_folder(model: str, base: Path) -> Path | None:
     elif _HUB_ID.fullmatch(model):
         return None
     else:
-        raise InputError(f"{model!r} is neither ./FOLDER, /FOLDER, package:NAME/SUBFOLDER nor a hub id ORG/NAME")
-    if not folder.is_dir():
+        hint = f"; write ./{model} for the folder" if os.path.isdir(base / model) else ""
+        raise InputError(f"{model!r} is neither ./FOLDER, /FOLDER, package:NAME/SUBFOLDER nor a hub id ORG/NAME{hint}")
+    if not os.path.isdir(folder):  # unlike Path.is_dir, also says no to a name that is too long to ask for
         raise InputError(f"{model}: there is no folder {folder}")
     return folder
 
@@ -61,9 +63,9 @@ def ambiguous_folder(model: str, base: Path) -> str | None:
     """How to write a folder that `model`, a hub id in form, is also the name of; None when there is no such folder."""
     if not _HUB_ID.fullmatch(model):
         return None
-    if (base / model).is_dir():
+    if os.path.isdir(base / model):
         return f"./{model}"
-    return str(Path(model).absolute()) if Path(model).is_dir() else None
+    return str(Path(model).absolute()) if os.path.isdir(model) else None
 
 
 def teacher_size(folder: Path) -> TeacherSize:
@@ -96,7 +98,7 @@ def _in_package(model: str) -> Path:
     folders = [Path(location) / subfolder for location in spec.submodule_search_locations or []]
     if not folders:
         raise InputError(f"{model}: {name} is a single module, it holds no folders")
-    return next((folder for folder in folders if folder.is_dir()), folders[0])
+    return next((folder for folder in folders if os.path.isdir(folder)), folders[0])
 
 
 def _expanded(model: str) -> Path:

@@ -188,7 +188,7 @@ class Evaluation(Section):
     metrics: list[StrictStr] | None = None
     """Names from `distill.evaluation.metrics.METRICS`; null: the task's own."""
     arms: list[Literal["teacher", "cut", "distilled", "labels_only"]] = ["teacher", "cut", "distilled", "labels_only"]
-    """`cut`: the student before training; `labels_only`: the same student trained for the same steps without teacher."""
+    """`cut`: the student before training; `labels_only`: the same student trained as long without teacher."""
     batch_size: Count = 64
     """Examples per forward pass."""
     efficiency: StrictBool = True

@@ -61,7 +61,7 @@ def _reindex(layers: nn.ModuleList) -> None:
     for index, layer in enumerate(layers):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
-                module.layer_idx = index
+                setattr(module, "layer_idx", index)  # noqa: B010 (nn.Module types its attributes as modules)
 
 
 def _copy_cut(teacher: Any, student: Any, plan: StudentPlan) -> None:

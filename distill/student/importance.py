@@ -52,8 +52,10 @@ def output_norm(layer: MlpLayer, statistics: Statistics | None) -> Tensor:
 
 def magnitude(layer: MlpLayer, _statistics: Statistics | None) -> Tensor:
     """2-norm of all weights of the neuron: its rows in gate and up and its column in down; needs no data."""
-    squares = sum(weight.float().square().sum(dim=1) for weight in layer.weights_in)
-    return (squares + layer.weight_out.float().square().sum(dim=0)).sqrt()
+    squares = layer.weight_out.float().square().sum(dim=0)
+    for weight in layer.weights_in:
+        squares = squares + weight.float().square().sum(dim=1)
+    return torch.sqrt(squares)
 
 
 def random(layer: MlpLayer, _statistics: Statistics | None, *, seed: int = 0) -> Tensor:

@@ -51,7 +51,9 @@ class Job:
 class Batches(Protocol):
     """What the loop needs of the data (`distill.data.TrainingBatches`)."""
 
-    batch_size: int
+    @property
+    def batch_size(self) -> int:
+        """Examples per step over all processes."""
 
     def micro_batches_per_step(self) -> int:
         """Forward passes per optimizer step over all processes."""

@@ -18,9 +18,11 @@ from distill.models.outputs import Batch, Outputs, captured
 class Loss(Protocol):
     """What training needs of an objective (`distill.losses.Objective`)."""
 
-    names: list[str]
     student_layers: list[int]
-    needs_teacher: bool
+
+    @property
+    def names(self) -> list[str]:
+        """One name per term."""
 
     def counts(self, batches: Sequence[Batch]) -> Tensor:
         """Int64 [terms]: how many positions each term has in these batches."""

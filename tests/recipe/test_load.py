@@ -175,7 +175,7 @@ TRICKY = st.sampled_from(
 
 
 @given(text=st.one_of(TEXT, TRICKY), params=PARAMS, lr=st.floats(1e-300, 1e300), keep=st.floats(0.05, 1))
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_written_recipe_loads_back_equal(
     text: str, params: dict[str, Any], lr: float, keep: float, write: Write
 ) -> None:

@@ -172,7 +172,7 @@ def test_every_policy_gives_ascending_layers_in_range(layers, data):
     keep = data.draw(st.integers(1, layers))
     name = data.draw(st.sampled_from([n for n in CHOICES if n not in ("every", "block_influence")]))
     chosen = CHOICES[name](layers, keep, None)
-    assert sorted(set(chosen)) == chosen and len(chosen) == keep and 0 <= chosen[0] and chosen[-1] < layers
+    assert sorted(set(chosen)) == chosen and len(chosen) == keep and chosen[0] >= 0 and chosen[-1] < layers
 
 
 @given(st.integers(1, 300), st.floats(0.01, 1.0), st.sampled_from([1, 8, 64]))

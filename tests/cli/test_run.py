@@ -1,0 +1,249 @@
+"""The whole product through its command line, on a model and a corpus that fit in seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import tiny_project
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from distill import load_student
+from distill.cli import main
+from distill.models.plan import StudentPlan
+
+ROOT = Path(__file__).parents[2]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def distill(*arguments, check=True, **options):
+    done = subprocess.run(
+        [sys.executable, "-m", "distill", *map(str, arguments)], capture_output=True, text=True, env=ENV, **options
+    )
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def same(first, second):
+    assert first.keys() == second.keys()
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One uninterrupted run: (recipe, run folder, what it printed)."""
+    folder = tmp_path_factory.mktemp("whole")
+    recipe = tiny_project(folder)
+    done = distill("run", recipe, "--out", folder / "run")
+    return recipe, folder / "run", done
+
+
+def test_every_stage_leaves_what_the_design_names(finished):
+    _, run, done = finished
+    expected = "recipe.yaml teacher calibration.safetensors plan.json student checkpoints metrics.jsonl"
+    for name in [*expected.split(), "distilled", "evaluation.json", "report.html", "release"]:
+        assert (run / name).exists(), name
+    assert "labels_only" in done.stdout and "examples per second" in done.stdout
+
+
+def test_the_release_is_a_stock_model_with_its_evidence(finished):
+    _, run, _ = finished
+    release = run / "release"
+    model, tokenizer = (
+        AutoModelForSequenceClassification.from_pretrained(release),
+        AutoTokenizer.from_pretrained(release),
+    )
+    batch = tokenizer(["red cat runs", "blue fish"], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        ours = load_student(run / "distilled")(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    assert torch.equal(logits, ours.logits)
+    assert set(model.config.label2id) == {"mammal", "swimmer", "none"}
+    for name in ("README.md", "report.html", "plan.json", "recipe.yaml", "evaluation.json", "SHA256SUMS"):
+        assert (release / name).stat().st_size > 0
+    assert StudentPlan.load(release / "plan.json").kept_layers == [1, 3]
+    subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=release, check=True)
+    for file in release.iterdir():
+        assert str(run).encode() not in file.read_bytes(), f"{file.name} holds a path of this machine"
+
+
+def test_the_control_trains_for_the_same_steps_without_the_teacher(finished):
+    _, run, _ = finished
+    arms = {arm["name"]: arm for arm in json.loads((run / "evaluation.json").read_text())["arms"]}
+    assert list(arms) == ["teacher", "cut", "distilled", "labels_only"]
+    assert arms["distilled"]["steps"] == arms["labels_only"]["steps"] == 12
+    records = [json.loads(line) for line in (run / "controls/labels_only/metrics.jsonl").read_text().splitlines()]
+    assert all(set(record["parts"]) == {"labels"} for record in records if record["event"] == "train")
+    assert not same(weights(run / "distilled"), weights(run / "controls/labels_only/model"))
+    assert arms["teacher"]["metrics"]["kl"] == 0 and arms["teacher"]["metrics"]["agreement"] == 1
+
+
+def test_metrics_hold_every_part_and_the_evaluations(finished):
+    _, run, _ = finished
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    train = [record for record in records if record["event"] == "train"]
+    assert [record["step"] for record in train] == [2, 4, 6, 8, 10, 12]
+    assert set(train[0]["parts"]) == {"labels", "logits.forward_kl", "hidden.mse"}
+    assert [record["step"] for record in records if record["event"] == "evaluate"] == [6, 12]
+
+
+def test_the_same_command_again_skips_everything(finished):
+    recipe, run, _ = finished
+    before = (run / "evaluation.json").read_bytes()
+    again = distill("run", recipe, "--out", run)
+    assert again.stderr.count("unchanged, skipped") == 8 and "started" not in again.stderr
+    assert (run / "evaluation.json").read_bytes() == before
+
+
+def test_a_changed_key_reruns_what_depends_on_it_and_nothing_else(finished, tmp_path):
+    recipe, run, _ = finished
+    subprocess.run(["cp", "-r", str(run), str(tmp_path / "run")], check=True)
+    done = distill("release", recipe, "release.language=en", "training.log_every=5", "--out", tmp_path / "run")
+    assert [line.split(":")[0] for line in done.stderr.splitlines() if line.endswith("started")] == ["release"]
+    done = distill("train", recipe, "training.lr=2e-3", "--out", tmp_path / "run")
+    assert [line.split(":")[0] for line in done.stderr.splitlines() if line.endswith("started")] == ["train"]
+
+
+def test_a_result_that_was_damaged_is_made_again(finished, tmp_path):
+    recipe, run, _ = finished
+    subprocess.run(["cp", "-r", str(run), str(tmp_path / "run")], check=True)
+    (tmp_path / "run/plan.json").write_text("{}")
+    done = distill("plan", recipe, "--out", tmp_path / "run")
+    assert "plan: started" in done.stderr and "teacher: unchanged, skipped" in done.stderr
+    assert (tmp_path / "run/plan.json").read_bytes() == (run / "plan.json").read_bytes()
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_the_same_command_ends_at_the_same_weights(finished, tmp_path):
+    recipe, run, _ = finished
+    chooser, kills = random.Random(0), 0
+    for _ in range(40):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "distill", "train", str(recipe), "--out", str(tmp_path / "run")],
+            env=ENV, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        try:
+            process.wait(timeout=4.5 + 3.5 * chooser.random())  # imports alone take most of it
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+        if (tmp_path / "run/stages/train.json").exists():
+            break
+        if kills >= 10:
+            distill("train", recipe, "--out", tmp_path / "run")
+            break
+    assert same(weights(tmp_path / "run/teacher"), weights(run / "teacher"))
+    assert same(weights(tmp_path / "run/distilled"), weights(run / "distilled"))
+
+
+@pytest.mark.slow
+def test_a_signal_saves_a_checkpoint_and_exits_75(finished, tmp_path):
+    recipe, run, _ = finished
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "distill", "train", str(recipe), "training.save_every=0", "--out", str(out)]
+    process = subprocess.Popen(command, env=ENV, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (out / "metrics.jsonl").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=25)
+    assert process.returncode == 75, stderr
+    assert "the same command continues" in stderr and list((out / "checkpoints").glob("step-*"))
+    again = distill("train", recipe, "training.save_every=0", "--out", out)
+    assert "continuing after step" in again.stderr
+    assert same(weights(out / "distilled"), weights(run / "distilled"))
+
+
+@pytest.mark.slow
+def test_two_processes_compute_what_one_computes(finished, tmp_path):
+    recipe, run, _ = finished
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    env = {**ENV, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, str(ROOT / "scripts/train.py"), str(recipe), "--out", str(tmp_path / "run")],
+        env=env, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    one, two = weights(run / "distilled"), weights(tmp_path / "run/distilled")
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-6)
+    first = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    second = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    for a, b in zip(first, second, strict=True):
+        if a["event"] == "train":
+            assert b["loss"] == pytest.approx(a["loss"], rel=1e-5) and b["parts"] == pytest.approx(a["parts"], rel=1e-5)
+        else:
+            assert b["metrics"] == pytest.approx(a["metrics"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_launch_whose_processes_do_not_know_each_other_is_refused(finished, tmp_path):
+    recipe, _, _ = finished
+    env = {**ENV, "WORLD_SIZE": "2", "RANK": "0", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts/train.py"), str(recipe), "--out", str(tmp_path / "run")],
+        env=env, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu" in done.stderr
+
+
+def test_a_second_run_in_the_same_folder_is_refused(finished, capsys):
+    from distill.rundir import RunDir
+
+    recipe, run, _ = finished
+    with RunDir(run).locked():
+        assert main(["plan", str(recipe), "--out", str(run)]) == 2
+    assert "in use by another distill run" in capsys.readouterr().err
+
+
+def test_three_mistakes_are_one_message_with_lines_and_exit_code_2(tmp_path):
+    recipe = tiny_project(tmp_path)
+    text = recipe.read_text()
+    for right, wrong in [
+        ("weight: 0.3", "wieght: 0.3"),
+        ("training: {steps: 12", "training: {steps: twelve"),
+        ("keep: 2, choose", "keep: 9, choose"),
+    ]:
+        text = text.replace(right, wrong)
+    recipe.write_text(text)
+    done = distill("validate", recipe, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "3 problems" in done.stderr
+    for words in ("wieght", "weight", "training.steps", "student.layers.keep", "recipe.yaml:8", "recipe.yaml:13"):
+        assert words in done.stderr, words
+
+
+WRONG = [["run", "nowhere.yaml"], ["fly", "x.yaml"], ["run"], ["run", "{}", "training.lr"]]
+
+
+@pytest.mark.parametrize("arguments", WRONG)
+def test_wrong_input_is_one_message_and_exit_code_2(arguments, finished, capsys):
+    recipe, _, _ = finished
+    assert main([argument.format(recipe) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "Traceback" not in error
+
+
+def test_help_and_validate_are_instant_and_need_no_torch(finished):
+    recipe, _, _ = finished
+    code = (
+        "import sys; from distill.cli import main; code = main(sys.argv[1:]);"
+        "assert not {'torch', 'transformers', 'datasets', 'evaluate', 'numpy'} & set(sys.modules), 'heavy import';"
+        "sys.exit(code)"
+    )
+    for arguments in (["validate", str(recipe)], ["schema"], ["--version"], ["--help"]):
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr

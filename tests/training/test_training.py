@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from tiny import tiny_model, tiny_project
+
+from distill.data import TrainingBatches, read_texts, tokenise
+from distill.errors import InputError, RunError
+from distill.losses import Objective
+from distill.models.load import load_tokenizer
+from distill.recipe import load_recipe
+from distill.recipe.schema import Term, Training
+from distill.rundir import TrainDir
+from distill.training import Job, TrainState, checkpoint, loop, make_accelerator, read_records, train
+from distill.training.loop import make_optimizer
+from distill.training.model import DistillModel
+from distill.training.schedule import lr_factor, warmup_steps
+from distill.training.tracking import drop_after
+
+LABELS = [Term(match="labels")]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("training")
+    spec = load_recipe(tiny_project(folder)).data
+    return tokenise(read_texts(spec, 0, folder), spec, load_tokenizer(folder / "teacher"))
+
+
+def dropped(rate):
+    return {"hidden_dropout_prob": rate, "attention_probs_dropout_prob": rate}
+
+
+def run(corpus, folder, *, micro=4, steps=6, lr=1e-3, dropout=0.1, seed=0, model=None, **spec):
+    spec = Training(steps=steps, batch_size=8, micro_batch_size=micro, lr=lr, **{"save_every": 2, **spec})
+    model = model or tiny_model("bert", **dropped(dropout), num_labels=len(corpus.classes))
+    batches = TrainingBatches(corpus, corpus.labelled, 8, micro, seed)
+    job = Job("test", spec, TrainDir(folder), seed, "identity", log_every=2)
+    said: list[str] = []
+    objective = Objective(LABELS, "sequence")
+    train(job, model, objective, None, batches, make_accelerator(spec, batches), say=said.append)
+    return model, said
+
+
+def test_the_split_into_micro_batches_does_not_change_the_result(corpus, tmp_path):
+    losses = []
+    for micro in (8, 4, 2):
+        run(corpus, tmp_path / str(micro), micro=micro, dropout=0.0)
+        losses.append([record["loss"] for record in read_records(tmp_path / f"{micro}/metrics.jsonl")])
+    # Losses, not weights: AdamW turns the rounding noise of a gradient that is 0 (a key bias) into steps of size lr.
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5) and losses[2] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_one_step_is_plain_adamw_on_the_mean_loss(corpus, tmp_path):
+    ours, _ = run(corpus, tmp_path, micro=2, steps=1, dropout=0.0, warmup=0, schedule="constant", max_grad_norm=None)
+    reference = tiny_model("bert", **dropped(0.0), num_labels=len(corpus.classes)).train()
+    optimizer = make_optimizer(reference, Training(steps=1, lr=1e-3))
+    batches = TrainingBatches(corpus, corpus.labelled, 8, 8, 0)
+    ((_, batch),) = next(batches.stream(0, 1, 0, 1))
+    logits = reference(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    torch.nn.functional.cross_entropy(logits, batch["labels"]).backward()
+    optimizer.step()
+    for (name, a), b in zip(ours.named_parameters(), reference.parameters(), strict=True):
+        # AdamW's first step is lr * sign(gradient): where a gradient is nearly 0 its sign is rounding noise.
+        clear = b.grad.abs() > 1e-6
+        torch.testing.assert_close(a[clear], b[clear], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_resuming_from_any_checkpoint_is_bitwise_the_uninterrupted_run(corpus, tmp_path):
+    whole, _ = run(corpus, tmp_path / "whole")
+    run(corpus, tmp_path / "parts", steps=6)
+    shutil.rmtree(checkpoint.published(tmp_path / "parts/checkpoints")[-1])  # as if killed before it was published
+    model, said = run(corpus, tmp_path / "parts", steps=6)
+    assert "continuing after step 4 of 6" in said[-1]
+    for a, b in zip(whole.parameters(), model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "parts/metrics.jsonl").read_text().splitlines()]
+    assert steps == [2, 4, 6]
+
+
+def test_another_identity_starts_from_the_beginning_and_says_so(corpus, tmp_path):
+    run(corpus, tmp_path)
+    assert checkpoint.newest_valid(tmp_path / "checkpoints", "other", (said := []).append) is None
+    assert "another recipe" in said[0]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "MANIFEST.json"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "flipped"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(corpus, tmp_path, name, damage):
+    run(corpus, tmp_path, steps=4)
+    older, newer = checkpoint.published(tmp_path / "checkpoints")
+    content = (newer / name).read_bytes()
+    (newer / name).unlink()
+    flipped = content[:-20] + bytes([content[-20] ^ 1]) + content[-19:]
+    if damage != "missing":
+        (newer / name).write_bytes({"empty": b"", "truncated": content[:-1], "flipped": flipped}[damage])
+    found = checkpoint.newest_valid(tmp_path / "checkpoints", "identity", (said := []).append)
+    assert found == older and newer.name in said[0]
+
+
+def test_only_the_newest_two_checkpoints_are_kept_and_half_written_ones_are_swept(corpus, tmp_path):
+    (tmp_path / "checkpoints/.tmp-step-00000002").mkdir(parents=True)
+    run(corpus, tmp_path, steps=6)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000004", "step-00000006"]
+
+
+def test_checkpoints_are_safetensors_and_json_with_tied_tensors_once(tmp_path):
+    model = DistillModel(tiny_model("llama", tie_word_embeddings=True), Objective(LABELS, "next_token"))
+    optimizer = make_optimizer(model, Training(steps=1))
+    folder = checkpoint.save(tmp_path, TrainState(step=1), model, optimizer, "identity")
+    assert {file.suffix for file in folder.iterdir()} == {".safetensors", ".json"}
+    assert not any("lm_head" in name for name in load_file(folder / "model.safetensors"))
+    other = DistillModel(tiny_model("llama", seed=5, tie_word_embeddings=True), model.objective)
+    checkpoint.load(folder, other, make_optimizer(other, Training(steps=1)))
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_checkpoint(corpus, tmp_path):
+    model = tiny_model("bert", num_labels=len(corpus.classes))
+    with torch.no_grad():
+        model.classifier.weight.fill_(float("nan"))
+    with pytest.raises(RunError, match=r"loss is nan.*no checkpoint"):
+        run(corpus, tmp_path, model=model, save_every=0)
+
+
+def test_norms_and_biases_are_not_decayed():
+    model = tiny_model("bert")
+    decayed, plain = make_optimizer(model, Training(steps=1, weight_decay=0.1)).param_groups
+    assert decayed["weight_decay"] == 0.1 and plain["weight_decay"] == 0
+    assert all(p.ndim >= 2 for p in decayed["params"]) and all(p.ndim < 2 for p in plain["params"])
+    assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))
+
+
+@given(st.integers(1, 500), st.floats(0, 0.9), st.sampled_from(["cosine", "linear", "constant"]))
+def test_schedules_rise_to_one_and_stay_in_range(steps, warmup, schedule):
+    values = [lr_factor(step, steps, warmup, schedule) for step in range(steps)]
+    assert all(0 < value <= 1 for value in values)
+    peak = min(warmup_steps(warmup, steps), steps - 1)
+    assert values[max(0, peak - 1)] == pytest.approx(1) or values[peak] == pytest.approx(1)
+    assert all(a >= b for a, b in zip(values[peak:], values[peak + 1 :], strict=False))
+
+
+def test_schedule_values_by_hand():
+    assert [lr_factor(step, 10, 2, "linear") for step in (0, 1, 2, 6, 9)] == [0.5, 1.0, 1.0, 0.5, 0.125]
+    assert lr_factor(6, 10, 2, "cosine") == pytest.approx(0.5)
+    assert lr_factor(9, 10, 2, "cosine") == pytest.approx(0.5 * (1 + math.cos(math.pi * 7 / 8)))
+
+
+def test_records_after_the_checkpoint_and_half_lines_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 2}\n{"step": 4}\n{"step": 6}\n{"step": 7, "lo')
+    drop_after(path, 4)
+    assert path.read_text() == '{"step": 2}\n{"step": 4}\n'
+
+
+def test_uneven_shares_are_refused(corpus, monkeypatch):
+    batches = TrainingBatches(corpus, corpus.labelled, 8, 3, 0)
+    assert batches.micro_batches_per_step() == 3
+    monkeypatch.setattr(loop, "processes", lambda: SimpleNamespace(num_processes=2))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match=r"3 micro-batches.*2 processes cannot share evenly"):
+        make_accelerator(Training(steps=1, batch_size=8, micro_batch_size=3), batches)
