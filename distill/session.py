@@ -69,6 +69,11 @@ class Session:
         asked = self.recipe.evaluation.metrics or self.corpus.task.metrics
         return list(dict.fromkeys([*asked, *AGAINST_TEACHER]))
 
+    def arm_folder(self, arm: str) -> Path:
+        """The model of one arm of the evaluation."""
+        own = {"teacher": self.teacher, "cut": self.run.student, "distilled": self.run.distilled}
+        return own[arm] if arm in own else self.run.control_model(arm)
+
     def load(self, folder: Path) -> Any:
         """A model with the task's head and all its weights."""
         return load_model(folder, self.head, remote_code=self.remote_code)

@@ -22,15 +22,25 @@ from distill.evaluation.metrics import HIGHER_IS_BETTER, compute
 from distill.evaluation.predict import gathered, predict
 from distill.losses import Objective, layer_map
 from distill.models.layout import layers_of
-from distill.models.load import folder_fingerprint, load_model, random_model
+from distill.models.load import load_model, random_model
 from distill.models.plan import StudentPlan
+from distill.provenance import (
+    build_inputs,
+    calibration_inputs,
+    control_inputs,
+    evaluation_inputs,
+    plan_inputs,
+    release_inputs,
+    teacher_inputs,
+    training_inputs,
+)
 from distill.recipe.load import fingerprint
 from distill.recipe.schema import Optimization, Recipe, Term
 from distill.release.card import render_card
 from distill.release.evidence import Evidence
 from distill.release.export import check_release, releasable_recipe, write_release
 from distill.release.report import render_report
-from distill.rundir import RunDir, content_of, fresh_folder, write_json, write_text
+from distill.rundir import RunDir, fresh_folder, write_json, write_text
 from distill.session import Session, Stage
 from distill.student import Statistics, build_student, calibrate, plan_student
 from distill.teacher import OnlineTeacher
@@ -38,8 +48,6 @@ from distill.training import Job, make_accelerator, read_records, train
 from distill.training.guards import processes
 
 LABELS_ONLY = (Term(match="labels"),)
-CADENCE = {"save_every", "log_every", "evaluate_every"}
-"""Keys that say when to look, not what to compute; changing them neither reruns a stage nor voids a checkpoint."""
 
 
 def fit_teacher(session: Session) -> None:
@@ -54,7 +62,7 @@ def fit_teacher(session: Session) -> None:
             session.source, session.head, new_head=True, random_seed=seed, remote_code=session.remote_code
         )
     job = Job("teacher", spec, session.run.fit, session.recipe.seed, fingerprint(teacher_inputs(session)))
-    _train(session, job, model, LABELS_ONLY, None)
+    _train(session, job, model, Objective(LABELS_ONLY, session.corpus.task.head), None)
     _save_model(session, model, session.run.teacher)
 
 
@@ -115,14 +123,14 @@ def evaluate(session: Session) -> None:
     teacher = OnlineTeacher(session.load(session.teacher), (), processes().device)
     rows = []
     for arm in recipe.evaluation.arms:
-        model = session.load(_arm_folder(session, arm)).to(teacher.model.device)
+        model = session.load(session.arm_folder(arm)).to(teacher.model.device)
         batches = evaluation_batches(corpus, corpus.test, recipe.evaluation.batch_size)
         metrics = compute(session.metrics, predict(model, batches, corpus.task.head, teacher))
         rows.append(arm_row(arm, 0 if arm in ("teacher", "cut") else _steps(session, recipe.training), metrics))
     efficiency = None
     if recipe.evaluation.efficiency:
         efficiency = measure_efficiency(
-            {"teacher": teacher.model, "student": session.load(session.run.student)},
+            {"teacher": teacher.model, "student": session.load(session.run.student).to(teacher.model.device)},
             layers_of,
             kind=corpus.task.head,
             length=recipe.data.max_length,
@@ -167,13 +175,14 @@ def release(session: Session) -> None:
 
 
 def _train_arm(session: Session, job: Job, terms: Sequence[Term], result: Path) -> None:
-    model = session.load(session.run.student)
-    teacher = session.load(session.teacher)
     decided = StudentPlan.load(session.run.plan)
     maps = partial(layer_map, plan=decided, student_layers=len(decided.layers), teacher_layers=decided.teacher_layers)
     objective = Objective(terms, session.corpus.task.head, maps, _vocabulary(session))
-    live = OnlineTeacher(teacher, objective.teacher_layers, processes().device)
-    _train(session, job, model, terms, live if objective.needs_teacher else None, objective)
+    teacher = None
+    if objective.needs_teacher:
+        teacher = OnlineTeacher(session.load(session.teacher), objective.teacher_layers, processes().device)
+    model = session.load(session.run.student)
+    _train(session, job, model, objective, teacher)
     _save_model(session, model, result)
 
 
@@ -182,26 +191,21 @@ def _vocabulary(session: Session) -> int | None:
     return len(session.tokenizer) if session.corpus.task.head == "next_token" else None
 
 
-def _train(
-    session: Session,
-    job: Job,
-    model: Any,
-    terms: Sequence[Term],
-    teacher: OnlineTeacher | None,
-    objective: Objective | None = None,
-) -> None:
-    corpus = session.corpus
-    batches = _batches(session, job.spec, labelled=all(term.match == "labels" for term in terms))
+def _train(session: Session, job: Job, model: Any, objective: Objective, teacher: OnlineTeacher | None) -> None:
+    batches = _batches(session, job.spec, labelled=not objective.needs_teacher)
+    dtype = model.dtype
+    model.float()  # AdamW's small steps would be lost in half-precision weights; autocast gives the speed
     train(
         job,
         model,
-        objective or Objective(terms, corpus.task.head),
+        objective,
         teacher,
         batches,
         make_accelerator(job.spec, batches),
         evaluate=partial(_held_out, session),
         say=session.say,
     )
+    model.to(device="cpu", dtype=dtype)
 
 
 def _batches(session: Session, spec: Optimization, *, labelled: bool) -> TrainingBatches:
@@ -235,13 +239,6 @@ def _save_model(session: Session, model: Any, folder: Path) -> None:
             session.tokenizer.save_pretrained(temporary)
 
 
-def _arm_folder(session: Session, arm: str) -> Path:
-    run = session.run
-    return {"teacher": session.teacher, "cut": run.student, "distilled": run.distilled}.get(arm) or run.control_model(
-        arm
-    )
-
-
 def _evidence(session: Session) -> Evidence:
     recipe, spec = session.recipe, session.recipe.teacher
     text = releasable_recipe(recipe)
@@ -271,87 +268,6 @@ def _evidence(session: Session) -> Evidence:
         command="distill run recipe.yaml",
         auto_class=session.corpus.task.auto_class,
     )
-
-
-# --- what each result depends on -------------------------------------------------------------------------------------
-
-
-def _settings(spec: Optimization) -> dict[str, Any]:
-    return spec.model_dump(mode="json", exclude=CADENCE)
-
-
-def teacher_inputs(session: Session) -> dict[str, Any]:
-    """Source weights, data, and how they are fitted."""
-    spec = session.recipe.teacher
-    return {
-        "source": folder_fingerprint(session.source),
-        "init": spec.init,
-        "fit": _settings(spec.fit) if spec.fit else None,
-        "data": session.corpus.fingerprint,
-        "seed": session.recipe.seed,
-    }
-
-
-def calibration_inputs(session: Session) -> dict[str, Any]:
-    """Teacher, data and sample size."""
-    spec = session.recipe.student.calibration
-    return {**_teacher_and_data(session), "examples": spec.examples}
-
-
-def _teacher_and_data(session: Session) -> dict[str, Any]:
-    return {"teacher": folder_fingerprint(session.teacher), "data": session.corpus.fingerprint}
-
-
-def plan_inputs(session: Session) -> dict[str, Any]:
-    """Teacher, statistics and policies."""
-    return {
-        "teacher": folder_fingerprint(session.teacher),
-        "calibration": content_of(session.run.calibration),
-        "student": session.recipe.student.model_dump(mode="json", exclude={"calibration"}),
-    }
-
-
-def build_inputs(session: Session) -> dict[str, Any]:
-    """Teacher and plan."""
-    return {"teacher": folder_fingerprint(session.teacher), "plan": content_of(session.run.plan)}
-
-
-def training_inputs(session: Session) -> dict[str, Any]:
-    """Student, teacher, data, loss and settings."""
-    return {
-        **control_inputs(session),
-        **_teacher_and_data(session),
-        "plan": content_of(session.run.plan),
-        "losses": [term.model_dump(mode="json") for term in session.recipe.losses],
-    }
-
-
-def control_inputs(session: Session) -> dict[str, Any]:
-    """Student, data and settings; the teacher has no say."""
-    return {
-        "student": folder_fingerprint(session.run.student),
-        "data": session.corpus.fingerprint,
-        "training": _settings(session.recipe.training),
-        "seed": session.recipe.seed,
-    }
-
-
-def evaluation_inputs(session: Session) -> dict[str, Any]:
-    """Every arm's weights, the data and what is measured."""
-    spec = session.recipe.evaluation
-    return {
-        "arms": {arm: folder_fingerprint(_arm_folder(session, arm)) for arm in spec.arms},
-        "student": folder_fingerprint(session.run.student),
-        "data": session.corpus.fingerprint,
-        "evaluation": spec.model_dump(mode="json"),
-    }
-
-
-def release_inputs(session: Session) -> dict[str, Any]:
-    """The distilled student, its evidence and the recipe."""
-    run = session.run
-    files = [run.distilled, run.plan, run.evaluation, run.training.metrics, run.control("labels_only").metrics]
-    return {"files": [content_of(path) for path in files], "recipe": session.recipe.model_dump(mode="json")}
 
 
 def _wants_control(recipe: Recipe) -> bool:

@@ -47,7 +47,8 @@ def output_norm(layer: MlpLayer, statistics: Statistics | None) -> Tensor:
     """
     if statistics is None:
         raise InputError("student.mlp.score: `output_norm` needs calibration data")
-    return statistics.mean_square(layer.index).sqrt() * layer.weight_out.float().norm(dim=0)
+    outgoing = layer.weight_out.double().square().sum(dim=0)
+    return torch.sqrt(statistics.mean_square(layer.index) * outgoing)
 
 
 def magnitude(layer: MlpLayer, _statistics: Statistics | None) -> Tensor:

@@ -87,7 +87,7 @@ def published(folder: Path) -> list[Path]:
 def newest_valid(folder: Path, identity: str, say: Callable[[str], None]) -> Path | None:
     """The newest checkpoint that is intact and belongs to this training; every other newer one is named to `say`."""
     for stale in folder.glob(".tmp-*"):
-        shutil.rmtree(stale)
+        shutil.rmtree(stale, ignore_errors=True)  # another process of this run may be sweeping too
     for checkpoint in reversed(published(folder)):
         fault = fault_of(checkpoint, identity)
         if fault is None:

@@ -1,0 +1,94 @@
+"""What each result depends on: a stage runs again when, and only when, one of these changed.
+
+Everything is named by content: weights and files by their sha256, data by its tokens and labels, settings by value.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from distill.models.load import folder_fingerprint
+from distill.recipe.schema import Optimization
+from distill.rundir import content_of
+from distill.session import Session
+
+CADENCE = {"save_every", "log_every", "evaluate_every"}
+"""Keys that say when to look, not what to compute; changing them neither reruns a stage nor voids a checkpoint."""
+
+
+def _settings(spec: Optimization) -> dict[str, Any]:
+    return spec.model_dump(mode="json", exclude=CADENCE)
+
+
+def teacher_inputs(session: Session) -> dict[str, Any]:
+    """Source weights, data, and how they are fitted."""
+    spec = session.recipe.teacher
+    return {
+        "source": folder_fingerprint(session.source),
+        "init": spec.init,
+        "fit": _settings(spec.fit) if spec.fit else None,
+        "data": session.corpus.fingerprint,
+        "seed": session.recipe.seed,
+    }
+
+
+def calibration_inputs(session: Session) -> dict[str, Any]:
+    """Teacher, data and sample size."""
+    spec = session.recipe.student.calibration
+    return {**_teacher_and_data(session), "examples": spec.examples}
+
+
+def _teacher_and_data(session: Session) -> dict[str, Any]:
+    return {"teacher": folder_fingerprint(session.teacher), "data": session.corpus.fingerprint}
+
+
+def plan_inputs(session: Session) -> dict[str, Any]:
+    """Teacher, statistics and policies."""
+    return {
+        "teacher": folder_fingerprint(session.teacher),
+        "calibration": content_of(session.run.calibration),
+        "student": session.recipe.student.model_dump(mode="json", exclude={"calibration"}),
+    }
+
+
+def build_inputs(session: Session) -> dict[str, Any]:
+    """Teacher and plan."""
+    return {"teacher": folder_fingerprint(session.teacher), "plan": content_of(session.run.plan)}
+
+
+def training_inputs(session: Session) -> dict[str, Any]:
+    """Student, teacher, data, loss and settings."""
+    return {
+        **control_inputs(session),
+        **_teacher_and_data(session),
+        "plan": content_of(session.run.plan),
+        "losses": [term.model_dump(mode="json") for term in session.recipe.losses],
+    }
+
+
+def control_inputs(session: Session) -> dict[str, Any]:
+    """Student, data and settings; the teacher has no say."""
+    return {
+        "student": folder_fingerprint(session.run.student),
+        "data": session.corpus.fingerprint,
+        "training": _settings(session.recipe.training),
+        "seed": session.recipe.seed,
+    }
+
+
+def evaluation_inputs(session: Session) -> dict[str, Any]:
+    """Every arm's weights, the data and what is measured."""
+    spec = session.recipe.evaluation
+    return {
+        "arms": {arm: folder_fingerprint(session.arm_folder(arm)) for arm in spec.arms},
+        "student": folder_fingerprint(session.run.student),
+        "data": session.corpus.fingerprint,
+        "evaluation": spec.model_dump(mode="json"),
+    }
+
+
+def release_inputs(session: Session) -> dict[str, Any]:
+    """The distilled student, its evidence and the recipe."""
+    run = session.run
+    files = [run.distilled, run.plan, run.evaluation, run.training.metrics, run.control("labels_only").metrics]
+    return {"files": [content_of(path) for path in files], "recipe": session.recipe.model_dump(mode="json")}
