@@ -203,6 +203,16 @@ def width_can_be_had(view: View) -> Iterator[Finding]:
         yield Finding(path, message, f"keep at least {min(multiple, have)}, or lower multiple_of")
 
 
+def length_fits(view: View) -> Iterator[Finding]:
+    """No example is longer than the teacher has positions for."""
+    data = view.section(("data",), Data)
+    positions = view.teacher.positions if isinstance(view.teacher, TeacherSize) else None
+    length = count(data["max_length"]) if data else None
+    if length and positions and length > positions:
+        message = f"{length} tokens per example, the teacher has {positions} positions"
+        yield Finding(("data", "max_length"), message, f"use at most {positions}")
+
+
 def some_term_counts(view: View) -> Iterator[Finding]:
     """The loss is not zero whatever the student does."""
     weights = [number(term["weight"]) for _, term in view.terms()]
@@ -274,6 +284,7 @@ CHECKS: list[Callable[[View], Iterable[Finding]]] = [
     batch_divides,
     layers_exist,
     width_can_be_had,
+    length_fits,
     some_term_counts,
     term_keys_have_effect,
     mapped_layers_exist,

@@ -18,6 +18,7 @@ _HUB_PART = r"(?!.*(--|\.\.))[A-Za-z0-9_]([\w.-]{0,94}[A-Za-z0-9_])?"
 _HUB_ID = re.compile(rf"{_HUB_PART}/{_HUB_PART}", re.ASCII)
 _FOLDER_STARTS = ("./", "../", "/", "~/")
 _LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
+_POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
 _WIDTH_KEYS = ("intermediate_size", "n_inner", "ffn_dim", "d_ff")
 
 
@@ -28,6 +29,8 @@ class TeacherSize:
     layers: int | None
     width: int | None
     """Width of each layer's MLP."""
+    positions: int | None = None
+    """Longest sequence it was made for."""
 
 
 def is_path(name: str) -> bool:
@@ -69,7 +72,7 @@ def ambiguous_folder(model: str, base: Path) -> str | None:
 
 
 def teacher_size(folder: Path) -> TeacherSize:
-    """Number of layers and MLP width from the folder's config.json. Raises InputError when there is no such file."""
+    """Number of layers, MLP width and positions from the folder's config.json. Raises InputError when there is no such file."""
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -81,7 +84,7 @@ def teacher_size(folder: Path) -> TeacherSize:
     if width is None and "n_inner" in config:
         embedding = _first_count(config, ("n_embd",))  # GPT-2: null stands for four times the model width
         width = embedding and 4 * embedding
-    return TeacherSize(_first_count(config, _LAYER_KEYS), width)
+    return TeacherSize(_first_count(config, _LAYER_KEYS), width, _first_count(config, _POSITION_KEYS))
 
 
 def _in_package(model: str) -> Path:

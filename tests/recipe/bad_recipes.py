@@ -146,6 +146,7 @@ CROSS_CHECKS = [
     Bad("keep: 3, choose: even", "keep: [2, 0]", 7, "student.layers.keep.1", "ascending write [0, 2]"),
     Bad("keep: 3, choose: even", "keep: []", 7, "student.layers.keep", "names no layer"),
     Bad("keep: 3, choose: even", "keep: [0, 2], choose: last", 7, "student.layers.choose", "has no effect"),
+    Bad("labelled: 160", "max_length: 600", 12, "data.max_length", "600 tokens per example, the teacher has 512"),
     Bad("keep: 0.5", "keep: 1600", 8, "student.mlp.keep", "1600 neurons, the teacher's MLP has 1536"),
     Bad("keep: 0.5", "keep: 63", 8, "student.mlp.keep", "63 of 1536 multiple of 64 leaves none at least 64"),
     Bad("keep: 0.5", "keep: 0.01", 8, "student.mlp.keep", "15 of 1536 leaves none lower multiple_of"),

@@ -13,6 +13,7 @@ from bad_recipes import GOOD
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     teacher = {"model_type": "bert", "num_hidden_layers": 6, "intermediate_size": 1536, "hidden_size": 384}
+    teacher["max_position_embeddings"] = 512
     for name, config in {"teacher": json.dumps(teacher), "org/model": "{}", "broken": "{"}.items():
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "config.json").write_text(config)

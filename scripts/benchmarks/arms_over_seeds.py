@@ -1,0 +1,64 @@
+"""Run a recipe with several seeds and print the mean of every arm, as Markdown.
+
+    python scripts/benchmarks/arms_over_seeds.py recipes/quickstart/recipe.yaml --seeds 0 1 2
+    python scripts/benchmarks/arms_over_seeds.py recipes/quickstart/recipe.yaml --seeds 0 1 2 --out runs/all-labels \
+        data.labelled=null
+
+Each run is an ordinary `distill evaluate`; finished ones are skipped, so the command can be given again.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+def main() -> None:
+    """Run every seed, then print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=Path("runs/seeds"))
+    parser.add_argument("overrides", nargs="*", metavar="KEY.PATH=VALUE")
+    options = parser.parse_args()
+    tables, seconds = [], []
+    for seed in options.seeds:
+        folder = options.out / f"seed-{seed}"
+        start = time.monotonic()
+        command = [sys.executable, "-m", "distill", "evaluate", options.recipe, f"seed={seed}", *options.overrides]
+        subprocess.run([*command, "--out", str(folder)], check=True, stdout=subprocess.DEVNULL)
+        seconds.append(time.monotonic() - start)
+        tables.append(json.loads((folder / "evaluation.json").read_text()))
+    print_table(options.seeds, tables)
+    print(f"\nseconds per seed: {', '.join(f'{value:.0f}' for value in seconds)}")
+
+
+def print_table(seeds: list[int], tables: list[dict]) -> None:
+    """One row per arm, one column per seed, and the gap that distillation has to show."""
+    metric = tables[0]["primary"]
+    print(f"| {metric} | {' | '.join(f'seed {seed}' for seed in seeds)} | mean | of the teacher |")
+    print("|---" * (len(seeds) + 3) + "|")
+    means = {}
+    for index, arm in enumerate(tables[0]["arms"]):
+        values = [table["arms"][index]["metrics"][metric] for table in tables]
+        means[arm["name"]] = statistics.mean(values)
+        share = means[arm["name"]] / means.get("teacher", float("nan"))
+        cells = " | ".join(f"{value:.4f}" for value in values)
+        print(f"| {arm['name']} | {cells} | {means[arm['name']]:.4f} | {100 * share:.1f} % |")
+    if {"distilled", "labels_only"} <= means.keys():
+        gaps = [
+            table["arms"][names.index("distilled")]["metrics"][metric]
+            - table["arms"][names.index("labels_only")]["metrics"][metric]
+            for table in tables
+            for names in [[arm["name"] for arm in table["arms"]]]
+        ]
+        print(f"\ndistilled - labels_only: {', '.join(f'{gap:+.4f}' for gap in gaps)}; "
+              f"mean {statistics.mean(gaps):+.4f} over {len(gaps)} seeds, "
+              f"{tables[0]['data']['examples']} held-out examples each")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
