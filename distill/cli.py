@@ -157,7 +157,9 @@ def _print_table(evaluation: dict[str, Any]) -> None:
     for arm in evaluation["arms"]:
         retained = arm["retained"].get(evaluation["primary"])
         share = "" if retained is None else f"{100 * retained:.1f} %"
-        table.add_row(arm["name"], *(f"{arm['metrics'][name]:.4f}" for name in metrics), share, str(arm["steps"]))
+        values = [arm["metrics"][name] for name in metrics]
+        cells = ["not finite" if value is None else f"{value:.4f}" for value in values]
+        table.add_row(arm["name"], *cells, share, str(arm["steps"]))
     output = Console(highlight=False, width=max(100, console.width))  # off a terminal rich would cut columns at 80
     output.print(table)
     if evaluation["efficiency"]:

@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 
 from distill import __version__
 from distill.data import TrainingBatches, collate, evaluation_batches
-from distill.evaluation.arms import arm_row, with_retained
+from distill.evaluation.arms import arm_row, measured, with_retained
 from distill.evaluation.efficiency import measure_efficiency
 from distill.evaluation.metrics import HIGHER_IS_BETTER, compute
 from distill.evaluation.predict import gathered, predict
@@ -72,7 +72,8 @@ def calibrate_teacher(session: Session) -> None:
     sample = range(min(spec.examples, len(corpus.train)))
     starts = range(0, len(sample), spec.batch_size)
     batches = (collate(corpus, corpus.train, sample[start : start + spec.batch_size]) for start in starts)
-    calibrate(session.load(session.teacher), batches).save(session.run.calibration)
+    teacher = session.load(session.teacher).to(processes().device)
+    calibrate(teacher, batches).save(session.run.calibration)
 
 
 def plan(session: Session) -> None:
@@ -126,7 +127,8 @@ def evaluate(session: Session) -> None:
         model = session.load(session.arm_folder(arm)).to(teacher.model.device)
         batches = evaluation_batches(corpus, corpus.test, recipe.evaluation.batch_size)
         metrics = compute(session.metrics, predict(model, batches, corpus.task.head, teacher))
-        rows.append(arm_row(arm, 0 if arm in ("teacher", "cut") else _steps(session, recipe.training), metrics))
+        steps = 0 if arm in ("teacher", "cut") else _steps(session, recipe.training)
+        rows.append(arm_row(arm, steps, measured(metrics)))
     efficiency = None
     if recipe.evaluation.efficiency:
         efficiency = measure_efficiency(
@@ -221,7 +223,7 @@ def _steps(session: Session, spec: Optimization) -> int:
     return spec.steps or _batches(session, spec, labelled=labelled).steps_for(spec.epochs or 0)
 
 
-def _held_out(session: Session, model: Any) -> dict[str, float]:
+def _held_out(session: Session, model: Any) -> dict[str, float | None]:
     """The task's metrics on the test split, shared out over the processes. Nothing is selected by them."""
     corpus, state = session.corpus, processes()
     size = session.recipe.evaluation.batch_size
@@ -229,7 +231,7 @@ def _held_out(session: Session, model: Any) -> dict[str, float]:
     columns = predict(model, batches, corpus.task.head)
     if state.num_processes > 1:
         columns = gathered(columns, gather_object)
-    return compute(corpus.task.metrics, columns)
+    return measured(compute(corpus.task.metrics, columns))
 
 
 def _save_model(session: Session, model: Any, folder: Path) -> None:

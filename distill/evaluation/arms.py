@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,12 @@ AGAINST_TEACHER = ("agreement", "kl")
 """Measured for every arm, whatever the recipe asks for."""
 
 
-def arm_row(name: str, steps: int, metrics: Mapping[str, float]) -> dict[str, Any]:
+def measured(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """Metrics as JSON can hold them: None where a value is not finite, e.g. the perplexity of a broken student."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+
+
+def arm_row(name: str, steps: int, metrics: Mapping[str, float | None]) -> dict[str, Any]:
     """One row of the table, before `retained` is known."""
     return {"name": name, "steps": steps, "metrics": dict(metrics)}
 
@@ -22,4 +28,8 @@ def with_retained(arms: Sequence[dict[str, Any]], metrics: Sequence[str]) -> lis
     if teacher is None:
         return [{**arm, "retained": {}} for arm in arms]
     shared = [name for name in metrics if HIGHER_IS_BETTER.get(name, True) and teacher.get(name)]
-    return [{**arm, "retained": {name: arm["metrics"][name] / teacher[name] for name in shared}} for arm in arms]
+    return [{**arm, "retained": _shares(arm["metrics"], teacher, shared)} for arm in arms]
+
+
+def _shares(own: Mapping[str, Any], teacher: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:
+    return {name: own[name] / teacher[name] for name in names if own[name] is not None}

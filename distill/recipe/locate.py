@@ -72,7 +72,7 @@ def ambiguous_folder(model: str, base: Path) -> str | None:
 
 
 def teacher_size(folder: Path) -> TeacherSize:
-    """Number of layers, MLP width and positions from the folder's config.json. Raises InputError when there is no such file."""
+    """Layers, MLP width and positions from the folder's config.json. Raises InputError when there is none."""
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

@@ -117,7 +117,8 @@ def calibrate(model: Any, batches: Iterable[Batch]) -> Statistics:
     tokens = 0
     try:
         model.eval()
-        for batch in batches:
+        for cpu_batch in batches:
+            batch = {name: tensor.to(model.device) for name, tensor in cpu_batch.items()}
             collector.mask = batch["attention_mask"].bool()
             tokens += int(collector.mask.sum())
             # The base model is enough: the head's output is not looked at.

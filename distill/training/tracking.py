@@ -95,6 +95,6 @@ def _step_of(line: str) -> float:
 
 def _summary(record: Mapping[str, Any]) -> str:
     if record["event"] == "evaluate":
-        return "  ".join(f"{name} {value:.4g}" for name, value in record["metrics"].items())
+        return "  ".join(f"{name} {value:.4g}" for name, value in record["metrics"].items() if value is not None)
     parts = "  ".join(f"{name} {value:.4g}" for name, value in record["parts"].items())
     return f"loss {record['loss']:.4g} ({parts})  lr {record['lr']:.2e}  {record['examples_per_s']:.0f} examples/s"

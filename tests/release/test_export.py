@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import tiny_batch, tiny_model, tiny_project
+from transformers import AutoTokenizer
+
+from distill.errors import RunError
+from distill.recipe import load_recipe
+from distill.release.export import check_release, releasable_recipe, write_release
+
+AUTO = "AutoModelForSequenceClassification"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export")
+    tiny_project(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "teacher")
+    (folder / "release").mkdir()
+    write_release(folder / "release", tiny_model("bert"), tokenizer, {"README.md": "card"})
+    return folder
+
+
+@pytest.mark.slow
+def test_a_good_release_passes_the_gate(folder):
+    check_release(folder / "release", tiny_model("bert"), AUTO, tiny_batch())
+
+
+@pytest.mark.slow
+def test_one_changed_weight_does_not_pass(folder):
+    model = tiny_model("bert")
+    with torch.no_grad():
+        model.classifier.bias[0] += 1e-3
+    with pytest.raises(RunError, match="logits of the reloaded student differ by up to"):
+        check_release(folder / "release", model, AUTO, tiny_batch())
+
+
+@pytest.mark.slow
+def test_a_missing_weight_does_not_pass_as_freshly_drawn(folder, tmp_path):
+    tensors = load_file(folder / "release/model.safetensors")
+    tensors.pop("classifier.weight")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text((folder / "release/config.json").read_text())
+    with pytest.raises(RunError, match=r"cannot load the student.*classifier\.weight"):
+        check_release(tmp_path, tiny_model("bert"), AUTO, tiny_batch())
+
+
+def test_folders_of_this_machine_are_cut_down_to_names(folder):
+    recipe = load_recipe(
+        folder / "recipe.yaml", [f"teacher.model={folder}/teacher", f"data.source={folder}/data.jsonl"]
+    )
+    text = releasable_recipe(recipe)
+    assert str(folder) not in text and "model: ./teacher" in text and "source: ./data.jsonl" in text

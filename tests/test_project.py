@@ -1,0 +1,308 @@
+"""The repository as a whole: its recipes, scripts, documents, imports and public names agree with each other."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import inspect
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from tiny import tiny_batch, tiny_model, tiny_project
+
+import distill
+from distill.cli import app, main
+from distill.losses import HIDDEN, LOGITS, Objective, layer_map
+from distill.models.layout import LAYOUTS, layers_of
+from distill.models.load import load_tokenizer
+from distill.models.outputs import Outputs, captured
+from distill.recipe import load_recipe
+from distill.recipe.schema import Student, Term
+from distill.registry import names_in
+from distill.rundir import RunDir
+from distill.student import build_student, calibrate, plan_student
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "distill").rglob("*.py"))
+SCRIPTS = sorted((ROOT / "scripts").rglob("*.py"))
+RECIPES = sorted(ROOT.glob("recipes/*/recipe.yaml"))
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("recipes/*/README.md")])
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CI = (ROOT / ".ci/run").read_text(encoding="utf-8")
+
+FORBIDDEN_CALLS = {"eval", "exec", "torch.load", "evaluate.load", "os.system"}
+FORBIDDEN_MODULES = {"pickle", "dill", "joblib", "shelve", "marshal"}
+
+
+def name_of(path):
+    return str(path.relative_to(ROOT))
+
+
+def blocks(text, *languages):
+    """Contents of the fenced blocks in these languages."""
+    found = re.findall(r"^( *)```(\w*)\n(.*?)^\1```$", text, re.MULTILINE | re.DOTALL)
+    return [inspect.cleandoc("\n" + code) for _, language, code in found if language in languages]
+
+
+def command_lines(path):
+    """The simple commands of a document's shell blocks, without variables set in front of them."""
+    text = "\n".join(blocks(path.read_text(encoding="utf-8"), "bash")).replace("\\\n", " ")
+    for line in text.splitlines():
+        words: list[str] = []
+        for word in [*shlex.split(line, comments=True), "&&"]:
+            if word not in ("&&", ";", "|"):
+                words.append(word)
+            elif words:
+                while re.fullmatch(r"[A-Z_]+=.*", words[0]):
+                    words.pop(0)
+                yield words
+                words = []
+
+
+def distill_arguments(words):
+    """What `distill` is called with, directly or through its script; None for other commands."""
+    if words[0] == "distill":
+        return words[1:]
+    if words[0] in ("python", "accelerate") and "scripts/train.py" in words:
+        return ["train", *words[words.index("scripts/train.py") + 1 :]]
+    return None
+
+
+COMMANDS = [(path, words) for path in DOCUMENTS for words in command_lines(path)]
+CALLS = [(path, arguments) for path, words in COMMANDS if (arguments := distill_arguments(words)) is not None]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
+def test_every_recipe_is_valid_and_says_how_to_run_it(path):
+    assert main(["validate", str(path)]) == 0
+    assert f"distill run {name_of(path)}" in (path.parent / "README.md").read_text(encoding="utf-8")
+    assert load_recipe(path).name == path.parent.name
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=name_of)
+def test_every_script_gives_its_launch_lines_and_shadows_nothing(path):
+    module = ast.parse(path.read_text(encoding="utf-8"))
+    assert name_of(path) in (ast.get_docstring(module) or "")
+    assert path.stem not in sys.stdlib_module_names and importlib.util.find_spec(path.stem) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SCRIPTS, ids=name_of)
+def test_every_script_explains_itself(path, tmp_path):
+    done = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0 and "usage" in done.stdout.lower(), done.stderr
+
+
+@pytest.mark.parametrize(("path", "arguments"), CALLS, ids=lambda value: "" if isinstance(value, list) else value.name)
+def test_every_command_in_the_documents_can_be_given(path, arguments):
+    group = typer.main.get_command(app)
+    if arguments[0].startswith("-"):
+        group.make_context("distill", arguments, resilient_parsing=True)
+        return
+    context = group.commands[arguments[0]].make_context(arguments[0], arguments[1:])
+    if "recipe" in context.params:
+        load_recipe(ROOT / context.params["recipe"], context.params["overrides"] or ())
+
+
+def test_the_documents_show_every_door():
+    assert {arguments[0] for _, arguments in CALLS} >= {"run", "train"}
+    verbs = typer.main.get_command(app).commands
+    assert re.findall(r"^\| `distill (\w+)", README, re.MULTILINE) == list(verbs)
+
+
+@pytest.mark.parametrize(("path", "words"), COMMANDS, ids=lambda value: "" if isinstance(value, list) else value.name)
+def test_every_script_named_in_the_documents_exists(path, words):
+    for word in words:
+        if word.endswith(".py") or word.startswith(("scripts/", "recipes/", "tests/")):
+            assert (ROOT / word).exists(), f"{name_of(path)} names {word}"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_links_and_marked_places_are_whole(path):
+    text = path.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
+        assert "://" in target or (path.parent / target).exists(), f"{name_of(path)} links to {target}"
+    marks = re.findall(r"<!-- (/?measured)", text)
+    assert marks == ["measured", "/measured"] * (len(marks) // 2)
+
+
+def test_the_recipe_in_the_readme_is_the_quickstart():
+    def settings(text):
+        lines = [re.sub(r"(^|\s+)#.*", "", line).rstrip() for line in text.splitlines()]
+        return [line for line in lines if line]
+
+    (shown,) = blocks(README, "yaml")
+    assert settings(shown) == settings((ROOT / "recipes/quickstart/recipe.yaml").read_text(encoding="utf-8"))
+
+
+def test_the_readme_lists_what_is_built_in():
+    tables = {
+        "student.layers.choose": names_in("distill.student.layers", "CHOICES"),
+        "student.mlp.score": names_in("distill.student.importance", "SCORES"),
+        "student.mlp.allocate": names_in("distill.student.allocate", "ALLOCATIONS"),
+        "data.source": names_in("distill.data.sources", "SOURCES"),
+        "data.task": names_in("distill.data.tasks", "TASKS"),
+        "loss` with `match: logits": LOGITS,
+        "loss` with `match: hidden": HIDDEN,
+        "evaluation.metrics": names_in("distill.evaluation.metrics", "METRICS"),
+    }
+    for key, names in tables.items():
+        (row,) = re.findall(rf"^\| `{re.escape(key)}` \| (.*) \|$", README, re.MULTILINE)
+        assert re.findall(r"`([\w-]+)`", row) == list(names), key
+    (families,) = re.findall(r"^- Families: (.*?)\.", README, re.MULTILINE | re.DOTALL)
+    assert re.findall(r"`([\w-]+)`", families) == list(LAYOUTS)
+
+
+def test_the_run_folder_in_the_readme_is_the_run_folder():
+    run = RunDir(Path())
+    named = [value for value in vars(RunDir).values() if isinstance(value, property)]
+    paths = [path if isinstance(path := value.fget(run), Path) else path.checkpoints for value in named]
+    (shown,) = (block for block in blocks(README, "") if block.startswith("runs/quickstart/"))
+    for path in [*paths, run.control("labels_only").metrics, run.stamp("plan").parent]:
+        assert path.parts[0] in shown, path
+
+
+@pytest.fixture
+def readme_modules(tmp_path, monkeypatch):
+    """The Python blocks of the README as importable modules, beside a release that they can load."""
+    recipe = tiny_project(tmp_path)
+    release = tmp_path / "runs/quickstart/release"
+    tiny_model("bert").save_pretrained(release)
+    load_tokenizer(recipe.parent / "teacher").save_pretrained(release)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    names = []
+    for number, code in enumerate(blocks(README, "python")):
+        title = re.match(r"# (\w+)\.py\n", code)
+        names.append(title.group(1) if title else f"readme_{number}")
+        (tmp_path / f"{names[-1]}.py").write_text(code, encoding="utf-8")
+    yield names
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+def test_the_python_in_the_readme_runs(readme_modules):
+    assert len(readme_modules) == 4
+    for name in readme_modules:
+        importlib.import_module(name)
+
+
+def test_the_score_in_the_readme_ranks_neurons(readme_modules):
+    model, keep = tiny_model("bert"), {"keep": 0.5, "multiple_of": 8, "score": "my_scores:outgoing"}
+    statistics = calibrate(model, [tiny_batch()])
+    plans = [
+        plan_student(model, Student(layers={"keep": 2}, mlp=keep | {"params": {"power": power}}), statistics)
+        for power in (0.5, 4.0)
+    ]
+    assert all(plan.widths == [24, 24] for plan in plans) and plans[0] != plans[1]
+
+
+def test_the_loss_in_the_readme_trains_a_student(readme_modules):
+    teacher = tiny_model("bert")
+    plan = plan_student(teacher, Student(layers={"keep": 2}, mlp={"score": "magnitude"}))
+    maps = partial(layer_map, plan=plan, student_layers=2, teacher_layers=4)
+    term = Term(match="hidden", loss="my_losses:huber", params={"delta": 0.5})
+    objective = Objective([term], "sequence", maps)
+    student, batch = build_student(teacher, plan), tiny_batch()
+    with captured(layers_of(student), objective.student_layers) as hidden:
+        own = Outputs(student(**batch).logits, hidden)
+    with torch.no_grad(), captured(layers_of(teacher), objective.teacher_layers) as hidden:
+        target = Outputs(teacher(**batch).logits, hidden)
+    batch["labels"] = torch.zeros(3, dtype=torch.int64)
+    loss, _ = objective(own, target, batch, objective.counts([batch]))
+    loss.backward()
+    pairs = [(own.hidden[s], target.hidden[t]) for s, t in plan.layer_map]
+    real = batch["attention_mask"].bool()
+    expected = [torch.nn.functional.huber_loss(s[real], t[real], delta=0.5) for s, t in pairs]
+    torch.testing.assert_close(loss, sum(expected) / 2)
+    empty = importlib.import_module("my_losses").huber(torch.zeros(0, 4), torch.zeros(0, 4))
+    assert empty.shape == (0,)
+
+
+def test_public_names():
+    assert distill.__all__ == ["__version__", "load_recipe", "load_student"]
+    assert all(getattr(distill, name) for name in distill.__all__)
+    with pytest.raises(AttributeError, match="load_models"):
+        _ = distill.load_models
+    assert set(LOGITS) == {
+        "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "symmetric_kl", "total_variation",
+        "soft_cross_entropy", "logit_mse",
+    }  # fmt: skip
+    assert set(HIDDEN) == {"mse", "cosine", "normalized_mse", "relative_mse"}
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (load_recipe, "(path, overrides=())"),
+        (plan_student, "(model, spec, calibration=None)"),
+        (build_student, "(teacher, plan)"),
+        (distill.load_student, "(folder)"),
+        *((loss, "(student_logits, teacher_logits, *, temperature=1.0") for loss in LOGITS.values()),
+        *((loss, "(student, teacher)") for loss in HIDDEN.values()),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_public_signatures(function, expected):
+    signature = inspect.signature(function)
+    bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()]
+    shown = str(signature.replace(parameters=bare, return_annotation=inspect.Signature.empty))
+    assert shown.startswith(expected)
+    assert all(p.kind is p.KEYWORD_ONLY for p in bare[2:]) or function is plan_student
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_sources_are_short_silent_and_run_nothing_they_read(path):
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 330
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Call):
+            assert ast.unparse(node.func) not in FORBIDDEN_CALLS | {"print"}, f"line {node.lineno}"
+        imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        imported += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        assert not {name.split(".")[0] for name in imported} & FORBIDDEN_MODULES, f"line {node.lineno}"
+
+
+def test_every_module_has_its_place_in_the_import_contract():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
+    placed = set(re.findall(r"distill\.(\w+)", " ".join(settings["contracts"][0]["layers"])))
+    own = {path.relative_to(ROOT / "distill").parts[0].removesuffix(".py") for path in SOURCES}
+    assert placed == own - {"__init__"}
+
+
+@pytest.mark.slow
+def test_the_import_contract_holds():
+    pytest.importorskip("importlinter", reason="import-linter is part of the extra `dev`")
+    command = [sys.executable, "-c", "from importlinter.cli import lint_imports_command as run; run()", "--no-cache"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_checks_and_the_documents_name_the_same_commands():
+    assert os.access(ROOT / ".ci/run", os.X_OK)
+    subprocess.run(["bash", "-n", str(ROOT / ".ci/run")], check=True)
+    contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    checks = ["ruff check", "ruff format --check", "mypy", "lint-imports", "distill run recipes/smoke/recipe.yaml"]
+    for command in checks:
+        assert re.search(rf'^step "[^"]*" {re.escape(command)}', CI, re.MULTILINE), command
+        assert command in "\n".join(blocks(contributing, "bash")), command
+    pattern = re.search(r'\$\(sed -n "s/(.*)/\\1/p" README\.md\)', CI).group(1)
+    as_python = pattern.replace(r"\(", "(").replace(r"\)", ")")
+    assert re.findall(as_python, README, re.MULTILINE) == ["pytest"]
+    assert "distill run recipes/quickstart/recipe.yaml" in README.split("```bash")[1]
+
+
+def test_the_changelog_knows_this_version():
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(rf"^## {re.escape(distill.__version__)}\b", changelog, re.MULTILINE)
