@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from distill import __version__
-from distill.errors import DistillError, Stopped
+from distill.errors import DistillError, InputError, Stopped
 
 if TYPE_CHECKING:
     from distill.recipe.schema import Recipe
@@ -119,7 +119,7 @@ def _run(verb: str, path: Path, overrides: list[str] | None, out: Path | None, r
     _quiet_libraries()
     from distill.rundir import RunDir
     from distill.session import Session, run_stages
-    from distill.stages import VERBS
+    from distill.stages import VERBS, check_names
     from distill.training.guards import processes
 
     main_process = processes().is_main_process
@@ -129,7 +129,11 @@ def _run(verb: str, path: Path, overrides: list[str] | None, out: Path | None, r
         if main_process:
             console.print(message, markup=False, soft_wrap=True)
 
-    session = Session(recipe, path.resolve().parent, RunDir(folder.absolute()), say, remote_code)
+    base = path.absolute().parent
+    if base.is_relative_to(folder.absolute()):
+        raise InputError(f"--out {folder} holds the recipe itself, which the run would overwrite; name another folder")
+    session = Session(recipe, base, RunDir(folder.absolute()), say, remote_code)
+    check_names(session)
     run_stages(session, VERBS[verb])
     if main_process and verb in ("evaluate", "release", "run"):
         _print_table(json.loads(session.run.evaluation.read_text(encoding="utf-8")))
@@ -189,13 +193,12 @@ def _efficiency_table(efficiency: dict[str, Any]) -> Table:
 
 def _stop(number: int, _frame: FrameType | None) -> None:
     # Outside training nothing is lost either: finished stages are kept, an unfinished one left nothing behind.
-    raise Stopped(f"stopped by {signal.Signals(number).name}; the same command continues from the last finished stage")
+    raise Stopped(f"by {signal.Signals(number).name}; the same command continues from the last finished stage")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    signal.signal(signal.SIGTERM, _stop)
-    signal.signal(signal.SIGINT, _stop)
+    previous = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         result = app(arguments, standalone_mode=False)
         return result if isinstance(result, int) else 0
@@ -206,9 +209,12 @@ def main(arguments: list[str] | None = None) -> int:
         return error.exit_code
     except Exception as error:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # click's usage errors
-            console.print(f"error: {error.format_message()}", markup=False, soft_wrap=True)
+            console.print(f"error: {error.format_message() or 'a verb is missing; see distill --help'}", markup=False)
             return 2
         raise
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def entry() -> None:

@@ -7,13 +7,20 @@ from __future__ import annotations
 
 from typing import Any
 
+from distill import __version__
 from distill.models.load import folder_fingerprint
+from distill.recipe.load import fingerprint
 from distill.recipe.schema import Optimization
 from distill.rundir import content_of
 from distill.session import Session
 
 CADENCE = {"save_every", "log_every", "evaluate_every"}
 """Keys that say when to look, not what to compute; changing them neither reruns a stage nor voids a checkpoint."""
+
+
+def identity(inputs: dict[str, Any]) -> str:
+    """Fingerprint of what a result is made from, this version of distill included."""
+    return fingerprint({"distill": __version__, "from": inputs})
 
 
 def _settings(spec: Optimization) -> dict[str, Any]:
@@ -81,8 +88,9 @@ def evaluation_inputs(session: Session) -> dict[str, Any]:
     spec = session.recipe.evaluation
     return {
         "arms": {arm: folder_fingerprint(session.arm_folder(arm)) for arm in spec.arms},
+        **_teacher_and_data(session),
         "student": folder_fingerprint(session.run.student),
-        "data": session.corpus.fingerprint,
+        "max_length": session.recipe.data.max_length,
         "evaluation": spec.model_dump(mode="json"),
     }
 

@@ -109,7 +109,10 @@ class RunDir:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the run folder for this process. Raises InputError when another run is using it."""
-        self.root.mkdir(parents=True, exist_ok=True)
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{self.root} cannot be the run folder: {error.strerror}") from error
         with (self.root / ".lock").open("a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

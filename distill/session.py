@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,14 @@ from accelerate.utils import broadcast_object_list
 
 from distill import __version__
 from distill.data import Corpus, Texts, read_texts, tokenise
+from distill.errors import InputError
 from distill.evaluation.arms import AGAINST_TEACHER
-from distill.models.load import Head, load_model, load_tokenizer, teacher_path
+from distill.models.load import Head, load_model, load_tokenizer, teacher_path, trained_labels
 from distill.recipe.load import dump, fingerprint
+from distill.recipe.locate import is_path
 from distill.recipe.schema import Recipe
 from distill.rundir import RunDir, content_of, write_json, write_text
-from distill.training.guards import processes
+from distill.training.guards import check_launch, processes
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Session:
     @cached_property
     def source(self) -> Path:
         """Local folder of the teacher as the recipe names it."""
-        return teacher_path(self.recipe.teacher, self.base)
+        return teacher_path(self.recipe.teacher, self.base, self.remote_code)
 
     @property
     def teacher(self) -> Path:
@@ -46,12 +48,23 @@ class Session:
     @cached_property
     def tokenizer(self) -> Any:
         """The teacher's tokenizer."""
-        return load_tokenizer(self.source)
+        return load_tokenizer(self.source, self.remote_code)
 
     @cached_property
     def texts(self) -> Texts:
         """The split texts."""
-        return read_texts(self.recipe.data, self.recipe.seed, self.base)
+        texts = read_texts(self.recipe.data, self.recipe.seed, self.base)
+        if self.recipe.teacher.fit or not texts.classes:
+            return texts
+        # A teacher that is already trained keeps its own order of classes.
+        order = trained_labels(self.source)
+        unknown = sorted(set(texts.classes) - set(order))
+        if unknown:
+            raise InputError(
+                f"the data has the classes {', '.join(unknown)}, the teacher knows {', '.join(order)}: rename them, "
+                f"or add `fit` under `teacher:` to train it on these classes"
+            )
+        return replace(texts, classes=tuple(order))
 
     @cached_property
     def corpus(self) -> Corpus:
@@ -61,7 +74,7 @@ class Session:
     @cached_property
     def head(self) -> Head:
         """The task's model class and class names."""
-        return Head(self.corpus.task.auto_class, self.corpus.classes)
+        return Head(self.corpus.task.auto_class, self.corpus.classes, self.corpus.padding)
 
     @property
     def metrics(self) -> list[str]:
@@ -101,6 +114,7 @@ def run_stages(session: Session, stages: Sequence[Stage]) -> None:
         InputError: The run folder is in use.
     """
     state = processes()
+    check_launch(state.num_processes)
     if not state.is_main_process:
         for stage in stages:
             _run(session, stage)
@@ -115,7 +129,8 @@ def with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
     """The recipe with folders that no longer depend on where it lies, for the copy in the run folder."""
 
     def absolute(path: str) -> str:
-        return str((base / path).resolve()) if path.startswith(("./", "../")) else path
+        expanded = Path(path).expanduser()
+        return str(expanded if expanded.is_absolute() else (base / path).resolve()) if is_path(path) else path
 
     teacher = recipe.teacher.model_copy(update={"model": absolute(recipe.teacher.model)})
     data = recipe.data.model_copy(update={"source": absolute(recipe.data.source)})

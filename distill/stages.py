@@ -15,12 +15,12 @@ import transformers
 from accelerate.utils import gather_object
 
 from distill import __version__
-from distill.data import TrainingBatches, collate, evaluation_batches
+from distill.data import TASKS, TrainingBatches, collate, evaluation_batches
 from distill.evaluation.arms import arm_row, measured, with_retained
 from distill.evaluation.efficiency import measure_efficiency
-from distill.evaluation.metrics import HIGHER_IS_BETTER, compute
+from distill.evaluation.metrics import HIGHER_IS_BETTER, METRICS, compute
 from distill.evaluation.predict import gathered, predict
-from distill.losses import Objective, layer_map
+from distill.losses import LayerMap, Objective, layer_map
 from distill.models.layout import layers_of
 from distill.models.load import load_model, random_model
 from distill.models.plan import StudentPlan
@@ -29,20 +29,21 @@ from distill.provenance import (
     calibration_inputs,
     control_inputs,
     evaluation_inputs,
+    identity,
     plan_inputs,
     release_inputs,
     teacher_inputs,
     training_inputs,
 )
-from distill.recipe.load import fingerprint
 from distill.recipe.schema import Optimization, Recipe, Term
+from distill.registry import bind, find
 from distill.release.card import render_card
 from distill.release.evidence import Evidence
-from distill.release.export import check_release, releasable_recipe, write_release
+from distill.release.export import check_release, releasable_recipe, without_folders, write_release
 from distill.release.report import render_report
 from distill.rundir import RunDir, fresh_folder, write_json, write_text
 from distill.session import Session, Stage
-from distill.student import Statistics, build_student, calibrate, plan_student
+from distill.student import ALLOCATIONS, CHOICES, SCORES, Statistics, build_student, calibrate, plan_student
 from distill.teacher import OnlineTeacher
 from distill.training import Job, make_accelerator, read_records, train
 from distill.training.guards import processes
@@ -50,18 +51,35 @@ from distill.training.guards import processes
 LABELS_ONLY = (Term(match="labels"),)
 
 
+def check_names(session: Session) -> None:
+    """Find every function that the recipe names, the user's own included, before hours are spent.
+
+    Raises:
+        InputError: A name leads nowhere, or its params do not fit.
+    """
+    recipe, task = session.recipe, find(TASKS, session.recipe.data.task, "task")()
+    if isinstance(recipe.student.layers.keep, int):
+        policy = find(CHOICES, recipe.student.layers.choose, "layer policy")
+        bind(policy, recipe.student.layers.params, "student.layers.params")
+    bind(find(SCORES, recipe.student.mlp.score, "score"), recipe.student.mlp.params, "student.mlp.params")
+    find(ALLOCATIONS, recipe.student.mlp.allocate, "allocation")
+    Objective(recipe.losses, task.head, lambda _policy: LayerMap(((0, 0),)))
+    for name in recipe.evaluation.metrics or ():
+        find(METRICS, name, "metric")
+
+
 def fit_teacher(session: Session) -> None:
     """Fine-tune the teacher on the recipe's labels, so that it has something to teach about them."""
     spec = session.recipe.teacher.fit
     assert spec is not None, "the stage is not wanted without `teacher.fit`"
     if session.recipe.teacher.init == "random":
-        model = random_model(session.source, session.head, session.recipe.seed)
+        model = random_model(session.source, session.head, session.recipe.seed, session.remote_code)
     else:
         seed = session.recipe.seed
         model = load_model(
             session.source, session.head, new_head=True, random_seed=seed, remote_code=session.remote_code
         )
-    job = Job("teacher", spec, session.run.fit, session.recipe.seed, fingerprint(teacher_inputs(session)))
+    job = Job("teacher", spec, session.run.fit, session.recipe.seed, identity(teacher_inputs(session)))
     _train(session, job, model, Objective(LABELS_ONLY, session.corpus.task.head), None)
     _save_model(session, model, session.run.teacher)
 
@@ -100,7 +118,7 @@ def distil(session: Session) -> None:
         recipe.training,
         session.run.training,
         recipe.seed,
-        fingerprint(training_inputs(session)),
+        identity(training_inputs(session)),
         recipe.training.log_every,
         recipe.training.evaluate_every,
     )
@@ -113,7 +131,7 @@ def train_control(session: Session) -> None:
     spec = recipe.training
     if spec.steps is None:  # fewer examples carry a label, so the same epochs would be fewer steps
         spec = spec.model_copy(update={"epochs": None, "steps": _steps(session, spec)})
-    inputs = fingerprint(control_inputs(session))
+    inputs = identity(control_inputs(session))
     job = Job(arm, spec, session.run.control(arm), recipe.seed, inputs, spec.log_every, spec.evaluate_every)
     _train_arm(session, job, LABELS_ONLY, session.run.control_model(arm))
 
@@ -139,7 +157,7 @@ def evaluate(session: Session) -> None:
             vocabulary=len(session.tokenizer),
             device=teacher.model.device,
         )
-    data = {"source": recipe.data.source, "split": "test", "examples": len(corpus.test)}
+    data = {"source": without_folders(recipe.data.source), "split": "test", "examples": len(corpus.test)}
     data |= {"train_examples": len(corpus.train), "labelled": len(corpus.labelled), "fingerprint": corpus.fingerprint}
     table = {
         "data": data,
@@ -250,9 +268,9 @@ def _evidence(session: Session) -> Evidence:
         plan=StudentPlan.load(session.run.plan),
         evaluation=json.loads(session.run.evaluation.read_text(encoding="utf-8")),
         metrics=read_records(session.run.training.metrics),
-        control_metrics=read_records(session.run.control("labels_only").metrics),
+        control_metrics=read_records(session.run.control("labels_only").metrics) if _wants_control(recipe) else [],
         teacher={
-            "model": spec.model,
+            "model": without_folders(spec.model),
             "revision": spec.revision,
             "sha256": spec.sha256,
             "model_type": StudentPlan.load(session.run.plan).model_type,

@@ -27,7 +27,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/kill-campaign"))
     parser.add_argument("overrides", nargs="*", metavar="KEY.PATH=VALUE")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()  # overrides may follow the options
     whole, killed = options.out / "whole", options.out / "killed"
     command = [sys.executable, "-m", "distill", "train", options.recipe, *options.overrides, "--out"]
     # The same number of threads in every run: sums over threads are rounded in another order otherwise.

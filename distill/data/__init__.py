@@ -2,5 +2,16 @@
 
 from distill.data.batches import TrainingBatches, collate, evaluation_batches
 from distill.data.corpus import Corpus, Examples, Texts, read_texts, tokenise
+from distill.data.tasks import TASKS
 
-__all__ = ["Corpus", "Examples", "Texts", "TrainingBatches", "collate", "evaluation_batches", "read_texts", "tokenise"]
+__all__ = [
+    "TASKS",
+    "Corpus",
+    "Examples",
+    "Texts",
+    "TrainingBatches",
+    "collate",
+    "evaluation_batches",
+    "read_texts",
+    "tokenise",
+]

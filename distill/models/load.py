@@ -31,22 +31,25 @@ class Head:
     auto_class: str
     """Name of the transformers Auto class, e.g. `AutoModelForSequenceClassification`."""
     labels: Sequence[str] = ()
-    """Names of the classes, for classification heads."""
+    """Names of the classes by index, for classification heads."""
+    padding: int | None = None
+    """Token id of padding; decoders with a class head need it to find the last token."""
 
 
-def teacher_path(teacher: Teacher, base: Path) -> Path:
+def teacher_path(teacher: Teacher, base: Path, remote_code: bool = False) -> Path:
     """The local folder of a teacher; downloads a hub id (safetensors, config and tokenizer files only).
 
     Args:
         teacher: The recipe's section.
         base: The folder that relative paths start from (the recipe's).
+        remote_code: Download the modelling code that comes with a hub id, too.
 
     Raises:
         InputError: The folder, package or hub id cannot be had, or the weights do not have the given sha256.
     """
     folder = teacher_folder(teacher.model, base)
     if folder is None:
-        folder = _from_hub(teacher.model, teacher.revision)
+        folder = _from_hub(teacher.model, teacher.revision, ["*.py"] if remote_code else [])
     if teacher.sha256 is not None:
         weights = folder / "model.safetensors"
         actual = sha256_of(weights) if weights.is_file() else "missing"
@@ -55,11 +58,11 @@ def teacher_path(teacher: Teacher, base: Path) -> Path:
     return folder
 
 
-def _from_hub(model: str, revision: str | None) -> Path:
+def _from_hub(model: str, revision: str | None, code: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=[*HUB_FILES, *code]))
     except (OSError, ValueError) as error:  # every hub error is one of these
         raise InputError(f"teacher.model: cannot get {model!r} from the model hub: {error}") from error
 
@@ -71,10 +74,10 @@ def folder_fingerprint(folder: Path) -> str:
     return hashlib.sha256(json.dumps(listing, sort_keys=True).encode()).hexdigest()
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path, remote_code: bool = False) -> Any:
     """The folder's tokenizer. Raises InputError when there is none."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{folder} has no usable tokenizer: {error}") from error
     if tokenizer.pad_token is None:
@@ -123,11 +126,17 @@ def load_model(
     return model.eval()
 
 
-def random_model(folder: Path, head: Head, seed: int) -> Any:
+def random_model(folder: Path, head: Head, seed: int, remote_code: bool = False) -> Any:
     """A model with random weights from the folder's config (`teacher.init: random`)."""
-    config = _config(folder, head, remote_code=False)
+    config = _config(folder, head, remote_code)
     torch.manual_seed(seed)
-    return getattr(transformers, head.auto_class).from_config(config).eval()
+    return getattr(transformers, head.auto_class).from_config(config, trust_remote_code=remote_code).eval()
+
+
+def trained_labels(folder: Path) -> list[str]:
+    """Class names of a model that is already trained for classes, in the order of its outputs."""
+    names: dict[int, str] = _config(folder, Head(""), remote_code=False).id2label
+    return [names[index] for index in sorted(names)]
 
 
 def _config(folder: Path, head: Head, remote_code: bool) -> Any:
@@ -135,6 +144,8 @@ def _config(folder: Path, head: Head, remote_code: bool) -> Any:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=remote_code)
     except (OSError, ValueError) as error:
         raise InputError(f"{folder} has no usable config.json: {error}") from error
+    if head.padding is not None and getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = head.padding
     if head.labels:
         config.id2label = dict(enumerate(head.labels))
         config.label2id = {name: index for index, name in enumerate(head.labels)}
@@ -154,4 +165,6 @@ def load_student(folder: str | Path) -> Any:
         raise InputError(
             f"{folder} is not a student folder: its config.json names no architecture ({error})"
         ) from error
+    if not hasattr(transformers, str(architecture)):
+        raise InputError(f"{folder}: transformers {transformers.__version__} has no model class {architecture!r}")
     return load_model(folder, Head(architecture))

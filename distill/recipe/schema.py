@@ -44,8 +44,8 @@ class Optimization(Section):
     batch_size: Count = 32
     """Examples per optimizer step, over all processes and micro-batches."""
     micro_batch_size: Count | None = None
-    """Examples per forward pass (default: `batch_size`). The number of processes only deals these out, so a run on
-    two processes computes what one process computes."""
+    """Examples per forward pass; null: `batch_size` divided by the number of processes. When it is given, processes
+    only deal these out, and any number of them computes the same, dropout included."""
     lr: Positive = 1e-4
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -60,6 +60,9 @@ class Optimization(Section):
     """Clip the global gradient norm to this; null: never."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Autocast precision of the model being trained; losses are always fp32."""
+    freeze: list[StrictStr] = []
+    """Parameters that do not learn, by shell pattern over their names, e.g. `["*.embeddings.*"]`; they get no optimizer
+    state. A pattern that matches nothing is an error."""
     save_every: Index = 50
     """Publish a checkpoint every so many steps; 0: only at the end."""
 

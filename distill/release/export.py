@@ -45,14 +45,15 @@ def releasable_recipe(recipe: Recipe) -> str:
     teacher, data = recipe.teacher, recipe.data
     shown = recipe.model_copy(
         update={
-            "teacher": teacher.model_copy(update={"model": _without_folders(teacher.model)}),
-            "data": data.model_copy(update={"source": _without_folders(data.source)}),
+            "teacher": teacher.model_copy(update={"model": without_folders(teacher.model)}),
+            "data": data.model_copy(update={"source": without_folders(data.source)}),
         }
     )
     return dump(shown)
 
 
-def _without_folders(path: str) -> str:
+def without_folders(path: str) -> str:
+    """A path as it may be published: the name alone, where it led to a folder of this machine."""
     return f"./{Path(path).name}" if path.startswith(("/", "~", "../")) else path
 
 

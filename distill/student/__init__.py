@@ -4,9 +4,20 @@ A score of one's own is a function `(layer: MlpLayer, statistics: Statistics | N
 the recipe as `score: package.module:function`. Its keyword-only parameters are what `params` may contain.
 """
 
+from distill.student.allocate import ALLOCATIONS
 from distill.student.build import build_student
 from distill.student.calibrate import Statistics, calibrate
-from distill.student.importance import MlpLayer
+from distill.student.importance import SCORES, MlpLayer
+from distill.student.layers import CHOICES
 from distill.student.plan import plan_student
 
-__all__ = ["MlpLayer", "Statistics", "build_student", "calibrate", "plan_student"]
+__all__ = [
+    "ALLOCATIONS",
+    "CHOICES",
+    "SCORES",
+    "MlpLayer",
+    "Statistics",
+    "build_student",
+    "calibrate",
+    "plan_student",
+]

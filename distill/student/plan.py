@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from distill.errors import InputError
@@ -36,8 +37,16 @@ def plan_student(model: Any, spec: Student, calibration: Statistics | None = Non
     for index in kept:
         out = mlp_out_of(model, layers[index])
         weights_in = [module.weight.detach() for module in mlp_in_of(model, layers[index])]
-        scores.append(score(MlpLayer(index, weights_in, out.weight.detach()), calibration))
+        values = score(MlpLayer(index, weights_in, out.weight.detach()), calibration)
+        if values.shape != (out.in_features,) or not torch.isfinite(values).all():
+            raise InputError(
+                f"student.mlp.score: {spec.mlp.score} must return {out.in_features} finite values for layer {index}, "
+                f"it returned shape {tuple(values.shape)}"
+            )
+        scores.append(values)
     widths = allocate(scores, spec.mlp.keep, spec.mlp.multiple_of)
+    if len(widths) != len(scores) or not all(0 < width <= len(own) for width, own in zip(widths, scores, strict=False)):
+        raise InputError(f"student.mlp.allocate: {spec.mlp.allocate} returned {widths} for {len(scores)} layers")
     return StudentPlan(
         model_type=model.config.model_type,
         teacher_layers=len(layers),
@@ -85,7 +94,7 @@ def top_neurons(scores: Tensor, width: int) -> list[int] | None:
 def _choices(spec: Student, kept: list[int], widths: list[int], full: int) -> dict[str, Choice]:
     share = spec.mlp.keep
     asked = f"{share:g} of {full}" if isinstance(share, float) else f"{share} of {full}"
-    wanted = share * full if isinstance(share, float) else share
+    wanted = int(share * full + 1e-9) if isinstance(share, float) else share
     got = ", ".join(str(width) for width in sorted(set(widths)))
     reason = f"rounded down to a multiple of {spec.mlp.multiple_of}" if min(widths) < wanted else ""
     return {

@@ -48,7 +48,7 @@ def save(
     optimizer: torch.optim.Optimizer,
     identity: str,
 ) -> Path:
-    """Publish `folder/step-XXXXXXXX`; keeps the newest two.
+    """Publish `folder/step-XXXXXXXX`; keeps the newest two of this training, and never touches those of another.
 
     Args:
         folder: The run's checkpoint folder.
@@ -70,13 +70,30 @@ def save(
         _fsync(temporary / name)
     write_text(temporary / MANIFEST, json.dumps(sums, indent=1))
     fsync_folder(temporary)
-    if final.exists():  # a folder that did not verify; the one just written replaces it
-        shutil.rmtree(final)
+    _make_way(final, identity)
     os.rename(temporary, final)
     fsync_folder(folder)
-    for old in published(folder)[:-KEEP]:
+    for old in [found for found in published(folder) if _identity_of(found) == identity][:-KEEP]:
         shutil.rmtree(old)
     return final
+
+
+def _make_way(final: Path, identity: str) -> None:
+    """The same step of this training did not verify and is replaced; that of another training is kept beside."""
+    if not final.exists():
+        return
+    other = _identity_of(final)
+    if other is None or other == identity:
+        shutil.rmtree(final)
+    else:
+        os.rename(final, final.with_name(f"{final.name}.{other[:8]}"))
+
+
+def _identity_of(checkpoint: Path) -> str | None:
+    try:
+        return str(json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["identity"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def published(folder: Path) -> list[Path]:
@@ -103,7 +120,7 @@ def fault_of(checkpoint: Path, identity: str) -> str | None:
         for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
             if sha256_of(checkpoint / name) != sums[name]:
                 return f"{name} does not match its checksum"
-        found = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["identity"]
+        found = _identity_of(checkpoint)
     except (OSError, ValueError, LookupError, TypeError) as error:
         return f"it is incomplete ({type(error).__name__}: {error})"
     return None if found == identity else "it was made from another recipe, teacher or data"

@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
-from distill.errors import InputError
+from distill.errors import InputError, Stopped
 
 
 class StopSignals:
@@ -32,6 +32,8 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, _number: int, _frame: FrameType | None) -> None:
+        if self.requested:
+            raise Stopped("by a second signal, at once; the same command continues from the last published checkpoint")
         self.requested = True
 
 

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin
 from torch import nn
 
-from distill.errors import InputError, RunError, Stopped
+from distill.errors import RunError, Stopped
 from distill.models.outputs import Batch, Outputs
 from distill.recipe.schema import Optimization
 from distill.rundir import TrainDir
 from distill.training import checkpoint
 from distill.training.checkpoint import TrainState
-from distill.training.guards import StopSignals, check_launch, processes
+from distill.training.guards import StopSignals
 from distill.training.model import DistillModel, Loss
 from distill.training.schedule import lr_factor
+from distill.training.setup import Batches, freeze, horizon, make_optimizer
 from distill.training.tracking import Tracker
 
 Teacher = Callable[[Batch], Outputs]
@@ -48,26 +48,6 @@ class Job:
     """Steps between evaluations; 0: only after the last step."""
 
 
-class Batches(Protocol):
-    """What the loop needs of the data (`distill.data.TrainingBatches`)."""
-
-    @property
-    def batch_size(self) -> int:
-        """Examples per step over all processes."""
-
-    def micro_batches_per_step(self) -> int:
-        """Forward passes per optimizer step over all processes."""
-
-    def steps_for(self, epochs: float) -> int:
-        """Optimizer steps in so many epochs."""
-
-    def epoch_at(self, step: int) -> float:
-        """Epochs done after `step` steps."""
-
-    def stream(self, start: int, stop: int, rank: int, world: int) -> Iterator[list[tuple[int, Batch]]]:
-        """This process's (number within the step, micro-batch) pairs, step by step."""
-
-
 class Window:
     """Sums since the last record; they stay on the device until they are read."""
 
@@ -84,46 +64,8 @@ class Window:
         loss, *sums = accelerator.reduce(own, "sum").tolist()
         counts = self.counts.tolist()
         parts = {name: total / max(1, count) for name, total, count in zip(names, sums, counts, strict=True)}
-        return {"loss": loss / self.steps, "parts": parts, "grad_norm": self.grad_norm.item()}
-
-
-def make_accelerator(spec: Optimization, batches: Batches) -> Accelerator:
-    """An Accelerator for one training, which may have been started by `accelerate launch`.
-
-    Raises:
-        InputError: The launch is not what it seems, or the step cannot be dealt out evenly to the processes.
-    """
-    world = processes().num_processes
-    check_launch(world)
-    count = batches.micro_batches_per_step()
-    if count % world:
-        raise InputError(
-            f"training: a step has {count} micro-batches (batch_size / micro_batch_size), "
-            f"which {world} processes cannot share evenly; lower micro_batch_size"
-        )
-    # Windows are closed by count alone: the stream of batches has no end for Accelerate to see.
-    plugin = GradientAccumulationPlugin(num_steps=count // world, sync_with_dataloader=False)
-    precision = "no" if spec.precision == "fp32" else spec.precision
-    return Accelerator(mixed_precision=precision, gradient_accumulation_plugin=plugin)
-
-
-def horizon(spec: Optimization, batches: Batches) -> int:
-    """Optimizer steps of the whole training."""
-    if spec.steps is not None:
-        return spec.steps
-    assert spec.epochs is not None, "load_recipe checks that one of steps and epochs is given"
-    return batches.steps_for(spec.epochs)
-
-
-def make_optimizer(model: nn.Module, spec: Optimization) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019); vectors (biases, norms) are not decayed."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": spec.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    # The fused kernel is about 9 times faster than the default on a CPU, and the fastest one on a GPU.
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=spec.lr, betas=spec.betas, fused=True)
+        norm = self.grad_norm.item()
+        return {"loss": loss / self.steps, "parts": parts, "grad_norm": norm if np.isfinite(norm) else None}
 
 
 def train(
@@ -155,6 +97,7 @@ def train(
     """
     torch.manual_seed(job.seed)
     steps = horizon(job.spec, batches)
+    freeze(student, job.spec.freeze)
     wrapper = DistillModel(student, objective).train()
     optimizer = make_optimizer(wrapper, job.spec)
     # Read before wrapping: DDP then spreads what every process has read from the same files anyway.
@@ -168,7 +111,20 @@ def train(
         StopSignals() as stop,
         Tracker(job.folder.metrics, job.title, state.step, steps, active=accelerator.is_main_process) as tracker,
     ):
-        run = _Run(job, accelerator, model, wrapper, teacher, batches, prepared, optimizer, state, steps, stop, tracker)
+        run = _Run(
+            job=job,
+            accelerator=accelerator,
+            model=model,
+            wrapper=wrapper,
+            teacher=teacher,
+            batches=batches,
+            prepared=prepared,
+            optimizer=optimizer,
+            state=state,
+            steps=steps,
+            stop=stop,
+            tracker=tracker,
+        )
         run.steps_to_the_end(evaluate)
     wrapper.eval()
     accelerator.free_memory()
@@ -208,30 +164,38 @@ class _Run:
             state.examples += self.batches.batch_size
             self.tracker.advance(state.step)
             final = state.step == self.steps
-            if state.step % job.log_every == 0 or final or stopping:
+            saving = final or stopping or _due(job.spec.save_every, state.step)
+            if saving or _due(job.log_every, state.step):  # also checks the loss: nothing broken is ever saved
                 now = time.monotonic()
                 self.log(window, rate, now - since)
                 state.seconds += now - since
                 window, since = Window(len(objective.names), accelerator.device), now
-            if evaluate and (final or (job.evaluate_every and state.step % job.evaluate_every == 0)):
+            if evaluate and (final or _due(job.evaluate_every, state.step)):
+                before = time.monotonic()
                 self.measure(evaluate)
-                since = time.monotonic()
-            if final or stopping or (job.spec.save_every and state.step % job.spec.save_every == 0):
+                since += time.monotonic() - before
+            if saving:
                 self.save()
-            if stopping and not final:
-                raise Stopped(
-                    f"stopped by a signal after step {state.step} of {self.steps}; a checkpoint is saved, "
-                    f"and the same command continues from it"
-                )
+            if stopping:
+                break
+        if self.anyone_stopped():
+            raise Stopped(
+                f"after step {state.step} of {self.steps}; a checkpoint is saved, the same command continues from it"
+            )
+
+    def anyone_stopped(self) -> bool:
+        """Whether any process was asked to stop, also during the last step, its evaluation or its save."""
+        flag = torch.tensor([int(self.stop.requested)], device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, "sum").item())
 
     def step(self, numbered: Sequence[tuple[int, Batch]], window: Window) -> bool:
         """One optimizer step; returns whether any process was asked to stop."""
         accelerator, objective = self.accelerator, self.wrapper.objective
         own = [batch for _, batch in numbered]
         # The stop flag rides on the count's all-reduce, so that all processes leave at the same step.
-        flagged = torch.cat([objective.counts(own), torch.tensor([int(self.stop.requested)])]).to(accelerator.device)
-        *_, flag = flagged = accelerator.reduce(flagged, "sum")
-        counts = flagged[:-1]
+        flag = torch.tensor([int(self.stop.requested)])
+        totals = accelerator.reduce(torch.cat([objective.counts(own), flag]).to(accelerator.device), "sum")
+        counts, stopped = totals[:-1], totals[-1]
         scale = accelerator.num_processes * len(own)  # undoes DDP's mean and Accelerate's division
         for number, cpu_batch in numbered:
             batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in cpu_batch.items()}
@@ -249,7 +213,7 @@ class _Run:
         window.counts += counts
         window.steps += 1
         # With one process the local flag says it all, and the device is not waited for.
-        return bool(flag.item()) if accelerator.num_processes > 1 else self.stop.requested
+        return bool(stopped.item()) if accelerator.num_processes > 1 else self.stop.requested
 
     def log(self, window: Window, rate: float, seconds: float) -> None:
         """Write one record. Raises RunError when the loss is not finite."""
@@ -283,6 +247,11 @@ class _Run:
         if self.accelerator.is_main_process:
             checkpoint.save(self.job.folder.checkpoints, self.state, self.wrapper, self.optimizer, self.job.identity)
         self.accelerator.wait_for_everyone()
+
+
+def _due(every: int, step: int) -> bool:
+    """Whether something done every so many steps (0: never) is done after this one."""
+    return every > 0 and step % every == 0
 
 
 def _seed_of(seed: int, step: int, number: int) -> int:

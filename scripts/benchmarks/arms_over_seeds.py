@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/seeds"))
     parser.add_argument("overrides", nargs="*", metavar="KEY.PATH=VALUE")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()  # overrides may follow the options
     tables, seconds = [], []
     for seed in options.seeds:
         folder = options.out / f"seed-{seed}"

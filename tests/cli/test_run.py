@@ -226,7 +226,14 @@ def test_three_mistakes_are_one_message_with_lines_and_exit_code_2(tmp_path):
         assert words in done.stderr, words
 
 
-WRONG = [["run", "nowhere.yaml"], ["fly", "x.yaml"], ["run"], ["run", "{}", "training.lr"]]
+WRONG = [
+    [],
+    ["run", "nowhere.yaml"],
+    ["run", "{}", "--out", "{}"],
+    ["fly", "x.yaml"],
+    ["run"],
+    ["run", "{}", "training.lr"],
+]
 
 
 @pytest.mark.parametrize("arguments", WRONG)

@@ -19,10 +19,10 @@ from distill.models.load import load_tokenizer
 from distill.recipe import load_recipe
 from distill.recipe.schema import Term, Training
 from distill.rundir import TrainDir
-from distill.training import Job, TrainState, checkpoint, loop, make_accelerator, read_records, train
-from distill.training.loop import make_optimizer
+from distill.training import Job, TrainState, checkpoint, make_accelerator, read_records, setup, train
 from distill.training.model import DistillModel
 from distill.training.schedule import lr_factor, warmup_steps
+from distill.training.setup import make_optimizer
 from distill.training.tracking import drop_after
 
 LABELS = [Term(match="labels")]
@@ -132,6 +132,23 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_checkpoint(corpus
         run(corpus, tmp_path, model=model, save_every=0)
 
 
+def test_frozen_parameters_do_not_move_and_have_no_optimizer_state(corpus, tmp_path):
+    model, _ = run(corpus, tmp_path, freeze=["*.embeddings.*", "*.layer.0.*"])
+    start = tiny_model("bert", **dropped(0.1), num_labels=len(corpus.classes))
+    for (name, after), before in zip(model.named_parameters(), start.parameters(), strict=True):
+        frozen = ".embeddings." in name or ".layer.0." in name
+        assert torch.equal(after, before) == frozen, name
+    moments = load_file(checkpoint.published(tmp_path / "checkpoints")[-1] / "optimizer.safetensors")
+    assert moments and not any(".embeddings." in name or ".layer.0." in name for name in moments)
+
+
+def test_a_freeze_pattern_that_matches_nothing_or_everything_is_refused():
+    with pytest.raises(InputError, match="matches no parameter"):
+        setup.freeze(tiny_model("bert"), ["*.embedings.*"])
+    with pytest.raises(InputError, match="no parameter that learns"):
+        setup.freeze(tiny_model("bert"), ["*"])
+
+
 def test_norms_and_biases_are_not_decayed():
     model = tiny_model("bert")
     decayed, plain = make_optimizer(model, Training(steps=1, weight_decay=0.1)).param_groups
@@ -165,7 +182,7 @@ def test_records_after_the_checkpoint_and_half_lines_are_dropped(tmp_path):
 def test_uneven_shares_are_refused(corpus, monkeypatch):
     batches = TrainingBatches(corpus, corpus.labelled, 8, 3, 0)
     assert batches.micro_batches_per_step() == 3
-    monkeypatch.setattr(loop, "processes", lambda: SimpleNamespace(num_processes=2))
+    monkeypatch.setattr(setup, "processes", lambda: SimpleNamespace(num_processes=2))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match=r"3 micro-batches.*2 processes cannot share evenly"):
         make_accelerator(Training(steps=1, batch_size=8, micro_batch_size=3), batches)

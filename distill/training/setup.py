@@ -1,0 +1,97 @@
+"""What a training is set up from: the Accelerator, its length, what learns, and the optimizer."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import GradientAccumulationPlugin
+from torch import nn
+
+from distill.errors import InputError
+from distill.models.outputs import Batch
+from distill.recipe.schema import Optimization
+from distill.training.guards import check_launch, processes
+
+
+class Batches(Protocol):
+    """What the loop needs of the data (`distill.data.TrainingBatches`)."""
+
+    @property
+    def batch_size(self) -> int:
+        """Examples per step over all processes."""
+
+    def micro_batches_per_step(self) -> int:
+        """Forward passes per optimizer step over all processes."""
+
+    def steps_for(self, epochs: float) -> int:
+        """Optimizer steps in so many epochs."""
+
+    def epoch_at(self, step: int) -> float:
+        """Epochs done after `step` steps."""
+
+    def stream(self, start: int, stop: int, rank: int, world: int) -> Iterator[list[tuple[int, Batch]]]:
+        """This process's (number within the step, micro-batch) pairs, step by step."""
+
+
+def make_accelerator(spec: Optimization, batches: Batches) -> Accelerator:
+    """An Accelerator for one training, which may have been started by `accelerate launch`.
+
+    Raises:
+        InputError: The launch is not what it seems, or the step cannot be dealt out evenly to the processes.
+    """
+    world = processes().num_processes
+    check_launch(world)
+    count = batches.micro_batches_per_step()
+    if count % world:
+        raise InputError(
+            f"training: a step has {count} micro-batches (batch_size / micro_batch_size), "
+            f"which {world} processes cannot share evenly; lower micro_batch_size"
+        )
+    if spec.precision == "fp16" and processes().device.type == "cpu":
+        raise InputError("training.precision: fp16 needs a GPU; use bf16 or fp32")
+    # Accelerate keeps one precision per process; the teacher's fit and the student's training may differ.
+    AcceleratorState._reset_state()
+    # Windows are closed by count alone: the stream of batches has no end for Accelerate to see.
+    plugin = GradientAccumulationPlugin(num_steps=count // world, sync_with_dataloader=False)
+    precision = "no" if spec.precision == "fp32" else spec.precision
+    return Accelerator(mixed_precision=precision, gradient_accumulation_plugin=plugin)
+
+
+def horizon(spec: Optimization, batches: Batches) -> int:
+    """Optimizer steps of the whole training."""
+    if spec.steps is not None:
+        return spec.steps
+    assert spec.epochs is not None, "load_recipe checks that one of steps and epochs is given"
+    return batches.steps_for(spec.epochs)
+
+
+def make_optimizer(model: nn.Module, spec: Optimization) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019); vectors (biases, norms) are not decayed."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": spec.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    # The fused kernel is about 9 times faster than the default on a CPU, and the fastest one on a GPU.
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=spec.lr, betas=spec.betas, fused=True)
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Let exactly the parameters learn whose name matches none of the shell patterns.
+
+    Raises:
+        InputError: A pattern matches no parameter, or nothing is left to learn.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise InputError(f"freeze: {pattern!r} matches no parameter; there are e.g. {', '.join(names[:3])}")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise InputError(f"freeze: {list(patterns)} leaves no parameter that learns")
