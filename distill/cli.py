@@ -179,7 +179,7 @@ def _efficiency_table(efficiency: dict[str, Any]) -> Table:
     rows = [
         ("parameters", teacher["parameters"], student["parameters"], ratios["parameters"]),
         ("parameters in layers", teacher["layer_parameters"], student["layer_parameters"], ratios["layer_parameters"]),
-        ("bytes", teacher["bytes"], student["bytes"], ratios["bytes"]),
+        ("bytes on disk", teacher["disk_bytes"], student["disk_bytes"], ratios["disk_bytes"]),
         ("FLOPs per example", teacher["flops_per_example"], student["flops_per_example"], ratios["flops"]),
         ("latency ms, batch 1", teacher["latency_ms"]["p50"], student["latency_ms"]["p50"], ratios["latency"]),
         ("examples per second", teacher["throughput"], student["throughput"], ratios["throughput"]),

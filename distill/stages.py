@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 from distill import __version__
 from distill.data import TASKS, TrainingBatches, collate, evaluation_batches
 from distill.evaluation.arms import arm_row, measured, with_retained
-from distill.evaluation.efficiency import measure_efficiency
+from distill.evaluation.efficiency import add_disk_bytes, measure_efficiency
 from distill.evaluation.metrics import HIGHER_IS_BETTER, METRICS, compute
 from distill.evaluation.predict import gathered, predict
 from distill.losses import LayerMap, Objective, layer_map
@@ -157,6 +157,7 @@ def evaluate(session: Session) -> None:
             vocabulary=len(session.tokenizer),
             device=teacher.model.device,
         )
+        add_disk_bytes(efficiency, {"teacher": session.teacher, "student": session.run.student})
     data = {"source": without_folders(recipe.data.source), "split": "test", "examples": len(corpus.test)}
     data |= {"train_examples": len(corpus.train), "labelled": len(corpus.labelled), "fingerprint": corpus.fingerprint}
     table = {

@@ -221,3 +221,13 @@ def _paired(rounds: list[list[float]], reference: list[list[float]]) -> dict[str
     pairs = zip(rounds, reference, strict=True)
     ratios = [statistics.median(samples) / statistics.median(others) for samples, others in pairs]
     return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+
+
+def add_disk_bytes(result: dict[str, Any], folders: Mapping[str, Path]) -> None:
+    """Add the size of each model's weight files, and its ratio to the first model's, to a finished measurement."""
+    sizes = {name: sum(file.stat().st_size for file in path.glob("*.safetensors")) for name, path in folders.items()}
+    reference = next(iter(sizes.values()))
+    for name, size in sizes.items():
+        result["models"][name]["disk_bytes"] = size
+        if name in result["ratios"]:
+            result["ratios"][name]["disk_bytes"] = size / reference

@@ -270,6 +270,7 @@ def efficiency_table(evidence: Evidence) -> Table:
             ("parameters", ("parameters",), "parameters", quantity),
             ("parameters in layers", ("layer_parameters",), "layer_parameters", quantity),
             ("weights", ("bytes",), "bytes", megabytes),
+            ("on disk", ("disk_bytes",), "disk_bytes", megabytes),
             ("FLOPs per example", ("flops_per_example",), "flops", lambda value: quantity(value, "kMGT")),
             ("latency p50, ms", ("latency_ms", "p50"), "latency", number),
             ("latency p95, ms", ("latency_ms", "p95"), "", number),

@@ -254,3 +254,39 @@ def test_help_and_validate_are_instant_and_need_no_torch(finished):
     for arguments in (["validate", str(recipe)], ["schema"], ["--version"], ["--help"]):
         done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
+
+
+def test_a_teacher_that_is_already_trained_needs_no_fit(finished, tmp_path):
+    recipe, run, _ = finished
+    overrides = [f"teacher.model={run}/teacher", "teacher.init=pretrained", "teacher.fit=null"]
+    done = distill("build", recipe, *overrides, "--out", tmp_path / "run")
+    assert "teacher: started" not in done.stderr and not (tmp_path / "run/teacher").exists()
+    assert same(weights(tmp_path / "run/student"), weights(run / "student"))
+
+
+def test_a_teacher_that_does_not_know_the_classes_says_which(finished, tmp_path):
+    recipe, run, _ = finished
+    (tmp_path / "data.jsonl").write_text("".join(f'{{"text": "cat {i}", "label": "{i % 2}"}}\n' for i in range(60)))
+    overrides = [f"teacher.model={run}/teacher", "teacher.init=pretrained", "teacher.fit=null", "data.labelled=null"]
+    done = distill(
+        "build", recipe, *overrides, f"data.source={tmp_path}/data.jsonl", "--out", tmp_path / "run", check=False
+    )
+    assert done.returncode == 2 and "the data has the classes 0, 1, the teacher knows" in done.stderr
+
+
+def test_the_recipe_in_the_run_folder_loads_from_there(finished):
+    _, run, _ = finished
+    assert main(["validate", str(run / "recipe.yaml")]) == 0
+
+
+def test_a_run_folder_that_holds_the_recipe_is_refused(finished, capsys):
+    recipe, _, _ = finished
+    assert main(["plan", str(recipe), "--out", str(recipe.parent)]) == 2
+    assert "would overwrite" in capsys.readouterr().err
+
+
+def test_a_function_that_does_not_exist_is_said_before_anything_is_done(finished, tmp_path, capsys):
+    recipe, _, _ = finished
+    for override in ("student.mlp.score=no_such:score", "losses.1.loss=math:nope", "evaluation.metrics=[os.path:nope]"):
+        assert main(["run", str(recipe), override, "--out", str(tmp_path / "run")]) == 2
+        assert not (tmp_path / "run").exists(), capsys.readouterr().err

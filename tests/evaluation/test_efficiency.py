@@ -199,3 +199,14 @@ def test_weights_and_random_state_are_untouched():
 def test_ids_avoid_padding_and_use_the_whole_vocabulary():
     ids = random_ids(8, (50, 10), llama(1, pad_token_id=3))
     assert sorted(set(ids.flatten().tolist())) == [0, 1, 2, 4, 5, 6, 7]
+
+
+def test_bytes_on_disk_are_those_of_the_weight_files(tmp_path):
+    for name, size in (("teacher", 100), ("student", 40)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(bytes(size))
+        (tmp_path / name / "config.json").write_text("{}")
+    result = {"models": {"teacher": {}, "student": {}}, "ratios": {"student": {}}}
+    add_disk_bytes(result, {name: tmp_path / name for name in ("teacher", "student")})
+    assert result["models"] == {"teacher": {"disk_bytes": 100}, "student": {"disk_bytes": 40}}
+    assert result["ratios"] == {"student": {"disk_bytes": 0.4}}
