@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from distill.evaluation.efficiency import flops, measure_efficiency, random_ids, size
+from distill.evaluation.efficiency import add_disk_bytes, flops, measure_efficiency, random_ids, size
 
 VOCABULARY, WIDTH, MLP, LENGTH = 64, 32, 48, 8
 
@@ -202,9 +202,9 @@ def test_ids_avoid_padding_and_use_the_whole_vocabulary():
 
 
 def test_bytes_on_disk_are_those_of_the_weight_files(tmp_path):
-    for name, size in (("teacher", 100), ("student", 40)):
+    for name, length in (("teacher", 100), ("student", 40)):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "model.safetensors").write_bytes(bytes(size))
+        (tmp_path / name / "model.safetensors").write_bytes(bytes(length))
         (tmp_path / name / "config.json").write_text("{}")
     result = {"models": {"teacher": {}, "student": {}}, "ratios": {"student": {}}}
     add_disk_bytes(result, {name: tmp_path / name for name in ("teacher", "student")})
