@@ -6,50 +6,156 @@ A family is added by adding a row; nothing else in the package asks for a model'
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from distill.errors import InputError
 
+Side = Literal["main", "encoder"]
+"""`main`: the only stack of layers, or the decoder of an encoder-decoder, whose other stack is `encoder`."""
+
+NEURON_AXES = {"linear": (0, 1), "conv1d": (1, 0), "experts": (1, 2)}
+"""Form of the weights -> axis of the neurons in the weights that feed them, and in the one that reads them."""
+
 
 @dataclass(frozen=True)
-class ModelLayout:
-    """Dotted paths inside a family's modules and the config keys that describe them."""
+class MlpLayout:
+    """Where a layer keeps its MLP, and how the neurons lie in its tensors."""
+
+    ins: tuple[str, ...]
+    """Inside a layer: the modules (for experts: the parameters) that feed the neurons; gate before up."""
+    out: str
+    """Inside a layer: the module (for experts: the parameter) that reads the neurons."""
+    width_key: str = "intermediate_size"
+    """Config key of the number of neurons."""
+    parts: int = 1
+    """How often each neuron occurs in one of `ins`: 2 where gate and up are stacked in one weight."""
+    form: Literal["linear", "conv1d", "experts"] = "linear"
+    """`linear`: [out, in]; `conv1d`: GPT-2's transposed [in, out]; `experts`: one 3-D parameter for all experts."""
+
+    def axes(self) -> dict[str, tuple[int, int]]:
+        """Tensor inside a layer -> (axis along which its neurons lie, parts); the MLP's tensors with neurons only."""
+        ins, out = NEURON_AXES[self.form]
+        if self.form == "experts":
+            return {**dict.fromkeys(self.ins, (ins, self.parts)), self.out: (out, 1)}
+        weights = {f"{path}.weight": (ins, self.parts) for path in self.ins}
+        biases = {f"{path}.bias": (0, self.parts) for path in self.ins}
+        return {**weights, **biases, f"{self.out}.weight": (out, 1)}
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One stack of layers."""
 
     layers: str
     """From `model.base_model` to the `nn.ModuleList` of layers."""
-    mlp_in: tuple[str, ...]
-    """Inside a layer: the linear modules whose output rows are the MLP's neurons (gate and up, or one)."""
-    mlp_out: str
-    """Inside a layer: the linear module whose input columns are the MLP's neurons."""
+    mlps: tuple[MlpLayout, ...]
+    """What a layer may have; the first whose parts all exist is the one it has."""
     depth_key: str = "num_hidden_layers"
     """Config key of the number of layers."""
-    width_key: str = "intermediate_size"
-    """Config key of the MLP's width."""
+    first_only: tuple[str, ...] = ()
+    """Tensors inside a layer that only the first layer has and uses for all; a student's first layer inherits them."""
+    keep_first: str = ""
+    """Why the first layer cannot be dropped; empty: it can."""
 
 
-_BERT = ModelLayout(layers="encoder.layer", mlp_in=("intermediate.dense",), mlp_out="output.dense")
-_GLU = ModelLayout(layers="layers", mlp_in=("mlp.gate_proj", "mlp.up_proj"), mlp_out="mlp.down_proj")
+@dataclass(frozen=True)
+class ModelLayout:
+    """The stacks of a family."""
+
+    main: Stack
+    encoder: Stack | None = None
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        """The stacks in the order of the forward pass."""
+        return ("encoder", "main") if self.encoder else ("main",)
+
+    def stack(self, side: Side) -> Stack:
+        """One stack. Raises InputError when the family has no encoder of its own."""
+        stack = self.main if side == "main" else self.encoder
+        if stack is None:
+            raise InputError("student.encoder_layers: the teacher is not an encoder-decoder; use student.layers")
+        return stack
+
+
+GLU = MlpLayout(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj")
+FUSED_GLU = MlpLayout(("mlp.gate_up_proj",), "mlp.down_proj", parts=2)
+BERT_MLP = MlpLayout(("intermediate.dense",), "output.dense")
+EXPERTS = MlpLayout(("mlp.experts.gate_up_proj",), "mlp.experts.down_proj", parts=2, form="experts")
+
+
+def _fc(width_key: str) -> MlpLayout:
+    return MlpLayout(("fc1",), "fc2", width_key)
+
+
+def _t5(layer: int) -> tuple[MlpLayout, ...]:
+    inner = f"layer.{layer}.DenseReluDense"
+    plain = MlpLayout((f"{inner}.wi",), f"{inner}.wo", "d_ff")
+    return plain, MlpLayout((f"{inner}.wi_0", f"{inner}.wi_1"), f"{inner}.wo", "d_ff")
+
+
+_BERT = ModelLayout(Stack("encoder.layer", (BERT_MLP,)))
+_GLU = ModelLayout(Stack("layers", (GLU,)))
+_SEQ2SEQ = ModelLayout(
+    main=Stack("decoder.layers", (_fc("decoder_ffn_dim"),), "decoder_layers"),
+    encoder=Stack("encoder.layers", (_fc("encoder_ffn_dim"),), "encoder_layers"),
+)
+_T5_BIAS = ("layer.0.SelfAttention.relative_attention_bias.weight",)
 
 LAYOUTS: dict[str, ModelLayout] = {
     "bert": _BERT,
     "roberta": _BERT,
     "xlm-roberta": _BERT,
     "electra": _BERT,
+    "deberta-v2": _BERT,
+    "distilbert": ModelLayout(
+        Stack("transformer.layer", (MlpLayout(("ffn.lin1",), "ffn.lin2", "hidden_dim"),), "n_layers")
+    ),
+    "modernbert": ModelLayout(
+        Stack(
+            "layers",
+            (MlpLayout(("mlp.Wi",), "mlp.Wo", parts=2),),
+            keep_first="the first layer of ModernBERT has no norm before its attention, all others have one",
+        )
+    ),
     "llama": _GLU,
     "mistral": _GLU,
     "qwen2": _GLU,
     "qwen3": _GLU,
+    "gemma2": _GLU,
+    "gemma3_text": _GLU,
+    "olmo2": _GLU,
+    "granite": _GLU,
+    "smollm3": _GLU,
+    "phi3": ModelLayout(Stack("layers", (FUSED_GLU,))),
+    "gpt2": ModelLayout(Stack("h", (MlpLayout(("mlp.c_fc",), "mlp.c_proj", "n_inner", form="conv1d"),), "n_layer")),
+    "gpt_neox": ModelLayout(Stack("layers", (MlpLayout(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),))),
+    "opt": ModelLayout(Stack("decoder.layers", (_fc("ffn_dim"),))),
+    "mixtral": ModelLayout(Stack("layers", (EXPERTS,))),
+    "qwen3_moe": ModelLayout(
+        Stack(
+            "layers",
+            (MlpLayout(EXPERTS.ins, EXPERTS.out, "moe_intermediate_size", parts=2, form="experts"), GLU),
+        )
+    ),
+    "t5": ModelLayout(
+        main=Stack("decoder.block", _t5(2), "num_decoder_layers", _T5_BIAS),
+        encoder=Stack("encoder.block", _t5(1), "num_layers", _T5_BIAS),
+    ),
+    "bart": _SEQ2SEQ,
+    "marian": _SEQ2SEQ,
+    "whisper": _SEQ2SEQ,
 }
 
 PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
-"""Config attributes with one entry per layer; they are cut together with the layers (ground for IndexError else)."""
+"""Config attributes with one entry per layer of the main stack; they are cut together with the layers."""
 
 
-def layout_of(config: Any) -> ModelLayout:
-    """The layout of a config's family. Raises InputError naming what to add for an unknown one."""
-    model_type = getattr(config, "model_type", None)
+def layout_of(model: Any) -> ModelLayout:
+    """The layout of a model's family. Raises InputError naming what to add for an unknown one."""
+    model_type = getattr(model.config, "model_type", None)
     if model_type not in LAYOUTS:
         raise InputError(
             f"model family {model_type!r} is not known to distill (known: {', '.join(sorted(LAYOUTS))}). "
@@ -59,27 +165,14 @@ def layout_of(config: Any) -> ModelLayout:
     return LAYOUTS[model_type]
 
 
-def layers_of(model: Any) -> nn.ModuleList:
-    """The model's layers, first to last."""
-    layers = model.base_model.get_submodule(layout_of(model.config).layers)
+def layers_of(model: Any, side: Side = "main") -> nn.ModuleList:
+    """The layers of one stack, first to last."""
+    layers = model.base_model.get_submodule(layout_of(model).stack(side).layers)
     assert isinstance(layers, nn.ModuleList)
     return layers
 
 
-def layers_prefix(model: Any) -> str:
+def layers_prefix(model: Any, side: Side = "main") -> str:
     """Name of the layer list inside `model`, e.g. `bert.encoder.layer`."""
-    layers = layers_of(model)
+    layers = layers_of(model, side)
     return next(str(name) for name, module in model.named_modules() if module is layers)
-
-
-def mlp_out_of(model: Any, layer: nn.Module) -> nn.Linear:
-    """The module that reads the MLP's neurons: its input is the activation [B, L, F] of every neuron."""
-    module = layer.get_submodule(layout_of(model.config).mlp_out)
-    assert isinstance(module, nn.Linear)
-    return module
-
-
-def mlp_in_of(model: Any, layer: nn.Module) -> list[nn.Linear]:
-    """The modules that feed the MLP's neurons: row i of each belongs to neuron i."""
-    modules = [layer.get_submodule(path) for path in layout_of(model.config).mlp_in]
-    return [module for module in modules if isinstance(module, nn.Linear)]

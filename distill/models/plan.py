@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from distill.errors import InputError
+from distill.models.layout import Side
 
 
 class LayerPlan(BaseModel):
@@ -22,8 +23,8 @@ class LayerPlan(BaseModel):
     """Width of its MLP."""
     teacher_width: int = Field(ge=1)
     """Width of that layer's MLP in the teacher."""
-    neurons: list[int] | None = None
-    """Indices of the kept neurons, ascending; null: all."""
+    neurons: list[int] | list[list[int]] | None = None
+    """Indices of the kept neurons, ascending; one list per expert where the MLP has experts; null: all."""
 
 
 class Choice(BaseModel):
@@ -50,7 +51,11 @@ class StudentPlan(BaseModel):
     teacher_layers: int = Field(ge=1)
     """Layers of the teacher."""
     layers: list[LayerPlan] = Field(min_length=1)
-    """The student's layers, first to last."""
+    """The student's layers, first to last; of an encoder-decoder, those of the decoder."""
+    teacher_encoder_layers: int | None = None
+    """Layers of the teacher's encoder, for encoder-decoders."""
+    encoder_layers: list[LayerPlan] | None = None
+    """Layers of the student's encoder, for encoder-decoders."""
     layer_policy: str
     """Name of the layer policy."""
     mlp_score: str
@@ -61,6 +66,10 @@ class StudentPlan(BaseModel):
     """Asked against got, by recipe key."""
     layer_scores: dict[str, list[float]] = {}
     """Per-teacher-layer figures that the decision saw, e.g. block influence."""
+
+    def stack(self, side: Side) -> list[LayerPlan]:
+        """The layers of one stack; empty when the model does not have it."""
+        return self.layers if side == "main" else self.encoder_layers or []
 
     @property
     def kept_layers(self) -> list[int]:

@@ -11,48 +11,56 @@ from transformers.initialization import no_init_weights
 
 from distill.errors import InputError
 from distill.models.layout import PER_LAYER_LISTS, layers_of, layers_prefix, layout_of
-from distill.models.plan import StudentPlan
+from distill.models.mlp import keep_neurons, mlps_of
+from distill.models.plan import LayerPlan, StudentPlan
+from distill.models.widths import narrow, widest
 
 
 @torch.no_grad()
 def build_student(teacher: Any, plan: StudentPlan) -> Any:
     """The student that `plan` describes, with the teacher's weights, in the teacher's dtype and on the CPU.
 
-    Keeping every layer and neuron gives a model with the same logits to the last bit.
+    Keeping every layer and neuron gives a model with the same logits to the last bit. Where the plan gives layers
+    different widths, the model has them, and its config lists them as `per_layer_config`.
 
     Raises:
-        InputError: The plan was made for another model, or its widths differ between layers.
+        InputError: The plan was made for another model.
     """
-    depth = len(layers_of(teacher))
-    if (plan.model_type, plan.teacher_layers) != (teacher.config.model_type, depth):
+    sides = layout_of(teacher).sides
+    depths = {side: len(layers_of(teacher, side)) for side in sides}
+    planned = {"main": plan.teacher_layers, "encoder": plan.teacher_encoder_layers}
+    if plan.model_type != teacher.config.model_type or any(planned[side] != depths[side] for side in sides):
         raise InputError(
             f"the plan is for a {plan.model_type} of {plan.teacher_layers} layers, "
-            f"the teacher is a {teacher.config.model_type} of {depth}"
+            f"the teacher is a {teacher.config.model_type} of {depths['main']}"
         )
     with no_init_weights():  # every tensor is copied below; drawing random ones first would be wasted
-        student = type(teacher)._from_config(student_config(teacher.config, plan), dtype=teacher.dtype)
+        student = type(teacher)._from_config(student_config(teacher, plan), dtype=teacher.dtype)
+    narrow(student, {side: [layer.width for layer in plan.stack(side)] for side in sides})
     student.tie_weights()  # part of the skipped initialisation
-    _reindex(layers_of(student))
+    for side in sides:
+        _reindex(layers_of(student, side))
     _copy_cut(teacher, student, plan)
     if teacher.can_generate():
         student.generation_config = copy.deepcopy(teacher.generation_config)
     return student.eval()
 
 
-def student_config(config: Any, plan: StudentPlan) -> Any:
-    """The teacher's config with the student's depth and width; lists with an entry per layer are cut along."""
-    if len(set(plan.widths)) != 1:
-        raise InputError(
-            f"release.format uniform needs one MLP width for all layers, the plan has {sorted(set(plan.widths))}"
-        )
-    layout = layout_of(config)
-    changed = copy.deepcopy(config)
+def student_config(teacher: Any, plan: StudentPlan) -> Any:
+    """The teacher's config with the student's depth and widest MLPs; lists with an entry per layer are cut along."""
+    layout = layout_of(teacher)
+    changed = copy.deepcopy(teacher.config)
     for name in PER_LAYER_LISTS:
-        values = getattr(config, name, None)
+        values = getattr(changed, name, None)
         if values is not None:
             setattr(changed, name, [values[index] for index in plan.kept_layers])
-    setattr(changed, layout.depth_key, len(plan.layers))
-    setattr(changed, layout.width_key, plan.widths[0])
+    for side in layout.sides:
+        setattr(changed, layout.stack(side).depth_key, len(plan.stack(side)))
+        mlps = mlps_of(teacher, side)
+        kept = [mlps[layer.teacher_layer] for layer in plan.stack(side)]
+        for key, width in widest(kept, [layer.width for layer in plan.stack(side)]).items():
+            if width != max(mlp.width for mlp in mlps if mlp.layout.width_key == key):
+                setattr(changed, key, width)
     return changed
 
 
@@ -65,28 +73,23 @@ def _reindex(layers: nn.ModuleList) -> None:
 
 
 def _copy_cut(teacher: Any, student: Any, plan: StudentPlan) -> None:
-    prefix = layers_prefix(student) + "."
     source = {**dict(teacher.named_parameters(remove_duplicate=False)), **dict(teacher.named_buffers())}
     target = {**dict(student.named_parameters(remove_duplicate=False)), **dict(student.named_buffers())}
-    rows, columns = _cut_names(student)
+    layout = layout_of(student)
+    for side in layout.sides:
+        prefix, mlps = layers_prefix(student, side) + ".", mlps_of(student, side)
+        first_only = layout.stack(side).first_only
+        for name in [name for name in target if name.startswith(prefix)]:
+            index, inner = name.removeprefix(prefix).split(".", 1)
+            layer = plan.stack(side)[int(index)]
+            origin = 0 if inner in first_only else layer.teacher_layer
+            original = source[f"{prefix}{origin}.{inner}"]
+            target.pop(name).copy_(_cut(original, layer, mlps[int(index)].layout.axes().get(inner)))
     for name, tensor in target.items():
-        if not name.startswith(prefix):
-            tensor.copy_(source[name])
-            continue
-        index, inner = name.removeprefix(prefix).split(".", 1)
-        layer = plan.layers[int(index)]
-        original = source[f"{prefix}{layer.teacher_layer}.{inner}"]
-        tensor.copy_(_cut(original, layer.neurons, inner in rows, inner in columns))
+        tensor.copy_(source[name])
 
 
-def _cut_names(student: Any) -> tuple[set[str], set[str]]:
-    """Names inside a layer of the tensors whose rows, and of those whose columns, belong to neurons."""
-    layout = layout_of(student.config)
-    rows = {f"{path}.{kind}" for path in layout.mlp_in for kind in ("weight", "bias")}
-    return rows, {f"{layout.mlp_out}.weight"}
-
-
-def _cut(tensor: Tensor, neurons: list[int] | None, by_row: bool, by_column: bool) -> Tensor:
-    if neurons is None or not (by_row or by_column):
+def _cut(tensor: Tensor, layer: LayerPlan, place: tuple[int, int] | None) -> Tensor:
+    if layer.neurons is None or place is None:
         return tensor
-    return tensor[neurons] if by_row else tensor[:, neurons]
+    return keep_neurons(tensor, *place, torch.tensor(layer.neurons, device=tensor.device))

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from distill.errors import InputError, RunError
-from distill.models.layout import layers_of, mlp_out_of
+from distill.models.layout import layers_of
+from distill.models.mlp import See, mlps_of
 from distill.models.outputs import Batch, first_tensor
 
 
@@ -77,25 +78,28 @@ class _Collector:
     """Forward hooks on every layer and every MLP output projection; adds up masked sums."""
 
     def __init__(self, model: Any):
-        layers = layers_of(model)
-        outs = [mlp_out_of(model, layer) for layer in layers]
+        layers, mlps = layers_of(model), mlps_of(model)
         device = next(model.parameters()).device
-        self.abs_sum = [torch.zeros(out.in_features, dtype=torch.float64, device=device) for out in outs]
+        self.abs_sum = [
+            torch.zeros((*mlp.weight_out.shape[:-2], mlp.width), dtype=torch.float64, device=device) for mlp in mlps
+        ]
         self.square_sum = [torch.zeros_like(total) for total in self.abs_sum]
         self.cosine_sum = torch.zeros(len(layers), dtype=torch.float64, device=device)
         self.mask = torch.empty(0)
-        self.handles = [out.register_forward_pre_hook(self._mlp_hook(i)) for i, out in enumerate(outs)]
+        self.handles = [mlp.watch(self._mlp_hook(i)) for i, mlp in enumerate(mlps)]
         self.handles += [
             layer.register_forward_hook(self._layer_hook(i), with_kwargs=True) for i, layer in enumerate(layers)
         ]
 
-    def _mlp_hook(self, index: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            neurons_TF = inputs[0][self.mask].double()
-            self.abs_sum[index] += neurons_TF.abs().sum(dim=0)
-            self.square_sum[index] += neurons_TF.square().sum(dim=0)
+    def _mlp_hook(self, index: int) -> See:
+        def see(neurons: Tensor, positions: Tensor | None, expert: int) -> None:
+            real = self.mask.flatten()
+            neurons_TF = neurons[real if positions is None else real[positions]].double()
+            own = expert if self.abs_sum[index].ndim == 2 else ...
+            self.abs_sum[index][own] += neurons_TF.abs().sum(dim=0)
+            self.square_sum[index][own] += neurons_TF.square().sum(dim=0)
 
-        return hook
+        return see
 
     def _layer_hook(self, index: int) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
