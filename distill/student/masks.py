@@ -21,6 +21,7 @@ from distill.models.layout import layers_prefix, layout_of
 from distill.models.mlp import mlps_of
 from distill.recipe.schema import Mask
 from distill.registry import bind, find
+from distill.student.sparsity import per_neuron
 
 
 def magnitude(weights: list[Tensor], _layer: int) -> list[Tensor]:
@@ -83,7 +84,7 @@ def choose(scores: Sequence[Tensor], taken: Sequence[Tensor], spec: Mask, share:
         # 1e-9 keeps 0.7 * 10 from falling to 6 by rounding error.
         count = int(spec.sparsity * share * len(flat) + 1e-9)
         masked = lowest(flat.masked_fill(old, -math.inf), max(count, int(old.sum())))
-    pieces = masked.split([score.numel() for score in scores])
+    pieces = torch.split(masked, [score.numel() for score in scores])
     return [piece.view_as(score) for piece, score in zip(pieces, scores, strict=True)]
 
 
@@ -103,9 +104,7 @@ class Part:
 
     def per_neuron(self, values: Tensor) -> Tensor:
         """[F] or [E, F]: sum of squares of what belongs to each neuron, for values in the parameter's shape."""
-        split = values.float().square().unflatten(self.axis, (self.parts, -1))
-        kept = {self.axis + 1, 0} if self.experts else {self.axis + 1}
-        return split.sum([dim for dim in range(split.ndim) if dim not in kept])
+        return per_neuron(values.float().square(), self.axis, self.parts, self.experts)
 
     def spread(self, neurons: Tensor) -> Tensor:
         """Bool in the parameter's shape from bool [F] or [E, F]."""

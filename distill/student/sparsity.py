@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from distill.models.layout import Side, layout_of
 from distill.models.mlp import mlps_of
@@ -39,6 +40,20 @@ class MatrixSparsity:
         return self.zeros / self.weights
 
 
+def per_neuron(values: Tensor, axis: int, parts: int, experts: bool) -> Tensor:
+    """Sums over what belongs to each neuron, [F] or [E, F].
+
+    Args:
+        values: Laid out like a weight or bias of an MLP.
+        axis: Where the neurons lie.
+        parts: How often each occurs.
+        experts: Whether axis 0 counts experts, which have neurons of their own.
+    """
+    split = torch.unflatten(values, axis, (parts, -1))
+    kept = {axis + 1, 0} if experts else {axis + 1}
+    return split.sum([dim for dim in range(split.ndim) if dim not in kept])
+
+
 @torch.no_grad()
 def sparsity(model: Any) -> list[MatrixSparsity]:
     """One row for each weight of each layer's MLP, in the order of the forward pass."""
@@ -50,9 +65,7 @@ def sparsity(model: Any) -> list[MatrixSparsity]:
                 weight = tensors.get(name)
                 if weight is None or weight.ndim < 2:
                     continue
-                split = (weight != 0).unflatten(axis, (parts, -1))
-                others = [dim for dim in range(split.ndim) if dim != axis + 1 and not (mlp.experts and dim == 0)]
-                alive = split.sum(others)
+                alive = per_neuron((weight != 0).long(), axis, parts, mlp.experts is not None)
                 rows.append(
                     MatrixSparsity(
                         side=side,
