@@ -114,7 +114,7 @@ def run_stages(session: Session, stages: Sequence[Stage]) -> None:
         InputError: The run folder is in use.
     """
     state = processes()
-    check_launch(state.num_processes)
+    check_launch(state.num_processes, state.device.type)
     if not state.is_main_process:
         for stage in stages:
             _run(session, stage)

@@ -7,6 +7,7 @@ import platform
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from accelerate.utils import gather_object
 
 from distill import __version__
 from distill.data import TASKS, TrainingBatches, collate, evaluation_batches
+from distill.errors import InputError
 from distill.evaluation.arms import arm_row, measured, with_retained
 from distill.evaluation.efficiency import add_disk_bytes, measure_efficiency
 from distill.evaluation.metrics import HIGHER_IS_BETTER, METRICS, compute
@@ -37,18 +39,21 @@ from distill.provenance import (
     teacher_inputs,
     training_inputs,
 )
-from distill.recipe.schema import Optimization, Recipe, Term
+from distill.recipe.schema import Optimization, Recipe, Term, Training
 from distill.registry import bind, find
 from distill.release.card import render_card
 from distill.release.evidence import Evidence
 from distill.release.export import check_release, releasable_recipe, without_folders, write_release
 from distill.release.report import render_report
-from distill.rundir import RunDir, fresh_folder, write_json, write_text
+from distill.rundir import RunDir, TrainDir, fresh_folder, write_json, write_text
 from distill.session import Session, Stage
 from distill.student import ALLOCATIONS, CHOICES, SCORES, Statistics, build_student, calibrate, plan_student
 from distill.teacher import OnlineTeacher
 from distill.training import Job, make_accelerator, read_records, train
 from distill.training.guards import processes
+from distill.training.optimizers import find_optimizer
+from distill.training.setup import horizon
+from distill.training.tracking import check_trackers
 
 LABELS_ONLY = (Term(match="labels"),)
 
@@ -69,6 +74,10 @@ def check_names(session: Session) -> None:
     Objective(recipe.losses, task.head, lambda _policy: LayerMap(((0, 0),)))
     for name in recipe.evaluation.metrics or ():
         find(METRICS, name, "metric")
+    find_optimizer(recipe.training)
+    check_trackers(recipe.training.trackers)
+    if recipe.training.keep_best not in (None, *task.metrics):
+        raise InputError(f"training.keep_best: {recipe.training.keep_best} is not one of {', '.join(task.metrics)}")
 
 
 def fit_teacher(session: Session) -> None:
@@ -113,8 +122,8 @@ def build(session: Session) -> None:
 
 def distil(session: Session) -> None:
     """Train the student on everything that the recipe's loss asks for."""
-    recipe, spec, inputs = session.recipe, session.recipe.training, identity(training_inputs(session))
-    job = Job("distilled", spec, session.run.training, recipe.seed, inputs, spec.log_every, spec.evaluate_every)
+    recipe, inputs = session.recipe, identity(training_inputs(session))
+    job = _job(recipe, "distilled", recipe.training, session.run.training, inputs)
     _train_arm(session, job, recipe.losses, session.run.distilled)
 
 
@@ -123,9 +132,8 @@ def train_control(session: Session) -> None:
     recipe, arm = session.recipe, "labels_only"
     spec = recipe.training
     if spec.steps is None:  # fewer examples carry a label, so the same epochs would be fewer steps
-        spec = spec.model_copy(update={"epochs": None, "steps": _steps(session, spec)})
-    inputs = identity(control_inputs(session))
-    job = Job(arm, spec, session.run.control(arm), recipe.seed, inputs, spec.log_every, spec.evaluate_every)
+        spec = spec.model_copy(update={"epochs": None, "tokens": None, "steps": _steps(session, spec)})
+    job = _job(recipe, arm, spec, session.run.control(arm), identity(control_inputs(session)))
     _train_arm(session, job, LABELS_ONLY, session.run.control_model(arm))
 
 
@@ -191,6 +199,20 @@ def release(session: Session) -> None:
 # --- what they share -------------------------------------------------------------------------------------------------
 
 
+def _job(recipe: Recipe, title: str, spec: Training, folder: TrainDir, inputs: str) -> Job:
+    return Job(
+        title,
+        spec,
+        folder,
+        recipe.seed,
+        inputs,
+        spec.log_every,
+        spec.evaluate_every,
+        keep_best=(spec.keep_best, HIGHER_IS_BETTER.get(spec.keep_best, True)) if spec.keep_best else None,
+        trackers=tuple(spec.trackers),
+    )
+
+
 def _train_arm(session: Session, job: Job, terms: Sequence[Term], result: Path) -> None:
     decided = StudentPlan.load(session.run.plan)
     maps = partial(layer_map, plan=decided, student_layers=len(decided.layers), teacher_layers=decided.teacher_layers)
@@ -220,7 +242,7 @@ def _train(session: Session, job: Job, model: Any, objective: Objective, teacher
         objective,
         teacher,
         batches,
-        make_accelerator(job.spec, batches),
+        make_accelerator(job.spec, batches, job.trackers, job.folder.root),
         evaluate=partial(_held_out, session),
         say=session.say,
     )
@@ -237,17 +259,19 @@ def _batches(session: Session, spec: Optimization, *, labelled: bool) -> Trainin
 
 def _steps(session: Session, spec: Optimization) -> int:
     labelled = all(term.match == "labels" for term in session.recipe.losses)
-    return spec.steps or _batches(session, spec, labelled=labelled).steps_for(spec.epochs or 0)
+    return horizon(spec, _batches(session, spec, labelled=labelled))
 
 
-def _held_out(session: Session, model: Any) -> dict[str, float | None]:
-    """The task's metrics on the test split, shared out over the processes. Nothing is selected by them."""
+def _held_out(session: Session, model: Any, stopped: Callable[[], bool]) -> dict[str, float | None]:
+    """The task's metrics on the test split, shared out over the processes; none once `stopped` says so."""
     corpus, state = session.corpus, processes()
     size = session.recipe.evaluation.batch_size
     batches = evaluation_batches(corpus, corpus.test, size, state.process_index, state.num_processes)
-    columns = predict(model, batches, corpus.task.head)
+    columns = predict(model, takewhile(lambda _batch: not stopped(), batches), corpus.task.head)
     if state.num_processes > 1:
         columns = gathered(columns, gather_object)
+    if not columns:
+        return {}
     return measured(compute(corpus.task.metrics, columns))
 
 

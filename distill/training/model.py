@@ -42,6 +42,9 @@ class Constraint(Protocol):
     def after_step(self, step: int) -> None:
         """So many optimizer steps are done; called with 0 before the first."""
 
+    def apply(self) -> None:
+        """The weights were replaced; nothing new is chosen."""
+
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint has to hold of it."""
 
@@ -59,6 +62,8 @@ class DistillModel(nn.Module):
         super().__init__()
         self.student = student
         self.objective = objective
+        self._no_split_modules = getattr(student, "_no_split_modules", None)
+        """Names of the classes that FSDP makes units of."""
 
     def forward(self, batch: Batch, teacher: Outputs | None, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Loss [] of this micro-batch, as its share of the whole step's mean, and sums [terms] for the log."""

@@ -1,0 +1,36 @@
+"""A training of a tiny model on a tiny corpus, for every test of the trainer."""
+
+from __future__ import annotations
+
+from tiny import tiny_model
+
+from distill.data import TrainingBatches
+from distill.losses import Objective
+from distill.recipe.schema import Term, Training
+from distill.rundir import TrainDir
+from distill.training import Job, make_accelerator, train
+from distill.training.checkpoint import Checkpoints
+
+LABELS = [Term(match="labels")]
+
+
+def published(folder):
+    return Checkpoints(folder, "identity", print).published()
+
+
+def dropped(rate):
+    return {"hidden_dropout_prob": rate, "attention_probs_dropout_prob": rate}
+
+
+def run(corpus, folder, *, micro=4, steps=6, dropout=0.1, seed=0, model=None, teacher=None, job=None, **spec):
+    """Train on the labels; returns (model, what was said). `spec` are keys of `training`, `job` fields of Job."""
+    spec = Training(**{"steps": steps, "batch_size": 8, "micro_batch_size": micro, "lr": 1e-3, "save_every": 2} | spec)
+    model = model or tiny_model("bert", **dropped(dropout), num_labels=len(corpus.classes))
+    batches = TrainingBatches(corpus, corpus.labelled, 8, micro, seed)
+    extra = dict(job or {})
+    evaluate = extra.pop("evaluate", None)
+    job = Job("test", spec, TrainDir(folder), seed, "identity", **{"log_every": 2} | extra)
+    said: list[str] = []
+    objective, accelerator = Objective(LABELS, "sequence"), make_accelerator(spec, batches)
+    train(job, model, objective, teacher, batches, accelerator, evaluate=evaluate, say=said.append)
+    return model, said
