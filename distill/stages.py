@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
-from itertools import takewhile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import accelerate
 import torch
 import transformers
-from accelerate.utils import gather_object
 
 from distill import __version__
-from distill.data import TASKS, TrainingBatches, collate, evaluation_batches
-from distill.errors import InputError
+from distill.data import TASKS, collate, evaluation_batches
 from distill.evaluation.arms import arm_row, measured, with_retained
 from distill.evaluation.efficiency import add_disk_bytes, measure_efficiency
 from distill.evaluation.metrics import HIGHER_IS_BETTER, METRICS, compute
-from distill.evaluation.predict import gathered, predict
-from distill.losses import LayerMap, Objective, layer_map
-from distill.masking import check_score, compact_trained, mask_untrained, masks_for, sparsity_table
+from distill.evaluation.predict import predict
+from distill.learning import check_training, job_for, save_model, steps_of, train_arm, train_model
+from distill.losses import LayerMap, Objective
+from distill.masking import check_score, mask_untrained, sparsity_table
 from distill.models.layout import layers_of
 from distill.models.load import load_model, random_model
 from distill.models.plan import StudentPlan
@@ -39,21 +34,18 @@ from distill.provenance import (
     teacher_inputs,
     training_inputs,
 )
-from distill.recipe.schema import Optimization, Recipe, Term, Training
+from distill.recipe.schema import Recipe, Term
 from distill.registry import bind, find
 from distill.release.card import render_card
 from distill.release.evidence import Evidence
 from distill.release.export import check_release, releasable_recipe, without_folders, write_release
 from distill.release.report import render_report
-from distill.rundir import RunDir, TrainDir, fresh_folder, write_json, write_text
+from distill.rundir import RunDir, fresh_folder, write_json, write_text
 from distill.session import Session, Stage
 from distill.student import ALLOCATIONS, CHOICES, SCORES, Statistics, build_student, calibrate, plan_student
 from distill.teacher import OnlineTeacher
-from distill.training import Job, make_accelerator, read_records, train
+from distill.training import Job, read_records
 from distill.training.guards import processes
-from distill.training.optimizers import find_optimizer
-from distill.training.setup import horizon
-from distill.training.tracking import check_trackers
 
 LABELS_ONLY = (Term(match="labels"),)
 
@@ -74,10 +66,7 @@ def check_names(session: Session) -> None:
     Objective(recipe.losses, task.head, lambda _policy: LayerMap(((0, 0),)))
     for name in recipe.evaluation.metrics or ():
         find(METRICS, name, "metric")
-    find_optimizer(recipe.training)
-    check_trackers(recipe.training.trackers)
-    if recipe.training.keep_best not in (None, *task.metrics):
-        raise InputError(f"training.keep_best: {recipe.training.keep_best} is not one of {', '.join(task.metrics)}")
+    check_training(recipe, task)
 
 
 def fit_teacher(session: Session) -> None:
@@ -90,8 +79,8 @@ def fit_teacher(session: Session) -> None:
         seed, code = session.recipe.seed, session.remote_code
         model = load_model(session.source, session.head, new_head=True, random_seed=seed, remote_code=code)
     job = Job("teacher", spec, session.run.fit, session.recipe.seed, identity(teacher_inputs(session)))
-    _train(session, job, model, Objective(LABELS_ONLY, session.corpus.task.head), None)
-    _save_model(session, model, session.run.teacher)
+    train_model(session, job, model, Objective(LABELS_ONLY, session.corpus.task.head), None)
+    save_model(session, model, session.run.teacher)
 
 
 def calibrate_teacher(session: Session) -> None:
@@ -117,14 +106,14 @@ def plan(session: Session) -> None:
 def build(session: Session) -> None:
     """Cut the student."""
     student = build_student(session.load(session.teacher), StudentPlan.load(session.run.plan))
-    _save_model(session, student, session.run.student)
+    save_model(session, student, session.run.student)
 
 
 def distil(session: Session) -> None:
     """Train the student on everything that the recipe's loss asks for."""
     recipe, inputs = session.recipe, identity(training_inputs(session))
-    job = _job(recipe, "distilled", recipe.training, session.run.training, inputs)
-    _train_arm(session, job, recipe.losses, session.run.distilled)
+    job = job_for(recipe, "distilled", recipe.training, session.run.training, inputs)
+    train_arm(session, job, recipe.losses, session.run.distilled)
 
 
 def train_control(session: Session) -> None:
@@ -132,16 +121,16 @@ def train_control(session: Session) -> None:
     recipe, arm = session.recipe, "labels_only"
     spec = recipe.training
     if spec.steps is None:  # fewer examples carry a label, so the same epochs would be fewer steps
-        spec = spec.model_copy(update={"epochs": None, "tokens": None, "steps": _steps(session, spec)})
-    job = _job(recipe, arm, spec, session.run.control(arm), identity(control_inputs(session)))
-    _train_arm(session, job, LABELS_ONLY, session.run.control_model(arm))
+        spec = spec.model_copy(update={"epochs": None, "tokens": None, "steps": steps_of(session, spec)})
+    job = job_for(recipe, arm, spec, session.run.control(arm), identity(control_inputs(session)))
+    train_arm(session, job, LABELS_ONLY, session.run.control_model(arm))
 
 
 def evaluate(session: Session) -> None:
     """Measure all arms on the held-out split, and teacher and student against the clock."""
     recipe, corpus = session.recipe, session.corpus
     teacher = OnlineTeacher(session.load(session.teacher), (), processes().device)
-    rows, horizon = [], _steps(session, recipe.training)
+    rows, horizon = [], steps_of(session, recipe.training)
     for arm in recipe.evaluation.arms:
         model = session.load(session.arm_folder(arm)).to(teacher.model.device)
         steps = 0 if arm in ("teacher", "cut") else horizon
@@ -197,89 +186,6 @@ def release(session: Session) -> None:
 
 
 # --- what they share -------------------------------------------------------------------------------------------------
-
-
-def _job(recipe: Recipe, title: str, spec: Training, folder: TrainDir, inputs: str) -> Job:
-    return Job(
-        title,
-        spec,
-        folder,
-        recipe.seed,
-        inputs,
-        spec.log_every,
-        spec.evaluate_every,
-        keep_best=(spec.keep_best, HIGHER_IS_BETTER.get(spec.keep_best, True)) if spec.keep_best else None,
-        trackers=tuple(spec.trackers),
-    )
-
-
-def _train_arm(session: Session, job: Job, terms: Sequence[Term], result: Path) -> None:
-    decided = StudentPlan.load(session.run.plan)
-    maps = partial(layer_map, plan=decided, student_layers=len(decided.layers), teacher_layers=decided.teacher_layers)
-    objective = Objective(terms, session.corpus.task.head, maps, _vocabulary(session))
-    teacher = None
-    if objective.needs_teacher:
-        teacher = OnlineTeacher(session.load(session.teacher), objective.teacher_layers, processes().device)
-    model = session.load(session.run.student)
-    job = replace(job, constraint=masks_for(session.recipe, model, _steps(session, session.recipe.training)))
-    _train(session, job, model, objective, teacher)
-    compact_trained(session.recipe, model, session.say)
-    _save_model(session, model, result)
-
-
-def _vocabulary(session: Session) -> int | None:
-    """Entries of the vocabulary that are tokens; heads are often padded beyond. None for class heads."""
-    return len(session.tokenizer) if session.corpus.task.head == "next_token" else None
-
-
-def _train(session: Session, job: Job, model: Any, objective: Objective, teacher: OnlineTeacher | None) -> None:
-    batches = _batches(session, job.spec, labelled=not objective.needs_teacher)
-    dtype = model.dtype
-    model.float()  # AdamW's small steps would be lost in half-precision weights; autocast gives the speed
-    train(
-        job,
-        model,
-        objective,
-        teacher,
-        batches,
-        make_accelerator(job.spec, batches, job.trackers, job.folder.root),
-        evaluate=partial(_held_out, session),
-        say=session.say,
-    )
-    model.to(device="cpu", dtype=dtype)
-
-
-def _batches(session: Session, spec: Optimization, *, labelled: bool) -> TrainingBatches:
-    corpus = session.corpus
-    # Without teacher terms an unlabelled example would be a wasted forward pass.
-    pool = corpus.labelled if labelled else range(len(corpus.train))
-    micro = spec.micro_batch_size or max(1, spec.batch_size // processes().num_processes)
-    return TrainingBatches(corpus, pool, spec.batch_size, micro, session.recipe.seed)
-
-
-def _steps(session: Session, spec: Optimization) -> int:
-    labelled = all(term.match == "labels" for term in session.recipe.losses)
-    return horizon(spec, _batches(session, spec, labelled=labelled))
-
-
-def _held_out(session: Session, model: Any, stopped: Callable[[], bool]) -> dict[str, float | None]:
-    """The task's metrics on the test split, shared out over the processes; none once `stopped` says so."""
-    corpus, state = session.corpus, processes()
-    size = session.recipe.evaluation.batch_size
-    batches = evaluation_batches(corpus, corpus.test, size, state.process_index, state.num_processes)
-    columns = predict(model, takewhile(lambda _batch: not stopped(), batches), corpus.task.head)
-    if state.num_processes > 1:
-        columns = gathered(columns, gather_object)
-    if not columns:
-        return {}
-    return measured(compute(corpus.task.metrics, columns))
-
-
-def _save_model(session: Session, model: Any, folder: Path) -> None:
-    if processes().is_main_process:
-        with fresh_folder(folder) as temporary:
-            model.save_pretrained(temporary)
-            session.tokenizer.save_pretrained(temporary)
 
 
 def _evidence(session: Session) -> Evidence:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 
 Batch = dict[str, Tensor]
@@ -24,6 +25,21 @@ class Outputs:
     """[B, V] (sequence heads) or [B, L, V] (token heads)."""
     hidden: dict[int, Tensor] = field(default_factory=dict)
     """Layer index -> that layer's own output [B, L, D], before any final norm."""
+
+
+T = TypeVar("T")
+
+
+def moved(value: T, device: torch.device) -> T:
+    """A batch or outputs with every tensor in them on a device."""
+    new: Any = value
+    if isinstance(value, Tensor):
+        new = value.to(device, non_blocking=True)
+    elif isinstance(value, dict):
+        new = {key: moved(item, device) for key, item in value.items()}
+    elif is_dataclass(value) and not isinstance(value, type):
+        new = replace(value, **{part.name: moved(getattr(value, part.name), device) for part in fields(value)})
+    return cast("T", new)
 
 
 def first_tensor(output: Any) -> Tensor:

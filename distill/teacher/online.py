@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from distill.models.layout import layers_of
-from distill.models.outputs import Batch, Outputs, captured
+from distill.models.outputs import Batch, Outputs, captured, moved
 
 
 class OnlineTeacher:
@@ -19,12 +19,17 @@ class OnlineTeacher:
     """
 
     def __init__(self, model: Any, layers: Iterable[int], device: torch.device):
-        self.model = model.requires_grad_(False).eval().to(device)
+        self.model = model.requires_grad_(False).eval()
+        if self.model.device != device:  # 8-bit models cannot be moved
+            self.model = self.model.to(device)
+        self.device = device
         self.layers = list(layers)
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Outputs:
-        """Logits and the outputs of the asked-for layers, without gradient."""
+        """Logits and the outputs of the asked-for layers, without gradient, on the device of the batch."""
+        own = moved(batch, self.device)
         with captured(layers_of(self.model), self.layers) as hidden:
-            output = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        return Outputs(logits=output.logits, hidden=dict(hidden))
+            output = self.model(input_ids=own["input_ids"], attention_mask=own["attention_mask"])
+        found = Outputs(logits=output.logits, hidden=dict(hidden))
+        return moved(found, batch["input_ids"].device)

@@ -28,11 +28,17 @@ _PR_SET_PDEATHSIG = 1
 class StopSignals:
     """While active, SIGTERM and SIGINT set `requested` instead of ending the process; the loop stops after its step."""
 
+    active = False
+    """Whether a training is under way in this process."""
+    pending = False
+    """Whether a signal came outside of training; libraries may have swallowed the exception that it raised."""
+
     def __init__(self) -> None:
-        self.requested = False
+        self.requested = StopSignals.pending
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
+        StopSignals.active = True
         for number in (signal.SIGTERM, signal.SIGINT):
             self._previous[number] = signal.signal(number, self._note)
         return self
@@ -40,6 +46,7 @@ class StopSignals:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        StopSignals.active = False
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -51,6 +58,34 @@ class StopSignals:
         if self.requested:
             raise Stopped("by a second signal, at once; the same command continues from the last published checkpoint")
         self.requested = True
+
+
+@contextmanager
+def leaving_in_time(seconds: float = 20.0) -> Iterator[None]:
+    """Inside the block, a process that got a signal outside of training is gone after so many seconds, with code 75.
+
+    Python's own handlers wait for the main thread, which may be waiting for other processes.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    previous = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        while number := os.read(reading, 1):
+            if number[0] in (signal.SIGTERM, signal.SIGINT) and not StopSignals.active:
+                StopSignals.pending = True
+                time.sleep(seconds)
+                if not StopSignals.active:  # otherwise it is going to save and leave after its step
+                    os._exit(Stopped.exit_code)
+        os.close(reading)
+
+    StopSignals.pending = False
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(previous)
+        os.close(writing)  # ends the thread
 
 
 class Watchdog:

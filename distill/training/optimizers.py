@@ -30,7 +30,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": adamw}
 def find_optimizer(spec: Optimization) -> Callable[..., torch.optim.Optimizer]:
     """The recipe's optimizer with its own parameters filled in. Raises InputError when there is none like that."""
     function = find(OPTIMIZERS, spec.optimizer, "optimizer")
-    return bind(function, spec.optimizer_params, "optimizer_params")
+    return bind(function, spec.optimizer_params, "optimizer_params", any_name=True)
 
 
 def make_optimizer(model: nn.Module, spec: Optimization) -> torch.optim.Optimizer:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -124,30 +123,6 @@ def test_a_result_that_was_damaged_is_made_again(finished, tmp_path):
     done = distill("plan", recipe, "--out", tmp_path / "run")
     assert "plan: started" in done.stderr and "teacher: unchanged, skipped" in done.stderr
     assert (tmp_path / "run/plan.json").read_bytes() == (run / "plan.json").read_bytes()
-
-
-@pytest.mark.slow
-def test_killed_at_random_moments_the_same_command_ends_at_the_same_weights(finished, tmp_path):
-    recipe, run, _ = finished
-    chooser, kills = random.Random(0), 0
-    for _ in range(40):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "distill", "train", str(recipe), "--out", str(tmp_path / "run")],
-            env=ENV, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        try:
-            process.wait(timeout=4.5 + 3.5 * chooser.random())  # imports alone take most of it
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills += 1
-        if (tmp_path / "run/stages/train.json").exists():
-            break
-        if kills >= 10:
-            distill("train", recipe, "--out", tmp_path / "run")
-            break
-    assert same(weights(tmp_path / "run/teacher"), weights(run / "teacher"))
-    assert same(weights(tmp_path / "run/distilled"), weights(run / "distilled"))
 
 
 @pytest.mark.slow
