@@ -54,6 +54,8 @@ def start(built, tmp_path):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+    for worker in workers():  # the elastic agent gives each a session of its own
+        os.kill(worker, signal.SIGKILL)
 
 
 def until(condition, seconds=120):
