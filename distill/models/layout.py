@@ -170,7 +170,7 @@ def layout_of(model: Any) -> ModelLayout:
 
 
 def check_kept(model: Any, side: Side, kept: Sequence[int]) -> None:
-    """Raise InputError when the kept layers (teacher indices, ascending) cannot stand without those that are dropped."""
+    """Raise InputError when the kept layers (ascending teacher indices) cannot stand without the dropped ones."""
     key = "student.layers.keep" if side == "main" else "student.encoder_layers.keep"
     reason = layout_of(model).stack(side).keep_first
     if reason and kept[0] != 0:

@@ -27,7 +27,7 @@ and cannot tell the stacks apart. Stock loaders fail on it, because the shapes o
 def is_unequal(config: Any) -> bool:
     """Whether a config lists MLP widths per layer. Other uses of `per_layer_config` are the family's own."""
     attributes = config.per_layer_attributes or set()
-    return hasattr(config, TWO_STACKS) or bool(attributes) and attributes <= set(WIDTH_KEYS)
+    return hasattr(config, TWO_STACKS) or (bool(attributes) and attributes <= set(WIDTH_KEYS))
 
 
 def has_equal_widths(model: Any) -> bool:

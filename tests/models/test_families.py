@@ -26,6 +26,12 @@ def logits(model, **settings):
         return model(**tiny_inputs(model, **settings))[0]
 
 
+def assert_close(model, other, atol=2e-6):
+    """Logits equal but for rounding; some tiny models have large ones."""
+    expected = logits(other)
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=atol * max(1, expected.abs().max().item()))
+
+
 def train_one_step(model):
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -64,7 +70,7 @@ def test_a_cut_student_trains_saves_loads_and_works(any_family, widths, tmp_path
     if has_equal_widths(student):
         assert torch.equal(logits(stock.from_pretrained(tmp_path / "one")), logits(student))
     else:
-        with pytest.raises(RuntimeError, match="per-layer attribute|size mismatch|mismatched"):
+        with pytest.raises(RuntimeError, match=r"per-layer attribute|size mismatch|mismatched"):
             stock.from_pretrained(tmp_path / "one")
     loaded.save_pretrained(tmp_path / "two")
     assert same_files(tmp_path / "one", tmp_path / "two")
@@ -95,7 +101,7 @@ def test_removing_dead_neurons_leaves_logits_equal(any_family):
             mlp.weight_out[..., : WIDTH // 2] = 0
     sides = depths(teacher)
     student = cut_by_hand(teacher, sides["main"], [WIDTH // 2] * len(sides["main"]), sides.get("encoder"))
-    torch.testing.assert_close(logits(student), logits(teacher), rtol=0, atol=2e-6)
+    assert_close(student, teacher)
 
 
 def test_the_order_of_neurons_does_not_matter(any_family):
@@ -109,7 +115,7 @@ def test_the_order_of_neurons_does_not_matter(any_family):
             if name in tensors:
                 tensors[name].data = keep_neurons(tensors[name].data, *place, order if mlp.experts else order[0])
     assert not torch.equal(all_mlps(mixed)[0].weight_out, all_mlps(teacher)[0].weight_out)
-    torch.testing.assert_close(logits(mixed), logits(teacher), rtol=0, atol=2e-6)
+    assert_close(mixed, teacher)
 
 
 @pytest.mark.parametrize("family", [name for name in DECODERS + ENCODERS + SEQ2SEQ if name not in POST_NORM])
@@ -123,7 +129,7 @@ def test_dropping_layers_is_the_teacher_with_those_layers_silenced(family):
                 for name, parameter in layers_of(teacher, side)[index].named_parameters():
                     if set(name.split(".")[-2:]) & set(WRITES_TO_THE_STREAM):
                         parameter.zero_()
-    torch.testing.assert_close(logits(student), logits(teacher), rtol=0, atol=2e-6)
+    assert_close(student, teacher)
 
 
 def test_layers_are_numbered_and_lists_are_as_long_as_the_layers(any_family):
@@ -153,14 +159,16 @@ def test_the_attention_implementation_reaches_every_layer(any_family, tmp_path):
     student = load_student(tmp_path)
     if student._can_set_attn_implementation():
         student.set_attn_implementation("eager")
-    assert {module.config._attn_implementation for module in student.modules() if hasattr(module, "config")} == {"eager"}
+    assert {module.config._attn_implementation for module in student.modules() if hasattr(module, "config")} == {
+        "eager"
+    }
 
 
 def test_zero_neurons_make_widths_equal_and_leave_logits(any_family, tmp_path):
     student = cut_by_hand(tiny_model(any_family), (0, 2), (40, 16))
     wide = padded(student)
     assert has_equal_widths(wide)
-    torch.testing.assert_close(logits(wide), logits(student), rtol=0, atol=1e-6)
+    assert_close(wide, student, atol=1e-6)
     wide.save_pretrained(tmp_path)
     again = getattr(transformers, HEADS[any_family]).from_pretrained(tmp_path)
     assert torch.equal(logits(again), logits(wide))
@@ -191,7 +199,6 @@ def test_a_layer_that_cannot_go_is_named():
 def test_a_null_width_is_four_times_the_hidden_size(tmp_path):
     teacher = tiny_model("gpt2", n_inner=None)
     student = cut_by_hand(teacher, (0, 2), (128, 64))
-    assert student.config.n_inner if not student.config.is_heterogeneous else True
     student.save_pretrained(tmp_path)
     assert [mlp.width for mlp in mlps_of(load_student(tmp_path))] == [128, 64]
     assert cut_by_hand(teacher, (0, 2), None).config.n_inner is None
