@@ -75,10 +75,8 @@ def fit_teacher(session: Session) -> None:
     if session.recipe.teacher.init == "random":
         model = random_model(session.source, session.head, session.recipe.seed, session.remote_code)
     else:
-        seed = session.recipe.seed
-        model = load_model(
-            session.source, session.head, new_head=True, random_seed=seed, remote_code=session.remote_code
-        )
+        seed, code = session.recipe.seed, session.remote_code
+        model = load_model(session.source, session.head, new_head=True, random_seed=seed, remote_code=code)
     job = Job("teacher", spec, session.run.fit, session.recipe.seed, identity(teacher_inputs(session)))
     _train(session, job, model, Objective(LABELS_ONLY, session.corpus.task.head), None)
     _save_model(session, model, session.run.teacher)
@@ -88,7 +86,7 @@ def calibrate_teacher(session: Session) -> None:
     """One pass of the teacher over a sample; every score reads its result."""
     spec, corpus = session.recipe.student.calibration, session.corpus
     sample = range(min(spec.examples, len(corpus.train)))
-    starts = range(0, len(sample), spec.batch_size)
+    starts = sample[:: spec.batch_size]
     batches = (collate(corpus, corpus.train, sample[start : start + spec.batch_size]) for start in starts)
     teacher = session.load(session.teacher).to(processes().device)
     calibrate(teacher, batches).save(session.run.calibration)
