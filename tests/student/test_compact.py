@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import LAYERS, WIDTH, tiny_batch, tiny_model
+from tiny import LAYERS, WIDTH, tiny_inputs, tiny_model
 
+from distill import load_student
 from distill.models.mlp import mlps_of
+from distill.models.widths import all_mlps, has_equal_widths
 from distill.recipe.schema import Mask
 from distill.student.compact import compact, constant_of
 from distill.student.masks import Masks
@@ -14,7 +16,7 @@ from distill.student.masks import Masks
 
 def logits(model):
     with torch.no_grad():
-        return model(**tiny_batch()).logits
+        return model(**tiny_inputs(model)).logits
 
 
 def silence(model, layer, neurons, *, rows=True, column=False, biases=False):
@@ -30,25 +32,38 @@ def silence(model, layer, neurons, *, rows=True, column=False, biases=False):
 
 
 @pytest.mark.parametrize("uniform", [True, False])
-def test_a_masked_model_and_its_compact_form_are_the_same(family, uniform):
-    model = tiny_model(family)
+def test_a_masked_model_and_its_compact_form_are_the_same(any_family, uniform):
+    model = tiny_model(any_family)
     Masks(model, Mask(per="neuron", sparsity=0.25), 1).after_step(0)
-    silence(model, 1, [0, 5, 9], rows=False, column=True)
-    before, experts = logits(model), mlps_of(model)[0].experts or 1
-    gone = compact(model, uniform=uniform)
+    Masks(model, Mask(per="neuron", sparsity=1 / 3, only=["*.2.*"]), 1).after_step(0)  # more in one layer
+    mlps, before = all_mlps(model), logits(model)
+    old = [mlp.width for mlp in mlps]
+    gone = compact(model, uniform=uniform, multiple_of=4)  # experts are multiplied in blocks of 16 bytes
     torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-6)
-    widths = [mlp.width for mlp in mlps_of(model)]
-    assert widths[0] == widths[2] == 36 and (widths[1] == 36) == uniform
-    assert gone == sum(WIDTH - width for width in widths) * experts
-    assert not any(constant_of(mlp).isnan().logical_not().any() for mlp in mlps_of(model)) or uniform
+    widths = [mlp.width for mlp in mlps]
+    assert gone == sum((a - b) * (mlp.experts or 1) for a, b, mlp in zip(old, widths, mlps, strict=True))
+    assert has_equal_widths(model) == uniform
+    assert sorted(set(widths)) == [36] if uniform else [32, 36]
 
 
-def test_a_uniform_compact_model_reloads_with_stock_loaders(family, tmp_path):
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "mixtral", "t5-gated"])
+def test_a_compact_model_reloads_as_the_same(family, tmp_path):
     model = tiny_model(family)
     Masks(model, Mask(per="neuron", sparsity=0.25), 1).after_step(0)
-    compact(model, uniform=True)
-    model.save_pretrained(tmp_path)
-    assert torch.equal(logits(type(model).from_pretrained(tmp_path)), logits(model))
+    compact(model, uniform=True, multiple_of=4)
+    model.save_pretrained(tmp_path / "uniform")
+    assert torch.equal(logits(type(model).from_pretrained(tmp_path / "uniform")), logits(model))
+    silence(model, 0, slice(0, 16), column=True)
+    compact(model, multiple_of=4)
+    model.save_pretrained(tmp_path / "unequal")
+    assert torch.equal(logits(load_student(tmp_path / "unequal")), logits(model))
+    compact(model, multiple_of=4)  # from widths that differ already
+    silence(model, 1, slice(0, 8), column=True)
+    before = logits(model)
+    compact(model, multiple_of=4)
+    torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-6)
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(load_student(tmp_path / "again")), logits(model))
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "gpt_neox", "opt"])
@@ -114,11 +129,11 @@ def test_experts_lose_what_all_of_them_can():
     model = tiny_model("mixtral")
     with torch.no_grad():
         weight = mlps_of(model)[0].weight_out
-        weight[:, :, :2] = 0
-        weight[1, :, 2:6] = 0  # one expert could lose six, the others two
+        weight[:, :, :8] = 0
+        weight[1, :, 8:16] = 0  # one expert could lose sixteen, the others eight
     before = logits(model)
-    assert compact(model) == 2 * mlps_of(model)[0].experts
-    assert [mlp.width for mlp in mlps_of(model)] == [WIDTH - 2] + [WIDTH] * (LAYERS - 1)
+    assert compact(model) == 8 * mlps_of(model)[0].experts
+    assert [mlp.width for mlp in mlps_of(model)] == [WIDTH - 8] + [WIDTH] * (LAYERS - 1)
     torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-6)
 
 
@@ -132,8 +147,8 @@ def test_widths_are_rounded_up_to_a_multiple_and_never_to_nothing():
     torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-6)
 
 
-def test_a_model_without_dead_neurons_is_left_as_it_is(family):
-    model = tiny_model(family)
+def test_a_model_without_dead_neurons_is_left_as_it_is(any_family):
+    model = tiny_model(any_family)
     before, config = logits(model), model.config.to_dict()
     assert compact(model) == 0
     assert torch.equal(logits(model), before) and model.config.to_dict() == config

@@ -167,7 +167,7 @@ def test_zeros_are_counted_by_hand():
     down, up = rows[1, "mlp.down_proj.weight"], rows[1, "mlp.up_proj.weight"]
     assert (down.zeros, down.zero_neurons, down.neurons, down.share) == (96, 3, 48, 1 / 16)
     assert (up.zeros, up.zero_neurons) == (8, 0)
-    assert up.norm == pytest.approx(float(mlp.weights_in[1].norm()), rel=1e-6)
+    assert up.norm == pytest.approx(mlp.weights_in[1].norm().item(), rel=1e-6)
     assert zeros(sparsity(model)) == (96 + 8) / (LAYERS * 3 * 48 * 32)
 
 
