@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ from safetensors.torch import load_file
 from tiny import tiny_model, tiny_project
 
 from distill.data import TrainingBatches, read_texts, tokenise
+from distill.errors import Stopped
 from distill.losses import Objective
 from distill.models.load import load_tokenizer
 from distill.recipe import load_recipe
@@ -35,17 +38,17 @@ def corpus(tmp_path_factory):
     return tokenise(read_texts(spec, 0, folder), spec, load_tokenizer(folder / "teacher"))
 
 
-def run(corpus, folder, mask, *, micro=4, dropout=0.1, kind=Masks, **spec):
-    """Train a tiny BERT under masks; returns it and them."""
+def run(corpus, folder, mask, *, micro=4, dropout=0.1, kind=Masks, look=None, **spec):
+    """Train a tiny BERT under masks; returns it and them. `look` is called with the model after four steps."""
     settings = Training(steps=STEPS, batch_size=8, micro_batch_size=micro, **{"save_every": 2, **HARSH, **spec})
     rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     model = tiny_model("bert", **rates, num_labels=len(corpus.classes))
     freeze(model, settings.freeze, settings.only)
     masks = kind(model, mask, STEPS)
     batches = TrainingBatches(corpus, corpus.labelled, 8, micro, 0)
-    job = Job("test", settings, TrainDir(folder), 0, "identity", log_every=2, constraint=masks)
+    job = Job("test", settings, TrainDir(folder), 0, "identity", 2, 4 if look else 0, masks)
     objective, accelerator = Objective([Term(match="labels")], "sequence"), make_accelerator(settings, batches)
-    train(job, model, objective, None, batches, accelerator, say=lambda _text: None)
+    train(job, model, objective, None, batches, accelerator, evaluate=look, say=lambda _text: None)
     return model, masks
 
 
@@ -97,6 +100,22 @@ def test_resuming_is_bitwise_the_uninterrupted_run_masks_included(corpus, tmp_pa
         assert masks.masks.keys() == wanted.masks.keys()
         assert all(torch.equal(mask, wanted.masks[name]) for name, mask in masks.masks.items())
         shutil.rmtree(tmp_path / "parts")
+
+
+def test_a_signal_saves_the_masks_and_the_same_training_continues(corpus, tmp_path):
+    whole, _ = run(corpus, tmp_path / "whole", CUBIC)
+
+    def interrupt(_model):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    with pytest.raises(Stopped, match="a checkpoint is saved"):
+        run(corpus, tmp_path / "parts", CUBIC, look=interrupt, save_every=0)
+    (saved,) = checkpoint.published(tmp_path / "parts/checkpoints")
+    assert 4 <= int(saved.name[5:]) < STEPS and checkpoint.load_constraint(saved)
+    model, masks = run(corpus, tmp_path / "parts", CUBIC, save_every=0)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), model.parameters(), strict=True))
+    assert alive(model, masks) == 0
 
 
 @pytest.mark.parametrize("damage", ["missing", "flipped"])
@@ -194,7 +213,7 @@ def test_two_processes_have_the_same_masks_and_the_weights_of_one(corpus, tmp_pa
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     done = subprocess.run(
         [*launch, tmp_path / "worker.py", tmp_path], capture_output=True, text=True, check=False,
-        env={**__import__("os").environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     first, second = (load_file(tmp_path / f"masks-{rank}.safetensors") for rank in (0, 1))
