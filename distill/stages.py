@@ -35,11 +35,12 @@ from distill.provenance import (
     teacher_inputs,
     training_inputs,
 )
-from distill.recipe.schema import Optimization, Recipe, Term
+from distill.recipe.schema import Format, Optimization, Recipe, Term
 from distill.registry import bind, find
 from distill.release.card import render_card
 from distill.release.evidence import Evidence
-from distill.release.export import check_release, releasable_recipe, without_folders, write_release
+from distill.release.export import check_padding, check_release, releasable_recipe, without_folders, write_release
+from distill.release.formats import format_of
 from distill.release.report import render_report
 from distill.rundir import RunDir, fresh_folder, write_json, write_text
 from distill.session import Session, Stage
@@ -105,6 +106,7 @@ def plan(session: Session) -> None:
 def build(session: Session) -> None:
     """Cut the student."""
     student = build_student(session.load(session.teacher), StudentPlan.load(session.run.plan))
+    format_of(student, session.recipe.release.format)  # refused before it is trained
     _save_model(session, student, session.run.student)
 
 
@@ -170,9 +172,10 @@ def evaluate(session: Session) -> None:
 
 
 def release(session: Session) -> None:
-    """Write the folder that is handed out, and prove that stock transformers loads it as the same model."""
-    evidence = _evidence(session)
+    """Write the folder that is handed out, and prove that whoever loads it gets the same model."""
     model = session.load(session.run.distilled)
+    form = format_of(model, session.recipe.release.format)
+    evidence = _evidence(session, form)
     report = render_report(evidence)
     texts = {
         "README.md": render_card(evidence),
@@ -185,8 +188,9 @@ def release(session: Session) -> None:
     probe = collate(corpus, corpus.test, range(min(8, len(corpus.test))))
     probe.pop("labels")
     with fresh_folder(session.run.release) as folder:
-        write_release(folder, model, session.tokenizer, texts)
-        check_release(folder, model, corpus.task.auto_class, probe)
+        written = write_release(folder, model, session.tokenizer, texts, corpus.task.auto_class, form)
+        check_release(folder, written, corpus.task.auto_class, probe, form)
+        check_padding(model, written, probe)
     write_text(session.run.report, report)
 
 
@@ -258,7 +262,7 @@ def _save_model(session: Session, model: Any, folder: Path) -> None:
             session.tokenizer.save_pretrained(temporary)
 
 
-def _evidence(session: Session) -> Evidence:
+def _evidence(session: Session, form: Format) -> Evidence:
     recipe, spec = session.recipe, session.recipe.teacher
     text = releasable_recipe(recipe)
     return Evidence(
@@ -286,6 +290,7 @@ def _evidence(session: Session) -> Evidence:
         },
         command="distill run recipe.yaml",
         auto_class=session.corpus.task.auto_class,
+        form=form,
     )
 
 

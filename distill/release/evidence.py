@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distill.models.plan import StudentPlan
-from distill.recipe.schema import Recipe
+from distill.recipe.schema import Format, Recipe
 
 MISSING = "\N{EN DASH}"
 SHARES = ("accuracy", "agreement", "exact_match", "f1", "precision", "recall")
@@ -38,6 +38,8 @@ class Evidence:
     """Reproduces the run."""
     auto_class: str
     """Class of transformers that loads the student."""
+    form: Format = "uniform"
+    """Format of the release."""
 
     @property
     def primary(self) -> str:
