@@ -174,8 +174,7 @@ def evaluate(session: Session) -> None:
 def release(session: Session) -> None:
     """Write the folder that is handed out, and prove that whoever loads it gets the same model."""
     model = session.load(session.run.distilled)
-    form = format_of(model, session.recipe.release.format)
-    evidence = _evidence(session, form)
+    evidence = _evidence(session, format_of(model, session.recipe.release.format))
     report = render_report(evidence)
     texts = {
         "README.md": render_card(evidence),
@@ -184,12 +183,11 @@ def release(session: Session) -> None:
         "recipe.yaml": evidence.recipe_text,
         "evaluation.json": session.run.evaluation.read_text(encoding="utf-8"),
     }
-    corpus = session.corpus
-    probe = collate(corpus, corpus.test, range(min(8, len(corpus.test))))
+    probe = collate(session.corpus, session.corpus.test, range(min(8, len(session.corpus.test))))
     probe.pop("labels")
     with fresh_folder(session.run.release) as folder:
-        written = write_release(folder, model, session.tokenizer, texts, corpus.task.auto_class, form)
-        check_release(folder, written, corpus.task.auto_class, probe, form)
+        written = write_release(folder, model, session.tokenizer, texts, evidence.auto_class, evidence.form)
+        check_release(folder, written, evidence.auto_class, probe, evidence.form)
         check_padding(model, written, probe)
     write_text(session.run.report, report)
 
@@ -264,10 +262,9 @@ def _save_model(session: Session, model: Any, folder: Path) -> None:
 
 def _evidence(session: Session, form: Format) -> Evidence:
     recipe, spec = session.recipe, session.recipe.teacher
-    text = releasable_recipe(recipe)
     return Evidence(
         recipe=recipe,
-        recipe_text=text,
+        recipe_text=releasable_recipe(recipe),
         plan=StudentPlan.load(session.run.plan),
         evaluation=json.loads(session.run.evaluation.read_text(encoding="utf-8")),
         metrics=read_records(session.run.training.metrics),
@@ -288,7 +285,6 @@ def _evidence(session: Session, form: Format) -> Evidence:
             "device": str(processes().device.type),
             "processes": processes().num_processes,
         },
-        command="distill run recipe.yaml",
         auto_class=session.corpus.task.auto_class,
         form=form,
     )

@@ -59,9 +59,9 @@ USES = {
 LOADING = {
     "uniform": "The folder loads with stock `transformers`; it holds no code.",
     "padded": (
-        "The folder loads with stock `transformers`; it holds no code. The MLPs of this model have different widths, and "
-        "stock classes know only one: zero neurons fill them up to the widest. They change nothing but size and speed, "
-        "which are those of the widest layer everywhere; the figures on this card are without them."
+        "The folder loads with stock `transformers`; it holds no code. The MLPs of this model have different widths, "
+        "and stock classes know only one: zero neurons fill them up to the widest. They change nothing but size and "
+        "speed, which are those of the widest layer everywhere; the figures on this card are without them."
     ),
     "native": (
         "The MLPs of this model have different widths, which `transformers` reads (`per_layer_config`) but does not "

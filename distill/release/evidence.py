@@ -34,12 +34,12 @@ class Evidence:
     """`model` as the recipe names it, `revision`, `sha256`, `model_type`, `fitted`."""
     environment: dict[str, Any]
     """Versions, device and number of processes."""
-    command: str
-    """Reproduces the run."""
     auto_class: str
     """Class of transformers that loads the student."""
     form: Format = "uniform"
     """Format of the release."""
+    command: str = "distill run recipe.yaml"
+    """Reproduces the run, from the folder of the release."""
 
     @property
     def primary(self) -> str:
