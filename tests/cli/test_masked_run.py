@@ -13,11 +13,13 @@ from safetensors.torch import load_file
 from tiny import RECIPE, tiny_batch, tiny_project
 from transformers import AutoModelForSequenceClassification
 
+from distill import load_student
 from distill.cli import main
 from distill.data import evaluation_batches
 from distill.evaluation.metrics import compute
 from distill.evaluation.predict import predict
 from distill.masking import mask_untrained
+from distill.models.mlp import mlps_of
 from distill.recipe import load_recipe
 from distill.rundir import RunDir
 from distill.session import Session
@@ -140,6 +142,29 @@ def test_neurons_masked_gradually_are_gone_from_the_compact_release(finished, tm
     records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     shares = [record["sparsity"] for record in records if record["event"] == "train"]
     assert shares == sorted(shares) and 0 < shares[0] < shares[-1] == shares[-2] == 8 / 24
+
+
+@pytest.mark.slow
+def test_layers_that_lost_different_numbers_are_released_padded_and_native(finished, tmp_path):
+    _, run = finished
+    trained = [f"teacher.model={run}/teacher", "teacher.init=pretrained", "teacher.fit=null"]
+    recipe = project(tmp_path, "{per: neuron, sparsity: 0.4, only: ['*.layer.1.*'], compact: true}")
+    text = recipe.read_text().replace("multiple_of: 8", "multiple_of: 2")
+    recipe.write_text(text.replace("license: apache-2.0", "license: apache-2.0, format: padded"))
+    distill("run", recipe, *trained, "evaluation.arms=[cut,distilled]", "--out", tmp_path / "run")
+    student = load_student(tmp_path / "run/distilled")
+    assert [mlp.width for mlp in mlps_of(student)] == [24, 16]  # 24 - int(0.4 * 24) = 15, up to a multiple of 2
+    released = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run/release")
+    assert released.config.intermediate_size == 24
+    batch = {name: tensor % 17 for name, tensor in tiny_batch().items()}
+    with torch.no_grad():
+        torch.testing.assert_close(released(**batch).logits, student(**batch).logits, rtol=0, atol=1e-6)
+    arms = ["evaluation.arms=[cut,distilled]", "release.format=native"]
+    distill("release", recipe, *trained, *arms, "--out", tmp_path / "run")
+    config = json.loads((tmp_path / "run/release/config.json").read_text())
+    assert config["per_layer_config"] and torch.equal(
+        load_student(tmp_path / "run/release")(**batch).logits, student(**batch).logits
+    )
 
 
 def test_a_pattern_that_matches_nothing_is_said_before_the_training(tmp_path, capsys):
