@@ -8,7 +8,7 @@ from tiny import LAYERS, WIDTH, tiny_inputs, tiny_model
 
 from distill import load_student
 from distill.models.mlp import mlps_of
-from distill.models.widths import all_mlps, has_equal_widths
+from distill.models.widths import all_mlps, is_unequal
 from distill.recipe.schema import Mask
 from distill.student.compact import compact, constant_of
 from distill.student.masks import Masks
@@ -42,7 +42,7 @@ def test_a_masked_model_and_its_compact_form_are_the_same(any_family, uniform):
     torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-6)
     widths = [mlp.width for mlp in mlps]
     assert gone == sum((a - b) * (mlp.experts or 1) for a, b, mlp in zip(old, widths, mlps, strict=True))
-    assert has_equal_widths(model) == uniform
+    assert is_unequal(model.config) != uniform
     assert sorted(set(widths)) == [36] if uniform else [32, 36]
 
 
