@@ -34,11 +34,12 @@ from distill.provenance import (
     teacher_inputs,
     training_inputs,
 )
-from distill.recipe.schema import Recipe, Term
+from distill.recipe.schema import Format, Recipe, Term
 from distill.registry import bind, find
 from distill.release.card import render_card
 from distill.release.evidence import Evidence
-from distill.release.export import check_release, releasable_recipe, without_folders, write_release
+from distill.release.export import check_padding, check_release, releasable_recipe, without_folders, write_release
+from distill.release.formats import format_of
 from distill.release.report import render_report
 from distill.rundir import RunDir, fresh_folder, write_json, write_text
 from distill.session import Session, Stage
@@ -106,6 +107,7 @@ def plan(session: Session) -> None:
 def build(session: Session) -> None:
     """Cut the student."""
     student = build_student(session.load(session.teacher), StudentPlan.load(session.run.plan))
+    format_of(student, session.recipe.release.format)  # refused before it is trained
     save_model(session, student, session.run.student)
 
 
@@ -165,9 +167,9 @@ def evaluate(session: Session) -> None:
 
 
 def release(session: Session) -> None:
-    """Write the folder that is handed out, and prove that stock transformers loads it as the same model."""
-    evidence = _evidence(session)
+    """Write the folder that is handed out, and prove that whoever loads it gets the same model."""
     model = session.load(session.run.distilled)
+    evidence = _evidence(session, format_of(model, session.recipe.release.format))
     report = render_report(evidence)
     texts = {
         "README.md": render_card(evidence),
@@ -176,24 +178,23 @@ def release(session: Session) -> None:
         "recipe.yaml": evidence.recipe_text,
         "evaluation.json": session.run.evaluation.read_text(encoding="utf-8"),
     }
-    corpus = session.corpus
-    probe = collate(corpus, corpus.test, range(min(8, len(corpus.test))))
+    probe = collate(session.corpus, session.corpus.test, range(min(8, len(session.corpus.test))))
     probe.pop("labels")
     with fresh_folder(session.run.release) as folder:
-        write_release(folder, model, session.tokenizer, texts)
-        check_release(folder, model, corpus.task.auto_class, probe)
+        written = write_release(folder, model, session.tokenizer, texts, evidence.auto_class, evidence.form)
+        check_release(folder, written, evidence.auto_class, probe, evidence.form)
+        check_padding(model, written, probe)
     write_text(session.run.report, report)
 
 
 # --- what they share -------------------------------------------------------------------------------------------------
 
 
-def _evidence(session: Session) -> Evidence:
+def _evidence(session: Session, form: Format) -> Evidence:
     recipe, spec = session.recipe, session.recipe.teacher
-    text = releasable_recipe(recipe)
     return Evidence(
         recipe=recipe,
-        recipe_text=text,
+        recipe_text=releasable_recipe(recipe),
         plan=StudentPlan.load(session.run.plan),
         evaluation=json.loads(session.run.evaluation.read_text(encoding="utf-8")),
         metrics=read_records(session.run.training.metrics),
@@ -214,8 +215,8 @@ def _evidence(session: Session) -> Evidence:
             "device": str(processes().device.type),
             "processes": processes().num_processes,
         },
-        command="distill run recipe.yaml",
         auto_class=session.corpus.task.auto_class,
+        form=form,
     )
 
 

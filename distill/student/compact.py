@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distill.models.layout import layout_of
 from distill.models.mlp import Mlp, keep_neurons, mlps_of
-from distill.models.widths import narrow, widest
+from distill.models.widths import forget_widths, narrow, widest
 
 ACTIVATIONS = ("act_fn", "activation_fn", "act", "activation", "intermediate_act_fn")
 """What the families call the activation of their MLPs."""
@@ -108,8 +108,7 @@ def _without(mlp: Mlp, constant: Tensor, width: int) -> dict[str, Tensor]:
 
 def _resize(model: Any, mlps: list[Mlp], widths: list[int]) -> None:
     """Give all MLPs, and the config, the widest of the new widths; `narrow` does the rest."""
-    if getattr(model.config, "is_heterogeneous", False):
-        model.config.per_layer_config = None
+    forget_widths(model.config)
     before = widest(mlps, [mlp.width for mlp in mlps])
     after = widest(mlps, widths)
     for key, width in after.items():
