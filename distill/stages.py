@@ -23,6 +23,7 @@ from distill.evaluation.predict import gathered, predict
 from distill.losses import LayerMap, Objective, layer_map
 from distill.models.layout import layers_of
 from distill.models.load import load_model, random_model
+from distill.models.outputs import Wanted
 from distill.models.plan import StudentPlan
 from distill.provenance import (
     build_inputs,
@@ -113,22 +114,14 @@ def build(session: Session) -> None:
 def distil(session: Session) -> None:
     """Train the student on everything that the recipe's loss asks for."""
     recipe = session.recipe
-    job = Job(
-        "distilled",
-        recipe.training,
-        session.run.training,
-        recipe.seed,
-        identity(training_inputs(session)),
-        recipe.training.log_every,
-        recipe.training.evaluate_every,
-    )
+    spec, inputs = recipe.training, identity(training_inputs(session))
+    job = Job("distilled", spec, session.run.training, recipe.seed, inputs, spec.log_every, spec.evaluate_every)
     _train_arm(session, job, recipe.losses, session.run.distilled)
 
 
 def train_control(session: Session) -> None:
     """Train the same student for the same steps on labels alone: what distillation has to beat."""
-    recipe, arm = session.recipe, "labels_only"
-    spec = recipe.training
+    recipe, arm, spec = session.recipe, "labels_only", session.recipe.training
     if spec.steps is None:  # fewer examples carry a label, so the same epochs would be fewer steps
         spec = spec.model_copy(update={"epochs": None, "steps": _steps(session, spec)})
     inputs = identity(control_inputs(session))
@@ -139,7 +132,7 @@ def train_control(session: Session) -> None:
 def evaluate(session: Session) -> None:
     """Measure all arms on the held-out split, and teacher and student against the clock."""
     recipe, corpus = session.recipe, session.corpus
-    teacher = OnlineTeacher(session.load(session.teacher), (), processes().device)
+    teacher = OnlineTeacher(session.load(session.teacher), Wanted(stop_at_head=True), processes().device)
     rows = []
     for arm in recipe.evaluation.arms:
         model = session.load(session.arm_folder(arm)).to(teacher.model.device)
@@ -201,7 +194,7 @@ def _train_arm(session: Session, job: Job, terms: Sequence[Term], result: Path) 
     objective = Objective(terms, session.corpus.task.head, maps, _vocabulary(session))
     teacher = None
     if objective.needs_teacher:
-        teacher = OnlineTeacher(session.load(session.teacher), objective.teacher_layers, processes().device)
+        teacher = OnlineTeacher(session.load(session.teacher), objective.teacher, processes().device)
     model = session.load(session.run.student)
     _train(session, job, model, objective, teacher)
     _save_model(session, model, result)

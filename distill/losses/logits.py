@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,9 +46,22 @@ def align(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1
 
 
 def _scaled(logits: Tensor, temperature: float) -> Tensor:
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     # A forbidden class (-inf on both sides) must contribute 0; as infinities its log-ratio would be inf - inf = NaN.
-    return wide.clamp(min=torch.finfo(wide.dtype).min)
+    finite: Tensor = _Finite.apply(wide if temperature == 1 else wide / temperature)  # type: ignore[no-untyped-call]
+    return finite
+
+
+class _Finite(torch.autograd.Function):
+    """-inf becomes the lowest number. The gradient passes as it is, which saves the two passes that `clamp` takes."""
+
+    @staticmethod
+    def forward(_ctx: Any, logits: Tensor) -> Tensor:
+        return logits.clamp(min=torch.finfo(logits.dtype).min)
+
+    @staticmethod
+    def backward(_ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
 
 
 def _log_probabilities(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
