@@ -24,7 +24,7 @@ from distill.models.head import OutputHead
 Score = Callable[[Tensor, Any, Tensor], Tensor]
 """(student's logits [n, V], teacher's [n, V'] or None, labels [n]) -> sum of each term over these positions, [K]."""
 
-CHUNK = {"cpu": (2**22, 128, 512), "cuda": (2**28, 512, 4096)}
+CHUNK = {"cpu": (5 * 10**6, 128, 512), "cuda": (2**28, 512, 4096)}
 """Device -> logits per chunk, and the fewest and most positions in it. With few positions the gradient of the weight is
 slow, as it is read and written once per chunk; with many the buffers are large."""
 BLOCK = {"cpu": 2**18, "cuda": 2**28}
@@ -60,20 +60,20 @@ def chunks(sides: Sequence[Any], size: int | None = None) -> Iterator[tuple[slic
     positions, device = len(work[0][1]), work[0][1].device
     vocabulary = max(len(head.weight) if head else 1 for head, _ in work)
     size = size or chunk_size(vocabulary, device)
-    shapes = [(min(size, positions), len(head.weight) if head else 0) for head, _ in work]
-    buffers = [
-        torch.empty(shape, dtype=torch.promote_types(data.dtype, torch.float32), device=device)
-        for shape, (_, data) in zip(shapes, work, strict=True)
-    ]
+    lengths = [min(size, positions) * len(head.weight) if head else 0 for head, _ in work]
+    kind = torch.promote_types(work[0][1].dtype, torch.float32)
+    # One allocation for all: large enough that the system takes it back at the end, instead of the heap growing by it.
+    buffers = torch.split(torch.empty(sum(lengths), dtype=kind, device=device), lengths)
     for start in range(0, positions, size):
         part = slice(start, min(start + size, positions))
-        yield (
-            part,
-            [
-                data[part] if head is None else head.logits(data[part], out=buffer[: part.stop - start])
-                for (head, data), buffer in zip(work, buffers, strict=True)
-            ],
-        )
+        logits = []
+        for (head, data), buffer in zip(work, buffers, strict=True):
+            own = data[part]
+            if head is not None:
+                shape = len(own), len(head.weight)
+                own = head.logits(own, out=buffer[: shape[0] * shape[1]].view(shape))
+            logits.append(own)
+        yield part, logits
 
 
 def through_heads(
@@ -164,8 +164,13 @@ class _ThroughHeads(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope: Tensor, _sums: Tensor) -> tuple[Tensor | None, ...]:
-        pairs = zip(ctx.gradients, ctx.kinds, strict=True)
-        return (*(None if own is None else (own * slope).to(kind) for own, kind in pairs), None)
+        gradients = ctx.gradients
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            gradients = [None if own is None else own.clone() for own in gradients]
+        else:  # the last time: scaled in place, and let go, so that the weight's gradient is never there twice
+            ctx.gradients = None
+        pairs = zip(gradients, ctx.kinds, strict=True)
+        return (*(None if own is None else own.mul_(slope).to(kind) for own, kind in pairs), None)
 
 
 def _blocks(logits: Tensor) -> Iterator[slice]:
