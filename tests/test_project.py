@@ -238,7 +238,7 @@ def test_public_names():
         _ = distill.load_models
     assert set(LOGITS) == {
         "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "symmetric_kl", "total_variation",
-        "soft_cross_entropy", "logit_mse",
+        "soft_cross_entropy", "logit_mse", "adaptive_kl",
     }  # fmt: skip
     assert set(HIDDEN) == {"mse", "cosine", "normalized_mse", "relative_mse"}
 

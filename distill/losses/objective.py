@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.errors import InputError
+from distill.losses.align import TopK
 from distill.losses.chunked import Side, through_heads
 from distill.losses.heads import HEADS, UNLABELLED
 from distill.losses.terms import Maps, ResolvedTerm, resolve
@@ -164,7 +165,7 @@ class Objective:
             totals = [
                 _total(term, own, labels)
                 if term.match == "labels"
-                else _total(term, own[..., classes], target[..., classes])
+                else _total(term, own[..., classes], target if isinstance(target, TopK) else target[..., classes])
                 for term in terms
             ]
             return torch.stack(totals) if totals else own[:0].sum(-1)

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distill.losses import LOGITS, Objective
+from distill.losses import LOGITS, Objective, TopK
 from distill.losses.chunked import BLOCK
 from distill.models.head import OutputHead
 from distill.models.outputs import Outputs
@@ -85,6 +85,20 @@ def test_several_terms_share_one_pass_over_small_blocks(monkeypatch):
     student, teacher = side(0), side(1)
     expected = learn(Objective(terms, "next_token"), student, teacher, batch_of(), plain=True)
     close(learn(Objective(terms, "next_token", chunk=5), student, teacher, batch_of()), expected)
+
+
+@pytest.mark.parametrize("loss", LOGITS)
+def test_a_sparse_teacher_is_compared_chunk_by_chunk_too(loss):
+    objective, batch = Objective([Term(match="logits", loss=loss)], "next_token", vocabulary=V, chunk=4), batch_of()
+    teacher = Outputs(TopK.of(as_logits(side(1)).logits, 5))
+    results = []
+    for plain in (False, True):
+        student = side(0)
+        student.last.requires_grad_()
+        loss, sums = objective(as_logits(student) if plain else student, teacher, batch, objective.counts([batch]))
+        loss.backward()
+        results.append([loss.detach(), sums, student.last.grad])
+    close(*results)
 
 
 @pytest.mark.parametrize("kind", ["next_token", "masked_token", "seq2seq"])
