@@ -68,7 +68,7 @@ def placed_teacher(session: Session, objective: Objective) -> OnlineTeacher:
         model.to(DTYPES.get(spec.dtype, model.dtype))
     if spec.device == "sharded":
         model = shard(model.requires_grad_(False).to(device), layers_of(model))
-    return OnlineTeacher(model, objective.teacher_layers, torch.device("cpu") if spec.device == "cpu" else device)
+    return OnlineTeacher(model, objective.teacher, torch.device("cpu") if spec.device == "cpu" else device)
 
 
 def job_for(recipe: Recipe, title: str, spec: Training, folder: TrainDir, inputs: str) -> Job:

@@ -22,6 +22,7 @@ from distill.losses import LayerMap, Objective
 from distill.masking import check_score, mask_untrained, sparsity_table
 from distill.models.layout import layers_of
 from distill.models.load import load_model, random_model
+from distill.models.outputs import Wanted
 from distill.models.plan import StudentPlan
 from distill.provenance import (
     build_inputs,
@@ -120,8 +121,7 @@ def distil(session: Session) -> None:
 
 def train_control(session: Session) -> None:
     """Train the same student for the same steps on labels alone: what distillation has to beat."""
-    recipe, arm = session.recipe, "labels_only"
-    spec = recipe.training
+    recipe, arm, spec = session.recipe, "labels_only", session.recipe.training
     if spec.steps is None:  # fewer examples carry a label, so the same epochs would be fewer steps
         spec = spec.model_copy(update={"epochs": None, "tokens": None, "steps": steps_of(session, spec)})
     job = job_for(recipe, arm, spec, session.run.control(arm), identity(control_inputs(session)))
@@ -131,7 +131,7 @@ def train_control(session: Session) -> None:
 def evaluate(session: Session) -> None:
     """Measure all arms on the held-out split, and teacher and student against the clock."""
     recipe, corpus = session.recipe, session.corpus
-    teacher = OnlineTeacher(session.load(session.teacher), (), processes().device)
+    teacher = OnlineTeacher(session.load(session.teacher), Wanted(stop_at_head=True), processes().device)
     rows, horizon = [], steps_of(session, recipe.training)
     for arm in recipe.evaluation.arms:
         model = session.load(session.arm_folder(arm)).to(teacher.model.device)

@@ -63,6 +63,15 @@ def best_is_looked_for(view: View) -> Iterator[Finding]:
         yield Finding(("training", "keep_best"), message, "give evaluate_every as well", at="key")
 
 
+def compiled_layers_are_not_watched(view: View) -> Iterator[Finding]:
+    """What happens inside a compiled layer cannot be read."""
+    training = view.section(("training",), Training)
+    for path, term in view.terms():
+        if training and training["compile"] is True and term.get("match") in ("attention", "relations"):
+            message = f"match: {term['match']} reads inside of layers, which training.compile closes"
+            yield Finding((*path, "match"), message, "remove training.compile")
+
+
 def teacher_has_a_place(view: View) -> Iterator[Finding]:
     """8-bit weights are for GPUs, and are not spread over them."""
     teacher = view.section(("teacher",), Teacher)
@@ -80,5 +89,6 @@ TRAINING_CHECKS: list[Callable[[View], Iterable[Finding]]] = [
     batch_divides,
     training_keys_have_effect,
     best_is_looked_for,
+    compiled_layers_are_not_watched,
     teacher_has_a_place,
 ]

@@ -1,14 +1,14 @@
-"""The teacher as a callable: a batch in, logits and the asked-for layer outputs out."""
+"""The teacher as a callable: a batch in, and out what the objective compares."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from distill.models.layout import layers_of
-from distill.models.outputs import Batch, Outputs, captured, moved
+from distill.models.head import OutputHead
+from distill.models.outputs import Batch, Outputs, Wanted, moved, run
 
 
 class OnlineTeacher:
@@ -18,18 +18,19 @@ class OnlineTeacher:
     trainable parameters.
     """
 
-    def __init__(self, model: Any, layers: Iterable[int], device: torch.device):
+    def __init__(self, model: Any, wanted: Wanted, device: torch.device):
         self.model = model.requires_grad_(False).eval()
         if self.model.device != device:  # 8-bit models cannot be moved
             self.model = self.model.to(device)
-        self.device = device
-        self.layers = list(layers)
+        self.device, self.wanted = device, wanted
+        self._head: OutputHead | None = None
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Outputs:
-        """Logits and the outputs of the asked-for layers, without gradient, on the device of the batch."""
-        own = moved(batch, self.device)
-        with captured(layers_of(self.model), self.layers) as hidden:
-            output = self.model(input_ids=own["input_ids"], attention_mask=own["attention_mask"])
-        found = Outputs(logits=output.logits, hidden=dict(hidden))
-        return moved(found, batch["input_ids"].device)
+        """What is wanted of one forward pass, without gradient, on the device of the batch."""
+        found, there = run(self.model, moved(batch, self.device), self.wanted), batch["input_ids"].device
+        if there == self.device:
+            return found
+        if self._head is None:  # it is large, and always the same
+            self._head = moved(found.head, there)
+        return replace(moved(replace(found, head=None), there), head=self._head)

@@ -132,12 +132,13 @@ class Step:
         learner, accelerator = self.learner, self.learner.accelerator
         accelerator.step, accelerator.gradient_accumulation_steps = 0, len(micro)
         scale = accelerator.num_processes * len(micro)  # undoes DDP's mean and Accelerate's division
+        progress = step / max(1, self.steps - 1)
         loss, sums = torch.zeros((), device=accelerator.device), torch.zeros(len(counts), device=accelerator.device)
         for number, cpu_batch in micro:
             batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in cpu_batch.items()}
             torch.manual_seed(seed_of(self.seed, step, *number))
             with accelerator.accumulate(learner.model):
-                share, parts = learner.model(batch, self.teacher(batch) if self.teacher else None, counts)
+                share, parts = learner.model(batch, self.teacher(batch) if self.teacher else None, counts, progress)
                 accelerator.backward(share * scale)
             loss += share.detach()
             sums += parts

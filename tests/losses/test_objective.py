@@ -242,7 +242,7 @@ def test_names_are_unique_and_needs_are_known_before_the_first_step():
     own = Term(match="hidden", loss="distill.losses.hidden:cosine", map="last")
     objective = Objective([Term(match="labels"), Term(match="logits"), hidden, hidden, own], "sequence", maps)
     assert objective.names == ["labels", "logits.forward_kl", "hidden.mse", "hidden.mse.2", "hidden.cosine"]
-    assert (objective.student_layers, objective.teacher_layers) == ([0, 1], [3])
+    assert (objective.student.hidden, objective.teacher.hidden) == ([0, 1], [3])
     assert objective.needs_teacher and objective.needs_logits
 
 

@@ -149,6 +149,8 @@ CROSS_CHECKS = [
     Bad("  lr: 3e-4", "  betas: [0.8, 0.9]\n  optimizer: mine:sgd", 20, "training.betas", "no effect optimizer: adamw"),
     Bad("  lr: 3e-4", "  ema_release: true", 20, "training.ema_release", "no average add ema: 0.999"),
     Bad("  lr: 3e-4", "  keep_best: accuracy", 20, "training.keep_best", "evaluate_every is 0"),
+    Bad("hidden, loss: mse, map: plan}\ntraining:", "relations}\ntraining:\n  compile: true", 16, "losses.2.match",
+        "reads inside of layers remove training.compile"),
     Bad("./teacher", "./teacher\n  dtype: int8\n  device: cpu", 5, "teacher.dtype", "int8 needs the GPU device: same"),
     Bad("./teacher", "./teachr", 4, "teacher.model", "there is no folder"),
     Bad("./teacher", "./empty", 4, "teacher.model", "config.json No such file"),

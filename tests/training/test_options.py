@@ -19,7 +19,7 @@ from tiny import tiny_batch, tiny_model
 from distill.data import TrainingBatches
 from distill.errors import InputError
 from distill.losses import Objective
-from distill.models.outputs import Outputs, moved
+from distill.models.outputs import Outputs, Wanted, moved
 from distill.recipe.schema import Training
 from distill.rundir import TrainDir
 from distill.teacher import OnlineTeacher
@@ -154,8 +154,8 @@ def test_compiled_layers_compute_the_same_and_are_plain_again_afterwards(corpus,
 
 def test_a_teacher_in_another_dtype_answers_on_the_device_of_the_batch():
     model, batch = tiny_model("bert"), tiny_batch()
-    plain = OnlineTeacher(model, [0], torch.device("cpu"))(batch)
-    half = OnlineTeacher(model.to(torch.bfloat16), [0], torch.device("cpu"))(batch)
+    plain = OnlineTeacher(model, Wanted(hidden=(0,)), torch.device("cpu"))(batch)
+    half = OnlineTeacher(model.to(torch.bfloat16), Wanted(hidden=(0,)), torch.device("cpu"))(batch)
     assert half.logits.dtype == torch.bfloat16 and half.logits.device == batch["input_ids"].device
     torch.testing.assert_close(half.logits.float(), plain.logits, rtol=0.05, atol=0.05)
 
