@@ -17,7 +17,6 @@ import torch
 from torch.utils.data import DataLoader
 
 from distill.data.corpus import UNLABELLED, Corpus, Examples
-from distill.errors import RunError
 from distill.models.outputs import Batch
 
 PATIENCE = 45
@@ -114,9 +113,6 @@ class TrainingBatches:
             rank: This process's number.
             world: How many processes share a step.
             workers: Processes that prepare batches; 0: this one does.
-
-        Raises:
-            RunError: A worker is dead or hangs.
         """
         numbers = range(rank, self.micro_batches_per_step(), world)
         loader: DataLoader[Batch] = DataLoader(
@@ -129,13 +125,7 @@ class TrainingBatches:
         )
         batches = iter(loader)
         for _ in range(start, stop):
-            try:
-                share = [(number, next(batches)) for number in numbers]
-            except RuntimeError as error:
-                if not workers:
-                    raise
-                raise RunError(f"a loader worker is dead or hangs: {error}; the same command continues") from error
-            yield share
+            yield [(number, next(batches)) for number in numbers]
 
     def _indices(self, start: int, stop: int, numbers: range) -> Iterator[list[int]]:
         for step in range(start, stop):

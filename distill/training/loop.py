@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +79,7 @@ def train(
 
     Raises:
         Stopped: A signal came; the checkpoint of the last step is published.
-        RunError: Too many steps in a row had to be left out, or memory or disk are too small.
+        RunError: Too many steps in a row had to be left out, memory or disk are too small, or a loader worker died.
     """
     torch.manual_seed(job.seed)
     steps = horizon(job.spec, batches)
@@ -100,7 +101,9 @@ def train(
         StopSignals() as stop,
         Tracker(job.folder.metrics, job.title, state.step, steps, accelerator) as tracker,
     ):
-        _Run(job, learner, taking, batches, checkpoints, state, steps, stop, tracker, say).to_the_end(evaluate)
+        run = _Run(job, learner, taking, batches, checkpoints, state, steps, stop, tracker, say)
+        with _loader_workers_watched():
+            run.to_the_end(evaluate)
     learner.finish()
     accelerator.free_memory()
     return state
@@ -225,6 +228,17 @@ class _Run:
         if accelerator.is_main_process:
             checkpoints.save(self.state, parts)
         accelerator.wait_for_everyone()
+
+
+@contextmanager
+def _loader_workers_watched() -> Iterator[None]:
+    # Of a worker that died torch tells from a signal handler, wherever the main thread is just then.
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader" not in str(error):
+            raise
+        raise RunError(f"a loader worker is dead or hangs: {error}; the same command continues") from error
 
 
 def _due(every: int, step: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -18,7 +19,7 @@ from running import dropped, published, run
 from safetensors.torch import load_file
 from tiny import tiny_model
 
-from distill.data import TrainingBatches, batches
+from distill.data import batches
 from distill.errors import RunError, Stopped
 from distill.models.outputs import Outputs
 from distill.training import checkpoint, read_records
@@ -137,7 +138,7 @@ def test_a_single_example_that_does_not_fit_ends_the_run(corpus, tmp_path):
         run(corpus, tmp_path, teacher=SmallMemory(0))
 
 
-def test_the_average_follows_its_formula_and_masks_no_skipped_step():
+def test_the_average_follows_its_formula_and_leaves_out_skipped_steps():
     model = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.constant_(model.weight, 0.0)
     average = Average(model, 0.5)
@@ -178,26 +179,22 @@ def test_loader_workers_change_nothing_also_after_a_restart_within_an_epoch(corp
     assert "continuing after step 4" in said[-1] and equal(plain, model)
 
 
-def stream(corpus, workers):
-    return TrainingBatches(corpus, corpus.labelled, 8, 4, 0).stream(0, 50, 0, 1, workers)
+def test_a_dead_loader_worker_ends_the_run_with_a_message(corpus, tmp_path):
+    def evaluate(*_):
+        (worker,) = multiprocessing.active_children()
+        os.kill(worker.pid, signal.SIGKILL)
+        time.sleep(1)
+        return {"accuracy": 0.5}
 
-
-def test_a_dead_loader_worker_ends_the_run_with_a_message(corpus):
-    import multiprocessing
-
-    steps = stream(corpus, 1)
-    next(steps)
-    (worker,) = multiprocessing.active_children()
-    os.kill(worker.pid, signal.SIGKILL)
     with pytest.raises(RunError, match="loader worker is dead"):
-        list(steps)
+        run(corpus, tmp_path, steps=500, loader_workers=1, job={"evaluate": evaluate, "evaluate_every": 2})
 
 
-def test_a_hanging_loader_worker_ends_the_run_with_a_message(corpus, monkeypatch):
+def test_a_hanging_loader_worker_ends_the_run_with_a_message(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(batches, "PATIENCE", 1)
     monkeypatch.setattr(batches, "collate", lambda *_: time.sleep(60))
     with pytest.raises(RunError, match="hangs: DataLoader timed out"):
-        next(stream(corpus, 1))
+        run(corpus, tmp_path, loader_workers=1)
 
 
 def test_a_full_disk_is_noticed_before_anything_is_written(corpus, tmp_path, monkeypatch):
