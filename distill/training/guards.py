@@ -164,9 +164,13 @@ def check_launch(processes: int, device: str, environment: Mapping[str, str] = o
             f"accelerate launch was asked for several processes and started one, as it does with --cpu. Use:\n{right}\n"
             f"or, for one process:\n  accelerate launch --num_processes 1 {SCRIPT}"
         )
-    for name in ("FSDP", "DEEPSPEED"):
-        if device == "cpu" and parse_flag(environment.get(f"ACCELERATE_USE_{name}", "false")):
-            raise InputError(f"{name} was asked for, which on a CPU silently becomes DDP. Without GPUs use:\n{right}")
+    if parse_flag(environment.get("ACCELERATE_USE_DEEPSPEED", "false")):
+        raise InputError(
+            "DeepSpeed is not supported. FSDP2 shares out the same things:\n"
+            f"  accelerate launch --config_file recipes/accelerate/fsdp2.yaml {SCRIPT}"
+        )
+    if device == "cpu" and parse_flag(environment.get("ACCELERATE_USE_FSDP", "false")):
+        raise InputError(f"FSDP was asked for, which on a CPU silently becomes DDP. Without GPUs use:\n{right}")
 
 
 def parse_flag(text: str) -> bool:

@@ -17,7 +17,6 @@ REFUSED = {
     "two that do not know each other": (1, "cpu", {"WORLD_SIZE": "2"}, "started 2 processes, but each of them runs"),
     "--cpu --num_processes 2": (1, "cpu", {**ONE, "MASTER_ADDR": "127.0.0.1"}, "asked for several processes and"),
     "FSDP on a CPU": (2, "cpu", {"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true"}, "FSDP was asked for"),
-    "DeepSpeed on a CPU": (2, "cpu", {"WORLD_SIZE": "2", "ACCELERATE_USE_DEEPSPEED": "true"}, "DEEPSPEED was asked"),
 }
 ACCEPTED = [
     (1, "cpu", {}),
@@ -39,6 +38,11 @@ def test_a_launch_that_does_something_else_is_refused_with_the_right_command(cas
 @pytest.mark.parametrize(("world", "device", "environment"), ACCEPTED)
 def test_a_launch_that_does_what_it_seems_to_is_accepted(world, device, environment):
     check_launch(world, device, environment)
+
+
+def test_deepspeed_is_refused_with_what_does_the_same():
+    with pytest.raises(InputError, match=r"not supported.*\n.*accelerate/fsdp2\.yaml"):
+        check_launch(8, "cuda", {"WORLD_SIZE": "8", "ACCELERATE_USE_DEEPSPEED": "true"})
 
 
 def test_the_first_signal_is_noted_and_the_handlers_come_back():
