@@ -35,11 +35,12 @@ from distill.provenance import (
     teacher_inputs,
     training_inputs,
 )
-from distill.recipe.schema import Optimization, Recipe, Term
+from distill.recipe.schema import Format, Optimization, Recipe, Term
 from distill.registry import bind, find
 from distill.release.card import render_card
 from distill.release.evidence import Evidence
-from distill.release.export import check_release, releasable_recipe, without_folders, write_release
+from distill.release.export import check_padding, check_release, releasable_recipe, without_folders, write_release
+from distill.release.formats import format_of
 from distill.release.report import render_report
 from distill.rundir import RunDir, fresh_folder, write_json, write_text
 from distill.session import Session, Stage
@@ -51,7 +52,6 @@ from distill.student import (
     build_student,
     calibrate,
     check_target,
-    check_uniform,
     plan_student,
     wanted_statistics,
 )
@@ -87,10 +87,8 @@ def fit_teacher(session: Session) -> None:
     if session.recipe.teacher.init == "random":
         model = random_model(session.source, session.head, session.recipe.seed, session.remote_code)
     else:
-        seed = session.recipe.seed
-        model = load_model(
-            session.source, session.head, new_head=True, random_seed=seed, remote_code=session.remote_code
-        )
+        seed, code = session.recipe.seed, session.remote_code
+        model = load_model(session.source, session.head, new_head=True, random_seed=seed, remote_code=code)
     check_target(model, session.recipe.student)
     job = Job("teacher", spec, session.run.fit, session.recipe.seed, identity(teacher_inputs(session)))
     _train(session, job, model, Objective(LABELS_ONLY, session.corpus.task.head), None)
@@ -102,7 +100,7 @@ def calibrate_teacher(session: Session) -> None:
     student, corpus, state = session.recipe.student, session.corpus, processes()
     spec = student.calibration
     sample = range(min(spec.examples, len(corpus.train)))
-    starts = range(0, len(sample), spec.batch_size)[state.process_index :: state.num_processes]
+    starts = sample[:: spec.batch_size][state.process_index :: state.num_processes]
     batches = (collate(corpus, corpus.train, sample[start : start + spec.batch_size]) for start in starts)
     teacher = session.load(session.teacher).to(state.device)
     check_target(teacher, student)
@@ -116,8 +114,6 @@ def plan(session: Session) -> None:
     statistics = Statistics.load(session.run.calibration)
     teacher = session.load(session.teacher).to(processes().device)
     decided = plan_student(teacher, session.recipe.student, statistics)
-    if session.recipe.release.format == "uniform":
-        check_uniform(teacher, decided)
     write_text(session.run.plan, decided.to_json())
     for key, choice in decided.choices.items():
         reason = f" ({choice.reason})" if choice.reason else ""
@@ -127,6 +123,7 @@ def plan(session: Session) -> None:
 def build(session: Session) -> None:
     """Cut the student."""
     student = build_student(session.load(session.teacher), StudentPlan.load(session.run.plan))
+    format_of(student, session.recipe.release.format)  # refused before it is trained
     _save_model(session, student, session.run.student)
 
 
@@ -192,9 +189,9 @@ def evaluate(session: Session) -> None:
 
 
 def release(session: Session) -> None:
-    """Write the folder that is handed out, and prove that stock transformers loads it as the same model."""
-    evidence = _evidence(session)
+    """Write the folder that is handed out, and prove that whoever loads it gets the same model."""
     model = session.load(session.run.distilled)
+    evidence = _evidence(session, format_of(model, session.recipe.release.format))
     report = render_report(evidence)
     texts = {
         "README.md": render_card(evidence),
@@ -203,12 +200,12 @@ def release(session: Session) -> None:
         "recipe.yaml": evidence.recipe_text,
         "evaluation.json": session.run.evaluation.read_text(encoding="utf-8"),
     }
-    corpus = session.corpus
-    probe = collate(corpus, corpus.test, range(min(8, len(corpus.test))))
+    probe = collate(session.corpus, session.corpus.test, range(min(8, len(session.corpus.test))))
     probe.pop("labels")
     with fresh_folder(session.run.release) as folder:
-        write_release(folder, model, session.tokenizer, texts)
-        check_release(folder, model, corpus.task.auto_class, probe)
+        written = write_release(folder, model, session.tokenizer, texts, evidence.auto_class, evidence.form)
+        check_release(folder, written, evidence.auto_class, probe, evidence.form)
+        check_padding(model, written, probe)
     write_text(session.run.report, report)
 
 
@@ -280,12 +277,11 @@ def _save_model(session: Session, model: Any, folder: Path) -> None:
             session.tokenizer.save_pretrained(temporary)
 
 
-def _evidence(session: Session) -> Evidence:
+def _evidence(session: Session, form: Format) -> Evidence:
     recipe, spec = session.recipe, session.recipe.teacher
-    text = releasable_recipe(recipe)
     return Evidence(
         recipe=recipe,
-        recipe_text=text,
+        recipe_text=releasable_recipe(recipe),
         plan=StudentPlan.load(session.run.plan),
         evaluation=json.loads(session.run.evaluation.read_text(encoding="utf-8")),
         metrics=read_records(session.run.training.metrics),
@@ -306,8 +302,8 @@ def _evidence(session: Session) -> Evidence:
             "device": str(processes().device.type),
             "processes": processes().num_processes,
         },
-        command="distill run recipe.yaml",
         auto_class=session.corpus.task.auto_class,
+        form=form,
     )
 
 

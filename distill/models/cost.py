@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -66,22 +67,25 @@ def flops_by_module(model: Any, inputs: Mapping[str, Tensor]) -> tuple[dict[nn.M
     Returns:
         The FLOPs of each module, the model itself included, and what they were counted on.
     """
-    fake = FakeTensorMode()
+    fake, log = FakeTensorMode(), logging.getLogger("torch._subclasses.fake_tensor")
+    quiet, log.disabled = log.disabled, True  # it would print a traceback for what is handled here
     try:
         with FakeCopyMode(fake):
-            hollow = copy.deepcopy(model)
+            hollow = copy.deepcopy(model).requires_grad_(False)
         with fake:
             counts = _counts(hollow, {name: fake.from_tensor(tensor) for name, tensor in inputs.items()})
         counted_on = "fake tensors"
     except (RuntimeError, AssertionError):
         # Whatever fake tensors cannot do is one of these two; a fault of the model itself comes up again here.
         counts, counted_on = _counts(model, inputs), "a real pass"
+    finally:
+        log.disabled = quiet
     return {module: counts.get(name, 0) for name, module in model.named_modules()}, counted_on
 
 
 def _counts(model: Any, inputs: Mapping[str, Tensor]) -> dict[str, int]:
     """FLOPs by name of the module, "" for the model."""
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_flops})
     # torch's table of FLOPs lacks the fused attention of CPUs, which would count as nothing; as plain matrix products
     # attention counts the same on every device.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
@@ -90,6 +94,11 @@ def _counts(model: Any, inputs: Mapping[str, Tensor]) -> dict[str, int]:
     counts = {name: sum(by_kind.values()) for name, by_kind in counter.get_flop_counts().items()}
     inside = {name.removeprefix(f"{prefix}."): count for name, count in counts.items() if name.startswith(f"{prefix}.")}
     return {**inside, "": counter.get_total_flops()}
+
+
+def _grouped_flops(rows: torch.Size, weights: torch.Size, *_: Any, **__: Any) -> int:
+    """Products of rows [N, K] with the matrix of their group, [E, K, M]: what experts are; missing in torch's table."""
+    return 2 * rows[0] * weights[1] * weights[2]
 
 
 def timed(passes: Mapping[str, Callable[[], object]], repeats: int, per_round: int, device: torch.device) -> Rounds:

@@ -25,6 +25,7 @@ Index = Annotated[StrictInt, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0), NotASwitch]
 NonNegative = Annotated[float, Field(ge=0), NotASwitch]
 Fraction = Annotated[float, Field(ge=0, le=1), NotASwitch]
+Format = Literal["uniform", "native", "padded"]
 Params = dict[StrictStr, StrictBool | StrictInt | float | StrictStr]
 
 
@@ -243,8 +244,10 @@ class Evaluation(Section):
 class Release(Section):
     """The folder that is handed out."""
 
-    format: Literal["uniform"] = "uniform"
-    """`uniform`: one MLP width for all layers; stock transformers loads it everywhere."""
+    format: Format = "uniform"
+    """`uniform`: one MLP width for all layers; stock transformers loads it everywhere. For students with different
+    widths: `native` (widths in `per_layer_config` and a small modelling file; loads with `trust_remote_code=True` or
+    `distill.load_student`) or `padded` (zero neurons up to the widest layer; loads everywhere, saves nothing)."""
     license: StrictStr | None = None
     """SPDX id for the model card. Give the teacher's licence, or one that it allows."""
     language: StrictStr | None = None

@@ -115,23 +115,6 @@ def wanted_statistics(spec: Student) -> Wanted:
     )
 
 
-def check_uniform(model: Any, plan: StudentPlan) -> None:
-    """Raise InputError when the plan needs more than one number for a key of the config that says how wide MLPs are."""
-    widths: dict[str, dict[int, str]] = {}
-    for side in layout_of(model).sides:
-        mlps = mlps_of(model, side)
-        for layer in plan.stack(side):
-            own = widths.setdefault(mlps[layer.teacher_layer].layout.width_key, {})
-            own.setdefault(layer.width, _place(side, layer))
-    for own in widths.values():
-        if len(own) > 1:
-            shown = ", ".join(f"{width} in {place}" for width, place in own.items())
-            raise InputError(
-                f"student.mlp: layers have different widths ({shown}), and release.format: uniform has one for all; "
-                f"set release.format to native or padded, or mlp.allocate to uniform"
-            )
-
-
 def _check_calibration(spec: Student, calibration: Statistics | None) -> None:
     used = {
         "student.layers.choose": (policy_of(spec.layers), layers.NEEDS),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_batch, tiny_inputs, tiny_model
+from torch.nn import functional
 
 from distill.errors import InputError, RunError
 from distill.losses import label_loss
@@ -17,7 +19,6 @@ from distill.models.mlp import mlps_of
 from distill.models.outputs import first_tensor, layer_input
 from distill.recipe.schema import Layers
 from distill.student import Statistics, Wanted, calibrate
-from distill.student.gradients import output_parameter
 from distill.student.sample import content_seed, drawn_classes, examples, padded_right
 
 EVERYTHING = Wanted(gram=True, gradients=True)
@@ -39,41 +40,49 @@ def loss_of(model):
 
 
 def slow_statistics(model, batch):
-    """Per side and layer, plain lists: neurons [T, F] and (T, E) choices per example, layer inputs and outputs."""
+    """Per example and stack: each layer's neurons [T, F] (of experts, a list of those), input and output [T, D]."""
     seen = []
     for example in examples(batch):
-        rows = {side: {"neurons": {}, "inputs": {}, "outputs": {}} for side in layout_of(model).sides}
+        rows = {side: ({}, {}, {}) for side in layout_of(model).sides}
         handles = []
-        for side, own in rows.items():
+        for side, (neurons, inputs, outputs) in rows.items():
             for index, (layer, mlp) in enumerate(zip(layers_of(model, side), mlps_of(model, side), strict=True)):
 
-                def on_layer(_m, args, kwargs, output, own=own, index=index):
-                    own["inputs"][index], own["outputs"][index] = layer_input(args, kwargs)[0], first_tensor(output)[0]
+                def on_layer(_m, args, kwargs, output, index=index, inputs=inputs, outputs=outputs):
+                    inputs[index], outputs[index] = layer_input(args, kwargs)[0], first_tensor(output)[0]
 
-                def on_out(_m, args, own=own, index=index):
-                    own["neurons"][index] = args[0].reshape(-1, args[0].shape[-1])
+                def on_neurons(_m, args, kwargs, index=index, neurons=neurons, mlp=mlp):
+                    states, *rest = [*args, *kwargs.values()]
+                    neurons[index] = slow_experts(mlp, states, rest[0]) if rest else states.flatten(0, -2)
 
-                def on_experts(module, args, kwargs, own=own, index=index, mlp=mlp):
-                    states, chosen = [*args, *kwargs.values()][:2]
-                    gate, up = mlp.weights_in
-                    own["neurons"][index] = [
-                        torch.stack([torch.nn.functional.silu(gate[e] @ h) * (up[e] @ h) for h, c in zip(states, chosen, strict=True) if e in c] or [torch.zeros(0, mlp.width)][:0] or [torch.zeros(mlp.width)])[: int((chosen == e).any(1).sum())]
-                        for e in range(mlp.experts)
-                    ]  # fmt: skip
-
+                module = mlp.layout.out if mlp.experts is None else "mlp.experts"
                 handles.append(layer.register_forward_hook(on_layer, with_kwargs=True))
-                if mlp.experts is None:
-                    handles.append(layer.get_submodule(mlp.layout.out).register_forward_pre_hook(on_out))
-                else:
-                    handles.append(
-                        layer.get_submodule("mlp.experts").register_forward_pre_hook(on_experts, with_kwargs=True)
-                    )
+                handles.append(layer.get_submodule(module).register_forward_pre_hook(on_neurons, with_kwargs=True))
         with torch.no_grad():
             model(**{name: tensor for name, tensor in example.items() if name != "labels"})
         for handle in handles:
             handle.remove()
         seen.append(rows)
     return seen
+
+
+def slow_experts(mlp, states, chosen):
+    """Each expert's neurons [T_e, F], token by token."""
+    gate, up = mlp.weights_in
+    found = []
+    for expert in range(mlp.experts):
+        own = [state for state, experts in zip(states, chosen, strict=True) if expert in experts]
+        rows = [functional.silu(gate[expert] @ state) * (up[expert] @ state) for state in own]
+        found.append(torch.stack(rows) if rows else states.new_zeros(0, mlp.width))
+    return found
+
+
+def expected_figures(each):
+    """Mean, mean |x|, mean x², variance, Minitron's norm and products, given the neurons [T_i, F] of each example."""
+    x = torch.cat(each).double()
+    mean, absolute, square = (total.sum(0) / max(1, len(x)) for total in (x, x.abs(), x.square()))
+    sequences = sum((own.double().abs().mean(0) if len(own) else mean * 0).square() for own in each).sqrt()
+    return mean, absolute, square, square - mean.square(), sequences, x.T @ x / max(1, len(x))
 
 
 def test_every_sum_is_that_of_a_plain_loop(any_family):
@@ -83,42 +92,21 @@ def test_every_sum_is_that_of_a_plain_loop(any_family):
     for side in layout_of(model).sides:
         own, rows = statistics.of(side), [example[side] for example in seen]
         depth = len(layers_of(model, side))
-        positions = sum(len(row["inputs"][0]) for row in rows)
-        assert own.tokens == positions
-        ends = [[row["inputs"][0][-1], *(row["outputs"][i][-1] for i in range(depth))] for row in rows]
-        for i in range(depth + 1):
-            for j in range(depth + 1):
-                cosines = [torch.nn.functional.cosine_similarity(end[i], end[j], dim=0).clamp(-1, 1) for end in ends]
-                mean = sum(math.acos(c) / math.pi for c in cosines) / len(ends) if i != j else 0.0
-                assert float(own.angular_distance()[i, j]) == pytest.approx(mean, abs=1e-3 if i != j else 0)
-        for i in range(depth):
-            pairs = [(row["inputs"][i], row["outputs"][i]) for row in rows]
-            cosines = torch.cat([torch.nn.functional.cosine_similarity(a, b, dim=-1) for a, b in pairs])
-            assert float(own.block_influence()[i]) == pytest.approx(1 - float(cosines.mean()), abs=1e-5)
-            experts = mlps_of(model, side)[i].experts
-            for e in range(experts or 1):
-                pick = (lambda x, e=e: x[e]) if experts else (lambda x: x)
-                each = [pick(row["neurons"][i]).double() for row in rows]
-                x = torch.cat(each)
-                got = [
-                    figure if experts is None else figure[e]
-                    for figure in (
-                        own.mean(i),
-                        own.mean_abs(i),
-                        own.mean_square(i),
-                        own.variance(i),
-                        own.sequence_norm(i),
-                        own.gram(i),
-                    )
-                ]
-                count = max(1, len(x))
-                sequences = sum(
-                    (rows_.abs().mean(0) if len(rows_) else rows_.new_zeros(x.shape[1])).square() for rows_ in each
-                )
-                expected = [x.sum(0) / count, x.abs().sum(0) / count, x.square().sum(0) / count]
-                expected += [expected[2] - expected[0].square(), sequences.sqrt(), x.T @ x / count]
-                for figure, value in zip(got, expected, strict=True):
-                    torch.testing.assert_close(figure, value, rtol=1e-3, atol=1e-6)
+        assert own.tokens == sum(len(inputs[0]) for _, inputs, _ in rows)
+        for i, mlp in enumerate(mlps_of(model, side)):
+            cosines = [functional.cosine_similarity(inputs[i], outputs[i], dim=-1) for _, inputs, outputs in rows]
+            assert float(own.block_influence()[i]) == pytest.approx(1 - float(torch.cat(cosines).mean()), abs=1e-5)
+            figures = (own.mean, own.mean_abs, own.mean_square, own.variance, own.sequence_norm, own.gram)
+            for expert in range(mlp.experts or 1):
+                each = [neurons[i] if mlp.experts is None else neurons[i][expert] for neurons, _, _ in rows]
+                for figure, expected in zip(figures, expected_figures(each), strict=True):
+                    got = figure(i) if mlp.experts is None else figure(i)[expert]
+                    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-6)
+        ends = [[inputs[0][-1], *(outputs[i][-1] for i in range(depth))] for _, inputs, outputs in rows]
+        for i, j in itertools.combinations(range(depth + 1), 2):
+            cosines = [float(functional.cosine_similarity(end[i], end[j], dim=0)) for end in ends]
+            mean = sum(math.acos(max(-1, min(1, cosine))) / math.pi for cosine in cosines) / len(ends)
+            assert float(own.angular_distance()[i, j]) == pytest.approx(mean, abs=1e-3)
 
 
 def test_gates_have_the_gradient_of_a_plain_loop():
@@ -140,7 +128,7 @@ def test_gates_have_the_gradient_of_a_plain_loop():
             labels = (
                 example["labels"][0, 1:] if kind == "task" else drawn_classes(logits.detach(), content_seed(example))
             )
-            loss = torch.nn.functional.cross_entropy(logits[: len(labels)], labels, reduction="sum")
+            loss = functional.cross_entropy(logits[: len(labels)], labels, reduction="sum")
             (c,) = torch.autograd.grad(loss, found["gate"])
             if kind == "task":
                 absolute, square = absolute + c.abs(), square + c.square()
@@ -172,8 +160,18 @@ def test_the_gate_gradient_holds_for_every_form_of_weight(name):
     original, losses = column.clone(), []
     for factor in (1 + h, 1 - h):
         column.copy_(original * factor)
-        losses.append(torch.nn.functional.cross_entropy(logits(), classes, reduction="sum"))
+        losses.append(functional.cross_entropy(logits(), classes, reduction="sum"))
     torch.testing.assert_close(got[neuron], (losses[0] - losses[1]).abs() / (2 * h), rtol=0.02, atol=1e-5)
+
+
+def padded_left(batch):
+    """The same texts, with what fills up the rows of `attention_mask` in front of them."""
+    mask = batch.get("attention_mask")
+    moved = dict(batch)
+    for name in [name for name, tensor in batch.items() if mask is not None and tensor.shape == mask.shape]:
+        rows = zip(batch[name], mask, strict=True)
+        moved[name] = torch.stack([row.roll(int((own == 0).sum())) for row, own in rows])
+    return moved
 
 
 def test_statistics_do_not_depend_on_batching_order_or_padding(any_family):
@@ -181,13 +179,8 @@ def test_statistics_do_not_depend_on_batching_order_or_padding(any_family):
     together = tiny_inputs(model, rows=4)
     whole = calibrate(model, [together])
     rows = [{name: tensor[i : i + 1] for name, tensor in together.items()} for i in range(4)]
-    padded = tiny_batch(rows=4)["attention_mask"].flip(1)  # padding on the left
-    left = {
-        name: tensor if tensor.shape != padded.shape else torch.stack([row.roll(int((own == 0).sum())) for row, own in zip(tensor, padded, strict=True)])
-        for name, tensor in together.items()
-    }  # fmt: skip
     parts = calibrate(model, rows[:1]).merged(calibrate(model, rows[1:]))
-    for other in (calibrate(model, rows[::-1]), parts, calibrate(model, [left])):
+    for other in (calibrate(model, rows[::-1]), parts, calibrate(model, [padded_left(together)])):
         assert other.sums.keys() == whole.sums.keys()
         for name, total in whole.sums.items():
             torch.testing.assert_close(other.sums[name], total, rtol=1e-4, atol=1e-4, msg=name)
