@@ -165,7 +165,9 @@ def one_width_for_stock_loaders(view: View) -> Iterator[Finding]:
     fix = "set release.format to native or padded, or make the widths equal"
     keep = mlp["keep"]
     if isinstance(keep, list):
-        if len({(type(width), width) for width in keep if isinstance(width, int | float)}) > 1:
+        sizes = {_neurons(width, view.width or 10**9) for width in keep}
+        # An encoder and its decoder may have a width each; whether they do is seen when the student is built.
+        if None not in sizes and len(sizes) > 1 and view.encoder_layers is None:
             yield Finding((*MLP, "keep"), "different widths, and release.format: uniform has one for all layers", fix)
     elif mlp["allocate"] in set(names_in("distill.student.allocate", "ALLOCATIONS")) - {"uniform"}:
         message = f"{mlp['allocate']} gives layers different widths, and release.format: uniform has one for all"
