@@ -36,7 +36,7 @@ from distill.provenance import (
     training_inputs,
 )
 from distill.recipe.schema import Format, Optimization, Recipe, Term
-from distill.registry import bind, find
+from distill.registry import find
 from distill.release.card import render_card
 from distill.release.evidence import Evidence
 from distill.release.export import check_padding, check_release, releasable_recipe, without_folders, write_release
@@ -45,12 +45,10 @@ from distill.release.report import render_report
 from distill.rundir import RunDir, fresh_folder, write_json, write_text
 from distill.session import Session, Stage
 from distill.student import (
-    ALLOCATIONS,
-    CHOICES,
-    SCORES,
     Statistics,
     build_student,
     calibrate,
+    check_strategies,
     check_target,
     plan_student,
     wanted_statistics,
@@ -69,12 +67,7 @@ def check_names(session: Session) -> None:
         InputError: A name leads nowhere, or its params do not fit.
     """
     recipe, task = session.recipe, find(TASKS, session.recipe.data.task, "task")()
-    for key, own in (("layers", recipe.student.layers), ("encoder_layers", recipe.student.encoder_layers)):
-        if own is not None and isinstance(own.keep, int):
-            bind(find(CHOICES, own.choose, "layer policy"), own.params, f"student.{key}.params")
-    bind(find(SCORES, recipe.student.mlp.score, "score"), recipe.student.mlp.params, "student.mlp.params")
-    spread = find(ALLOCATIONS, recipe.student.mlp.allocate, "allocation")
-    bind(spread, recipe.student.mlp.allocate_params, "student.mlp.allocate_params")
+    check_strategies(recipe.student)
     Objective(recipe.losses, task.head, lambda _policy: LayerMap(((0, 0),)))
     for name in recipe.evaluation.metrics or ():
         find(METRICS, name, "metric")
