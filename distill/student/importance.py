@@ -143,14 +143,14 @@ def output_change(layer: MlpLayer, statistics: Statistics | None) -> Tensor:
 def _removal_ranks(products: Tensor) -> Tensor:
     """[F]: when each neuron is removed, 0 first, given M [F, F]."""
     size = len(products)
-    products = products.flip(0, 1)  # argmin takes the first of equal ones: let that be the later neuron
-    cost = products.diagonal().clone()
+    cost = products.diagonal().flip(0)  # argmin takes the first of equal ones: let that be the later neuron
     ranks = torch.empty(size, dtype=torch.float64)
     for rank in range(size):
-        chosen = int(cost.argmin())
-        ranks[size - 1 - chosen] = rank
-        cost.add_(products[chosen], alpha=2)
-        cost[chosen] = torch.inf
+        place = int(cost.argmin())
+        chosen = size - 1 - place
+        ranks[chosen] = rank
+        cost.add_(products[chosen].flip(0), alpha=2)
+        cost[place] = torch.inf
     return ranks
 
 

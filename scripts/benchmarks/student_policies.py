@@ -1,13 +1,14 @@
-"""Cut a student by every pair of layer policy and MLP score, distil each for the same steps, and print a Markdown table.
+"""Cut a student by every pair of layer policy and MLP score, distil each alike, and print a Markdown table.
 
     python scripts/benchmarks/student_policies.py recipes/stdlib-lm/recipe.yaml \
-        --layers random even block_influence angular loss_drop greedy_loss --scores random magnitude activation taylor_kl
+        --layers random even block_influence angular loss_drop greedy_loss \
+        --scores random magnitude activation taylor_kl output_change
     python scripts/benchmarks/student_policies.py recipes/quickstart/recipe.yaml --layers random every \
         --scores random activation --steps 100 training.lr=3e-4
 
-Each cell is an ordinary `distill evaluate` in a run folder of its own. The teacher is fitted once, and calibrated once for
-each layer policy that needs more than a forward pass: cells start as copies of a prepared run folder. Finished cells are
-skipped, so the command can be given again. Keep `random` among both: it is the control for all others.
+Each cell is an ordinary `distill evaluate` in a run folder of its own. The teacher is fitted once, and calibrated once
+for each layer policy that needs more than a forward pass: cells start as copies of a prepared run folder. Finished
+cells are skipped, so the command can be given again. Keep `random` among both: it is the control for all others.
 """
 
 import argparse
@@ -64,9 +65,7 @@ def print_table(policies: list[str], scores: list[str], tables: dict[tuple[str, 
     table = next(iter(tables.values()))
     metric, teacher = table["primary"], arm(table, "teacher")
     better = "higher" if table["higher_is_better"][metric] else "lower"
-    print(
-        f"{metric} as cut / distilled, {better} is better; teacher {teacher:.4g}; {table['data']['examples']} examples\n"
-    )
+    print(f"{metric} as cut / distilled, {better} is better; teacher {teacher:.4g}\n")
     print(f"| layers | {' | '.join(scores)} |")
     print("|---" * (len(scores) + 1) + "|")
     for policy in policies:
