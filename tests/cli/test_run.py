@@ -20,6 +20,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from distill import load_student
 from distill.cli import main
 from distill.models.plan import StudentPlan
+from distill.student import Statistics
 
 ROOT = Path(__file__).parents[2]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -178,6 +179,9 @@ def test_two_processes_compute_what_one_computes(finished, tmp_path):
         env=env, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    alone, shared = (Statistics.load(path / "calibration.safetensors") for path in (run, tmp_path / "run"))
+    for name, total in alone.sums.items():
+        torch.testing.assert_close(shared.sums[name], total, rtol=1e-4, atol=1e-6)
     one, two = weights(run / "distilled"), weights(tmp_path / "run/distilled")
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-6)
