@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.initialization import no_init_weights
 
-from distill.models.layout import Side, layout_of
+from distill.models.layout import Side, layout_of, stated_width
 from distill.models.mlp import Mlp, mlps_of
 from distill.recipe.locate import WIDTH_KEYS
 
@@ -75,11 +75,6 @@ def narrow(model: Any, widths: dict[Side, Sequence[int]]) -> None:
         config.per_layer_config = different
     elif different:
         setattr(config, TWO_STACKS, {side: list(own) for side, own in widths.items()})
-
-
-def stated_width(config: Any, key: str) -> int:
-    """What a config says about an MLP's width; null (GPT-2's n_inner) stands for four times the hidden size."""
-    return int(getattr(config, key) or 4 * config.hidden_size)
 
 
 def with_widths(model_class: type[Any]) -> type[Any]:
