@@ -150,7 +150,8 @@ def test_layers_are_numbered_and_lists_are_as_long_as_the_layers(any_family):
     student = cut_by_hand(tiny_model(any_family), (0, 2))
     for side in layout_of(student).sides:
         for index, layer in enumerate(layers_of(student, side)):
-            assert {module.layer_idx for module in layer.modules() if hasattr(module, "layer_idx")} <= {index}
+            found = {module.layer_idx for module in layer.modules() if hasattr(module, "layer_idx")}
+            assert found <= ({index} if side == "main" else {index, None})  # some encoders do not number them
     assert all(len(getattr(student.config, name, None) or "ab") == 2 for name in PER_LAYER_LISTS)
 
 
