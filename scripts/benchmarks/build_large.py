@@ -18,8 +18,14 @@ from distill.recipe.schema import Student
 from distill.student import build_student, plan_student
 
 LARGE = {
-    **{"vocab_size": 128_256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16},
-    **{"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True},
+    "vocab_size": 128_256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "tie_word_embeddings": True,
 }
 TINY = {**LARGE, "vocab_size": 1000, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4}
 

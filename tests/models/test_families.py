@@ -30,6 +30,7 @@ from distill.models.layout import LAYOUTS, PER_LAYER_LISTS, _detected, layers_of
 from distill.models.load import Head, load_model
 from distill.models.mlp import keep_neurons, mlps_of
 from distill.models.widths import all_mlps, is_unequal, padded
+from distill.recipe.locate import teacher_size
 
 POST_NORM = ("bert", "roberta", "xlm-roberta", "electra", "distilbert", "deberta-v2", "bart", "marian")
 WRITES_TO_THE_STREAM = ("o_proj", "c_proj", "dense", "out_proj", "Wo", "o", "wo", "fc2", "down_proj", "dense_4h_to_h")
@@ -265,6 +266,13 @@ def test_an_encoder_decoder_without_a_row_is_refused():
     model = transformers.AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("mbart", **OWN_SIZES["bart"]))
     with pytest.raises(InputError, match=r"mbart.*encoder-decoder"):
         layers_of(model)
+
+
+def test_a_recipe_is_checked_against_the_sizes_in_any_config(any_family, tmp_path):
+    model = tiny_model(any_family)
+    model.config.save_pretrained(tmp_path)
+    size = teacher_size(tmp_path)
+    assert (size.layers, size.width) == (len(layers_of(model)), mlps_of(model)[0].width)
 
 
 def test_all_rows_of_the_layout_are_tested():
