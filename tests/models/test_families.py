@@ -170,8 +170,12 @@ def test_tied_weights_stay_tied_and_the_generation_config_stays(any_family, tmp_
             assert model.generation_config.repetition_penalty == 1.3
 
 
-def test_the_attention_implementation_reaches_every_layer(any_family, tmp_path):
-    cut_by_hand(tiny_model(any_family), (0, 2), (40, 16)).save_pretrained(tmp_path)
+def test_the_attention_implementation_is_the_teachers_and_reaches_every_layer(any_family, tmp_path):
+    teacher = tiny_model(any_family)
+    cut_by_hand(teacher, (0, 2), (40, 16)).save_pretrained(tmp_path)
+    if teacher._can_set_attn_implementation():
+        teacher.set_attn_implementation("eager")
+    assert cut_by_hand(teacher, (0, 2)).config._attn_implementation == "eager"
     student = load_student(tmp_path)
     if student._can_set_attn_implementation():
         student.set_attn_implementation("eager")
