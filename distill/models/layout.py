@@ -157,16 +157,44 @@ INDEX_FLAGS = ("scale_attn_by_inverse_layer_idx",)
 """Config attributes that, when true, make what a layer computes depend on its index."""
 
 
+_detected: dict[tuple[str, str], ModelLayout] = {}
+
+
 def layout_of(model: Any) -> ModelLayout:
-    """The layout of a model's family. Raises InputError naming what to add for an unknown one."""
+    """The layout of a model's family: its row, or what its structure shows (see `detect`; tried out once).
+
+    Raises:
+        InputError: Neither; it says what to add.
+    """
+    from distill.models.detect import Unrecognised, detect
+
     model_type = getattr(model.config, "model_type", None)
-    if model_type not in LAYOUTS:
+    if model_type in LAYOUTS:
+        return LAYOUTS[model_type]
+    key = (str(model_type), type(model.base_model).__name__)
+    try:
+        if key not in _detected:
+            _detected[key] = detect(model)
+        return _detected[key]
+    except Unrecognised as error:
         raise InputError(
-            f"model family {model_type!r} is not known to distill (known: {', '.join(sorted(LAYOUTS))}). "
-            f"Add a row to LAYOUTS in distill/models/layout.py: where its layers are, which linear modules feed the "
-            f"MLP's neurons and which one reads them."
-        )
-    return LAYOUTS[model_type]
+            f"model family {model_type!r} has no row in LAYOUTS and its structure is not recognised: {error}. "
+            f"Add a row to LAYOUTS in distill/models/layout.py: where its layers are, which modules feed the MLP's "
+            f"neurons and which one reads them (known: {', '.join(sorted(LAYOUTS))})"
+        ) from error
+
+
+def cut_lists(config: Any, kept: Sequence[int]) -> None:
+    """Keep the entries of these layers in every list with one entry per layer."""
+    for name in PER_LAYER_LISTS:
+        values = getattr(config, name, None)
+        if values is not None:
+            setattr(config, name, [values[index] for index in kept])
+
+
+def stated_width(config: Any, key: str) -> int:
+    """What a config says about an MLP's width; null (GPT-2's n_inner) stands for four times the hidden size."""
+    return int(getattr(config, key) or 4 * config.hidden_size)
 
 
 def check_kept(model: Any, side: Side, kept: Sequence[int]) -> None:

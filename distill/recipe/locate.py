@@ -88,8 +88,8 @@ def teacher_size(folder: Path) -> TeacherSize:
     if not isinstance(config, dict):
         raise InputError(f"{path} is not the configuration of a model")
     width = _first_count(config, WIDTH_KEYS)
-    if width is None and "n_inner" in config:
-        embedding = _first_count(config, ("n_embd",))  # GPT-2: null stands for four times the model width
+    if width is None:
+        embedding = _first_count(config, ("n_embd",))  # GPT-2: null, or no key, stands for four times the model width
         width = embedding and 4 * embedding
     encoder = None
     if config.get("is_encoder_decoder"):

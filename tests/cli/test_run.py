@@ -19,6 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from distill import load_student
 from distill.cli import main
+from distill.models.mlp import mlps_of
 from distill.models.plan import StudentPlan
 from distill.student import Statistics
 
@@ -50,6 +51,30 @@ def finished(tmp_path_factory):
     recipe = tiny_project(folder)
     done = distill("run", recipe, "--out", folder / "run")
     return recipe, folder / "run", done
+
+
+@pytest.mark.slow
+def test_widths_that_differ_are_trained_and_released_natively_and_refused_as_uniform(tmp_path):
+    recipe, own = tiny_project(tmp_path), {**ENV, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    (tmp_path / "uneven.py").write_text("def widths(scores, keep, multiple_of):\n    return [16, 24]\n")
+    command = [
+        sys.executable,
+        "-m",
+        "distill",
+        "run",
+        recipe,
+        "student.mlp.allocate=uneven:widths",
+        "--out",
+        tmp_path / "run",
+    ]
+    refused = subprocess.run(command, env=own, capture_output=True, text=True)
+    assert refused.returncode == 2 and "use `native` or `padded`" in refused.stderr
+    assert not (tmp_path / "run/checkpoints").exists()
+    subprocess.run([*command, "release.format=native"], env=own, check=True)
+    release = tmp_path / "run/release"
+    assert [mlp.width for mlp in mlps_of(load_student(release))] == [16, 24]
+    assert "trust_remote_code=True" in (release / "README.md").read_text()
+    assert (release / "modeling_distill.py").is_file()
 
 
 def test_every_stage_leaves_what_the_design_names(finished):

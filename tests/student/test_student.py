@@ -159,14 +159,6 @@ def test_an_impossible_request_is_one_clear_error(request_, words):
         plan_student(tiny_model("bert"), request_)
 
 
-def test_an_unknown_family_is_told_what_to_add():
-    from transformers import GPTJConfig, GPTJForCausalLM
-
-    model = GPTJForCausalLM(GPTJConfig(n_layer=2, n_embd=32, n_head=4, rotary_dim=4, vocab_size=64))
-    with pytest.raises(InputError, match=r"gptj.*layout\.py"):
-        plan_student(model, spec())
-
-
 def test_a_score_of_ones_own_is_one_function(tmp_path, monkeypatch):
     (tmp_path / "my_scores.py").write_text(
         "def first(layer, statistics, *, offset: int = 0):\n"
