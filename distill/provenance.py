@@ -54,7 +54,7 @@ def plan_inputs(session: Session) -> dict[str, Any]:
     return {
         "teacher": folder_fingerprint(session.teacher),
         "calibration": content_of(session.run.calibration),
-        "student": session.recipe.student.model_dump(mode="json", exclude={"calibration"}),
+        "student": session.recipe.student.model_dump(mode="json", exclude={"calibration", "mask"}),
     }
 
 
@@ -77,19 +77,27 @@ def control_inputs(session: Session) -> dict[str, Any]:
     """Student, data and settings; the teacher has no say."""
     return {
         "student": folder_fingerprint(session.run.student),
+        "mask": _mask(session),
         "data": session.corpus.fingerprint,
         "training": _settings(session.recipe.training),
         "seed": session.recipe.seed,
     }
 
 
+def _mask(session: Session) -> dict[str, Any] | None:
+    mask, mlp = session.recipe.student.mask, session.recipe.student.mlp
+    # `multiple_of` says how far `compact` may go.
+    return {**mask.model_dump(mode="json"), "multiple_of": mlp.multiple_of} if mask else None
+
+
 def evaluation_inputs(session: Session) -> dict[str, Any]:
     """Every arm's weights, the data and what is measured."""
-    spec = session.recipe.evaluation
+    spec, training = session.recipe.evaluation, session.recipe.training
     return {
         "arms": {arm: folder_fingerprint(session.arm_folder(arm)) for arm in spec.arms},
         **_teacher_and_data(session),
-        "student": folder_fingerprint(session.run.student),
+        "student": folder_fingerprint(session.run.distilled),
+        "mask": [_mask(session), _settings(training)] if session.recipe.student.mask else None,
         "max_length": session.recipe.data.max_length,
         "evaluation": spec.model_dump(mode="json"),
     }

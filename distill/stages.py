@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from distill.evaluation.efficiency import add_disk_bytes, measure_efficiency
 from distill.evaluation.metrics import HIGHER_IS_BETTER, METRICS, compute
 from distill.evaluation.predict import gathered, predict
 from distill.losses import LayerMap, Objective, layer_map
+from distill.masking import check_score, compact_trained, mask_untrained, masks_for, sparsity_table
 from distill.models.layout import layers_of
 from distill.models.load import load_model, random_model
 from distill.models.plan import StudentPlan
@@ -62,6 +64,7 @@ def check_names(session: Session) -> None:
     if isinstance(recipe.student.layers.keep, int):
         policy = find(CHOICES, recipe.student.layers.choose, "layer policy")
         bind(policy, recipe.student.layers.params, "student.layers.params")
+    check_score(recipe)
     bind(find(SCORES, recipe.student.mlp.score, "score"), recipe.student.mlp.params, "student.mlp.params")
     find(ALLOCATIONS, recipe.student.mlp.allocate, "allocation")
     Objective(recipe.losses, task.head, lambda _policy: LayerMap(((0, 0),)))
@@ -112,16 +115,8 @@ def build(session: Session) -> None:
 
 def distil(session: Session) -> None:
     """Train the student on everything that the recipe's loss asks for."""
-    recipe = session.recipe
-    job = Job(
-        "distilled",
-        recipe.training,
-        session.run.training,
-        recipe.seed,
-        identity(training_inputs(session)),
-        recipe.training.log_every,
-        recipe.training.evaluate_every,
-    )
+    recipe, spec, inputs = session.recipe, session.recipe.training, identity(training_inputs(session))
+    job = Job("distilled", spec, session.run.training, recipe.seed, inputs, spec.log_every, spec.evaluate_every)
     _train_arm(session, job, recipe.losses, session.run.distilled)
 
 
@@ -140,24 +135,26 @@ def evaluate(session: Session) -> None:
     """Measure all arms on the held-out split, and teacher and student against the clock."""
     recipe, corpus = session.recipe, session.corpus
     teacher = OnlineTeacher(session.load(session.teacher), (), processes().device)
-    rows = []
+    rows, horizon = [], _steps(session, recipe.training)
     for arm in recipe.evaluation.arms:
         model = session.load(session.arm_folder(arm)).to(teacher.model.device)
+        steps = 0 if arm in ("teacher", "cut") else horizon
+        if not steps and arm != "teacher":
+            mask_untrained(recipe, model, horizon)
         batches = evaluation_batches(corpus, corpus.test, recipe.evaluation.batch_size)
         metrics = compute(session.metrics, predict(model, batches, corpus.task.head, teacher))
-        steps = 0 if arm in ("teacher", "cut") else _steps(session, recipe.training)
         rows.append(arm_row(arm, steps, measured(metrics)))
-    efficiency = None
+    efficiency, student = None, session.load(session.run.distilled)
     if recipe.evaluation.efficiency:
         efficiency = measure_efficiency(
-            {"teacher": teacher.model, "student": session.load(session.run.student).to(teacher.model.device)},
+            {"teacher": teacher.model, "student": student.to(teacher.model.device)},
             layers_of,
             kind=corpus.task.head,
             length=recipe.data.max_length,
             vocabulary=len(session.tokenizer),
             device=teacher.model.device,
         )
-        add_disk_bytes(efficiency, {"teacher": session.teacher, "student": session.run.student})
+        add_disk_bytes(efficiency, {"teacher": session.teacher, "student": session.run.distilled})
     data = {"source": without_folders(recipe.data.source), "split": "test", "examples": len(corpus.test)}
     data |= {"train_examples": len(corpus.train), "labelled": len(corpus.labelled), "fingerprint": corpus.fingerprint}
     table = {
@@ -167,6 +164,7 @@ def evaluate(session: Session) -> None:
         "higher_is_better": {name: HIGHER_IS_BETTER.get(name, True) for name in session.metrics},
         "arms": with_retained(rows, session.metrics),
         "efficiency": efficiency,
+        "sparsity": sparsity_table(recipe, student),
     }
     write_json(session.run.evaluation, table)
 
@@ -203,7 +201,9 @@ def _train_arm(session: Session, job: Job, terms: Sequence[Term], result: Path) 
     if objective.needs_teacher:
         teacher = OnlineTeacher(session.load(session.teacher), objective.teacher_layers, processes().device)
     model = session.load(session.run.student)
+    job = replace(job, constraint=masks_for(session.recipe, model, _steps(session, session.recipe.training)))
     _train(session, job, model, objective, teacher)
+    compact_trained(session.recipe, model, session.say)
     _save_model(session, model, result)
 
 

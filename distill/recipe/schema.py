@@ -64,6 +64,8 @@ class Optimization(Section):
     freeze: list[StrictStr] = []
     """Parameters that do not learn, by shell pattern over their names, e.g. `["*.embeddings.*"]`; they get no optimizer
     state. A pattern that matches nothing is an error."""
+    only: list[StrictStr] = ["*"]
+    """The opposite view: parameters that learn, e.g. `["*.mlp.*"]`; `freeze` is then taken out of them."""
     save_every: Index = 50
     """Publish a checkpoint every so many steps; 0: only at the end."""
 
@@ -115,6 +117,37 @@ class Mlp(Section):
     """Keyword arguments of the score."""
 
 
+class Mask(Section):
+    """Weights of the student's MLPs that become exactly zero and stay so while the others learn."""
+
+    per: Literal["weight", "neuron"] = "weight"
+    """Single weights, or whole neurons: their rows and biases in the first projections and their column in the last."""
+    sparsity: Annotated[float, Field(gt=0, lt=1), NotASwitch] | None = None
+    """Share of each layer's MLP weights (neurons; of each expert's, where there are experts) that becomes zero, rounded
+    down to whole ones. Give `sparsity` or `threshold`."""
+    threshold: Positive | None = None
+    """Zero is what scores below so many times its layer's mean score, zeros included."""
+    score: StrictStr = "magnitude"
+    """How single weights are ranked: a name from `distill.student.masks.SCORES` or `package.module:function`. A neuron
+    has the 2-norm of the scores of its weights."""
+    params: Params = {}
+    """Keyword arguments of the score."""
+    only: list[StrictStr] = ["*"]
+    """Which weights may be chosen, by shell pattern over parameter names of the student, e.g. `["*.down_proj.*"]`.
+    Parameters that `training` keeps frozen are never chosen."""
+    schedule: Literal["one_shot", "cubic"] = "one_shot"
+    """`one_shot`: all at `begin`. `cubic`: from 0 at `begin` to all at `end`, fast at first: 1 - (1 - t)³."""
+    begin: Fraction = 0.0
+    """Share of the training steps after which the masks begin; 0: before the first step."""
+    end: Fraction = 0.75
+    """`cubic`: share of the steps after which nothing more is masked; the rest is for healing."""
+    every: Count = 10
+    """`cubic`: steps between choices."""
+    compact: StrictBool | Literal["uniform"] = False
+    """After training, take out neurons that have no effect any more. true: each layer its own, so that widths may
+    differ; `uniform`: the same number in every layer. Widths are multiples of `mlp.multiple_of`."""
+
+
 class Calibration(Section):
     """The one pass over data that all scores read."""
 
@@ -131,6 +164,8 @@ class Student(Section):
     """Depth."""
     mlp: Mlp = Mlp()
     """Width of the MLPs."""
+    mask: Mask | None = None
+    """Zeros in the MLPs that are kept through training; null: none."""
     calibration: Calibration = Calibration()
     """Sample that the scores see."""
 

@@ -9,7 +9,7 @@ from typing import Any
 from distill.recipe.checks import View
 from distill.recipe.document import Finding, KeyPath, at
 from distill.recipe.locate import is_path
-from distill.recipe.schema import Layers, Mlp
+from distill.recipe.schema import Layers, Mask, Mlp
 from distill.registry import is_reference, names_in, nearest
 
 
@@ -70,6 +70,11 @@ def _choices(view: View) -> Iterator[Choice]:
         score, spread = width["score"], width["allocate"]
         yield Choice((*mlp, "score"), score, "score", "distill.student.importance", "SCORES", (*mlp, "params"))
         yield Choice((*mlp, "allocate"), spread, "allocation", "distill.student.allocate", "ALLOCATIONS")
+    mask: KeyPath = ("student", "mask")
+    zeros = view.section(mask, Mask)
+    if zeros is not None:
+        name = zeros["score"]
+        yield Choice((*mask, "score"), name, "mask score", "distill.student.masks", "SCORES", (*mask, "params"))
     yield from _losses(view)
     source: KeyPath = ("data", "source")
     name = at(view.data, source)

@@ -265,12 +265,27 @@ def training_rows(evidence: Evidence) -> list[tuple[str, ...]]:
         "learning rate": f"{number(training.lr)}, {training.schedule}, warmup {number(training.warmup)}",
         "weight decay": number(training.weight_decay),
         "precision": training.precision,
+        **mask_rows(evidence),
         "seed": evidence.recipe.seed,
         "data": f"{data['source']}, fingerprint {data['fingerprint']}",
         "training examples": f"{data['train_examples']}, labelled: {'all' if labelled is None else labelled}",
         "test examples": data["examples"],
     }
     return [(key, str(value)) for key, value in rows.items() if value is not None]
+
+
+def mask_rows(evidence: Evidence) -> dict[str, str]:
+    """What was masked, and the zeros and widths that the student has; empty without a mask."""
+    spec, found = evidence.recipe.student.mask, evidence.evaluation.get("sparsity")
+    if spec is None or not found:
+        return {}
+    amount = f"below {number(spec.threshold)} x the mean" if spec.sparsity is None else percent(spec.sparsity)
+    cubic = f" from {percent(spec.begin)} to {percent(spec.end)} of the steps" if spec.schedule == "cubic" else ""
+    rows = {
+        "mask": f"{amount} of each MLP, per {spec.per} by {spec.score}, {spec.schedule}{cubic}",
+        "zeros in the MLPs": percent(found["zeros"]),
+    }
+    return rows | ({"MLP widths, compacted": ", ".join(map(str, found["widths"]))} if spec.compact else {})
 
 
 def efficiency_table(evidence: Evidence) -> Table:

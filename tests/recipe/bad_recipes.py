@@ -121,6 +121,27 @@ WRONG_VALUES = [
     Bad("{license: apache-2.0}", "", 24, "release", "a section with the keys format got null"),
 ]
 
+
+def _mask(given: str, line_key: str, words: str) -> Bad:
+    return Bad("multiple_of: 64}", f"multiple_of: 64}}\n  mask: {{{given}}}", 9, f"student.mask{line_key}", words)
+
+
+MASKS = [
+    _mask("per: neuron", "", "neither sparsity nor threshold is given add one"),
+    _mask("sparsity: 0.5, threshold: 1", ".threshold", "both given remove one"),
+    _mask("sparsity: 1.0", ".sparsity", "above 0 and below 1 got the number 1.0"),
+    _mask("sparsity: 0.5, per: neurons", ".per", "one of weight, neuron did you mean 'neuron'"),
+    _mask("threshold: 0.5, score: random", ".threshold", "no meaning with score: random give sparsity"),
+    _mask("sparsity: 0.5, every: 5", ".every", "no effect with schedule: one_shot schedule: cubic"),
+    _mask("sparsity: 0.5, end: 0.5", ".end", "no effect with schedule: one_shot"),
+    _mask("sparsity: 0.5, schedule: cubic, begin: 0.8", ".begin", "0.8 of the steps 0.75 begin before"),
+    _mask("sparsity: 0.5, begin: 40", ".begin", "at most 1 got the number 40"),
+    _mask("sparsity: 0.5, compact: true", ".compact", "release.format uniform write compact: uniform"),
+    _mask("sparsity: 0.5, compact: unifrom", ".compact", "true or false or uniform did you mean 'uniform'"),
+    _mask("sparsity: 0.5, score: magnitudes", ".score", "unknown mask score did you mean 'magnitude'"),
+    _mask("sparsity: 0.5, score: random, params: {sed: 1}", ".params.sed", "did you mean 'seed'"),
+]
+
 CROSS_CHECKS = [
     Bad("./teacher", "./teachr", 4, "teacher.model", "there is no folder"),
     Bad("./teacher", "./empty", 4, "teacher.model", "config.json No such file"),
@@ -161,6 +182,7 @@ CROSS_CHECKS = [
     Bad("map: plan", "map: [[0, 6]]", 16, "losses.2.map.0", "the teacher has no layer 6 0 to 5"),
     Bad("map: plan", "map: [[0, 1], [0, 1]]", 16, "losses.2.map.1", "listed twice"),
     Bad("labelled: 160", "text: body", 12, "data.text", "only files have columns"),
+    *MASKS,
     Bad("[teacher, cut,", "[teacher, teacher,", 23, "evaluation.arms.1", "teacher is listed twice"),
     Bad("f1_macro]", "accuracy]", 22, "evaluation.metrics.1", "accuracy is listed twice"),
 ]
