@@ -26,6 +26,7 @@ Positive = Annotated[float, Field(gt=0), NotASwitch]
 NonNegative = Annotated[float, Field(ge=0), NotASwitch]
 Fraction = Annotated[float, Field(ge=0, le=1), NotASwitch]
 Params = dict[StrictStr, StrictBool | StrictInt | float | StrictStr]
+Arm = Literal["teacher", "cut", "repaired", "distilled", "labels_only"]
 
 
 class Section(BaseModel):
@@ -123,6 +124,31 @@ class Calibration(Section):
     """Examples per forward pass; does not change the statistics."""
 
 
+class Repair(Section):
+    """Corrections of the cut student in closed form over the calibration sample, before it is trained; all are off.
+
+    Each is measured on training examples that are not in the sample.
+    """
+
+    bias: StrictBool = False
+    """Add to the MLP's output bias what the removed neurons gave on average; for families with such a bias."""
+    refit: StrictBool = False
+    """Refit the MLP's output weights of the kept neurons (and the output bias, where there is one) to what all of the
+    teacher's neurons gave."""
+    merge: StrictBool = False
+    """Fit a linear map that makes the MLP before a block of dropped layers stand for the block, too, and multiply it
+    into that MLP's output weights; for families whose MLP output is added to the stream as it is."""
+    ridge: NonNegative = 1e-3
+    """Pulls `refit` and `merge` towards no change; relative to the mean square of what they fit with."""
+    held_out: Count = 256
+    """How many training examples after the calibration sample measure what each step is worth."""
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is anything to do."""
+        return self.bias or self.refit or self.merge
+
+
 class Student(Section):
     """How the student is cut from the teacher."""
 
@@ -131,7 +157,9 @@ class Student(Section):
     mlp: Mlp = Mlp()
     """Width of the MLPs."""
     calibration: Calibration = Calibration()
-    """Sample that the scores see."""
+    """Sample that the scores and the repair see."""
+    repair: Repair = Repair()
+    """Corrections after the cut, before training."""
 
 
 class Data(Section):
@@ -190,8 +218,9 @@ class Evaluation(Section):
 
     metrics: list[StrictStr] | None = None
     """Names from `distill.evaluation.metrics.METRICS`; null: the task's own."""
-    arms: list[Literal["teacher", "cut", "distilled", "labels_only"]] = ["teacher", "cut", "distilled", "labels_only"]
-    """`cut`: the student before training; `labels_only`: the same student trained as long without teacher."""
+    arms: list[Arm] = ["teacher", "cut", "repaired", "distilled", "labels_only"]
+    """`cut`: the student before repair and training; `repaired`: before training, where `student.repair` asks for
+    anything; `labels_only`: the same student trained as long without teacher."""
     batch_size: Count = 64
     """Examples per forward pass."""
     efficiency: StrictBool = True
