@@ -54,13 +54,25 @@ def plan_inputs(session: Session) -> dict[str, Any]:
     return {
         "teacher": folder_fingerprint(session.teacher),
         "calibration": content_of(session.run.calibration),
-        "student": session.recipe.student.model_dump(mode="json", exclude={"calibration"}),
+        "student": session.recipe.student.model_dump(mode="json", exclude={"calibration", "repair"}),
     }
 
 
 def build_inputs(session: Session) -> dict[str, Any]:
     """Teacher and plan."""
     return {"teacher": folder_fingerprint(session.teacher), "plan": content_of(session.run.plan)}
+
+
+def repair_inputs(session: Session) -> dict[str, Any]:
+    """Student and teacher, the plan between them, both samples, and the steps."""
+    spec = session.recipe.student
+    return {
+        **_teacher_and_data(session),
+        "student": folder_fingerprint(session.run.student),
+        "plan": content_of(session.run.plan),
+        "examples": spec.calibration.examples,
+        "repair": spec.repair.model_dump(mode="json"),
+    }
 
 
 def training_inputs(session: Session) -> dict[str, Any]:
@@ -76,7 +88,7 @@ def training_inputs(session: Session) -> dict[str, Any]:
 def control_inputs(session: Session) -> dict[str, Any]:
     """Student, data and settings; the teacher has no say."""
     return {
-        "student": folder_fingerprint(session.run.student),
+        "student": folder_fingerprint(session.start),
         "data": session.corpus.fingerprint,
         "training": _settings(session.recipe.training),
         "seed": session.recipe.seed,
@@ -87,7 +99,7 @@ def evaluation_inputs(session: Session) -> dict[str, Any]:
     """Every arm's weights, the data and what is measured."""
     spec = session.recipe.evaluation
     return {
-        "arms": {arm: folder_fingerprint(session.arm_folder(arm)) for arm in spec.arms},
+        "arms": {arm: folder_fingerprint(session.arm_folder(arm)) for arm in session.arms},
         **_teacher_and_data(session),
         "student": folder_fingerprint(session.run.student),
         "max_length": session.recipe.data.max_length,
@@ -99,4 +111,5 @@ def release_inputs(session: Session) -> dict[str, Any]:
     """The distilled student, its evidence and the recipe."""
     run = session.run
     files = [run.distilled, run.plan, run.evaluation, run.training.metrics, run.control("labels_only").metrics]
+    files += [run.repair] if session.recipe.student.repair.wanted else []
     return {"files": [content_of(path) for path in files], "recipe": session.recipe.model_dump(mode="json")}

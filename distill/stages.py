@@ -32,6 +32,7 @@ from distill.provenance import (
     identity,
     plan_inputs,
     release_inputs,
+    repair_inputs,
     teacher_inputs,
     training_inputs,
 )
@@ -41,6 +42,7 @@ from distill.release.card import render_card
 from distill.release.evidence import Evidence
 from distill.release.export import check_release, releasable_recipe, without_folders, write_release
 from distill.release.report import render_report
+from distill.repairs import check_family, repaired
 from distill.rundir import RunDir, fresh_folder, write_json, write_text
 from distill.session import Session, Stage
 from distill.student import ALLOCATIONS, CHOICES, SCORES, Statistics, build_student, calibrate, plan_student
@@ -66,6 +68,7 @@ def check_names(session: Session) -> None:
     Objective(recipe.losses, task.head, lambda _policy: LayerMap(((0, 0),)))
     for name in recipe.evaluation.metrics or ():
         find(METRICS, name, "metric")
+    check_family(session)
 
 
 def fit_teacher(session: Session) -> None:
@@ -108,6 +111,13 @@ def build(session: Session) -> None:
     _save_model(session, student, session.run.student)
 
 
+def repair(session: Session) -> None:
+    """Correct the cut student in closed form, and measure what each step is worth."""
+    model, found = repaired(session)
+    write_json(session.run.repair, found)
+    _save_model(session, model, session.run.repaired)
+
+
 def distil(session: Session) -> None:
     """Train the student on everything that the recipe's loss asks for."""
     recipe = session.recipe
@@ -139,11 +149,11 @@ def evaluate(session: Session) -> None:
     recipe, corpus = session.recipe, session.corpus
     teacher = OnlineTeacher(session.load(session.teacher), (), processes().device)
     rows = []
-    for arm in recipe.evaluation.arms:
+    for arm in session.arms:
         model = session.load(session.arm_folder(arm)).to(teacher.model.device)
         batches = evaluation_batches(corpus, corpus.test, recipe.evaluation.batch_size)
         metrics = compute(session.metrics, predict(model, batches, corpus.task.head, teacher))
-        steps = 0 if arm in ("teacher", "cut") else _steps(session, recipe.training)
+        steps = 0 if arm in ("teacher", "cut", "repaired") else _steps(session, recipe.training)
         rows.append(arm_row(arm, steps, measured(metrics)))
     efficiency = None
     if recipe.evaluation.efficiency:
@@ -196,18 +206,13 @@ def release(session: Session) -> None:
 def _train_arm(session: Session, job: Job, terms: Sequence[Term], result: Path) -> None:
     decided = StudentPlan.load(session.run.plan)
     maps = partial(layer_map, plan=decided, student_layers=len(decided.layers), teacher_layers=decided.teacher_layers)
-    objective = Objective(terms, session.corpus.task.head, maps, _vocabulary(session))
+    objective = Objective(terms, session.corpus.task.head, maps, session.vocabulary)
     teacher = None
     if objective.needs_teacher:
         teacher = OnlineTeacher(session.load(session.teacher), objective.teacher_layers, processes().device)
-    model = session.load(session.run.student)
+    model = session.load(session.start)
     _train(session, job, model, objective, teacher)
     _save_model(session, model, result)
-
-
-def _vocabulary(session: Session) -> int | None:
-    """Entries of the vocabulary that are tokens; heads are often padded beyond. None for class heads."""
-    return len(session.tokenizer) if session.corpus.task.head == "next_token" else None
 
 
 def _train(session: Session, job: Job, model: Any, objective: Objective, teacher: OnlineTeacher | None) -> None:
@@ -265,6 +270,7 @@ def _evidence(session: Session) -> Evidence:
         recipe=recipe,
         recipe_text=text,
         plan=StudentPlan.load(session.run.plan),
+        repair=json.loads(session.run.repair.read_text(encoding="utf-8")) if recipe.student.repair.wanted else None,
         evaluation=json.loads(session.run.evaluation.read_text(encoding="utf-8")),
         metrics=read_records(session.run.training.metrics),
         control_metrics=read_records(session.run.control("labels_only").metrics) if _wants_control(recipe) else [],
@@ -304,6 +310,10 @@ TEACHER = Stage(
 CALIBRATE = Stage("calibrate", calibrate_teacher, calibration_inputs, _results(lambda run: run.calibration))
 PLAN = Stage("plan", plan, plan_inputs, _results(lambda run: run.plan))
 BUILD = Stage("build", build, build_inputs, _results(lambda run: run.student))
+REPAIR = Stage(
+    "repair", repair, repair_inputs, _results(lambda run: run.repaired, lambda run: run.repair),
+    wanted=lambda recipe: recipe.student.repair.wanted,
+)  # fmt: skip
 TRAIN = Stage("train", distil, training_inputs, _results(lambda run: run.distilled), together=True)
 CONTROL = Stage(
     "control", train_control, control_inputs, _results(lambda run: run.control_model("labels_only")),
@@ -312,18 +322,7 @@ CONTROL = Stage(
 EVALUATE = Stage("evaluate", evaluate, evaluation_inputs, _results(lambda run: run.evaluation))
 RELEASE = Stage("release", release, release_inputs, _results(lambda run: run.release, lambda run: run.report))
 
-TO_PLAN = (TEACHER, CALIBRATE, PLAN)
-TO_BUILD = (*TO_PLAN, BUILD)
-TO_TRAIN = (*TO_BUILD, TRAIN)
-TO_EVALUATE = (*TO_TRAIN, CONTROL, EVALUATE)
-TO_RELEASE = (*TO_EVALUATE, RELEASE)
-
-VERBS: dict[str, tuple[Stage, ...]] = {
-    "plan": TO_PLAN,
-    "build": TO_BUILD,
-    "train": TO_TRAIN,
-    "evaluate": TO_EVALUATE,
-    "release": TO_RELEASE,
-    "run": TO_RELEASE,
-}
+STORY = (TEACHER, CALIBRATE, PLAN, BUILD, REPAIR, TRAIN, CONTROL, EVALUATE, RELEASE)
+LAST = {"plan": PLAN, "build": REPAIR, "train": TRAIN, "evaluate": EVALUATE, "release": RELEASE, "run": RELEASE}
+VERBS: dict[str, tuple[Stage, ...]] = {verb: STORY[: STORY.index(last) + 1] for verb, last in LAST.items()}
 """Each verb brings everything before it up to date; what is unchanged is skipped."""

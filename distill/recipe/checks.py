@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from distill.errors import InputError
 from distill.recipe.document import Finding, KeyPath, at, dotted
 from distill.recipe.locate import TeacherSize, ambiguous_folder, is_path, teacher_folder, teacher_size
-from distill.recipe.schema import Data, Evaluation, Fit, Layers, Mlp, Teacher, Term, Training
+from distill.recipe.schema import Data, Evaluation, Fit, Layers, Mlp, Repair, Teacher, Term, Training
 
 USED_KEYS = {
     "labels": {"match", "weight"},
@@ -203,6 +203,31 @@ def width_can_be_had(view: View) -> Iterator[Finding]:
         yield Finding(path, message, f"keep at least {min(multiple, have)}, or lower multiple_of")
 
 
+def repair_has_work(view: View) -> Iterator[Finding]:
+    """Each step of the repair has something to put right, its settings a step, and its arm a repaired student."""
+    path: KeyPath = ("student", "repair")
+    repair, mlp = view.section(path, Repair), view.section(("student", "mlp"), Mlp)
+    if repair is None or mlp is None:
+        return
+    asked = [name for name in ("bias", "refit", "merge") if repair[name] is True]
+    for key, steps in (("ridge", ("refit", "merge")), ("held_out", ("bias", "refit", "merge"))):
+        if repair[key] != defaults(Repair)[key] and not set(steps) & set(asked):
+            fix = f"remove it, or set {' or '.join(steps)} to true"
+            yield Finding((*path, key), "has no effect: no step is asked for that uses it", fix, at="key")
+    whole = mlp["keep"] == 1.0 and type(mlp["keep"]) is float and at(view.data, ("student", "target")) is None
+    for name in {"bias", "refit"} & set(asked) if whole else ():
+        message = "has no effect: student.mlp.keep is 1.0, so no neuron is removed"
+        yield Finding((*path, name), message, "remove it, or keep less", at="key")
+    keep = at(view.data, ("student", "layers", "keep"))
+    if "merge" in asked and view.layers and (count(keep) or len(indices(keep) or ())) == view.layers:
+        message = "has no effect: student.layers.keep drops no layer"
+        yield Finding((*path, "merge"), message, "remove it, or keep fewer layers", at="key")
+    arms = at(view.data, ("evaluation", "arms"))
+    if isinstance(arms, list) and "repaired" in arms and arms != defaults(Evaluation)["arms"] and not asked:
+        message = "nothing is repaired"
+        yield Finding(("evaluation", "arms", arms.index("repaired")), message, "remove it, or ask for student.repair")
+
+
 def length_fits(view: View) -> Iterator[Finding]:
     """No example is longer than the teacher has positions for."""
     data = view.section(("data",), Data)
@@ -284,6 +309,7 @@ CHECKS: list[Callable[[View], Iterable[Finding]]] = [
     batch_divides,
     layers_exist,
     width_can_be_had,
+    repair_has_work,
     length_fits,
     some_term_counts,
     term_keys_have_effect,

@@ -28,7 +28,7 @@ from distill.release.evidence import (
     times,
 )
 
-STYLES = {"teacher": "teacher", "cut": "cut", "distilled": "distilled", "labels_only": "labels"}
+STYLES = {"teacher": "teacher", "cut": "cut", "repaired": "c4", "distilled": "distilled", "labels_only": "labels"}
 """Arm -> class of the stylesheet."""
 WIDE = 50
 """Values that differ by more than this factor are drawn on a logarithmic scale."""
@@ -165,9 +165,9 @@ def held_out(evidence: Evidence) -> Figure:
     lines = [
         charts.Series(arm, points(found, "evaluate", "metrics", metric), STYLES[arm]) for arm, found in records.items()
     ]
-    levels = scores(evidence, ["teacher", "cut"])
+    levels = scores(evidence, ["teacher", "cut", "repaired"])
     values = [value for each in lines for _, value in each.points] + [level.value for level in levels]
-    caption = f"{metric} on the held-out split; teacher and cut student as horizontal lines where measured."
+    caption = f"{metric} on the held-out split; teacher and untrained student as horizontal lines where measured."
     picture = charts.line_chart(
         lines,
         title=f"Held-out {metric}",
