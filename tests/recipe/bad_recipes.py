@@ -150,6 +150,27 @@ CROSS_CHECKS = [
     Bad("keep: 0.5", "keep: 1600", 8, "student.mlp.keep", "1600 neurons, the teacher's MLP has 1536"),
     Bad("keep: 0.5", "keep: 63", 8, "student.mlp.keep", "63 of 1536 multiple of 64 leaves none at least 64"),
     Bad("keep: 0.5", "keep: 0.01", 8, "student.mlp.keep", "15 of 1536 leaves none lower multiple_of"),
+    Bad(
+        "multiple_of: 64}",
+        "multiple_of: 64}\n  repair: {ridge: 0}",
+        9,
+        "student.repair.ridge",
+        "no effect refit or merge",
+    ),
+    Bad(
+        "multiple_of: 64}", "multiple_of: 64}\n  repair: {held_out: 9}", 9, "student.repair.held_out", "no effect bias"
+    ),
+    Bad(
+        "keep: 0.5, score: activation, multiple_of: 64}",
+        "keep: 1.0}\n  repair: {refit: true}",
+        9,
+        "student.repair.refit",
+        "no effect no neuron is removed",
+    ),
+    Bad(
+        "keep: 3, choose: even}", "keep: 6}\n  repair: {merge: true}", 8, "student.repair.merge", "drops no layer fewer"
+    ),
+    Bad("[teacher, cut,", "[teacher, repaired,", 23, "evaluation.arms.1", "nothing is repaired ask for student.repair"),
     Bad("weight: 0.3}", "weight: 0.3, loss: jsd}", 14, "losses.0.loss", "no effect with match: labels match: logits"),
     Bad("weight: 0.3}", "temperature: 2}", 14, "losses.0.temperature", "no effect with match: labels"),
     Bad("weight: 0.3}", "map: last}", 14, "losses.0.map", "no effect with match: labels match: hidden"),
