@@ -8,9 +8,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
-from tiny import DECODERS, ENCODERS
+from tiny import DECODERS, ENCODERS, SEQ2SEQ
 
 
 @pytest.fixture(params=DECODERS + ENCODERS)
 def family(request):
+    return request.param
+
+
+@pytest.fixture(params=DECODERS + ENCODERS + SEQ2SEQ)
+def any_family(request):
     return request.param

@@ -15,29 +15,94 @@ SIZES = {
     "num_hidden_layers": LAYERS,
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
 }
-DECODERS = ("llama", "mistral", "qwen2", "qwen3")
-ENCODERS = ("bert", "roberta", "xlm-roberta", "electra")
+SEQ2SEQ_SIZES = {
+    **{f"{side}_layers": LAYERS for side in ("encoder", "decoder")},
+    **{f"{side}_ffn_dim": WIDTH for side in ("encoder", "decoder")},
+    **{f"{side}_attention_heads": 4 for side in ("encoder", "decoder")},
+    **{key: 64 for key in ("max_position_embeddings", "max_source_positions", "max_target_positions")},
+    "d_model": HIDDEN,
+    "vocab_size": VOCABULARY,
+    "num_mel_bins": 8,
+    "decoder_start_token_id": 1,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "forced_eos_token_id": None,
+    "begin_suppress_tokens": None,
+}
+T5_SIZES = {
+    "d_model": HIDDEN,
+    "vocab_size": VOCABULARY,
+    "d_kv": 8,
+    "num_heads": 4,
+    "d_ff": WIDTH,
+    "num_layers": LAYERS,
+    "num_decoder_layers": LAYERS,
+    "decoder_start_token_id": 0,
+}
+GQA = {"num_key_value_heads": 2}
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
+OWN_SIZES = {
+    "roberta": {"pad_token_id": 1, "bos_token_id": 0},
+    "xlm-roberta": {"pad_token_id": 1, "bos_token_id": 0},
+    "distilbert": {"dim": HIDDEN, "n_heads": 4, "n_layers": LAYERS, "hidden_dim": WIDTH},
+    "deberta-v2": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 8},
+    "modernbert": {"global_attn_every_n_layers": 2, "local_attention": 8, "cls_token_id": 1, "sep_token_id": 2},
+    "llama": GQA,
+    "mistral": GQA,
+    "qwen2": GQA,
+    "qwen3": {**GQA, "head_dim": 8},
+    "gemma2": {**GQA, "head_dim": 8, "sliding_window": 4},
+    "gemma3_text": {**GQA, "head_dim": 8, "sliding_window": 4, "sliding_window_pattern": 2},
+    "phi3": {**GQA, "original_max_position_embeddings": 64},
+    "olmo2": GQA,
+    "granite": GQA,
+    "smollm3": {**GQA, "no_rope_layer_interval": 2},
+    "gpt2": {"n_embd": HIDDEN, "n_layer": LAYERS, "n_head": 4, "n_positions": 64, "n_inner": WIDTH},
+    "opt": {"ffn_dim": WIDTH, "word_embed_proj_dim": HIDDEN},
+    "mixtral": {**GQA, **EXPERTS},
+    "qwen3_moe": {**GQA, **EXPERTS, "head_dim": 8, "moe_intermediate_size": WIDTH, "mlp_only_layers": [1]},
+    "t5": T5_SIZES,
+    "t5-gated": {
+        **T5_SIZES,
+        "feed_forward_proj": "gated-gelu",
+        "num_decoder_layers": LAYERS - 1,
+        "tie_word_embeddings": False,
+    },
+    "bart": SEQ2SEQ_SIZES,
+    "marian": SEQ2SEQ_SIZES,
+    "whisper": SEQ2SEQ_SIZES,
+}
+DECODERS = (
+    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "granite", "smollm3", "gpt2",
+    "gpt_neox", "opt", "mixtral", "qwen3_moe",
+)  # fmt: skip
+ENCODERS = ("bert", "roberta", "xlm-roberta", "electra", "distilbert", "deberta-v2", "modernbert")
+SEQ2SEQ = ("t5", "t5-gated", "bart", "marian", "whisper")
+HEADS = {
+    **dict.fromkeys(DECODERS, "AutoModelForCausalLM"),
+    **dict.fromkeys(ENCODERS, "AutoModelForSequenceClassification"),
+    **dict.fromkeys(SEQ2SEQ, "AutoModelForSeq2SeqLM"),
+    "whisper": "AutoModelForSpeechSeq2Seq",
+}
 
 
 def tiny_config(family: str, **changes):
-    extra = {}
-    if family in DECODERS:
-        extra = {"num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    if family in ("roberta", "xlm-roberta"):
-        extra = {"pad_token_id": 1}
-    if family == "qwen3":
-        extra["head_dim"] = 8
-    return AutoConfig.for_model(family, **{**SIZES, **extra, **changes})
+    """`t5-gated` is a T5 with a gate and one decoder layer less."""
+    common = {} if family in SEQ2SEQ else SIZES
+    return AutoConfig.for_model(family.removesuffix("-gated"), **{**common, **OWN_SIZES.get(family, {}), **changes})
 
 
 def tiny_model(family: str, seed: int = 0, **changes):
-    """A decoder with a language-model head or an encoder with a 3-class head; random weights, biases included."""
+    """A model with a head for language or, for encoders, 3 classes; random weights, biases included."""
     torch.manual_seed(seed)
-    auto = "AutoModelForCausalLM" if family in DECODERS else "AutoModelForSequenceClassification"
     if family in ENCODERS:
         changes.setdefault("num_labels", 3)
-    model = getattr(transformers, auto).from_config(tiny_config(family, **changes))
+    model = getattr(transformers, HEADS[family]).from_config(tiny_config(family, **changes))
     with torch.no_grad():  # fresh biases are zero and norms are one, which would hide a wrong slice
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -54,6 +119,63 @@ def tiny_batch(seed: int = 0, rows: int = 3, length: int = 10, *, padded: bool =
             mask[row, length - row :] = 0
         ids[mask == 0] = 0
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def tiny_inputs(model, **settings):
+    """A batch that any tiny model takes: what the decoder of an encoder-decoder reads comes with it, and sound."""
+    batch = tiny_batch(**settings)
+    if model.config.is_encoder_decoder:
+        batch["decoder_input_ids"] = batch["input_ids"].flip(1)[:, :5]
+    if model.config.model_type == "whisper":
+        rows = batch.pop("input_ids").shape[0]
+        del batch["attention_mask"]
+        batch["input_features"] = torch.randn(rows, 8, 128, generator=torch.Generator().manual_seed(1))
+    return batch
+
+
+def generate(model, use_cache=True):
+    """Eight greedy tokens."""
+    prompt = {name: tensor for name, tensor in tiny_inputs(model, padded=False).items() if "decoder" not in name}
+    own = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "num_beams": 1, "use_cache": use_cache}
+    return model.generate(**prompt, **own)
+
+
+def cut_by_hand(teacher, kept, widths=None, encoder=None):
+    """A student with these layers (`encoder`: of the encoder; default the same) and the last neurons of each MLP."""
+    from distill.models.layout import layers_of, layout_of
+    from distill.models.mlp import mlps_of
+    from distill.models.plan import LayerPlan, StudentPlan
+    from distill.student import build_student
+
+    def stack(side, kept):
+        mlps = [mlps_of(teacher, side)[index] for index in kept]
+        wanted = [mlp.width for mlp in mlps] if widths is None else (list(widths) * len(mlps))[: len(mlps)]
+        layers = []
+        for index, mlp, width in zip(kept, mlps, wanted, strict=True):
+            last = list(range(mlp.width - width, mlp.width))
+            neurons = [last] * mlp.experts if mlp.experts else last
+            layers.append(
+                LayerPlan(
+                    teacher_layer=index,
+                    width=width,
+                    teacher_width=mlp.width,
+                    neurons=neurons if width < mlp.width else None,
+                )
+            )
+        return layers
+
+    two = "encoder" in layout_of(teacher).sides
+    plan = StudentPlan(
+        model_type=teacher.config.model_type,
+        teacher_layers=len(layers_of(teacher)),
+        layers=stack("main", kept),
+        teacher_encoder_layers=len(layers_of(teacher, "encoder")) if two else None,
+        encoder_layers=stack("encoder", encoder or kept) if two else None,
+        layer_policy="explicit",
+        mlp_score="by hand",
+        mlp_allocation="by hand",
+    )
+    return build_student(teacher, plan)
 
 
 WORDS = ("red", "green", "blue", "cat", "dog", "fish", "runs", "sleeps", "eats", "fast", "slow", "here", "there")

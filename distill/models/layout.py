@@ -5,6 +5,7 @@ A family is added by adding a row; nothing else in the package asks for a model'
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -174,6 +175,9 @@ LAYOUTS: dict[str, ModelLayout] = {
 PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
 """Config attributes with one entry per layer of the main stack; they are cut together with the layers."""
 
+INDEX_FLAGS = ("scale_attn_by_inverse_layer_idx",)
+"""Config attributes that, when true, make what a layer computes depend on its index."""
+
 
 def layout_of(model: Any) -> ModelLayout:
     """The layout of a model's family. Raises InputError naming what to add for an unknown one."""
@@ -185,6 +189,17 @@ def layout_of(model: Any) -> ModelLayout:
             f"MLP's neurons and which one reads them."
         )
     return LAYOUTS[model_type]
+
+
+def check_kept(model: Any, side: Side, kept: Sequence[int]) -> None:
+    """Raise InputError when the kept layers (ascending teacher indices) cannot stand without the dropped ones."""
+    key = "student.layers.keep" if side == "main" else "student.encoder_layers.keep"
+    reason = layout_of(model).stack(side).keep_first
+    if reason and kept[0] != 0:
+        raise InputError(f"{key}: layer 0 must be kept: {reason}")
+    for flag in INDEX_FLAGS:
+        if getattr(model.config, flag, False) and list(kept) != list(range(len(kept))):
+            raise InputError(f"{key}: with {flag} a layer depends on its index; only the last layers can be dropped")
 
 
 def layers_of(model: Any, side: Side = "main") -> nn.ModuleList:

@@ -17,6 +17,7 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer
 
 from distill.errors import InputError
+from distill.models.widths import is_unequal, stock, with_widths
 from distill.recipe.load import teacher_folder
 from distill.recipe.schema import Teacher
 from distill.rundir import sha256_of
@@ -90,7 +91,7 @@ def load_tokenizer(folder: Path, remote_code: bool = False) -> Any:
 def load_model(
     folder: Path, head: Head, *, new_head: bool = False, random_seed: int | None = None, remote_code: bool = False
 ) -> Any:
-    """Load a model with the task's head, in the dtype it was saved in.
+    """Load a model with the task's head, in the dtype it was saved in; widths per layer need no code of the folder.
 
     Args:
         folder: Local folder.
@@ -102,11 +103,12 @@ def load_model(
     Raises:
         InputError: The folder cannot be loaded, or weights are missing that nobody is going to train.
     """
-    auto = getattr(transformers, head.auto_class)
     config = _config(folder, head, remote_code)
+    unequal = is_unequal(config)
+    loader = with_widths(_class_of(head, config)) if unequal else getattr(transformers, head.auto_class)
     torch.manual_seed(random_seed or 0)
     try:
-        model, info = auto.from_pretrained(
+        model, info = loader.from_pretrained(
             folder,
             config=config,
             local_files_only=True,
@@ -123,7 +125,19 @@ def load_model(
             f"{folder} has no trained weights for {', '.join(missing[:4])}: "
             f"add `fit: {{epochs: …, lr: …}}` under `teacher:` to train them on the recipe's labels first"
         )
-    return model.eval()
+    return (stock(model) if unequal else model).eval()
+
+
+def _class_of(head: Head, config: Any) -> type[Any]:
+    """The stock class that the Auto class stands for; a head may also name it itself."""
+    named = getattr(transformers, head.auto_class)
+    mapping = getattr(named, "_model_mapping", None)
+    try:
+        found = named if mapping is None else mapping[type(config)]
+    except KeyError as error:
+        raise InputError(f"{head.auto_class} has no class for a {config.model_type}") from error
+    assert isinstance(found, type), "families with several base classes have no widths per layer"
+    return found
 
 
 def random_model(folder: Path, head: Head, seed: int, remote_code: bool = False) -> Any:

@@ -1,30 +1,67 @@
 """Models whose layers have MLPs of different widths.
 
 `transformers` records such widths as `config.per_layer_config`, but its models do not read them yet: built from such a
-config, they refuse. Here a model is built with its widest MLP everywhere and its layers are then narrowed.
+config, they refuse. Here a stock model is built with its widest MLP everywhere and its layers are narrowed before any
+weight is loaded, so that everything else (sharding, dtype, tying, missing keys) is stock `from_pretrained`.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from distill.models.layout import Side
+import torch
+from torch import Tensor
+from transformers.initialization import no_init_weights
+
+from distill.models.layout import Side, layout_of
 from distill.models.mlp import Mlp, mlps_of
+from distill.recipe.locate import WIDTH_KEYS
+
+TWO_STACKS = "mlp_widths"
+"""Config key for encoder-decoders, {side: [width of each layer]}: `per_layer_config` has one entry per encoder layer
+and cannot tell the stacks apart. Stock loaders fail on it, because the shapes of the weights do not fit."""
 
 
-def widest(mlps: Sequence[Mlp], widths: Sequence[int]) -> dict[str, int]:
+def is_unequal(config: Any) -> bool:
+    """Whether a config lists MLP widths per layer. Other uses of `per_layer_config` are the family's own."""
+    attributes = config.per_layer_attributes or set()
+    return hasattr(config, TWO_STACKS) or (bool(attributes) and attributes <= set(WIDTH_KEYS))
+
+
+def has_equal_widths(model: Any) -> bool:
+    """Whether a plain config describes the model: all layers that share a config key have the same width."""
+    widths: dict[str, set[int]] = {}
+    for mlp in all_mlps(model):
+        widths.setdefault(mlp.layout.width_key, set()).add(mlp.width)
+    return all(len(own) == 1 for own in widths.values())
+
+
+def all_mlps(model: Any) -> list[Mlp]:
+    """The MLPs of every stack."""
+    return [mlp for side in layout_of(model).sides for mlp in mlps_of(model, side)]
+
+
+def widest(mlps: Iterable[Mlp], widths: Iterable[int]) -> dict[str, int]:
     """Config key -> the largest width that it has to stand for."""
-    keys = [mlp.layout.width_key for mlp in mlps]
-    return {key: max(width for own, width in zip(keys, widths, strict=True) if own == key) for key in keys}
+    largest: dict[str, int] = {}
+    for mlp, width in zip(mlps, widths, strict=True):
+        largest[mlp.layout.width_key] = max(width, largest.get(mlp.layout.width_key, 0))
+    return largest
+
+
+def forget_widths(config: Any) -> None:
+    """Make a config plain: from it, stock classes build every layer with the width of the config key."""
+    if is_unequal(config):
+        config.per_layer_config = None
+    config.__dict__.pop(TWO_STACKS, None)
 
 
 def narrow(model: Any, widths: dict[Side, Sequence[int]]) -> None:
-    """Give each layer's MLP its own width and record the widths in the config; weights are the caller's to fill.
+    """Give each MLP of a model with a plain config its own width, and record it there; weights are left to the caller.
 
-    Layers of the main stack that differ from the config's width are listed in `config.per_layer_config`, as
-    transformers does it.
+    The config stays the object that all modules share: a copy would hide `set_attn_implementation` from the layers.
     """
     different: dict[int, dict[str, int]] = {}
     for side, own in widths.items():
@@ -32,6 +69,66 @@ def narrow(model: Any, widths: dict[Side, Sequence[int]]) -> None:
             if width != mlp.width:
                 different[index] = {mlp.layout.width_key: width}
             mlp.resize(width)
-    if different:
-        model.config = copy.deepcopy(model.config)
+    if different and len(widths) == 1:
         model.config.per_layer_config = different
+    elif different:
+        setattr(model.config, TWO_STACKS, {side: list(own) for side, own in widths.items()})
+
+
+def with_widths(model_class: type[Any]) -> type[Any]:
+    """A class that builds from a config with widths per layer what the stock class builds from a plain one.
+
+    It has the stock class's name and module, which transformers reads; `stock` turns its models into stock ones.
+    """
+
+    def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        layers, stacks = list(config.per_layer_config), getattr(config, TWO_STACKS, None)
+        forget_widths(config)
+        model_class.__init__(self, config, *args, **kwargs)
+        # A layer's key may be null (GPT-2's n_inner), which stands for the width that was just built.
+        narrow(self, stacks or {"main": [_resolved(*pair) for pair in zip(layers, mlps_of(self), strict=True)]})
+
+    return type(model_class.__name__, (model_class,), {"__init__": init, "__module__": model_class.__module__})
+
+
+def stock(model: Any) -> Any:
+    """A model of a class from `with_widths` as one of the stock class: nothing more is needed once it is built."""
+    model.__class__ = type(model).__mro__[1]
+    return model
+
+
+def _resolved(config: Any, mlp: Mlp) -> int:
+    return getattr(config, mlp.layout.width_key) or mlp.width
+
+
+@torch.no_grad()
+def padded(model: Any) -> Any:
+    """A copy with a plain config that gives the same logits: zero neurons fill every MLP up to the widest.
+
+    A neuron without outgoing weights adds nothing, whatever its activation.
+    """
+    config, mlps = copy.deepcopy(model.config), all_mlps(model)
+    forget_widths(config)
+    with no_init_weights():  # every tensor is copied below
+        wide = type(model)._from_config(config, dtype=model.dtype)
+    wide.tie_weights()
+    source = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    target = {**dict(wide.named_parameters(remove_duplicate=False)), **dict(wide.named_buffers())}
+    for mlp, old in zip(all_mlps(wide), mlps, strict=True):
+        inside, beside = dict(mlp.layer.named_parameters()), dict(old.layer.named_parameters())
+        for name, (axis, parts) in mlp.layout.axes().items():
+            if name in inside:
+                _fill(inside[name], beside[name], axis, parts)
+    for name, tensor in target.items():
+        if tensor.shape == source[name].shape:
+            tensor.copy_(source[name])
+    if model.can_generate():
+        wide.generation_config = copy.deepcopy(model.generation_config)
+    return wide.eval()
+
+
+def _fill(wide: Tensor, narrow_: Tensor, axis: int, parts: int) -> None:
+    """Copy neurons to the front of each part, zeros behind them."""
+    wide.zero_()
+    for target, source in zip(wide.chunk(parts, axis), narrow_.chunk(parts, axis), strict=True):
+        target.narrow(axis, 0, source.shape[axis]).copy_(source)

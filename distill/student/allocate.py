@@ -20,7 +20,7 @@ def uniform(scores: list[Tensor], keep: int | float, multiple_of: int) -> list[i
     Raises:
         InputError: The width would be above F, or 0 after rounding down.
     """
-    return [_width(len(score), keep, multiple_of) for score in scores]
+    return [_width(score.shape[-1], keep, multiple_of) for score in scores]
 
 
 def _width(full: int, keep: int | float, multiple_of: int) -> int:

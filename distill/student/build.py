@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
 from distill.errors import InputError
-from distill.models.layout import PER_LAYER_LISTS, layers_of, layers_prefix, layout_of
+from distill.models.layout import PER_LAYER_LISTS, check_kept, layers_of, layers_prefix, layout_of
 from distill.models.mlp import keep_neurons, mlps_of
 from distill.models.plan import LayerPlan, StudentPlan
-from distill.models.widths import narrow, widest
+from distill.models.widths import all_mlps, forget_widths, narrow, widest
 
 
 @torch.no_grad()
@@ -24,7 +24,7 @@ def build_student(teacher: Any, plan: StudentPlan) -> Any:
     different widths, the model has them, and its config lists them as `per_layer_config`.
 
     Raises:
-        InputError: The plan was made for another model.
+        InputError: The plan was made for another model, or its layers cannot stand without those it drops.
     """
     sides = layout_of(teacher).sides
     depths = {side: len(layers_of(teacher, side)) for side in sides}
@@ -34,6 +34,8 @@ def build_student(teacher: Any, plan: StudentPlan) -> Any:
             f"the plan is for a {plan.model_type} of {plan.teacher_layers} layers, "
             f"the teacher is a {teacher.config.model_type} of {depths['main']}"
         )
+    for side in sides:
+        check_kept(teacher, side, [layer.teacher_layer for layer in plan.stack(side)])
     with no_init_weights():  # every tensor is copied below; drawing random ones first would be wasted
         student = type(teacher)._from_config(student_config(teacher, plan), dtype=teacher.dtype)
     narrow(student, {side: [layer.width for layer in plan.stack(side)] for side in sides})
@@ -48,19 +50,26 @@ def build_student(teacher: Any, plan: StudentPlan) -> Any:
 
 def student_config(teacher: Any, plan: StudentPlan) -> Any:
     """The teacher's config with the student's depth and widest MLPs; lists with an entry per layer are cut along."""
-    layout = layout_of(teacher)
     changed = copy.deepcopy(teacher.config)
+    forget_widths(changed)
     for name in PER_LAYER_LISTS:
         values = getattr(changed, name, None)
         if values is not None:
             setattr(changed, name, [values[index] for index in plan.kept_layers])
-    for side in layout.sides:
-        setattr(changed, layout.stack(side).depth_key, len(plan.stack(side)))
-        mlps = mlps_of(teacher, side)
-        kept = [mlps[layer.teacher_layer] for layer in plan.stack(side)]
-        for key, width in widest(kept, [layer.width for layer in plan.stack(side)]).items():
-            if width != max(mlp.width for mlp in mlps if mlp.layout.width_key == key):
-                setattr(changed, key, width)
+    kept, widths = [], []
+    for side in layout_of(teacher).sides:
+        mlps, layers = mlps_of(teacher, side), plan.stack(side)
+        setattr(changed, layout_of(teacher).stack(side).depth_key, len(layers))
+        kept += [mlps[layer.teacher_layer] for layer in layers]
+        widths += [layer.width for layer in layers]
+    if hasattr(changed, "mlp_only_layers") and len(plan.layers) < plan.teacher_layers:
+        # Which layers have experts follows from a rule on the layer index; the student's are listed instead.
+        changed.mlp_only_layers = [index for index, mlp in enumerate(kept) if mlp.experts is None]
+        changed.decoder_sparse_step = 1
+    full = widest(every := all_mlps(teacher), [mlp.width for mlp in every])
+    for key, width in widest(kept, widths).items():
+        if width != full[key]:
+            setattr(changed, key, width)
     return changed
 
 

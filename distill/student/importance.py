@@ -15,6 +15,9 @@ from torch import Tensor
 from distill.errors import InputError
 from distill.student.calibrate import Statistics
 
+ROWS = 256
+"""Rows of a matrix that are looked at together."""
+
 
 @dataclass(frozen=True)
 class MlpLayer:
@@ -47,22 +50,28 @@ def output_norm(layer: MlpLayer, statistics: Statistics | None) -> Tensor:
     """
     if statistics is None:
         raise InputError("student.mlp.score: `output_norm` needs calibration data")
-    outgoing = layer.weight_out.double().square().sum(dim=0)
+    outgoing = layer.weight_out.double().square().sum(dim=-2)
     return torch.sqrt(statistics.mean_square(layer.index) * outgoing)
 
 
 def magnitude(layer: MlpLayer, _statistics: Statistics | None) -> Tensor:
     """2-norm of all weights of the neuron: its rows in gate and up and its column in down; needs no data."""
-    squares = layer.weight_out.float().square().sum(dim=0)
+    squares = squared_norms(layer.weight_out, -2)
     for weight in layer.weights_in:
-        squares = squares + weight.float().square().sum(dim=1)
+        squares += squared_norms(weight, -1)
     return torch.sqrt(squares)
+
+
+def squared_norms(weight: Tensor, axis: int) -> Tensor:
+    """Sum of squares along `axis` in fp32, taken in slices of the rows: no copy of a whole half-precision matrix."""
+    slices = [part.float().square().sum(axis) for part in torch.split(weight, ROWS, dim=-2)]
+    return torch.cat(slices, dim=-1) if axis == -1 else torch.stack(slices).sum(0)
 
 
 def random(layer: MlpLayer, _statistics: Statistics | None, *, seed: int = 0) -> Tensor:
     """Uniform random scores: the control for every other score."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + layer.index)
-    return torch.rand(layer.weight_out.shape[1], generator=generator)
+    return torch.rand((*layer.weight_out.shape[:-2], layer.weight_out.shape[-1]), generator=generator)
 
 
 SCORES: dict[str, Callable[..., Tensor]] = {

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from distill.errors import InputError
-from distill.models.layout import Side, layout_of
+from distill.models.layout import Side, check_kept, layout_of
 from distill.models.mlp import mlps_of
 from distill.models.plan import Choice, LayerPlan, StudentPlan
 from distill.recipe.schema import Student
@@ -49,6 +49,7 @@ def plan_student(model: Any, spec: Student, calibration: Statistics | None = Non
 def _plan_stack(model: Any, side: Side, spec: Student, calibration: Statistics | None) -> list[LayerPlan]:
     mlps = mlps_of(model, side)
     kept = choose_layers(len(mlps), spec, calibration) if side == "main" else list(range(len(mlps)))
+    check_kept(model, side, kept)
     score = bind(find(SCORES, spec.mlp.score, "score"), spec.mlp.params, "student.mlp.params")
     allocate = find(ALLOCATIONS, spec.mlp.allocate, "allocation")
     scores: list[Tensor] = []

@@ -1,0 +1,208 @@
+"""Every family: cut, train, save, load and use, and the invariants of cutting that must hold for all of them."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from tiny import DECODERS, ENCODERS, HEADS, SEQ2SEQ, WIDTH, cut_by_hand, generate, tiny_inputs, tiny_model
+
+from distill import load_student
+from distill.errors import InputError
+from distill.models.layout import LAYOUTS, PER_LAYER_LISTS, layers_of, layout_of
+from distill.models.load import Head, load_model
+from distill.models.mlp import keep_neurons, mlps_of
+from distill.models.widths import all_mlps, has_equal_widths, padded
+
+POST_NORM = ("bert", "roberta", "xlm-roberta", "electra", "distilbert", "deberta-v2", "bart", "marian")
+WRITES_TO_THE_STREAM = ("o_proj", "c_proj", "dense", "out_proj", "Wo", "o", "wo", "fc2", "down_proj", "dense_4h_to_h")
+
+
+def logits(model, **settings):
+    with torch.no_grad():
+        return model(**tiny_inputs(model, **settings))[0]
+
+
+def assert_close(model, other, atol=2e-6):
+    """Logits equal but for rounding; some tiny models have large ones."""
+    expected = logits(other)
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=atol * max(1, expected.abs().max().item()))
+
+
+def train_one_step(model):
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    output = model(**tiny_inputs(model)).logits
+    torch.nn.functional.cross_entropy(output.flatten(0, -2), output.detach().flatten(0, -2).argmin(-1)).backward()
+    optimizer.step()
+    return model.eval()
+
+
+def same_files(one, other):
+    assert (one / "config.json").read_text() == (other / "config.json").read_text()
+    first, second = (load_file(folder / "model.safetensors") for folder in (one, other))
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def depths(model):
+    return {side: range(len(layers_of(model, side))) for side in layout_of(model).sides}
+
+
+@pytest.mark.parametrize("widths", [(24, 24), (40, 16)], ids=["uniform", "unequal"])
+def test_a_cut_student_trains_saves_loads_and_works(any_family, widths, tmp_path):
+    teacher = tiny_model(any_family)
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    student = cut_by_hand(teacher, (0, 2), widths)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
+    assert type(student) is type(teacher) and [mlp.width for mlp in mlps_of(student)] == list(widths)
+    untrained = logits(student)
+    train_one_step(student)
+    assert not torch.equal(logits(student), untrained)
+    student.save_pretrained(tmp_path / "one")
+    loaded = load_student(tmp_path / "one")
+    for model in (loaded, load_model(tmp_path / "one", Head(HEADS[any_family]))):
+        assert type(model) is type(teacher)
+        assert torch.equal(logits(model), logits(student))
+    stock = getattr(transformers, HEADS[any_family])
+    if has_equal_widths(student):
+        assert torch.equal(logits(stock.from_pretrained(tmp_path / "one")), logits(student))
+    else:
+        with pytest.raises(RuntimeError, match=r"per-layer attribute|size mismatch|mismatched"):
+            stock.from_pretrained(tmp_path / "one")
+    loaded.save_pretrained(tmp_path / "two")
+    assert same_files(tmp_path / "one", tmp_path / "two")
+    if any_family not in ENCODERS:
+        assert torch.equal(generate(loaded), generate(loaded, use_cache=False))
+        assert torch.equal(generate(loaded), generate(student))
+
+
+def test_keeping_everything_is_the_identity(any_family):
+    teacher = tiny_model(any_family)
+    student = cut_by_hand(teacher, depths(teacher)["main"], encoder=depths(teacher).get("encoder"))
+    assert torch.equal(logits(student), logits(teacher))
+    assert {**student.config.to_dict(), "dtype": None} == {**teacher.config.to_dict(), "dtype": None}
+
+
+def test_a_student_can_be_a_teacher(any_family):
+    student = cut_by_hand(tiny_model(any_family), (0, 1, 2), (40, 16, 32))
+    copied = cut_by_hand(student, range(3), None)
+    assert torch.equal(logits(copied), logits(student))
+    assert copied.config.to_dict() == student.config.to_dict()
+    assert [mlp.width for mlp in mlps_of(cut_by_hand(student, (0, 2), None))] == [40, 32]
+
+
+def test_removing_dead_neurons_leaves_logits_equal(any_family):
+    teacher = tiny_model(any_family)
+    with torch.no_grad():  # without outgoing weights a neuron is dead, whatever it reads
+        for mlp in all_mlps(teacher):
+            mlp.weight_out[..., : WIDTH // 2] = 0
+    sides = depths(teacher)
+    student = cut_by_hand(teacher, sides["main"], [WIDTH // 2] * len(sides["main"]), sides.get("encoder"))
+    assert_close(student, teacher)
+
+
+def test_the_order_of_neurons_does_not_matter(any_family):
+    teacher = tiny_model(any_family)
+    mixed = copy.deepcopy(teacher)
+    for seed, mlp in enumerate(all_mlps(mixed)):
+        tensors = dict(mlp.layer.named_parameters())
+        draw = torch.Generator().manual_seed(seed)
+        order = torch.stack([torch.randperm(WIDTH, generator=draw) for _ in range(mlp.experts or 1)])
+        for name, place in mlp.layout.axes().items():
+            if name in tensors:
+                tensors[name].data = keep_neurons(tensors[name].data, *place, order if mlp.experts else order[0])
+    assert not torch.equal(all_mlps(mixed)[0].weight_out, all_mlps(teacher)[0].weight_out)
+    assert_close(mixed, teacher)
+
+
+@pytest.mark.parametrize("family", [name for name in DECODERS + ENCODERS + SEQ2SEQ if name not in POST_NORM])
+def test_dropping_layers_is_the_teacher_with_those_layers_silenced(family):
+    teacher = tiny_model(family)
+    kept = (0, 2) if layout_of(teacher).main.keep_first else (1, 2)
+    student = cut_by_hand(teacher, kept)
+    with torch.no_grad():  # pre-norm: a layer that adds nothing to the residual stream is not there
+        for side, every in depths(teacher).items():
+            for index in set(every) - set(kept):
+                for name, parameter in layers_of(teacher, side)[index].named_parameters():
+                    if set(name.split(".")[-2:]) & set(WRITES_TO_THE_STREAM):
+                        parameter.zero_()
+    assert_close(student, teacher)
+
+
+def test_layers_are_numbered_and_lists_are_as_long_as_the_layers(any_family):
+    student = cut_by_hand(tiny_model(any_family), (0, 2))
+    for side in layout_of(student).sides:
+        for index, layer in enumerate(layers_of(student, side)):
+            assert {module.layer_idx for module in layer.modules() if hasattr(module, "layer_idx")} <= {index}
+    assert all(len(getattr(student.config, name, None) or "ab") == 2 for name in PER_LAYER_LISTS)
+
+
+def test_tied_weights_stay_tied_and_the_generation_config_stays(any_family, tmp_path):
+    teacher = tiny_model(any_family)
+    if any_family not in ENCODERS:
+        teacher.generation_config.repetition_penalty = 1.3
+    student = cut_by_hand(teacher, (0, 2), (40, 16))
+    student.save_pretrained(tmp_path)
+    shared = len(list(teacher.named_parameters(remove_duplicate=False))) - len(list(teacher.named_parameters()))
+    for model in (student, load_student(tmp_path), padded(student)):
+        named = dict(model.named_parameters(remove_duplicate=False))
+        assert len(named) - len(dict(model.named_parameters())) == shared
+        if any_family not in ENCODERS:
+            assert model.generation_config.repetition_penalty == 1.3
+
+
+def test_the_attention_implementation_reaches_every_layer(any_family, tmp_path):
+    cut_by_hand(tiny_model(any_family), (0, 2), (40, 16)).save_pretrained(tmp_path)
+    student = load_student(tmp_path)
+    if student._can_set_attn_implementation():
+        student.set_attn_implementation("eager")
+    assert {module.config._attn_implementation for module in student.modules() if hasattr(module, "config")} == {
+        "eager"
+    }
+
+
+def test_zero_neurons_make_widths_equal_and_leave_logits(any_family, tmp_path):
+    student = cut_by_hand(tiny_model(any_family), (0, 2), (40, 16))
+    wide = padded(student)
+    assert has_equal_widths(wide)
+    assert_close(wide, student, atol=1e-6)
+    wide.save_pretrained(tmp_path)
+    again = getattr(transformers, HEADS[any_family]).from_pretrained(tmp_path)
+    assert torch.equal(logits(again), logits(wide))
+
+
+@pytest.mark.parametrize("rule", [{"mlp_only_layers": [1]}, {"mlp_only_layers": [], "decoder_sparse_step": 2}])
+def test_dense_layers_among_experts_stay_what_they_are(rule, tmp_path):
+    teacher = tiny_model("qwen3_moe", intermediate_size=64, **rule)
+    dense = [mlp.experts is None for mlp in mlps_of(teacher)]
+    assert True in dense and False in dense
+    for kept in ((1, 2), (0, 3), (1, 3), (2, 3)):
+        student = cut_by_hand(teacher, kept, None)
+        assert [mlp.experts is None for mlp in mlps_of(student)] == [dense[index] for index in kept]
+        student.save_pretrained(tmp_path / str(kept))
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / str(kept))
+        assert torch.equal(logits(again), logits(student))
+
+
+def test_a_layer_that_cannot_go_is_named():
+    with pytest.raises(InputError, match=r"student\.layers\.keep: layer 0 must be kept.*ModernBERT"):
+        cut_by_hand(tiny_model("modernbert"), (1, 2))
+    teacher = tiny_model("gpt2", scale_attn_by_inverse_layer_idx=True)
+    assert len(layers_of(cut_by_hand(teacher, (0, 1)))) == 2
+    with pytest.raises(InputError, match="only the last layers can be dropped"):
+        cut_by_hand(teacher, (0, 2))
+
+
+def test_a_null_width_is_four_times_the_hidden_size(tmp_path):
+    teacher = tiny_model("gpt2", n_inner=None)
+    student = cut_by_hand(teacher, (0, 2), (128, 64))
+    student.save_pretrained(tmp_path)
+    assert [mlp.width for mlp in mlps_of(load_student(tmp_path))] == [128, 64]
+    assert cut_by_hand(teacher, (0, 2), None).config.n_inner is None
+
+
+def test_all_rows_of_the_layout_are_tested():
+    assert {family.removesuffix("-gated") for family in DECODERS + ENCODERS + SEQ2SEQ} == set(LAYOUTS)
