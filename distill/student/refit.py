@@ -83,8 +83,17 @@ def squared_error(moments: Moments, target: Output, output: Output, kept: Tensor
     return max(0.0, float(total))
 
 
-Fitted = tuple[Piece, Output, tuple[int, float], tuple[int, float]]
-"""The piece, its new output, and (positions, squared error) before and after."""
+@dataclass(frozen=True)
+class Fitted:
+    """The new output of a piece, in the student's dtype, and what it is worth."""
+
+    piece: Piece
+    output: Output
+    positions: int
+    before: float
+    """Squared error over the positions before the fit."""
+    after: float
+    """The same after it."""
 
 
 def refitted(
@@ -101,21 +110,27 @@ def refitted(
         asked: Names from FITS, in the order of the table.
         most: Bytes of moments to hold at a time.
     """
-    fitted: dict[str, list[Fitted]] = {name: [] for name in asked}
+    fitted: list[list[Fitted]] = []
     pieces = _pieces(teacher, student, plan)
     for group in groups(pieces, lambda piece: moment_bytes(piece.teacher.width), most):
-        for piece, moments in zip(group, _neuron_moments(teacher, group, batches), strict=True):
-            target, current = piece.output(piece.teacher), piece.output(piece.student)
-            for name in asked:
-                error = squared_error(moments, target, current, piece.kept)
-                proposal = _as_stored(FITS[name](moments, target, current, piece.kept, ridge), piece.student)
-                after = squared_error(moments, target, proposal, piece.kept)
-                if after > error:  # only the rounding to a narrow dtype can do that
-                    proposal, after = current, error
-                stored = replace(proposal, weight=proposal.weight.to("cpu", piece.student.weight_out.dtype))
-                fitted[name].append((piece, stored, (moments.count, error), (moments.count, after)))
-                current = proposal
-    return fitted
+        found = zip(group, _neuron_moments(teacher, group, batches), strict=True)
+        fitted += [_fit_piece(piece, moments, ridge, asked) for piece, moments in found]
+    return {name: [fits[number] for fits in fitted] for number, name in enumerate(asked)}
+
+
+def _fit_piece(piece: Piece, moments: Moments, ridge: float, asked: list[str]) -> list[Fitted]:
+    """One result for each of the asked fits."""
+    target, current, fits = piece.output(piece.teacher), piece.output(piece.student), []
+    for name in asked:
+        before = squared_error(moments, target, current, piece.kept)
+        proposal = _as_stored(FITS[name](moments, target, current, piece.kept, ridge), piece.student)
+        after = squared_error(moments, target, proposal, piece.kept)
+        if after > before:  # only the rounding to a narrow dtype can do that
+            proposal, after = current, before
+        stored = replace(proposal, weight=proposal.weight.to("cpu", piece.student.weight_out.dtype))
+        fits.append(Fitted(piece, stored, moments.count, before, after))
+        current = proposal
+    return fits
 
 
 def _pieces(teacher: Any, student: Any, plan: StudentPlan) -> list[Piece]:
@@ -156,20 +171,21 @@ def _as_stored(output: Output, mlp: Mlp) -> Output:
     return Output(output.weight.to(dtype).double(), None if output.bias is None else output.bias.to(dtype).double())
 
 
-def write(piece: Piece, output: Output) -> None:
+def write(fitted: Fitted) -> None:
     """Put a fitted output into the student."""
+    piece, output = fitted.piece, fitted.output
     weight = piece.student.weight_out if piece.expert is None else piece.student.weight_out[piece.expert]
     weight.copy_(output.weight)
     if output.bias is not None and piece.student.bias_out is not None:
         piece.student.bias_out.copy_(output.bias)
 
 
-def layer_errors(plan: StudentPlan, outputs: Sequence[Fitted]) -> list[LayerError]:
+def layer_errors(plan: StudentPlan, fitted: Sequence[Fitted]) -> list[LayerError]:
     """The errors of one fit, those of a layer's experts together."""
     errors = []
-    for index in sorted({piece.layer for piece, *_ in outputs}):
-        own = [(piece, before, after) for piece, _, before, after in outputs if piece.layer == index]
-        values = max(1, sum(count for _, (count, _), _ in own)) * own[0][0].teacher.weight_out.shape[-2]
-        before, after = (sum(error for _, error in sides) for sides in list(zip(*own, strict=True))[1:])
-        errors.append(LayerError(index, plan.kept_layers[index], before / values, after / values))
+    for index in sorted({fit.piece.layer for fit in fitted}):
+        own = [fit for fit in fitted if fit.piece.layer == index]
+        values = max(1, sum(fit.positions for fit in own)) * own[0].piece.teacher.weight_out.shape[-2]
+        before, after = sum(fit.before for fit in own) / values, sum(fit.after for fit in own) / values
+        errors.append(LayerError(index, plan.kept_layers[index], before, after))
     return errors

@@ -80,10 +80,10 @@ def repair_student(
     check_repair(teacher, spec)
     asked = [name for name in FITS if getattr(spec, name)]
     fitted = refitted(teacher, student, plan, batches, spec.ridge, asked, most) if asked else {}
-    for name, outputs in fitted.items():
-        for piece, output, _, _ in outputs:
-            write(piece, output)
-        yield Step(name, layer_errors(plan, outputs), [] if outputs else ["no neuron was removed"])
+    for name, fits in fitted.items():
+        for fit in fits:
+            write(fit)
+        yield Step(name, layer_errors(plan, fits), [] if fits else ["no neuron was removed"])
     if spec.merge:
         layers, notes = merge_blocks(teacher, student, plan, batches, spec.ridge, most)
         yield Step("merge", layers, notes)
