@@ -179,9 +179,10 @@ def _load(path: Path, overrides: list[str] | None) -> Recipe:
 def _run(verb: str, path: Path, overrides: list[str] | None, out: Path | None, remote_code: bool) -> None:
     recipe = _load(path, overrides)  # before torch: a wrong recipe is answered at once
     _quiet_libraries()
+    from distill.preflight import check_names
     from distill.rundir import RunDir
     from distill.session import Session, run_stages
-    from distill.stages import VERBS, check_names
+    from distill.stages import VERBS
     from distill.training.guards import processes
 
     main_process = processes().is_main_process

@@ -13,6 +13,7 @@ from distill.recipe.load import fingerprint
 from distill.recipe.schema import Optimization
 from distill.rundir import content_of
 from distill.session import Session
+from distill.student import wanted_statistics
 
 CADENCE = {"save_every", "log_every", "evaluate_every"}
 """Keys that say when to look, not what to compute; changing them neither reruns a stage nor voids a checkpoint."""
@@ -40,9 +41,9 @@ def teacher_inputs(session: Session) -> dict[str, Any]:
 
 
 def calibration_inputs(session: Session) -> dict[str, Any]:
-    """Teacher, data and sample size."""
-    spec = session.recipe.student.calibration
-    return {**_teacher_and_data(session), "examples": spec.examples}
+    """Teacher, data, sample size and what is collected."""
+    spec, wanted = session.recipe.student.calibration, wanted_statistics(session.recipe.student)
+    return {**_teacher_and_data(session), "examples": spec.examples, "collected": vars(wanted)}
 
 
 def _teacher_and_data(session: Session) -> dict[str, Any]:

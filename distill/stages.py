@@ -12,15 +12,15 @@ from typing import Any
 import accelerate
 import torch
 import transformers
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, reduce
 
 from distill import __version__
-from distill.data import TASKS, TrainingBatches, collate, evaluation_batches
+from distill.data import TrainingBatches, collate, evaluation_batches
 from distill.evaluation.arms import arm_row, measured, with_retained
 from distill.evaluation.efficiency import add_disk_bytes, measure_efficiency
-from distill.evaluation.metrics import HIGHER_IS_BETTER, METRICS, compute
+from distill.evaluation.metrics import HIGHER_IS_BETTER, compute
 from distill.evaluation.predict import gathered, predict
-from distill.losses import LayerMap, Objective, layer_map
+from distill.losses import Objective, label_loss, layer_map
 from distill.models.layout import layers_of
 from distill.models.load import load_model, random_model
 from distill.models.plan import StudentPlan
@@ -36,39 +36,28 @@ from distill.provenance import (
     teacher_inputs,
     training_inputs,
 )
-from distill.recipe.schema import Optimization, Recipe, Term
-from distill.registry import bind, find
+from distill.recipe.schema import Format, Optimization, Recipe, Term
 from distill.release.card import render_card
 from distill.release.evidence import Evidence
-from distill.release.export import check_release, releasable_recipe, without_folders, write_release
+from distill.release.export import check_padding, check_release, releasable_recipe, without_folders, write_release
+from distill.release.formats import format_of
 from distill.release.report import render_report
-from distill.repairs import check_family, repaired
+from distill.repairs import repaired
 from distill.rundir import RunDir, fresh_folder, write_json, write_text
 from distill.session import Session, Stage
-from distill.student import ALLOCATIONS, CHOICES, SCORES, Statistics, build_student, calibrate, plan_student
+from distill.student import (
+    Statistics,
+    build_student,
+    calibrate,
+    check_target,
+    plan_student,
+    wanted_statistics,
+)
 from distill.teacher import OnlineTeacher
 from distill.training import Job, make_accelerator, read_records, train
 from distill.training.guards import processes
 
 LABELS_ONLY = (Term(match="labels"),)
-
-
-def check_names(session: Session) -> None:
-    """Find every function that the recipe names, the user's own included, before hours are spent.
-
-    Raises:
-        InputError: A name leads nowhere, or its params do not fit.
-    """
-    recipe, task = session.recipe, find(TASKS, session.recipe.data.task, "task")()
-    if isinstance(recipe.student.layers.keep, int):
-        policy = find(CHOICES, recipe.student.layers.choose, "layer policy")
-        bind(policy, recipe.student.layers.params, "student.layers.params")
-    bind(find(SCORES, recipe.student.mlp.score, "score"), recipe.student.mlp.params, "student.mlp.params")
-    find(ALLOCATIONS, recipe.student.mlp.allocate, "allocation")
-    Objective(recipe.losses, task.head, lambda _policy: LayerMap(((0, 0),)))
-    for name in recipe.evaluation.metrics or ():
-        find(METRICS, name, "metric")
-    check_family(session)
 
 
 def fit_teacher(session: Session) -> None:
@@ -80,25 +69,31 @@ def fit_teacher(session: Session) -> None:
     else:
         seed, code = session.recipe.seed, session.remote_code
         model = load_model(session.source, session.head, new_head=True, random_seed=seed, remote_code=code)
+    check_target(model, session.recipe.student)
     job = Job("teacher", spec, session.run.fit, session.recipe.seed, identity(teacher_inputs(session)))
     _train(session, job, model, Objective(LABELS_ONLY, session.corpus.task.head), None)
     _save_model(session, model, session.run.teacher)
 
 
 def calibrate_teacher(session: Session) -> None:
-    """One pass of the teacher over a sample; every score reads its result."""
-    spec, corpus = session.recipe.student.calibration, session.corpus
+    """One pass of the teacher over a sample, shared out over the processes; every score reads its result."""
+    student, corpus, state = session.recipe.student, session.corpus, processes()
+    spec = student.calibration
     sample = range(min(spec.examples, len(corpus.train)))
-    starts = sample[:: spec.batch_size]
+    starts = sample[:: spec.batch_size][state.process_index :: state.num_processes]
     batches = (collate(corpus, corpus.train, sample[start : start + spec.batch_size]) for start in starts)
-    teacher = session.load(session.teacher).to(processes().device)
-    calibrate(teacher, batches).save(session.run.calibration)
+    teacher = session.load(session.teacher).to(state.device)
+    check_target(teacher, student)
+    statistics = calibrate(teacher, batches, wanted_statistics(student), label_loss(corpus.task.head), reduce)
+    if state.is_main_process:
+        statistics.save(session.run.calibration)
 
 
 def plan(session: Session) -> None:
     """Decide which layers and neurons the student keeps."""
     statistics = Statistics.load(session.run.calibration)
-    decided = plan_student(session.load(session.teacher), session.recipe.student, statistics)
+    teacher = session.load(session.teacher).to(processes().device)
+    decided = plan_student(teacher, session.recipe.student, statistics)
     write_text(session.run.plan, decided.to_json())
     for key, choice in decided.choices.items():
         reason = f" ({choice.reason})" if choice.reason else ""
@@ -108,6 +103,7 @@ def plan(session: Session) -> None:
 def build(session: Session) -> None:
     """Cut the student."""
     student = build_student(session.load(session.teacher), StudentPlan.load(session.run.plan))
+    format_of(student, session.recipe.release.format)  # refused before it is trained
     _save_model(session, student, session.run.student)
 
 
@@ -180,9 +176,9 @@ def evaluate(session: Session) -> None:
 
 
 def release(session: Session) -> None:
-    """Write the folder that is handed out, and prove that stock transformers loads it as the same model."""
-    evidence = _evidence(session)
+    """Write the folder that is handed out, and prove that whoever loads it gets the same model."""
     model = session.load(session.run.distilled)
+    evidence = _evidence(session, format_of(model, session.recipe.release.format))
     report = render_report(evidence)
     texts = {
         "README.md": render_card(evidence),
@@ -191,12 +187,12 @@ def release(session: Session) -> None:
         "recipe.yaml": evidence.recipe_text,
         "evaluation.json": session.run.evaluation.read_text(encoding="utf-8"),
     }
-    corpus = session.corpus
-    probe = collate(corpus, corpus.test, range(min(8, len(corpus.test))))
+    probe = collate(session.corpus, session.corpus.test, range(min(8, len(session.corpus.test))))
     probe.pop("labels")
     with fresh_folder(session.run.release) as folder:
-        write_release(folder, model, session.tokenizer, texts)
-        check_release(folder, model, corpus.task.auto_class, probe)
+        written = write_release(folder, model, session.tokenizer, texts, evidence.auto_class, evidence.form)
+        check_release(folder, written, evidence.auto_class, probe, evidence.form)
+        check_padding(model, written, probe)
     write_text(session.run.report, report)
 
 
@@ -263,12 +259,11 @@ def _save_model(session: Session, model: Any, folder: Path) -> None:
             session.tokenizer.save_pretrained(temporary)
 
 
-def _evidence(session: Session) -> Evidence:
+def _evidence(session: Session, form: Format) -> Evidence:
     recipe, spec = session.recipe, session.recipe.teacher
-    text = releasable_recipe(recipe)
     return Evidence(
         recipe=recipe,
-        recipe_text=text,
+        recipe_text=releasable_recipe(recipe),
         plan=StudentPlan.load(session.run.plan),
         repair=json.loads(session.run.repair.read_text(encoding="utf-8")) if recipe.student.repair.wanted else None,
         evaluation=json.loads(session.run.evaluation.read_text(encoding="utf-8")),
@@ -290,8 +285,8 @@ def _evidence(session: Session) -> Evidence:
             "device": str(processes().device.type),
             "processes": processes().num_processes,
         },
-        command="distill run recipe.yaml",
         auto_class=session.corpus.task.auto_class,
+        form=form,
     )
 
 
@@ -307,7 +302,9 @@ TEACHER = Stage(
     "teacher", fit_teacher, teacher_inputs, _results(lambda run: run.teacher),
     wanted=lambda recipe: recipe.teacher.fit is not None, together=True,
 )  # fmt: skip
-CALIBRATE = Stage("calibrate", calibrate_teacher, calibration_inputs, _results(lambda run: run.calibration))
+CALIBRATE = Stage(
+    "calibrate", calibrate_teacher, calibration_inputs, _results(lambda run: run.calibration), together=True
+)
 PLAN = Stage("plan", plan, plan_inputs, _results(lambda run: run.plan))
 BUILD = Stage("build", build, build_inputs, _results(lambda run: run.student))
 REPAIR = Stage(

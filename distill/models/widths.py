@@ -30,14 +30,6 @@ def is_unequal(config: Any) -> bool:
     return hasattr(config, TWO_STACKS) or (bool(attributes) and attributes <= set(WIDTH_KEYS))
 
 
-def has_equal_widths(model: Any) -> bool:
-    """Whether a plain config describes the model: all layers that share a config key have the same width."""
-    widths: dict[str, set[int]] = {}
-    for mlp in all_mlps(model):
-        widths.setdefault(mlp.layout.width_key, set()).add(mlp.width)
-    return all(len(own) == 1 for own in widths.values())
-
-
 def all_mlps(model: Any) -> list[Mlp]:
     """The MLPs of every stack."""
     return [mlp for side in layout_of(model).sides for mlp in mlps_of(model, side)]
@@ -59,20 +51,35 @@ def forget_widths(config: Any) -> None:
 
 
 def narrow(model: Any, widths: dict[Side, Sequence[int]]) -> None:
-    """Give each MLP of a model with a plain config its own width, and record it there; weights are left to the caller.
+    """Give each MLP its own width and record the widths in the config; weights are left to the caller.
 
     The config stays the object that all modules share: a copy would hide `set_attn_implementation` from the layers.
     """
-    different: dict[int, dict[str, int]] = {}
+    config = model.config
+    forget_widths(config)
+    largest: dict[str, int] = {}
     for side, own in widths.items():
-        for index, (mlp, width) in enumerate(zip(mlps_of(model, side), own, strict=True)):
-            if width != mlp.width:
-                different[index] = {mlp.layout.width_key: width}
+        for mlp, width in zip(mlps_of(model, side), own, strict=True):
             mlp.resize(width)
+            largest[mlp.layout.width_key] = max(width, largest.get(mlp.layout.width_key, 0))
+    for key, width in largest.items():
+        if stated_width(config, key) != width:
+            setattr(config, key, width)
+    different = {
+        index: {mlp.layout.width_key: mlp.width}
+        for side in widths
+        for index, mlp in enumerate(mlps_of(model, side))
+        if mlp.width != largest[mlp.layout.width_key]
+    }
     if different and len(widths) == 1:
-        model.config.per_layer_config = different
+        config.per_layer_config = different
     elif different:
-        setattr(model.config, TWO_STACKS, {side: list(own) for side, own in widths.items()})
+        setattr(config, TWO_STACKS, {side: list(own) for side, own in widths.items()})
+
+
+def stated_width(config: Any, key: str) -> int:
+    """What a config says about an MLP's width; null (GPT-2's n_inner) stands for four times the hidden size."""
+    return int(getattr(config, key) or 4 * config.hidden_size)
 
 
 def with_widths(model_class: type[Any]) -> type[Any]:
@@ -85,8 +92,8 @@ def with_widths(model_class: type[Any]) -> type[Any]:
         layers, stacks = list(config.per_layer_config), getattr(config, TWO_STACKS, None)
         forget_widths(config)
         model_class.__init__(self, config, *args, **kwargs)
-        # A layer's key may be null (GPT-2's n_inner), which stands for the width that was just built.
-        narrow(self, stacks or {"main": [_resolved(*pair) for pair in zip(layers, mlps_of(self), strict=True)]})
+        keys = [mlp.layout.width_key for mlp in mlps_of(self)]
+        narrow(self, stacks or {"main": [stated_width(*pair) for pair in zip(layers, keys, strict=True)]})
 
     return type(model_class.__name__, (model_class,), {"__init__": init, "__module__": model_class.__module__})
 
@@ -95,10 +102,6 @@ def stock(model: Any) -> Any:
     """A model of a class from `with_widths` as one of the stock class: nothing more is needed once it is built."""
     model.__class__ = type(model).__mro__[1]
     return model
-
-
-def _resolved(config: Any, mlp: Mlp) -> int:
-    return getattr(config, mlp.layout.width_key) or mlp.width
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ Index = Annotated[StrictInt, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0), NotASwitch]
 NonNegative = Annotated[float, Field(ge=0), NotASwitch]
 Fraction = Annotated[float, Field(ge=0, le=1), NotASwitch]
+Format = Literal["uniform", "native", "padded"]
 Params = dict[StrictStr, StrictBool | StrictInt | float | StrictStr]
 Arm = Literal["teacher", "cut", "repaired", "distilled", "labels_only"]
 
@@ -88,8 +89,12 @@ class Teacher(Section):
     """Fine-tune the teacher on this recipe's data first; needed where the task's head has no trained weights."""
 
 
+Width = Count | Annotated[float, Field(gt=0, le=1), NotASwitch]
+"""Neurons (integer) or a share of them (0 < share ≤ 1)."""
+
+
 class Layers(Section):
-    """Which layers the student keeps."""
+    """Which layers of a stack the student keeps."""
 
     keep: Count | list[Index]
     """How many, or the indices themselves (0 is the first layer of the teacher)."""
@@ -97,20 +102,31 @@ class Layers(Section):
     """Policy when `keep` is a number: a name from `distill.student.layers.CHOICES` or `package.module:function`."""
     params: Params = {}
     """Keyword arguments of the policy."""
+    protect_first: Index = 0
+    """So many layers at the start are kept whatever a policy says that reads data or chooses at random."""
+    protect_last: Index = 0
+    """The same at the end."""
 
 
 class Mlp(Section):
     """Which neurons each kept layer's MLP keeps."""
 
-    keep: Count | Annotated[float, Field(gt=0, le=1), NotASwitch] = 1.0
-    """Neurons per layer (integer) or the share of them (0 < share ≤ 1)."""
+    keep: Width | list[Width] = 1.0
+    """Neurons per layer (integer) or the share of them (0 < share ≤ 1); or a list with one of these for each kept
+    layer, those of an encoder before those of its decoder."""
     score: StrictStr = "activation"
     """How neurons are ranked: a name from `distill.student.importance.SCORES` or `package.module:function`."""
     allocate: StrictStr = "uniform"
     """How the budget is spread over layers: a name from `distill.student.allocate.ALLOCATIONS` or
     `package.module:function`."""
+    allocate_params: Params = {}
+    """Keyword arguments of the allocation."""
     multiple_of: Count = 64
     """Widths are rounded down to a multiple of this; asked and got are reported."""
+    floor: Width | None = None
+    """No layer gets fewer neurons than this, rounded up to `multiple_of`; null: one `multiple_of`."""
+    protect: list[Index] = []
+    """Layers of the teacher whose MLP keeps all its neurons; they are not part of the budget."""
     params: Params = {}
     """Keyword arguments of the score."""
 
@@ -122,6 +138,29 @@ class Calibration(Section):
     """How many training examples, taken in the order of the data source."""
     batch_size: Count = 32
     """Examples per forward pass; does not change the statistics."""
+    gradients: StrictBool | None = None
+    """Collect what `taylor`, `taylor_kl` and `fisher` read: one or two backward passes per example. null: when the
+    recipe's score asks for it."""
+    gram: StrictBool | None = None
+    """Collect what `output_change` reads: the square of each MLP's width in numbers. null: when the score asks."""
+
+
+class Target(Section):
+    """A size that the student must have, in place of `mlp.keep`. Give one of the first three."""
+
+    parameters: Count | Annotated[float, Field(gt=0, le=1), NotASwitch] | None = None
+    """At most so many parameters (integer), or this share of the teacher's."""
+    flops: Annotated[float, Field(gt=0, le=1), NotASwitch] | None = None
+    """At most this share of the FLOPs of the teacher's forward pass."""
+    latency: Annotated[float, Field(gt=0, le=1), NotASwitch] | None = None
+    """At most this share of the teacher's time for one example, measured in turns on this machine."""
+    length: Count = 128
+    """Tokens of the example at which FLOPs and latency are taken."""
+
+    @property
+    def kind(self) -> Literal["parameters", "flops", "latency"]:
+        """Which of the three is given."""
+        return "parameters" if self.parameters is not None else "flops" if self.flops is not None else "latency"
 
 
 class Repair(Section):
@@ -153,9 +192,13 @@ class Student(Section):
     """How the student is cut from the teacher."""
 
     layers: Layers
-    """Depth."""
+    """Depth; of an encoder-decoder, that of the decoder."""
+    encoder_layers: Layers | None = None
+    """Depth of the encoder of an encoder-decoder; null: all of its layers."""
     mlp: Mlp = Mlp()
     """Width of the MLPs."""
+    target: Target | None = None
+    """A size to cut to; `mlp.keep` follows from it."""
     calibration: Calibration = Calibration()
     """Sample that the scores and the repair see."""
     repair: Repair = Repair()
@@ -230,8 +273,10 @@ class Evaluation(Section):
 class Release(Section):
     """The folder that is handed out."""
 
-    format: Literal["uniform"] = "uniform"
-    """`uniform`: one MLP width for all layers; stock transformers loads it everywhere."""
+    format: Format = "uniform"
+    """`uniform`: one MLP width for all layers; stock transformers loads it everywhere. For students with different
+    widths: `native` (widths in `per_layer_config` and a small modelling file; loads with `trust_remote_code=True` or
+    `distill.load_student`) or `padded` (zero neurons up to the widest layer; loads everywhere, saves nothing)."""
     license: StrictStr | None = None
     """SPDX id for the model card. Give the teacher's licence, or one that it allows."""
     language: StrictStr | None = None

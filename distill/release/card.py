@@ -58,6 +58,21 @@ USES = {
     "AutoModel": ("feature-extraction", "vectors = model(**inputs).last_hidden_state"),
 }
 """Class of transformers -> hub task and the line that uses the model."""
+LOADING = {
+    "uniform": "The folder loads with stock `transformers`; it holds no code.",
+    "padded": (
+        "The folder loads with stock `transformers`; it holds no code. The MLPs of this model have different widths, "
+        "and stock classes know only one: zero neurons fill them up to the widest. They change nothing but size and "
+        "speed, which are those of the widest layer everywhere; the figures on this card are without them."
+    ),
+    "native": (
+        "The MLPs of this model have different widths, which `transformers` reads (`per_layer_config`) but does not "
+        "build. The folder therefore holds code, a short generated file, `modeling_distill.py`; read it, and load with "
+        "`trust_remote_code=True` as below, or load with `distill.load_student` and run no code of the folder. Without "
+        "either, loading fails."
+    ),
+}
+"""What a release asks of whoever loads it."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +104,7 @@ def render_card(evidence: Evidence) -> str:
         findings=findings(evidence),
         tables=tables(evidence),
         caveats=caveats(evidence),
+        loading=Markup(LOADING[evidence.form]),  # noqa: S704 (our own text)
         snippet=fence(snippet(evidence), "python"),
         command=fence(evidence.command, "bash"),
         recipe=fence(evidence.recipe_text, "yaml"),
@@ -110,15 +126,16 @@ def fence(text: str, language: str) -> Markup:
 
 
 def snippet(evidence: Evidence) -> str:
-    """Python that loads and uses the student with stock transformers."""
+    """Python that loads and uses the student with stock transformers, and the release's own code where it has some."""
     name = plain(evidence.auto_class)
     _, use = USES.get(name, ("", "output = model(**inputs)"))
+    code = ", trust_remote_code=True" if evidence.form == "native" else ""
     text = "Paris is the [MASK] of France." if name == "AutoModelForMaskedLM" else "Some text."
     return f"""from transformers import {name}, AutoTokenizer
 
 folder = "{evidence.recipe.name}"  # this folder, or its id on the hub
 tokenizer = AutoTokenizer.from_pretrained(folder)
-model = {name}.from_pretrained(folder)
+model = {name}.from_pretrained(folder{code})
 inputs = tokenizer("{text}", return_tensors="pt")
 {use}"""
 

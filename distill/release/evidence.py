@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distill.models.plan import StudentPlan
-from distill.recipe.schema import Recipe
+from distill.recipe.schema import Format, Recipe
 
 MISSING = "\N{EN DASH}"
 SHARES = ("accuracy", "agreement", "exact_match", "f1", "precision", "recall")
@@ -34,10 +34,12 @@ class Evidence:
     """`model` as the recipe names it, `revision`, `sha256`, `model_type`, `fitted`."""
     environment: dict[str, Any]
     """Versions, device and number of processes."""
-    command: str
-    """Reproduces the run."""
     auto_class: str
     """Class of transformers that loads the student."""
+    form: Format = "uniform"
+    """Format of the release."""
+    command: str = "distill run recipe.yaml"
+    """Reproduces the run, from the folder of the release."""
     repair: dict[str, Any] | None = None
     """`calibration`, `held_out` and `steps`, as in repair.json; None where nothing was repaired."""
 

@@ -1,12 +1,14 @@
-"""Write the release folder and prove, in a fresh process without distill, that stock transformers loads it."""
+"""Write the release folder and prove, in fresh processes, that it is the trained student for whoever loads it."""
 
 from __future__ import annotations
 
+import copy
 import json
+import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +17,57 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distill.errors import RunError
+from distill.models.widths import padded
 from distill.recipe.load import dump
-from distill.recipe.schema import Recipe
+from distill.recipe.schema import Format, Recipe
+from distill.release.formats import write_modelling
 from distill.rundir import sha256_of, write_text
 
 CHECKSUMS = "SHA256SUMS"
 
+PADDING_TOLERANCE = 1e-6
+"""Of the largest logit, or of 1: zero neurons change the order in which a matrix product is summed, nothing else."""
+
 FRESH_PROCESS = """
 import json, sys
+asked = json.loads(sys.argv[1])
+sys.path[:0] = asked["packages"]
 import torch, transformers
 from safetensors.torch import load_file, save_file
-folder, auto_class, probe, answer, again, threads = sys.argv[1:]
-torch.set_num_threads(int(threads))
-model, info = getattr(transformers, auto_class).from_pretrained(folder, local_files_only=True, output_loading_info=True)
+torch.set_num_threads(asked["threads"])
+folder, loader = asked["folder"], getattr(transformers, asked["auto_class"])
+local = {"local_files_only": True, "trust_remote_code": asked["code"]}
+if asked["code"]:
+    for stock in (loader, transformers.AutoModel):
+        try:
+            stock.from_pretrained(folder, local_files_only=True, trust_remote_code=False, ignore_mismatched_sizes=True)
+        except Exception:
+            continue
+        sys.exit(f"without its code, {stock.__name__} loads it as another model")
+if asked["packages"]:
+    from distill import load_student
+    model, info = load_student(folder), {}
+else:
+    model, info = loader.from_pretrained(folder, output_loading_info=True, **local)
 faults = {name: sorted(map(str, found)) for name, found in info.items() if found}
 if faults:
     sys.exit(f"weights do not fit: {json.dumps(faults)}")
+if asked["code"]:
+    _, info = transformers.AutoModel.from_pretrained(folder, output_loading_info=True, **local)
+    faults = {name for name in info["missing_keys"] if name in dict(model.base_model.named_parameters())}
+    if faults or info["mismatched_keys"]:
+        sys.exit(f"weights do not fit AutoModel: {sorted(faults)} {info['mismatched_keys']}")
 with torch.no_grad():
-    logits = model.eval()(**load_file(probe)).logits
-save_file({"logits": logits.contiguous()}, answer)
-model.save_pretrained(again)
-if "distill" in sys.modules:
+    logits = model.eval()(**load_file(asked["probe"]))[0]
+save_file({"logits": logits.contiguous()}, asked["answer"])
+model.save_pretrained(asked["again"])
+if model.can_generate():
+    model.float()  # half-precision logits tie often, and then a rounding error chooses the token
+    own = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "num_beams": 1}
+    found = [model.generate(**load_file(asked["prompt"]), use_cache=cache, **own) for cache in (True, False)]
+    if not torch.equal(*found):
+        sys.exit("greedy generation differs with and without cache")
+if "distill" in sys.modules and not asked["packages"]:
     sys.exit("distill was imported")
 """
 
@@ -57,56 +89,118 @@ def without_folders(path: str) -> str:
     return f"./{Path(path).name}" if path.startswith(("/", "~", "../")) else path
 
 
-def write_release(folder: Path, model: Any, tokenizer: Any, texts: Mapping[str, str]) -> None:
-    """Weights, tokenizer and the given text files, then checksums over everything.
+def write_release(
+    folder: Path,
+    model: Any,
+    tokenizer: Any,
+    texts: Mapping[str, str],
+    auto_class: str = "",
+    form: Format = "uniform",
+) -> Any:
+    """Weights, tokenizer and the given text files, then checksums over everything; returns the model as written.
 
     Args:
         folder: An empty folder.
-        model: The student.
+        model: The trained student.
         tokenizer: Its tokenizer.
         texts: File name -> content.
+        auto_class: The transformers Auto class that a user would call; `native` releases name it.
+        form: Format of the release.
     """
-    model.save_pretrained(folder)
+    written = padded(model) if form == "padded" else model
+    written.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    if form == "native":
+        write_modelling(folder, model, auto_class)
     for name, text in texts.items():
         write_text(folder / name, text)
     lines = [f"{sha256_of(file)}  {file.name}\n" for file in sorted(folder.iterdir()) if file.is_file()]
     write_text(folder / CHECKSUMS, "".join(lines))
+    return written
 
 
-def check_release(folder: Path, model: Any, auto_class: str, probe: Mapping[str, Tensor]) -> None:
+def check_release(
+    folder: Path, model: Any, auto_class: str, probe: Mapping[str, Tensor], form: Format = "uniform"
+) -> None:
     """The gate every release passes: loaded by a process that never imports distill, it is the same model.
+
+    A `native` release must load with its own code, also as `AutoModel`; fail without, even where mismatched sizes are
+    ignored; and load through `load_student` in a process of its own.
 
     Args:
         folder: The release.
-        model: The trained student, in eval mode on the CPU.
+        model: The model that was written, in eval mode on the CPU.
         auto_class: The transformers Auto class that a user would call.
-        probe: input_ids and attention_mask [B, L].
+        probe: Inputs of the model, e.g. input_ids and attention_mask [B, L].
+        form: Format of the release.
 
     Raises:
-        RunError: It does not load, logits differ in any bit, or saving it again gives other weights.
+        RunError: It does not load, logits differ in any bit, greedy generation differs with and without cache, or
+            saving it again gives other files.
     """
     with torch.no_grad():
-        expected = model(**probe).logits
-    with tempfile.TemporaryDirectory() as scratch:
-        inputs, answer, again = (str(Path(scratch) / name) for name in ("probe", "answer", "again"))
-        save_file(dict(probe), inputs)
-        # Isolated mode: neither the working folder nor PYTHONPATH can slip distill or a shadowing module in.
-        command = [sys.executable, "-I", "-c", FRESH_PROCESS, str(folder), auto_class, inputs, answer, again]
-        done = subprocess.run(  # noqa: S603 (our own interpreter on our own text)
-            [*command, str(torch.get_num_threads())], capture_output=True, text=True, check=False
-        )
-        if done.returncode != 0:
-            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise RunError(f"release: stock transformers cannot load the student: {reason}")
-        logits = load_file(answer)["logits"]
-        if not torch.equal(logits, expected):
-            gap = (logits - expected).abs().max().item()
-            raise RunError(f"release: logits of the reloaded student differ by up to {gap:.3g}")
-        first, second = (json.dumps(_weight_sums(Path(path))) for path in (folder, again))
-        if first != second:
-            raise RunError("release: loading the student and saving it again gives other weights")
+        expected = model(**probe)[0]
+    ways = [{"code": form == "native", "packages": []}]
+    if form == "native":
+        ways.append({"code": False, "packages": [path for path in sys.path if path]})
+    for way in ways:
+        with tempfile.TemporaryDirectory() as scratch:
+            files = {name: str(Path(scratch) / name) for name in ("probe", "prompt", "answer", "again")}
+            save_file(dict(probe), files["probe"])
+            save_file(_prompt(probe), files["prompt"])
+            asked = {"folder": str(folder), "auto_class": auto_class, "threads": torch.get_num_threads(), **files}
+            _ask_fresh_process({**asked, **way}, scratch)
+            logits = load_file(files["answer"])["logits"]
+            if not torch.equal(logits, expected):
+                gap = (logits - expected).abs().max().item()
+                raise RunError(f"release: logits of the reloaded student differ by up to {gap:.3g}")
+            # Our own loader runs no code, and does not carry the modelling file over.
+            patterns = ["*.safetensors"] if way["packages"] else ["*.safetensors", "*.py", "config.json"]
+            if _sums(folder, patterns) != _sums(Path(files["again"]), patterns):
+                raise RunError("release: loading the student and saving it again gives other files")
 
 
-def _weight_sums(folder: Path) -> dict[str, str]:
-    return {file.name: sha256_of(file) for file in sorted(folder.glob("*.safetensors"))}
+def check_padding(model: Any, wide: Any, probe: Mapping[str, Tensor]) -> None:
+    """The gate of the format `padded`: in fp32, the zero neurons change logits by no more than rounding.
+
+    Args:
+        model: The trained student.
+        wide: The model that was written; the student itself in other formats, where there is nothing to check.
+        probe: Inputs of both.
+
+    Raises:
+        RunError: They change more.
+    """
+    if wide is model:
+        return
+    with torch.no_grad():
+        expected, found = (copy.deepcopy(own).float()(**probe)[0] for own in (model, wide))
+    gap = (found - expected).abs().max().item()
+    if not gap <= PADDING_TOLERANCE * max(1.0, expected.abs().max().item()):
+        raise RunError(f"release: zero neurons change the logits by up to {gap:.3g}")
+
+
+def _ask_fresh_process(asked: dict[str, Any], scratch: str) -> None:
+    # Isolated mode: neither the working folder nor PYTHONPATH can slip distill or a shadowing module in.
+    command = [sys.executable, "-I", "-c", FRESH_PROCESS, json.dumps(asked)]
+    environment = {**os.environ, "HF_MODULES_CACHE": str(Path(scratch) / "modules")}
+    done = subprocess.run(  # noqa: S603 (our own interpreter on our own text)
+        command, capture_output=True, text=True, check=False, env=environment
+    )
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        loader = "load_student" if asked["packages"] else "stock transformers"
+        raise RunError(f"release: {loader} cannot load the student: {reason}")
+
+
+def _prompt(probe: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What generation starts from: the first 8 real positions of the first example, without a decoder's inputs."""
+    first = {name: tensor[:1] for name, tensor in probe.items() if not name.startswith("decoder_")}
+    if "attention_mask" not in first:
+        return {name: tensor.contiguous() for name, tensor in first.items()}
+    real = first["attention_mask"][0].bool()
+    return {name: tensor[:, real][:, :8].contiguous() for name, tensor in first.items()}
+
+
+def _sums(folder: Path, patterns: Sequence[str]) -> dict[str, str]:
+    return {file.name: sha256_of(file) for pattern in patterns for file in sorted(folder.glob(pattern))}

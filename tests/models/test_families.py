@@ -15,7 +15,7 @@ from distill.errors import InputError
 from distill.models.layout import LAYOUTS, PER_LAYER_LISTS, layers_of, layout_of
 from distill.models.load import Head, load_model
 from distill.models.mlp import keep_neurons, mlps_of
-from distill.models.widths import all_mlps, has_equal_widths, padded
+from distill.models.widths import all_mlps, is_unequal, padded
 
 POST_NORM = ("bert", "roberta", "xlm-roberta", "electra", "distilbert", "deberta-v2", "bart", "marian")
 WRITES_TO_THE_STREAM = ("o_proj", "c_proj", "dense", "out_proj", "Wo", "o", "wo", "fc2", "down_proj", "dense_4h_to_h")
@@ -67,7 +67,7 @@ def test_a_cut_student_trains_saves_loads_and_works(any_family, widths, tmp_path
         assert type(model) is type(teacher)
         assert torch.equal(logits(model), logits(student))
     stock = getattr(transformers, HEADS[any_family])
-    if has_equal_widths(student):
+    if not is_unequal(student.config):
         assert torch.equal(logits(stock.from_pretrained(tmp_path / "one")), logits(student))
     else:
         with pytest.raises(RuntimeError, match=r"per-layer attribute|size mismatch|mismatched"):
@@ -167,7 +167,7 @@ def test_the_attention_implementation_reaches_every_layer(any_family, tmp_path):
 def test_zero_neurons_make_widths_equal_and_leave_logits(any_family, tmp_path):
     student = cut_by_hand(tiny_model(any_family), (0, 2), (40, 16))
     wide = padded(student)
-    assert has_equal_widths(wide)
+    assert not is_unequal(wide.config)
     assert_close(wide, student, atol=1e-6)
     wide.save_pretrained(tmp_path)
     again = getattr(transformers, HEADS[any_family]).from_pretrained(tmp_path)

@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from distill.release import evidence as facts
-from distill.release.card import USES, fence, inline, render_card, snippet
+from distill.release.card import LOADING, USES, fence, inline, render_card, snippet
 from distill.release.evidence import Evidence, findings
 
 
@@ -174,6 +174,15 @@ def test_inline_text_and_fences_cannot_be_left() -> None:
 
 def test_no_path_of_this_machine_is_published(evidence: Evidence) -> None:
     assert not re.search(r"(?<![\w.:])/(home|work|tmp|root|opt)\b", render_card(evidence))
+
+
+def test_card_says_what_loading_asks_for(evidence: Evidence) -> None:
+    texts = {form: render_card(replace(evidence, form=form)) for form in LOADING}
+    assert {form for form, text in texts.items() if "it holds no code" in text} == {"uniform", "padded"}
+    code = {form for form, text in texts.items() if ".from_pretrained(folder, trust_remote_code=True)" in text}
+    assert code == {"native"}
+    assert "the figures on this card are without them" in texts["padded"]
+    compile(snippet(replace(evidence, form="native")), "snippet", "exec")
 
 
 @pytest.mark.parametrize("auto_class", [*USES, "AutoModelForMultipleChoice"])

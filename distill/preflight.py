@@ -1,0 +1,30 @@
+"""What is looked at before the first stage, so that a mistake is not found after hours."""
+
+from __future__ import annotations
+
+from distill.data import TASKS
+from distill.evaluation.metrics import METRICS
+from distill.losses import LayerMap, Objective
+from distill.registry import bind, find
+from distill.repairs import check_family
+from distill.session import Session
+from distill.student import ALLOCATIONS, CHOICES, SCORES
+
+
+def check_names(session: Session) -> None:
+    """Find every function that the recipe names, the user's own included, before hours are spent.
+
+    Raises:
+        InputError: A name leads nowhere, its params do not fit, or the teacher cannot have a repair.
+    """
+    recipe, task = session.recipe, find(TASKS, session.recipe.data.task, "task")()
+    for key, own in (("layers", recipe.student.layers), ("encoder_layers", recipe.student.encoder_layers)):
+        if own is not None and isinstance(own.keep, int):
+            bind(find(CHOICES, own.choose, "layer policy"), own.params, f"student.{key}.params")
+    bind(find(SCORES, recipe.student.mlp.score, "score"), recipe.student.mlp.params, "student.mlp.params")
+    spread = find(ALLOCATIONS, recipe.student.mlp.allocate, "allocation")
+    bind(spread, recipe.student.mlp.allocate_params, "student.mlp.allocate_params")
+    Objective(recipe.losses, task.head, lambda _policy: LayerMap(((0, 0),)))
+    for name in recipe.evaluation.metrics or ():
+        find(METRICS, name, "metric")
+    check_family(session)
