@@ -66,11 +66,13 @@ def open_model(name: str) -> Any:
 
 def read_statistics(path: Path, model: Any) -> Statistics:
     """Statistics of an earlier calibration. Raises InputError when they are not those of a model of this shape."""
-    statistics, mlps = Statistics.load(path), mlps_of(model)
-    if len(statistics.block_influence()) != len(mlps) or any(
-        statistics.mean_abs(index).shape[-1] != mlp.width for index, mlp in enumerate(mlps)
-    ):
-        raise InputError(f"{path} is the calibration of another model: it has other layers or MLP widths")
+    statistics = Statistics.load(path)
+    for side in layout_of(model).sides:
+        own, mlps = statistics.of(side), mlps_of(model, side)
+        if len(own.block_influence()) != len(mlps) or any(
+            own.mean_abs(index).shape[-1] != mlp.width for index, mlp in enumerate(mlps)
+        ):
+            raise InputError(f"{path} is the calibration of another model: it has other layers or MLP widths")
     return statistics
 
 
@@ -131,9 +133,8 @@ def weight_section(model: Any, side: Side) -> Section:
         for i, (f, mlp) in enumerate(zip(facts, mlps, strict=True))
     ]
     head = ("layer", "norm of attention", "norm of MLP", "zeros in attention", "zeros in MLP", "silent neurons")
-    which = {"main": "", "encoder": " of the encoder"}[side]
     return Section(
-        f"Weights{which}",
+        f"Weights{_prefix(side, ' of the encoder')}",
         Table(head, rows, 0),
         "Norms are 2-norms over all weights; attention means everything in a layer but its MLP and its vectors (biases "
         "and norms). Zeros: share of weights that are exactly 0. Silent: neurons whose outgoing weights are all 0.",
@@ -171,18 +172,40 @@ def _silent(mlp: Mlp) -> str:
 
 
 def redundancy_sections(model: Any, statistics: Statistics | None) -> list[Section]:
-    """Every figure per layer that a plan records; none without statistics."""
+    """What the statistics say about single layers, and about blocks of them; none without statistics."""
     if statistics is None:
         return []
-    figures = _plan(model, statistics, {"keep": len(layers_of(model)), "choose": "first"}).layer_scores
-    rows = [(str(index), *map(number, values)) for index, values in enumerate(zip(*figures.values(), strict=True))]
+    figures = dict(_plan(model, statistics, {"keep": len(layers_of(model)), "choose": "first"}).layer_scores)
+    blocks = []
+    for side in layout_of(model).sides:
+        distances, prefix = statistics.of(side).angular_distance(), _prefix(side)
+        figures[f"{prefix}angular distance"] = distances.diagonal(offset=1).tolist()
+        for length in range(1, len(distances) - 1):
+            steps = distances.diagonal(offset=length)
+            start = int(steps.argmin())
+            last = start + length - 1
+            blocks.append(
+                (f"{prefix}{length}", f"{start} to {last}" if length > 1 else str(start), number(float(steps.min())))
+            )
+    named = {name.replace("_", " "): values for name, values in figures.items()}
+    deepest = max(map(len, named.values()))
+    rows = [
+        (str(i), *(number(values[i]) if i < len(values) else MISSING for values in named.values()))
+        for i in range(deepest)
+    ]
     return [
         Section(
             "Redundancy of layers",
-            Table(("layer", *(name.replace("_", " ") for name in figures)), rows, 0),
-            "Over the calibration sample. A layer with a low figure changes what passes through it little.",
-            [_figure(name.replace("_", " "), {name.replace("_", " "): values}) for name, values in figures.items()],
-        )
+            Table(("layer", *named), rows, 0),
+            "Over the calibration sample. A layer with a low figure changes what passes through it little. The angular "
+            "distance, arccos(cos) / π, is that between a layer's input and output at the last token of each text.",
+            [_figure(name, {name: values}) for name, values in named.items()],
+        ),
+        Section(
+            "Redundancy of blocks",
+            Table(("layers in a row", "nearest to nothing", "angular distance"), blocks, 2),
+            "For each length, the block whose output is nearest to its input.",
+        ),
     ]
 
 
@@ -206,22 +229,25 @@ def policy_section(model: Any, statistics: Statistics | None, keep: int) -> Sect
 
 def score_section(name: str, model: Any, statistics: Statistics | None) -> Section | tuple[str, str]:
     """How one score is spread within each layer; or its name and why it cannot be had."""
-    rows, lines = [], []
-    for index, mlp in enumerate(mlps_of(model)):
-        layer = MlpLayer(index, [weight.detach() for weight in mlp.weights_in], mlp.weight_out.detach())
-        try:
-            values = SCORES[name](layer, statistics).double().flatten()
-        except ValueError as error:
-            return name, str(error)
-        points = values.quantile(torch.tensor(list(QUANTILES.values()), dtype=torch.float64)).tolist()
-        rows.append((str(index), *map(number, points)))
-        lines.append(dict(zip(QUANTILES, points, strict=True)))
-    drawn = {quantile: [line[quantile] for line in lines] for quantile in DRAWN}
+    rows, figures, shares = [], [], torch.tensor(list(QUANTILES.values()), dtype=torch.float64)
+    for side in layout_of(model).sides:
+        own, lines = statistics and statistics.of(side), []
+        for index, mlp in enumerate(mlps_of(model, side)):
+            weights_in = [weight.detach() for weight in mlp.weights_in]
+            try:
+                values = SCORES[name](MlpLayer(index, weights_in, mlp.weight_out.detach(), side), own)
+            except ValueError as error:
+                return name, str(error)
+            lines.append(values.double().cpu().flatten().quantile(shares).tolist())
+            rows.append((f"{_prefix(side)}{index}", *map(number, lines[-1])))
+        spread = dict(zip(QUANTILES, map(list, zip(*lines, strict=True)), strict=True))
+        drawn = {quantile: spread[quantile] for quantile in DRAWN}
+        figures.append(_figure(f"Score {name}{_prefix(side, ' of the encoder')}", drawn, DRAWN))
     return Section(
         f"Score {name}",
         Table(("layer", *QUANTILES), rows, 0),
         f"Quantiles over the neurons of each layer. `student.mlp.score: {name}` keeps the highest.",
-        [_figure(f"Score {name}", drawn, DRAWN)],
+        figures,
     )
 
 
@@ -234,16 +260,20 @@ def width_section(model: Any, statistics: Statistics | None, question: Question)
     """The widths that each score and allocation would give, all layers kept."""
     rows = []
     layers = {"keep": list(range(len(layers_of(model))))}
-    full = sum(mlp.width for mlp in mlps_of(model))
+    sides = layout_of(model).sides
+    full = sum(mlp.width for side in sides for mlp in mlps_of(model, side))
     for allocation in ALLOCATIONS:
         for score in SCORES:
             mlp = {"keep": question.mlp, "multiple_of": question.multiple_of, "score": score, "allocate": allocation}
             try:
-                widths = _plan(model, statistics, layers, mlp).widths
+                plan = _plan(model, statistics, layers, mlp)
             except ValueError as error:
                 rows.append((allocation, score, MISSING, MISSING, str(error)))
                 continue
-            rows.append((allocation, score, percent(1 - sum(widths) / full), _runs(widths), ""))
+            widths = {side: [layer.width for layer in plan.stack(side)] for side in sides}
+            kept = sum(width for own in widths.values() for width in own)
+            shown = "; ".join(f"{_prefix(side)}{_runs(own)}" for side, own in widths.items())
+            rows.append((allocation, score, percent(1 - kept / full), shown, ""))
     head = ("allocation", "score", "removed", "widths, first layer to last", "not possible")
     title = f"Which neurons would go, keeping {question.mlp} of each MLP's"
     note = "`student.mlp.allocate` and `student.mlp.score`, with all layers kept. 3 x 64: three layers with 64 neurons."
@@ -271,6 +301,11 @@ def _figure(title: str, lines: dict[str, list[float]], styles: dict[str, str] | 
     caption = f"{title} of each layer{', logarithmic scale' if wide else ''}."
     picture = charts.line_chart(drawn, title=title, description=caption, log=wide, axis="layer")
     return Figure(title, picture, caption)
+
+
+def _prefix(side: Side, written: str = "encoder ") -> str:
+    """What tells the encoder of an encoder-decoder from everything else."""
+    return written if side == "encoder" else ""
 
 
 def _listed(indices: Sequence[int]) -> str:

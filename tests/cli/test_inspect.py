@@ -62,6 +62,10 @@ def test_with_a_calibration_every_score_is_shown_and_drawn(model, tmp_path, caps
     assert main(["inspect", str(model / "teacher"), *options, "--keep-mlp", "12"]) == 0
     shown = tables(capsys.readouterr().out)
     assert len(shown["Redundancy of layers"]) == LAYERS
+    assert shown["Redundancy of layers"][1][2] != MISSING and [row[0] for row in shown["Redundancy of blocks"]] == [
+        *"123"
+    ]
+    assert all(0 <= float(row[2]) <= 1 for row in shown["Redundancy of blocks"])
     assert "Score activation" in shown and "Which layers would go, keeping 3 of 4" in shown
     widths = shown["Which neurons would go, keeping 12 of each MLP's"]
     assert {(row[0], row[1]) for row in widths if row[0]} >= {("uniform", name) for name in ("activation", "magnitude")}
@@ -84,7 +88,8 @@ def test_other_layouts_are_inspected(family, tmp_path, capsys):
     assert main(["inspect", str(tmp_path), "--keep-mlp", "0.25"]) == 0
     shown = tables(capsys.readouterr().out)
     assert len(shown["Weights"]) == LAYERS and ("Weights of the encoder" in shown) == (family == "t5")
-    assert f"{LAYERS} x {WIDTH // 4}" in {row[3] for row in next(t for n, t in shown.items() if "neurons" in n)}
+    widths = next(rows for title, rows in shown.items() if "neurons" in title)
+    assert any(row[0] == "uniform" and f"{LAYERS} x {WIDTH // 4}" in row[3] for row in widths)
 
 
 WRONG = [
