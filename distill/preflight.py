@@ -5,10 +5,10 @@ from __future__ import annotations
 from distill.data import TASKS
 from distill.evaluation.metrics import METRICS
 from distill.losses import LayerMap, Objective
-from distill.registry import bind, find
+from distill.registry import find
 from distill.repairs import check_family
 from distill.session import Session
-from distill.student import ALLOCATIONS, CHOICES, SCORES
+from distill.student import check_strategies
 
 
 def check_names(session: Session) -> None:
@@ -18,12 +18,7 @@ def check_names(session: Session) -> None:
         InputError: A name leads nowhere, its params do not fit, or the teacher cannot have a repair.
     """
     recipe, task = session.recipe, find(TASKS, session.recipe.data.task, "task")()
-    for key, own in (("layers", recipe.student.layers), ("encoder_layers", recipe.student.encoder_layers)):
-        if own is not None and isinstance(own.keep, int):
-            bind(find(CHOICES, own.choose, "layer policy"), own.params, f"student.{key}.params")
-    bind(find(SCORES, recipe.student.mlp.score, "score"), recipe.student.mlp.params, "student.mlp.params")
-    spread = find(ALLOCATIONS, recipe.student.mlp.allocate, "allocation")
-    bind(spread, recipe.student.mlp.allocate_params, "student.mlp.allocate_params")
+    check_strategies(recipe.student)
     Objective(recipe.losses, task.head, lambda _policy: LayerMap(((0, 0),)))
     for name in recipe.evaluation.metrics or ():
         find(METRICS, name, "metric")

@@ -9,7 +9,7 @@ from distill.student.build import build_student
 from distill.student.calibrate import Statistics, Wanted, calibrate
 from distill.student.importance import SCORES, MlpLayer
 from distill.student.layers import CHOICES
-from distill.student.plan import plan_student, wanted_statistics
+from distill.student.plan import check_strategies, plan_student, wanted_statistics
 from distill.student.targets import check_target
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "Wanted",
     "build_student",
     "calibrate",
+    "check_strategies",
     "check_target",
     "plan_student",
     "wanted_statistics",

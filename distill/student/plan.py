@@ -18,11 +18,11 @@ from distill.models.plan import Choice, LayerPlan, StudentPlan
 from distill.recipe.schema import Layers, Student
 from distill.registry import bind, find
 from distill.student import allocate, importance, layers
-from distill.student.allocate import EXACT, layer_widths
+from distill.student.allocate import ALLOCATIONS, EXACT, layer_widths
 from distill.student.build import build_student
 from distill.student.calibrate import Wanted
 from distill.student.importance import SCORES, MlpLayer
-from distill.student.layers import choose_layers, policy_of
+from distill.student.layers import CHOICES, choose_layers, policy_of
 from distill.student.statistics import Statistics
 from distill.student.targets import costs_of, shares, solve
 
@@ -113,6 +113,19 @@ def wanted_statistics(spec: Student) -> Wanted:
         losses_without=tuple(side for side, need in needs.items() if need == "losses_without"),
         removals={side: asked[side] for side, need in needs.items() if need == "removals"},
     )
+
+
+def check_strategies(spec: Student) -> None:
+    """Find every function that the section names, the user's own included.
+
+    Raises:
+        InputError: A name leads nowhere, or its params do not fit.
+    """
+    for key, own in (("layers", spec.layers), ("encoder_layers", spec.encoder_layers)):
+        if own is not None and isinstance(own.keep, int):
+            bind(find(CHOICES, own.choose, "layer policy"), own.params, f"student.{key}.params")
+    bind(find(SCORES, spec.mlp.score, "score"), spec.mlp.params, "student.mlp.params")
+    bind(find(ALLOCATIONS, spec.mlp.allocate, "allocation"), spec.mlp.allocate_params, "student.mlp.allocate_params")
 
 
 def _check_calibration(spec: Student, calibration: Statistics | None) -> None:
