@@ -20,8 +20,9 @@ no temperature², no weight. A loss for everybody is the same function with a ro
 """
 
 from distill.losses.hidden import HIDDEN
+from distill.losses.labels import label_loss
 from distill.losses.logits import LOGITS
 from distill.losses.mapping import LayerMap, layer_map
 from distill.losses.objective import Objective
 
-__all__ = ["HIDDEN", "LOGITS", "LayerMap", "Objective", "layer_map"]
+__all__ = ["HIDDEN", "LOGITS", "LayerMap", "Objective", "label_loss", "layer_map"]

@@ -31,6 +31,13 @@ def first_tensor(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
+def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden states that a layer was called with, as a forward hook sees its arguments."""
+    states = args[0] if args else kwargs["hidden_states"]
+    assert isinstance(states, Tensor)
+    return states
+
+
 @contextmanager
 def captured(layers: nn.ModuleList | list[nn.Module], indices: Iterable[int]) -> Iterator[dict[int, Tensor]]:
     """Collect the outputs of `layers[i]` for i in `indices` during one forward pass.
