@@ -55,13 +55,25 @@ def plan_inputs(session: Session) -> dict[str, Any]:
     return {
         "teacher": folder_fingerprint(session.teacher),
         "calibration": content_of(session.run.calibration),
-        "student": session.recipe.student.model_dump(mode="json", exclude={"calibration"}),
+        "student": session.recipe.student.model_dump(mode="json", exclude={"calibration", "repair", "mask"}),
     }
 
 
 def build_inputs(session: Session) -> dict[str, Any]:
     """Teacher and plan."""
     return {"teacher": folder_fingerprint(session.teacher), "plan": content_of(session.run.plan)}
+
+
+def repair_inputs(session: Session) -> dict[str, Any]:
+    """Student and teacher, the plan between them, both samples, and the steps."""
+    spec = session.recipe.student
+    return {
+        **_teacher_and_data(session),
+        "student": folder_fingerprint(session.run.student),
+        "plan": content_of(session.run.plan),
+        "examples": spec.calibration.examples,
+        "repair": spec.repair.model_dump(mode="json"),
+    }
 
 
 def training_inputs(session: Session) -> dict[str, Any]:
@@ -77,20 +89,28 @@ def training_inputs(session: Session) -> dict[str, Any]:
 def control_inputs(session: Session) -> dict[str, Any]:
     """Student, data and settings; the teacher has no say."""
     return {
-        "student": folder_fingerprint(session.run.student),
+        "student": folder_fingerprint(session.start),
+        "mask": _mask(session),
         "data": session.corpus.fingerprint,
         "training": _settings(session.recipe.training),
         "seed": session.recipe.seed,
     }
 
 
+def _mask(session: Session) -> dict[str, Any] | None:
+    mask, mlp = session.recipe.student.mask, session.recipe.student.mlp
+    # `multiple_of` says how far `compact` may go.
+    return {**mask.model_dump(mode="json"), "multiple_of": mlp.multiple_of} if mask else None
+
+
 def evaluation_inputs(session: Session) -> dict[str, Any]:
     """Every arm's weights, the data and what is measured."""
-    spec = session.recipe.evaluation
+    spec, training = session.recipe.evaluation, session.recipe.training
     return {
-        "arms": {arm: folder_fingerprint(session.arm_folder(arm)) for arm in spec.arms},
+        "arms": {arm: folder_fingerprint(session.arm_folder(arm)) for arm in session.arms},
         **_teacher_and_data(session),
-        "student": folder_fingerprint(session.run.student),
+        "student": folder_fingerprint(session.run.distilled),
+        "mask": [_mask(session), _settings(training)] if session.recipe.student.mask else None,
         "max_length": session.recipe.data.max_length,
         "evaluation": spec.model_dump(mode="json"),
     }
@@ -100,4 +120,5 @@ def release_inputs(session: Session) -> dict[str, Any]:
     """The distilled student, its evidence and the recipe."""
     run = session.run
     files = [run.distilled, run.plan, run.evaluation, run.training.metrics, run.control("labels_only").metrics]
+    files += [run.repair] if session.recipe.student.repair.wanted else []
     return {"files": [content_of(path) for path in files], "recipe": session.recipe.model_dump(mode="json")}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ import transformers
 from accelerate.utils import gather_object, reduce
 
 from distill import __version__
-from distill.data import TASKS, TrainingBatches, collate, evaluation_batches
+from distill.data import TrainingBatches, collate, evaluation_batches
 from distill.evaluation.arms import arm_row, measured, with_retained
 from distill.evaluation.efficiency import add_disk_bytes, measure_efficiency
-from distill.evaluation.metrics import HIGHER_IS_BETTER, METRICS, compute
+from distill.evaluation.metrics import HIGHER_IS_BETTER, compute
 from distill.evaluation.predict import gathered, predict
-from distill.losses import LayerMap, Objective, label_loss, layer_map
+from distill.losses import Objective, label_loss, layer_map
+from distill.masking import compact_trained, mask_untrained, masks_for, sparsity_table
 from distill.models.layout import layers_of
 from distill.models.load import load_model, random_model
 from distill.models.plan import StudentPlan
@@ -32,23 +34,23 @@ from distill.provenance import (
     identity,
     plan_inputs,
     release_inputs,
+    repair_inputs,
     teacher_inputs,
     training_inputs,
 )
 from distill.recipe.schema import Format, Optimization, Recipe, Term
-from distill.registry import find
 from distill.release.card import render_card
 from distill.release.evidence import Evidence
 from distill.release.export import check_padding, check_release, releasable_recipe, without_folders, write_release
 from distill.release.formats import format_of
 from distill.release.report import render_report
+from distill.repairs import repaired
 from distill.rundir import RunDir, fresh_folder, write_json, write_text
 from distill.session import Session, Stage
 from distill.student import (
     Statistics,
     build_student,
     calibrate,
-    check_strategies,
     check_target,
     plan_student,
     wanted_statistics,
@@ -58,19 +60,6 @@ from distill.training import Job, make_accelerator, read_records, train
 from distill.training.guards import processes
 
 LABELS_ONLY = (Term(match="labels"),)
-
-
-def check_names(session: Session) -> None:
-    """Find every function that the recipe names, the user's own included, before hours are spent.
-
-    Raises:
-        InputError: A name leads nowhere, or its params do not fit.
-    """
-    recipe, task = session.recipe, find(TASKS, session.recipe.data.task, "task")()
-    check_strategies(recipe.student)
-    Objective(recipe.losses, task.head, lambda _policy: LayerMap(((0, 0),)))
-    for name in recipe.evaluation.metrics or ():
-        find(METRICS, name, "metric")
 
 
 def fit_teacher(session: Session) -> None:
@@ -120,18 +109,17 @@ def build(session: Session) -> None:
     _save_model(session, student, session.run.student)
 
 
+def repair(session: Session) -> None:
+    """Correct the cut student in closed form, and measure what each step is worth."""
+    model, found = repaired(session)
+    write_json(session.run.repair, found)
+    _save_model(session, model, session.run.repaired)
+
+
 def distil(session: Session) -> None:
     """Train the student on everything that the recipe's loss asks for."""
-    recipe = session.recipe
-    job = Job(
-        "distilled",
-        recipe.training,
-        session.run.training,
-        recipe.seed,
-        identity(training_inputs(session)),
-        recipe.training.log_every,
-        recipe.training.evaluate_every,
-    )
+    recipe, spec, inputs = session.recipe, session.recipe.training, identity(training_inputs(session))
+    job = Job("distilled", spec, session.run.training, recipe.seed, inputs, spec.log_every, spec.evaluate_every)
     _train_arm(session, job, recipe.losses, session.run.distilled)
 
 
@@ -150,24 +138,26 @@ def evaluate(session: Session) -> None:
     """Measure all arms on the held-out split, and teacher and student against the clock."""
     recipe, corpus = session.recipe, session.corpus
     teacher = OnlineTeacher(session.load(session.teacher), (), processes().device)
-    rows = []
-    for arm in recipe.evaluation.arms:
+    rows, horizon = [], _steps(session, recipe.training)
+    for arm in session.arms:
         model = session.load(session.arm_folder(arm)).to(teacher.model.device)
+        steps = 0 if arm in ("teacher", "cut", "repaired") else horizon
+        if not steps and arm != "teacher":
+            mask_untrained(recipe, model, horizon)
         batches = evaluation_batches(corpus, corpus.test, recipe.evaluation.batch_size)
         metrics = compute(session.metrics, predict(model, batches, corpus.task.head, teacher))
-        steps = 0 if arm in ("teacher", "cut") else _steps(session, recipe.training)
         rows.append(arm_row(arm, steps, measured(metrics)))
-    efficiency = None
+    efficiency, student = None, session.load(session.run.distilled)
     if recipe.evaluation.efficiency:
         efficiency = measure_efficiency(
-            {"teacher": teacher.model, "student": session.load(session.run.student).to(teacher.model.device)},
+            {"teacher": teacher.model, "student": student.to(teacher.model.device)},
             layers_of,
             kind=corpus.task.head,
             length=recipe.data.max_length,
             vocabulary=len(session.tokenizer),
             device=teacher.model.device,
         )
-        add_disk_bytes(efficiency, {"teacher": session.teacher, "student": session.run.student})
+        add_disk_bytes(efficiency, {"teacher": session.teacher, "student": session.run.distilled})
     data = {"source": without_folders(recipe.data.source), "split": "test", "examples": len(corpus.test)}
     data |= {"train_examples": len(corpus.train), "labelled": len(corpus.labelled), "fingerprint": corpus.fingerprint}
     table = {
@@ -177,6 +167,7 @@ def evaluate(session: Session) -> None:
         "higher_is_better": {name: HIGHER_IS_BETTER.get(name, True) for name in session.metrics},
         "arms": with_retained(rows, session.metrics),
         "efficiency": efficiency,
+        "sparsity": sparsity_table(recipe, student),
     }
     write_json(session.run.evaluation, table)
 
@@ -208,18 +199,15 @@ def release(session: Session) -> None:
 def _train_arm(session: Session, job: Job, terms: Sequence[Term], result: Path) -> None:
     decided = StudentPlan.load(session.run.plan)
     maps = partial(layer_map, plan=decided, student_layers=len(decided.layers), teacher_layers=decided.teacher_layers)
-    objective = Objective(terms, session.corpus.task.head, maps, _vocabulary(session))
+    objective = Objective(terms, session.corpus.task.head, maps, session.vocabulary)
     teacher = None
     if objective.needs_teacher:
         teacher = OnlineTeacher(session.load(session.teacher), objective.teacher_layers, processes().device)
-    model = session.load(session.run.student)
+    model = session.load(session.start)
+    job = replace(job, constraint=masks_for(session.recipe, model, _steps(session, session.recipe.training)))
     _train(session, job, model, objective, teacher)
+    compact_trained(session.recipe, model, session.say)
     _save_model(session, model, result)
-
-
-def _vocabulary(session: Session) -> int | None:
-    """Entries of the vocabulary that are tokens; heads are often padded beyond. None for class heads."""
-    return len(session.tokenizer) if session.corpus.task.head == "next_token" else None
 
 
 def _train(session: Session, job: Job, model: Any, objective: Objective, teacher: OnlineTeacher | None) -> None:
@@ -276,6 +264,7 @@ def _evidence(session: Session, form: Format) -> Evidence:
         recipe=recipe,
         recipe_text=releasable_recipe(recipe),
         plan=StudentPlan.load(session.run.plan),
+        repair=json.loads(session.run.repair.read_text(encoding="utf-8")) if recipe.student.repair.wanted else None,
         evaluation=json.loads(session.run.evaluation.read_text(encoding="utf-8")),
         metrics=read_records(session.run.training.metrics),
         control_metrics=read_records(session.run.control("labels_only").metrics) if _wants_control(recipe) else [],
@@ -317,6 +306,10 @@ CALIBRATE = Stage(
 )
 PLAN = Stage("plan", plan, plan_inputs, _results(lambda run: run.plan))
 BUILD = Stage("build", build, build_inputs, _results(lambda run: run.student))
+REPAIR = Stage(
+    "repair", repair, repair_inputs, _results(lambda run: run.repaired, lambda run: run.repair),
+    wanted=lambda recipe: recipe.student.repair.wanted,
+)  # fmt: skip
 TRAIN = Stage("train", distil, training_inputs, _results(lambda run: run.distilled), together=True)
 CONTROL = Stage(
     "control", train_control, control_inputs, _results(lambda run: run.control_model("labels_only")),
@@ -325,18 +318,7 @@ CONTROL = Stage(
 EVALUATE = Stage("evaluate", evaluate, evaluation_inputs, _results(lambda run: run.evaluation))
 RELEASE = Stage("release", release, release_inputs, _results(lambda run: run.release, lambda run: run.report))
 
-TO_PLAN = (TEACHER, CALIBRATE, PLAN)
-TO_BUILD = (*TO_PLAN, BUILD)
-TO_TRAIN = (*TO_BUILD, TRAIN)
-TO_EVALUATE = (*TO_TRAIN, CONTROL, EVALUATE)
-TO_RELEASE = (*TO_EVALUATE, RELEASE)
-
-VERBS: dict[str, tuple[Stage, ...]] = {
-    "plan": TO_PLAN,
-    "build": TO_BUILD,
-    "train": TO_TRAIN,
-    "evaluate": TO_EVALUATE,
-    "release": TO_RELEASE,
-    "run": TO_RELEASE,
-}
+STORY = (TEACHER, CALIBRATE, PLAN, BUILD, REPAIR, TRAIN, CONTROL, EVALUATE, RELEASE)
+LAST = {"plan": PLAN, "build": REPAIR, "train": TRAIN, "evaluate": EVALUATE, "release": RELEASE, "run": RELEASE}
+VERBS: dict[str, tuple[Stage, ...]] = {verb: STORY[: STORY.index(last) + 1] for verb, last in LAST.items()}
 """Each verb brings everything before it up to date; what is unchanged is skipped."""

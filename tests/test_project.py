@@ -156,6 +156,7 @@ def test_the_readme_lists_what_is_built_in():
     tables = {
         "student.layers.choose": names_in("distill.student.layers", "CHOICES"),
         "student.mlp.score": names_in("distill.student.importance", "SCORES"),
+        "student.mask.score": names_in("distill.student.masks", "SCORES"),
         "student.mlp.allocate": names_in("distill.student.allocate", "ALLOCATIONS"),
         "data.source": names_in("distill.data.sources", "SOURCES"),
         "data.task": names_in("distill.data.tasks", "TASKS"),

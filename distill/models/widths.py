@@ -106,14 +106,13 @@ def padded(model: Any) -> Any:
     with no_init_weights():  # every tensor is copied below
         wide = type(model)._from_config(config, dtype=model.dtype)
     wide.tie_weights()
-    source = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-    target = {**dict(wide.named_parameters(remove_duplicate=False)), **dict(wide.named_buffers())}
+    source = model.state_dict()
     for mlp, old in zip(all_mlps(wide), mlps, strict=True):
         inside, beside = dict(mlp.layer.named_parameters()), dict(old.layer.named_parameters())
         for name, (axis, parts) in mlp.layout.axes().items():
             if name in inside:
                 _fill(inside[name], beside[name], axis, parts)
-    for name, tensor in target.items():
+    for name, tensor in wide.state_dict().items():
         if tensor.shape == source[name].shape:
             tensor.copy_(source[name])
     if model.can_generate():

@@ -20,6 +20,7 @@ from distill.recipe.checks import CHECKS, View
 from distill.recipe.document import Document, KeyPath, Place, at
 from distill.recipe.explain import validate
 from distill.recipe.locate import teacher_folder
+from distill.recipe.mask_checks import MASK_CHECKS
 from distill.recipe.schema import Recipe
 from distill.recipe.strategies import names_are_known
 from distill.recipe.strict_yaml import read_file, read_text, scalar
@@ -48,7 +49,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     recipe, findings = validate(document)
     reported = {finding.path for finding in findings}
     view = View(document.data, path.absolute().parent)
-    for check in (*CHECKS, *STUDENT_CHECKS, names_are_known):
+    for check in (*CHECKS, *STUDENT_CHECKS, *MASK_CHECKS, names_are_known):
         findings += [finding for finding in check(view) if finding.path not in reported]
     ranked += [document.problem(finding) for finding in document.findings + findings]
     if recipe is None or ranked:

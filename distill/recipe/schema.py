@@ -27,6 +27,7 @@ NonNegative = Annotated[float, Field(ge=0), NotASwitch]
 Fraction = Annotated[float, Field(ge=0, le=1), NotASwitch]
 Format = Literal["uniform", "native", "padded"]
 Params = dict[StrictStr, StrictBool | StrictInt | float | StrictStr]
+Arm = Literal["teacher", "cut", "repaired", "distilled", "labels_only"]
 
 
 class Section(BaseModel):
@@ -64,6 +65,8 @@ class Optimization(Section):
     freeze: list[StrictStr] = []
     """Parameters that do not learn, by shell pattern over their names, e.g. `["*.embeddings.*"]`; they get no optimizer
     state. A pattern that matches nothing is an error."""
+    only: list[StrictStr] = ["*"]
+    """The opposite view: parameters that learn, e.g. `["*.mlp.*"]`; `freeze` is then taken out of them."""
     save_every: Index = 50
     """Publish a checkpoint every so many steps; 0: only at the end."""
 
@@ -130,6 +133,37 @@ class Mlp(Section):
     """Keyword arguments of the score."""
 
 
+class Mask(Section):
+    """Weights of the student's MLPs that become exactly zero and stay so while the others learn."""
+
+    per: Literal["weight", "neuron"] = "weight"
+    """Single weights, or whole neurons: their rows and biases in the first projections and their column in the last."""
+    sparsity: Annotated[float, Field(gt=0, lt=1), NotASwitch] | None = None
+    """Share of each layer's MLP weights (neurons; of each expert's, where there are experts) that becomes zero, rounded
+    down to whole ones. Give `sparsity` or `threshold`."""
+    threshold: Positive | None = None
+    """Zero is what scores below so many times its layer's mean score, zeros included."""
+    score: StrictStr = "magnitude"
+    """How single weights are ranked: a name from `distill.student.masks.SCORES` or `package.module:function`. A neuron
+    has the 2-norm of the scores of its weights."""
+    params: Params = {}
+    """Keyword arguments of the score."""
+    only: list[StrictStr] = ["*"]
+    """Which weights may be chosen, by shell pattern over parameter names of the student, e.g. `["*.down_proj.*"]`.
+    Parameters that `training` keeps frozen are never chosen."""
+    schedule: Literal["one_shot", "cubic"] = "one_shot"
+    """`one_shot`: all at `begin`. `cubic`: from 0 at `begin` to all at `end`, fast at first: 1 - (1 - t)³."""
+    begin: Fraction = 0.0
+    """Share of the training steps after which the masks begin; 0: before the first step."""
+    end: Fraction = 0.75
+    """`cubic`: share of the steps after which nothing more is masked; the rest is for healing."""
+    every: Count = 10
+    """`cubic`: steps between choices."""
+    compact: StrictBool | Literal["uniform"] = False
+    """After training, take out neurons that have no effect any more. true: each layer its own, so that widths may
+    differ; `uniform`: the same number in every layer. Widths are multiples of `mlp.multiple_of`."""
+
+
 class Calibration(Section):
     """The one pass over data that all scores read."""
 
@@ -162,6 +196,31 @@ class Target(Section):
         return "parameters" if self.parameters is not None else "flops" if self.flops is not None else "latency"
 
 
+class Repair(Section):
+    """Corrections of the cut student in closed form over the calibration sample, before it is trained; all are off.
+
+    Each is measured on training examples that are not in the sample.
+    """
+
+    bias: StrictBool = False
+    """Add to the MLP's output bias what the removed neurons gave on average; for families with such a bias."""
+    refit: StrictBool = False
+    """Refit the MLP's output weights of the kept neurons (and the output bias, where there is one) to what all of the
+    teacher's neurons gave."""
+    merge: StrictBool = False
+    """Fit a linear map that makes the MLP before a block of dropped layers stand for the block, too, and multiply it
+    into that MLP's output weights; for families whose MLP output is added to the stream as it is."""
+    ridge: NonNegative = 1e-3
+    """Pulls `refit` and `merge` towards no change; relative to the mean square of what they fit with."""
+    held_out: Count = 256
+    """How many training examples after the calibration sample measure what each step is worth."""
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is anything to do."""
+        return self.bias or self.refit or self.merge
+
+
 class Student(Section):
     """How the student is cut from the teacher."""
 
@@ -171,10 +230,14 @@ class Student(Section):
     """Depth of the encoder of an encoder-decoder; null: all of its layers."""
     mlp: Mlp = Mlp()
     """Width of the MLPs."""
+    mask: Mask | None = None
+    """Zeros in the MLPs that are kept through training; null: none."""
     target: Target | None = None
     """A size to cut to; `mlp.keep` follows from it."""
     calibration: Calibration = Calibration()
-    """Sample that the scores see."""
+    """Sample that the scores and the repair see."""
+    repair: Repair = Repair()
+    """Corrections after the cut, before training."""
 
 
 class Data(Section):
@@ -233,8 +296,9 @@ class Evaluation(Section):
 
     metrics: list[StrictStr] | None = None
     """Names from `distill.evaluation.metrics.METRICS`; null: the task's own."""
-    arms: list[Literal["teacher", "cut", "distilled", "labels_only"]] = ["teacher", "cut", "distilled", "labels_only"]
-    """`cut`: the student before training; `labels_only`: the same student trained as long without teacher."""
+    arms: list[Arm] = ["teacher", "cut", "repaired", "distilled", "labels_only"]
+    """`cut`: the student before repair and training; `repaired`: before training, where `student.repair` asks for
+    anything; `labels_only`: the same student trained as long without teacher."""
     batch_size: Count = 64
     """Examples per forward pass."""
     efficiency: StrictBool = True

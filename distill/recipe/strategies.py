@@ -9,7 +9,7 @@ from typing import Any
 from distill.recipe.checks import View
 from distill.recipe.document import Finding, KeyPath, at
 from distill.recipe.locate import is_path
-from distill.recipe.schema import Layers, Mlp
+from distill.recipe.schema import Layers, Mask, Mlp
 from distill.registry import is_reference, names_in, nearest
 
 KEYS = {"protected": "protect_first"}
@@ -74,6 +74,11 @@ def _choices(view: View) -> Iterator[Choice]:
         yield Choice((*mlp, "score"), score, "score", "distill.student.importance", "SCORES", (*mlp, "params"))
         own_params = (*mlp, "allocate_params")
         yield Choice((*mlp, "allocate"), spread, "allocation", "distill.student.allocate", "ALLOCATIONS", own_params)
+    mask: KeyPath = ("student", "mask")
+    zeros = view.section(mask, Mask)
+    if zeros is not None:
+        name = zeros["score"]
+        yield Choice((*mask, "score"), name, "mask score", "distill.student.masks", "SCORES", (*mask, "params"))
     yield from _losses(view)
     source: KeyPath = ("data", "source")
     name = at(view.data, source)

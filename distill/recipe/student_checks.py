@@ -7,7 +7,7 @@ from typing import Any
 
 from distill.recipe.checks import View, count, defaults, indices, number
 from distill.recipe.document import Finding, KeyPath, at
-from distill.recipe.schema import Calibration, Layers, Mlp, Release, Target
+from distill.recipe.schema import Calibration, Evaluation, Layers, Mlp, Release, Repair, Target
 from distill.registry import literal_in, names_in
 
 MLP: KeyPath = ("student", "mlp")
@@ -225,6 +225,32 @@ def needs_are_collected(view: View) -> Iterator[Finding]:
         yield Finding(("student", "calibration", need), message, "remove it, or choose another score")
 
 
+def repair_has_work(view: View) -> Iterator[Finding]:
+    """Each step of the repair has something to put right, its settings a step, and its arm a repaired student."""
+    path: KeyPath = ("student", "repair")
+    repair, mlp = view.section(path, Repair), view.section(MLP, Mlp)
+    if repair is None or mlp is None:
+        return
+    asked = [name for name in ("bias", "refit", "merge") if repair[name] is True]
+    for key, steps in (("ridge", ("refit", "merge")), ("held_out", ("bias", "refit", "merge"))):
+        if repair[key] != defaults(Repair)[key] and not set(steps) & set(asked):
+            fix = f"remove it, or set {' or '.join(steps)} to true"
+            yield Finding((*path, key), "has no effect: no step is asked for that uses it", fix, at="key")
+    whole = type(mlp["keep"]) is float and mlp["keep"] == 1.0 and mlp["allocate"] != "threshold"
+    whole = whole and at(view.data, ("student", "target")) is None
+    for name in {"bias", "refit"} & set(asked) if whole else ():
+        message = "has no effect: student.mlp.keep is 1.0, so no neuron is removed"
+        yield Finding((*path, name), message, "remove it, or keep less", at="key")
+    keep = at(view.data, ("student", "layers", "keep"))
+    if "merge" in asked and view.layers and (count(keep) or len(indices(keep) or ())) == view.layers:
+        message = "has no effect: student.layers.keep drops no layer"
+        yield Finding((*path, "merge"), message, "remove it, or keep fewer layers", at="key")
+    arms = at(view.data, ("evaluation", "arms"))
+    if isinstance(arms, list) and "repaired" in arms and arms != defaults(Evaluation)["arms"] and not asked:
+        message = "nothing is repaired"
+        yield Finding(("evaluation", "arms", arms.index("repaired")), message, "remove it, or ask for student.repair")
+
+
 STUDENT_CHECKS: list[Callable[[View], Iterable[Finding]]] = [
     layers_exist,
     encoder_is_there,
@@ -235,4 +261,5 @@ STUDENT_CHECKS: list[Callable[[View], Iterable[Finding]]] = [
     threshold_is_told,
     target_is_one_number,
     needs_are_collected,
+    repair_has_work,
 ]

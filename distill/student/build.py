@@ -69,8 +69,8 @@ def student_config(teacher: Any, plan: StudentPlan) -> Any:
 
 
 def _copy_cut(teacher: Any, student: Any, plan: StudentPlan) -> None:
-    source = {**dict(teacher.named_parameters(remove_duplicate=False)), **dict(teacher.named_buffers())}
-    target = {**dict(student.named_parameters(remove_duplicate=False)), **dict(student.named_buffers())}
+    # What is saved, and no more: other buffers (rotary frequencies) are built, and the teacher's may have been rounded.
+    source, target = teacher.state_dict(), student.state_dict()
     layout = layout_of(student)
     for side in layout.sides:
         prefix, mlps = layers_prefix(student, side) + ".", mlps_of(student, side)

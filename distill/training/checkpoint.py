@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from distill.rundir import fsync_folder, sha256_of, write_text
 
 KEEP = 2
 MANIFEST = "MANIFEST.json"
+CONSTRAINT = "constraint.safetensors"
 
 
 @dataclass
@@ -47,6 +48,7 @@ def save(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     identity: str,
+    constraint: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Publish `folder/step-XXXXXXXX`; keeps the newest two of this training, and never touches those of another.
 
@@ -56,6 +58,7 @@ def save(
         model: The unwrapped module; its tied tensors are stored once.
         optimizer: The unwrapped optimizer.
         identity: Fingerprint of what is being trained; a start with another one ignores this checkpoint.
+        constraint: The tensors of what is held to after every step, e.g. masks.
     """
     final = folder / f"step-{state.step:08d}"
     temporary = folder / f".tmp-{final.name}"
@@ -64,6 +67,8 @@ def save(
     weights = {name: tensor.contiguous() for name, tensor in _own_tensors(model).items()}
     save_file(weights, temporary / "model.safetensors")
     save_file(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
+    if constraint:
+        save_file(dict(constraint), temporary / CONSTRAINT)
     write_text(temporary / "state.json", json.dumps({"identity": identity, **asdict(state)}, indent=1))
     sums = {file.name: sha256_of(file) for file in sorted(temporary.iterdir())}
     for name in sums:
@@ -117,7 +122,7 @@ def fault_of(checkpoint: Path, identity: str) -> str | None:
     """Why a checkpoint cannot be used, or None."""
     try:
         sums = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-        for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
+        for name in dict.fromkeys(("model.safetensors", "optimizer.safetensors", "state.json", *sums)):
             if sha256_of(checkpoint / name) != sums[name]:
                 return f"{name} does not match its checksum"
         found = _identity_of(checkpoint)
@@ -152,6 +157,12 @@ def load_weights(checkpoint: Path, model: nn.Module) -> None:
     with torch.no_grad():
         for name, tensor in expected.items():
             tensor.copy_(tensors[name])
+
+
+def load_constraint(checkpoint: Path) -> dict[str, Tensor]:
+    """The tensors that were saved as `constraint`; none when there were none."""
+    file = checkpoint / CONSTRAINT
+    return load_file(file) if file.exists() else {}
 
 
 def _own_tensors(model: nn.Module) -> dict[str, Tensor]:

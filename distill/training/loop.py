@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from distill.rundir import TrainDir
 from distill.training import checkpoint
 from distill.training.checkpoint import TrainState
 from distill.training.guards import StopSignals
-from distill.training.model import DistillModel, Loss
+from distill.training.model import Constraint, DistillModel, Loss
 from distill.training.schedule import lr_factor
 from distill.training.setup import Batches, freeze, horizon, make_optimizer
 from distill.training.tracking import Tracker
@@ -46,6 +47,8 @@ class Job:
     """Steps between records."""
     evaluate_every: int = 0
     """Steps between evaluations; 0: only after the last step."""
+    constraint: Constraint | None = None
+    """What must hold of the weights after every step."""
 
 
 class Window:
@@ -97,14 +100,14 @@ def train(
     """
     torch.manual_seed(job.seed)
     steps = horizon(job.spec, batches)
-    freeze(student, job.spec.freeze)
+    freeze(student, job.spec.freeze, job.spec.only)
     wrapper = DistillModel(student, objective).train()
     optimizer = make_optimizer(wrapper, job.spec)
     # Read before wrapping: DDP then spreads what every process has read from the same files anyway.
     found = checkpoint.newest_valid(job.folder.checkpoints, job.identity, say)
     accelerator.wait_for_everyone()
     model, prepared = accelerator.prepare(wrapper, optimizer)
-    state = TrainState() if found is None else checkpoint.load(found, wrapper, optimizer)
+    state = _start(job, found, wrapper, optimizer)
     if found is not None:
         say(f"{job.title}: continuing after step {state.step} of {steps} ({found.name})")
     with (
@@ -129,6 +132,17 @@ def train(
     wrapper.eval()
     accelerator.free_memory()
     return state
+
+
+def _start(job: Job, found: Path | None, wrapper: DistillModel, optimizer: torch.optim.Optimizer) -> TrainState:
+    """Where training stands: at a checkpoint, whose tensors are put in place, or before the first step."""
+    if found is None:
+        if job.constraint:
+            job.constraint.after_step(0)
+        return TrainState()
+    if job.constraint:
+        job.constraint.load(checkpoint.load_constraint(found))
+    return checkpoint.load(found, wrapper, optimizer)
 
 
 @dataclass
@@ -162,6 +176,8 @@ class _Run:
             stopping = self.step(numbered, window)
             state.step += 1
             state.examples += self.batches.batch_size
+            if job.constraint:
+                job.constraint.after_step(state.step)
             self.tracker.advance(state.step)
             final = state.step == self.steps
             saving = final or stopping or _due(job.spec.save_every, state.step)
@@ -203,6 +219,8 @@ class _Run:
             with accelerator.accumulate(self.model):
                 loss, sums = self.model(batch, self.teacher(batch) if self.teacher else None, counts)
                 accelerator.backward(loss * scale)
+                if accelerator.sync_gradients and self.job.constraint:
+                    self.job.constraint.before_step()
                 if accelerator.sync_gradients and self.job.spec.max_grad_norm:
                     norm = accelerator.clip_grad_norm_(self.model.parameters(), self.job.spec.max_grad_norm)
                     window.grad_norm = norm.detach()
@@ -224,6 +242,7 @@ class _Run:
             "epoch": round(self.batches.epoch_at(self.state.step), 4),
             "lr": rate,
             **figures,
+            **(self.job.constraint.figures() if self.job.constraint else {}),
             "examples_per_s": round(window.steps * self.batches.batch_size / max(seconds, 1e-9), 2),
         }
         if not np.isfinite(figures["loss"]):
@@ -245,7 +264,9 @@ class _Run:
     def save(self) -> None:
         """Publish a checkpoint from the main process."""
         if self.accelerator.is_main_process:
-            checkpoint.save(self.job.folder.checkpoints, self.state, self.wrapper, self.optimizer, self.job.identity)
+            held = self.job.constraint.tensors() if self.job.constraint else {}
+            folder, identity = self.job.folder.checkpoints, self.job.identity
+            checkpoint.save(folder, self.state, self.wrapper, self.optimizer, identity, held)
         self.accelerator.wait_for_everyone()
 
 

@@ -6,7 +6,7 @@ silently skip the all-reduce.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -31,6 +31,25 @@ class Loss(Protocol):
         self, student: Outputs, teacher: Outputs | None, batch: Batch, counts: Tensor
     ) -> tuple[Tensor, Tensor]:
         """(loss [], sums [terms]) given the counts of the whole optimizer step."""
+
+
+class Constraint(Protocol):
+    """What must hold of the weights after every optimizer step, e.g. masks (`distill.student.masks.Masks`)."""
+
+    def before_step(self) -> None:
+        """The gradients are complete and not clipped yet."""
+
+    def after_step(self, step: int) -> None:
+        """So many optimizer steps are done; called with 0 before the first."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint has to hold of it."""
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Continue from what `tensors` gave; called instead of `after_step(0)`."""
+
+    def figures(self) -> dict[str, float]:
+        """For the log."""
 
 
 class DistillModel(nn.Module):

@@ -81,17 +81,23 @@ def make_optimizer(model: nn.Module, spec: Optimization) -> torch.optim.AdamW:
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=spec.lr, betas=spec.betas, fused=True)
 
 
-def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Let exactly the parameters learn whose name matches none of the shell patterns.
+def freeze(model: nn.Module, patterns: Sequence[str], only: Sequence[str] = ("*",)) -> None:
+    """Let exactly the parameters learn whose name matches one of `only` and none of `patterns`, all shell patterns.
 
     Raises:
         InputError: A pattern matches no parameter, or nothing is left to learn.
     """
     names = [name for name, _ in model.named_parameters()]
-    for pattern in patterns:
-        if not fnmatch.filter(names, pattern):
-            raise InputError(f"freeze: {pattern!r} matches no parameter; there are e.g. {', '.join(names[:3])}")
+    for key, own in (("freeze", patterns), ("only", only)):
+        for pattern in own:
+            if not fnmatch.filter(names, pattern):
+                raise InputError(f"{key}: {pattern!r} matches no parameter; there are e.g. {', '.join(names[:3])}")
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
+        parameter.requires_grad_(_matches(name, only) and not _matches(name, patterns))
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise InputError(f"freeze: {list(patterns)} leaves no parameter that learns")
+        kept = "" if list(only) == ["*"] else f" with only: {list(only)}"
+        raise InputError(f"freeze: {list(patterns)}{kept} leaves no parameter that learns")
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

@@ -121,6 +121,27 @@ WRONG_VALUES = [
     Bad("{license: apache-2.0}", "", 24, "release", "a section with the keys format got null"),
 ]
 
+
+def _mask(given: str, line_key: str, words: str) -> Bad:
+    return Bad("multiple_of: 64}", f"multiple_of: 64}}\n  mask: {{{given}}}", 9, f"student.mask{line_key}", words)
+
+
+MASKS = [
+    _mask("per: neuron", "", "neither sparsity nor threshold is given add one"),
+    _mask("sparsity: 0.5, threshold: 1", ".threshold", "both given remove one"),
+    _mask("sparsity: 1.0", ".sparsity", "above 0 and below 1 got the number 1.0"),
+    _mask("sparsity: 0.5, per: neurons", ".per", "one of weight, neuron did you mean 'neuron'"),
+    _mask("threshold: 0.5, score: random", ".threshold", "no meaning with score: random give sparsity"),
+    _mask("sparsity: 0.5, every: 5", ".every", "no effect with schedule: one_shot schedule: cubic"),
+    _mask("sparsity: 0.5, end: 0.5", ".end", "no effect with schedule: one_shot"),
+    _mask("sparsity: 0.5, schedule: cubic, begin: 0.8", ".begin", "0.8 of the steps 0.75 begin before"),
+    _mask("sparsity: 0.5, begin: 40", ".begin", "at most 1 got the number 40"),
+    _mask("sparsity: 0.5, compact: true", ".compact", "release.format uniform write compact: uniform"),
+    _mask("sparsity: 0.5, compact: unifrom", ".compact", "true or false or uniform did you mean 'uniform'"),
+    _mask("sparsity: 0.5, score: magnitudes", ".score", "unknown mask score did you mean 'magnitude'"),
+    _mask("sparsity: 0.5, score: random, params: {sed: 1}", ".params.sed", "did you mean 'seed'"),
+]
+
 CROSS_CHECKS = [
     Bad("./teacher", "./teachr", 4, "teacher.model", "there is no folder"),
     Bad("./teacher", "./empty", 4, "teacher.model", "config.json No such file"),
@@ -150,6 +171,27 @@ CROSS_CHECKS = [
     Bad("keep: 0.5", "keep: 1600", 8, "student.mlp.keep", "1600 neurons, the teacher's MLP has 1536"),
     Bad("keep: 0.5", "keep: 63", 8, "student.mlp.keep", "63 of 1536 multiple of 64 leaves none at least 64"),
     Bad("keep: 0.5", "keep: 0.01", 8, "student.mlp.keep", "15 of 1536 leaves none lower multiple_of"),
+    Bad(
+        "multiple_of: 64}",
+        "multiple_of: 64}\n  repair: {ridge: 0}",
+        9,
+        "student.repair.ridge",
+        "no effect refit or merge",
+    ),
+    Bad(
+        "multiple_of: 64}", "multiple_of: 64}\n  repair: {held_out: 9}", 9, "student.repair.held_out", "no effect bias"
+    ),
+    Bad(
+        "keep: 0.5, score: activation, multiple_of: 64}",
+        "keep: 1.0}\n  repair: {refit: true}",
+        9,
+        "student.repair.refit",
+        "no effect no neuron is removed",
+    ),
+    Bad(
+        "keep: 3, choose: even}", "keep: 6}\n  repair: {merge: true}", 8, "student.repair.merge", "drops no layer fewer"
+    ),
+    Bad("[teacher, cut,", "[teacher, repaired,", 23, "evaluation.arms.1", "nothing is repaired ask for student.repair"),
     Bad("weight: 0.3}", "weight: 0.3, loss: jsd}", 14, "losses.0.loss", "no effect with match: labels match: logits"),
     Bad("weight: 0.3}", "temperature: 2}", 14, "losses.0.temperature", "no effect with match: labels"),
     Bad("weight: 0.3}", "map: last}", 14, "losses.0.map", "no effect with match: labels match: hidden"),
@@ -161,6 +203,7 @@ CROSS_CHECKS = [
     Bad("map: plan", "map: [[0, 6]]", 16, "losses.2.map.0", "the teacher has no layer 6 0 to 5"),
     Bad("map: plan", "map: [[0, 1], [0, 1]]", 16, "losses.2.map.1", "listed twice"),
     Bad("labelled: 160", "text: body", 12, "data.text", "only files have columns"),
+    *MASKS,
     Bad("[teacher, cut,", "[teacher, teacher,", 23, "evaluation.arms.1", "teacher is listed twice"),
     Bad("f1_macro]", "accuracy]", 22, "evaluation.metrics.1", "accuracy is listed twice"),
 ]
