@@ -144,7 +144,7 @@ def layer_widths(
         got = _granules(_fitted(wanted, floors, widest, sum(asked)), widest, mlp.multiple_of, sum(asked))
     elif mlp.allocate == "threshold":
         sizes = zip(wanted, widest, floors, strict=True)
-        got = [max(least, _down(own, size, mlp.multiple_of)) for own, size, least in sizes]
+        got = [max(least, rounded_down(own, size, mlp.multiple_of)) for own, size, least in sizes]
     else:
         got = [_exactly(own, size, mlp) for own, size in zip(wanted, widest, strict=True)]
     chosen = dict(zip(free, got, strict=True))
@@ -170,7 +170,8 @@ def _asked(keep: int | float, full: int) -> float:
     return float(keep)
 
 
-def _down(wanted: float, full: int, multiple: int) -> int:
+def rounded_down(wanted: float, full: int, multiple: int) -> int:
+    """The largest width of at most `wanted` neurons that is a multiple, or the teacher's width."""
     whole = int(wanted + EXACT)
     return full if whole >= full else whole - whole % multiple
 
@@ -183,7 +184,7 @@ def floor_width(mlp: Mlp, full: int) -> int:
 
 def _exactly(wanted: float, full: int, mlp: Mlp) -> int:
     """What was asked for one layer, or an error where it cannot be had."""
-    width, least, asked = _down(wanted, full, mlp.multiple_of), floor_width(mlp, full), int(wanted + EXACT)
+    width, least, asked = rounded_down(wanted, full, mlp.multiple_of), floor_width(mlp, full), int(wanted + EXACT)
     if width == 0:
         raise InputError(
             f"student.mlp.keep: {asked} of {full} neurons rounds down to 0 with multiple_of {mlp.multiple_of}; "
@@ -214,7 +215,7 @@ def _fitted(wanted: list[float], floors: list[int], full: list[int], budget: flo
 
 
 def _granules(wanted: list[float], full: list[int], multiple: int, budget: float) -> list[int]:
-    widths = [_down(own, size, multiple) for own, size in zip(wanted, full, strict=True)]
+    widths = [rounded_down(own, size, multiple) for own, size in zip(wanted, full, strict=True)]
     left = int(budget + EXACT) - sum(widths)
     while True:
         steps = [min(multiple, size - width) for size, width in zip(full, widths, strict=True)]

@@ -15,7 +15,7 @@ from distill.models.mlp import Mlp, mlps_of
 from distill.models.plan import Choice
 from distill.recipe.schema import Layers, Student, Target
 from distill.recipe.schema import Mlp as MlpSpec
-from distill.student.allocate import SHARES_BUDGET, floor_width
+from distill.student.allocate import SHARES_BUDGET, floor_width, rounded_down
 
 Place = tuple[Side, int]
 """A layer of the teacher."""
@@ -100,23 +100,23 @@ def check_target(model: Any, spec: Student) -> None:
     low = high = costs.fixed
     for side in layout_of(model).sides:
         own = {index: layer for (stack, index), layer in costs.layers.items() if stack == side}
-        layers = spec.layers if side == "main" else spec.encoder_layers
-        whole = set(spec.mlp.protect) if side == "main" else set()
-        least = {
-            index: layer.at(layer.width if index in whole else floor_width(spec.mlp, layer.width))
-            for index, layer in own.items()
+        whole = spec.mlp.protect if side == "main" else []
+        floors = {
+            index: layer.width if index in whole else floor_width(spec.mlp, layer.width) for index, layer in own.items()
         }
-        low += sum(_smallest(least, layers))
-        high += sum(_smallest({index: -layer.whole for index, layer in own.items()}, layers), start=0.0) * -1
+        layers = spec.layers if side == "main" else spec.encoder_layers
+        low += sum(_kept({index: layer.at(floors[index]) for index, layer in own.items()}, layers))
+        high += sum(_kept({index: layer.whole for index, layer in own.items()}, layers, dearest=True))
     _refuse_outside(target, _asked(target, costs.total), low, high, costs.total)
 
 
-def _smallest(costs: dict[int, float], layers: Layers | None) -> list[float]:
+def _kept(costs: dict[int, float], layers: Layers | None, dearest: bool = False) -> list[float]:
+    """Costs of the layers that are kept; where a policy will choose them, of the cheapest or dearest."""
     if layers is None:
         return list(costs.values())
     if isinstance(layers.keep, list):
         return [costs[index] for index in layers.keep if index in costs]
-    return sorted(costs.values())[: layers.keep]
+    return sorted(costs.values(), reverse=dearest)[: layers.keep]
 
 
 def shares(mlp: MlpSpec, widths: Sequence[int]) -> list[float]:
@@ -129,13 +129,8 @@ def shares(mlp: MlpSpec, widths: Sequence[int]) -> list[float]:
     found = {min(size, width) / width for width in widths for size in range(multiple, width + multiple, multiple)}
     pairs = list(zip(widths, floors, strict=True))
     return sorted(
-        share for share in found if all(_rounded(share * width, width, multiple) >= at for width, at in pairs)
+        share for share in found if all(rounded_down(share * width, width, multiple) >= at for width, at in pairs)
     )
-
-
-def _rounded(wanted: float, full: int, multiple: int) -> int:
-    whole = int(wanted + 1e-9)
-    return full if whole >= full else whole - whole % multiple
 
 
 def solve(target: Target, total: float, steps: Sequence[float], cost: Callable[[float], float]) -> tuple[float, Choice]:
