@@ -192,10 +192,12 @@ def _train_arm(session: Session, job: Job, terms: Sequence[Term], result: Path) 
     decided = StudentPlan.load(session.run.plan)
     maps = partial(layer_map, plan=decided, student_layers=len(decided.layers), teacher_layers=decided.teacher_layers)
     objective = Objective(terms, session.corpus.task.head, maps, _vocabulary(session))
-    teacher = None
+    teacher, model = None, session.load(session.run.student)
     if objective.needs_teacher:
         teacher = OnlineTeacher(session.load(session.teacher), objective.teacher, processes().device)
-    model = session.load(session.run.student)
+        objective.project(model.config.hidden_size, teacher.model.config.hidden_size)
+        for each in (model, teacher.model) if objective.student.attention else ():
+            each.set_attn_implementation("eager")  # the only one that keeps the probabilities
     _train(session, job, model, objective, teacher)
     _save_model(session, model, result)
 

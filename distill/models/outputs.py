@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -54,19 +55,24 @@ class Outputs:
     head: OutputHead | None = None
     attention: dict[int, Tensor] = field(default_factory=dict)
     """Layer index -> attention probabilities [B, H, L, L]."""
-    relations: dict[int, dict[int, Tensor]] = field(default_factory=dict)
-    """Layer index -> queries (0), keys (1) and values (2), [B, L, D'] each."""
+    relations: dict[int, list[Tensor]] = field(default_factory=dict)
+    """Layer index -> queries, keys and values, [B, L, D'] each."""
 
 
 def run(model: Any, batch: Batch, wanted: Wanted) -> Outputs:
     """One forward pass of a transformers model."""
     head = output_head(model) if wanted.stop_at_head else None
     inputs = {name: batch[name] for name in READ if name in batch}
+    if "position_ids" in inputs:
+        # Packed: transformers tells documents apart by positions that start anew, and only where there is no mask.
+        del inputs["attention_mask"]
+    # Keys and values are for generation; with a cache transformers would not look for documents either.
+    options = {"use_cache": False} if "use_cache" in signature(model.forward).parameters else {}
     with captured(model, wanted) as found:
         if head is None:
-            return replace(found, logits=_logits(model(**inputs)))
+            return replace(found, logits=_logits(model(**inputs, **options)))
         with stopped_at_head(model) as read:
-            model(**inputs)
+            model(**inputs, **options)
     return replace(found, last=read[0], head=head)
 
 
@@ -107,7 +113,7 @@ def captured(model: Any, wanted: Wanted) -> Iterator[Outputs]:
     for layer in wanted.attention:
         handles.append(watch_maps(model, layer, partial(found.attention.__setitem__, layer)))
     for layer in wanted.relations:
-        handles += watch_projections(model, layer, found.relations.setdefault(layer, {}).__setitem__)
+        handles += watch_projections(model, layer, found.relations.setdefault(layer, [torch.empty(0)] * 3).__setitem__)
     try:
         yield found
     finally:
