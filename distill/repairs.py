@@ -12,7 +12,7 @@ from distill.data import collate
 from distill.errors import InputError
 from distill.losses import Objective
 from distill.models.load import hollow_model
-from distill.models.outputs import Batch, Outputs
+from distill.models.outputs import Batch, run
 from distill.models.plan import StudentPlan
 from distill.recipe.schema import Term
 from distill.session import Session
@@ -46,14 +46,13 @@ def repaired(session: Session) -> tuple[Any, dict[str, Any]]:
     """The repaired student, on the CPU, and what was found out about each step, as JSON."""
     spec, corpus, device = session.recipe.student, session.corpus, processes().device
     decided = StudentPlan.load(session.run.plan)
-    teacher = OnlineTeacher(session.load(session.teacher), (), device)
     student = session.load(session.run.student).to(device)
     end = spec.calibration.examples + spec.repair.held_out
     held_out = range(spec.calibration.examples, min(end, len(corpus.train)))
-    worth = Worth(session, teacher, held_out)
+    worth = Worth(session, session.load(session.teacher), held_out)
     steps: list[dict[str, Any]] = [{"name": "cut", "layers": [], "notes": [], "held_out": worth(student)}]
     sample = _batches(session, range(spec.calibration.examples), spec.calibration.batch_size)
-    for step in repair_student(teacher.model, student, decided, sample, spec.repair):
+    for step in repair_student(worth.teacher.model, student, decided, sample, spec.repair):
         steps.append(_record(step) | {"held_out": worth(student)})
         session.say(_line(steps[-1], steps[-2]))
     found = {
@@ -68,10 +67,10 @@ def repaired(session: Session) -> tuple[Any, dict[str, Any]]:
 class Worth:
     """Task loss and KL to the teacher on training examples outside the calibration sample."""
 
-    def __init__(self, session: Session, teacher: OnlineTeacher, examples: range):
-        self.teacher = teacher
+    def __init__(self, session: Session, teacher: Any, examples: range):
         self.batches = _batches(session, examples, session.recipe.evaluation.batch_size)
         self.objective = Objective(WORTH, session.corpus.task.head, None, session.vocabulary)
+        self.teacher = OnlineTeacher(teacher, self.objective.teacher, processes().device)
 
     @cached_property
     def counts(self) -> torch.Tensor:
@@ -84,8 +83,8 @@ class Worth:
         sums = torch.zeros(len(WORTH), dtype=torch.float64)
         for cpu_batch in self.batches:
             batch = {name: tensor.to(student.device) for name, tensor in cpu_batch.items()}
-            logits = student(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-            _, parts = self.objective(Outputs(logits), self.teacher(batch), batch, self.counts)
+            outputs = run(student, batch, self.objective.student)
+            _, parts = self.objective(outputs, self.teacher(batch), batch, self.counts)
             sums += parts.double().cpu()
         values = (sums / self.counts).tolist()  # 0 / 0 is NaN: nothing has a label
         return {

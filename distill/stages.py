@@ -25,6 +25,7 @@ from distill.losses import Objective, label_loss, layer_map
 from distill.masking import compact_trained, mask_untrained, masks_for, sparsity_table
 from distill.models.layout import layers_of
 from distill.models.load import load_model, random_model
+from distill.models.outputs import Wanted
 from distill.models.plan import StudentPlan
 from distill.provenance import (
     build_inputs,
@@ -125,8 +126,7 @@ def distil(session: Session) -> None:
 
 def train_control(session: Session) -> None:
     """Train the same student for the same steps on labels alone: what distillation has to beat."""
-    recipe, arm = session.recipe, "labels_only"
-    spec = recipe.training
+    recipe, arm, spec = session.recipe, "labels_only", session.recipe.training
     if spec.steps is None:  # fewer examples carry a label, so the same epochs would be fewer steps
         spec = spec.model_copy(update={"epochs": None, "steps": _steps(session, spec)})
     inputs = identity(control_inputs(session))
@@ -137,7 +137,7 @@ def train_control(session: Session) -> None:
 def evaluate(session: Session) -> None:
     """Measure all arms on the held-out split, and teacher and student against the clock."""
     recipe, corpus = session.recipe, session.corpus
-    teacher = OnlineTeacher(session.load(session.teacher), (), processes().device)
+    teacher = OnlineTeacher(session.load(session.teacher), Wanted(stop_at_head=True), processes().device)
     rows, horizon = [], _steps(session, recipe.training)
     for arm in session.arms:
         model = session.load(session.arm_folder(arm)).to(teacher.model.device)
@@ -200,10 +200,12 @@ def _train_arm(session: Session, job: Job, terms: Sequence[Term], result: Path) 
     decided = StudentPlan.load(session.run.plan)
     maps = partial(layer_map, plan=decided, student_layers=len(decided.layers), teacher_layers=decided.teacher_layers)
     objective = Objective(terms, session.corpus.task.head, maps, session.vocabulary)
-    teacher = None
+    teacher, model = None, session.load(session.start)
     if objective.needs_teacher:
-        teacher = OnlineTeacher(session.load(session.teacher), objective.teacher_layers, processes().device)
-    model = session.load(session.start)
+        teacher = OnlineTeacher(session.load(session.teacher), objective.teacher, processes().device)
+        objective.project(model.config.hidden_size, teacher.model.config.hidden_size)
+        for each in (model, teacher.model) if objective.student.attention else ():
+            each.set_attn_implementation("eager")  # the only one that keeps the probabilities
     job = replace(job, constraint=masks_for(session.recipe, model, _steps(session, session.recipe.training)))
     _train(session, job, model, objective, teacher)
     compact_trained(session.recipe, model, session.say)

@@ -22,10 +22,10 @@ from tiny import tiny_batch, tiny_model, tiny_project
 
 import distill
 from distill.cli import app, main
-from distill.losses import HIDDEN, LOGITS, Objective, layer_map
-from distill.models.layout import LAYOUTS, layers_of
+from distill.losses import ATTENTION, HIDDEN, LOGITS, RELATION, Objective, layer_map
+from distill.models.layout import LAYOUTS
 from distill.models.load import load_tokenizer
-from distill.models.outputs import Outputs, captured
+from distill.models.outputs import run
 from distill.recipe import load_recipe
 from distill.recipe.schema import Student, Term
 from distill.registry import names_in
@@ -162,6 +162,8 @@ def test_the_readme_lists_what_is_built_in():
         "data.task": names_in("distill.data.tasks", "TASKS"),
         "loss` with `match: logits": LOGITS,
         "loss` with `match: hidden": HIDDEN,
+        "loss` with `match: attention": ATTENTION,
+        "loss` with `match: relations": RELATION,
         "evaluation.metrics": names_in("distill.evaluation.metrics", "METRICS"),
     }
     for key, names in tables.items():
@@ -223,10 +225,9 @@ def test_the_loss_in_the_readme_trains_a_student(readme_modules):
     term = Term(match="hidden", loss="my_losses:huber", params={"delta": 0.5})
     objective = Objective([term], "sequence", maps)
     student, batch = build_student(teacher, plan), tiny_batch()
-    with captured(layers_of(student), objective.student_layers) as hidden:
-        own = Outputs(student(**batch).logits, hidden)
-    with torch.no_grad(), captured(layers_of(teacher), objective.teacher_layers) as hidden:
-        target = Outputs(teacher(**batch).logits, hidden)
+    own = run(student, batch, objective.student)
+    with torch.no_grad():
+        target = run(teacher, batch, objective.teacher)
     batch["labels"] = torch.zeros(3, dtype=torch.int64)
     loss, _ = objective(own, target, batch, objective.counts([batch]))
     loss.backward()
@@ -245,7 +246,7 @@ def test_public_names():
         _ = distill.load_models
     assert set(LOGITS) == {
         "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "symmetric_kl", "total_variation",
-        "soft_cross_entropy", "logit_mse",
+        "soft_cross_entropy", "logit_mse", "adaptive_kl",
     }  # fmt: skip
     assert set(HIDDEN) == {"mse", "cosine", "normalized_mse", "relative_mse"}
 

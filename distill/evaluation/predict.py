@@ -6,17 +6,18 @@ B examples, L positions, N valid positions, V classes or vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from distill.losses import LOGITS
-from distill.models.outputs import Batch, Outputs
+from distill.losses import HEADS, LOGITS
+from distill.losses.chunked import Side, chunks
+from distill.losses.heads import UNLABELLED, Head
+from distill.models.outputs import Batch, Outputs, Wanted, run
 
-UNLABELLED = -100
 Columns = dict[str, np.ndarray]
 
 
@@ -24,7 +25,7 @@ Columns = dict[str, np.ndarray]
 def predict(
     model: Any,
     batches: Iterable[Batch],
-    head: Literal["sequence", "next_token"],
+    head: str,
     teacher: Callable[[Batch], Outputs] | None = None,
 ) -> Columns:
     """Columns that the metrics read, one entry per labelled position.
@@ -32,45 +33,49 @@ def predict(
     Args:
         model: A transformers model; must be in eval mode.
         batches: Batches with labels.
-        head: Whether logits are [B, V] or [B, L, V] with position t predicting token t + 1.
+        head: The kind of head, a name from `distill.losses.HEADS`.
         teacher: Where the divergence from the teacher is wanted.
 
     Returns:
         `predictions`, `references`, `nll`, `tokens` (ones), `correct`; with a teacher also `teacher_predictions`,
         `kl_sum` (KL(teacher || model) in nats) and `positions` (ones).
     """
-    device = next(model.parameters()).device
+    kind, device = HEADS[head], next(model.parameters()).device
     pieces: list[dict[str, Tensor]] = []
     for cpu_batch in batches:
         batch = {name: tensor.to(device) for name, tensor in cpu_batch.items()}
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        mask, labels = _labelled(batch["labels"], head)
-        rows_NV = _predicting(logits, head)[mask].float()
-        predicted = rows_NV.argmax(dim=-1)
-        piece = {
-            "predictions": predicted,
-            "references": labels,
-            "nll": functional.cross_entropy(rows_NV, labels, reduction="none"),
-            "tokens": torch.ones_like(labels),
-            "correct": (predicted == labels).long(),
-        }
-        if teacher is not None:
-            teacher_NV = _predicting(teacher(batch).logits, head)[mask].float()
-            piece["teacher_predictions"] = teacher_NV.argmax(dim=-1)
-            piece["kl_sum"] = LOGITS["forward_kl"](rows_NV, teacher_NV)
-            piece["positions"] = torch.ones_like(labels)
-        pieces.append({name: values.cpu() for name, values in piece.items()})
+        labels = kind.labels(batch)
+        mask = labels != UNLABELLED
+        outputs = [run(model, batch, Wanted(stop_at_head=True)), *([teacher(batch)] if teacher else [])]
+        sides = [_selected(side, kind, batch, mask) for side in outputs]
+        for part, logits in chunks(sides):
+            piece = _columns(labels[mask][part], *logits)
+            pieces.append({name: values.cpu() for name, values in piece.items()})
     return {name: torch.cat([piece[name] for piece in pieces]).numpy() for name in pieces[0]} if pieces else {}
 
 
-def _labelled(labels: Tensor, head: str) -> tuple[Tensor, Tensor]:
-    shifted = labels[:, 1:] if head == "next_token" else labels
-    mask = shifted != UNLABELLED
-    return mask, shifted[mask]
+def _selected(outputs: Outputs, kind: Head, batch: Batch, mask: Tensor) -> Tensor | Side:
+    """The labelled positions: their logits [N, V], or what logits are made from."""
+    if outputs.logits is not None:
+        return kind.predictions(outputs.logits, batch)[mask]
+    assert outputs.last is not None and outputs.head is not None
+    return Side(kind.predictions(outputs.last, batch)[mask], outputs.head)
 
 
-def _predicting(logits: Tensor, head: str) -> Tensor:
-    return logits[:, :-1] if head == "next_token" else logits
+def _columns(labels: Tensor, logits: Tensor, teacher_logits: Tensor | None = None) -> dict[str, Tensor]:
+    predicted = logits.argmax(dim=-1)
+    columns = {
+        "predictions": predicted,
+        "references": labels,
+        "nll": functional.cross_entropy(logits.float(), labels, reduction="none"),
+        "tokens": torch.ones_like(labels),
+        "correct": (predicted == labels).long(),
+    }
+    if teacher_logits is not None:
+        columns["teacher_predictions"] = teacher_logits.argmax(dim=-1)
+        columns["kl_sum"] = LOGITS["forward_kl"](logits, teacher_logits)
+        columns["positions"] = torch.ones_like(labels)
+    return columns
 
 
 def gathered(columns: Columns, gather: Callable[[list[Columns]], list[Columns]]) -> Columns:

@@ -19,10 +19,24 @@ no temperature², no weight. A loss for everybody is the same function with a ro
 `logits.py` or `hidden.py`; the shared tests then cover it, and ask for a number derived by hand.
 """
 
+from distill.losses.align import TopK
+from distill.losses.heads import HEADS
 from distill.losses.hidden import HIDDEN
 from distill.losses.labels import label_loss
 from distill.losses.logits import LOGITS
 from distill.losses.mapping import LayerMap, layer_map
 from distill.losses.objective import Objective
+from distill.losses.relation import ATTENTION, RELATION
 
-__all__ = ["HIDDEN", "LOGITS", "LayerMap", "Objective", "label_loss", "layer_map"]
+__all__ = [
+    "ATTENTION",
+    "HEADS",
+    "HIDDEN",
+    "LOGITS",
+    "RELATION",
+    "LayerMap",
+    "Objective",
+    "TopK",
+    "label_loss",
+    "layer_map",
+]

@@ -15,39 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-
-def align(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Bring both sides to one vocabulary, one precision and one temperature.
-
-    Vocabularies are padded to different lengths within one model family, so both are cut to the shared length:
-    filling the shorter one with zeros would hand probability to tokens that do not exist.
-
-    Args:
-        student_logits: [..., V], any float type.
-        teacher_logits: [..., V'], the same leading shape.
-        temperature: divisor of the logits, > 0.
-
-    Returns:
-        Student and teacher logits [..., min(V, V')], finite, in fp32 (float64 stays float64).
-
-    Raises:
-        ValueError: the leading shapes differ, or the temperature is not positive.
-    """
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
-    if student_logits.shape[:-1] != teacher_logits.shape[:-1]:
-        raise ValueError(
-            f"student and teacher logits are for different positions: {tuple(student_logits.shape)} "
-            f"against {tuple(teacher_logits.shape)}"
-        )
-    length = min(student_logits.shape[-1], teacher_logits.shape[-1])
-    return _scaled(student_logits[..., :length], temperature), _scaled(teacher_logits[..., :length], temperature)
-
-
-def _scaled(logits: Tensor, temperature: float) -> Tensor:
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-    # A forbidden class (-inf on both sides) must contribute 0; as infinities its log-ratio would be inf - inf = NaN.
-    return wide.clamp(min=torch.finfo(wide.dtype).min)
+from distill.losses.align import align
 
 
 def _log_probabilities(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -263,6 +231,43 @@ def logit_mse(student_logits: Tensor, teacher_logits: Tensor, *, temperature: fl
     return (student - teacher).square().mean(-1)
 
 
+def adaptive_kl(
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, head: float = 0.5
+) -> Tensor:
+    """G KL(T || S) + (1 - g) KL(S || T), with g the share of sum |T - S| that lies in the head of the teacher.
+
+    The head are the fewest most likely tokens that hold `head` of the teacher's probability. Forward KL is quick to fit
+    the head and reverse KL the tail, so each position gets more of the one that it needs. g is part of the function and
+    of its gradient (the authors' code holds it constant; near the teacher the difference is of third order).
+
+    Args:
+        student_logits: [..., V].
+        teacher_logits: [..., V].
+        temperature: softens both, > 0.
+        head: probability in the head, between 0 and 1.
+
+    Returns:
+        [...] in nats.
+
+    Raises:
+        ValueError: head is not between 0 and 1.
+
+    Source: Wu et al. 2024 (AKL), arXiv:2404.02657, section 4.
+    """
+    if not 0 < head < 1:
+        raise ValueError(f"head must be between 0 and 1, got {head}")
+    student, teacher = _log_probabilities(student_logits, teacher_logits, temperature)
+    own, target = student.exp(), teacher.exp()
+    ranked, order = target.detach().sort(-1, descending=True)
+    before = ranked.cumsum(-1) - ranked  # `head` is reached when it is up to rounding
+    in_head = torch.zeros_like(ranked).scatter(-1, order, (before < head * (1 - 1e-5)).to(ranked.dtype))
+    gap = (target - own).abs()
+    share = (gap * in_head).sum(-1) / gap.sum(-1).clamp(min=1e-12)
+    forward = _non_negative((target * (teacher - student)).sum(-1))
+    reverse = _non_negative((own * (student - teacher)).sum(-1))
+    return share * forward + (1 - share) * reverse
+
+
 LOGITS: dict[str, Callable[..., Tensor]] = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
@@ -273,4 +278,5 @@ LOGITS: dict[str, Callable[..., Tensor]] = {
     "total_variation": total_variation,
     "soft_cross_entropy": soft_cross_entropy,
     "logit_mse": logit_mse,
+    "adaptive_kl": adaptive_kl,
 }

@@ -9,8 +9,8 @@ from typing import Literal
 from distill.errors import InputError
 from distill.models.plan import StudentPlan
 
-Policy = Literal["plan", "last"] | Sequence[tuple[int, int]]
-"""`plan`, `last`, or explicit (student layer, teacher layer) pairs."""
+Policy = Literal["plan", "span", "even", "last"] | Sequence[tuple[int, int]]
+"""A policy by name, or explicit (student layer, teacher layer) pairs."""
 
 
 @dataclass(frozen=True)
@@ -27,26 +27,37 @@ def layer_map(policy: Policy, plan: StudentPlan | None, student_layers: int, tea
     Only `plan` knows what was cut: after layers are dropped, pairing equal indices compares the wrong layers.
 
     Args:
-        policy: `plan` pairs each kept layer with the teacher layer it came from, `last` pairs the two last layers.
-        plan: how the student was cut; only `plan` needs it.
+        policy: `plan` pairs each kept layer with the teacher layer it came from; `span` pairs it with the last layer
+            before the next kept one, so that the student layer before a cut does the work of the dropped layers, too;
+            `even` divides the teacher into as many equal spans and pairs their ends; `last` pairs the two last layers.
+        plan: how the student was cut; only `plan` and `span` need it.
         student_layers: number of layers of the student.
         teacher_layers: number of layers of the teacher.
 
     Raises:
         InputError: no plan for `plan`, an unknown policy, no pair at all, a pair twice, or a layer that does not exist.
     """
-    if policy == "plan":
+    if policy in ("plan", "span"):
         if plan is None:
-            raise InputError("map: plan needs the plan of the student; write `map: last` or a list of pairs")
-        pairs = plan.layer_map
+            raise InputError(f"map: {policy} needs the plan of the student; write `map: last` or a list of pairs")
+        pairs = plan.layer_map if policy == "plan" else _span_ends(plan.kept_layers, teacher_layers)
+    elif policy == "even":
+        ends = [(layer + 1) * teacher_layers // student_layers - 1 for layer in range(student_layers)]
+        pairs = [(layer, max(0, end)) for layer, end in enumerate(ends)]
     elif policy == "last":
         pairs = [(student_layers - 1, teacher_layers - 1)]
     elif isinstance(policy, str):
-        raise InputError(f"map: unknown policy {policy!r}; write plan, last or a list of [student, teacher] pairs")
+        raise InputError(
+            f"map: unknown policy {policy!r}; write plan, span, even, last or a list of [student, teacher] pairs"
+        )
     else:
         pairs = [(student, teacher) for student, teacher in policy]
     _check(pairs, student_layers, teacher_layers)
     return LayerMap(tuple(pairs))
+
+
+def _span_ends(kept: Sequence[int], teacher_layers: int) -> list[tuple[int, int]]:
+    return [(layer, end - 1) for layer, end in enumerate([*kept[1:], teacher_layers])]
 
 
 def _check(pairs: list[tuple[int, int]], student_layers: int, teacher_layers: int) -> None:

@@ -1,53 +1,26 @@
 """The training loss: the only place that shifts, masks, selects, scales, weights and counts.
 
-B examples, L positions, N selected positions, V classes or vocabulary, D hidden width.
+B examples, L positions, N selected positions, V classes or vocabulary, D hidden width, K terms.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional
+from torch import Tensor, nn
 
 from distill.errors import InputError
-from distill.losses.hidden import HIDDEN
-from distill.losses.logits import LOGITS
-from distill.losses.mapping import LayerMap, Policy
-from distill.models.outputs import Batch, Outputs
+from distill.losses.align import TopK
+from distill.losses.chunked import Side, through_heads
+from distill.losses.heads import HEADS, UNLABELLED
+from distill.losses.terms import Maps, ResolvedTerm, resolve
+from distill.models.outputs import Batch, Outputs, Wanted
 from distill.recipe.schema import Term
-from distill.registry import bind, find
 
-Head = Literal["sequence", "next_token"]
-UNLABELLED = -100
-TABLES = {"logits": LOGITS, "hidden": HIDDEN}
-DEFAULTS = {"logits": "forward_kl", "hidden": "mse"}
-USED_KEYS = {
-    "labels": set[str](),
-    "logits": {"loss", "temperature", "scale_by_temperature", "params"},
-    "hidden": {"loss", "map", "params"},
-}
-"""Keys of a term, beyond `match` and `weight`, that mean something for what it matches."""
-
-Key = Literal["labels", "logits"] | tuple[int, int]
-"""What is compared: logits with labels, logits with logits, or a (student layer, teacher layer) pair."""
-
-
-@dataclass(frozen=True)
-class _Resolved:
-    """A term whose loss is a function of two tensors and nothing else."""
-
-    name: str
-    match: Literal["labels", "logits", "hidden"]
-    weight: float
-    scale: float
-    """temperature² or 1."""
-    loss: Callable[[Tensor, Tensor], Tensor]
-    keys: tuple[Key, ...]
-    """What the loss is applied to; the term is the mean over them."""
+PREDICTIONS = ("labels", "logits")
+"""Matches that read the predictions of the head; all of them share one pass over the logits."""
 
 
 class Objective:
@@ -61,46 +34,71 @@ class Objective:
     def __init__(
         self,
         terms: Sequence[Term],
-        head: Head,
-        maps: Callable[[Policy], LayerMap] | None = None,
+        head: str,
+        maps: Maps | None = None,
         vocabulary: int | None = None,
+        chunk: int | None = None,
     ):
         """Resolve every name and parameter, so that a wrong one is found before any work is done.
 
         Args:
             terms: the recipe's `losses`, at least one.
-            head: `sequence`, one prediction per example (logits [B, V], labels [B]), or `next_token`, where position
-                i predicts the label of i + 1 (logits [B, L, V], labels [B, L], not shifted).
-            maps: turns a hidden term's `map` into layer pairs, e.g. `partial(layer_map, plan=plan, student_layers=3,
-                teacher_layers=6)`; only hidden terms need it.
+            head: the kind of head, a name from `distill.losses.heads.HEADS`.
+            maps: turns a term's `map` into layer pairs, e.g. `partial(layer_map, plan=plan, student_layers=3,
+                teacher_layers=6)`; only terms on layers need it.
             vocabulary: number of real classes; what a padded output head has beyond is ignored by logits terms.
+            chunk: positions whose logits are there at once; None: as many as suit the device.
 
         Raises:
             InputError: no terms, an unknown loss, a wrong parameter, or a key that the term does not use.
         """
         if not terms:
             raise InputError("losses: there is nothing to learn from; give at least one term")
-        self.head = head
+        self.head = HEADS[head]
         self.vocabulary = vocabulary
-        self._terms: list[_Resolved] = []
-        for index, term in enumerate(terms):
-            self._terms.append(_resolve(term, f"losses.{index}", self.names, maps))
+        self.chunk = chunk
+        self._terms = resolve(terms, head, maps)
+        self.projections = nn.ModuleDict()
+        """Learned maps from the student's width to the teacher's, one per pair of layers; see `project`."""
         matches = {term.match for term in self._terms}
-        pairs = {key for term in self._terms for key in term.keys if isinstance(key, tuple)}
-        self.needs_teacher = bool(matches & {"logits", "hidden"})
-        self.needs_logits = bool(matches & {"labels", "logits"})
-        self.student_layers = sorted({student for student, _ in pairs})
-        self.teacher_layers = sorted({teacher for _, teacher in pairs})
+        self.needs_teacher = bool(matches - {"labels"})
+        self.needs_logits = bool(matches & {*PREDICTIONS, "output"})
+        self.student, self.teacher = (
+            Wanted(
+                **{match: sorted(self._layers(side, match)) for match in ("hidden", "attention", "relations")},
+                stop_at_head=self.head.vocabulary,
+            )
+            for side in (0, 1)
+        )
+
+    def _layers(self, side: int, match: str) -> set[int]:
+        matches = {"hidden": ("hidden", "embeddings")}.get(match, (match,))
+        return {pair[side] for term in self._terms if term.match in matches for pair in term.pairs}
 
     @property
     def names(self) -> list[str]:
         """One name per term, as reports show it: `labels`, `logits.forward_kl`, `hidden.mse`, `hidden.mse.2`."""
         return [term.name for term in self._terms]
 
-    def counts(self, batches: Iterable[Batch]) -> Tensor:
-        """Valid positions per term over all `batches`, int64 [terms]; needs no forward pass.
+    def project(self, student_width: int, teacher_width: int) -> None:
+        """Where the widths differ, give each compared pair of hidden states a linear map from the student's width.
 
-        Labels: positions with a label. Logits: positions where the teacher predicts. Hidden: real tokens, counted
+        It starts as the identity on the widths that both have. `DistillModel` makes it part of what is trained and
+        checkpointed; it is not part of the student, so a release does not have it.
+        """
+        if student_width == teacher_width:
+            return
+        for term in self._terms:
+            for pair in term.pairs if term.match in ("hidden", "embeddings") else ():
+                linear = nn.Linear(student_width, teacher_width)
+                nn.init.eye_(linear.weight)
+                nn.init.zeros_(linear.bias)
+                self.projections[_name(pair)] = linear
+
+    def counts(self, batches: Iterable[Batch]) -> Tensor:
+        """Valid positions per term over all `batches`, int64 [K]; needs no forward pass.
+
+        Labels: positions with a label. Logits: positions where the teacher predicts. Layers: real tokens, counted
         once however many layers are paired, because the term is the mean over its pairs.
         """
         total = torch.zeros(len(self._terms), dtype=torch.int64)
@@ -110,142 +108,137 @@ class Objective:
         return total
 
     def __call__(
-        self, student: Outputs, teacher: Outputs | None, batch: Batch, counts: Tensor
+        self, student: Outputs, teacher: Outputs | None, batch: Batch, counts: Tensor, progress: float = 0.0
     ) -> tuple[Tensor, Tensor]:
         """The share of one micro-batch in the loss of the optimizer step.
 
-        Only valid positions are computed: they are selected first, so padding has no effect and no gradient, and no
-        fp32 copy of all the logits is ever made. Selecting them is also the only point where the host waits for the
-        device. Nothing is read back (`.item()`), because each such read would stall the queue of kernels once per
-        micro-batch; the sums stay on the device until somebody logs them.
+        Only valid positions are computed: they are selected first, so padding has no effect and no gradient. Selecting
+        them is also the only point where the host waits for the device. Nothing is read back (`.item()`), because each
+        such read would stall the queue of kernels once per micro-batch; the sums stay on the device until somebody
+        logs them.
 
         Args:
-            student: logits, and the hidden states of `student_layers`.
-            teacher: logits, and the hidden states of `teacher_layers`; None when no term needs a teacher.
+            student: what `self.student` asks for.
+            teacher: what `self.teacher` asks for; None when no term needs a teacher.
             batch: `labels` (-100: none), `attention_mask` [B, L] (0: padding) and, for packed examples,
                 `document_ids` [B, L].
             counts: `counts(...)` of the whole optimizer step, summed over processes.
+            progress: share of the training that is done, 0 to 1; schedules follow it.
 
         Returns:
             The loss, a scalar that is part of the graph even when no position is valid (DDP waits for the gradient of
-            every parameter); and the detached sum of each term, fp32 [terms], with temperature², without weight.
+            every parameter); and the detached sum of each term, fp32 [K], with temperature², without weight.
 
         Raises:
             ValueError: a term needs a teacher and there is none, or a loss did not return one value per position.
         """
-        rows = self._selected(student, teacher, batch)
-        # Hidden states alone leave the output head out of the graph. An empty slice ties it in: its sum is exactly 0
-        # whatever the logits are, where 0 * logits.sum() is NaN as soon as one of them is infinite.
-        loss = student.logits.new_zeros(()) if self.needs_logits else student.logits[..., :0].sum()
-        sums = []
-        for term, count in zip(self._terms, counts, strict=True):
-            total = term.scale * torch.stack([_total(term, *rows[key]) for key in term.keys]).mean()
-            loss = loss + term.weight * total / count.clamp(min=1)
-            sums.append(total.detach().float())
-        return loss, torch.stack(sums)
+        if self.needs_teacher and teacher is None:
+            raise ValueError(f"the terms {self.names} need a teacher's outputs, and got none")
+        now = [_Now(term, *term.at(progress), count) for term, count in zip(self._terms, counts, strict=True)]
+        on_head = [term for term in now if term.match in PREDICTIONS]
+        loss, parts = self._from_predictions(student, teacher, batch, on_head)
+        sums = dict(zip((term.name for term in on_head), parts, strict=True))
+        for term in now:
+            if term.match not in PREDICTIONS:
+                assert teacher is not None
+                total = self._from_layers(student, teacher, batch, term)
+                loss = loss + term.factor * total
+                sums[term.name] = total.detach()
+        return loss, torch.stack([sums[name].float() for name in self.names])
+
+    def _from_predictions(
+        self, student: Outputs, teacher: Outputs | None, batch: Batch, terms: Sequence[_Now]
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of the terms on predictions, and their sums, from one pass over the positions that predict.
+
+        Without such a term no position is selected, which ties the head into the graph all the same.
+        """
+        labels = self.head.labels(batch)
+        mask = torch.zeros_like(labels, dtype=torch.bool)
+        for term in terms:
+            mask |= self._mask(term.match, batch)
+        teacher = teacher if any(term.match == "logits" for term in terms) else None
+        factors = torch.stack([term.factor for term in terms]) if terms else labels.new_zeros(0, dtype=torch.float32)
+
+        def score(own: Tensor, target: Any, labels: Tensor) -> Tensor:
+            classes = slice(self.vocabulary)
+            totals = [
+                _total(term, own, labels)
+                if term.match == "labels"
+                else _total(term, own[..., classes], target if isinstance(target, TopK) else target[..., classes])
+                for term in terms
+            ]
+            return torch.stack(totals) if totals else own[:0].sum(-1)
+
+        own = self._selected(student, mask, batch)
+        target = None if teacher is None else self._selected(teacher, mask, batch)
+        if isinstance(own, Side):
+            return through_heads(own, target, labels[mask], score, factors, self.chunk)
+        target = target.head(target.rows) if isinstance(target, Side) else target
+        sums = score(own, None if target is None else target.detach(), labels[mask])
+        loss = (factors * sums).sum() if terms else own[:0].sum()
+        return loss, sums.detach()
+
+    def _selected(self, outputs: Outputs, mask: Tensor, batch: Batch) -> Any:
+        """The valid positions: their logits [N, V], or what logits are made from."""
+        if outputs.logits is None:
+            assert outputs.last is not None and outputs.head is not None
+            return Side(self.head.predictions(outputs.last, batch)[mask], outputs.head)
+        return self.head.predictions(outputs.logits, batch)[mask]
+
+    def _from_layers(self, student: Outputs, teacher: Outputs, batch: Batch, term: _Now) -> Tensor:
+        """Sum over valid positions of a term on layers, the mean over its pairs."""
+        mask = self._mask(term.match, batch)
+        if term.match == "output":
+            assert student.logits is not None and teacher.logits is not None
+            return _total(term, student.logits[mask], teacher.logits[mask].detach())
+        if term.match in ("attention", "relations"):
+            return self._from_attention(student, teacher, batch, term)[:, mask].sum(-1).mean()
+        totals = []
+        for pair in term.pairs:
+            own, target = student.hidden[pair[0]][mask], teacher.hidden[pair[1]][mask]
+            if _name(pair) in self.projections:
+                own = self.projections[_name(pair)](own)
+            totals.append(_total(term, own, target.detach()))
+        return torch.stack(totals).mean()
+
+    def _from_attention(self, student: Outputs, teacher: Outputs, batch: Batch, term: _Now) -> Tensor:
+        """Values of a term on attention at every position, padding included: [pairs, B, L]."""
+        real = self._mask(term.match, batch)
+        seen = real[:, None, :] & real[:, :, None]
+        if self.head.causal:
+            seen = seen.tril()
+        if "document_ids" in batch:
+            seen = seen & (batch["document_ids"][:, None] == batch["document_ids"][:, :, None])
+        own, target = getattr(student, term.match), getattr(teacher, term.match)
+        return torch.stack([term.loss(own[pair[0]], target[pair[1]], seen) for pair in term.pairs])
 
     def _mask(self, match: str, batch: Batch) -> Tensor:
-        """Valid positions, boolean: [B, L] for hidden states, [B] or [B, L - 1] (of the predicted token) otherwise."""
-        attended = batch["attention_mask"].bool()
-        if match == "hidden":
-            return attended
-        if self.head == "sequence":
-            return batch["labels"] != UNLABELLED if match == "labels" else attended.any(-1)
-        # The mask moves with the labels: a prediction counts when both the token it is made at and the one it is
-        # about are real and of one document.
-        valid = attended[:, 1:] & attended[:, :-1]
-        if "document_ids" in batch:
-            valid = valid & (batch["document_ids"][:, 1:] == batch["document_ids"][:, :-1])
-        return valid & (batch["labels"][:, 1:] != UNLABELLED) if match == "labels" else valid
-
-    def _selected(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[Key, tuple[Tensor, Tensor]]:
-        """Valid positions of both sides of each comparison, selected once however many terms read them.
-
-        The student's side is [N, V] or [N, D]; the other is the same for a teacher, without gradient, or [N] labels.
-        """
-        masks = {term.match: self._mask(term.match, batch) for term in self._terms}
-        rows = {}
-        for term in self._terms:
-            for key in term.keys:
-                if key not in rows:
-                    own, target = self._sides(key, student, teacher, batch)
-                    rows[key] = own[masks[term.match]], target.detach()[masks[term.match]]
-        return rows
-
-    def _sides(self, key: Key, student: Outputs, teacher: Outputs | None, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Both sides of one comparison at every position; next-token logits lose the last, which predicts nothing."""
-        if key == "labels":
-            labels = batch["labels"][:, 1:] if self.head == "next_token" else batch["labels"]
-            return self._predictions(student), labels
-        if teacher is None:
-            raise ValueError(f"the terms {self.names} need a teacher's outputs, and got none")
-        if key == "logits":
-            classes = slice(self.vocabulary)
-            return self._predictions(student)[..., classes], self._predictions(teacher)[..., classes]
-        return student.hidden[key[0]], teacher.hidden[key[1]]
-
-    def _predictions(self, outputs: Outputs) -> Tensor:
-        """The logits that have something to predict: in a text, all but those of the last position."""
-        return outputs.logits[:, :-1] if self.head == "next_token" else outputs.logits
+        """Valid positions, boolean: those that predict (with a label, or any) or, for layers, the real tokens."""
+        if match == "labels":
+            return self.head.labels(batch) != UNLABELLED
+        return self.head.asked(batch) if match in ("logits", "output") else self.head.tokens(batch)
 
 
-def _total(term: _Resolved, own: Tensor, target: Tensor) -> Tensor:
+class _Now:
+    """A term at one point of the training, and its share of a count."""
+
+    def __init__(self, term: ResolvedTerm, weight: float, scale: float, loss: Callable[..., Tensor], count: Tensor):
+        self.name, self.match, self.pairs = term.name, term.match, term.pairs
+        self.scale, self.loss = scale, loss
+        self.factor = weight / count.clamp(min=1)
+
+
+def _total(term: _Now, own: Tensor, target: Any) -> Tensor:
     values = term.loss(own, target)
     if values.shape != own.shape[:-1]:
         # A loss that takes its own mean would silently weigh every micro-batch the same.
         raise ValueError(
             f"{term.name} must return one value per position, {tuple(own.shape[:-1])}, got {tuple(values.shape)}"
         )
-    return values.sum()
+    return term.scale * values.sum()
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return functional.cross_entropy(wide, labels, reduction="none")
-
-
-def _resolve(term: Term, where: str, taken: list[str], maps: Callable[[Policy], LayerMap] | None) -> _Resolved:
-    _refuse_unused_keys(term, where)
-    if term.match == "labels":
-        return _Resolved(_unique("labels", taken), "labels", term.weight, 1.0, _cross_entropy, ("labels",))
-    name = term.loss or DEFAULTS[term.match]
-    title = _unique(f"{term.match}.{name.rpartition(':')[2]}", taken)
-    loss = _bound(term, name, where)
-    if term.match == "logits":
-        scale = term.temperature**2 if term.scale_by_temperature else 1.0
-        return _Resolved(title, "logits", term.weight, scale, loss, ("logits",))
-    if maps is None:
-        raise ValueError(f"{where}: a hidden term needs `maps`, see Objective")
-    return _Resolved(title, "hidden", term.weight, 1.0, loss, maps(term.map).pairs)
-
-
-def _refuse_unused_keys(term: Term, where: str) -> None:
-    """A key without effect is a misunderstanding: say so instead of training something else than was asked."""
-    fields = type(term).model_fields.items()
-    changed = {key for key, field in fields if key not in {"match", "weight"} and getattr(term, key) != field.default}
-    unused = sorted(changed - USED_KEYS[term.match])
-    if unused:
-        raise InputError(f"{where}: a term that matches {term.match} does not use {', '.join(unused)}; remove it")
-
-
-def _bound(term: Term, name: str, where: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """The named loss as a function of two tensors, its parameters checked."""
-    params = dict(term.params)
-    if term.match == "logits":
-        if "temperature" in params:
-            raise InputError(f"{where}.params.temperature: this is a key of the term itself, {where}.temperature")
-        params["temperature"] = term.temperature
-    table = TABLES[term.match]
-    loss: Callable[[Tensor, Tensor], Tensor] = bind(find(table, name, what="loss"), params, where=f"{where}.params")
-    if name in table:
-        try:  # ranges are checked by the loss itself: ask it now rather than at the first training step
-            loss(torch.zeros(1, 2), torch.zeros(1, 2))
-        except ValueError as error:
-            raise InputError(f"{where}.params: {error}") from error
-    return loss
-
-
-def _unique(name: str, taken: list[str]) -> str:
-    """`name`, or `name.2`, `name.3`, … when terms before it have that name."""
-    same = sum(other == name or other.rpartition(".")[0] == name for other in taken)
-    return f"{name}.{same + 1}" if same else name
+def _name(pair: tuple[int, int]) -> str:
+    """Name of a pair's projection."""
+    return f"{pair[0]}:{pair[1]}"

@@ -19,9 +19,13 @@ from distill.recipe.locate import TeacherSize, ambiguous_folder, is_path, teache
 from distill.recipe.schema import Data, Evaluation, Fit, Teacher, Term, Training
 
 USED_KEYS = {
-    "labels": {"match", "weight"},
-    "logits": {"match", "weight", "loss", "temperature", "scale_by_temperature", "params"},
-    "hidden": {"match", "weight", "loss", "map", "params"},
+    "labels": {"match", "weight", "schedule"},
+    "logits": {"match", "weight", "schedule", "loss", "temperature", "scale_by_temperature", "params"},
+    "hidden": {"match", "weight", "schedule", "loss", "map", "params"},
+    "embeddings": {"match", "weight", "schedule", "loss", "params"},
+    "attention": {"match", "weight", "schedule", "loss", "map", "params"},
+    "relations": {"match", "weight", "schedule", "loss", "map", "params"},
+    "output": {"match", "weight", "schedule", "loss", "params"},
 }
 """Keys of a loss term that mean something for what it matches."""
 
@@ -169,6 +173,8 @@ def length_fits(view: View) -> Iterator[Finding]:
 def some_term_counts(view: View) -> Iterator[Finding]:
     """The loss is not zero whatever the student does."""
     weights = [number(term["weight"]) for _, term in view.terms()]
+    ends = [at(view.data, (*path, "schedule", "weight")) for path, _ in view.terms()]
+    weights += [number(end) for end in ends if end is not None]
     if weights and all(weight == 0 for weight in weights):
         yield Finding(("losses",), "no loss term has a weight above zero", "give one a weight", at="key")
 
@@ -192,7 +198,7 @@ def mapped_layers_exist(view: View) -> Iterator[Finding]:
     sides = (("student", len(chosen) if chosen else count(keep)), ("teacher", view.layers))
     for path, term in view.terms():
         pairs = term["map"]
-        if term.get("match") != "hidden" or not isinstance(pairs, list):
+        if "map" not in USED_KEYS.get(str(term.get("match")), ()) or not isinstance(pairs, list):
             continue
         if not pairs:
             yield Finding((*path, "map"), "the list maps no layer", "give [student, teacher] pairs, or write plan")

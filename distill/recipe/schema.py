@@ -262,24 +262,48 @@ class Data(Section):
     """Use at most this many examples, for trials."""
 
 
+class Schedule(Section):
+    """Where the numbers of a term go in the course of training, from those of the term itself to those given here."""
+
+    weight: NonNegative | None = None
+    """The weight at the end, e.g. 0 for a term that only helps at the start."""
+    temperature: Positive | None = None
+    """The temperature at the end."""
+    params: Params = {}
+    """Numeric parameters of the loss at the end, e.g. `{beta: 0.9}`; the term gives their first value."""
+    start: Fraction = 0.0
+    """Share of the steps before which nothing changes."""
+    end: Fraction = 1.0
+    """Share of the steps after which nothing changes any more."""
+    shape: Literal["linear", "cosine"] = "linear"
+    """The way from the first value to the last."""
+
+
 class Term(Section):
     """One term of the training loss."""
 
-    match: Literal["labels", "logits", "hidden"]
-    """What the student must match: true labels, the teacher's logits, or the teacher's hidden states."""
+    match: Literal["labels", "logits", "hidden", "embeddings", "attention", "relations", "output"]
+    """What the student must match: true labels, or of the teacher: its logits, its hidden states after the mapped
+    layers or before the first one (`embeddings`), the attention probabilities or the relations within queries, keys and
+    values of mapped layers, or its sentence embedding (`output`)."""
     weight: NonNegative = 1.0
     """Factor of this term's mean."""
     loss: StrictStr | None = None
-    """`logits`: a name from `distill.losses.LOGITS` (default forward_kl); `hidden`: from `distill.losses.HIDDEN`
-    (default mse); or `package.module:function`."""
+    """`logits`: a name from `distill.losses.LOGITS` (default forward_kl); `hidden`, `embeddings` and `output`: from
+    `HIDDEN` (default mse); `attention`: from `ATTENTION` (default kl); `relations`: from `RELATION` (default qkv); or
+    `package.module:function`."""
     temperature: Positive = 1.0
     """Softens student and teacher logits."""
     scale_by_temperature: StrictBool = True
     """Multiply by temperature², so that gradients keep their size (Hinton et al. 2015)."""
-    map: Literal["plan", "last"] | list[tuple[Index, Index]] = "plan"
-    """`hidden`: `plan` (each kept layer with the teacher layer it came from), `last`, or [student, teacher] pairs."""
+    map: Literal["plan", "span", "even", "last"] | list[tuple[Index, Index]] = "plan"
+    """Which layers are compared: `plan` (each kept layer with the teacher layer it came from), `span` (each kept layer
+    with the last teacher layer before the next kept one), `even` (spread over the teacher), `last`, or [student,
+    teacher] pairs."""
     params: Params = {}
     """Keyword arguments of the loss, e.g. `{beta: 0.5}` for `jsd`."""
+    schedule: Schedule | None = None
+    """How weight, temperature and parameters change in the course of training; null: they do not."""
 
 
 class Training(Optimization):

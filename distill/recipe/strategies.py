@@ -92,11 +92,21 @@ def _choices(view: View) -> Iterator[Choice]:
         yield Choice((*metrics, position), name, "metric", "distill.evaluation.metrics", "METRICS")
 
 
+TABLES = {
+    "logits": ("forward_kl", "distill.losses.logits", "LOGITS"),
+    "hidden": ("mse", "distill.losses.hidden", "HIDDEN"),
+    "embeddings": ("mse", "distill.losses.hidden", "HIDDEN"),
+    "output": ("mse", "distill.losses.hidden", "HIDDEN"),
+    "attention": ("kl", "distill.losses.relation", "ATTENTION"),
+    "relations": ("qkv", "distill.losses.relation", "RELATION"),
+}
+"""What a loss term matches -> its default loss, and the table of all."""
+
+
 def _losses(view: View) -> Iterator[Choice]:
     for path, term in view.terms():
-        own, params, name = (*path, "loss"), (*path, "params"), term["loss"]
-        if term.get("match") == "logits":
-            name, module = name or "forward_kl", "distill.losses.logits"
-            yield Choice(own, name, "loss", module, "LOGITS", params, reserved=("temperature",))
-        elif term.get("match") == "hidden":
-            yield Choice(own, name or "mse", "loss", "distill.losses.hidden", "HIDDEN", params)
+        if term.get("match") in TABLES:
+            default, module, table = TABLES[str(term["match"])]
+            reserved = ("temperature",) if table == "LOGITS" else ()
+            own, params = (*path, "loss"), (*path, "params")
+            yield Choice(own, term["loss"] or default, "loss", module, table, params, reserved)

@@ -1,14 +1,12 @@
-"""The teacher as a callable: a batch in, logits and the asked-for layer outputs out."""
+"""The teacher as a callable: a batch in, and out what the objective compares."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 
-from distill.models.layout import layers_of
-from distill.models.outputs import Batch, Outputs, captured
+from distill.models.outputs import Batch, Outputs, Wanted, run
 
 
 class OnlineTeacher:
@@ -18,13 +16,11 @@ class OnlineTeacher:
     trainable parameters.
     """
 
-    def __init__(self, model: Any, layers: Iterable[int], device: torch.device):
+    def __init__(self, model: Any, wanted: Wanted, device: torch.device):
         self.model = model.requires_grad_(False).eval().to(device)
-        self.layers = list(layers)
+        self.wanted = wanted
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Outputs:
-        """Logits and the outputs of the asked-for layers, without gradient."""
-        with captured(layers_of(self.model), self.layers) as hidden:
-            output = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        return Outputs(logits=output.logits, hidden=dict(hidden))
+        """What is wanted of one forward pass, without gradient."""
+        return run(self.model, batch, self.wanted)

@@ -213,11 +213,12 @@ class _Run:
         totals = accelerator.reduce(torch.cat([objective.counts(own), flag]).to(accelerator.device), "sum")
         counts, stopped = totals[:-1], totals[-1]
         scale = accelerator.num_processes * len(own)  # undoes DDP's mean and Accelerate's division
+        progress = self.state.step / max(1, self.steps - 1)
         for number, cpu_batch in numbered:
             batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in cpu_batch.items()}
             torch.manual_seed(_seed_of(self.job.seed, self.state.step, number))
             with accelerator.accumulate(self.model):
-                loss, sums = self.model(batch, self.teacher(batch) if self.teacher else None, counts)
+                loss, sums = self.model(batch, self.teacher(batch) if self.teacher else None, counts, progress)
                 accelerator.backward(loss * scale)
                 if accelerator.sync_gradients and self.job.constraint:
                     self.job.constraint.before_step()

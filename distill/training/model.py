@@ -11,14 +11,15 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from distill.models.layout import layers_of
-from distill.models.outputs import Batch, Outputs, captured
+from distill.models.outputs import Batch, Outputs, Wanted, run
 
 
 class Loss(Protocol):
     """What training needs of an objective (`distill.losses.Objective`)."""
 
-    student_layers: list[int]
+    student: Wanted
+    projections: nn.ModuleDict
+    """Parameters of its own, trained and checkpointed with the student."""
 
     @property
     def names(self) -> list[str]:
@@ -28,9 +29,9 @@ class Loss(Protocol):
         """Int64 [terms]: how many positions each term has in these batches."""
 
     def __call__(
-        self, student: Outputs, teacher: Outputs | None, batch: Batch, counts: Tensor
+        self, student: Outputs, teacher: Outputs | None, batch: Batch, counts: Tensor, progress: float = 0.0
     ) -> tuple[Tensor, Tensor]:
-        """(loss [], sums [terms]) given the counts of the whole optimizer step."""
+        """(loss [], sums [terms]) given the counts of the whole optimizer step and the share of the training done."""
 
 
 class Constraint(Protocol):
@@ -53,15 +54,16 @@ class Constraint(Protocol):
 
 
 class DistillModel(nn.Module):
-    """Student and objective: (batch, teacher's outputs, global counts) -> (loss, per-term sums)."""
+    """Student and objective: (batch, teacher's outputs, global counts, progress) -> (loss, per-term sums)."""
 
     def __init__(self, student: Any, objective: Loss):
         super().__init__()
         self.student = student
+        self.projections = objective.projections
         self.objective = objective
 
-    def forward(self, batch: Batch, teacher: Outputs | None, counts: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, batch: Batch, teacher: Outputs | None, counts: Tensor, progress: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
         """Loss [] of this micro-batch, as its share of the whole step's mean, and sums [terms] for the log."""
-        with captured(layers_of(self.student), self.objective.student_layers) as hidden:
-            output = self.student(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        return self.objective(Outputs(output.logits, dict(hidden)), teacher, batch, counts)
+        return self.objective(run(self.student, batch, self.objective.student), teacher, batch, counts, progress)

@@ -1,5 +1,6 @@
 """One battery for every loss in the tables, then what is particular to logits."""
 
+from itertools import pairwise
 from math import log
 
 import pytest
@@ -7,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill.losses import HIDDEN, LOGITS
-from distill.losses.logits import align
+from distill.losses import HIDDEN, LOGITS, TopK
+from distill.losses.align import align
 
 EVERY = LOGITS | HIDDEN
 WITH_OWN = [("jsd", "beta", 0.25), ("skew_forward_kl", "alpha", 0.25), ("skew_reverse_kl", "alpha", 0.25)]
@@ -109,6 +110,8 @@ GOLDEN = {
     "total_variation": 1 / 2,
     # -1/2 log 1/8 - 1/4 log 1/8 - 1/4 log 3/4 = 9/4 log 2 + 1/4 (2 log 2 - log 3)
     "soft_cross_entropy": 11 / 4 * log(2) - 1 / 4 * log(3),
+    # |T - S| = 3/8, 1/8, 1/2 and the head is the first token: 3/8 of the forward, 5/8 of the reverse KL
+    "adaptive_kl": 3 / 8 * (5 / 4 * log(2) - 1 / 4 * log(3)) + 5 / 8 * (3 / 4 * log(3) - 3 / 8 * log(2)),
     # the logits differ by log 4, log 2, -log 3
     "logit_mse": (5 * log(2) ** 2 + log(3) ** 2) / 3,
 }  # fmt: skip
@@ -120,6 +123,8 @@ GOLDEN_OWN = {
     "skew_forward_kl": 1 / 2 * log(16 / 7) + 1 / 4 * log(8 / 5) + 1 / 4 * log(2 / 5),
     # alpha = 1/4: M = 3T/4 + S/4 = 13/32, 7/32, 3/8; S/M = 4/13, 4/7, 2
     "skew_reverse_kl": 1 / 8 * log(4 / 13) + 1 / 8 * log(4 / 7) + 3 / 4 * log(2),
+    # head = 0.6: the first two tokens, with 3/8 + 1/8 of the differences
+    "adaptive_kl": 1 / 2 * (5 / 4 * log(2) - 1 / 4 * log(3)) + 1 / 2 * (3 / 4 * log(3) - 3 / 8 * log(2)),
 }
 
 
@@ -128,7 +133,7 @@ def test_it_gives_the_number_derived_by_hand(name):
     assert LOGITS[name](STUDENT, TEACHER).item() == pytest.approx(GOLDEN[name], rel=1e-6)
 
 
-@pytest.mark.parametrize(("name", "keyword", "value"), WITH_OWN)
+@pytest.mark.parametrize(("name", "keyword", "value"), [*WITH_OWN, ("adaptive_kl", "head", 0.6)])
 def test_it_gives_the_number_derived_by_hand_for_its_own_keyword(name, keyword, value):
     result = LOGITS[name](STUDENT, TEACHER, **{keyword: value})
     assert result.item() == pytest.approx(GOLDEN_OWN[name], rel=1e-6)
@@ -159,6 +164,8 @@ def test_a_temperature_that_is_not_positive_is_refused(name, temperature):
         ("skew_forward_kl", {"alpha": 1.0}),
         ("skew_reverse_kl", {"alpha": -0.1}),
         ("skew_reverse_kl", {"alpha": 1.0}),
+        ("adaptive_kl", {"head": 0.0}),
+        ("adaptive_kl", {"head": 1.0}),
     ],
 )
 def test_an_own_keyword_out_of_range_is_refused(name, own):
@@ -233,3 +240,46 @@ def test_soft_cross_entropy_is_forward_kl_plus_the_entropy_of_the_teacher():
 def test_align_keeps_float64_and_widens_the_rest():
     half, double = noise(2, 3, dtype=torch.float16), noise(2, 3, dtype=torch.float64)
     assert [side.dtype for side in align(half, double)] == [torch.float32, torch.float64]
+
+
+# A teacher of which only the most likely tokens are known
+
+coarse = pytest.mark.parametrize("name", sorted(set(LOGITS) - {"soft_cross_entropy"}))
+
+
+@coarse
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_top_k_compares_the_tokens_and_one_tail(name, temperature):
+    probabilities = [torch.tensor(rows, dtype=torch.float64) for rows in ([0.1, 0.2, 0.3, 0.4], [0.5, 0.1, 0.11, 0.29])]
+    student, teacher = (each.log() for each in probabilities)
+    # tokens 0 and 3 of the teacher, and what is left: of the student 0.1, 0.4 and 0.5
+    expected = (
+        torch.tensor([0.1, 0.4, 0.5], dtype=torch.float64).log(),
+        torch.tensor([0.5, 0.29, 0.21], dtype=torch.float64).log(),
+    )
+    found = LOGITS[name](student + 3, TopK.of(teacher - 2, 2), temperature=temperature)
+    assert found.item() == pytest.approx(LOGITS[name](*expected, temperature=temperature).item(), rel=1e-9)
+
+
+@coarse
+def test_top_k_is_exactly_zero_at_equality_and_finite_at_extremes(name):
+    same = noise(7, 33) * 5
+    assert (LOGITS[name](same, TopK.of(same, 8)) == 0).all()
+    student = torch.cat([EXTREME, EXTREME], -1).requires_grad_()
+    value = LOGITS[name](student, TopK.of(torch.cat([EXTREME.roll(1, 0), EXTREME], -1), 2))
+    value.sum().backward()
+    assert value.isfinite().all() and student.grad.isfinite().all()
+
+
+@coarse
+def test_the_gradient_against_top_k_is_the_derivative(name):
+    student, teacher = noise(3, 6, dtype=torch.float64).requires_grad_(), noise(3, 6, seed=1, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda own: LOGITS[name](own, TopK.of(teacher, 2)), (student,))
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd", "total_variation"])
+def test_what_is_not_told_apart_is_not_counted(name):
+    student, teacher = noise(50, 20, seed=2, dtype=torch.float64), noise(50, 20, seed=3, dtype=torch.float64)
+    values = [LOGITS[name](student, TopK.of(teacher, k)) for k in (2, 5, 19)] + [LOGITS[name](student, teacher)]
+    for fewer, more in pairwise(values):
+        assert (fewer <= more + 1e-12).all()

@@ -21,6 +21,8 @@ PLAN = StudentPlan(
     ("policy", "pairs"),
     [
         ("plan", ((0, 0), (1, 2), (2, 5))),
+        ("span", ((0, 1), (1, 4), (2, 5))),  # the ends of what was dropped after each kept layer
+        ("even", ((0, 1), (1, 3), (2, 5))),
         ("last", ((2, 5),)),
         ([(0, 1), (2, 3)], ((0, 1), (2, 3))),
         ([(1, 2), (1, 4)], ((1, 2), (1, 4))),  # one student layer may follow two teacher layers
@@ -38,7 +40,7 @@ def test_a_policy_becomes_pairs_of_student_and_teacher_layers(policy, pairs):
         ([(0, 6)], "teacher layer 6, but the teacher has 6 layers; use 0 to 5"),
         ([(-1, 5)], "student layer -1"),
         ([(0, 1), (0, 1)], r"pair \[0, 1\] is listed twice; remove one"),
-        ("even", "unknown policy 'even'; write plan, last or"),
+        ("evenly", "unknown policy .evenly.; write plan, span, even, last or"),
     ],
 )
 def test_a_map_that_cannot_be_meant_is_refused_with_the_fix(policy, message):

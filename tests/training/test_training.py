@@ -14,11 +14,12 @@ from tiny import tiny_model, tiny_project
 
 from distill.data import TrainingBatches, read_texts, tokenise
 from distill.errors import InputError, RunError
-from distill.losses import Objective
+from distill.losses import Objective, layer_map
 from distill.models.load import load_tokenizer
 from distill.recipe import load_recipe
 from distill.recipe.schema import Term, Training
 from distill.rundir import TrainDir
+from distill.teacher import OnlineTeacher
 from distill.training import Job, TrainState, checkpoint, make_accelerator, read_records, setup, train
 from distill.training.model import DistillModel
 from distill.training.schedule import lr_factor, warmup_steps
@@ -26,6 +27,10 @@ from distill.training.setup import make_optimizer
 from distill.training.tracking import drop_after
 
 LABELS = [Term(match="labels")]
+HIDDEN = [
+    Term(match="logits", temperature=2.0, schedule={"temperature": 1.0}),
+    Term(match="hidden", map=[(1, 0), (3, 3)], schedule={"weight": 0.0}),
+]
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +44,18 @@ def dropped(rate):
     return {"hidden_dropout_prob": rate, "attention_probs_dropout_prob": rate}
 
 
-def run(corpus, folder, *, micro=4, steps=6, lr=1e-3, dropout=0.1, seed=0, model=None, **spec):
+def run(corpus, folder, *, micro=4, steps=6, lr=1e-3, dropout=0.1, seed=0, model=None, wide=None, **spec):
     spec = Training(steps=steps, batch_size=8, micro_batch_size=micro, lr=lr, **{"save_every": 2, **spec})
     model = model or tiny_model("bert", **dropped(dropout), num_labels=len(corpus.classes))
     batches = TrainingBatches(corpus, corpus.labelled, 8, micro, seed)
     job = Job("test", spec, TrainDir(folder), seed, "identity", log_every=2)
     said: list[str] = []
-    objective = Objective(LABELS, "sequence")
-    train(job, model, objective, None, batches, make_accelerator(spec, batches), say=said.append)
+    objective, teacher = Objective(LABELS, "sequence"), None
+    if wide is not None:  # a teacher of another width, whose hidden states are matched through projections
+        objective = Objective(HIDDEN, "sequence", lambda policy: layer_map(policy, None, 4, 4))
+        objective.project(model.config.hidden_size, wide.config.hidden_size)
+        teacher = OnlineTeacher(wide, objective.teacher, torch.device("cpu"))
+    train(job, model, objective, teacher, batches, make_accelerator(spec, batches), say=said.append)
     return model, said
 
 
@@ -84,6 +93,22 @@ def test_resuming_from_any_checkpoint_is_bitwise_the_uninterrupted_run(corpus, t
         assert torch.equal(a, b)
     steps = [json.loads(line)["step"] for line in (tmp_path / "parts/metrics.jsonl").read_text().splitlines()]
     assert steps == [2, 4, 6]
+
+
+def test_projections_and_schedules_resume_exactly_and_are_not_part_of_the_student(corpus, tmp_path):
+    wide = tiny_model("bert", seed=1, hidden_size=48, num_labels=len(corpus.classes))
+    whole, _ = run(corpus, tmp_path / "whole", wide=wide)
+    run(corpus, tmp_path / "parts", wide=wide)
+    shutil.rmtree(checkpoint.published(tmp_path / "parts/checkpoints")[-1])
+    model, said = run(corpus, tmp_path / "parts", wide=wide)
+    assert "continuing after step 4 of 6" in said[-1]
+    final = [load_file(checkpoint.published(tmp_path / f"{name}/checkpoints")[-1] / "model.safetensors")
+             for name in ("whole", "parts")]  # fmt: skip
+    assert final[0].keys() == final[1].keys() and all(torch.equal(final[0][name], final[1][name]) for name in final[0])
+    assert not torch.equal(final[0]["projections.1:0.weight"], torch.eye(48, 32))
+    assert "projections.3:3.bias" in final[0] and not any("projections" in name for name in model.state_dict())
+    for a, b in zip(whole.parameters(), model.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_another_identity_starts_from_the_beginning_and_says_so(corpus, tmp_path):

@@ -1,0 +1,101 @@
+"""Bring student and teacher to one vocabulary, one precision and one temperature, whatever form the teacher comes in.
+
+V: vocabulary or classes. K: tokens that a cached teacher keeps for each position.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TopK:
+    """A teacher's most likely tokens; all others together are one more class, the tail.
+
+    A divergence from it is that of the two distributions over these K + 1 classes, so it is zero at equality and at
+    most the divergence over the whole vocabulary. To rescale the K tokens to 1 instead would teach that the tail does
+    not exist.
+    """
+
+    ids: Tensor
+    """int64 [..., K], each once."""
+    log_probabilities: Tensor
+    """[..., K + 1] of these tokens and of the tail, at temperature 1."""
+
+    @classmethod
+    def of(cls, logits: Tensor, k: int) -> TopK:
+        """The k most likely tokens of logits [..., V], k below V."""
+        ids = logits.topk(k).indices
+        return cls(ids, _with_tail(logits, ids))
+
+    def __getitem__(self, positions: Any) -> TopK:
+        """The same for some of the positions."""
+        return TopK(self.ids[positions], self.log_probabilities[positions])
+
+    def detach(self) -> TopK:
+        """Without gradient."""
+        return TopK(self.ids, self.log_probabilities.detach())
+
+
+def align(student_logits: Tensor, teacher_logits: Tensor | TopK, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Bring both sides to one vocabulary, one precision and one temperature.
+
+    Vocabularies are padded to different lengths within one model family, so both are cut to the shared length:
+    filling the shorter one with zeros would hand probability to tokens that do not exist.
+
+    Args:
+        student_logits: [..., V], any float type.
+        teacher_logits: [..., V'], the same leading shape, or a `TopK`.
+        temperature: divisor of the logits, > 0.
+
+    Returns:
+        Student and teacher logits [..., min(V, V')], or log-probabilities [..., K + 1] with the tail last, divided by
+        the temperature; finite, in fp32 (float64 stays float64).
+
+    Raises:
+        ValueError: the leading shapes differ, or the temperature is not positive.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
+    theirs = (teacher_logits.ids if isinstance(teacher_logits, TopK) else teacher_logits).shape
+    if student_logits.shape[:-1] != theirs[:-1]:
+        raise ValueError(
+            f"student and teacher logits are for different positions: {tuple(student_logits.shape)} "
+            f"against {tuple(theirs)}"
+        )
+    if isinstance(teacher_logits, TopK):
+        student_logits = _with_tail(student_logits, teacher_logits.ids)
+        teacher_logits = teacher_logits.log_probabilities
+    length = min(student_logits.shape[-1], teacher_logits.shape[-1])
+    return _scaled(student_logits[..., :length], temperature), _scaled(teacher_logits[..., :length], temperature)
+
+
+def _with_tail(logits: Tensor, ids: Tensor) -> Tensor:
+    """Log-probabilities [..., K + 1] of the tokens `ids` [..., K] and of everything else."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    # The tail is summed from its own terms: as 1 minus the rest it would lose its digits where it is small.
+    tail = wide.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([wide.gather(-1, ids), tail], -1) - wide.logsumexp(-1, keepdim=True)
+
+
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    # A forbidden class (-inf on both sides) must contribute 0; as infinities its log-ratio would be inf - inf = NaN.
+    finite: Tensor = _Finite.apply(wide if temperature == 1 else wide / temperature)  # type: ignore[no-untyped-call]
+    return finite
+
+
+class _Finite(torch.autograd.Function):
+    """-inf becomes the lowest number. The gradient passes as it is, which saves the two passes that `clamp` takes."""
+
+    @staticmethod
+    def forward(_ctx: Any, logits: Tensor) -> Tensor:
+        return logits.clamp(min=torch.finfo(logits.dtype).min)
+
+    @staticmethod
+    def backward(_ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient

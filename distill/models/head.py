@@ -1,0 +1,137 @@
+"""The output head of a language model: the last linear map, from hidden states to one logit per token.
+
+`[positions, vocabulary]` is by far the largest tensor of a step, so the loss takes a model's hidden states and its head
+instead of its logits. Which module is the head, a model says itself (`get_output_embeddings`); what it does to the
+product afterwards is the data at the foot.
+
+N positions, D what the head reads, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class OutputHead:
+    """logits(h) = cap · tanh(z / cap) with z = scale · h Wᵀ + b; without a cap they are z."""
+
+    weight: Tensor
+    """W [V, D]."""
+    bias: Tensor | None = None
+    """b [V]."""
+    scale: float = 1.0
+    cap: float | None = None
+    from_bf16: bool = False
+    """Whether this is a widened head (`operands`) whose weights and rows were bf16."""
+
+    @property
+    def wide(self) -> torch.dtype:
+        """What logits are held in: fp32, whatever the weights are (float64 stays float64)."""
+        return torch.promote_types(self.weight.dtype, torch.float32)
+
+    def operands(self, rows: Tensor) -> tuple[OutputHead, Tensor]:
+        """The head without gradient and the rows it reads, both in the dtype that the matrix product takes.
+
+        On a GPU that is the dtype of the weights (or autocast's): the product of half-precision operands is handed out
+        in fp32. A CPU has no such product; there the operands are widened, since logits rounded to bf16 would put the
+        gradient of a student that is close to its teacher off by a third.
+        """
+        kind = self.wide
+        if rows.device.type == "cuda":
+            kind = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else self.weight.dtype
+        bias = None if self.bias is None else self.bias.detach().to(self.wide)
+        short = kind == torch.float32 and rows.dtype == self.weight.dtype == torch.bfloat16
+        head = replace(self, weight=self.weight.detach().to(kind), bias=bias, from_bf16=short)
+        return head, rows.detach().to(kind)
+
+    def logits(self, rows: Tensor, out: Tensor) -> Tensor:
+        """The logits of `rows` [N, D] (self and rows from `operands`), written into `out` [N, V], without gradient."""
+        if rows.dtype != out.dtype:
+            torch.mm(rows, self.weight.T, out_dtype=out.dtype, out=out)
+            out.mul_(self.scale)
+            out.add_(0.0 if self.bias is None else self.bias)
+        else:
+            with _products_of_bf16() if self.from_bf16 else nullcontext():
+                beta, start = (0, out) if self.bias is None else (1, self.bias)
+                torch.addmm(start, rows, self.weight.T, beta=beta, alpha=self.scale, out=out)
+        return out if self.cap is None else out.div_(self.cap).tanh_().mul_(self.cap)
+
+    def capped(self, linear: Tensor) -> Tensor:
+        """The logits of z, with gradient."""
+        return linear if self.cap is None else self.cap * torch.tanh(linear / self.cap)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """All logits [..., V] at once, with gradient: what the chunks are tested against."""
+        logits = self.scale * nn.functional.linear(rows.to(self.wide), self.weight.to(self.wide))
+        return self.capped(logits if self.bias is None else logits + self.bias)
+
+
+@contextmanager
+def _products_of_bf16() -> Iterator[None]:
+    """During the block, fp32 products on a CPU may take their operands as bf16; sums and results stay fp32.
+
+    For operands that were bf16 before, that is exact and more than twice as fast.
+    """
+    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = setting.fp32_precision
+    setting.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
+
+
+def output_head(model: Any) -> OutputHead | None:
+    """The head of a model with one logit per token; None where there is none, or none of the known form.
+
+    Args:
+        model: A transformers model.
+    """
+    module = model.get_output_embeddings()
+    if not isinstance(module, nn.Linear) or module.out_features != getattr(model.config, "vocab_size", None):
+        return None
+    if not module.weight.is_floating_point():
+        return None
+    extra = getattr(model, "final_logits_bias", None)
+    bias = module.bias if extra is None else extra.reshape(-1) + (0 if module.bias is None else module.bias)
+    scales = [factor(value) for key, factor in SCALES.items() if (value := getattr(model.config, key, None))]
+    return OutputHead(module.weight, bias, math.prod(scales), getattr(model.config, "final_logit_softcapping", None))
+
+
+@contextmanager
+def stopped_at_head(model: Any) -> Iterator[list[Tensor]]:
+    """During the block a forward pass leaves out the head and appends what the head would have read [B, L, D].
+
+    The model's own code runs up to there, final norm, masked-LM transform and scaled decoder outputs included. What it
+    returns as logits is then one meaningless number.
+    """
+    module, read = model.get_output_embeddings(), []
+    before = module.__dict__.get("forward")
+
+    def keep(hidden: Tensor) -> Tensor:
+        read.append(hidden)
+        return hidden.new_zeros(1, 1, 1)
+
+    module.forward = keep
+    try:
+        yield read
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+
+SCALES: dict[str, Callable[[float], float]] = {
+    "logits_scaling": lambda value: 1 / value,  # Granite
+    "logit_scale": lambda value: value,  # Cohere
+}
+"""Config key -> factor on the product."""
