@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,12 +17,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from distill import __version__
 from distill.errors import DistillError, InputError, Stopped
 
 if TYPE_CHECKING:
     from distill.recipe.schema import Recipe
+    from distill.release.report import Section
 
 app = typer.Typer(
     name="distill",
@@ -93,6 +96,65 @@ def run(recipe: RecipePath, overrides: Overrides = None, out: Out = None, remote
     _run("run", recipe, overrides, out, remote_code)
 
 
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, package:NAME/SUBFOLDER, or hub id ORG/NAME.")],
+    calibration: Annotated[Path | None, typer.Option(help="Statistics of an earlier run's calibration.")] = None,
+    data: Annotated[str | None, typer.Option(help="Gather statistics over a built-in corpus or a file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the report, with pictures, to this file as well.")] = None,
+    keep_layers: Annotated[int | None, typer.Option(min=1, help="Layers to keep (default: half).")] = None,
+    keep_mlp: Annotated[
+        str, typer.Option(help="Neurons of each MLP to keep: a number, or a share with a point.")
+    ] = "0.5",
+    examples: Annotated[int, typer.Option(min=1, help="Texts to read with --data.")] = 256,
+    max_length: Annotated[int, typer.Option(min=1, help="Tokens per text with --data.")] = 128,
+) -> None:
+    """Show what is in a model: norms, zeros, redundancy, and what each policy and score would remove."""
+    if calibration is not None and data is not None:
+        raise InputError("--calibration and --data: give one of them")
+    if html is not None and not html.absolute().parent.is_dir():
+        raise InputError(f"--html: there is no folder {html.absolute().parent}")
+    _quiet_libraries()
+    from distill.inspection import Question, gather_statistics, inspect_model, open_model, read_statistics
+    from distill.release.report import render_inspection
+    from distill.rundir import write_text
+
+    question = Question(keep_layers, _share_or_count(keep_mlp))
+    opened, statistics = open_model(model), None
+    if calibration is not None:
+        statistics = read_statistics(calibration, opened)
+    elif data is not None:
+        statistics = gather_statistics(model, opened, data, examples, max_length)
+    sections = inspect_model(opened, statistics, question)
+    _print_sections(sections)
+    if html is not None:
+        lead = f"A {opened.config.model_type} of {opened.num_parameters():,} parameters, without or before any cut."
+        write_text(html.absolute(), render_inspection(model, lead, sections))
+        console.print(f"written: {html}", markup=False)
+
+
+def _print_sections(sections: Sequence[Section]) -> None:
+    output = Console(highlight=False, markup=False, width=max(100, console.width))
+    for section in sections:
+        table = Table(title=section.title)
+        for index, name in enumerate(section.table.head):
+            table.add_column(name, justify="left" if index < section.table.text_columns else "right")
+        for row in section.table.rows:
+            table.add_row(*map(Text, row))
+        output.print(table)
+        output.print(section.note, "")
+
+
+def _share_or_count(text: str) -> int | float:
+    try:
+        value = float(text) if "." in text else int(text)
+    except ValueError:
+        value = 0
+    if not 0 < value <= (1 if "." in text else float("inf")):
+        raise InputError(f"--keep-mlp: {text} is neither a number of neurons nor a share above 0 and up to 1.0")
+    return value
+
+
 def _version(show: bool) -> None:
     if show:
         typer.echo(f"distill {__version__}")
@@ -117,9 +179,10 @@ def _load(path: Path, overrides: list[str] | None) -> Recipe:
 def _run(verb: str, path: Path, overrides: list[str] | None, out: Path | None, remote_code: bool) -> None:
     recipe = _load(path, overrides)  # before torch: a wrong recipe is answered at once
     _quiet_libraries()
+    from distill.preflight import check_names
     from distill.rundir import RunDir
     from distill.session import Session, run_stages
-    from distill.stages import VERBS, check_names
+    from distill.stages import VERBS
     from distill.training.guards import die_with_parent, launched, leaving_in_time, processes
 
     if launched():

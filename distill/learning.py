@@ -87,21 +87,20 @@ def job_for(recipe: Recipe, title: str, spec: Training, folder: TrainDir, inputs
 
 
 def train_arm(session: Session, job: Job, terms: Sequence[Term], result: Path) -> None:
-    """Train the cut student on some terms, and save it as `result`."""
+    """Train the student on some terms, and save it as `result`."""
     decided = StudentPlan.load(session.run.plan)
     maps = partial(layer_map, plan=decided, student_layers=len(decided.layers), teacher_layers=decided.teacher_layers)
-    objective = Objective(terms, session.corpus.task.head, maps, _vocabulary(session))
-    teacher = placed_teacher(session, objective) if objective.needs_teacher else None
-    model = session.load(session.run.student)
+    objective = Objective(terms, session.corpus.task.head, maps, session.vocabulary)
+    teacher, model = None, session.load(session.start)
+    if objective.needs_teacher:
+        teacher = placed_teacher(session, objective)
+        objective.project(model.config.hidden_size, teacher.model.config.hidden_size)
+        for each in (model, teacher.model) if objective.student.attention else ():
+            each.set_attn_implementation("eager")  # the only one that keeps the probabilities
     job = replace(job, constraint=masks_for(session.recipe, model, steps_of(session, session.recipe.training)))
     train_model(session, job, model, objective, teacher)
     compact_trained(session.recipe, model, session.say)
     save_model(session, model, result)
-
-
-def _vocabulary(session: Session) -> int | None:
-    """Entries of the vocabulary that are tokens; heads are often padded beyond. None for class heads."""
-    return len(session.tokenizer) if session.corpus.task.head == "next_token" else None
 
 
 def train_model(session: Session, job: Job, model: Any, objective: Objective, teacher: OnlineTeacher | None) -> None:

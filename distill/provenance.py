@@ -13,6 +13,7 @@ from distill.recipe.load import fingerprint
 from distill.recipe.schema import Optimization
 from distill.rundir import content_of
 from distill.session import Session
+from distill.student import wanted_statistics
 
 CADENCE = {"save_every", "log_every", "evaluate_every", "keep_best", "trackers"}
 MEANS = {"loader_workers", "gradient_checkpointing"}
@@ -42,9 +43,9 @@ def teacher_inputs(session: Session) -> dict[str, Any]:
 
 
 def calibration_inputs(session: Session) -> dict[str, Any]:
-    """Teacher, data and sample size."""
-    spec = session.recipe.student.calibration
-    return {**_teacher_and_data(session), "examples": spec.examples}
+    """Teacher, data, sample size and what is collected."""
+    spec, wanted = session.recipe.student.calibration, wanted_statistics(session.recipe.student)
+    return {**_teacher_and_data(session), "examples": spec.examples, "collected": vars(wanted)}
 
 
 def _teacher_and_data(session: Session) -> dict[str, Any]:
@@ -56,13 +57,25 @@ def plan_inputs(session: Session) -> dict[str, Any]:
     return {
         "teacher": folder_fingerprint(session.teacher),
         "calibration": content_of(session.run.calibration),
-        "student": session.recipe.student.model_dump(mode="json", exclude={"calibration", "mask"}),
+        "student": session.recipe.student.model_dump(mode="json", exclude={"calibration", "repair", "mask"}),
     }
 
 
 def build_inputs(session: Session) -> dict[str, Any]:
     """Teacher and plan."""
     return {"teacher": folder_fingerprint(session.teacher), "plan": content_of(session.run.plan)}
+
+
+def repair_inputs(session: Session) -> dict[str, Any]:
+    """Student and teacher, the plan between them, both samples, and the steps."""
+    spec = session.recipe.student
+    return {
+        **_teacher_and_data(session),
+        "student": folder_fingerprint(session.run.student),
+        "plan": content_of(session.run.plan),
+        "examples": spec.calibration.examples,
+        "repair": spec.repair.model_dump(mode="json"),
+    }
 
 
 def training_inputs(session: Session) -> dict[str, Any]:
@@ -79,7 +92,7 @@ def training_inputs(session: Session) -> dict[str, Any]:
 def control_inputs(session: Session) -> dict[str, Any]:
     """Student, data and settings; the teacher has no say."""
     return {
-        "student": folder_fingerprint(session.run.student),
+        "student": folder_fingerprint(session.start),
         "mask": _mask(session),
         "data": session.corpus.fingerprint,
         "training": _settings(session.recipe.training),
@@ -97,7 +110,7 @@ def evaluation_inputs(session: Session) -> dict[str, Any]:
     """Every arm's weights, the data and what is measured."""
     spec, training = session.recipe.evaluation, session.recipe.training
     return {
-        "arms": {arm: folder_fingerprint(session.arm_folder(arm)) for arm in spec.arms},
+        "arms": {arm: folder_fingerprint(session.arm_folder(arm)) for arm in session.arms},
         **_teacher_and_data(session),
         "student": folder_fingerprint(session.run.distilled),
         "mask": [_mask(session), _settings(training)] if session.recipe.student.mask else None,
@@ -110,4 +123,5 @@ def release_inputs(session: Session) -> dict[str, Any]:
     """The distilled student, its evidence and the recipe."""
     run = session.run
     files = [run.distilled, run.plan, run.evaluation, run.training.metrics, run.control("labels_only").metrics]
+    files += [run.repair] if session.recipe.student.repair.wanted else []
     return {"files": [content_of(path) for path in files], "recipe": session.recipe.model_dump(mode="json")}

@@ -86,6 +86,15 @@ def bind(function: F, params: Mapping[str, Any], where: str, *, any_name: bool =
     return partial(function, **params)
 
 
+def literal_in(module: str, name: str) -> Any:
+    """The plain value that `module` assigns to `name`, without importing it.
+
+    Raises:
+        LookupError: the module or the name does not exist. That is a mistake in distill, not in a recipe.
+    """
+    return ast.literal_eval(_assigned(module, name)[1])
+
+
 def names_in(module: str, table: str) -> dict[str, list[str] | None]:
     """The rows of a literal table in `module`, with the keyword-only parameters of each row's function.
 
@@ -95,14 +104,20 @@ def names_in(module: str, table: str) -> dict[str, list[str] | None]:
     Raises:
         LookupError: the module or the table does not exist. That is a mistake in distill, not in a recipe.
     """
+    tree, value = _assigned(module, table)
+    functions = {node.name: node.args for node in tree.body if isinstance(node, ast.FunctionDef)}
+    return {name: _keyword_only(functions, row) for name, row in _rows(value, f"{module}:{table}")}
+
+
+def _assigned(module: str, name: str) -> tuple[ast.Module, ast.expr]:
+    """A module's source, and what it assigns to a name at the top."""
     source = _source(module)
     tree = ast.parse(source.read_text(encoding="utf-8"), str(source))
-    functions = {node.name: node.args for node in tree.body if isinstance(node, ast.FunctionDef)}
     for node in tree.body:
         target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
-        if isinstance(target, ast.Name) and target.id == table and isinstance(node, ast.Assign | ast.AnnAssign):
-            return {name: _keyword_only(functions, value) for name, value in _rows(node.value, f"{module}:{table}")}
-    raise LookupError(f"{source} has no literal table {table}")
+        if isinstance(target, ast.Name) and target.id == name and isinstance(node, ast.Assign | ast.AnnAssign):
+            return tree, node.value or ast.Constant(None)
+    raise LookupError(f"{source} has no literal table {name}")
 
 
 def _imported(name: str, what: str) -> Any:

@@ -71,6 +71,16 @@ class RunDir:
         return self.root / "student"
 
     @property
+    def repaired(self) -> Path:
+        """The student after repair, before training; only where the recipe asks for it."""
+        return self.root / "repaired"
+
+    @property
+    def repair(self) -> Path:
+        """What each step of the repair was worth."""
+        return self.root / "repair.json"
+
+    @property
     def training(self) -> TrainDir:
         """Training of the student; its checkpoints and metrics lie in the run folder itself."""
         return TrainDir(self.root)

@@ -83,9 +83,30 @@ class Session:
         asked = self.recipe.evaluation.metrics or self.corpus.task.metrics
         return list(dict.fromkeys([*asked, *AGAINST_TEACHER]))
 
+    @property
+    def vocabulary(self) -> int | None:
+        """Entries of the vocabulary that are tokens; heads are often padded beyond. None for class heads."""
+        return len(self.tokenizer) if self.corpus.task.head == "next_token" else None
+
+    @property
+    def start(self) -> Path:
+        """The model that training starts from: the student as cut, or repaired where the recipe asks for it."""
+        return self.run.repaired if self.recipe.student.repair.wanted else self.run.student
+
+    @property
+    def arms(self) -> list[str]:
+        """The arms that this recipe makes, of those that it measures."""
+        wanted = self.recipe.student.repair.wanted
+        return [arm for arm in self.recipe.evaluation.arms if arm != "repaired" or wanted]
+
     def arm_folder(self, arm: str) -> Path:
         """The model of one arm of the evaluation."""
-        own = {"teacher": self.teacher, "cut": self.run.student, "distilled": self.run.distilled}
+        own = {
+            "teacher": self.teacher,
+            "cut": self.run.student,
+            "repaired": self.run.repaired,
+            "distilled": self.run.distilled,
+        }
         return own[arm] if arm in own else self.run.control_model(arm)
 
     def load(self, folder: Path, int8_on: torch.device | None = None) -> Any:

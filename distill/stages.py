@@ -10,16 +10,17 @@ from pathlib import Path
 import accelerate
 import torch
 import transformers
+from accelerate.utils import reduce
 
 from distill import __version__
-from distill.data import TASKS, collate, evaluation_batches
+from distill.data import collate, evaluation_batches
 from distill.evaluation.arms import arm_row, measured, with_retained
 from distill.evaluation.efficiency import add_disk_bytes, measure_efficiency
-from distill.evaluation.metrics import HIGHER_IS_BETTER, METRICS, compute
+from distill.evaluation.metrics import HIGHER_IS_BETTER, compute
 from distill.evaluation.predict import predict
-from distill.learning import check_training, job_for, save_model, steps_of, train_arm, train_model
-from distill.losses import LayerMap, Objective
-from distill.masking import check_score, mask_untrained, sparsity_table
+from distill.learning import job_for, save_model, steps_of, train_arm, train_model
+from distill.losses import Objective, label_loss
+from distill.masking import mask_untrained, sparsity_table
 from distill.models.layout import layers_of
 from distill.models.load import load_model, random_model
 from distill.models.outputs import Wanted
@@ -32,43 +33,32 @@ from distill.provenance import (
     identity,
     plan_inputs,
     release_inputs,
+    repair_inputs,
     teacher_inputs,
     training_inputs,
 )
 from distill.recipe.schema import Format, Recipe, Term
-from distill.registry import bind, find
 from distill.release.card import render_card
 from distill.release.evidence import Evidence
 from distill.release.export import check_padding, check_release, releasable_recipe, without_folders, write_release
 from distill.release.formats import format_of
 from distill.release.report import render_report
+from distill.repairs import repaired
 from distill.rundir import RunDir, fresh_folder, write_json, write_text
 from distill.session import Session, Stage
-from distill.student import ALLOCATIONS, CHOICES, SCORES, Statistics, build_student, calibrate, plan_student
+from distill.student import (
+    Statistics,
+    build_student,
+    calibrate,
+    check_target,
+    plan_student,
+    wanted_statistics,
+)
 from distill.teacher import OnlineTeacher
 from distill.training import Job, read_records
 from distill.training.guards import processes
 
 LABELS_ONLY = (Term(match="labels"),)
-
-
-def check_names(session: Session) -> None:
-    """Find every function that the recipe names, the user's own included, before hours are spent.
-
-    Raises:
-        InputError: A name leads nowhere, or its params do not fit.
-    """
-    recipe, task = session.recipe, find(TASKS, session.recipe.data.task, "task")()
-    if isinstance(recipe.student.layers.keep, int):
-        policy = find(CHOICES, recipe.student.layers.choose, "layer policy")
-        bind(policy, recipe.student.layers.params, "student.layers.params")
-    check_score(recipe)
-    bind(find(SCORES, recipe.student.mlp.score, "score"), recipe.student.mlp.params, "student.mlp.params")
-    find(ALLOCATIONS, recipe.student.mlp.allocate, "allocation")
-    Objective(recipe.losses, task.head, lambda _policy: LayerMap(((0, 0),)))
-    for name in recipe.evaluation.metrics or ():
-        find(METRICS, name, "metric")
-    check_training(recipe, task)
 
 
 def fit_teacher(session: Session) -> None:
@@ -80,25 +70,31 @@ def fit_teacher(session: Session) -> None:
     else:
         seed, code = session.recipe.seed, session.remote_code
         model = load_model(session.source, session.head, new_head=True, random_seed=seed, remote_code=code)
+    check_target(model, session.recipe.student)
     job = Job("teacher", spec, session.run.fit, session.recipe.seed, identity(teacher_inputs(session)))
     train_model(session, job, model, Objective(LABELS_ONLY, session.corpus.task.head), None)
     save_model(session, model, session.run.teacher)
 
 
 def calibrate_teacher(session: Session) -> None:
-    """One pass of the teacher over a sample; every score reads its result."""
-    spec, corpus = session.recipe.student.calibration, session.corpus
+    """One pass of the teacher over a sample, shared out over the processes; every score reads its result."""
+    student, corpus, state = session.recipe.student, session.corpus, processes()
+    spec = student.calibration
     sample = range(min(spec.examples, len(corpus.train)))
-    starts = sample[:: spec.batch_size]
+    starts = sample[:: spec.batch_size][state.process_index :: state.num_processes]
     batches = (collate(corpus, corpus.train, sample[start : start + spec.batch_size]) for start in starts)
-    teacher = session.load(session.teacher).to(processes().device)
-    calibrate(teacher, batches).save(session.run.calibration)
+    teacher = session.load(session.teacher).to(state.device)
+    check_target(teacher, student)
+    statistics = calibrate(teacher, batches, wanted_statistics(student), label_loss(corpus.task.head), reduce)
+    if state.is_main_process:
+        statistics.save(session.run.calibration)
 
 
 def plan(session: Session) -> None:
     """Decide which layers and neurons the student keeps."""
     statistics = Statistics.load(session.run.calibration)
-    decided = plan_student(session.load(session.teacher), session.recipe.student, statistics)
+    teacher = session.load(session.teacher).to(processes().device)
+    decided = plan_student(teacher, session.recipe.student, statistics)
     write_text(session.run.plan, decided.to_json())
     for key, choice in decided.choices.items():
         reason = f" ({choice.reason})" if choice.reason else ""
@@ -110,6 +106,13 @@ def build(session: Session) -> None:
     student = build_student(session.load(session.teacher), StudentPlan.load(session.run.plan))
     format_of(student, session.recipe.release.format)  # refused before it is trained
     save_model(session, student, session.run.student)
+
+
+def repair(session: Session) -> None:
+    """Correct the cut student in closed form, and measure what each step is worth."""
+    model, found = repaired(session)
+    write_json(session.run.repair, found)
+    save_model(session, model, session.run.repaired)
 
 
 def distil(session: Session) -> None:
@@ -133,9 +136,9 @@ def evaluate(session: Session) -> None:
     recipe, corpus = session.recipe, session.corpus
     teacher = OnlineTeacher(session.load(session.teacher), Wanted(stop_at_head=True), processes().device)
     rows, horizon = [], steps_of(session, recipe.training)
-    for arm in recipe.evaluation.arms:
+    for arm in session.arms:
         model = session.load(session.arm_folder(arm)).to(teacher.model.device)
-        steps = 0 if arm in ("teacher", "cut") else horizon
+        steps = 0 if arm in ("teacher", "cut", "repaired") else horizon
         if not steps and arm != "teacher":
             mask_untrained(recipe, model, horizon)
         batches = evaluation_batches(corpus, corpus.test, recipe.evaluation.batch_size)
@@ -196,6 +199,7 @@ def _evidence(session: Session, form: Format) -> Evidence:
         recipe=recipe,
         recipe_text=releasable_recipe(recipe),
         plan=StudentPlan.load(session.run.plan),
+        repair=json.loads(session.run.repair.read_text(encoding="utf-8")) if recipe.student.repair.wanted else None,
         evaluation=json.loads(session.run.evaluation.read_text(encoding="utf-8")),
         metrics=read_records(session.run.training.metrics),
         control_metrics=read_records(session.run.control("labels_only").metrics) if _wants_control(recipe) else [],
@@ -232,9 +236,15 @@ TEACHER = Stage(
     "teacher", fit_teacher, teacher_inputs, _results(lambda run: run.teacher),
     wanted=lambda recipe: recipe.teacher.fit is not None, together=True,
 )  # fmt: skip
-CALIBRATE = Stage("calibrate", calibrate_teacher, calibration_inputs, _results(lambda run: run.calibration))
+CALIBRATE = Stage(
+    "calibrate", calibrate_teacher, calibration_inputs, _results(lambda run: run.calibration), together=True
+)
 PLAN = Stage("plan", plan, plan_inputs, _results(lambda run: run.plan))
 BUILD = Stage("build", build, build_inputs, _results(lambda run: run.student))
+REPAIR = Stage(
+    "repair", repair, repair_inputs, _results(lambda run: run.repaired, lambda run: run.repair),
+    wanted=lambda recipe: recipe.student.repair.wanted,
+)  # fmt: skip
 TRAIN = Stage("train", distil, training_inputs, _results(lambda run: run.distilled), together=True)
 CONTROL = Stage(
     "control", train_control, control_inputs, _results(lambda run: run.control_model("labels_only")),
@@ -243,18 +253,7 @@ CONTROL = Stage(
 EVALUATE = Stage("evaluate", evaluate, evaluation_inputs, _results(lambda run: run.evaluation))
 RELEASE = Stage("release", release, release_inputs, _results(lambda run: run.release, lambda run: run.report))
 
-TO_PLAN = (TEACHER, CALIBRATE, PLAN)
-TO_BUILD = (*TO_PLAN, BUILD)
-TO_TRAIN = (*TO_BUILD, TRAIN)
-TO_EVALUATE = (*TO_TRAIN, CONTROL, EVALUATE)
-TO_RELEASE = (*TO_EVALUATE, RELEASE)
-
-VERBS: dict[str, tuple[Stage, ...]] = {
-    "plan": TO_PLAN,
-    "build": TO_BUILD,
-    "train": TO_TRAIN,
-    "evaluate": TO_EVALUATE,
-    "release": TO_RELEASE,
-    "run": TO_RELEASE,
-}
+STORY = (TEACHER, CALIBRATE, PLAN, BUILD, REPAIR, TRAIN, CONTROL, EVALUATE, RELEASE)
+LAST = {"plan": PLAN, "build": REPAIR, "train": TRAIN, "evaluate": EVALUATE, "release": RELEASE, "run": RELEASE}
+VERBS: dict[str, tuple[Stage, ...]] = {verb: STORY[: STORY.index(last) + 1] for verb, last in LAST.items()}
 """Each verb brings everything before it up to date; what is unchanged is skipped."""

@@ -7,8 +7,12 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import hypothesis
 import pytest
 from tiny import DECODERS, ENCODERS, SEQ2SEQ
+
+hypothesis.settings.register_profile("distill", deadline=None)  # no test fails because the machine is busy
+hypothesis.settings.load_profile("distill")
 
 
 @pytest.fixture(params=DECODERS + ENCODERS)

@@ -103,6 +103,13 @@ def test_every_script_explains_itself(path, tmp_path):
     assert done.returncode == 0 and "usage" in done.stdout.lower(), done.stderr
 
 
+@pytest.mark.slow
+def test_the_benchmark_of_building_runs_on_a_tiny_model():
+    command = [sys.executable, ROOT / "scripts/benchmarks/build_large.py", "--tiny"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert re.search(r"build [\d.]+ s\npeak .*: [\d.]+x", shown), shown
+
+
 @pytest.mark.parametrize(("path", "arguments"), CALLS, ids=lambda value: "" if isinstance(value, list) else value.name)
 def test_every_command_in_the_documents_can_be_given(path, arguments):
     group = typer.main.get_command(app)

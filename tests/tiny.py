@@ -77,6 +77,15 @@ OWN_SIZES = {
     "marian": SEQ2SEQ_SIZES,
     "whisper": SEQ2SEQ_SIZES,
 }
+NO_ROW = {
+    "gptj": {"n_embd": HIDDEN, "n_layer": LAYERS, "n_head": 4, "n_positions": 64, "n_inner": WIDTH, "rotary_dim": 4},
+    "stablelm": {**GQA},
+    "cohere": GQA,
+    "falcon": {"ffn_hidden_size": WIDTH, "bias": True},
+    "phi": {},
+    "glm": {**GQA, "head_dim": 8},
+}
+"""Families that distill finds by their structure."""
 DECODERS = (
     "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "granite", "smollm3", "gpt2",
     "gpt_neox", "opt", "mixtral", "qwen3_moe",
@@ -88,13 +97,15 @@ HEADS = {
     **dict.fromkeys(ENCODERS, "AutoModelForSequenceClassification"),
     **dict.fromkeys(SEQ2SEQ, "AutoModelForSeq2SeqLM"),
     "whisper": "AutoModelForSpeechSeq2Seq",
+    **dict.fromkeys(NO_ROW, "AutoModelForCausalLM"),
 }
 
 
 def tiny_config(family: str, **changes):
     """`t5-gated` is a T5 with a gate and one decoder layer less."""
     common = {} if family in SEQ2SEQ else SIZES
-    return AutoConfig.for_model(family.removesuffix("-gated"), **{**common, **OWN_SIZES.get(family, {}), **changes})
+    own = {**OWN_SIZES, **NO_ROW}.get(family, {})
+    return AutoConfig.for_model(family.removesuffix("-gated"), **{**common, **own, **changes})
 
 
 def tiny_model(family: str, seed: int = 0, **changes):

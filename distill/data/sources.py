@@ -60,6 +60,20 @@ def pydoc_topics() -> Any:
     return _dataset(texts, [None] * len(texts))
 
 
+def stdlib_sources(*, largest: int = 200_000) -> Any:
+    """Python: the files of the installed standard library, tests left out, one text per file, unlabelled.
+
+    The text differs a little between Python versions; the corpus fingerprint in every result says which one it was.
+
+    Args:
+        largest: Files with more bytes, which are tables of data, are left out.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    paths = [path for path in sorted(root.rglob("*.py")) if NOT_LIBRARY.isdisjoint(path.relative_to(root).parts)]
+    texts = [path.read_text(encoding="utf-8") for path in paths if 0 < path.stat().st_size <= largest]
+    return _dataset(texts, [None] * len(texts))
+
+
 def read_file(path: Path, text: str, label: str) -> Any:
     """Texts and labels of a .jsonl, .json, .csv, .parquet or .txt file.
 
@@ -105,4 +119,5 @@ def _dataset(texts: list[str], labels: list[str | None]) -> Any:
 SOURCES: dict[str, Callable[..., Any]] = {
     "stdlib-docstrings": stdlib_docstrings,
     "pydoc-topics": pydoc_topics,
+    "stdlib-sources": stdlib_sources,
 }

@@ -1,16 +1,9 @@
-"""Size, FLOPs, latency and throughput of several models by one protocol in one run.
-
-Times of a shared machine drift by more than a pruned layer saves. So every round times the models one after the other
-(A B A B ...) on the same ids, and a ratio is the median over rounds of the ratios within a round.
-"""
+"""Size, FLOPs, latency and throughput of several models by one protocol in one run."""
 
 from __future__ import annotations
 
-import copy
-import inspect
 import platform
 import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -19,16 +12,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+
+from distill.models.cost import WARM_UP, flops_by_module, options, paired, random_ids, timed
 
 Layers = Callable[[nn.Module], Iterable[nn.Module]]
-Rounds = dict[str, list[list[float]]]
-"""Model -> round -> seconds of each forward pass."""
-
-WARM_UP = 2
-"""Untimed passes of each model at each shape."""
 LATENCY_PASSES = 5
 """Passes of one example per model and round: enough samples for a 95th percentile."""
 
@@ -68,15 +55,16 @@ def measure_efficiency(
     ids = random_ids(vocabulary, (batch_size, length), models[reference]).to(device)
     with _evaluating(models.values()):
         measured = {name: size(model, layers) | flops(model, layers, ids[:1]) for name, model in models.items()}
-        passes = {name: partial(model, **_options(model)) for name, model in models.items()}
         with torch.inference_mode():
-            single = _time(passes, ids[:1], repeats, LATENCY_PASSES, device)
-            batched = _time(passes, ids, repeats, 1, device)
+            passes = {name: partial(model, ids[:1], **options(model)) for name, model in models.items()}
+            single = timed(passes, repeats, LATENCY_PASSES, device)
+            passes = {name: partial(model, ids, **options(model)) for name, model in models.items()}
+            batched = timed(passes, repeats, 1, device)
     measured = {name: model | speed(single[name], batched[name], batch_size) for name, model in measured.items()}
     ratios = {name: compared(model, measured[reference]) for name, model in measured.items() if name != reference}
     for name, ratio in ratios.items():
-        ratio["latency"] = _paired(single[name], single[reference])
-        ratio["throughput"] = _paired(batched[reference], batched[name])
+        ratio["latency"] = paired(single[name], single[reference])
+        ratio["throughput"] = paired(batched[reference], batched[name])
     protocol = {"kind": kind, "batch_size": batch_size, "length": length, "repeats": repeats, "reference": reference}
     dtypes = {"dtype": ", ".join(sorted({model["dtype"] for model in measured.values()}))}
     return {"protocol": protocol | dtypes | surroundings(device), "models": measured, "ratios": ratios}
@@ -106,35 +94,12 @@ def size(model: nn.Module, layers: Layers) -> dict[str, Any]:
 
 
 def flops(model: nn.Module, layers: Layers, ids: Tensor) -> dict[str, Any]:
-    """Matrix-product FLOPs (2 per multiply-add) of a forward pass over `ids` [B, L]; causal attention counts in full.
-
-    Counted on fake tensors, which have shapes and no values, in a copy: nothing is computed and a model that stores a
-    tensor during its forward pass keeps its own. A model that reads values (`.item()`) cannot run like that and is
-    counted while it really runs once.
-    """
-    fake = FakeTensorMode()
-    try:
-        with FakeCopyMode(fake):
-            hollow = copy.deepcopy(model)
-        with fake:
-            return _count(hollow, layers, fake.from_tensor(ids)) | {"flops_counted_on": "fake tensors"}
-    except (RuntimeError, AssertionError):
-        # Whatever fake tensors cannot do is one of these two; a fault of the model itself comes up again here.
-        return _count(model, layers, ids) | {"flops_counted_on": "a real pass"}
-
-
-def _count(model: nn.Module, layers: Layers, ids: Tensor) -> dict[str, Any]:
-    """FLOPs of the whole pass and of the layers."""
-    counter = FlopCounterMode(display=False)
-    # torch's table of FLOPs lacks the fused attention of CPUs, which would count as nothing; as plain matrix products
-    # attention counts the same on every device.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        model(ids, **_options(model))
-    names = {module: f"{type(model).__name__}.{name}" for name, module in model.named_modules()}
-    by_module = counter.get_flop_counts()
+    """FLOPs of a forward pass over `ids` [B, L], per example; see `distill.models.cost`."""
+    counts, counted_on = flops_by_module(model, {"input_ids": ids})
     return {
-        "flops_per_example": counter.get_total_flops() // len(ids),
-        "layer_flops_per_example": sum(sum(by_module[names[layer]].values()) for layer in layers(model)) // len(ids),
+        "flops_per_example": counts[model] // len(ids),
+        "layer_flops_per_example": sum(counts[layer] for layer in layers(model)) // len(ids),
+        "flops_counted_on": counted_on,
     }
 
 
@@ -154,13 +119,6 @@ def compared(model: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str
     return {key.removesuffix("_per_example"): model[key] / reference[key] for key in keys}
 
 
-def random_ids(vocabulary: int, shape: tuple[int, int], model: nn.Module) -> Tensor:
-    """The same ids [B, L] on every call, none of them the model's padding id (which would turn into real padding)."""
-    padding = getattr(getattr(model, "config", None), "pad_token_id", None)
-    ids = torch.randint(vocabulary - 1, shape, generator=torch.Generator().manual_seed(0))
-    return ids if padding is None else ids + (ids >= padding)
-
-
 def device_name(device: torch.device) -> str:
     """Product name of the accelerator or processor."""
     if device.type == "cuda":
@@ -169,11 +127,6 @@ def device_name(device: torch.device) -> str:
     lines = cpuinfo.read_text().splitlines() if device.type == "cpu" and cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return f"{device.type} ({names[0] if names else platform.machine()})"
-
-
-def _options(model: nn.Module) -> dict[str, Any]:
-    """No key-value cache, for models that have one: it costs memory traffic and nobody reads it."""
-    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 
 
 @contextmanager
@@ -187,40 +140,6 @@ def _evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for module, mode in training.items():
             module.training = mode
-
-
-def _time(
-    passes: Mapping[str, Callable[[Tensor], object]], ids: Tensor, repeats: int, per_round: int, device: torch.device
-) -> Rounds:
-    """Time every model in every round, in turns."""
-    for run in passes.values():
-        for _ in range(WARM_UP):
-            run(ids)
-    rounds: Rounds = {name: [] for name in passes}
-    for _ in range(repeats):
-        for samples in rounds.values():
-            samples.append([])
-        for _ in range(per_round):
-            for name, run in passes.items():
-                _synchronize(device)
-                start = time.perf_counter()
-                run(ids)
-                _synchronize(device)
-                rounds[name][-1].append(time.perf_counter() - start)
-    return rounds
-
-
-def _synchronize(device: torch.device) -> None:
-    """Wait for the accelerator: its kernels run behind Python's back."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-def _paired(rounds: list[list[float]], reference: list[list[float]]) -> dict[str, float]:
-    """Ratio of the median seconds within each round."""
-    pairs = zip(rounds, reference, strict=True)
-    ratios = [statistics.median(samples) / statistics.median(others) for samples, others in pairs]
-    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
 
 
 def add_disk_bytes(result: dict[str, Any], folders: Mapping[str, Path]) -> None:

@@ -22,9 +22,21 @@ no temperature², no weight. A loss for everybody is the same function with a ro
 from distill.losses.align import TopK
 from distill.losses.heads import HEADS
 from distill.losses.hidden import HIDDEN
+from distill.losses.labels import label_loss
 from distill.losses.logits import LOGITS
 from distill.losses.mapping import LayerMap, layer_map
 from distill.losses.objective import Objective
 from distill.losses.relation import ATTENTION, RELATION
 
-__all__ = ["ATTENTION", "HEADS", "HIDDEN", "LOGITS", "RELATION", "LayerMap", "Objective", "TopK", "layer_map"]
+__all__ = [
+    "ATTENTION",
+    "HEADS",
+    "HIDDEN",
+    "LOGITS",
+    "RELATION",
+    "LayerMap",
+    "Objective",
+    "TopK",
+    "label_loss",
+    "layer_map",
+]

@@ -217,7 +217,7 @@ class Objective:
         """Valid positions, boolean: those that predict (with a label, or any) or, for layers, the real tokens."""
         if match == "labels":
             return self.head.labels(batch) != UNLABELLED
-        return self.head.asked(batch) if match == "logits" else self.head.tokens(batch)
+        return self.head.asked(batch) if match in ("logits", "output") else self.head.tokens(batch)
 
 
 class _Now:

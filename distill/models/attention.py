@@ -59,8 +59,8 @@ def watch_maps(model: Any, layer: int, keep: Callable[[Tensor], None]) -> Handle
         maps = [part for part in output if isinstance(part, Tensor) and part.ndim == 4]
         if not maps:
             raise InputError(
-                "match: attention needs the eager attention of transformers, which keeps the probabilities: call "
-                "model.set_attn_implementation('eager')"
+                "match: attention needs an attention that hands out its probabilities: call "
+                "model.set_attn_implementation('eager'). DeBERTa never does; use match: relations for it"
             )
         keep(maps[-1])
 

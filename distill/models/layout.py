@@ -59,6 +59,12 @@ class Stack:
     """Tensors inside a layer that only the first layer has and uses for all; a student's first layer inherits them."""
     keep_first: str = ""
     """Why the first layer cannot be dropped; empty: it can."""
+    normed_after: str = ""
+    """Which norm an MLP's output passes before it leaves its layer; empty: none, it is added to the stream as it is."""
+    pre_norm_key: str = ""
+    """Config switch of families of both kinds: where it is off, `normed_after` holds; empty: it always does."""
+    scale_key: str = ""
+    """Config key of the factor that an MLP's output is multiplied with before it is added; empty: 1."""
 
 
 @dataclass(frozen=True)
@@ -97,12 +103,21 @@ def _t5(layer: int) -> tuple[MlpLayout, ...]:
     return plain, MlpLayout((f"{inner}.wi_0", f"{inner}.wi_1"), f"{inner}.wo", "d_ff")
 
 
-_BERT = ModelLayout(Stack("encoder.layer", (BERT_MLP,)))
+POST_NORM = "a norm follows the sum of the MLP's output and its input"
+SANDWICH = "a norm follows the MLP's output"
+
+_BERT = ModelLayout(Stack("encoder.layer", (BERT_MLP,), normed_after=POST_NORM))
 _GLU = ModelLayout(Stack("layers", (GLU,)))
-_SEQ2SEQ = ModelLayout(
-    main=Stack("decoder.layers", (_fc("decoder_ffn_dim"),), "decoder_layers"),
-    encoder=Stack("encoder.layers", (_fc("encoder_ffn_dim"),), "encoder_layers"),
-)
+_SANDWICH_GLU = ModelLayout(Stack("layers", (GLU,), normed_after=SANDWICH))
+
+
+def _seq2seq(normed_after: str) -> ModelLayout:
+    return ModelLayout(
+        main=Stack("decoder.layers", (_fc("decoder_ffn_dim"),), "decoder_layers", normed_after=normed_after),
+        encoder=Stack("encoder.layers", (_fc("encoder_ffn_dim"),), "encoder_layers", normed_after=normed_after),
+    )
+
+
 _T5_BIAS = ("layer.0.SelfAttention.relative_attention_bias.weight",)
 
 LAYOUTS: dict[str, ModelLayout] = {
@@ -112,7 +127,12 @@ LAYOUTS: dict[str, ModelLayout] = {
     "electra": _BERT,
     "deberta-v2": _BERT,
     "distilbert": ModelLayout(
-        Stack("transformer.layer", (MlpLayout(("ffn.lin1",), "ffn.lin2", "hidden_dim"),), "n_layers")
+        Stack(
+            "transformer.layer",
+            (MlpLayout(("ffn.lin1",), "ffn.lin2", "hidden_dim"),),
+            "n_layers",
+            normed_after=POST_NORM,
+        )
     ),
     "modernbert": ModelLayout(
         Stack(
@@ -125,15 +145,17 @@ LAYOUTS: dict[str, ModelLayout] = {
     "mistral": _GLU,
     "qwen2": _GLU,
     "qwen3": _GLU,
-    "gemma2": _GLU,
-    "gemma3_text": _GLU,
-    "olmo2": _GLU,
-    "granite": _GLU,
+    "gemma2": _SANDWICH_GLU,
+    "gemma3_text": _SANDWICH_GLU,
+    "olmo2": _SANDWICH_GLU,
+    "granite": ModelLayout(Stack("layers", (GLU,), scale_key="residual_multiplier")),
     "smollm3": _GLU,
     "phi3": ModelLayout(Stack("layers", (FUSED_GLU,))),
     "gpt2": ModelLayout(Stack("h", (MlpLayout(("mlp.c_fc",), "mlp.c_proj", "n_inner", form="conv1d"),), "n_layer")),
     "gpt_neox": ModelLayout(Stack("layers", (MlpLayout(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),))),
-    "opt": ModelLayout(Stack("decoder.layers", (_fc("ffn_dim"),))),
+    "opt": ModelLayout(
+        Stack("decoder.layers", (_fc("ffn_dim"),), normed_after=POST_NORM, pre_norm_key="do_layer_norm_before")
+    ),
     "mixtral": ModelLayout(Stack("layers", (EXPERTS,))),
     "qwen3_moe": ModelLayout(
         Stack(
@@ -145,9 +167,9 @@ LAYOUTS: dict[str, ModelLayout] = {
         main=Stack("decoder.block", _t5(2), "num_decoder_layers", _T5_BIAS),
         encoder=Stack("encoder.block", _t5(1), "num_layers", _T5_BIAS),
     ),
-    "bart": _SEQ2SEQ,
-    "marian": _SEQ2SEQ,
-    "whisper": _SEQ2SEQ,
+    "bart": _seq2seq(POST_NORM),
+    "marian": _seq2seq(POST_NORM),
+    "whisper": _seq2seq(""),
 }
 
 PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
@@ -157,16 +179,44 @@ INDEX_FLAGS = ("scale_attn_by_inverse_layer_idx",)
 """Config attributes that, when true, make what a layer computes depend on its index."""
 
 
+_detected: dict[tuple[str, str], ModelLayout] = {}
+
+
 def layout_of(model: Any) -> ModelLayout:
-    """The layout of a model's family. Raises InputError naming what to add for an unknown one."""
+    """The layout of a model's family: its row, or what its structure shows (see `detect`; tried out once).
+
+    Raises:
+        InputError: Neither; it says what to add.
+    """
+    from distill.models.detect import Unrecognised, detect
+
     model_type = getattr(model.config, "model_type", None)
-    if model_type not in LAYOUTS:
+    if model_type in LAYOUTS:
+        return LAYOUTS[model_type]
+    key = (str(model_type), type(model.base_model).__name__)
+    try:
+        if key not in _detected:
+            _detected[key] = detect(model)
+        return _detected[key]
+    except Unrecognised as error:
         raise InputError(
-            f"model family {model_type!r} is not known to distill (known: {', '.join(sorted(LAYOUTS))}). "
-            f"Add a row to LAYOUTS in distill/models/layout.py: where its layers are, which linear modules feed the "
-            f"MLP's neurons and which one reads them."
-        )
-    return LAYOUTS[model_type]
+            f"model family {model_type!r} has no row in LAYOUTS and its structure is not recognised: {error}. "
+            f"Add a row to LAYOUTS in distill/models/layout.py: where its layers are, which modules feed the MLP's "
+            f"neurons and which one reads them (known: {', '.join(sorted(LAYOUTS))})"
+        ) from error
+
+
+def cut_lists(config: Any, kept: Sequence[int]) -> None:
+    """Keep the entries of these layers in every list with one entry per layer."""
+    for name in PER_LAYER_LISTS:
+        values = getattr(config, name, None)
+        if values is not None:
+            setattr(config, name, [values[index] for index in kept])
+
+
+def stated_width(config: Any, key: str) -> int:
+    """What a config says about an MLP's width; null (GPT-2's n_inner) stands for four times the hidden size."""
+    return int(getattr(config, key) or 4 * config.hidden_size)
 
 
 def check_kept(model: Any, side: Side, kept: Sequence[int]) -> None:

@@ -158,6 +158,13 @@ def random_model(folder: Path, head: Head, seed: int, remote_code: bool = False)
     return getattr(transformers, head.auto_class).from_config(config, trust_remote_code=remote_code).eval()
 
 
+def hollow_model(folder: Path, remote_code: bool = False) -> Any:
+    """The folder's model without values (on the meta device) and without a head: to look at its structure for free."""
+    config = _config(folder, Head(""), remote_code)
+    with torch.device("meta"):
+        return transformers.AutoModel.from_config(config, trust_remote_code=remote_code).eval()
+
+
 def trained_labels(folder: Path) -> list[str]:
     """Class names of a model that is already trained for classes, in the order of its outputs."""
     names: dict[int, str] = _config(folder, Head(""), remote_code=False).id2label

@@ -61,16 +61,20 @@ class Mlp:
         """[D], or None."""
         return self._bias(self.layout.out)
 
+    @property
+    def output(self) -> nn.Module:
+        """The module whose output is what the neurons give [.., D]: the last projection, or all experts together."""
+        path = self.layout.out
+        return self.layer.get_submodule(path.rpartition(".")[0] if self.layout.form == "experts" else path)
+
     def watch(self, see: See) -> RemovableHandle:
         """Call `see` with the neurons' activations in every forward pass, until the handle is removed.
 
         The neurons of experts never pass through a module of their own; they are computed a second time.
         """
         if self.layout.form != "experts":
-            out = self.layer.get_submodule(self.layout.out)
-            return out.register_forward_pre_hook(lambda _module, inputs: see(inputs[0].flatten(0, -2), None, 0))
-        module = self.layer.get_submodule(self.layout.out.rpartition(".")[0])
-        return module.register_forward_pre_hook(self._expert_hook(see), with_kwargs=True)
+            return self.output.register_forward_pre_hook(lambda _module, inputs: see(inputs[0].flatten(0, -2), None, 0))
+        return self.output.register_forward_pre_hook(self._expert_hook(see), with_kwargs=True)
 
     def _expert_hook(self, see: See) -> Callable[..., None]:
         def hook(module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
+from inspect import signature
 from typing import Any, TypeVar, cast
 
 import torch
@@ -54,19 +55,24 @@ class Outputs:
     head: OutputHead | None = None
     attention: dict[int, Tensor] = field(default_factory=dict)
     """Layer index -> attention probabilities [B, H, L, L]."""
-    relations: dict[int, dict[int, Tensor]] = field(default_factory=dict)
-    """Layer index -> queries (0), keys (1) and values (2), [B, L, D'] each."""
+    relations: dict[int, list[Tensor]] = field(default_factory=dict)
+    """Layer index -> queries, keys and values, [B, L, D'] each."""
 
 
 def run(model: Any, batch: Batch, wanted: Wanted) -> Outputs:
     """One forward pass of a transformers model."""
     head = output_head(model) if wanted.stop_at_head else None
     inputs = {name: batch[name] for name in READ if name in batch}
+    if "position_ids" in inputs:
+        # Packed: transformers tells documents apart by positions that start anew, and only where there is no mask.
+        del inputs["attention_mask"]
+    # Keys and values are for generation; with a cache transformers would not look for documents either.
+    options = {"use_cache": False} if "use_cache" in signature(model.forward).parameters else {}
     with captured(model, wanted) as found:
         if head is None:
-            return replace(found, logits=_logits(model(**inputs)))
+            return replace(found, logits=_logits(model(**inputs, **options)))
         with stopped_at_head(model) as read:
-            model(**inputs)
+            model(**inputs, **options)
     return replace(found, last=read[0], head=head)
 
 
@@ -97,6 +103,13 @@ def first_tensor(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
+def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden states that a layer was called with, as a forward hook sees its arguments."""
+    states = args[0] if args else kwargs["hidden_states"]
+    assert isinstance(states, Tensor)
+    return states
+
+
 @contextmanager
 def captured(model: Any, wanted: Wanted) -> Iterator[Outputs]:
     """Fill in what is wanted of the layers during one forward pass.
@@ -122,7 +135,7 @@ def captured(model: Any, wanted: Wanted) -> Iterator[Outputs]:
     for layer in wanted.attention:
         handles.append(watch_maps(model, layer, partial(found.attention.__setitem__, layer)))
     for layer in wanted.relations:
-        handles += watch_projections(model, layer, found.relations.setdefault(layer, {}).__setitem__)
+        handles += watch_projections(model, layer, found.relations.setdefault(layer, [torch.empty(0)] * 3).__setitem__)
     try:
         yield found
     finally:

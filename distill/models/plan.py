@@ -62,6 +62,8 @@ class StudentPlan(BaseModel):
     """Name of the neuron score."""
     mlp_allocation: str
     """Name of the allocation."""
+    calibration: str | None = None
+    """Fingerprint of the statistics that the decision saw; null: none."""
     choices: dict[str, Choice] = {}
     """Asked against got, by recipe key."""
     layer_scores: dict[str, list[float]] = {}

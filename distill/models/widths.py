@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.initialization import no_init_weights
 
-from distill.models.layout import Side, layout_of
+from distill.models.layout import Side, layout_of, stated_width
 from distill.models.mlp import Mlp, mlps_of
 from distill.recipe.locate import WIDTH_KEYS
 
@@ -55,31 +55,22 @@ def narrow(model: Any, widths: dict[Side, Sequence[int]]) -> None:
 
     The config stays the object that all modules share: a copy would hide `set_attn_implementation` from the layers.
     """
-    config = model.config
-    forget_widths(config)
-    largest: dict[str, int] = {}
     for side, own in widths.items():
         for mlp, width in zip(mlps_of(model, side), own, strict=True):
             mlp.resize(width)
-            largest[mlp.layout.width_key] = max(width, largest.get(mlp.layout.width_key, 0))
+    config, every = model.config, all_mlps(model)
+    forget_widths(config)
+    largest = widest(every, [mlp.width for mlp in every])
     for key, width in largest.items():
         if stated_width(config, key) != width:
             setattr(config, key, width)
-    different = {
-        index: {mlp.layout.width_key: mlp.width}
-        for side in widths
-        for index, mlp in enumerate(mlps_of(model, side))
-        if mlp.width != largest[mlp.layout.width_key]
-    }
-    if different and len(widths) == 1:
-        config.per_layer_config = different
-    elif different:
-        setattr(config, TWO_STACKS, {side: list(own) for side, own in widths.items()})
-
-
-def stated_width(config: Any, key: str) -> int:
-    """What a config says about an MLP's width; null (GPT-2's n_inner) stands for four times the hidden size."""
-    return int(getattr(config, key) or 4 * config.hidden_size)
+    if all(mlp.width == largest[mlp.layout.width_key] for mlp in every):
+        return
+    sides = layout_of(model).sides
+    if len(sides) == 1:
+        config.per_layer_config = {index: {mlp.layout.width_key: mlp.width} for index, mlp in enumerate(every)}
+    else:
+        setattr(config, TWO_STACKS, {side: [mlp.width for mlp in mlps_of(model, side)] for side in sides})
 
 
 def with_widths(model_class: type[Any]) -> type[Any]:
@@ -115,14 +106,13 @@ def padded(model: Any) -> Any:
     with no_init_weights():  # every tensor is copied below
         wide = type(model)._from_config(config, dtype=model.dtype)
     wide.tie_weights()
-    source = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-    target = {**dict(wide.named_parameters(remove_duplicate=False)), **dict(wide.named_buffers())}
+    source = model.state_dict()
     for mlp, old in zip(all_mlps(wide), mlps, strict=True):
         inside, beside = dict(mlp.layer.named_parameters()), dict(old.layer.named_parameters())
         for name, (axis, parts) in mlp.layout.axes().items():
             if name in inside:
                 _fill(inside[name], beside[name], axis, parts)
-    for name, tensor in target.items():
+    for name, tensor in wide.state_dict().items():
         if tensor.shape == source[name].shape:
             tensor.copy_(source[name])
     if model.can_generate():

@@ -1,7 +1,7 @@
 """Rules across keys, checked on the recipe as written, so that they speak even when other keys are wrong.
 
-A check takes a `View` and yields findings; `CHECKS` is all of them. Values of the wrong type are the schema's business
-(`explain`): a check that meets one says nothing.
+A check takes a `View` and yields findings; `CHECKS` is all of them but those about the student (`student_checks`).
+Values of the wrong type are the schema's business (`explain`): a check that meets one says nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from distill.errors import InputError
 from distill.recipe.document import Finding, KeyPath, at, dotted
 from distill.recipe.locate import TeacherSize, ambiguous_folder, is_path, teacher_folder, teacher_size
-from distill.recipe.schema import Data, Evaluation, Layers, Mlp, Teacher, Term
+from distill.recipe.schema import Data, Evaluation, Teacher, Term
 
 USED_KEYS = {
     "labels": {"match", "weight", "schedule"},
@@ -64,6 +64,11 @@ class View:
     def layers(self) -> int | None:
         """Number of the teacher's layers, where known."""
         return self.teacher.layers if isinstance(self.teacher, TeacherSize) else None
+
+    @property
+    def encoder_layers(self) -> int | None:
+        """Number of layers of the teacher's encoder, where it has one of its own."""
+        return self.teacher.encoder_layers if isinstance(self.teacher, TeacherSize) else None
 
     @property
     def width(self) -> int | None:
@@ -125,58 +130,6 @@ def random_teacher_is_fitted(view: View) -> Iterator[Finding]:
     if teacher["sha256"] is not None:
         message = "has no effect with init: random, which reads no weights"
         yield Finding(("teacher", "sha256"), message, "remove it", at="key")
-
-
-def layers_exist(view: View) -> Iterator[Finding]:
-    """The student's layers are layers of the teacher, each once and in order."""
-    layers = view.section(("student", "layers"), Layers)
-    if layers is None:
-        return
-    path: KeyPath = ("student", "layers", "keep")
-    keep, have = layers.get("keep"), view.layers
-    wanted, chosen = count(keep), indices(keep)
-    if wanted and have and wanted > have:
-        yield Finding(path, f"keeps {wanted} layers, the teacher has {have}", f"use 1 to {have}")
-    if chosen is None:
-        return
-    if not chosen:
-        yield Finding(path, "the list names no layer", "name at least one")
-    yield from _index_problems(path, chosen, have)
-    changed = [key for key in ("choose", "params") if layers[key] != defaults(Layers)[key]]
-    for key in changed:
-        message = "has no effect: `keep` names the layers"
-        yield Finding(("student", "layers", key), message, "remove it, or give `keep` as a number", at="key")
-
-
-def _index_problems(path: KeyPath, chosen: list[int], have: int | None) -> Iterator[Finding]:
-    for position, index in enumerate(chosen):
-        own = (*path, position)
-        if index in chosen[:position]:
-            yield Finding(own, f"layer {index} is listed twice", "keep one of them")
-        elif have is not None and index >= have:
-            yield Finding(own, f"the teacher has no layer {index}", f"use 0 to {have - 1}")
-        elif position and index < chosen[position - 1]:
-            fix = f"write {sorted(set(chosen))}"
-            yield Finding(own, f"layer {index} comes after layer {chosen[position - 1]}, not in ascending order", fix)
-
-
-def width_can_be_had(view: View) -> Iterator[Finding]:
-    """The MLP width is not more than the teacher's and not nothing after rounding down."""
-    mlp = view.section(("student", "mlp"), Mlp)
-    multiple, have = count(mlp["multiple_of"]) if mlp else None, view.width
-    if mlp is None or multiple is None or have is None:
-        return
-    path: KeyPath = ("student", "mlp", "keep")
-    wanted, share = count(mlp["keep"]), number(mlp["keep"])
-    if wanted is None and share is not None and 0 < share <= 1:
-        wanted = int(share * have + 1e-9)  # as distill.student.allocate does
-    elif wanted is None or wanted < 1:
-        return
-    if wanted > have:
-        yield Finding(path, f"keeps {wanted} neurons, the teacher's MLP has {have}", f"use 1 to {have}, or a share")
-    elif wanted < min(multiple, have):  # all of them is always a width that can be had
-        message = f"{wanted} of {have} neurons, rounded down to a multiple of {multiple} (multiple_of), leaves none"
-        yield Finding(path, message, f"keep at least {min(multiple, have)}, or lower multiple_of")
 
 
 def length_fits(view: View) -> Iterator[Finding]:
@@ -258,8 +211,6 @@ def listed_once(view: View) -> Iterator[Finding]:
 CHECKS: list[Callable[[View], Iterable[Finding]]] = [
     teacher_is_there,
     random_teacher_is_fitted,
-    layers_exist,
-    width_can_be_had,
     length_fits,
     some_term_counts,
     term_keys_have_effect,

@@ -36,6 +36,8 @@ class TeacherSize:
     """Width of each layer's MLP."""
     positions: int | None = None
     """Longest sequence it was made for."""
+    encoder_layers: int | None = None
+    """Layers of the encoder of an encoder-decoder."""
 
 
 def is_path(name: str) -> bool:
@@ -86,10 +88,13 @@ def teacher_size(folder: Path) -> TeacherSize:
     if not isinstance(config, dict):
         raise InputError(f"{path} is not the configuration of a model")
     width = _first_count(config, WIDTH_KEYS)
-    if width is None and "n_inner" in config:
-        embedding = _first_count(config, ("n_embd",))  # GPT-2: null stands for four times the model width
+    if width is None:
+        embedding = _first_count(config, ("n_embd",))  # GPT-2: null, or no key, stands for four times the model width
         width = embedding and 4 * embedding
-    return TeacherSize(_first_count(config, LAYER_KEYS), width, _first_count(config, _POSITION_KEYS))
+    encoder = None
+    if config.get("is_encoder_decoder"):
+        encoder = _first_count(config, ("encoder_layers", "num_layers"))
+    return TeacherSize(_first_count(config, LAYER_KEYS), width, _first_count(config, _POSITION_KEYS), encoder)
 
 
 def _in_package(model: str) -> Path:

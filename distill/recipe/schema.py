@@ -27,6 +27,7 @@ NonNegative = Annotated[float, Field(ge=0), NotASwitch]
 Fraction = Annotated[float, Field(ge=0, le=1), NotASwitch]
 Format = Literal["uniform", "native", "padded"]
 Params = dict[StrictStr, StrictBool | StrictInt | float | StrictStr]
+Arm = Literal["teacher", "cut", "repaired", "distilled", "labels_only"]
 
 
 class Section(BaseModel):
@@ -121,8 +122,12 @@ class Teacher(Section):
     """Fine-tune the teacher on this recipe's data first; needed where the task's head has no trained weights."""
 
 
+Width = Count | Annotated[float, Field(gt=0, le=1), NotASwitch]
+"""Neurons (integer) or a share of them (0 < share ≤ 1)."""
+
+
 class Layers(Section):
-    """Which layers the student keeps."""
+    """Which layers of a stack the student keeps."""
 
     keep: Count | list[Index]
     """How many, or the indices themselves (0 is the first layer of the teacher)."""
@@ -130,20 +135,31 @@ class Layers(Section):
     """Policy when `keep` is a number: a name from `distill.student.layers.CHOICES` or `package.module:function`."""
     params: Params = {}
     """Keyword arguments of the policy."""
+    protect_first: Index = 0
+    """So many layers at the start are kept whatever a policy says that reads data or chooses at random."""
+    protect_last: Index = 0
+    """The same at the end."""
 
 
 class Mlp(Section):
     """Which neurons each kept layer's MLP keeps."""
 
-    keep: Count | Annotated[float, Field(gt=0, le=1), NotASwitch] = 1.0
-    """Neurons per layer (integer) or the share of them (0 < share ≤ 1)."""
+    keep: Width | list[Width] = 1.0
+    """Neurons per layer (integer) or the share of them (0 < share ≤ 1); or a list with one of these for each kept
+    layer, those of an encoder before those of its decoder."""
     score: StrictStr = "activation"
     """How neurons are ranked: a name from `distill.student.importance.SCORES` or `package.module:function`."""
     allocate: StrictStr = "uniform"
     """How the budget is spread over layers: a name from `distill.student.allocate.ALLOCATIONS` or
     `package.module:function`."""
+    allocate_params: Params = {}
+    """Keyword arguments of the allocation."""
     multiple_of: Count = 64
     """Widths are rounded down to a multiple of this; asked and got are reported."""
+    floor: Width | None = None
+    """No layer gets fewer neurons than this, rounded up to `multiple_of`; null: one `multiple_of`."""
+    protect: list[Index] = []
+    """Layers of the teacher whose MLP keeps all its neurons; they are not part of the budget."""
     params: Params = {}
     """Keyword arguments of the score."""
 
@@ -186,19 +202,73 @@ class Calibration(Section):
     """How many training examples, taken in the order of the data source."""
     batch_size: Count = 32
     """Examples per forward pass; does not change the statistics."""
+    gradients: StrictBool | None = None
+    """Collect what `taylor`, `taylor_kl` and `fisher` read: one or two backward passes per example. null: when the
+    recipe's score asks for it."""
+    gram: StrictBool | None = None
+    """Collect what `output_change` reads: the square of each MLP's width in numbers. null: when the score asks."""
+
+
+class Target(Section):
+    """A size that the student must have, in place of `mlp.keep`. Give one of the first three."""
+
+    parameters: Count | Annotated[float, Field(gt=0, le=1), NotASwitch] | None = None
+    """At most so many parameters (integer), or this share of the teacher's."""
+    flops: Annotated[float, Field(gt=0, le=1), NotASwitch] | None = None
+    """At most this share of the FLOPs of the teacher's forward pass."""
+    latency: Annotated[float, Field(gt=0, le=1), NotASwitch] | None = None
+    """At most this share of the teacher's time for one example, measured in turns on this machine."""
+    length: Count = 128
+    """Tokens of the example at which FLOPs and latency are taken."""
+
+    @property
+    def kind(self) -> Literal["parameters", "flops", "latency"]:
+        """Which of the three is given."""
+        return "parameters" if self.parameters is not None else "flops" if self.flops is not None else "latency"
+
+
+class Repair(Section):
+    """Corrections of the cut student in closed form over the calibration sample, before it is trained; all are off.
+
+    Each is measured on training examples that are not in the sample.
+    """
+
+    bias: StrictBool = False
+    """Add to the MLP's output bias what the removed neurons gave on average; for families with such a bias."""
+    refit: StrictBool = False
+    """Refit the MLP's output weights of the kept neurons (and the output bias, where there is one) to what all of the
+    teacher's neurons gave."""
+    merge: StrictBool = False
+    """Fit a linear map that makes the MLP before a block of dropped layers stand for the block, too, and multiply it
+    into that MLP's output weights; for families whose MLP output is added to the stream as it is."""
+    ridge: NonNegative = 1e-3
+    """Pulls `refit` and `merge` towards no change; relative to the mean square of what they fit with."""
+    held_out: Count = 256
+    """How many training examples after the calibration sample measure what each step is worth."""
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is anything to do."""
+        return self.bias or self.refit or self.merge
 
 
 class Student(Section):
     """How the student is cut from the teacher."""
 
     layers: Layers
-    """Depth."""
+    """Depth; of an encoder-decoder, that of the decoder."""
+    encoder_layers: Layers | None = None
+    """Depth of the encoder of an encoder-decoder; null: all of its layers."""
     mlp: Mlp = Mlp()
     """Width of the MLPs."""
     mask: Mask | None = None
     """Zeros in the MLPs that are kept through training; null: none."""
+    target: Target | None = None
+    """A size to cut to; `mlp.keep` follows from it."""
     calibration: Calibration = Calibration()
-    """Sample that the scores see."""
+    """Sample that the scores and the repair see."""
+    repair: Repair = Repair()
+    """Corrections after the cut, before training."""
 
 
 class Data(Section):
@@ -286,8 +356,9 @@ class Evaluation(Section):
 
     metrics: list[StrictStr] | None = None
     """Names from `distill.evaluation.metrics.METRICS`; null: the task's own."""
-    arms: list[Literal["teacher", "cut", "distilled", "labels_only"]] = ["teacher", "cut", "distilled", "labels_only"]
-    """`cut`: the student before training; `labels_only`: the same student trained as long without teacher."""
+    arms: list[Arm] = ["teacher", "cut", "repaired", "distilled", "labels_only"]
+    """`cut`: the student before repair and training; `repaired`: before training, where `student.repair` asks for
+    anything; `labels_only`: the same student trained as long without teacher."""
     batch_size: Count = 64
     """Examples per forward pass."""
     efficiency: StrictBool = True

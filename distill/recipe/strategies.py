@@ -12,6 +12,9 @@ from distill.recipe.locate import is_path
 from distill.recipe.schema import Fit, Layers, Mask, Mlp, Training
 from distill.registry import is_reference, names_in, nearest
 
+KEYS = {"protected": "protect_first"}
+"""Reserved parameter -> the key that it follows from, where the two differ."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -48,7 +51,7 @@ def _unknown_params(choice: Choice, path: KeyPath, accepted: list[str] | None, p
     own = [name for name in accepted if name not in choice.reserved]
     for name in params:
         if name in choice.reserved:
-            fix = f"write `{name}:` beside `params:`"
+            fix = f"write `{KEYS.get(name, name)}:` beside `params:`"
             yield Finding((*path, name), f"{name} is a key of its own, not a parameter", fix, at="key")
         elif name not in own:
             close = nearest(name, own)
@@ -58,18 +61,19 @@ def _unknown_params(choice: Choice, path: KeyPath, accepted: list[str] | None, p
 
 
 def _choices(view: View) -> Iterator[Choice]:
-    layers: KeyPath = ("student", "layers")
     mlp: KeyPath = ("student", "mlp")
-    depth, width = view.section(layers, Layers), view.section(mlp, Mlp)
-    if depth is not None and not isinstance(depth.get("keep"), list):
-        name = depth["choose"]
-        yield Choice(
-            (*layers, "choose"), name, "layer policy", "distill.student.layers", "CHOICES", (*layers, "params")
-        )
+    for key in ("layers", "encoder_layers"):
+        layers: KeyPath = ("student", key)
+        depth, where = view.section(layers, Layers), "distill.student.layers"
+        if depth is not None and not isinstance(depth.get("keep"), list):
+            path, params = (*layers, "choose"), (*layers, "params")
+            yield Choice(path, depth["choose"], "layer policy", where, "CHOICES", params, reserved=("protected",))
+    width = view.section(mlp, Mlp)
     if width is not None:
         score, spread = width["score"], width["allocate"]
         yield Choice((*mlp, "score"), score, "score", "distill.student.importance", "SCORES", (*mlp, "params"))
-        yield Choice((*mlp, "allocate"), spread, "allocation", "distill.student.allocate", "ALLOCATIONS")
+        own_params = (*mlp, "allocate_params")
+        yield Choice((*mlp, "allocate"), spread, "allocation", "distill.student.allocate", "ALLOCATIONS", own_params)
     mask: KeyPath = ("student", "mask")
     zeros = view.section(mask, Mask)
     if zeros is not None:

@@ -16,6 +16,7 @@ from distill.release.evidence import (
     Evidence,
     dig,
     findings,
+    finite,
     measured,
     megabytes,
     number,
@@ -31,6 +32,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 ARMS = {
     "teacher": "teacher",
     "cut": "cut (student before training)",
+    "repaired": "repaired (cut student after repair, before training)",
     "distilled": "distilled (this model)",
     "labels_only": "labels_only (same student, no teacher)",
 }
@@ -216,6 +218,7 @@ def tables(evidence: Evidence) -> dict[str, Table]:
         "arms": arms_table(evidence),
         "choices": Table(("what", "asked", "got", "why they differ"), choices, text_columns=4),
         "layers": Table(("student layer", "from teacher layer", "MLP width", "neurons kept"), layers, text_columns=0),
+        "repair": repair_table(evidence),
         "losses": losses_table(evidence),
         "training": Table(("setting", "value"), training_rows(evidence), text_columns=2),
         "efficiency": efficiency_table(evidence),
@@ -237,6 +240,21 @@ def arms_table(evidence: Evidence) -> Table:
             cells.append(measured(name, record["metrics"].get(name)) + share)
         rows.append((ARMS.get(arm, arm), str(record.get("steps") or MISSING), *cells))
     return Table(("arm", "steps", *titles), rows)
+
+
+def repair_table(evidence: Evidence) -> Table:
+    """What each step of the repair was worth, on the calibration sample and on held-out training examples."""
+    steps = (evidence.repair or {}).get("steps", [])
+    rows = []
+    for before, step in zip([None, *steps], steps, strict=False):
+        cells = []
+        for name in ("kl", "loss"):
+            old, new = finite(dig(before, "held_out", name)), finite(dig(step, "held_out", name))
+            gained = "" if old is None or new is None else f" ({old - new:+.3g} gained)"
+            cells.append(number(new) + gained)
+        notes = ", ".join(step["notes"]) or MISSING
+        rows.append((str(step["name"]), notes, percent(step.get("error_left")), *cells))
+    return Table(("step", "not done", "calibration error left", "held-out KL", "held-out loss"), rows, text_columns=2)
 
 
 def losses_table(evidence: Evidence) -> Table:

@@ -148,8 +148,9 @@ def line_chart(
     levels: Sequence[Bar] = (),
     log: bool = False,
     write: Callable[[float], str] = number,
+    axis: str = "step",
 ) -> Markup:
-    """Values over steps, named at their right ends; empty when there is no point to draw."""
+    """Values over steps (or what `axis` names), named at their right ends; empty when there is no point to draw."""
     drawn = [line for line in (replace(line, points=clean(line.points, log)) for line in series) if line.points]
     marks = [mark for mark in levels if drawable(mark.value, log)]
     if not drawn:
@@ -170,7 +171,7 @@ def line_chart(
         *(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y.at(v), y2=y.at(v), class_="grid") for v in rows),
         *(text(LEFT - 8, y.at(v) + 4, write(v), anchor="end") for v in rows),
         *(text(x.at(v), HEIGHT - BOTTOM + 20, number(v), anchor="middle") for v in columns),
-        text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 4, "step", anchor="middle"),
+        text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 4, axis, anchor="middle"),
         *(_level(mark, y) for mark in marks),
         *(part for line in drawn for part in _line(line, x, y)),
         *_end_labels(ends),

@@ -40,6 +40,8 @@ class Evidence:
     """Format of the release."""
     command: str = "distill run recipe.yaml"
     """Reproduces the run, from the folder of the release."""
+    repair: dict[str, Any] | None = None
+    """`calibration`, `held_out` and `steps`, as in repair.json; None where nothing was repaired."""
 
     @property
     def primary(self) -> str:
@@ -186,6 +188,7 @@ def summary(evidence: Evidence) -> str:
 RIVALS = {
     "labels_only": "the same student trained for the same steps without the teacher",
     "cut": "the student before training",
+    "repaired": "the student after its repair, before training",
 }
 
 
@@ -194,7 +197,8 @@ def findings(evidence: Evidence) -> list[Finding]:
     score = evidence.score("distilled")
     if score is None:
         return [Finding(False, "The distilled student was not measured, so nothing is known about its quality.")]
-    return [_comparison(evidence, score, rival, what) for rival, what in RIVALS.items()]
+    rivals = {rival: what for rival, what in RIVALS.items() if rival != "repaired" or evidence.repair}
+    return [_comparison(evidence, score, rival, what) for rival, what in rivals.items()]
 
 
 def _comparison(evidence: Evidence, score: float, rival: str, what: str) -> Finding:

@@ -146,7 +146,7 @@ def check_release(
     for way in ways:
         with tempfile.TemporaryDirectory() as scratch:
             files = {name: str(Path(scratch) / name) for name in ("probe", "prompt", "answer", "again")}
-            save_file(dict(probe), files["probe"])
+            save_file({name: tensor.contiguous() for name, tensor in probe.items()}, files["probe"])
             save_file(_prompt(probe), files["prompt"])
             asked = {"folder": str(folder), "auto_class": auto_class, "threads": torch.get_num_threads(), **files}
             _ask_fresh_process({**asked, **way}, scratch)

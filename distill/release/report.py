@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from distill.release import charts
-from distill.release.card import ARMS, caveats, tables
+from distill.release.card import ARMS, Table, caveats, tables
 from distill.release.evidence import (
     Evidence,
     dig,
@@ -28,7 +28,7 @@ from distill.release.evidence import (
     times,
 )
 
-STYLES = {"teacher": "teacher", "cut": "cut", "distilled": "distilled", "labels_only": "labels"}
+STYLES = {"teacher": "teacher", "cut": "cut", "repaired": "c4", "distilled": "distilled", "labels_only": "labels"}
 """Arm -> class of the stylesheet."""
 WIDE = 50
 """Values that differ by more than this factor are drawn on a logarithmic scale."""
@@ -53,8 +53,23 @@ class Figure:
     caption: str
 
 
-def render_report(evidence: Evidence) -> str:
-    """One self-contained HTML page."""
+@dataclass(frozen=True)
+class Section:
+    """One part of an inspection: a table, the pictures of it, and what its columns mean."""
+
+    title: str
+    table: Table
+    note: str
+    figures: Sequence[Figure] = ()
+
+
+def render_inspection(name: str, lead: str, sections: Sequence[Section]) -> str:
+    """What `distill inspect` found, as one self-contained HTML page."""
+    shown = [replace(section, figures=[figure for figure in section.figures if figure.picture]) for section in sections]
+    return _pages().get_template("inspection.html.jinja").render(name=name, lead=lead, sections=shown)
+
+
+def _pages() -> Environment:
     environment = Environment(
         loader=PackageLoader("distill.release"),
         autoescape=True,
@@ -64,18 +79,27 @@ def render_report(evidence: Evidence) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["plain"] = plain
+    return environment
+
+
+def render_report(evidence: Evidence) -> str:
+    """One self-contained HTML page."""
     curves = [loss_curves(evidence), held_out(evidence), learning_rate(evidence)]
-    return environment.get_template("report.html.jinja").render(
-        evidence=evidence,
-        summary=summary(evidence),
-        findings=findings(evidence),
-        caveats=caveats(evidence),
-        tables=tables(evidence),
-        this_arm=ARMS["distilled"],
-        tiles=[tile for tile in (score(evidence), size(evidence), speed(evidence), agreement(evidence)) if tile],
-        architecture=architecture(evidence),
-        curves=[figure for figure in curves if figure.picture],
-        arms=arms(evidence),
+    return (
+        _pages()
+        .get_template("report.html.jinja")
+        .render(
+            evidence=evidence,
+            summary=summary(evidence),
+            findings=findings(evidence),
+            caveats=caveats(evidence),
+            tables=tables(evidence),
+            this_arm=ARMS["distilled"],
+            tiles=[tile for tile in (score(evidence), size(evidence), speed(evidence), agreement(evidence)) if tile],
+            architecture=architecture(evidence),
+            curves=[figure for figure in curves if figure.picture],
+            arms=arms(evidence),
+        )
     )
 
 
@@ -165,9 +189,9 @@ def held_out(evidence: Evidence) -> Figure:
     lines = [
         charts.Series(arm, points(found, "evaluate", "metrics", metric), STYLES[arm]) for arm, found in records.items()
     ]
-    levels = scores(evidence, ["teacher", "cut"])
+    levels = scores(evidence, ["teacher", "cut", "repaired"])
     values = [value for each in lines for _, value in each.points] + [level.value for level in levels]
-    caption = f"{metric} on the held-out split; teacher and cut student as horizontal lines where measured."
+    caption = f"{metric} on the held-out split; teacher and untrained student as horizontal lines where measured."
     picture = charts.line_chart(
         lines,
         title=f"Held-out {metric}",

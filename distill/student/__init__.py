@@ -6,10 +6,11 @@ the recipe as `score: package.module:function`. Its keyword-only parameters are 
 
 from distill.student.allocate import ALLOCATIONS
 from distill.student.build import build_student
-from distill.student.calibrate import Statistics, calibrate
+from distill.student.calibrate import Statistics, Wanted, calibrate
 from distill.student.importance import SCORES, MlpLayer
 from distill.student.layers import CHOICES
-from distill.student.plan import plan_student
+from distill.student.plan import check_strategies, plan_student, wanted_statistics
+from distill.student.targets import check_target
 
 __all__ = [
     "ALLOCATIONS",
@@ -17,7 +18,11 @@ __all__ = [
     "SCORES",
     "MlpLayer",
     "Statistics",
+    "Wanted",
     "build_student",
     "calibrate",
+    "check_strategies",
+    "check_target",
     "plan_student",
+    "wanted_statistics",
 ]

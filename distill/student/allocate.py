@@ -1,42 +1,229 @@
-"""How the neuron budget is spread over layers: `(scores, keep, multiple_of) -> widths`, one per kept layer."""
+"""How the neuron budget is spread over layers: `(scores, asked, influence, **own) -> neurons wanted in each layer`.
+
+`scores` are [F] for each layer that may be cut (of experts: the mean over experts of each one's sorted scores), `asked`
+what `student.mlp.keep` means for each layer, `influence` the layers' Block Influence, or None without calibration. What
+an allocation wants need not be whole: `layer_widths` rounds it, for all of them alike.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from distill.errors import InputError
+from distill.recipe.schema import Mlp
+from distill.registry import bind, find
+
+NEEDS = {"sensitivity": "activations"}
+"""Allocation -> what of a calibration it reads; `activations` are part of every one."""
+
+SHARES_BUDGET = {"global", "sensitivity"}
+"""Allocations that spread one sum over all layers; the others want something of each layer."""
+
+EXACT = 1e-9
+"""Keeps 0.7 * 10 from falling to 6 by rounding error."""
 
 
-def uniform(scores: list[Tensor], keep: int | float, multiple_of: int) -> list[int]:
-    """The same width for every layer, rounded down to a multiple: the form that stock loaders read.
+def uniform(_scores: list[Tensor], asked: list[float], _influence: list[float] | None) -> list[float]:
+    """The same share of every layer: the form that stock loaders read."""
+    return asked
+
+
+def threshold(
+    scores: list[Tensor],
+    _asked: list[float],
+    _influence: list[float] | None,
+    *,
+    threshold: float | None = None,
+    mass: float | None = None,
+) -> list[float]:
+    """As many neurons of each layer as its scores ask for.
+
+    `threshold`: neurons whose score is at least so many times the layer's mean score. `mass`: as few neurons, the best,
+    as hold this share of the layer's sum of scores.
+
+    Raises:
+        InputError: Neither or both are given, `mass` is no share, or a score is negative.
+    """
+    if (threshold is None) == (mass is None):
+        raise InputError("student.mlp.allocate_params: give `threshold` or `mass`, one of them")
+    if mass is not None and not 0 < mass <= 1:
+        raise InputError(f"student.mlp.allocate_params.mass: {mass} is not above 0 and at most 1")
+    if any(bool((own < 0).any()) for own in scores):
+        raise InputError("student.mlp.allocate: `threshold` needs scores that are not negative")
+    if threshold is not None:
+        return [float((own >= threshold * own.mean()).sum()) for own in scores]
+    totals = [own.sort(descending=True).values.cumsum(0) for own in scores]
+    return [float((total < (mass or 0) * total[-1] * (1 - EXACT)).sum() + 1) for total in totals]
+
+
+def spread_globally(scores: list[Tensor], asked: list[float], _influence: list[float] | None) -> list[float]:
+    """One ranking over all layers of scores that are standardised within each layer, (x - mean) / std.
+
+    Neurons that tie at the edge of the budget are taken from each layer in proportion. Source: the AL-AM structure of
+    FLAP (An et al. 2023, arXiv 2312.11983).
+    """
+    budget = sum(asked)
+    ranked = [_standardised(own) for own in scores]
+    ordered = torch.cat(ranked).sort(descending=True).values
+    edge = ordered[min(len(ordered), max(1, int(budget + EXACT))) - 1]
+    above = [float((own > edge).sum()) for own in ranked]
+    ties = [float((own == edge).sum()) for own in ranked]
+    share = (budget - sum(above)) / sum(ties)
+    return [over + share * tied for over, tied in zip(above, ties, strict=True)]
+
+
+def sensitivity(
+    _scores: list[Tensor], asked: list[float], influence: list[float] | None, *, strength: float = 0.5
+) -> list[float]:
+    """Layers that change their input more keep more: asked · (1 + strength · (influence / mean influence - 1)).
+
+    With `strength` 0 this is `uniform`; with 1 a layer's share is in proportion to its Block Influence.
+
+    Raises:
+        InputError: No calibration, or `strength` outside 0 to 1.
+    """
+    if influence is None:
+        raise InputError("student.mlp.allocate: `sensitivity` needs calibration data")
+    if not 0 <= strength <= 1:
+        raise InputError(f"student.mlp.allocate_params.strength: {strength} is not between 0 and 1")
+    mean = max(sum(influence) / len(influence), EXACT)
+    return [own * (1 + strength * (each / mean - 1)) for own, each in zip(asked, influence, strict=True)]
+
+
+def _standardised(scores: Tensor) -> Tensor:
+    deviation = scores.double().std(correction=0)
+    if deviation <= 1e-12 * scores.abs().max():  # all equal but for rounding
+        return torch.zeros_like(scores, dtype=torch.float64)
+    return (scores.double() - scores.double().mean()) / deviation
+
+
+ALLOCATIONS: dict[str, Callable[..., list[float]]] = {
+    "uniform": uniform,
+    "threshold": threshold,
+    "global": spread_globally,
+    "sensitivity": sensitivity,
+}
+
+
+def layer_widths(
+    scores: list[Tensor],
+    mlp: Mlp,
+    keep: int | float | Sequence[int | float],
+    influence: list[float] | None,
+    whole: list[bool],
+) -> list[int]:
+    """The width of each layer: a multiple of `multiple_of` or the teacher's, and never above the teacher's.
+
+    Widths are rounded down. What a shared budget loses by that is given back in whole multiples to the layers that lost
+    most, and never more than the budget: it is met within one multiple.
 
     Args:
         scores: [F] for each kept layer.
-        keep: Neurons per layer, or the share of them.
-        multiple_of: Widths below F are multiples of this; keeping everything is always allowed.
+        mlp: The recipe's section.
+        keep: In place of `mlp.keep`, which a target may not have said.
+        influence: Block Influence of each kept layer.
+        whole: Which layers keep all their neurons; they are not part of the budget.
 
     Raises:
-        InputError: The width would be above F, or 0 after rounding down.
+        InputError: A width above the teacher's, none after rounding down, or a floor that the budget cannot give.
     """
-    return [_width(score.shape[-1], keep, multiple_of) for score in scores]
-
-
-def _width(full: int, keep: int | float, multiple_of: int) -> int:
-    # A share is taken of the full width; 1e-9 keeps 0.7 * 10 from falling to 6 by rounding error.
-    asked = int(keep * full + 1e-9) if isinstance(keep, float) else keep
-    if asked > full:
-        raise InputError(f"student.mlp.keep: {asked} neurons asked, the teacher's MLP has {full}")
-    if asked == full:
+    full = [len(own) for own in scores]
+    each = list(keep) if isinstance(keep, Sequence) else [keep] * len(full)
+    if len(each) != len(full):
+        raise InputError(f"student.mlp.keep: {len(each)} widths for {len(full)} kept layers")
+    free = [index for index, stays in enumerate(whole) if not stays]
+    if not free:
         return full
-    width = asked - asked % multiple_of
+    widest, asked = [full[index] for index in free], [_asked(each[index], full[index]) for index in free]
+    floors = [floor_width(mlp, size) for size in widest]
+    wanted = asked if isinstance(keep, Sequence) else _wanted(scores, free, asked, mlp, influence)
+    if mlp.allocate in SHARES_BUDGET:
+        got = _granules(_fitted(wanted, floors, widest, sum(asked)), widest, mlp.multiple_of, sum(asked))
+    elif mlp.allocate == "threshold":
+        sizes = zip(wanted, widest, floors, strict=True)
+        got = [max(least, rounded_down(own, size, mlp.multiple_of)) for own, size, least in sizes]
+    else:
+        got = [_exactly(own, size, mlp) for own, size in zip(wanted, widest, strict=True)]
+    chosen = dict(zip(free, got, strict=True))
+    return [chosen.get(index, size) for index, size in enumerate(full)]
+
+
+def _wanted(
+    scores: list[Tensor], free: list[int], asked: list[float], mlp: Mlp, influence: list[float] | None
+) -> list[float]:
+    spread = bind(find(ALLOCATIONS, mlp.allocate, "allocation"), mlp.allocate_params, "student.mlp.allocate_params")
+    own = None if influence is None else [influence[index] for index in free]
+    wanted = [float(number) for number in spread([scores[index] for index in free], asked, own)]
+    if len(wanted) != len(free) or not all(0 <= number < torch.inf for number in wanted):
+        raise InputError(f"student.mlp.allocate: {mlp.allocate} returned {wanted} for {len(free)} layers")
+    return wanted
+
+
+def _asked(keep: int | float, full: int) -> float:
+    if isinstance(keep, float):
+        return keep * full
+    if keep > full:
+        raise InputError(f"student.mlp.keep: {keep} neurons asked, the teacher's MLP has {full}")
+    return float(keep)
+
+
+def rounded_down(wanted: float, full: int, multiple: int) -> int:
+    """The largest width of at most `wanted` neurons that is a multiple, or the teacher's width."""
+    whole = int(wanted + EXACT)
+    return full if whole >= full else whole - whole % multiple
+
+
+def floor_width(mlp: Mlp, full: int) -> int:
+    """The smallest width that a layer may have."""
+    asked = 1 if mlp.floor is None else mlp.floor * full if isinstance(mlp.floor, float) else mlp.floor
+    return min(full, -int(-(asked - EXACT) // mlp.multiple_of) * mlp.multiple_of)
+
+
+def _exactly(wanted: float, full: int, mlp: Mlp) -> int:
+    """What was asked for one layer, or an error where it cannot be had."""
+    width, least, asked = rounded_down(wanted, full, mlp.multiple_of), floor_width(mlp, full), int(wanted + EXACT)
     if width == 0:
         raise InputError(
-            f"student.mlp.keep: {asked} of {full} neurons rounds down to 0 with multiple_of {multiple_of}; "
-            f"keep at least {multiple_of} or lower multiple_of"
+            f"student.mlp.keep: {asked} of {full} neurons rounds down to 0 with multiple_of {mlp.multiple_of}; "
+            f"keep at least {mlp.multiple_of} or lower multiple_of"
         )
+    if width < least:
+        raise InputError(f"student.mlp.keep: {asked} of {full} neurons is below the floor of {least}")
     return width
 
 
-ALLOCATIONS: dict[str, Callable[..., list[int]]] = {"uniform": uniform}
+def _fitted(wanted: list[float], floors: list[int], full: list[int], budget: float) -> list[float]:
+    """`wanted`, moved up or down together until the sum within floors and teacher's widths is the budget."""
+    if sum(floors) > budget + EXACT:
+        raise InputError(
+            f"student.mlp.keep: {int(budget + EXACT)} neurons over {len(full)} layers are fewer than the {sum(floors)} "
+            f"that each layer's floor (at least one multiple_of) comes to; keep more, or lower floor or multiple_of"
+        )
+    bounds = list(zip(wanted, floors, full, strict=True))
+    low, high = -float(max(full)) - max(wanted), float(max(full))
+    for _ in range(100):
+        middle = (low + high) / 2
+        if sum(min(max(own + middle, least), most) for own, least, most in bounds) > budget:
+            high = middle
+        else:
+            low = middle
+    shift = 0.0 if abs(low) < 1e-6 else low
+    return [min(max(own + shift, least), most) for own, least, most in bounds]
+
+
+def _granules(wanted: list[float], full: list[int], multiple: int, budget: float) -> list[int]:
+    widths = [rounded_down(own, size, multiple) for own, size in zip(wanted, full, strict=True)]
+    left = int(budget + EXACT) - sum(widths)
+    while True:
+        steps = [min(multiple, size - width) for size, width in zip(full, widths, strict=True)]
+        lost = [
+            own - width if 0 < step <= left else -1.0 for own, width, step in zip(wanted, widths, steps, strict=True)
+        ]
+        best = max(range(len(lost)), key=lambda index: (lost[index], -index))
+        if lost[best] < 0:
+            return widths
+        widths[best] += steps[best]
+        left -= steps[best]

@@ -6,11 +6,11 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.initialization import no_init_weights
 
 from distill.errors import InputError
-from distill.models.layout import PER_LAYER_LISTS, check_kept, layers_of, layers_prefix, layout_of
+from distill.models.layout import check_kept, cut_lists, layers_of, layers_prefix, layout_of
 from distill.models.mlp import keep_neurons, mlps_of
 from distill.models.plan import LayerPlan, StudentPlan
 from distill.models.widths import all_mlps, forget_widths, narrow, widest
@@ -40,8 +40,6 @@ def build_student(teacher: Any, plan: StudentPlan) -> Any:
         student = type(teacher)._from_config(student_config(teacher, plan), dtype=teacher.dtype)
     narrow(student, {side: [layer.width for layer in plan.stack(side)] for side in sides})
     student.tie_weights()  # part of the skipped initialisation
-    for side in sides:
-        _reindex(layers_of(student, side))
     _copy_cut(teacher, student, plan)
     if teacher.can_generate():
         student.generation_config = copy.deepcopy(teacher.generation_config)
@@ -52,10 +50,7 @@ def student_config(teacher: Any, plan: StudentPlan) -> Any:
     """The teacher's config with the student's depth and widest MLPs; lists with an entry per layer are cut along."""
     changed = copy.deepcopy(teacher.config)
     forget_widths(changed)
-    for name in PER_LAYER_LISTS:
-        values = getattr(changed, name, None)
-        if values is not None:
-            setattr(changed, name, [values[index] for index in plan.kept_layers])
+    cut_lists(changed, plan.kept_layers)
     kept, widths = [], []
     for side in layout_of(teacher).sides:
         mlps, layers = mlps_of(teacher, side), plan.stack(side)
@@ -73,17 +68,9 @@ def student_config(teacher: Any, plan: StudentPlan) -> Any:
     return changed
 
 
-def _reindex(layers: nn.ModuleList) -> None:
-    # Caches are addressed by layer_idx; a stale one makes generation raise IndexError.
-    for index, layer in enumerate(layers):
-        for module in layer.modules():
-            if hasattr(module, "layer_idx"):
-                setattr(module, "layer_idx", index)  # noqa: B010 (nn.Module types its attributes as modules)
-
-
 def _copy_cut(teacher: Any, student: Any, plan: StudentPlan) -> None:
-    source = {**dict(teacher.named_parameters(remove_duplicate=False)), **dict(teacher.named_buffers())}
-    target = {**dict(student.named_parameters(remove_duplicate=False)), **dict(student.named_buffers())}
+    # What is saved, and no more: other buffers (rotary frequencies) are built, and the teacher's may have been rounded.
+    source, target = teacher.state_dict(), student.state_dict()
     layout = layout_of(student)
     for side in layout.sides:
         prefix, mlps = layers_prefix(student, side) + ".", mlps_of(student, side)

@@ -1,17 +1,84 @@
 """Which layers to keep: one function per policy, `(layers, keep, statistics, **own) -> ascending indices`.
 
-`layers` is the teacher's number of layers, `keep` how many the student has. A policy that reads no statistics works
-without calibration.
+`layers` is the teacher's number of layers, `keep` how many the student has. A policy that has no row in `NEEDS` works
+without calibration. A policy with the parameter `protected` honours `student.layers.protect_first` and `protect_last`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 
 from distill.errors import InputError
-from distill.student.calibrate import Statistics
+from distill.models.layout import Side, check_kept, layers_of, layout_of
+from distill.recipe.schema import Layers
+from distill.registry import bind, find
+from distill.student.statistics import Statistics
+
+NEEDS = {
+    "block_influence": "activations",
+    "angular": "activations",
+    "loss_drop": "losses_without",
+    "greedy_loss": "removals",
+}
+"""Policy -> what of a calibration it reads; `activations` are part of every one."""
+
+
+def policy_of(own: Layers) -> str:
+    """Name of the policy that decides; `explicit` where the recipe lists the layers."""
+    return own.choose if isinstance(own.keep, int) else "explicit"
+
+
+def protected_layers(depth: int, own: Layers, keep_first: bool) -> frozenset[int]:
+    """Layers that no policy may drop. Raises InputError when they are more than the student keeps."""
+    first = max(own.protect_first, int(keep_first))
+    stay = {*range(min(first, depth)), *range(max(0, depth - own.protect_last), depth)}
+    keep = own.keep if isinstance(own.keep, int) else len(own.keep)
+    if len(stay) > keep:
+        raise InputError(f"student.layers: {len(stay)} of {depth} layers are protected, and only {keep} are to be kept")
+    return frozenset(stay)
+
+
+def choose_layers(model: Any, side: Side, own: Layers | None, calibration: Statistics | None) -> list[int]:
+    """Ascending indices of the kept layers of one stack; all of them when nothing is asked.
+
+    Raises:
+        InputError: The request does not fit the model.
+    """
+    key, depth = "student.layers" if side == "main" else "student.encoder_layers", len(layers_of(model, side))
+    if own is None:
+        return list(range(depth))
+    keep_first = bool(layout_of(model).stack(side).keep_first)
+    statistics = None if calibration is None else calibration.of(side)
+    chosen = own.keep if isinstance(own.keep, list) else _by_policy(own, own.keep, depth, keep_first, statistics, key)
+    if not chosen or sorted(set(chosen)) != chosen:
+        raise InputError(f"{key}.keep: {chosen} must name layers once each, in ascending order")
+    if chosen[-1] >= depth or chosen[0] < 0:
+        raise InputError(f"{key}.keep: layer {chosen[-1]} does not exist; the teacher has 0 to {depth - 1}")
+    check_kept(model, side, chosen)
+    return chosen
+
+
+def _by_policy(
+    own: Layers, keep: int, depth: int, keep_first: bool, statistics: Statistics | None, key: str
+) -> list[int]:
+    if keep > depth:
+        raise InputError(f"{key}.keep: {keep} layers asked, the teacher has {depth}")
+    policy = bind(find(CHOICES, own.choose, "layer policy"), own.params, f"{key}.params")
+    if "protected" in inspect.signature(policy).parameters:
+        policy = partial(policy, protected=protected_layers(depth, own, keep_first))
+    elif own.protect_first or own.protect_last:
+        raise InputError(
+            f"{key}: protect_first and protect_last have no effect on the policy {own.choose}; remove them"
+        )
+    chosen: list[int] = policy(depth, keep, statistics)
+    if len(chosen) != keep:
+        raise InputError(f"{key}.choose: {own.choose} returned {chosen}, not {keep} layers of {depth}")
+    return chosen
 
 
 def even(layers: int, keep: int, _statistics: Statistics | None) -> list[int]:
@@ -20,6 +87,13 @@ def even(layers: int, keep: int, _statistics: Statistics | None) -> list[int]:
         return [layers - 1]
     chosen = [int(i * (layers - 1) / (keep - 1)) for i in range(keep)]
     return [*chosen[:-1], layers - 1]
+
+
+def even_rounded(layers: int, keep: int, _statistics: Statistics | None) -> list[int]:
+    """Evenly spaced with the first and the last layer kept, rounded as in DistilBERT (12 -> 6: 0,2,4,7,9,11)."""
+    if keep == 1:
+        return [0]
+    return [(2 * i * (layers - 1) + keep - 1) // (2 * (keep - 1)) for i in range(keep)]
 
 
 def every(layers: int, keep: int, _statistics: Statistics | None) -> list[int]:
@@ -44,29 +118,91 @@ def last(layers: int, keep: int, _statistics: Statistics | None) -> list[int]:
     return list(range(layers - keep, layers))
 
 
-def random(layers: int, keep: int, _statistics: Statistics | None, *, seed: int = 0) -> list[int]:
+def random(
+    layers: int,
+    keep: int,
+    _statistics: Statistics | None,
+    *,
+    protected: Collection[int] = frozenset(),
+    seed: int = 0,
+) -> list[int]:
     """A random choice: the control for every other policy."""
-    order = torch.randperm(layers, generator=torch.Generator().manual_seed(seed))
-    return sorted(order[:keep].tolist())
+    order = torch.randperm(layers, generator=torch.Generator().manual_seed(seed)).tolist()
+    return sorted(sorted(order, key=lambda layer: layer not in protected)[:keep])
 
 
-def block_influence(layers: int, keep: int, statistics: Statistics | None) -> list[int]:
+def block_influence(
+    layers: int, keep: int, statistics: Statistics | None, *, protected: Collection[int] = frozenset()
+) -> list[int]:
     """The `keep` layers with the highest Block Influence, 1 - mean cos(input, output) (Men et al. 2024, ShortGPT).
 
     Ties keep the lower index.
     """
+    return _highest(seen(statistics).block_influence().tolist()[:layers], keep, protected)
+
+
+def angular(
+    layers: int, keep: int, statistics: Statistics | None, *, protected: Collection[int] = frozenset()
+) -> list[int]:
+    """Drop the block of layers l to l + n - 1 with the smallest angular distance d(h_l, h_{l+n}).
+
+    Source: Gromov et al. 2024, "The Unreasonable Ineffectiveness of the Deeper Layers" (arXiv 2403.17887); the states
+    are raw layer outputs at the last real token, also that of the last layer.
+
+    Raises:
+        InputError: Every block holds a protected layer.
+    """
+    distances, gap = seen(statistics).angular_distance(), layers - keep
+    starts = [start for start in range(keep + 1) if not any(start <= layer < start + gap for layer in protected)]
+    if not starts:
+        raise InputError(f"student.layers.choose: no {gap} layers in a row are free of protected ones")
+    best = min(starts, key=lambda start: float(distances[start, start + gap]))
+    return [layer for layer in range(layers) if not best <= layer < best + gap]
+
+
+def loss_drop(
+    layers: int, keep: int, statistics: Statistics | None, *, protected: Collection[int] = frozenset()
+) -> list[int]:
+    """Drop the layers whose removal, each alone, raises the labels' loss least (Kim et al. 2024, Shortened LLaMA)."""
+    return _highest(seen(statistics).loss_without().tolist()[:layers], keep, protected)
+
+
+def greedy_loss(
+    layers: int, keep: int, statistics: Statistics | None, *, protected: Collection[int] = frozenset()
+) -> list[int]:
+    """Drop layers one by one, each time the one that raises the loss least, recomputed (Song et al. 2024, SLEB).
+
+    Raises:
+        InputError: The calibration removed fewer layers, or protected ones: it was made for another request.
+    """
+    gone = seen(statistics).removals[: layers - keep]
+    if len(gone) < layers - keep or set(gone) & set(protected):
+        raise InputError("student.layers.choose: the calibration's removals are for another request; calibrate again")
+    return [layer for layer in range(layers) if layer not in gone]
+
+
+def seen(statistics: Statistics | None) -> Statistics:
+    """The statistics; raises InputError when there are none."""
     if statistics is None:
-        raise InputError("student.layers.choose: `block_influence` needs calibration data")
-    influence = statistics.block_influence()
-    order = sorted(range(layers), key=lambda index: (-float(influence[index]), index))
+        raise InputError("student: this policy, score or allocation needs calibration data")
+    return statistics
+
+
+def _highest(values: Sequence[float], keep: int, protected: Collection[int]) -> list[int]:
+    """The protected layers and those with the highest values, `keep` in all; ties keep the lower index."""
+    order = sorted(range(len(values)), key=lambda layer: (layer not in protected, -values[layer], layer))
     return sorted(order[:keep])
 
 
 CHOICES: dict[str, Callable[..., list[int]]] = {
     "even": even,
+    "even_rounded": even_rounded,
     "every": every,
     "first": first,
     "last": last,
     "random": random,
     "block_influence": block_influence,
+    "angular": angular,
+    "loss_drop": loss_drop,
+    "greedy_loss": greedy_loss,
 }

@@ -2,21 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from distill.errors import InputError
-from distill.models.layout import Side, check_kept, layout_of
-from distill.models.mlp import mlps_of
+from distill.models.cost import latency_ratio
+from distill.models.layout import Side, layout_of
+from distill.models.mlp import Mlp, mlps_of
 from distill.models.plan import Choice, LayerPlan, StudentPlan
-from distill.recipe.schema import Student
+from distill.recipe.schema import Layers, Student
 from distill.registry import bind, find
-from distill.student.allocate import ALLOCATIONS
-from distill.student.calibrate import Statistics
+from distill.student import allocate, importance, layers
+from distill.student.allocate import ALLOCATIONS, EXACT, layer_widths
+from distill.student.build import build_student
+from distill.student.calibrate import Wanted
 from distill.student.importance import SCORES, MlpLayer
-from distill.student.layers import CHOICES
+from distill.student.layers import CHOICES, choose_layers, policy_of
+from distill.student.statistics import Statistics
+from distill.student.targets import costs_of, shares, solve
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """One kept layer and the scores of its neurons."""
+
+    side: Side
+    index: int
+    values: Tensor
+    """[F]; [E, F] for experts."""
+
+    @property
+    def width(self) -> int:
+        """F."""
+        return self.values.shape[-1]
+
+    @property
+    def ranked(self) -> Tensor:
+        """[F] as an allocation sees them: of experts, the mean over experts of each one's sorted scores."""
+        values = self.values.double().cpu()
+        return values if values.ndim == 1 else values.sort(dim=-1, descending=True).values.mean(dim=0)
+
+    def cut(self, width: int) -> LayerPlan:
+        """The layer with its best neurons."""
+        neurons = top_neurons(self.values, width)
+        return LayerPlan(teacher_layer=self.index, width=width, teacher_width=self.width, neurons=neurons)
 
 
 def plan_student(model: Any, spec: Student, calibration: Statistics | None = None) -> StudentPlan:
@@ -25,74 +59,157 @@ def plan_student(model: Any, spec: Student, calibration: Statistics | None = Non
     Args:
         model: The teacher, a transformers model of a known family.
         spec: The recipe's `student` section.
-        calibration: Statistics of one calibration pass; needed by the policies that read activations.
+        calibration: Statistics of one calibration pass; needed by what has a row in a table `NEEDS`.
 
     Raises:
-        InputError: An unknown family, a layer out of range, a width that cannot be had, or a missing calibration.
+        InputError: An unknown family, a layer out of range, a width or a target that cannot be had, or a missing
+            calibration.
     """
-    stacks = {side: _plan_stack(model, side, spec, calibration) for side in layout_of(model).sides}
-    depths = {side: len(mlps_of(model, side)) for side in stacks}
-    return StudentPlan(
-        model_type=model.config.model_type,
-        teacher_layers=depths["main"],
-        layers=stacks["main"],
-        teacher_encoder_layers=depths.get("encoder"),
-        encoder_layers=stacks.get("encoder"),
-        layer_policy=spec.layers.choose if isinstance(spec.layers.keep, int) else "explicit",
-        mlp_score=spec.mlp.score,
-        mlp_allocation=spec.mlp.allocate,
-        choices=_choices(spec, stacks["main"]),
-        layer_scores={} if calibration is None else {"block_influence": calibration.block_influence().tolist()},
+    sides = layout_of(model).sides
+    if spec.encoder_layers is not None:
+        layout_of(model).stack("encoder")
+    _check_calibration(spec, calibration)
+    depths = {side: len(mlps_of(model, side)) for side in sides}
+    asked = {"main": spec.layers, "encoder": spec.encoder_layers}
+    kept = {side: choose_layers(model, side, asked[side], calibration) for side in sides}
+    _check_protected(spec, depths["main"], kept["main"])
+    scored = [layer for side in sides for layer in _scores(model, side, kept[side], spec, calibration)]
+    whole = [layer.side == "main" and layer.index in spec.mlp.protect for layer in scored]
+    influence = _influence(scored, calibration)
+    widths_for = partial(layer_widths, [layer.ranked for layer in scored], spec.mlp, influence=influence, whole=whole)
+
+    def plan_for(widths: Sequence[int]) -> StudentPlan:
+        cut = [(layer.side, layer.cut(width)) for layer, width in zip(scored, widths, strict=True)]
+        return StudentPlan(
+            model_type=model.config.model_type,
+            teacher_layers=depths["main"],
+            layers=[layer for side, layer in cut if side == "main"],
+            teacher_encoder_layers=depths.get("encoder"),
+            encoder_layers=[layer for side, layer in cut if side == "encoder"] if "encoder" in sides else None,
+            layer_policy=policy_of(spec.layers),
+            mlp_score=spec.mlp.score,
+            mlp_allocation="explicit" if isinstance(spec.mlp.keep, list) else spec.mlp.allocate,
+            calibration=None if calibration is None else calibration.fingerprint,
+            layer_scores={} if calibration is None else _layer_scores(calibration, sides),
+        )
+
+    keep, choices = spec.mlp.keep, {}
+    if spec.target is not None:
+        keep, choices[f"student.target.{spec.target.kind}"] = _solve(model, spec, scored, whole, widths_for, plan_for)
+    decided = plan_for(widths_for(keep))
+    return decided.model_copy(update={"choices": _choices(spec, decided, keep) | choices})
+
+
+def wanted_statistics(spec: Student) -> Wanted:
+    """What a calibration has to collect for this student, by the tables `NEEDS`."""
+    asked: dict[Side, Layers] = {"main": spec.layers}
+    if spec.encoder_layers is not None:
+        asked["encoder"] = spec.encoder_layers
+    needs = {side: layers.NEEDS.get(policy_of(own)) for side, own in asked.items()}
+    score = importance.NEEDS.get(spec.mlp.score)
+    return Wanted(
+        gram=score == "gram" if spec.calibration.gram is None else spec.calibration.gram,
+        gradients=score == "gradients" if spec.calibration.gradients is None else spec.calibration.gradients,
+        losses_without=tuple(side for side, need in needs.items() if need == "losses_without"),
+        removals={side: asked[side] for side, need in needs.items() if need == "removals"},
     )
 
 
-def _plan_stack(model: Any, side: Side, spec: Student, calibration: Statistics | None) -> list[LayerPlan]:
-    mlps = mlps_of(model, side)
-    kept = choose_layers(len(mlps), spec, calibration) if side == "main" else list(range(len(mlps)))
-    check_kept(model, side, kept)
+def check_strategies(spec: Student) -> None:
+    """Find every function that the section names, the user's own included.
+
+    Raises:
+        InputError: A name leads nowhere, or its params do not fit.
+    """
+    for key, own in (("layers", spec.layers), ("encoder_layers", spec.encoder_layers)):
+        if own is not None and isinstance(own.keep, int):
+            bind(find(CHOICES, own.choose, "layer policy"), own.params, f"student.{key}.params")
+    bind(find(SCORES, spec.mlp.score, "score"), spec.mlp.params, "student.mlp.params")
+    bind(find(ALLOCATIONS, spec.mlp.allocate, "allocation"), spec.mlp.allocate_params, "student.mlp.allocate_params")
+
+
+def _check_calibration(spec: Student, calibration: Statistics | None) -> None:
+    used = {
+        "student.layers.choose": (policy_of(spec.layers), layers.NEEDS),
+        "student.mlp.score": (spec.mlp.score, importance.NEEDS),
+        "student.mlp.allocate": (spec.mlp.allocate, allocate.NEEDS),
+    }
+    if spec.encoder_layers is not None:
+        used["student.encoder_layers.choose"] = (policy_of(spec.encoder_layers), layers.NEEDS)
+    for key, (name, needs) in used.items():
+        if calibration is None and name in needs:
+            raise InputError(f"{key}: `{name}` needs calibration data; pass the Statistics of a calibration")
+
+
+def _check_protected(spec: Student, depth: int, kept: list[int]) -> None:
+    beyond = [index for index in spec.mlp.protect if index >= depth]
+    if beyond:
+        raise InputError(f"student.mlp.protect: layer {beyond[0]} does not exist; the teacher has 0 to {depth - 1}")
+    dropped = [index for index in spec.mlp.protect if index not in kept]
+    if dropped and policy_of(spec.layers) == "explicit":
+        raise InputError(f"student.mlp.protect: layer {dropped[0]} is not among the kept layers {kept}")
+
+
+def _scores(model: Any, side: Side, kept: list[int], spec: Student, calibration: Statistics | None) -> list[_Scored]:
     score = bind(find(SCORES, spec.mlp.score, "score"), spec.mlp.params, "student.mlp.params")
-    allocate = find(ALLOCATIONS, spec.mlp.allocate, "allocation")
-    scores: list[Tensor] = []
-    for index in kept:
-        mlp = mlps[index]
-        weights_in = [weight.detach() for weight in mlp.weights_in]
-        values = score(MlpLayer(index, weights_in, mlp.weight_out.detach()), calibration)
-        expected = (*mlp.weight_out.shape[:-2], mlp.width)
-        if values.shape != expected or not torch.isfinite(values).all():
-            raise InputError(
-                f"student.mlp.score: {spec.mlp.score} must return finite values of shape {expected} for layer {index}, "
-                f"it returned shape {tuple(values.shape)}"
-            )
-        scores.append(values)
-    widths = allocate(scores, spec.mlp.keep, spec.mlp.multiple_of)
-    if len(widths) != len(scores) or not all(
-        0 < width <= own.shape[-1] for width, own in zip(widths, scores, strict=False)
-    ):
-        raise InputError(f"student.mlp.allocate: {spec.mlp.allocate} returned {widths} for {len(scores)} layers")
-    return [
-        LayerPlan(teacher_layer=index, width=width, teacher_width=values.shape[-1], neurons=top_neurons(values, width))
-        for index, width, values in zip(kept, widths, scores, strict=True)
-    ]
+    statistics = calibration and calibration.of(side)
+    mlps = mlps_of(model, side)
+    return [_Scored(side, index, _checked(score, side, index, mlps[index], statistics, spec)) for index in kept]
 
 
-def choose_layers(layers: int, spec: Student, calibration: Statistics | None) -> list[int]:
-    """Ascending indices of the kept layers. Raises InputError when the request does not fit `layers`."""
-    keep = spec.layers.keep
-    if isinstance(keep, list):
-        if not keep or sorted(set(keep)) != keep:
-            raise InputError(f"student.layers.keep: {keep} must name layers once each, in ascending order")
-        if keep[-1] >= layers:
-            raise InputError(f"student.layers.keep: layer {keep[-1]} does not exist; the teacher has 0 to {layers - 1}")
-        return keep
-    if keep > layers:
-        raise InputError(f"student.layers.keep: {keep} layers asked, the teacher has {layers}")
-    policy = bind(find(CHOICES, spec.layers.choose, "layer policy"), spec.layers.params, "student.layers.params")
-    chosen: list[int] = policy(layers, keep, calibration)
-    if sorted(set(chosen)) != chosen or len(chosen) != keep or chosen[-1] >= layers or chosen[0] < 0:
+def _checked(score: Any, side: Side, index: int, mlp: Mlp, statistics: Statistics | None, spec: Student) -> Tensor:
+    weights_in = [weight.detach() for weight in mlp.weights_in]
+    values = score(MlpLayer(index, weights_in, mlp.weight_out.detach(), side), statistics)
+    expected = (*mlp.weight_out.shape[:-2], mlp.width)
+    if not isinstance(values, Tensor) or values.shape != expected or not torch.isfinite(values).all():
+        got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise InputError(
-            f"student.layers.choose: {spec.layers.choose} returned {chosen}, not {keep} ascending layers of {layers}"
+            f"student.mlp.score: {spec.mlp.score} must return finite values of shape {expected} for layer {index}, "
+            f"it returned {got}"
         )
-    return chosen
+    return values
+
+
+def _influence(scored: list[_Scored], calibration: Statistics | None) -> list[float] | None:
+    if calibration is None:
+        return None
+    known = {side: calibration.of(side).block_influence() for side in {layer.side for layer in scored}}
+    return [float(known[layer.side][layer.index]) for layer in scored]
+
+
+def _layer_scores(calibration: Statistics, sides: Sequence[Side]) -> dict[str, list[float]]:
+    """Figures per teacher layer that decisions were made on."""
+    found = {}
+    for side in sides:
+        own, prefix = calibration.of(side), "" if side == "main" else "encoder_"
+        found[f"{prefix}block_influence"] = own.block_influence().tolist()
+        if f"{side}.without" in own.sums:
+            found[f"{prefix}loss_without"] = own.loss_without().tolist()
+    return found
+
+
+def _solve(
+    model: Any, spec: Student, scored: list[_Scored], whole: list[bool], widths_for: Any, plan_for: Any
+) -> tuple[float, Choice]:
+    """The share of neurons that meets the target, and the choice to report."""
+    target = spec.target
+    assert target is not None
+    free = [layer.width for layer, stays in zip(scored, whole, strict=True) if not stays]
+    if not free:
+        raise InputError(
+            "student.mlp.protect: every kept layer is protected; there is nothing to solve the target with"
+        )
+    steps = shares(spec.mlp, free)
+    if target.kind == "latency":
+        device = model.device
+
+        def seconds(share: float) -> float:
+            student = build_student(model, plan_for(widths_for(share))).to(device)
+            return latency_ratio(student, model, target.length)
+
+        return solve(target, 1.0, steps, seconds)
+    costs, kept = costs_of(model, target), [(layer.side, layer.index) for layer in scored]
+    return solve(target, costs.total, steps, lambda share: costs.of(kept, widths_for(share)))
 
 
 def top_neurons(scores: Tensor, width: int) -> list[Any] | None:
@@ -107,14 +224,32 @@ def top_neurons(scores: Tensor, width: int) -> list[Any] | None:
     return order[..., :width].sort(dim=-1).values.tolist()
 
 
-def _choices(spec: Student, layers: list[LayerPlan]) -> dict[str, Choice]:
-    share, full = spec.mlp.keep, layers[0].teacher_width
-    kept, widths = [layer.teacher_layer for layer in layers], [layer.width for layer in layers]
-    asked = f"{share:g} of {full}" if isinstance(share, float) else f"{share} of {full}"
-    wanted = int(share * full + 1e-9) if isinstance(share, float) else share
-    got = ", ".join(str(width) for width in sorted(set(widths)))
-    reason = f"rounded down to a multiple of {spec.mlp.multiple_of}" if min(widths) < wanted else ""
-    return {
-        "student.layers.keep": Choice(asked=str(spec.layers.keep), got=", ".join(map(str, kept))),
-        "student.mlp.keep": Choice(asked=asked, got=f"{got} of {full}", reason=reason),
-    }
+def _choices(spec: Student, plan: StudentPlan, keep: Any) -> dict[str, Choice]:
+    """What was asked and what came of it, by key."""
+    found = {"student.layers.keep": Choice(asked=str(spec.layers.keep), got=", ".join(map(str, plan.kept_layers)))}
+    if spec.encoder_layers is not None:
+        got = ", ".join(str(layer.teacher_layer) for layer in plan.stack("encoder"))
+        found["student.encoder_layers.keep"] = Choice(asked=str(spec.encoder_layers.keep), got=got)
+    placed = [(_place(side, layer), layer) for side in ("encoder", "main") for layer in plan.stack(side)]
+    sizes = [f"{layer.width} of {layer.teacher_width}" for _, layer in placed]
+    got = sizes[0]
+    if len(set(sizes)) > 1:
+        got = ", ".join(f"{size} in {place}" for size, (place, _) in zip(sizes, placed, strict=True))
+    asked, reason = _asked(spec, keep, placed[0][1].teacher_width), ""
+    free = [layer for place, layer in placed if not (place[0] == "l" and layer.teacher_layer in spec.mlp.protect)]
+    each = keep if isinstance(keep, list) else [keep] * len(free)
+    pairs = zip(each, free, strict=True)
+    wanted = sum(int(own * layer.teacher_width + EXACT) if isinstance(own, float) else own for own, layer in pairs)
+    if spec.mlp.allocate != "threshold" and sum(layer.width for layer in free) < wanted:
+        reason = f"rounded down to a multiple of {spec.mlp.multiple_of}"
+    return found | {"student.mlp.keep": Choice(asked=asked, got=got, reason=reason)}
+
+
+def _asked(spec: Student, keep: Any, full: int) -> str:
+    if isinstance(keep, list) or spec.mlp.allocate == "threshold":
+        return str(keep) if isinstance(keep, list) else f"what {spec.mlp.allocate_params} gives"
+    return f"{keep:g} of {full}" + (" (from student.target)" if spec.target else "")
+
+
+def _place(side: Side, layer: LayerPlan) -> str:
+    return f"layer {layer.teacher_layer}" if side == "main" else f"encoder layer {layer.teacher_layer}"

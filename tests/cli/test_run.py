@@ -18,7 +18,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from distill import load_student
 from distill.cli import main
+from distill.models.mlp import mlps_of
 from distill.models.plan import StudentPlan
+from distill.student import Statistics
 
 ROOT = Path(__file__).parents[2]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -48,6 +50,30 @@ def finished(tmp_path_factory):
     recipe = tiny_project(folder)
     done = distill("run", recipe, "--out", folder / "run")
     return recipe, folder / "run", done
+
+
+@pytest.mark.slow
+def test_widths_that_differ_are_trained_and_released_natively_and_refused_as_uniform(tmp_path):
+    recipe, own = tiny_project(tmp_path), {**ENV, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    (tmp_path / "uneven.py").write_text("def widths(scores, keep, multiple_of):\n    return [16, 24]\n")
+    command = [
+        sys.executable,
+        "-m",
+        "distill",
+        "run",
+        recipe,
+        "student.mlp.allocate=uneven:widths",
+        "--out",
+        tmp_path / "run",
+    ]
+    refused = subprocess.run(command, env=own, capture_output=True, text=True)
+    assert refused.returncode == 2 and "use `native` or `padded`" in refused.stderr
+    assert not (tmp_path / "run/checkpoints").exists()
+    subprocess.run([*command, "release.format=native"], env=own, check=True)
+    release = tmp_path / "run/release"
+    assert [mlp.width for mlp in mlps_of(load_student(release))] == [16, 24]
+    assert "trust_remote_code=True" in (release / "README.md").read_text()
+    assert (release / "modeling_distill.py").is_file()
 
 
 def test_every_stage_leaves_what_the_design_names(finished):
@@ -153,6 +179,9 @@ def test_two_processes_compute_what_one_computes(finished, tmp_path):
         env=env, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    alone, shared = (Statistics.load(path / "calibration.safetensors") for path in (run, tmp_path / "run"))
+    for name, total in alone.sums.items():
+        torch.testing.assert_close(shared.sums[name], total, rtol=1e-4, atol=1e-6)
     one, two = weights(run / "distilled"), weights(tmp_path / "run/distilled")
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-6)

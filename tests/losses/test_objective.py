@@ -288,3 +288,73 @@ def test_a_loss_that_takes_its_own_mean_is_refused():
     own = Term(match="hidden", loss="torch.nn.functional:mse_loss", map=[(0, 1)])
     with pytest.raises(ValueError, match=r"hidden\.mse_loss must return one value per position, \(19,\), got \(\)"):
         learn(Objective([own], "sequence", maps), student, teacher, batch)
+
+
+# Schedules
+
+
+def test_weight_temperature_and_parameters_follow_the_progress_of_the_training():
+    student, teacher, batch = sample("sequence")
+    moving = [
+        Term(match="hidden", map="last", weight=2.0, schedule={"weight": 0.0, "start": 0.25, "end": 0.75}),
+        Term(match="logits", temperature=3.0, schedule={"temperature": 1.0, "shape": "cosine"}),
+        Term(match="logits", loss="jsd", params={"beta": 0.2}, schedule={"params": {"beta": 0.8}, "weight": 3.0}),
+    ]
+    half = (1 - 2**-0.5) / 2  # of a cosine, at a quarter of the way
+    for progress, weight, temperature, beta, other in [
+        (0.0, 2.0, 3.0, 0.2, 1.0), (0.25, 2.0, 3 - 2 * half, 0.35, 1.5), (0.5, 1.0, 2.0, 0.5, 2.0),
+        (0.75, 0.0, 1 + 2 * half, 0.65, 2.5), (1.0, 0.0, 1.0, 0.8, 3.0),
+    ]:  # fmt: skip
+        fixed = [
+            Term(match="hidden", map="last", weight=weight),
+            Term(match="logits", temperature=temperature),
+            Term(match="logits", loss="jsd", params={"beta": beta}, weight=other),
+        ]
+        results = []
+        for terms, at in ((moving, progress), (fixed, 0.0)):
+            objective = Objective(terms, "sequence", maps)
+            results.append(objective(student, teacher, batch, objective.counts([batch]), at))
+        torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize(
+    ("term", "message"),
+    [
+        (Term(match="hidden", map="last", schedule={"temperature": 2.0}), "schedule.temperature: .* no temperature"),
+        (Term(match="logits", schedule={"weight": 0, "start": 0.9, "end": 0.1}), "start 0.9 comes after end 0.1"),
+        (Term(match="logits", loss="jsd", schedule={"params": {"beta": 0.9}}), "schedule.params.beta: needs a number"),
+        (
+            Term(match="logits", loss="jsd", params={"beta": 0.5}, schedule={"params": {"beta": 1.5}}),
+            "beta must be between 0 and 1",
+        ),
+        (Term(match="logits", loss="jsd", params={"beta": 0.5}, schedule={"params": {"bta": 0.5}}), "bta"),
+    ],
+)
+def test_a_schedule_that_cannot_be_followed_is_refused(term, message):
+    with pytest.raises(InputError, match=message):
+        Objective([term], "sequence", maps)
+
+
+# Students of another width
+
+
+def test_a_projection_brings_the_student_to_the_width_of_its_teacher():
+    student, teacher, batch = sample("sequence")
+    wide = Outputs(teacher.logits, {layer: functional.pad(state, (0, 2)) for layer, state in student.hidden.items()})
+    terms = [Term(match="hidden", map=[(0, 0), (1, 1)]), Term(match="hidden", loss="cosine", map=[(1, 1)])]
+    objective = Objective(terms, "sequence", maps)
+    with pytest.raises(ValueError, match="project"):
+        objective(student, wide, batch, objective.counts([batch]))
+    objective.project(D, D + 2)
+    assert sorted(objective.projections) == ["0:0", "1:1"]
+    loss, _ = objective(student, wide, batch, objective.counts([batch]))
+    assert loss == 0  # it starts as the identity
+    objective.projections["1:1"].weight.data.add_(0.1)
+    objective(student, wide, batch, objective.counts([batch]))[0].backward()
+    assert objective.projections["1:1"].weight.grad.ne(0).any()
+
+
+def test_equal_widths_need_no_projection():
+    objective = Objective(TERMS, "sequence", maps)
+    objective.project(D, D)
+    assert not len(objective.projections)

@@ -8,14 +8,29 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from tiny import DECODERS, ENCODERS, HEADS, SEQ2SEQ, WIDTH, cut_by_hand, generate, tiny_inputs, tiny_model
+from tiny import (
+    DECODERS,
+    ENCODERS,
+    HEADS,
+    NO_ROW,
+    OWN_SIZES,
+    SEQ2SEQ,
+    SIZES,
+    WIDTH,
+    cut_by_hand,
+    generate,
+    tiny_inputs,
+    tiny_model,
+)  # fmt: skip
+from transformers import AutoConfig
 
 from distill import load_student
 from distill.errors import InputError
-from distill.models.layout import LAYOUTS, PER_LAYER_LISTS, layers_of, layout_of
+from distill.models.layout import LAYOUTS, PER_LAYER_LISTS, _detected, layers_of, layout_of
 from distill.models.load import Head, load_model
 from distill.models.mlp import keep_neurons, mlps_of
 from distill.models.widths import all_mlps, is_unequal, padded
+from distill.recipe.locate import teacher_size
 
 POST_NORM = ("bert", "roberta", "xlm-roberta", "electra", "distilbert", "deberta-v2", "bart", "marian")
 WRITES_TO_THE_STREAM = ("o_proj", "c_proj", "dense", "out_proj", "Wo", "o", "wo", "fc2", "down_proj", "dense_4h_to_h")
@@ -136,7 +151,8 @@ def test_layers_are_numbered_and_lists_are_as_long_as_the_layers(any_family):
     student = cut_by_hand(tiny_model(any_family), (0, 2))
     for side in layout_of(student).sides:
         for index, layer in enumerate(layers_of(student, side)):
-            assert {module.layer_idx for module in layer.modules() if hasattr(module, "layer_idx")} <= {index}
+            found = {module.layer_idx for module in layer.modules() if hasattr(module, "layer_idx")}
+            assert found <= ({index} if side == "main" else {index, None})  # some encoders do not number them
     assert all(len(getattr(student.config, name, None) or "ab") == 2 for name in PER_LAYER_LISTS)
 
 
@@ -154,8 +170,12 @@ def test_tied_weights_stay_tied_and_the_generation_config_stays(any_family, tmp_
             assert model.generation_config.repetition_penalty == 1.3
 
 
-def test_the_attention_implementation_reaches_every_layer(any_family, tmp_path):
-    cut_by_hand(tiny_model(any_family), (0, 2), (40, 16)).save_pretrained(tmp_path)
+def test_the_attention_implementation_is_the_teachers_and_reaches_every_layer(any_family, tmp_path):
+    teacher = tiny_model(any_family)
+    cut_by_hand(teacher, (0, 2), (40, 16)).save_pretrained(tmp_path)
+    if teacher._can_set_attn_implementation():
+        teacher.set_attn_implementation("eager")
+    assert cut_by_hand(teacher, (0, 2)).config._attn_implementation == "eager"
     student = load_student(tmp_path)
     if student._can_set_attn_implementation():
         student.set_attn_implementation("eager")
@@ -202,6 +222,61 @@ def test_a_null_width_is_four_times_the_hidden_size(tmp_path):
     student.save_pretrained(tmp_path)
     assert [mlp.width for mlp in mlps_of(load_student(tmp_path))] == [128, 64]
     assert cut_by_hand(teacher, (0, 2), None).config.n_inner is None
+
+
+@pytest.mark.parametrize("family", NO_ROW)
+def test_a_family_without_a_row_is_found_by_its_structure(family, tmp_path):
+    teacher = tiny_model(family)
+    student = cut_by_hand(teacher, (1, 2), (40, 16))
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    student.save_pretrained(tmp_path)
+    _detected.clear()
+    loaded = load_student(tmp_path)
+    assert [mlp.width for mlp in mlps_of(loaded)] == [40, 16]
+    assert torch.equal(logits(loaded), logits(student))
+    assert torch.equal(generate(loaded), generate(loaded, use_cache=False))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
+    assert_close(padded(student), student, atol=1e-6)
+    outs = {*WRITES_TO_THE_STREAM, layout_of(teacher).main.mlps[0].out.rpartition(".")[2]}
+    with torch.no_grad():
+        for index in (0, 3):  # these are pre-norm families
+            for name, parameter in layers_of(teacher)[index].named_parameters():
+                if set(name.split(".")[-2:]) & outs:
+                    parameter.zero_()
+    assert_close(cut_by_hand(teacher, (1, 2)), teacher)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        ("gpt_neo", {"attention_types": [[["global", "local"], 2]]}, "built differently"),
+        ("diffllama", {"num_key_value_heads": 2}, "built differently"),  # has constants that depend on the index
+        ("bitnet", {"num_key_value_heads": 2}, "1 groups .* 0 compute like one"),  # has a norm over its neurons
+        ("olmoe", {"num_key_value_heads": 2, "num_experts": 4}, "0 groups"),
+        ("bloom", {}, "0 groups"),
+        ("mamba", {}, "cannot be built smaller"),
+    ],
+)
+def test_a_family_that_is_not_understood_is_refused(family, changes, words):
+    own = {"gpt_neo": {"num_layers": 4, "num_heads": 4}, "bloom": {"n_layer": 4, "n_head": 4}}
+    sizes = SIZES if family not in own else {"vocab_size": 64, "hidden_size": 32, **own[family]}
+    special = {"bos_token_id": 1, "eos_token_id": 2}
+    config = AutoConfig.for_model(family, **{**sizes, **special, **changes})
+    with pytest.raises(InputError, match=rf"{family}.*{words}.*LAYOUTS in distill/models/layout\.py"):
+        layers_of(transformers.AutoModelForCausalLM.from_config(config))
+
+
+def test_an_encoder_decoder_without_a_row_is_refused():
+    model = transformers.AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("mbart", **OWN_SIZES["bart"]))
+    with pytest.raises(InputError, match=r"mbart.*encoder-decoder"):
+        layers_of(model)
+
+
+def test_a_recipe_is_checked_against_the_sizes_in_any_config(any_family, tmp_path):
+    model = tiny_model(any_family)
+    model.config.save_pretrained(tmp_path)
+    size = teacher_size(tmp_path)
+    assert (size.layers, size.width) == (len(layers_of(model)), mlps_of(model)[0].width)
 
 
 def test_all_rows_of_the_layout_are_tested():

@@ -7,7 +7,8 @@ import shutil
 import huggingface_hub.constants
 import pytest
 import torch
-from tiny import tiny_batch, tiny_model, tiny_project
+from safetensors.torch import load_file, save_file
+from tiny import cut_by_hand, tiny_batch, tiny_model, tiny_project
 
 from distill import load_student
 from distill.errors import InputError
@@ -53,6 +54,25 @@ def test_a_head_without_weights_is_refused_unless_it_is_about_to_be_fitted(tmp_p
     drawn = [load_model(tmp_path, head, new_head=True, random_seed=seed).classifier.weight for seed in (1, 1, 2)]
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
     assert drawn[0].shape[0] == 2
+
+
+def test_different_widths_load_in_shards_in_their_dtype_and_miss_nothing_silently(tmp_path):
+    student = cut_by_hand(tiny_model("llama", tie_word_embeddings=True).bfloat16(), (0, 2), (40, 16))
+    student.save_pretrained(tmp_path, max_shard_size="10KB")
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    assert len(shards) > 2
+    loaded = load_student(tmp_path)
+    assert loaded.dtype == torch.bfloat16 and loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    with torch.no_grad():
+        assert torch.equal(loaded(**tiny_batch()).logits, student(**tiny_batch()).logits)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    place = index["weight_map"].pop("model.layers.1.mlp.down_proj.weight")
+    tensors = load_file(tmp_path / place)
+    del tensors["model.layers.1.mlp.down_proj.weight"]
+    save_file(tensors, tmp_path / place, metadata={"format": "pt"})
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=r"no trained weights for model\.layers\.1\.mlp\.down_proj\.weight"):
+        load_student(tmp_path)
 
 
 def test_a_trained_teacher_keeps_its_order_of_classes(folder):

@@ -185,6 +185,27 @@ CROSS_CHECKS = [
     Bad("keep: 0.5", "keep: 1600", 8, "student.mlp.keep", "1600 neurons, the teacher's MLP has 1536"),
     Bad("keep: 0.5", "keep: 63", 8, "student.mlp.keep", "63 of 1536 multiple of 64 leaves none at least 64"),
     Bad("keep: 0.5", "keep: 0.01", 8, "student.mlp.keep", "15 of 1536 leaves none lower multiple_of"),
+    Bad(
+        "multiple_of: 64}",
+        "multiple_of: 64}\n  repair: {ridge: 0}",
+        9,
+        "student.repair.ridge",
+        "no effect refit or merge",
+    ),
+    Bad(
+        "multiple_of: 64}", "multiple_of: 64}\n  repair: {held_out: 9}", 9, "student.repair.held_out", "no effect bias"
+    ),
+    Bad(
+        "keep: 0.5, score: activation, multiple_of: 64}",
+        "keep: 1.0}\n  repair: {refit: true}",
+        9,
+        "student.repair.refit",
+        "no effect no neuron is removed",
+    ),
+    Bad(
+        "keep: 3, choose: even}", "keep: 6}\n  repair: {merge: true}", 8, "student.repair.merge", "drops no layer fewer"
+    ),
+    Bad("[teacher, cut,", "[teacher, repaired,", 23, "evaluation.arms.1", "nothing is repaired ask for student.repair"),
     Bad("weight: 0.3}", "weight: 0.3, loss: jsd}", 14, "losses.0.loss", "no effect with match: labels match: logits"),
     Bad("weight: 0.3}", "temperature: 2}", 14, "losses.0.temperature", "no effect with match: labels"),
     Bad("weight: 0.3}", "map: last}", 14, "losses.0.map", "no effect with match: labels match: hidden"),
@@ -201,6 +222,64 @@ CROSS_CHECKS = [
     Bad("f1_macro]", "accuracy]", 22, "evaluation.metrics.1", "accuracy is listed twice"),
 ]
 
+MLP = "keep: 0.5, score: activation, multiple_of: 64"
+
+STUDENT = [
+    Bad(
+        "choose: even",
+        "choose: random, protect_first: 4",
+        7,
+        "student.layers.protect_first",
+        "4 layers only 3 are kept",
+    ),
+    Bad(
+        "choose: even", "choose: even, protect_last: 1", 7, "student.layers.protect_last", "no effect with choose: even"
+    ),
+    Bad("keep: 3, choose: even", "keep: 4, choose: every", 7, "student.layers.keep", "divides 6 layers 4 1, 2, 3, 6"),
+    Bad("keep: 3, choose: even", "keep: [0, 2], protect_last: 1", 7, "student.layers.protect_last", "has no effect"),
+    Bad("  mlp: {", "  encoder_layers: {keep: 2}\n  mlp: {", 8, "student.encoder_layers", "not an encoder-decoder"),
+    Bad("keep: 0.5", "keep: [0.5, 0.5]", 8, "student.mlp.keep", "2 widths for 3 kept layers"),
+    Bad("keep: 0.5", "keep: [64, 64, 128]", 8, "student.mlp.keep", "different widths uniform native or padded"),
+    Bad("keep: 0.5", "keep: [0.5, 0.5, 0]", 8, "student.mlp.keep.2", "above 0"),
+    Bad("keep: 0.5", "allocate: global, keep: [64, 64, 64]", 8, "student.mlp.allocate", "has no effect lists a width"),
+    Bad("keep: 0.5", "keep: 0.5, floor: 0.6", 8, "student.mlp.keep", "768 of 1536 is less than the floor of 960"),
+    Bad("keep: 0.5", "keep: 1.0, protect: [6]", 8, "student.mlp.protect.0", "no layer 6 0 to 5"),
+    Bad("keep: 0.5", "keep: 1.0, protect: [1, 1]", 8, "student.mlp.protect.1", "listed twice"),
+    Bad("keep: 0.5", "keep: 0.5, protect: [1]", 8, "student.mlp.protect", "uniform has one width native or padded"),
+    Bad("keep: 0.5", "keep: 0.5, allocate: global", 8, "student.mlp.allocate", "global uniform native or padded"),
+    Bad(MLP, "allocate: sensitivity", 8, "student.mlp.allocate", "sensitivity different widths native or padded"),
+    Bad("activation,", "taylor, params: {norm: 1},", 8, "student.mlp.params.norm", "taylor has no such parameter"),
+    Bad(MLP + "}", "score: wanda}\n  target: {}", 9, "student.target", "no size is given"),
+    Bad(MLP + "}", "score: wanda}\n  target: {flops: 1.5}", 9, "student.target.flops", "at most 1"),
+    Bad(
+        MLP + "}",
+        "score: wanda}\n  target: {flops: 0.5, parameters: 0.5}",
+        9,
+        "student.target.flops",
+        "parameters is given",
+    ),
+    Bad(MLP + "}", "score: wanda}\n  target: {parameters: 9, length: 9}", 9, "student.target.length", "no effect"),
+    Bad("64}", "64}\n  target: {latency: 0.5}", 8, "student.mlp.keep", "student.target says how much is kept"),
+    Bad(
+        "score: activation, multiple_of: 64}",
+        "score: fisher}\n  calibration: {gradients: false}",
+        9,
+        "student.calibration.gradients",
+        "fisher reads what this switches off",
+    ),
+    Bad(
+        "score: activation, multiple_of: 64}",
+        "score: output_change}\n  calibration: {gram: false}",
+        9,
+        "student.calibration.gram",
+        "output_change reads what this switches off",
+    ),
+    Bad(
+        "choose: even", "choose: random, params: {protected: 1}", 7, "student.layers.params.protected", "protect_first"
+    ),
+]
+"""Rules about the student; more in the tests of `student_checks`."""
+
 STRATEGIES = [
     Bad("  lr: 3e-4", "  optimizer: adam", 20, "training.optimizer", "unknown optimizer 'adam' did you mean 'adamw'"),
     Bad("  lr: 3e-4", "  optimizer_params: {esp: 1e-6}", 20, "training.optimizer_params.esp", "did you mean 'eps'"),
@@ -210,6 +289,9 @@ STRATEGIES = [
     Bad("even", "random, params: {sed: 1}", 7, "student.layers.params.sed", "did you mean 'seed'"),
     Bad("activation", "activations", 8, "student.mlp.score", "unknown score did you mean 'activation'"),
     Bad("activation", "magnitude, allocate: uniforms", 8, "student.mlp.allocate", "did you mean 'uniform'"),
+    Bad(
+        MLP, "allocate: uniform, allocate_params: {mass: 1}", 8, "student.mlp.allocate_params.mass", "no such parameter"
+    ),
     Bad("activation", "random, params: {seeds: 1}", 8, "student.mlp.params.seeds", "did you mean 'seed'"),
     Bad("stdlib-docstrings", "stdlib_docs", 10, "data.source", "unknown data source did you mean 'stdlib-docstrings'"),
     Bad("classification", "clasification", 11, "data.task", "unknown task did you mean 'classification'"),

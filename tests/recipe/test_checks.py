@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from bad_recipes import CROSS_CHECKS, GOOD, STRATEGIES, Bad, says
+from bad_recipes import CROSS_CHECKS, GOOD, MLP, STRATEGIES, STUDENT, Bad, says
 
 from distill.errors import InputError, RecipeError
 from distill.recipe import load_recipe
@@ -24,8 +24,17 @@ ACCEPTED = [
     ("keep: 0.5", "keep: 1536"),
     ("keep: 0.5", "keep: 64"),
     ("keep: 0.5, score: activation, multiple_of: 64", "keep: 1.0, multiple_of: 1000"),
+    ("multiple_of: 64}", "multiple_of: 64}\n  repair: {refit: true, ridge: 0.1, merge: true}"),
+    ("arms: [teacher, cut, distilled]", "arms: [teacher, cut, repaired, distilled, labels_only]"),
     ("choose: even", "choose: mine.policies:spread, params: {anything: 1}"),
     ("score: activation", "score: random, params: {seed: 3}"),
+    ("choose: even", "choose: angular, protect_first: 1, protect_last: 1"),
+    ("choose: even", "choose: mine.policies:spread, protect_first: 1"),
+    ("keep: 0.5", "keep: [0.5, 0.5, 0.5]"),
+    ("keep: 0.5", "keep: [768, 0.5, 768]"),
+    ("keep: 0.5", "keep: 1.0, protect: [1]"),
+    ("keep: 0.5", "keep: 0.5, floor: 0.5"),
+    (MLP + "}", "score: taylor_kl}\n  target: {parameters: 0.4}\n  calibration: {gradients: true}"),
     ("loss: mse", "loss: mine:huber, params: {delta: 1}"),
     ("map: plan", "map: [[0, 1], [2, 5]]"),
     ("stdlib-docstrings", "./texts.csv\n  text: body"),
@@ -38,7 +47,7 @@ ACCEPTED = [
 ]
 
 
-@pytest.mark.parametrize("case", CROSS_CHECKS + STRATEGIES, ids=lambda case: f"{case.key} {case.words}"[:70])
+@pytest.mark.parametrize("case", CROSS_CHECKS + STUDENT + STRATEGIES, ids=lambda case: f"{case.key} {case.words}"[:70])
 def test_a_contradiction_is_named_with_its_place(case: Bad, write: Write) -> None:
     path = write(case.text)
     with pytest.raises(RecipeError) as caught:
@@ -53,6 +62,58 @@ def test_a_contradiction_is_named_with_its_place(case: Bad, write: Write) -> Non
 def test_what_makes_sense_is_accepted(old: str, new: str, write: Write) -> None:
     assert GOOD.count(old) == 1
     load_recipe(write(GOOD.replace(old, new)))
+
+
+NATIVE = GOOD.replace("license: apache-2.0", "license: apache-2.0, format: native")
+
+
+@pytest.mark.parametrize(
+    "mlp",
+    [
+        "keep: [64, 0.5, 1536]",
+        "keep: 0.5, protect: [1]",
+        "keep: 0.5, allocate: global, floor: 64",
+        "allocate: threshold, allocate_params: {mass: 0.9}",
+        "keep: 0.5, allocate: sensitivity, allocate_params: {strength: 1.0}",
+    ],
+)
+def test_widths_may_differ_where_the_release_can_say_so(mlp: str, write: Write) -> None:
+    load_recipe(write(NATIVE.replace(MLP, mlp)))
+
+
+@pytest.mark.parametrize(
+    ("mlp", "key", "words"),
+    [
+        ("keep: [64, 64, 63]", "student.mlp.keep.2", "leaves none"),
+        ("keep: [64, 64, 1600]", "student.mlp.keep.2", "the teacher's MLP has 1536"),
+        ("allocate: threshold", "student.mlp.allocate_params", "`threshold` or `mass`"),
+        ("keep: 0.5, allocate: threshold, allocate_params: {mass: 0.9}", "student.mlp.keep", "has no effect"),
+        (
+            "allocate: threshold, allocate_params: {mass: 1}}\n  target: {flops: 0.5",
+            "student.mlp.allocate",
+            "cannot meet",
+        ),
+    ],
+)
+def test_widths_that_cannot_be_are_refused_in_every_format(mlp: str, key: str, words: str, write: Write) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write(NATIVE.replace(MLP, mlp)))
+    (problem,) = caught.value.problems
+    assert problem.key == key and words in problem.message
+
+
+def test_both_stacks_of_an_encoder_decoder_are_checked(write: Write, folder: Path) -> None:
+    config = {"is_encoder_decoder": True, "encoder_layers": 4, "decoder_layers": 6, "decoder_ffn_dim": 1536}
+    (folder / "teacher" / "config.json").write_text(json.dumps(config))
+    text = GOOD.replace("  mlp: {keep: 0.5", "  encoder_layers: {keep: [0, 4]}\n  mlp: {keep: [0.5, 0.5]")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write(text))
+    problems = [f"{problem.key}: {problem.message}" for problem in caught.value.problems]
+    assert problems == [
+        "student.encoder_layers.keep.1: the teacher has no layer 4",
+        "student.mlp.keep: 2 widths for 5 kept layers",
+    ]
+    load_recipe(write(GOOD.replace("keep: 0.5", "keep: [0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5]")))  # 4 + 3 layers
 
 
 def test_a_loss_without_weight_is_refused(write: Write) -> None:

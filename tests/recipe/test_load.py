@@ -210,12 +210,12 @@ def test_loading_is_quick_and_needs_no_torch(write: Write) -> None:
     path = write()
     code = f"""
 import sys, time
-start = time.monotonic()
+start = time.process_time()
 from distill.recipe.load import load_recipe
 load_recipe({str(path)!r})
 heavy = {{"torch", "transformers", "huggingface_hub", "datasets", "accelerate", "numpy"}} & set(sys.modules)
 assert not heavy, heavy
-assert time.monotonic() - start < 1
+assert time.process_time() - start < 1  # not wall time: the machine may be busy
 """
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
 

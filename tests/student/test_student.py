@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tiny import DECODERS, LAYERS, WIDTH, tiny_batch, tiny_model
 
@@ -15,9 +15,7 @@ from distill.models.layout import layers_of
 from distill.models.mlp import mlps_of
 from distill.models.plan import StudentPlan
 from distill.recipe.schema import Student
-from distill.student import Statistics, build_student, calibrate, plan_student
-from distill.student.allocate import uniform
-from distill.student.layers import CHOICES, even, every
+from distill.student import build_student, calibrate, plan_student
 from distill.student.plan import top_neurons
 
 
@@ -105,22 +103,6 @@ def test_lists_with_one_entry_per_layer_are_cut_with_the_layers(tmp_path):
     student.save_pretrained(tmp_path)  # refused by transformers when the list and the depth disagree
 
 
-def test_statistics_do_not_depend_on_batching_or_padding(family):
-    model, whole = tiny_model(family), tiny_batch(rows=4)
-    together = calibrate(model, [whole])
-    rows = [{name: tensor[i : i + 1] for name, tensor in whole.items()} for i in range(4)]
-    lengths = [int(row["attention_mask"].sum()) for row in rows]
-    trimmed = [
-        {name: tensor[:, :length] for name, tensor in row.items()} for row, length in zip(rows, lengths, strict=True)
-    ]
-    for other in (calibrate(model, rows), calibrate(model, reversed(trimmed))):
-        assert other.tokens == together.tokens
-        torch.testing.assert_close(other.block_influence(), together.block_influence(), rtol=0, atol=1e-6)
-        for layer in range(LAYERS):
-            torch.testing.assert_close(other.mean_abs(layer), together.mean_abs(layer), rtol=1e-5, atol=1e-7)
-            torch.testing.assert_close(other.mean_square(layer), together.mean_square(layer), rtol=1e-5, atol=1e-7)
-
-
 def test_block_influence_reads_raw_layer_outputs():
     # By hand from the layer modules themselves; `hidden_states[-1]` would be after the final norm.
     model, batch = tiny_model("llama"), tiny_batch(padded=False)
@@ -134,64 +116,6 @@ def test_block_influence_reads_raw_layer_outputs():
     expected = 1 - torch.nn.functional.cosine_similarity(seen["before"], seen["after"], dim=-1).mean()
     got = calibrate(model, [batch]).block_influence()[-1]
     torch.testing.assert_close(got.float(), expected, rtol=0, atol=1e-6)
-
-
-def test_activation_score_is_the_mean_over_real_tokens():
-    model, batch = tiny_model("llama"), tiny_batch()
-    seen = {}
-    handle = layers_of(model)[0].mlp.down_proj.register_forward_pre_hook(lambda _m, args: seen.update(x=args[0]))
-    logits(model, batch)
-    handle.remove()
-    expected = seen["x"][batch["attention_mask"].bool()].abs().mean(dim=0)
-    torch.testing.assert_close(calibrate(model, [batch]).mean_abs(0).float(), expected)
-
-
-def test_calibration_file_round_trips_and_a_broken_one_is_refused(tmp_path):
-    statistics = calibrate(tiny_model("bert"), [tiny_batch()])
-    statistics.save(tmp_path / "c.safetensors")
-    again = Statistics.load(tmp_path / "c.safetensors")
-    assert torch.equal(again.mean_abs(1), statistics.mean_abs(1))
-    content = (tmp_path / "c.safetensors").read_bytes()
-    for broken in (b"", content[:20], content[:-1]):
-        (tmp_path / "b.safetensors").write_bytes(broken)
-        with pytest.raises(InputError, match="calibration"):
-            Statistics.load(tmp_path / "b.safetensors")
-
-
-@pytest.mark.parametrize(("layers", "keep", "expected"), [(12, 6, [0, 2, 4, 6, 8, 11]), (6, 3, [0, 2, 5]), (4, 1, [3])])
-def test_even_is_the_distil_whisper_rule(layers, keep, expected):
-    assert even(layers, keep, None) == expected
-
-
-def test_every_is_the_last_layer_of_each_group():
-    assert every(6, 3, None) == [1, 3, 5]
-    with pytest.raises(InputError, match="divide"):
-        every(6, 4, None)
-
-
-@given(st.integers(1, 40), st.data())
-def test_every_policy_gives_ascending_layers_in_range(layers, data):
-    keep = data.draw(st.integers(1, layers))
-    name = data.draw(st.sampled_from([n for n in CHOICES if n not in ("every", "block_influence")]))
-    chosen = CHOICES[name](layers, keep, None)
-    assert sorted(set(chosen)) == chosen and len(chosen) == keep and chosen[0] >= 0 and chosen[-1] < layers
-
-
-@given(st.integers(1, 300), st.floats(0.01, 1.0), st.sampled_from([1, 8, 64]))
-@settings(max_examples=200)
-def test_widths_are_never_above_what_was_asked(full, share, multiple):
-    scores = [torch.zeros(full)] * 2
-    try:
-        widths = uniform(scores, share, multiple)
-    except InputError:
-        assert int(share * full + 1e-9) < multiple
-        return
-    assert widths[0] == widths[1] <= share * full + 1e-6
-    assert widths[0] == full or widths[0] % multiple == 0
-
-
-def test_seven_tenths_of_ten_is_seven():
-    assert uniform([torch.zeros(10)], 0.7, 1) == [7]
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=30), st.data())
@@ -233,14 +157,6 @@ def test_rounding_is_reported_as_asked_and_got():
 def test_an_impossible_request_is_one_clear_error(request_, words):
     with pytest.raises(InputError, match=words):
         plan_student(tiny_model("bert"), request_)
-
-
-def test_an_unknown_family_is_told_what_to_add():
-    from transformers import GPTJConfig, GPTJForCausalLM
-
-    model = GPTJForCausalLM(GPTJConfig(n_layer=2, n_embd=32, n_head=4, rotary_dim=4, vocab_size=64))
-    with pytest.raises(InputError, match=r"gptj.*layout\.py"):
-        plan_student(model, spec())
 
 
 def test_a_score_of_ones_own_is_one_function(tmp_path, monkeypatch):

@@ -62,6 +62,22 @@ def test_resuming_from_any_checkpoint_is_bitwise_the_uninterrupted_run(corpus, t
     assert steps == [2, 4, 6]
 
 
+def test_projections_and_schedules_resume_exactly_and_are_not_part_of_the_student(corpus, tmp_path):
+    wide = tiny_model("bert", seed=1, hidden_size=48, num_labels=len(corpus.classes))
+    whole, _ = run(corpus, tmp_path / "whole", wide=wide)
+    run(corpus, tmp_path / "parts", wide=wide)
+    shutil.rmtree(published(tmp_path / "parts/checkpoints")[-1])
+    model, said = run(corpus, tmp_path / "parts", wide=wide)
+    assert "continuing after step 4 of 6" in said[-1]
+    final = [load_file(published(tmp_path / f"{name}/checkpoints")[-1] / "model.safetensors")
+             for name in ("whole", "parts")]  # fmt: skip
+    assert final[0].keys() == final[1].keys() and all(torch.equal(final[0][name], final[1][name]) for name in final[0])
+    assert not torch.equal(final[0]["projections.1:0.weight"], torch.eye(48, 32))
+    assert "projections.3:3.bias" in final[0] and not any("projections" in name for name in model.state_dict())
+    for a, b in zip(whole.parameters(), model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_another_identity_starts_from_the_beginning_and_says_so(corpus, tmp_path):
     run(corpus, tmp_path)
     assert Checkpoints(tmp_path / "checkpoints", "other", (said := []).append).newest_valid() is None

@@ -1,0 +1,144 @@
+"""What a forward pass costs: FLOPs that are counted without computing, and seconds that are measured in turns.
+
+Times of a shared machine drift by more than a pruned layer saves. So every round times the models one after the other
+(A B A B ...) on the same input, and a ratio is the median over rounds of the ratios within a round.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+Rounds = dict[str, list[list[float]]]
+"""Model -> round -> seconds of each forward pass."""
+
+WARM_UP = 2
+"""Untimed passes of each model at each shape."""
+
+
+def random_ids(vocabulary: int, shape: tuple[int, int], model: nn.Module) -> Tensor:
+    """The same ids [B, L] on every call, none of them the model's padding id (which would turn into real padding)."""
+    padding = getattr(getattr(model, "config", None), "pad_token_id", None)
+    ids = torch.randint(vocabulary - 1, shape, generator=torch.Generator().manual_seed(0))
+    return ids if padding is None else ids + (ids >= padding)
+
+
+def example(model: Any, length: int) -> dict[str, Tensor]:
+    """One example of random input that any model of a known family takes.
+
+    An encoder-decoder gets `length` tokens on both sides; a speech model gets the full length of sound.
+    """
+    config = model.config
+    positions = getattr(config, "max_target_positions", None) or getattr(config, "max_position_embeddings", None)
+    ids = random_ids(config.vocab_size, (1, min(length, positions or length)), model).to(model.device)
+    if not config.is_encoder_decoder:
+        return {"input_ids": ids}
+    if model.main_input_name == "input_ids":
+        return {"input_ids": ids, "decoder_input_ids": ids}
+    frames = 2 * config.max_source_positions
+    sound = torch.zeros(1, config.num_mel_bins, frames, dtype=model.dtype, device=model.device)
+    return {model.main_input_name: sound, "decoder_input_ids": ids}
+
+
+def options(model: nn.Module) -> dict[str, Any]:
+    """No key-value cache, for models that have one: it costs memory traffic and nobody reads it."""
+    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+
+
+def flops_by_module(model: Any, inputs: Mapping[str, Tensor]) -> tuple[dict[nn.Module, int], str]:
+    """Matrix-product FLOPs (2 per multiply-add) of a forward pass in each module; causal attention counts in full.
+
+    Counted on fake tensors, which have shapes and no values, in a copy: nothing is computed and a model that stores a
+    tensor during its forward pass keeps its own. A model that reads values (`.item()`) cannot run like that and is
+    counted while it really runs once.
+
+    Returns:
+        The FLOPs of each module, the model itself included, and what they were counted on.
+    """
+    fake, log = FakeTensorMode(), logging.getLogger("torch._subclasses.fake_tensor")
+    quiet, log.disabled = log.disabled, True  # it would print a traceback for what is handled here
+    try:
+        with FakeCopyMode(fake):
+            hollow = copy.deepcopy(model).requires_grad_(False)
+        with fake:
+            counts = _counts(hollow, {name: fake.from_tensor(tensor) for name, tensor in inputs.items()})
+        counted_on = "fake tensors"
+    except (RuntimeError, AssertionError):
+        # Whatever fake tensors cannot do is one of these two; a fault of the model itself comes up again here.
+        counts, counted_on = _counts(model, inputs), "a real pass"
+    finally:
+        log.disabled = quiet
+    return {module: counts.get(name, 0) for name, module in model.named_modules()}, counted_on
+
+
+def _counts(model: Any, inputs: Mapping[str, Tensor]) -> dict[str, int]:
+    """FLOPs by name of the module, "" for the model."""
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_flops})
+    # torch's table of FLOPs lacks the fused attention of CPUs, which would count as nothing; as plain matrix products
+    # attention counts the same on every device.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        model(**inputs, **options(model))
+    prefix = type(model).__name__
+    counts = {name: sum(by_kind.values()) for name, by_kind in counter.get_flop_counts().items()}
+    inside = {name.removeprefix(f"{prefix}."): count for name, count in counts.items() if name.startswith(f"{prefix}.")}
+    return {**inside, "": counter.get_total_flops()}
+
+
+def _grouped_flops(rows: torch.Size, weights: torch.Size, *_: Any, **__: Any) -> int:
+    """Products of rows [N, K] with the matrix of their group, [E, K, M]: what experts are; missing in torch's table."""
+    return 2 * rows[0] * weights[1] * weights[2]
+
+
+def timed(passes: Mapping[str, Callable[[], object]], repeats: int, per_round: int, device: torch.device) -> Rounds:
+    """Time every model in every round, in turns."""
+    for run in passes.values():
+        for _ in range(WARM_UP):
+            run()
+    rounds: Rounds = {name: [] for name in passes}
+    for _ in range(repeats):
+        for samples in rounds.values():
+            samples.append([])
+        for _ in range(per_round):
+            for name, run in passes.items():
+                _synchronize(device)
+                start = time.perf_counter()
+                run()
+                _synchronize(device)
+                rounds[name][-1].append(time.perf_counter() - start)
+    return rounds
+
+
+def paired(rounds: list[list[float]], reference: list[list[float]]) -> dict[str, float]:
+    """Ratio of the median seconds within each round: {median, min, max} over the rounds."""
+    pairs = zip(rounds, reference, strict=True)
+    ratios = [statistics.median(samples) / statistics.median(others) for samples, others in pairs]
+    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+
+
+@torch.inference_mode()
+def latency_ratio(model: Any, reference: Any, length: int, repeats: int = 5, per_round: int = 5) -> float:
+    """How long one example takes, as a share of what it takes the reference; both in evaluation mode."""
+    passes = {
+        name: partial(each, **example(each, length), **options(each))
+        for name, each in (("model", model), ("reference", reference))
+    }
+    rounds = timed(passes, repeats, per_round, model.device)
+    return paired(rounds["model"], rounds["reference"])["median"]
+
+
+def _synchronize(device: torch.device) -> None:
+    """Wait for the accelerator: its kernels run behind Python's back."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
