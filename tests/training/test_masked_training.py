@@ -107,7 +107,7 @@ def test_resuming_is_bitwise_the_uninterrupted_run_masks_included(corpus, tmp_pa
 def test_a_signal_saves_the_masks_and_the_same_training_continues(corpus, tmp_path):
     whole, _ = run(corpus, tmp_path / "whole", CUBIC)
 
-    def interrupt(_model):
+    def interrupt(_model, _stopped):
         os.kill(os.getpid(), signal.SIGTERM)
         return {}
 
