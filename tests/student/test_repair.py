@@ -11,7 +11,7 @@ from tiny import DECODERS, LAYERS, WIDTH, tiny_batch, tiny_model
 from distill.errors import InputError
 from distill.models.layout import LAYOUTS, layers_of
 from distill.models.mlp import mlps_of
-from distill.models.outputs import captured
+from distill.models.outputs import Wanted, captured
 from distill.models.plan import LayerPlan, StudentPlan
 from distill.recipe.schema import Repair
 from distill.student import build_student
@@ -157,12 +157,12 @@ def test_a_merged_layer_comes_as_close_to_the_dropped_ones_as_it_says(family, wi
     wanted, got = [], []
     for batch in BATCHES:  # the student's layer 0 gets the teacher's input, and must give the output of layer 2
         real = batch["attention_mask"].bool()
-        with torch.no_grad(), captured(layers_of(teacher), [2]) as hidden:
+        with torch.no_grad(), captured(teacher, Wanted([2])) as seen:
             teacher.base_model(**batch)
-        wanted.append(hidden[2][real])
-        with torch.no_grad(), captured(layers_of(student), [0]) as hidden:
+        wanted.append(seen.hidden[2][real])
+        with torch.no_grad(), captured(student, Wanted([0])) as seen:
             student.base_model(**batch)
-        got.append(hidden[0][real])
+        got.append(seen.hidden[0][real])
     scale = getattr(teacher.config, "residual_multiplier", 1.0)
     error = float((torch.cat(wanted) - torch.cat(got)).double().square().mean()) / scale**2
     assert layer.after == pytest.approx(error, rel=1e-3)
@@ -176,11 +176,11 @@ def test_the_map_is_that_of_replaceme():
     for batch in BATCHES:
         found, real = [], batch["attention_mask"].bool()
         handle = mlps_of(teacher)[1].output.register_forward_hook(lambda _m, _a, out, found=found: found.append(out))
-        with torch.no_grad(), captured(layers_of(teacher), [1, 2]) as hidden:
+        with torch.no_grad(), captured(teacher, Wanted([1, 2])) as seen:
             teacher.base_model(**batch)
         handle.remove()
         rows["m"].append(found[0][real])
-        rows["change"].append((hidden[2] - hidden[1])[real])
+        rows["change"].append((seen.hidden[2] - seen.hidden[1])[real])
     m, change = (torch.cat(rows[name]).double() for name in ("m", "change"))
     map_ = torch.linalg.inv(m.T @ m) @ m.T @ (change + m)
     expected = map_.T @ mlps_of(teacher)[1].weight_out.double()
