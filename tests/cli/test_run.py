@@ -172,7 +172,8 @@ def test_a_signal_saves_a_checkpoint_and_exits_75(finished, tmp_path):
 @pytest.mark.slow
 def test_two_processes_compute_what_one_computes(finished, tmp_path):
     recipe, run, _ = finished
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch = str(ROOT / "recipes/accelerate/cpu-2.yaml")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", launch]
     env = {**ENV, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*command, str(ROOT / "scripts/train.py"), str(recipe), "--out", str(tmp_path / "run")],
