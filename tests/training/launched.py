@@ -1,6 +1,7 @@
 """One process of a training that a test launches: `launched.py FOLDER KIND STOP [FAULT]`.
 
-KIND is `ddp` or `fsdp` (FSDP2 on a CPU, which Accelerate's own launcher turns into DDP). STOP `17:1`: evaluations every
+KIND is `ddp` or `fsdp` (FSDP2 on a CPU, which Accelerate's own launcher turns into DDP), with `-lm` for a language
+model instead of a classifier. STOP `17:1`: evaluations every
 17 steps, a signal during the one after the first; `0:0`: none. FAULT `oom`: the second process runs out of memory.
 """
 
@@ -61,7 +62,8 @@ def main():
     rank = int(os.environ.get("RANK", "0"))
     project = folder.parent / f"project-{os.getpid()}"
     project.mkdir()
-    spec = load_recipe(tiny_project(project)).data
+    kind, _, lm = kind.partition("-")
+    spec = load_recipe(tiny_project(project), ["data.task=causal_lm", "data.labelled=null"] if lm else []).data
     corpus = tokenise(read_texts(spec, 0, project), spec, load_tokenizer(project / "teacher"))
     if kind == "fsdp":
         running.make_accelerator = fsdp2_on_cpu
@@ -78,7 +80,14 @@ def main():
     job = {"evaluate": evaluate, "evaluate_every": every, "log_every": 1}
     try:
         model, said = running.run(
-            corpus, folder, steps=50, teacher=teacher, job=job, ema=0.9, save_every=10, dropout=0.1
+            corpus,
+            folder,
+            steps=50,
+            teacher=teacher,
+            job=job,
+            ema=0.9,
+            save_every=10,
+            model=tiny_model("llama") if lm else None,
         )
     except DistillError as error:
         print(error, file=sys.stderr)

@@ -37,12 +37,13 @@ def run(
     """
     spec = Training(**{"steps": steps, "batch_size": 8, "micro_batch_size": micro, "lr": 1e-3, "save_every": 2} | spec)
     model = model or tiny_model("bert", **dropped(dropout), num_labels=len(corpus.classes))
-    batches = TrainingBatches(corpus, corpus.labelled, 8, micro, seed)
+    head = corpus.task.head
+    batches = TrainingBatches(corpus, corpus.labelled or range(len(corpus.train)), 8, micro, seed)
     extra = dict(job or {})
     evaluate = extra.pop("evaluate", None)
     job = Job("test", spec, TrainDir(folder), seed, "identity", **{"log_every": 2} | extra)
     said: list[str] = []
-    objective, accelerator = Objective(LABELS, "sequence"), make_accelerator(spec, batches)
+    objective, accelerator = Objective(LABELS, head), make_accelerator(spec, batches)
     if wide is not None:
         objective = Objective(HIDDEN, "sequence", lambda policy: layer_map(policy, None, 4, 4))
         objective.project(model.config.hidden_size, wide.config.hidden_size)

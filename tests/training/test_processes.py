@@ -85,6 +85,12 @@ def test_fsdp2_trains_saves_resumes_and_exports_the_same_student(one, tmp_path):
     assert_close(tmp_path / "on one", one)
 
 
+def test_a_language_model_under_fsdp2_whose_head_is_read_in_chunks(tmp_path):
+    launched(1, tmp_path / "one", "ddp-lm")
+    launched(2, tmp_path / "two", "fsdp-lm")
+    assert_close(tmp_path / "two", tmp_path / "one")
+
+
 def test_out_of_memory_on_one_of_two_processes_is_halved_by_the_next_start(one, tmp_path):
     folder = tmp_path / "run"
     assert "give the same command again; it halves them" in launched(2, folder, "ddp", "0:0", "oom", code=1)
