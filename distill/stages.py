@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import accelerate
@@ -85,7 +86,8 @@ def calibrate_teacher(session: Session) -> None:
     batches = (collate(corpus, corpus.train, sample[start : start + spec.batch_size]) for start in starts)
     teacher = session.load(session.teacher).to(state.device)
     check_target(teacher, student)
-    statistics = calibrate(teacher, batches, wanted_statistics(student), label_loss(corpus.task.head), reduce)
+    added = partial(reduce, reduction="sum")
+    statistics = calibrate(teacher, batches, wanted_statistics(student), label_loss(corpus.task.head), added)
     if state.is_main_process:
         statistics.save(session.run.calibration)
 

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -99,19 +100,18 @@ class Checkpoints:
             parts: Tensors by file.
 
         Raises:
-            RunError: Not enough space, or weights that are not finite; nothing was written.
+            RunError: Not enough space, or weights that are not finite; nothing is left of it.
         """
         final = self.folder / f"step-{state.step:08d}"
         temporary = self.folder / f".tmp-{final.name}"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         self._check(temporary, parts)
-        for name, tensors in parts.items():
-            if tensors:
-                save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, _file(temporary, name))
-        write_text(temporary / STATE, json.dumps({"identity": self.identity, **asdict(state)}, indent=1))
-        write_text(temporary / MANIFEST, json.dumps(_sums(temporary), indent=1))
-        fsync_folder(temporary)
+        try:
+            _write(temporary, json.dumps({"identity": self.identity, **asdict(state)}, indent=1), parts)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise RunError(f"a checkpoint cannot be written: {error}; {self.last_good()}") from error
         self._make_way(final)
         os.rename(temporary, final)
         fsync_folder(self.folder)
@@ -188,8 +188,14 @@ def load(checkpoint: Path) -> tuple[TrainState, dict[str, dict[str, Tensor]]]:
     return TrainState(**fields), {file.stem: load_file(file) for file in checkpoint.glob("*.safetensors")}
 
 
-def _file(folder: Path, part: str) -> Path:
-    return folder / f"{part}.safetensors"
+def _write(folder: Path, state: str, parts: Parts) -> None:
+    for name, tensors in parts.items():
+        if tensors:
+            own = {key: tensor.contiguous() for key, tensor in tensors.items()}
+            save_file(own, folder / f"{name}.safetensors")
+    write_text(folder / STATE, state)
+    write_text(folder / MANIFEST, json.dumps(_sums(folder), indent=1))
+    fsync_folder(folder)
 
 
 def _sums(folder: Path) -> dict[str, str]:

@@ -102,7 +102,7 @@ def train(
         Tracker(job.folder.metrics, job.title, state.step, steps, accelerator) as tracker,
     ):
         run = _Run(job, learner, taking, batches, checkpoints, state, steps, stop, tracker, say)
-        with _loader_workers_watched():
+        with _explained(checkpoints):
             run.to_the_end(evaluate)
     learner.finish()
     accelerator.free_memory()
@@ -231,14 +231,16 @@ class _Run:
 
 
 @contextmanager
-def _loader_workers_watched() -> Iterator[None]:
-    # Of a worker that died torch tells from a signal handler, wherever the main thread is just then.
+def _explained(checkpoints: Checkpoints) -> Iterator[None]:
     try:
         yield
+    except torch.OutOfMemoryError as error:  # not of a forward or backward pass, which are taken again
+        raise RunError(f"out of memory: {error}; {checkpoints.last_good()}") from error
     except RuntimeError as error:
+        # Of a worker that died torch tells from a signal handler, wherever the main thread is just then.
         if "DataLoader" not in str(error):
             raise
-        raise RunError(f"a loader worker is dead or hangs: {error}; the same command continues") from error
+        raise RunError(f"a loader worker is dead or hangs: {error}; {checkpoints.last_good()}") from error
 
 
 def _due(every: int, step: int) -> bool:

@@ -1,8 +1,9 @@
 """One process of a training that a test launches: `launched.py FOLDER KIND STOP [FAULT]`.
 
 KIND is `ddp` or `fsdp` (FSDP2 on a CPU, which Accelerate's own launcher turns into DDP), with `-lm` for a language
-model instead of a classifier. STOP `17:1`: evaluations every
-17 steps, a signal during the one after the first; `0:0`: none. FAULT `oom`: the second process runs out of memory.
+model instead of a classifier. STOP `17:1`: evaluations every 17 steps, a signal during the one after the first; `0:0`:
+none. FAULT, of the second process: `oom`, it runs out of memory; `nan`, the gradient of one of its backward passes is
+not a number.
 """
 
 from __future__ import annotations
@@ -77,6 +78,10 @@ def main():
 
     processes()
     teacher = Teacher(kind == "fsdp", "oom" in fault and rank == 1) if kind == "fsdp" or fault else None
+    model = tiny_model("llama") if lm else tiny_model("bert", **running.dropped(0.1), num_labels=len(corpus.classes))
+    if "nan" in fault and rank == 1:
+        passes = iter(range(10**6))
+        model.classifier.weight.register_hook(lambda grad: grad * float("nan") if next(passes) == 7 else grad)
     job = {"evaluate": evaluate, "evaluate_every": every, "log_every": 1}
     try:
         model, said = running.run(
@@ -87,7 +92,7 @@ def main():
             job=job,
             ema=0.9,
             save_every=10,
-            model=tiny_model("llama") if lm else None,
+            model=model,
         )
     except DistillError as error:
         print(error, file=sys.stderr)

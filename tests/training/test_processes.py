@@ -91,6 +91,13 @@ def test_a_language_model_under_fsdp2_whose_head_is_read_in_chunks(tmp_path):
     assert_close(tmp_path / "two", tmp_path / "one")
 
 
+def test_a_gradient_that_is_no_number_on_one_process_leaves_out_the_step_on_both(tmp_path):
+    launched(2, tmp_path, "ddp", "0:0", "nan")
+    records = [record for record in read_records(tmp_path / "metrics.jsonl") if record["event"] == "train"]
+    assert [record["skipped"] for record in records] == [0] * 7 + [1] * 43
+    assert all(torch.isfinite(tensor).all() for tensor in load_file(tmp_path / "final.safetensors").values())
+
+
 def test_out_of_memory_on_one_of_two_processes_is_halved_by_the_next_start(one, tmp_path):
     folder = tmp_path / "run"
     assert "give the same command again; it halves them" in launched(2, folder, "ddp", "0:0", "oom", code=1)

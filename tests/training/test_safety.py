@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import time
@@ -205,6 +206,27 @@ def test_a_full_disk_is_noticed_before_anything_is_written(corpus, tmp_path, mon
     with pytest.raises(RunError, match=r"needs \d+ MB and .* has 0 MB left.*last good checkpoint is .*step-00000004"):
         run(corpus, tmp_path, steps=6)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_write_that_fails_half_way_leaves_nothing_behind(corpus, tmp_path):
+    run(corpus, tmp_path, steps=4)
+    before = sorted((tmp_path / "checkpoints").rglob("*"))
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # as a quota does
+    try:
+        with pytest.raises(RunError, match=r"cannot be written: .*; the last good checkpoint is .*step-00000004"):
+            run(corpus, tmp_path, steps=6)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert sorted((tmp_path / "checkpoints").rglob("*")) == before
+
+
+def test_memory_that_ends_outside_of_a_pass_is_said_in_one_line(corpus, tmp_path):
+    def evaluate(*_):
+        raise torch.OutOfMemoryError("no more")
+
+    with pytest.raises(RunError, match=r"out of memory: no more; the last good checkpoint is .*step-00000002"):
+        run(corpus, tmp_path, job={"evaluate": evaluate, "evaluate_every": 3})
 
 
 def test_weights_that_are_not_finite_are_never_published(tmp_path):
