@@ -178,7 +178,7 @@ def test_gradient_checkpointing_changes_nothing():
     for checkpointing in (False, True):
         model, teacher = models()
         if checkpointing:
-            model.student.gradient_checkpointing_enable()
+            model.student.activation_checkpointing_enable()
         model.student.train()
         batches = splits()["two"]
         loss, sums = step(model, teacher, batches, model.objective.counts(batches))
