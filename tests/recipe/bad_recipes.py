@@ -191,9 +191,7 @@ TERMS = [
     Bad("loss: mse, map: plan", "schedule: {}", 16, "losses.2.schedule", "changes nothing give the weight"),
     Bad("map: plan", "schedule: {temperature: 2}", 16, "losses.2.schedule.temperature", "no effect with match: hidden"),
     Bad("map: plan", "schedule: {weight: 0, start: 0.5, end: 0.1}", 16, "losses.2.schedule.start", "after end 0.1"),
-    Bad(
-        "hidden, loss: mse, map: plan", "embeddings, map: last", 16, "losses.2.map", "no effect match: embeddings"
-    ),
+    Bad("hidden, loss: mse, map: plan", "embeddings, map: last", 16, "losses.2.map", "no effect match: embeddings"),
 ]
 
 SYNTAX = [
