@@ -1,7 +1,7 @@
 """What the student is asked to match.
 
-`LOGITS` and `HIDDEN` are pure functions that return one value per position; `Objective` alone shifts, masks, scales,
-weights and counts; `layer_map` says which layers are compared.
+`LOGITS`, `HIDDEN`, `ATTENTION` and `RELATION` are pure functions that return one value per position; `Objective` alone
+shifts, masks, scales, weights and counts; `layer_map` says which layers are compared.
 
 Your own loss is one function. Write it in any importable module,
 

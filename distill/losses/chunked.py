@@ -147,14 +147,13 @@ class _ThroughHeads(torch.autograd.Function):
         sums = torch.zeros(len(work.factors), dtype=torch.float64, device=rows.device)
         # The cap is left to the blocks, where autograd sees it.
         sides = [Side(rows, replace(work.head, cap=None)), *([] if work.teacher is None else [work.teacher])]
-        with torch.autocast(rows.device.type, enabled=False):
-            for part, (linear, *target) in chunks(sides, work.size):
-                labels = work.labels[part]
-                for block in _blocks(linear):
-                    teacher = target[0][block] if target else None
-                    sums += _differentiated(work, linear[block], teacher, labels[block], any(needed))
-                if any(needed):
-                    gradients.add(part, linear)
+        for part, (linear, *target) in chunks(sides, work.size):
+            labels = work.labels[part]
+            for block in _blocks(linear):
+                teacher = target[0][block] if target else None
+                sums += _differentiated(work, linear[block], teacher, labels[block], any(needed))
+            if any(needed):
+                gradients.add(part, linear)
         ctx.gradients = [gradients.rows, gradients.weight, gradients.bias]
         ctx.kinds = [rows.dtype, weight.dtype, None if bias is None else bias.dtype]
         sums = sums.to(work.head.wide)
@@ -180,7 +179,7 @@ def _blocks(logits: Tensor) -> Iterator[slice]:
 
 def _differentiated(work: _Work, linear: Tensor, target: Any, labels: Tensor, needed: bool) -> Tensor:
     """Sums of the terms over one block; its z of the student is replaced by the derivative of the loss by it."""
-    with torch.set_grad_enabled(needed):
+    with torch.set_grad_enabled(needed), torch.autocast(linear.device.type, enabled=False):
         leaf = linear.detach().requires_grad_(needed)
         sums = work.score(work.head.capped(leaf), target, labels)
         if needed:

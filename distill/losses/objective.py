@@ -62,7 +62,6 @@ class Objective:
         """Learned maps from the student's width to the teacher's, one per pair of layers; see `project`."""
         matches = {term.match for term in self._terms}
         self.needs_teacher = bool(matches - {"labels"})
-        self.needs_logits = bool(matches & {*PREDICTIONS, "output"})
         self.student, self.teacher = (
             Wanted(
                 **{match: sorted(self._layers(side, match)) for match in ("hidden", "attention", "relations")},

@@ -42,11 +42,13 @@ class OutputHead:
 
         On a GPU that is the dtype of the weights (or autocast's): the product of half-precision operands is handed out
         in fp32. A CPU has no such product; there the operands are widened, since logits rounded to bf16 would put the
-        gradient of a student that is close to its teacher off by a third.
+        gradient of a student that is close to its teacher off by a third. fp16 is widened everywhere: the gradient is
+        formed before any loss scale and would vanish in it.
         """
         kind = self.wide
         if rows.device.type == "cuda":
             kind = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else self.weight.dtype
+        kind = self.wide if kind == torch.float16 else kind
         bias = None if self.bias is None else self.bias.detach().to(self.wide)
         short = kind == torch.float32 and rows.dtype == self.weight.dtype == torch.bfloat16
         head = replace(self, weight=self.weight.detach().to(kind), bias=bias, from_bf16=short)

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from distill.errors import InputError
 from distill.recipe.document import Finding, KeyPath, at, dotted
 from distill.recipe.locate import TeacherSize, ambiguous_folder, is_path, teacher_folder, teacher_size
-from distill.recipe.schema import Data, Evaluation, Teacher, Term
+from distill.recipe.schema import Data, Evaluation, Schedule, Teacher, Term
 
 USED_KEYS = {
     "labels": {"match", "weight", "schedule"},
@@ -163,6 +163,23 @@ def term_keys_have_effect(view: View) -> Iterator[Finding]:
                 yield Finding((*path, key), f"has no effect with match: {term['match']}", fix, at="key")
 
 
+def schedules_lead_somewhere(view: View) -> Iterator[Finding]:
+    """A schedule changes something, of what its term has, and ends after it starts."""
+    for path, term in view.terms():
+        own = (*path, "schedule")
+        schedule = view.section(own, Schedule) if isinstance(at(view.data, own), dict) else None
+        if schedule is None:
+            continue
+        if schedule["weight"] is None and schedule["temperature"] is None and not schedule["params"]:
+            yield Finding(own, "changes nothing", "give the weight, temperature or params at the end", at="key")
+        if schedule["temperature"] is not None and term.get("match") != "logits":
+            message = f"has no effect with match: {term.get('match')}"
+            yield Finding((*own, "temperature"), message, "remove it; it is for match: logits", at="key")
+        start, end = number(schedule["start"]), number(schedule["end"])
+        if start is not None and end is not None and start > end:
+            yield Finding((*own, "start"), f"start {start:g} comes after end {end:g}", "give shares with start ≤ end")
+
+
 def mapped_layers_exist(view: View) -> Iterator[Finding]:
     """Explicit [student, teacher] pairs name layers of both models, each pair once."""
     keep = at(view.data, ("student", "layers", "keep"))
@@ -214,6 +231,7 @@ CHECKS: list[Callable[[View], Iterable[Finding]]] = [
     length_fits,
     some_term_counts,
     term_keys_have_effect,
+    schedules_lead_somewhere,
     mapped_layers_exist,
     columns_are_for_files,
     listed_once,

@@ -171,3 +171,16 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn():
     batches = splits()["two"]
     loss, sums = step(DistillModel(teacher, objective), teacher, batches, objective.counts(batches))
     assert loss == 0 and not sums.any()
+
+
+def test_gradient_checkpointing_changes_nothing():
+    results = []
+    for checkpointing in (False, True):
+        model, teacher = models()
+        if checkpointing:
+            model.student.activation_checkpointing_enable()
+        model.student.train()
+        batches = splits()["two"]
+        loss, sums = step(model, teacher, batches, model.objective.counts(batches))
+        results.append([loss, sums, *gradients(model)])
+    check(*results)

@@ -105,6 +105,7 @@ WRONG_VALUES = [
     Bad("temperature: 2.0,", "temperature: 0,", 15, "losses.1.temperature", "above 0"),
     Bad("{beta: 0.5}", "{beta: [1]}", 15, "losses.1.params.beta", "got the list [1]"),
     Bad("{beta: 0.5}", "{beta: {}}", 15, "losses.1.params.beta", "got the section {}"),
+    Bad("map: plan", "schedule: {weight: -1}", 16, "losses.2.schedule.weight", "at least 0 got the number -1"),
     Bad("map: plan", "map: plane", 16, "losses.2.map", "did you mean 'plan'"),
     Bad("map: plan", "map: [[0, 1], [1]]", 16, "losses.2.map.1", "expected [a whole number got the list [1]"),
     Bad("map: plan", "map: [[0, 1], [1, x]]", 16, "losses.2.map.1.1", 'got the text "x"'),
@@ -302,6 +303,16 @@ STRATEGIES = [
     Bad("mse", "mse, params: {p: 1}", 16, "losses.2.params.p", "mse has no such parameter remove it"),
     Bad("f1_macro", "f2", 22, "evaluation.metrics.1", "unknown metric 'f2' accuracy"),
     Bad("mse", "mine:losses:huber", 16, "losses.2.loss", "unknown loss"),
+]
+
+TERMS = [
+    Bad("mse, map", "mze, map", 16, "losses.2.loss", "unknown loss 'mze' did you mean 'mse'"),
+    Bad("hidden, loss: mse", "relations, loss: qv", 16, "losses.2.loss", "unknown loss 'qv' did you mean 'qkv'"),
+    Bad("hidden, loss: mse", "attention, loss: qkv", 16, "losses.2.loss", "unknown loss The options are kl, mse"),
+    Bad("loss: mse, map: plan", "schedule: {}", 16, "losses.2.schedule", "changes nothing give the weight"),
+    Bad("map: plan", "schedule: {temperature: 2}", 16, "losses.2.schedule.temperature", "no effect with match: hidden"),
+    Bad("map: plan", "schedule: {weight: 0, start: 0.5, end: 0.1}", 16, "losses.2.schedule.start", "after end 0.1"),
+    Bad("hidden, loss: mse, map: plan", "embeddings, map: last", 16, "losses.2.map", "no effect match: embeddings"),
 ]
 
 SYNTAX = [

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from bad_recipes import CROSS_CHECKS, GOOD, MLP, STRATEGIES, STUDENT, Bad, says
+from bad_recipes import CROSS_CHECKS, GOOD, MLP, STRATEGIES, STUDENT, TERMS, Bad, says
 
 from distill.errors import InputError, RecipeError
 from distill.recipe import load_recipe
@@ -47,7 +47,10 @@ ACCEPTED = [
 ]
 
 
-@pytest.mark.parametrize("case", CROSS_CHECKS + STUDENT + STRATEGIES, ids=lambda case: f"{case.key} {case.words}"[:70])
+CONTRADICTIONS = CROSS_CHECKS + STUDENT + STRATEGIES + TERMS
+
+
+@pytest.mark.parametrize("case", CONTRADICTIONS, ids=lambda case: f"{case.key} {case.words}"[:70])
 def test_a_contradiction_is_named_with_its_place(case: Bad, write: Write) -> None:
     path = write(case.text)
     with pytest.raises(RecipeError) as caught:
