@@ -81,13 +81,14 @@ def main():
     model = tiny_model("llama") if lm else tiny_model("bert", **running.dropped(0.1), num_labels=len(corpus.classes))
     if "nan" in fault and rank == 1:
         passes = iter(range(10**6))
-        model.classifier.weight.register_hook(lambda grad: grad * float("nan") if next(passes) == 7 else grad)
+        model.classifier.weight.register_hook(lambda grad: grad * float("nan") if next(passes) == 15 else grad)
     job = {"evaluate": evaluate, "evaluate_every": every, "log_every": 1}
     try:
         model, said = running.run(
             corpus,
             folder,
             steps=50,
+            micro=2,
             teacher=teacher,
             job=job,
             ema=0.9,
