@@ -48,6 +48,7 @@ from distill.student import ALLOCATIONS, CHOICES, SCORES, Statistics, build_stud
 from distill.teacher import OnlineTeacher
 from distill.training import Job, make_accelerator, read_records, train
 from distill.training.guards import processes
+from distill.training.setup import freeze
 
 LABELS_ONLY = (Term(match="labels"),)
 
@@ -198,6 +199,9 @@ def _train_arm(session: Session, job: Job, terms: Sequence[Term], result: Path) 
         objective.project(model.config.hidden_size, teacher.model.config.hidden_size)
         for each in (model, teacher.model) if objective.student.attention else ():
             each.set_attn_implementation("eager")  # the only one that keeps the probabilities
+        freeze(model, job.spec.freeze)
+        if job.spec.freeze and job.spec.precision == "fp32":  # autocast would compute the student's layers otherwise
+            session.say(f"  layers run once for teacher and student: {teacher.share(model, objective.student)}")
     _train(session, job, model, objective, teacher)
     _save_model(session, model, result)
 
