@@ -267,6 +267,48 @@ def ours_shared(teacher, student):
     return ours_frozen(teacher, student, share=True)
 
 
+def trl_gkd(teacher, student):
+    """The divergence of TRL's GKDTrainer, forward KL."""
+    from trl.experimental.gkd import GKDTrainer
+
+    loss = GKDTrainer.generalized_jsd_loss
+    return _on_logits(teacher, student, lambda own, target: loss(own, target, beta=0.0) / own.shape[1])
+
+
+def torchtune_kl(teacher, student):
+    """Torchtune's ForwardKLLoss (soft cross-entropy)."""
+    from torchtune.modules.loss import ForwardKLLoss
+
+    loss = ForwardKLLoss()
+    return _on_logits(teacher, student, lambda own, target: loss(own, target, own.new_zeros(own.shape[:2]).long()))
+
+
+def textbrewer_ce(teacher, student):
+    """TextBrewer's kd_ce_loss (soft cross-entropy)."""
+    from textbrewer.losses import kd_ce_loss
+
+    return _on_logits(teacher, student, kd_ce_loss)
+
+
+def liger_jsd(teacher, student):
+    """Liger's chunked loss from hidden states, not compiled, forward KL."""
+    import torch
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=False, chunk_size=256)
+    teacher.eval().requires_grad_(False)
+
+    def step(batch):
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            target = teacher.model(**inputs).last_hidden_state[:, :-1].flatten(0, 1)
+        own = student.model(**inputs).last_hidden_state[:, :-1].flatten(0, 1)
+        labels = batch["labels"][:, 1:].flatten()
+        return loss(own, student.lm_head.weight, target, teacher.lm_head.weight, labels)
+
+    return step
+
+
 ARMS = {
     "plain_ce": plain_ce,
     "naive": naive,
@@ -275,6 +317,10 @@ ARMS = {
     "ours_hidden": ours_hidden,
     "ours_frozen": ours_frozen,
     "ours_shared": ours_shared,
+    "trl_gkd": trl_gkd,
+    "liger_jsd": liger_jsd,
+    "torchtune_kl": torchtune_kl,
+    "textbrewer_ce": textbrewer_ce,
 }
 
 if __name__ == "__main__":
