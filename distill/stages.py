@@ -59,6 +59,7 @@ from distill.student import (
 from distill.teacher import OnlineTeacher
 from distill.training import Job, make_accelerator, read_records, train
 from distill.training.guards import processes
+from distill.training.setup import freeze
 
 LABELS_ONLY = (Term(match="labels"),)
 
@@ -206,6 +207,10 @@ def _train_arm(session: Session, job: Job, terms: Sequence[Term], result: Path) 
         objective.project(model.config.hidden_size, teacher.model.config.hidden_size)
         for each in (model, teacher.model) if objective.student.attention else ():
             each.set_attn_implementation("eager")  # the only one that keeps the probabilities
+        freeze(model, job.spec.freeze, job.spec.only)
+        partly = any(not parameter.requires_grad for parameter in model.parameters())
+        if partly and job.spec.precision == "fp32":  # autocast would compute the student's layers otherwise
+            session.say(f"  layers run once for teacher and student: {teacher.share(model, objective.student)}")
     job = replace(job, constraint=masks_for(session.recipe, model, _steps(session, session.recipe.training)))
     _train(session, job, model, objective, teacher)
     compact_trained(session.recipe, model, session.say)
