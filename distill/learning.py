@@ -30,7 +30,7 @@ from distill.teacher import OnlineTeacher
 from distill.training import Job, make_accelerator, train
 from distill.training.guards import processes
 from distill.training.optimizers import find_optimizer
-from distill.training.setup import horizon
+from distill.training.setup import freeze, horizon
 from distill.training.sharding import shard
 from distill.training.tracking import check_trackers
 
@@ -97,6 +97,11 @@ def train_arm(session: Session, job: Job, terms: Sequence[Term], result: Path) -
         objective.project(model.config.hidden_size, teacher.model.config.hidden_size)
         for each in (model, teacher.model) if objective.student.attention else ():
             each.set_attn_implementation("eager")  # the only one that keeps the probabilities
+        freeze(model, job.spec.freeze, job.spec.only)
+        partly = any(not parameter.requires_grad for parameter in model.parameters())
+        # Autocast, or another device, would compute the student's layers otherwise.
+        if partly and job.spec.precision == "fp32" and session.recipe.teacher.device == "same":
+            session.say(f"  layers run once for teacher and student: {teacher.share(model, objective.student)}")
     job = replace(job, constraint=masks_for(session.recipe, model, steps_of(session, session.recipe.training)))
     train_model(session, job, model, objective, teacher)
     compact_trained(session.recipe, model, session.say)

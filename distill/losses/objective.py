@@ -64,15 +64,16 @@ class Objective:
         self.needs_teacher = bool(matches - {"labels"})
         self.student, self.teacher = (
             Wanted(
-                **{match: sorted(self._layers(side, match)) for match in ("hidden", "attention", "relations")},
+                hidden=self._layers(side, "hidden", "embeddings"),
+                attention=self._layers(side, "attention"),
+                relations=self._layers(side, "relations"),
                 stop_at_head=self.head.vocabulary,
             )
             for side in (0, 1)
         )
 
-    def _layers(self, side: int, match: str) -> set[int]:
-        matches = {"hidden": ("hidden", "embeddings")}.get(match, (match,))
-        return {pair[side] for term in self._terms if term.match in matches for pair in term.pairs}
+    def _layers(self, side: int, *matches: str) -> list[int]:
+        return sorted({pair[side] for term in self._terms if term.match in matches for pair in term.pairs})
 
     @property
     def names(self) -> list[str]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from distill.models.attention import watch_maps, watch_projections
 from distill.models.head import OutputHead, output_head, stopped_at_head
 from distill.models.layout import layers_of
+from distill.models.prefix import replayed
 
 Batch = dict[str, Tensor]
 """`input_ids` [B, L], `attention_mask` [B, L], `labels` [B] or [B, L] (-100: unlabelled or padding)."""
@@ -37,6 +38,8 @@ class Wanted:
     """Layers whose attention probabilities are wanted."""
     relations: Sequence[int] = ()
     """Layers whose queries, keys and values are wanted."""
+    prefix: int = 0
+    """The outputs of so many layers from the first on are wanted as they are, to be replayed in another model."""
     stop_at_head: bool = False
     """Give `last` and `head` instead of logits, where the form of the model's head is known."""
 
@@ -57,10 +60,12 @@ class Outputs:
     """Layer index -> attention probabilities [B, H, L, L]."""
     relations: dict[int, list[Tensor]] = field(default_factory=dict)
     """Layer index -> queries, keys and values, [B, L, D'] each."""
+    prefix: list[Any] = field(default_factory=list)
+    """What the first layers returned, one after the other."""
 
 
-def run(model: Any, batch: Batch, wanted: Wanted) -> Outputs:
-    """One forward pass of a transformers model."""
+def run(model: Any, batch: Batch, wanted: Wanted, prefix: Sequence[Any] = ()) -> Outputs:
+    """One forward pass of a transformers model; its first layers return `prefix`, if given, instead of running."""
     head = output_head(model) if wanted.stop_at_head else None
     inputs = {name: batch[name] for name in READ if name in batch}
     if "position_ids" in inputs:
@@ -68,7 +73,7 @@ def run(model: Any, batch: Batch, wanted: Wanted) -> Outputs:
         del inputs["attention_mask"]
     # Keys and values are for generation; with a cache transformers would not look for documents either.
     options = {"use_cache": False} if "use_cache" in signature(model.forward).parameters else {}
-    with captured(model, wanted) as found:
+    with captured(model, wanted) as found, replayed(model, prefix):
         if head is None:
             return replace(found, logits=_logits(model(**inputs, **options)))
         with stopped_at_head(model) as read:
@@ -93,6 +98,8 @@ def moved(value: T, device: torch.device) -> T:
         new = value.to(device, non_blocking=True)
     elif isinstance(value, dict):
         new = {key: moved(item, device) for key, item in value.items()}
+    elif isinstance(value, list | tuple):
+        new = type(value)(moved(item, device) for item in value)
     elif is_dataclass(value) and not isinstance(value, type):
         new = replace(value, **{part.name: moved(getattr(value, part.name), device) for part in fields(value)})
     return cast("T", new)
@@ -132,6 +139,8 @@ def captured(model: Any, wanted: Wanted) -> Iterator[Outputs]:
     handles = [layers[index].register_forward_hook(output_of(index)) for index in wanted.hidden if index >= 0]
     if -1 in wanted.hidden:
         handles.append(layers[0].register_forward_pre_hook(input_of, with_kwargs=True))
+    for first in layers[: wanted.prefix]:
+        handles.append(first.register_forward_hook(lambda _module, _inputs, output: found.prefix.append(output)))
     for layer in wanted.attention:
         handles.append(watch_maps(model, layer, partial(found.attention.__setitem__, layer)))
     for layer in wanted.relations:

@@ -85,7 +85,8 @@ class Optimization(Section):
     """Autocast precision of the model being trained; losses are always fp32."""
     freeze: list[StrictStr] = []
     """Parameters that do not learn, by shell pattern over their names, e.g. `["*.embeddings.*"]`; they get no optimizer
-    state. A pattern that matches nothing is an error."""
+    state. A pattern that matches nothing is an error. First layers that are frozen with all that feeds them, are the
+    teacher's with whole MLPs, and have no dropout, run once for both models (in fp32)."""
     only: list[StrictStr] = ["*"]
     """The opposite view: parameters that learn, e.g. `["*.mlp.*"]`; `freeze` is then taken out of them."""
     gradient_checkpointing: StrictBool = False

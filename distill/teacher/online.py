@@ -9,6 +9,7 @@ import torch
 
 from distill.models.head import OutputHead
 from distill.models.outputs import Batch, Outputs, Wanted, moved, run
+from distill.models.prefix import shared_layers
 
 
 class OnlineTeacher:
@@ -24,6 +25,19 @@ class OnlineTeacher:
             self.model = self.model.to(device)
         self.device, self.wanted = device, wanted
         self._head: OutputHead | None = None
+
+    def share(self, student: Any, wanted: Wanted) -> int:
+        """Run the first layers once for both models, where they are equal and do not learn; how many that are.
+
+        Args:
+            student: What does not learn is frozen. It is trained in fp32, so nothing is shared with another teacher.
+            wanted: What is read of the student; layers whose insides are read are not shared.
+        """
+        inside = [*wanted.attention, *wanted.relations]
+        shared = shared_layers(student, self.model) if self.model.dtype == torch.float32 else 0
+        count = min([shared, *inside])
+        self.wanted = replace(self.wanted, prefix=count)
+        return count
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Outputs:

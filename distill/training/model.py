@@ -71,4 +71,5 @@ class DistillModel(nn.Module):
         self, batch: Batch, teacher: Outputs | None, counts: Tensor, progress: float = 0.0
     ) -> tuple[Tensor, Tensor]:
         """Loss [] of this micro-batch, as its share of the whole step's mean, and sums [terms] for the log."""
-        return self.objective(run(self.student, batch, self.objective.student), teacher, batch, counts, progress)
+        own = run(self.student, batch, self.objective.student, teacher.prefix if teacher else ())
+        return self.objective(own, teacher, batch, counts, progress)

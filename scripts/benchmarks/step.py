@@ -107,7 +107,7 @@ def measure(setting: str, arm: str, steps: int, medium: bool) -> dict:
     ids = torch.randint(vocabulary, (tokens // LENGTH, LENGTH))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     step = ARMS[arm](teacher, student)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, fused=True)
+    optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=1e-4, fused=True)
     rate = 0.0
     times, peaks, losses = [], [], []
     for number in range(steps + 1):
@@ -218,7 +218,7 @@ def _on_logits(teacher, student, loss):
     return step
 
 
-def ours(teacher, student, *, hidden: bool = False):
+def ours(teacher, student, *, hidden: bool = False, share: bool = False):
     """As a recipe with `match: logits` trains."""
     from functools import partial
 
@@ -234,6 +234,8 @@ def ours(teacher, student, *, hidden: bool = False):
     maps = partial(layer_map, plan=None, student_layers=STUDENT_LAYERS, teacher_layers=TEACHER_LAYERS)
     objective = Objective(terms, "next_token", maps)
     source, model = OnlineTeacher(teacher, objective.teacher, torch.device("cpu")), DistillModel(student, objective)
+    if share:
+        assert source.share(student, objective.student) == STUDENT_LAYERS // 2
     return lambda batch: model(batch, source(batch), objective.counts([batch]))[0]
 
 
@@ -249,12 +251,76 @@ def ours_hidden(teacher, student):
     return ours(teacher, student, hidden=True)
 
 
+def ours_frozen(teacher, student, *, share: bool = False):
+    """The embeddings and half of the student's layers are the teacher's first ones, and frozen."""
+    from distill.training.setup import freeze
+
+    student.model.embed_tokens.load_state_dict(teacher.model.embed_tokens.state_dict())
+    for layer in range(STUDENT_LAYERS // 2):
+        student.model.layers[layer].load_state_dict(teacher.model.layers[layer].state_dict())
+    freeze(student, ["*.embed_tokens.*", *(f"*.layers.{layer}.*" for layer in range(STUDENT_LAYERS // 2))])
+    return ours(teacher, student, share=share)
+
+
+def ours_shared(teacher, student):
+    """The same, with these layers run once for both."""
+    return ours_frozen(teacher, student, share=True)
+
+
+def trl_gkd(teacher, student):
+    """The divergence of TRL's GKDTrainer, forward KL."""
+    from trl.experimental.gkd import GKDTrainer
+
+    loss = GKDTrainer.generalized_jsd_loss
+    return _on_logits(teacher, student, lambda own, target: loss(own, target, beta=0.0) / own.shape[1])
+
+
+def torchtune_kl(teacher, student):
+    """Torchtune's ForwardKLLoss (soft cross-entropy)."""
+    from torchtune.modules.loss import ForwardKLLoss
+
+    loss = ForwardKLLoss()
+    return _on_logits(teacher, student, lambda own, target: loss(own, target, own.new_zeros(own.shape[:2]).long()))
+
+
+def textbrewer_ce(teacher, student):
+    """TextBrewer's kd_ce_loss (soft cross-entropy)."""
+    from textbrewer.losses import kd_ce_loss
+
+    return _on_logits(teacher, student, kd_ce_loss)
+
+
+def liger_jsd(teacher, student):
+    """Liger's chunked loss from hidden states, not compiled, forward KL."""
+    import torch
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=False, chunk_size=256)
+    teacher.eval().requires_grad_(False)
+
+    def step(batch):
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            target = teacher.model(**inputs).last_hidden_state[:, :-1].flatten(0, 1)
+        own = student.model(**inputs).last_hidden_state[:, :-1].flatten(0, 1)
+        labels = batch["labels"][:, 1:].flatten()
+        return loss(own, student.lm_head.weight, target, teacher.lm_head.weight, labels)
+
+    return step
+
+
 ARMS = {
     "plain_ce": plain_ce,
     "naive": naive,
     "ours": ours,
     "ours_bf16_teacher": ours_bf16_teacher,
     "ours_hidden": ours_hidden,
+    "ours_frozen": ours_frozen,
+    "ours_shared": ours_shared,
+    "trl_gkd": trl_gkd,
+    "liger_jsd": liger_jsd,
+    "torchtune_kl": torchtune_kl,
+    "textbrewer_ce": textbrewer_ce,
 }
 
 if __name__ == "__main__":
