@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -196,6 +197,24 @@ def test_two_processes_compute_what_one_computes(finished, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_teacher_spread_over_two_processes_teaches_the_same(finished, tmp_path):
+    recipe, run, _ = finished
+    subprocess.run(["cp", "-r", str(run), str(tmp_path / "run")], check=True)
+    for made_by_training in ("checkpoints", "distilled"):
+        shutil.rmtree(tmp_path / "run" / made_by_training)
+    launch = ["--config_file", str(ROOT / "recipes/accelerate/cpu-2.yaml")]
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *launch, str(ROOT / "scripts/train.py"), str(recipe),
+         "teacher.device=sharded", "--out", str(tmp_path / "run")],
+        env={**ENV, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and "train: started" in done.stderr, done.stderr
+    one, two = weights(run / "distilled"), weights(tmp_path / "run/distilled")
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
 def test_a_launch_whose_processes_do_not_know_each_other_is_refused(finished, tmp_path):
     recipe, _, _ = finished
     env = {**ENV, "WORLD_SIZE": "2", "RANK": "0", "PYTHONPATH": str(ROOT)}
@@ -288,6 +307,16 @@ def test_a_run_folder_that_holds_the_recipe_is_refused(finished, capsys):
     recipe, _, _ = finished
     assert main(["plan", str(recipe), "--out", str(recipe.parent)]) == 2
     assert "would overwrite" in capsys.readouterr().err
+
+
+MISSING = ["teacher.device=sharded", "teacher.dtype=int8", "training.keep_best=bleu", "training.optimizer=math:nope"]
+
+
+@pytest.mark.parametrize("override", MISSING)
+def test_what_training_needs_and_cannot_have_is_said_before_anything_is_done(override, finished, tmp_path, capsys):
+    recipe, _, _ = finished
+    assert main(["run", str(recipe), override, "--out", str(tmp_path / "run")]) == 2
+    assert not (tmp_path / "run").exists() and override.split("=")[0].split(".")[-1] in capsys.readouterr().err
 
 
 def test_a_function_that_does_not_exist_is_said_before_anything_is_done(finished, tmp_path, capsys):

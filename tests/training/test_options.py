@@ -161,7 +161,8 @@ def test_a_teacher_in_another_dtype_answers_on_the_device_of_the_batch():
 
 
 def test_everything_in_outputs_is_moved():
-    outputs = Outputs(torch.zeros(2), {3: torch.ones(1)}, relations={0: [torch.ones(1)]}, prefix=[(torch.ones(1), None)])
+    one = torch.ones(1)
+    outputs = Outputs(torch.zeros(2), {3: one}, relations={0: [one]}, prefix=[(one, None)])
     meta = moved({"own": outputs, "other": "text"}, torch.device("meta"))
     assert meta["own"].logits.device.type == meta["own"].hidden[3].device.type == "meta" and meta["other"] == "text"
     assert meta["own"].relations[0][0].device.type == meta["own"].prefix[0][0].device.type == "meta"
