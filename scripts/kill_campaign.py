@@ -51,8 +51,8 @@ def main() -> int:
         campaign.kill(moment)
     campaign.finish()
     print(json.dumps(campaign.counts, indent=1))
-    lost = campaign.counts["newest checkpoint unusable"] + campaign.counts["ended at other weights"]
-    return 1 if lost else 0
+    lost = ("newest checkpoint unusable", "ended at other weights", "could not continue")
+    return 1 if any(campaign.counts[name] for name in lost) else 0
 
 
 class Campaign:
@@ -110,8 +110,9 @@ class Campaign:
         """Training came to its end: look at its weights, and begin anew."""
         if code:
             self.counts["could not continue"] += 1
-        same = not code and digest(self.killed) == self.expected
-        self.counts["ended at the same weights" if same else "ended at other weights"] += 1
+        else:
+            same = digest(self.killed) == self.expected
+            self.counts["ended at the same weights" if same else "ended at other weights"] += 1
         for name in MADE_BY_TRAINING:
             path = self.killed / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
