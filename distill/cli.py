@@ -183,8 +183,10 @@ def _run(verb: str, path: Path, overrides: list[str] | None, out: Path | None, r
     from distill.rundir import RunDir
     from distill.session import Session, run_stages
     from distill.stages import VERBS
-    from distill.training.guards import processes
+    from distill.training.guards import die_with_parent, launched, leaving_in_time, processes
 
+    if launched():
+        die_with_parent()
     main_process = processes().is_main_process
     folder = out if out is not None else Path("runs") / recipe.name
 
@@ -196,8 +198,9 @@ def _run(verb: str, path: Path, overrides: list[str] | None, out: Path | None, r
     if base.is_relative_to(folder.absolute()):
         raise InputError(f"--out {folder} holds the recipe itself, which the run would overwrite; name another folder")
     session = Session(recipe, base, RunDir(folder.absolute()), say, remote_code)
-    check_names(session)
-    run_stages(session, VERBS[verb])
+    with leaving_in_time():
+        check_names(session)
+        run_stages(session, VERBS[verb])
     if main_process and verb in ("evaluate", "release", "run"):
         _print_table(json.loads(session.run.evaluation.read_text(encoding="utf-8")))
     if main_process and verb in ("release", "run"):

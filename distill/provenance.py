@@ -15,8 +15,10 @@ from distill.rundir import content_of
 from distill.session import Session
 from distill.student import wanted_statistics
 
-CADENCE = {"save_every", "log_every", "evaluate_every"}
-"""Keys that say when to look, not what to compute; changing them neither reruns a stage nor voids a checkpoint."""
+CADENCE = {"save_every", "log_every", "evaluate_every", "keep_best", "trackers"}
+MEANS = {"loader_workers", "gradient_checkpointing"}
+"""Keys that say when to look or by what means, not what to compute: changing them neither reruns a stage nor voids a
+checkpoint."""
 
 
 def identity(inputs: dict[str, Any]) -> str:
@@ -25,7 +27,7 @@ def identity(inputs: dict[str, Any]) -> str:
 
 
 def _settings(spec: Optimization) -> dict[str, Any]:
-    return spec.model_dump(mode="json", exclude=CADENCE)
+    return spec.model_dump(mode="json", exclude=CADENCE | MEANS)
 
 
 def teacher_inputs(session: Session) -> dict[str, Any]:
@@ -83,6 +85,7 @@ def training_inputs(session: Session) -> dict[str, Any]:
         **_teacher_and_data(session),
         "plan": content_of(session.run.plan),
         "losses": [term.model_dump(mode="json") for term in session.recipe.losses],
+        "teacher_dtype": session.recipe.teacher.dtype,
     }
 
 

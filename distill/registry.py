@@ -56,8 +56,14 @@ def find(table: Mapping[str, F], name: str, what: str) -> F:
     )
 
 
-def bind(function: F, params: Mapping[str, Any], where: str) -> F | partial[Any]:
+def bind(function: F, params: Mapping[str, Any], where: str, *, any_name: bool = False) -> F | partial[Any]:
     """`function` with `params` filled in, each checked against the function's keyword-only parameters.
+
+    Args:
+        function: A strategy.
+        params: What the recipe gives.
+        where: Key of the recipe, for messages.
+        any_name: Take parameters that could be given by position as well: classes of other packages have such.
 
     Raises:
         InputError: the function has no such parameter, or the value is not of the annotated type.
@@ -65,7 +71,8 @@ def bind(function: F, params: Mapping[str, Any], where: str) -> F | partial[Any]
     if not params:
         return function
     accepted = inspect.signature(function).parameters
-    own = {name: p for name, p in accepted.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    kinds = {inspect.Parameter.KEYWORD_ONLY} | ({inspect.Parameter.POSITIONAL_OR_KEYWORD} if any_name else set())
+    own = {name: p for name, p in accepted.items() if p.kind in kinds}
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
     for name, value in params.items():
         if name in own:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -127,9 +128,15 @@ class RunDir:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
+                file.seek(0)
+                holder = f" ({found})" if (found := file.read().strip()) else ""
                 raise InputError(
-                    f"{self.root} is in use by another distill run; wait for it, or give this one another `name=…`"
+                    f"{self.root} is in use by another distill run{holder}; "
+                    f"wait for it, or give this one another `name=…`"
                 ) from error
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
             yield
 
 

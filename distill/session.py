@@ -10,18 +10,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import broadcast_object_list
 
 from distill import __version__
 from distill.data import Corpus, Texts, read_texts, tokenise
-from distill.errors import InputError
+from distill.errors import InputError, Stopped
 from distill.evaluation.arms import AGAINST_TEACHER
 from distill.models.load import Head, load_model, load_tokenizer, teacher_path, trained_labels
 from distill.recipe.load import dump, fingerprint
 from distill.recipe.locate import is_path
 from distill.recipe.schema import Recipe
 from distill.rundir import RunDir, content_of, write_json, write_text
-from distill.training.guards import check_launch, processes
+from distill.training.guards import StopSignals, check_launch, processes
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,9 @@ class Session:
         }
         return own[arm] if arm in own else self.run.control_model(arm)
 
-    def load(self, folder: Path) -> Any:
-        """A model with the task's head and all its weights."""
-        return load_model(folder, self.head, remote_code=self.remote_code)
+    def load(self, folder: Path, int8_on: torch.device | None = None) -> Any:
+        """A model with the task's head and all its weights; in 8 bits, on a device, where that is given."""
+        return load_model(folder, self.head, remote_code=self.remote_code, int8_on=int8_on)
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def run_stages(session: Session, stages: Sequence[Stage]) -> None:
         InputError: The run folder is in use.
     """
     state = processes()
-    check_launch(state.num_processes)
+    check_launch(state.num_processes, state.device.type)
     if not state.is_main_process:
         for stage in stages:
             _run(session, stage)
@@ -161,6 +162,8 @@ def with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
 def _run(session: Session, stage: Stage) -> None:
     if not stage.wanted(session.recipe):
         return
+    if StopSignals.pending:
+        raise Stopped("by a signal; the same command continues from the last finished stage")
     state = processes()
     made_from = ""
     due = [True]

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import accelerate
 import torch
 import transformers
-from accelerate.utils import gather_object, reduce
+from accelerate.utils import reduce
 
 from distill import __version__
-from distill.data import TrainingBatches, collate, evaluation_batches
+from distill.data import collate, evaluation_batches
 from distill.evaluation.arms import arm_row, measured, with_retained
 from distill.evaluation.efficiency import add_disk_bytes, measure_efficiency
 from distill.evaluation.metrics import HIGHER_IS_BETTER, compute
-from distill.evaluation.predict import gathered, predict
-from distill.losses import Objective, label_loss, layer_map
-from distill.masking import compact_trained, mask_untrained, masks_for, sparsity_table
+from distill.evaluation.predict import predict
+from distill.learning import job_for, save_model, steps_of, train_arm, train_model
+from distill.losses import Objective, label_loss
+from distill.masking import mask_untrained, sparsity_table
 from distill.models.layout import layers_of
 from distill.models.load import load_model, random_model
 from distill.models.outputs import Wanted
@@ -39,7 +38,7 @@ from distill.provenance import (
     teacher_inputs,
     training_inputs,
 )
-from distill.recipe.schema import Format, Optimization, Recipe, Term
+from distill.recipe.schema import Format, Recipe, Term
 from distill.release.card import render_card
 from distill.release.evidence import Evidence
 from distill.release.export import check_padding, check_release, releasable_recipe, without_folders, write_release
@@ -57,9 +56,8 @@ from distill.student import (
     wanted_statistics,
 )
 from distill.teacher import OnlineTeacher
-from distill.training import Job, make_accelerator, read_records, train
+from distill.training import Job, read_records
 from distill.training.guards import processes
-from distill.training.setup import freeze
 
 LABELS_ONLY = (Term(match="labels"),)
 
@@ -75,8 +73,8 @@ def fit_teacher(session: Session) -> None:
         model = load_model(session.source, session.head, new_head=True, random_seed=seed, remote_code=code)
     check_target(model, session.recipe.student)
     job = Job("teacher", spec, session.run.fit, session.recipe.seed, identity(teacher_inputs(session)))
-    _train(session, job, model, Objective(LABELS_ONLY, session.corpus.task.head), None)
-    _save_model(session, model, session.run.teacher)
+    train_model(session, job, model, Objective(LABELS_ONLY, session.corpus.task.head), None)
+    save_model(session, model, session.run.teacher)
 
 
 def calibrate_teacher(session: Session) -> None:
@@ -88,7 +86,8 @@ def calibrate_teacher(session: Session) -> None:
     batches = (collate(corpus, corpus.train, sample[start : start + spec.batch_size]) for start in starts)
     teacher = session.load(session.teacher).to(state.device)
     check_target(teacher, student)
-    statistics = calibrate(teacher, batches, wanted_statistics(student), label_loss(corpus.task.head), reduce)
+    added = partial(reduce, reduction="sum")
+    statistics = calibrate(teacher, batches, wanted_statistics(student), label_loss(corpus.task.head), added)
     if state.is_main_process:
         statistics.save(session.run.calibration)
 
@@ -108,38 +107,37 @@ def build(session: Session) -> None:
     """Cut the student."""
     student = build_student(session.load(session.teacher), StudentPlan.load(session.run.plan))
     format_of(student, session.recipe.release.format)  # refused before it is trained
-    _save_model(session, student, session.run.student)
+    save_model(session, student, session.run.student)
 
 
 def repair(session: Session) -> None:
     """Correct the cut student in closed form, and measure what each step is worth."""
     model, found = repaired(session)
     write_json(session.run.repair, found)
-    _save_model(session, model, session.run.repaired)
+    save_model(session, model, session.run.repaired)
 
 
 def distil(session: Session) -> None:
     """Train the student on everything that the recipe's loss asks for."""
-    recipe, spec, inputs = session.recipe, session.recipe.training, identity(training_inputs(session))
-    job = Job("distilled", spec, session.run.training, recipe.seed, inputs, spec.log_every, spec.evaluate_every)
-    _train_arm(session, job, recipe.losses, session.run.distilled)
+    recipe, inputs = session.recipe, identity(training_inputs(session))
+    job = job_for(recipe, "distilled", recipe.training, session.run.training, inputs)
+    train_arm(session, job, recipe.losses, session.run.distilled)
 
 
 def train_control(session: Session) -> None:
     """Train the same student for the same steps on labels alone: what distillation has to beat."""
     recipe, arm, spec = session.recipe, "labels_only", session.recipe.training
     if spec.steps is None:  # fewer examples carry a label, so the same epochs would be fewer steps
-        spec = spec.model_copy(update={"epochs": None, "steps": _steps(session, spec)})
-    inputs = identity(control_inputs(session))
-    job = Job(arm, spec, session.run.control(arm), recipe.seed, inputs, spec.log_every, spec.evaluate_every)
-    _train_arm(session, job, LABELS_ONLY, session.run.control_model(arm))
+        spec = spec.model_copy(update={"epochs": None, "tokens": None, "steps": steps_of(session, spec)})
+    job = job_for(recipe, arm, spec, session.run.control(arm), identity(control_inputs(session)))
+    train_arm(session, job, LABELS_ONLY, session.run.control_model(arm))
 
 
 def evaluate(session: Session) -> None:
     """Measure all arms on the held-out split, and teacher and student against the clock."""
     recipe, corpus = session.recipe, session.corpus
     teacher = OnlineTeacher(session.load(session.teacher), Wanted(stop_at_head=True), processes().device)
-    rows, horizon = [], _steps(session, recipe.training)
+    rows, horizon = [], steps_of(session, recipe.training)
     for arm in session.arms:
         model = session.load(session.arm_folder(arm)).to(teacher.model.device)
         steps = 0 if arm in ("teacher", "cut", "repaired") else horizon
@@ -195,74 +193,6 @@ def release(session: Session) -> None:
 
 
 # --- what they share -------------------------------------------------------------------------------------------------
-
-
-def _train_arm(session: Session, job: Job, terms: Sequence[Term], result: Path) -> None:
-    decided = StudentPlan.load(session.run.plan)
-    maps = partial(layer_map, plan=decided, student_layers=len(decided.layers), teacher_layers=decided.teacher_layers)
-    objective = Objective(terms, session.corpus.task.head, maps, session.vocabulary)
-    teacher, model = None, session.load(session.start)
-    if objective.needs_teacher:
-        teacher = OnlineTeacher(session.load(session.teacher), objective.teacher, processes().device)
-        objective.project(model.config.hidden_size, teacher.model.config.hidden_size)
-        for each in (model, teacher.model) if objective.student.attention else ():
-            each.set_attn_implementation("eager")  # the only one that keeps the probabilities
-        freeze(model, job.spec.freeze, job.spec.only)
-        partly = any(not parameter.requires_grad for parameter in model.parameters())
-        if partly and job.spec.precision == "fp32":  # autocast would compute the student's layers otherwise
-            session.say(f"  layers run once for teacher and student: {teacher.share(model, objective.student)}")
-    job = replace(job, constraint=masks_for(session.recipe, model, _steps(session, session.recipe.training)))
-    _train(session, job, model, objective, teacher)
-    compact_trained(session.recipe, model, session.say)
-    _save_model(session, model, result)
-
-
-def _train(session: Session, job: Job, model: Any, objective: Objective, teacher: OnlineTeacher | None) -> None:
-    batches = _batches(session, job.spec, labelled=not objective.needs_teacher)
-    dtype = model.dtype
-    model.float()  # AdamW's small steps would be lost in half-precision weights; autocast gives the speed
-    train(
-        job,
-        model,
-        objective,
-        teacher,
-        batches,
-        make_accelerator(job.spec, batches),
-        evaluate=partial(_held_out, session),
-        say=session.say,
-    )
-    model.to(device="cpu", dtype=dtype)
-
-
-def _batches(session: Session, spec: Optimization, *, labelled: bool) -> TrainingBatches:
-    corpus = session.corpus
-    # Without teacher terms an unlabelled example would be a wasted forward pass.
-    pool = corpus.labelled if labelled else range(len(corpus.train))
-    micro = spec.micro_batch_size or max(1, spec.batch_size // processes().num_processes)
-    return TrainingBatches(corpus, pool, spec.batch_size, micro, session.recipe.seed)
-
-
-def _steps(session: Session, spec: Optimization) -> int:
-    labelled = all(term.match == "labels" for term in session.recipe.losses)
-    return spec.steps or _batches(session, spec, labelled=labelled).steps_for(spec.epochs or 0)
-
-
-def _held_out(session: Session, model: Any) -> dict[str, float | None]:
-    """The task's metrics on the test split, shared out over the processes. Nothing is selected by them."""
-    corpus, state = session.corpus, processes()
-    size = session.recipe.evaluation.batch_size
-    batches = evaluation_batches(corpus, corpus.test, size, state.process_index, state.num_processes)
-    columns = predict(model, batches, corpus.task.head)
-    if state.num_processes > 1:
-        columns = gathered(columns, gather_object)
-    return measured(compute(corpus.task.metrics, columns))
-
-
-def _save_model(session: Session, model: Any, folder: Path) -> None:
-    if processes().is_main_process:
-        with fresh_folder(folder) as temporary:
-            model.save_pretrained(temporary)
-            session.tokenizer.save_pretrained(temporary)
 
 
 def _evidence(session: Session, form: Format) -> Evidence:

@@ -1,79 +1,265 @@
-"""Kill training with SIGKILL at random moments, give the same command again, and compare the final weights.
+"""Kill training with SIGKILL again and again, give the same command each time, and compare the final weights.
 
-    python scripts/kill_campaign.py recipes/quickstart/recipe.yaml --kills 10
-    python scripts/kill_campaign.py recipes/smoke/recipe.yaml --kills 10 training.save_every=20
+    python scripts/kill_campaign.py recipes/smoke/recipe.yaml --kills 100 --in-saves 50
+    python scripts/kill_campaign.py recipes/smoke/recipe.yaml --in-saves 50 training.save_every=5
+    python scripts/kill_campaign.py recipes/smoke/recipe.yaml --in-saves 50 --plain
 
-Exit code 0 when the weights equal those of an uninterrupted run to the last bit, 1 when they do not.
+`--kills` are at random moments of training, `--in-saves` at random moments of writing a checkpoint. Whenever training
+comes to its end, its weights are compared with those of an uninterrupted run, and it starts anew until all kills are
+spent. `--plain` does the same to a bare loop around `accelerator.save_state`, for comparison.
+
+Prints one JSON object. Exit code 0 when every training ended at the same weights to the last bit and the newest
+published checkpoint was intact after every kill, 1 otherwise.
 """
 
 import argparse
 import hashlib
+import json
 import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
-import threading
 import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+
+# The same number of threads in every run: sums over threads are rounded in another order otherwise.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+MADE_BY_TRAINING = ("checkpoints", "metrics.jsonl", "distilled", "stages/train.json", "plain")
+Notify = Callable[[str], None]
 
 
 def main() -> int:
-    """One uninterrupted run, one that is killed again and again, one comparison."""
+    """One uninterrupted run, then kills until they are spent."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
-    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--kills", type=int, default=0)
+    parser.add_argument("--in-saves", type=int, default=0)
+    parser.add_argument("--plain", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/kill-campaign"))
     parser.add_argument("overrides", nargs="*", metavar="KEY.PATH=VALUE")
     options = parser.parse_intermixed_args()  # overrides may follow the options
-    whole, killed = options.out / "whole", options.out / "killed"
-    command = [sys.executable, "-m", "distill", "train", options.recipe, *options.overrides, "--out"]
-    # The same number of threads in every run: sums over threads are rounded in another order otherwise.
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
-    subprocess.run([*command, whole], check=True, env=environment)
-    shutil.rmtree(killed, ignore_errors=True)
-    shutil.copytree(whole, killed)
-    for made_by_training in ("checkpoints", "metrics.jsonl", "distilled", "stages/train.json"):
-        path = killed / made_by_training
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    chooser, hits = random.Random(options.seed), 0
-    while hits < options.kills:
-        process = subprocess.Popen([*command, killed], env=environment, stderr=subprocess.PIPE, text=True)
-        ended = not wait_for_training(process)
-        if not ended:
-            threading.Thread(target=process.stderr.read, daemon=True).start()  # or the pipe fills up
-            time.sleep(chooser.uniform(0.0, 12.0))
-            ended = process.poll() is not None
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        if ended:
-            print(f"training ended before kill {hits + 1}; give more steps or fewer kills")
-            break
-        hits += 1
-        newest = max((path.name for path in (killed / "checkpoints").glob("step-*")), default="none")
-        print(f"kill {hits}: newest checkpoint {newest}", flush=True)
-    subprocess.run([*command, killed], check=True, env=environment)
-    first, second = (digest(folder / "distilled/model.safetensors") for folder in (whole, killed))
-    verdict = "equal to the last bit" if first == second else "DIFFERENT"
-    print(f"{hits} kills; final weights are {verdict}: {second[:16]}")
-    return 0 if first == second else 1
+    campaign = Campaign(options)
+    moments = ["training"] * options.kills + ["saving"] * options.in_saves
+    campaign.chooser.shuffle(moments)
+    for moment in moments:
+        campaign.kill(moment)
+    campaign.finish()
+    print(json.dumps(campaign.counts, indent=1))
+    lost = campaign.counts["newest checkpoint unusable"] + campaign.counts["ended at other weights"]
+    return 1 if lost else 0
 
 
-def wait_for_training(process: subprocess.Popen) -> bool:
-    """Read the run's own lines until training starts; False when it ends before."""
-    for line in process.stderr:
-        if line.startswith("train: started"):
-            return True
-        if line.startswith("train: unchanged"):
-            return False
-    return False
+class Campaign:
+    """The run that is killed, and what became of it."""
+
+    def __init__(self, options: argparse.Namespace):
+        import distill.stages  # noqa: F401  # once, so that a forked run starts at once
+
+        self.work = plain_run if options.plain else distill_run
+        self.usable = plain_usable if options.plain else usable
+        self.arguments = [options.recipe, *options.overrides]
+        self.chooser, self.counts = random.Random(options.seed), Counter()
+        random.seed(options.seed)
+        self.killed, whole = options.out / "killed", options.out / "whole"
+        for folder in (whole, self.killed):
+            shutil.rmtree(folder, ignore_errors=True)
+        options.out.mkdir(parents=True, exist_ok=True)
+        self.log = options.out / "log"
+        built = Run(lambda notify: distill_run([*self.arguments, "--out", str(whole)], notify, "build"), self.log)
+        assert built.ended() == 0, "the uninterrupted run failed, see the log"
+        shutil.copytree(whole, self.killed)
+        start = time.monotonic()
+        run = self.start(whole)
+        run.wait_for("training")
+        self.seconds = -time.monotonic()
+        assert run.ended() == 0, "the uninterrupted run failed, see the log"
+        self.seconds += time.monotonic()
+        self.save_seconds = run.slowest_save
+        self.expected = digest(whole)
+        print(f"uninterrupted: {time.monotonic() - start:.1f} s, slowest save {self.save_seconds:.3f} s", flush=True)
+
+    def start(self, folder: Path) -> "Run":
+        """Give the command."""
+        return Run(lambda notify: self.work([*self.arguments, "--out", str(folder)], notify), self.log)
+
+    def kill(self, moment: str) -> None:
+        """Give the command, and kill it once."""
+        while True:
+            run = self.start(self.killed)
+            if run.wait_for(moment):
+                span = self.save_seconds if moment == "saving" else 0.6 * self.seconds
+                time.sleep(self.chooser.uniform(0, 1.2 * span))
+                if run.kill():
+                    break
+            self.compare(run.ended())
+        self.counts[f"kills in {moment}"] += 1
+        if not self.usable(self.killed):
+            self.counts["newest checkpoint unusable"] += 1
+
+    def finish(self) -> None:
+        """Let the last one come to its end."""
+        self.compare(self.start(self.killed).ended())
+
+    def compare(self, code: int) -> None:
+        """Training came to its end: look at its weights, and begin anew."""
+        if code:
+            self.counts["could not continue"] += 1
+        same = not code and digest(self.killed) == self.expected
+        self.counts["ended at the same weights" if same else "ended at other weights"] += 1
+        for name in MADE_BY_TRAINING:
+            path = self.killed / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def digest(path: Path) -> str:
-    """Hex sha256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+class Run:
+    """A forked process that tells when it trains and when it saves."""
+
+    def __init__(self, work: Callable[[Notify], int], log: Path):
+        self.reading, writing = os.pipe()
+        self.slowest_save = 0.0
+        self.code: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            with open(log, "a") as file:
+                os.dup2(file.fileno(), 2)
+            try:
+                os._exit(work(lambda text: os.write(writing, f"{text}\n".encode()) and None))
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+        os.close(writing)
+        self.lines = os.fdopen(self.reading)
+
+    def wait_for(self, moment: str) -> bool:
+        """Whether that moment came before the end; a random number of saves is let through."""
+        skip = random.randrange(3) if moment == "saving" else 0
+        for line in self.lines:
+            self._note(line)
+            if line.strip() == moment:
+                if not skip:
+                    return True
+                skip -= 1
+        return False
+
+    def kill(self) -> bool:
+        """SIGKILL; False when the process had come to its end before."""
+        os.kill(self.pid, signal.SIGKILL)
+        return self.ended() == -signal.SIGKILL
+
+    def ended(self) -> int:
+        """Exit code, once there is one."""
+        if self.code is None:
+            for line in self.lines:
+                self._note(line)
+            self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+            self.lines.close()
+        return self.code
+
+    def _note(self, line: str) -> None:
+        word, _, seconds = line.partition(" ")
+        self.slowest_save = max(self.slowest_save, float(seconds)) if word == "saved" else self.slowest_save
+
+
+def telling(function: Callable, notify: Notify) -> Callable:
+    """`function`, saying when it starts to save and how long it took."""
+
+    def wrapped(*arguments, **named):
+        notify("saving")
+        start = time.monotonic()
+        result = function(*arguments, **named)
+        notify(f"saved {time.monotonic() - start}")
+        return result
+
+    return wrapped
+
+
+def distill_run(arguments: list[str], notify: Notify, verb: str = "train") -> int:
+    """The command line, in this process."""
+    import distill.learning
+    from distill.cli import main as command_line
+    from distill.training.checkpoint import Checkpoints
+
+    train = distill.learning.train
+
+    def told(*given, **named):
+        notify("training")
+        return train(*given, **named)
+
+    distill.learning.train = told
+    Checkpoints.save = telling(Checkpoints.save, notify)
+    return command_line([verb, *arguments])
+
+
+def usable(folder: Path) -> bool:
+    """Whether the newest published checkpoint is intact, or there is none yet."""
+    from distill.training.checkpoint import fault_of
+
+    newest = max((folder / "checkpoints").glob("step-*"), default=None)
+    return newest is None or fault_of(newest, json.loads((newest / "state.json").read_text())["identity"]) is None
+
+
+def plain_run(arguments: list[str], notify: Notify) -> int:
+    """A bare loop over the same student, for as many steps, with Accelerate's own checkpoints, at most two of them."""
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import ProjectConfiguration
+    from transformers import AutoModel
+
+    from distill.recipe import load_recipe
+
+    spec, folder = load_recipe(arguments[0], arguments[1:-2]).training, Path(arguments[-1])
+    automatic = ProjectConfiguration(str(folder / "plain"), automatic_checkpoint_naming=True, total_limit=2)
+    accelerator = Accelerator(project_config=automatic)
+    torch.manual_seed(0)
+    model = AutoModel.from_pretrained(folder / "student").train()
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True))
+    numbers = sorted(int(path.name.split("_")[1]) for path in (folder / "plain/checkpoints").glob("checkpoint_*"))
+    if numbers:
+        accelerator.load_state()
+        accelerator.project_configuration.iteration = numbers[-1] + 1
+    notify("training")
+    done = (numbers[-1] + 1) * spec.save_every if numbers else 0
+    save = telling(accelerator.save_state, notify)
+    for step in range(done, spec.steps):
+        ids = torch.randint(5, 60, (8, 16), generator=torch.Generator().manual_seed(step))
+        accelerator.backward(model(input_ids=ids).last_hidden_state.square().mean())
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % spec.save_every == 0:
+            save()
+    accelerator.save_model(model, folder / "distilled")
+    return 0
+
+
+def plain_usable(folder: Path) -> bool:
+    """Whether every file of the newest checkpoint can be read."""
+    import pickle
+
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    newest = max((folder / "plain/checkpoints").glob("*"), key=lambda path: int(path.name[11:]), default=None)
+    if newest is None:
+        return True
+    try:
+        load_file(newest / "model.safetensors")
+        torch.load(newest / "optimizer.bin", weights_only=True)
+        torch.load(newest / "random_states_0.pkl", weights_only=False)  # written by this script a moment ago
+    except (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError):
+        return False
+    return True
+
+
+def digest(folder: Path) -> str:
+    """Hex sha256 of the trained weights."""
+    return hashlib.sha256((folder / "distilled/model.safetensors").read_bytes()).hexdigest()
 
 
 if __name__ == "__main__":

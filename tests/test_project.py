@@ -158,6 +158,8 @@ def test_the_readme_lists_what_is_built_in():
         "student.mlp.score": names_in("distill.student.importance", "SCORES"),
         "student.mask.score": names_in("distill.student.masks", "SCORES"),
         "student.mlp.allocate": names_in("distill.student.allocate", "ALLOCATIONS"),
+        "training.optimizer": names_in("distill.training.optimizers", "OPTIMIZERS"),
+        "training.schedule": names_in("distill.training.schedule", "SCHEDULES"),
         "data.source": names_in("distill.data.sources", "SOURCES"),
         "data.task": names_in("distill.data.tasks", "TASKS"),
         "loss` with `match: logits": LOGITS,

@@ -6,9 +6,11 @@ does not depend on how many processes share the work.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +18,9 @@ from torch.utils.data import DataLoader
 
 from distill.data.corpus import UNLABELLED, Corpus, Examples
 from distill.models.outputs import Batch
+
+PATIENCE = 45
+"""Seconds after which a loader worker that gives no batch is taken for dead."""
 
 
 def step_indices(pool: Sequence[int], batch_size: int, seed: int, step: int) -> list[int]:
@@ -83,17 +88,40 @@ class TrainingBatches:
         """Optimizer steps in so many passes over the pool, rounded up."""
         return max(1, int(np.ceil(epochs * len(self.pool) / self.batch_size - 1e-9)))
 
+    def steps_for_tokens(self, tokens: int) -> int:
+        """Optimizer steps until so many tokens have been seen, padding not counted."""
+        lengths = self.corpus.train.lengths
+        size = len(self.pool)
+        epochs, rest = divmod(tokens, int(sum(lengths[index] for index in self.pool)))
+        order = _permutation(self.seed, epochs, size)
+        seen = np.cumsum([lengths[self.pool[position]] for position in order])
+        examples = epochs * size + (int(np.searchsorted(seen, rest)) + 1 if rest else 0)
+        return max(1, -(-examples // self.batch_size))
+
     def epoch_at(self, step: int) -> float:
         """Passes over the pool done after `step` steps."""
         return step * self.batch_size / len(self.pool)
 
-    def stream(self, start: int, stop: int, rank: int, world: int) -> Iterator[list[tuple[int, Batch]]]:
-        """For each step in [start, stop): this process's micro-batches, each with its number within the step."""
+    def stream(
+        self, start: int, stop: int, rank: int, world: int, workers: int = 0
+    ) -> Iterator[list[tuple[int, Batch]]]:
+        """For each step in [start, stop): this process's micro-batches, each with its number within the step.
+
+        Args:
+            start: First step.
+            stop: One more than the last.
+            rank: This process's number.
+            world: How many processes share a step.
+            workers: Processes that prepare batches; 0: this one does.
+        """
         numbers = range(rank, self.micro_batches_per_step(), world)
         loader: DataLoader[Batch] = DataLoader(
             _TrainingSet(self.corpus),  # type: ignore[arg-type]
             batch_sampler=self._indices(start, stop, numbers),
-            collate_fn=lambda batch: batch,
+            collate_fn=_as_it_is,
+            num_workers=workers,
+            timeout=PATIENCE if workers else 0,
+            worker_init_fn=_leave_signals_to_training if workers else None,
         )
         batches = iter(loader)
         for _ in range(start, stop):
@@ -104,6 +132,16 @@ class TrainingBatches:
             chosen = step_indices(self.pool, self.batch_size, self.seed, step)
             groups = micro_batches(chosen, self.corpus.train.lengths, self.micro_batch_size)
             yield from (groups[number] for number in numbers)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _leave_signals_to_training(_worker: int) -> None:
+    # They come to the whole group of processes; a worker that ends before the step would take training with it.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @dataclass(frozen=True)

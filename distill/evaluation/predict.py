@@ -81,4 +81,4 @@ def _columns(labels: Tensor, logits: Tensor, teacher_logits: Tensor | None = Non
 def gathered(columns: Columns, gather: Callable[[list[Columns]], list[Columns]]) -> Columns:
     """The columns of all processes, one after another; a process without examples adds nothing."""
     parts = [part for part in gather([columns]) if part]
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}

@@ -89,7 +89,13 @@ def load_tokenizer(folder: Path, remote_code: bool = False) -> Any:
 
 
 def load_model(
-    folder: Path, head: Head, *, new_head: bool = False, random_seed: int | None = None, remote_code: bool = False
+    folder: Path,
+    head: Head,
+    *,
+    new_head: bool = False,
+    random_seed: int | None = None,
+    remote_code: bool = False,
+    int8_on: torch.device | None = None,
 ) -> Any:
     """Load a model with the task's head, in the dtype it was saved in; widths per layer need no code of the folder.
 
@@ -99,6 +105,7 @@ def load_model(
         new_head: Accept a head without trained weights (the caller is about to fit it); drawn from `random_seed`.
         random_seed: With `new_head`, seeds what has to be drawn.
         remote_code: Run modelling code found in the folder.
+        int8_on: Quantise linear layers to 8 bits with bitsandbytes, on this device.
 
     Raises:
         InputError: The folder cannot be loaded, or weights are missing that nobody is going to train.
@@ -107,6 +114,9 @@ def load_model(
     unequal = is_unequal(config)
     loader = with_widths(_class_of(head, config)) if unequal else getattr(transformers, head.auto_class)
     torch.manual_seed(random_seed or 0)
+    extra: dict[str, Any] = {}
+    if int8_on is not None:
+        extra = {"quantization_config": transformers.BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": int8_on}}
     try:
         model, info = loader.from_pretrained(
             folder,
@@ -116,6 +126,7 @@ def load_model(
             trust_remote_code=remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=new_head,
+            **extra,
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"cannot load {folder} as {head.auto_class}: {error}") from error

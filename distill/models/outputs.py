@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from inspect import signature
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +86,23 @@ def _logits(output: Any) -> Tensor:
         return torch.stack([output.start_logits, output.end_logits], 1)
     logits: Tensor = output.logits
     return logits
+
+
+T = TypeVar("T")
+
+
+def moved(value: T, device: torch.device) -> T:
+    """A batch or outputs with every tensor in them on a device."""
+    new: Any = value
+    if isinstance(value, Tensor):
+        new = value.to(device, non_blocking=True)
+    elif isinstance(value, dict):
+        new = {key: moved(item, device) for key, item in value.items()}
+    elif isinstance(value, list | tuple):
+        new = type(value)(moved(item, device) for item in value)
+    elif is_dataclass(value) and not isinstance(value, type):
+        new = replace(value, **{part.name: moved(getattr(value, part.name), device) for part in fields(value)})
+    return cast("T", new)
 
 
 def first_tensor(output: Any) -> Tensor:

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from distill.errors import InputError
 from distill.recipe.document import Finding, KeyPath, at, dotted
 from distill.recipe.locate import TeacherSize, ambiguous_folder, is_path, teacher_folder, teacher_size
-from distill.recipe.schema import Data, Evaluation, Fit, Schedule, Teacher, Term, Training
+from distill.recipe.schema import Data, Evaluation, Schedule, Teacher, Term
 
 USED_KEYS = {
     "labels": {"match", "weight", "schedule"},
@@ -132,34 +132,6 @@ def random_teacher_is_fitted(view: View) -> Iterator[Finding]:
         yield Finding(("teacher", "sha256"), message, "remove it", at="key")
 
 
-def length_is_given_once(view: View) -> Iterator[Finding]:
-    """Training and fitting last for `epochs` or for `steps`."""
-    for path, model in _optimizations(view):
-        given = [key for key in ("epochs", "steps") if model[key] is not None]
-        if not given:
-            yield Finding(path, "how long is not said: neither epochs nor steps is given", "add one of them", at="key")
-        if len(given) == 2:
-            message = "epochs and steps are both given, and only one can hold"
-            yield Finding((*path, "steps"), message, "remove one, or set it to null", at="key")
-
-
-def batch_divides(view: View) -> Iterator[Finding]:
-    """A batch consists of whole micro-batches."""
-    for path, model in _optimizations(view):
-        batch, micro = count(model["batch_size"]), count(model["micro_batch_size"])
-        if batch and micro and batch > 0 and micro > 0 and batch % micro:
-            fits = next(size for size in range(min(micro, batch), 0, -1) if batch % size == 0)
-            message = f"batch_size {batch} is not a multiple of micro_batch_size {micro}"
-            yield Finding((*path, "micro_batch_size"), message, f"for example {fits}")
-
-
-def _optimizations(view: View) -> Iterator[tuple[KeyPath, dict[str, Any]]]:
-    for path, model in ((("teacher", "fit"), Fit), (("training",), Training)):
-        section = view.section(path, model)
-        if section is not None and isinstance(at(view.data, path), dict):
-            yield path, section
-
-
 def length_fits(view: View) -> Iterator[Finding]:
     """No example is longer than the teacher has positions for."""
     data = view.section(("data",), Data)
@@ -256,8 +228,6 @@ def listed_once(view: View) -> Iterator[Finding]:
 CHECKS: list[Callable[[View], Iterable[Finding]]] = [
     teacher_is_there,
     random_teacher_is_fitted,
-    length_is_given_once,
-    batch_divides,
     length_fits,
     some_term_counts,
     term_keys_have_effect,

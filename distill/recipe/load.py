@@ -25,6 +25,7 @@ from distill.recipe.schema import Recipe
 from distill.recipe.strategies import names_are_known
 from distill.recipe.strict_yaml import read_file, read_text, scalar
 from distill.recipe.student_checks import STUDENT_CHECKS
+from distill.recipe.training_checks import TRAINING_CHECKS
 
 __all__ = ["dump", "fingerprint", "load_recipe", "teacher_folder"]
 
@@ -49,7 +50,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     recipe, findings = validate(document)
     reported = {finding.path for finding in findings}
     view = View(document.data, path.absolute().parent)
-    for check in (*CHECKS, *STUDENT_CHECKS, *MASK_CHECKS, names_are_known):
+    for check in (*CHECKS, *STUDENT_CHECKS, *MASK_CHECKS, *TRAINING_CHECKS, names_are_known):
         findings += [finding for finding in check(view) if finding.path not in reported]
     ranked += [document.problem(finding) for finding in document.findings + findings]
     if recipe is None or ranked:

@@ -43,9 +43,11 @@ class Optimization(Section):
     """How long and how fast a model learns; shared by `training` and `teacher.fit`."""
 
     epochs: Positive | None = None
-    """Passes over the training examples. Give `epochs` or `steps`, not both."""
+    """Passes over the training examples. Give one of `epochs`, `steps` and `tokens`."""
     steps: Count | None = None
     """Optimizer steps."""
+    tokens: Count | None = None
+    """Training tokens, padding not counted; the step that reaches them is the last."""
     batch_size: Count = 32
     """Examples per optimizer step, over all processes and micro-batches."""
     micro_batch_size: Count | None = None
@@ -53,16 +55,32 @@ class Optimization(Section):
     only deal these out, and any number of them computes the same, dropout included."""
     lr: Positive = 1e-4
     """Peak learning rate."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the learning rate after warmup."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Shape of the learning rate after warmup; `wsd`: constant, then down to 0 in a straight line."""
     warmup: NonNegative = 0.1
     """Below 1: share of the steps; 1 or more: steps."""
+    decay: NonNegative = 0.2
+    """`wsd`: how long the way down is, counted as `warmup` is."""
+    optimizer: StrictStr = "adamw"
+    """A name from `distill.training.optimizers.OPTIMIZERS` or `package.module:function`, called with parameter groups
+    and `lr`."""
+    optimizer_params: Params = {}
+    """Keyword arguments of the optimizer, e.g. `{eps: 1e-6}`."""
     weight_decay: NonNegative = 0.01
-    """AdamW's decoupled decay, not applied to biases and norms."""
+    """Decay of the parameter group with the matrices; the group of biases and norms has none."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     """AdamW's moment decays."""
     max_grad_norm: Positive | None = 1.0
     """Clip the global gradient norm to this; null: never."""
+    skip_spikes: Annotated[float, Field(gt=1), NotASwitch] | None = 30.0
+    """Leave out a step whose gradient norm is more than so many times the median of the last 31; null: never. Steps
+    with a loss or gradient that is not finite are always left out."""
+    max_skipped: Count = 20
+    """Stop the run when so many steps in a row had to be left out."""
+    ema: Annotated[float, Field(gt=0, lt=1), NotASwitch] | None = None
+    """Keep an average of the weights as well: after every step ema · average + (1 - ema) · weights."""
+    ema_release: StrictBool = False
+    """Measure and hand on the average instead of the last weights."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Autocast precision of the model being trained; losses are always fp32."""
     freeze: list[StrictStr] = []
@@ -71,6 +89,13 @@ class Optimization(Section):
     teacher's with whole MLPs, and have no dropout, run once for both models (in fp32)."""
     only: list[StrictStr] = ["*"]
     """The opposite view: parameters that learn, e.g. `["*.mlp.*"]`; `freeze` is then taken out of them."""
+    gradient_checkpointing: StrictBool = False
+    """Keep the inputs of layers only and compute the rest a second time: less memory, more time."""
+    compile: StrictBool = False
+    """Compile the layers with `torch.compile`."""
+    loader_workers: Index = 0
+    """Processes that prepare batches, for each training process; 0: the training process does it. The batches are the
+    same."""
     save_every: Index = 50
     """Publish a checkpoint every so many steps; 0: only at the end."""
 
@@ -91,6 +116,12 @@ class Teacher(Section):
     """Refuse the weights unless model.safetensors has this sha256."""
     init: Literal["pretrained", "random"] = "pretrained"
     """`random`: the folder holds a config and a tokenizer only; weights are drawn from `seed`. Needs `fit`."""
+    dtype: Literal["stored", "fp32", "bf16", "fp16", "int8"] = "stored"
+    """What the teacher computes in while the student is trained; `stored`: as its weights were saved. `int8` needs a
+    GPU and bitsandbytes."""
+    device: Literal["same", "cpu", "sharded"] = "same"
+    """Where it is while the student is trained: beside the student, in main memory, or (under FSDP) spread over the
+    processes."""
     fit: Fit | None = None
     """Fine-tune the teacher on this recipe's data first; needed where the task's head has no trained weights."""
 
@@ -168,6 +199,11 @@ class Training(Optimization):
     """Measure the held-out split every so many steps; 0: only at the end."""
     log_every: Count = 10
     """Write a line to metrics.jsonl every so many steps."""
+    keep_best: StrictStr | None = None
+    """Keep the checkpoint with the best value of this metric in `checkpoints/best` as well; looked at every
+    `evaluate_every` steps. Nothing else uses it."""
+    trackers: list[Literal["tensorboard", "trackio", "wandb"]] = []
+    """Where the records of metrics.jsonl go as well, through Accelerate; each is an extra of the same name."""
 
 
 class Evaluation(Section):

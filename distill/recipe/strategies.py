@@ -9,7 +9,7 @@ from typing import Any
 from distill.recipe.checks import View
 from distill.recipe.document import Finding, KeyPath, at
 from distill.recipe.locate import is_path
-from distill.recipe.schema import Layers, Mask, Mlp
+from distill.recipe.schema import Fit, Layers, Mask, Mlp, Training
 from distill.registry import is_reference, names_in, nearest
 
 KEYS = {"protected": "protect_first"}
@@ -80,6 +80,12 @@ def _choices(view: View) -> Iterator[Choice]:
         name = zeros["score"]
         yield Choice((*mask, "score"), name, "mask score", "distill.student.masks", "SCORES", (*mask, "params"))
     yield from _losses(view)
+    for own, model in ((("teacher", "fit"), Fit), (("training",), Training)):
+        learning = view.section(own, model) if isinstance(at(view.data, own), dict) else None
+        if learning is not None:
+            name, table = learning["optimizer"], ("distill.training.optimizers", "OPTIMIZERS")
+            params = (*own, "optimizer_params")
+            yield Choice((*own, "optimizer"), name, "optimizer", *table, params, reserved=("lr", "betas"))
     source: KeyPath = ("data", "source")
     name = at(view.data, source)
     if not (isinstance(name, str) and is_path(name)):

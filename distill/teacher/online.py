@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from distill.models.outputs import Batch, Outputs, Wanted, run
+from distill.models.head import OutputHead
+from distill.models.outputs import Batch, Outputs, Wanted, moved, run
 from distill.models.prefix import shared_layers
 
 
@@ -19,8 +20,11 @@ class OnlineTeacher:
     """
 
     def __init__(self, model: Any, wanted: Wanted, device: torch.device):
-        self.model = model.requires_grad_(False).eval().to(device)
-        self.wanted = wanted
+        self.model = model.requires_grad_(False).eval()
+        if self.model.device != device:  # 8-bit models cannot be moved
+            self.model = self.model.to(device)
+        self.device, self.wanted = device, wanted
+        self._head: OutputHead | None = None
 
     def share(self, student: Any, wanted: Wanted) -> int:
         """Run the first layers once for both models, where they are equal and do not learn; how many that are.
@@ -37,5 +41,10 @@ class OnlineTeacher:
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Outputs:
-        """What is wanted of one forward pass, without gradient."""
-        return run(self.model, batch, self.wanted)
+        """What is wanted of one forward pass, without gradient, on the device of the batch."""
+        found, there = run(self.model, moved(batch, self.device), self.wanted), batch["input_ids"].device
+        if there == self.device:
+            return found
+        if self._head is None:  # it is large, and always the same
+            self._head = moved(found.head, there)
+        return replace(moved(replace(found, head=None), there), head=self._head)

@@ -1,32 +1,31 @@
-"""The training loop: one optimizer step at a time, normalised over all processes and micro-batches."""
+"""The training loop: steps, records, evaluations and checkpoints, each when it is due."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import nn
 
 from distill.errors import RunError, Stopped
-from distill.models.outputs import Batch, Outputs
 from distill.recipe.schema import Optimization
 from distill.rundir import TrainDir
 from distill.training import checkpoint
-from distill.training.checkpoint import TrainState
-from distill.training.guards import StopSignals
-from distill.training.model import Constraint, DistillModel, Loss
+from distill.training.checkpoint import Checkpoints, TrainState
+from distill.training.guards import StopSignals, Watchdog
+from distill.training.learner import Learner, make_learner
+from distill.training.model import Constraint, Loss
 from distill.training.schedule import lr_factor
-from distill.training.setup import Batches, freeze, horizon, make_optimizer
+from distill.training.setup import Batches, horizon
+from distill.training.step import Step, Teacher, Window
 from distill.training.tracking import Tracker
 
-Teacher = Callable[[Batch], Outputs]
-Evaluate = Callable[[Any], Mapping[str, float | None]]
+Stop = Callable[[], bool]
+Evaluate = Callable[[Any, Stop], Mapping[str, float | None]]
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Job:
     """One training: how, where and under which name."""
 
     title: str
-    """Shown beside the progress bar."""
+    """Shown beside the progress."""
     spec: Optimization
     """Steps, rates and sizes."""
     folder: TrainDir
@@ -49,26 +48,10 @@ class Job:
     """Steps between evaluations; 0: only after the last step."""
     constraint: Constraint | None = None
     """What must hold of the weights after every step."""
-
-
-class Window:
-    """Sums since the last record; they stay on the device until they are read."""
-
-    def __init__(self, terms: int, device: torch.device):
-        self.loss = torch.zeros((), device=device)
-        self.sums = torch.zeros(terms, device=device)
-        self.counts = torch.zeros(terms, dtype=torch.int64, device=device)
-        self.grad_norm = torch.zeros((), device=device)
-        self.steps = 0
-
-    def read(self, accelerator: Accelerator, names: Sequence[str]) -> dict[str, Any]:
-        """Mean loss per step, mean of each term over its own positions, over all processes."""
-        own = torch.cat([self.loss.reshape(1), self.sums])
-        loss, *sums = accelerator.reduce(own, "sum").tolist()
-        counts = self.counts.tolist()
-        parts = {name: total / max(1, count) for name, total, count in zip(names, sums, counts, strict=True)}
-        norm = self.grad_norm.item()
-        return {"loss": loss / self.steps, "parts": parts, "grad_norm": norm if np.isfinite(norm) else None}
+    keep_best: tuple[str, bool] | None = None
+    """A metric, and whether higher is better: the checkpoint with its best value is kept apart."""
+    trackers: tuple[str, ...] = ()
+    """Where records go besides metrics.jsonl."""
 
 
 def train(
@@ -91,58 +74,39 @@ def train(
         teacher: A batch in, its outputs out; None where no term needs it.
         batches: The micro-batches of every step.
         accelerator: From `make_accelerator`.
-        evaluate: Model -> metrics; called on every process.
+        evaluate: (model, whether to give up) -> metrics; called on every process.
         say: Where notices go.
 
     Raises:
         Stopped: A signal came; the checkpoint of the last step is published.
-        RunError: The loss is not finite.
+        RunError: Too many steps in a row had to be left out, memory or disk are too small, or a loader worker died.
     """
     torch.manual_seed(job.seed)
     steps = horizon(job.spec, batches)
-    freeze(student, job.spec.freeze, job.spec.only)
-    wrapper = DistillModel(student, objective).train()
-    optimizer = make_optimizer(wrapper, job.spec)
+    checkpoints = Checkpoints(job.folder.checkpoints, job.identity, say)
     # Read before wrapping: DDP then spreads what every process has read from the same files anyway.
-    found = checkpoint.newest_valid(job.folder.checkpoints, job.identity, say)
+    found = checkpoints.newest_valid()
     accelerator.wait_for_everyone()
-    model, prepared = accelerator.prepare(wrapper, optimizer)
-    state = _start(job, found, wrapper, optimizer)
+    learner = make_learner(student, objective, job.spec, job.constraint, accelerator, fresh=found is None)
+    state = TrainState()
     if found is not None:
+        state, parts = checkpoint.load(found)
+        learner.load(parts)
         say(f"{job.title}: continuing after step {state.step} of {steps} ({found.name})")
+    halved = job.folder.root / "halvings"
+    if halved.exists():
+        state.halvings = max(state.halvings, int(halved.read_text(encoding="utf-8")))
+    taking = Step(learner, teacher, job.spec, job.seed, steps, halved, say)
     with (
         StopSignals() as stop,
-        Tracker(job.folder.metrics, job.title, state.step, steps, active=accelerator.is_main_process) as tracker,
+        Tracker(job.folder.metrics, job.title, state.step, steps, accelerator) as tracker,
     ):
-        run = _Run(
-            job=job,
-            accelerator=accelerator,
-            model=model,
-            wrapper=wrapper,
-            teacher=teacher,
-            batches=batches,
-            prepared=prepared,
-            optimizer=optimizer,
-            state=state,
-            steps=steps,
-            stop=stop,
-            tracker=tracker,
-        )
-        run.steps_to_the_end(evaluate)
-    wrapper.eval()
+        run = _Run(job, learner, taking, batches, checkpoints, state, steps, stop, tracker, say)
+        with _explained(checkpoints):
+            run.to_the_end(evaluate)
+    learner.finish()
     accelerator.free_memory()
     return state
-
-
-def _start(job: Job, found: Path | None, wrapper: DistillModel, optimizer: torch.optim.Optimizer) -> TrainState:
-    """Where training stands: at a checkpoint, whose tensors are put in place, or before the first step."""
-    if found is None:
-        if job.constraint:
-            job.constraint.after_step(0)
-        return TrainState()
-    if job.constraint:
-        job.constraint.load(checkpoint.load_constraint(found))
-    return checkpoint.load(found, wrapper, optimizer)
 
 
 @dataclass
@@ -150,48 +114,40 @@ class _Run:
     """One training under way: what the loop holds in its hands."""
 
     job: Job
-    accelerator: Accelerator
-    model: nn.Module
-    """The prepared module; always called through this wrapper."""
-    wrapper: DistillModel
-    """The same module, unwrapped."""
-    teacher: Teacher | None
+    learner: Learner
+    take: Step
     batches: Batches
-    prepared: Any
-    optimizer: torch.optim.Optimizer
+    checkpoints: Checkpoints
     state: TrainState
     steps: int
     stop: StopSignals
     tracker: Tracker
+    say: Callable[[str], None]
 
-    def steps_to_the_end(self, evaluate: Evaluate | None) -> None:
-        job, state, accelerator = self.job, self.state, self.accelerator
-        objective = self.wrapper.objective
-        window, since = Window(len(objective.names), accelerator.device), time.monotonic()
+    def to_the_end(self, evaluate: Evaluate | None) -> None:
+        job, state, accelerator = self.job, self.state, self.learner.accelerator
+        window, since = self._window(), time.monotonic()
+        watchdog = Watchdog(self.say, active=accelerator.num_processes > 1)
+        stopping = self.measure(evaluate)  # where a start comes after the step and before its evaluation
         world, rank = accelerator.num_processes, accelerator.process_index
-        for numbered in self.batches.stream(state.step, self.steps, rank, world):
-            rate = job.spec.lr * lr_factor(state.step, self.steps, job.spec.warmup, job.spec.schedule)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            stopping = self.step(numbered, window)
+        for numbered in self.batches.stream(state.step, self.steps, rank, world, job.spec.loader_workers):
+            with watchdog.step():
+                rate = self._set_rate()
+                stopping |= self.take(numbered, state, window, self.stop.requested)
             state.step += 1
             state.examples += self.batches.batch_size
-            if job.constraint:
-                job.constraint.after_step(state.step)
             self.tracker.advance(state.step)
-            final = state.step == self.steps
-            saving = final or stopping or _due(job.spec.save_every, state.step)
-            if saving or _due(job.log_every, state.step):  # also checks the loss: nothing broken is ever saved
+            saving = state.step == self.steps or stopping or _due(job.spec.save_every, state.step)
+            if saving or _due(job.log_every, state.step):
                 now = time.monotonic()
                 self.log(window, rate, now - since)
-                state.seconds += now - since
-                window, since = Window(len(objective.names), accelerator.device), now
-            if evaluate and (final or _due(job.evaluate_every, state.step)):
+                window, since = self._window(), now
+            if not stopping:
                 before = time.monotonic()
-                self.measure(evaluate)
+                stopping = self.measure(evaluate)
                 since += time.monotonic() - before
-            if saving:
-                self.save()
+            if saving or stopping:
+                self.save(self.checkpoints)
             if stopping:
                 break
         if self.anyone_stopped():
@@ -199,83 +155,94 @@ class _Run:
                 f"after step {state.step} of {self.steps}; a checkpoint is saved, the same command continues from it"
             )
 
+    def _window(self) -> Window:
+        return Window(len(self.learner.wrapper.objective.names), self.learner.accelerator.device)
+
+    def _set_rate(self) -> float:
+        spec = self.job.spec
+        rate = spec.lr * lr_factor(self.state.step, self.steps, spec.warmup, spec.schedule, spec.decay)
+        for group in self.learner.optimizer.param_groups:
+            group["lr"] = rate
+        return rate
+
     def anyone_stopped(self) -> bool:
         """Whether any process was asked to stop, also during the last step, its evaluation or its save."""
-        flag = torch.tensor([int(self.stop.requested)], device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flag, "sum").item())
-
-    def step(self, numbered: Sequence[tuple[int, Batch]], window: Window) -> bool:
-        """One optimizer step; returns whether any process was asked to stop."""
-        accelerator, objective = self.accelerator, self.wrapper.objective
-        own = [batch for _, batch in numbered]
-        # The stop flag rides on the count's all-reduce, so that all processes leave at the same step.
-        flag = torch.tensor([int(self.stop.requested)])
-        totals = accelerator.reduce(torch.cat([objective.counts(own), flag]).to(accelerator.device), "sum")
-        counts, stopped = totals[:-1], totals[-1]
-        scale = accelerator.num_processes * len(own)  # undoes DDP's mean and Accelerate's division
-        progress = self.state.step / max(1, self.steps - 1)
-        for number, cpu_batch in numbered:
-            batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in cpu_batch.items()}
-            torch.manual_seed(_seed_of(self.job.seed, self.state.step, number))
-            with accelerator.accumulate(self.model):
-                loss, sums = self.model(batch, self.teacher(batch) if self.teacher else None, counts, progress)
-                accelerator.backward(loss * scale)
-                if accelerator.sync_gradients and self.job.constraint:
-                    self.job.constraint.before_step()
-                if accelerator.sync_gradients and self.job.spec.max_grad_norm:
-                    norm = accelerator.clip_grad_norm_(self.model.parameters(), self.job.spec.max_grad_norm)
-                    window.grad_norm = norm.detach()
-                self.prepared.step()
-                self.prepared.zero_grad()
-            window.loss += loss.detach()
-            window.sums += sums
-        window.counts += counts
-        window.steps += 1
-        # With one process the local flag says it all, and the device is not waited for.
-        return bool(stopped.item()) if accelerator.num_processes > 1 else self.stop.requested
+        accelerator = self.learner.accelerator
+        flag = torch.tensor([int(self.stop.requested)], device=accelerator.device)
+        return bool(accelerator.reduce(flag, "sum").item())
 
     def log(self, window: Window, rate: float, seconds: float) -> None:
-        """Write one record. Raises RunError when the loss is not finite."""
-        figures = window.read(self.accelerator, self.wrapper.objective.names)
+        """Write one record. Raises RunError when too many steps in a row were left out."""
+        state, learner = self.state, self.learner
+        figures = window.read(learner.accelerator, learner.wrapper.objective.names)
+        skipped, in_a_row = learner.health.skipped.tolist()
+        tokens = int(window.tokens.item())
+        state.tokens += tokens
+        state.seconds += seconds
         record = {
             "event": "train",
-            "step": self.state.step,
-            "epoch": round(self.batches.epoch_at(self.state.step), 4),
+            "step": state.step,
+            "epoch": round(self.batches.epoch_at(state.step), 4),
             "lr": rate,
             **figures,
             **(self.job.constraint.figures() if self.job.constraint else {}),
+            "skipped": skipped,
             "examples_per_s": round(window.steps * self.batches.batch_size / max(seconds, 1e-9), 2),
+            "tokens_per_s": round(tokens / max(seconds, 1e-9), 1),
+            "tokens": state.tokens,
         }
-        if not np.isfinite(figures["loss"]):
-            saved = checkpoint.published(self.job.folder.checkpoints)
-            last = f"the last checkpoint is {saved[-1].name}" if saved else "there is no checkpoint yet"
-            raise RunError(
-                f"{self.job.title}: the loss is {figures['loss']} by step {self.state.step}; {last}. "
-                f"Lower lr, or check the teacher and the data"
-            )
         self.tracker.record(record)
+        if in_a_row >= min(self.job.spec.max_skipped, self.steps):
+            raise RunError(
+                f"{self.job.title}: the last {in_a_row} steps up to step {state.step} were left out, their loss or "
+                f"gradient is not finite; {self.checkpoints.last_good()}. Lower lr, or check the teacher and the data"
+            )
 
-    def measure(self, evaluate: Evaluate) -> None:
-        """Evaluate and record; every process takes part."""
-        self.wrapper.eval()
-        metrics = evaluate(self.wrapper.student)
-        self.wrapper.train()
-        self.tracker.record({"event": "evaluate", "step": self.state.step, "metrics": dict(metrics)})
+    def measure(self, evaluate: Evaluate | None) -> bool:
+        """Evaluate and record where that is due; returns whether a process was asked to stop, and nothing was done."""
+        job, state = self.job, self.state
+        due = state.step == self.steps or (state.step > 0 and _due(job.evaluate_every, state.step))
+        if evaluate is None or not due or state.evaluated == state.step:
+            return False
+        with self.learner.measured() as model:
+            metrics = evaluate(model, self.stop.asked)
+        if self.anyone_stopped():
+            return True
+        state.evaluated = state.step
+        self.tracker.record({"event": "evaluate", "step": state.step, "metrics": dict(metrics)})
+        if job.keep_best is not None:
+            self._keep_best(metrics[job.keep_best[0]], job.keep_best[1])
+        return False
 
-    def save(self) -> None:
+    def _keep_best(self, value: float | None, higher: bool) -> None:
+        best = self.state.best
+        if value is not None and (best is None or (value > best if higher else value < best)):
+            self.state.best = value
+            folder = self.job.folder.checkpoints / "best"
+            self.save(Checkpoints(folder, self.job.identity, self.say, keep=1))
+
+    def save(self, checkpoints: Checkpoints) -> None:
         """Publish a checkpoint from the main process."""
-        if self.accelerator.is_main_process:
-            held = self.job.constraint.tensors() if self.job.constraint else {}
-            folder, identity = self.job.folder.checkpoints, self.job.identity
-            checkpoint.save(folder, self.state, self.wrapper, self.optimizer, identity, held)
-        self.accelerator.wait_for_everyone()
+        accelerator = self.learner.accelerator
+        parts = self.learner.parts() if accelerator.is_main_process or self.learner.sharded else {}
+        if accelerator.is_main_process:
+            checkpoints.save(self.state, parts)
+        accelerator.wait_for_everyone()
+
+
+@contextmanager
+def _explained(checkpoints: Checkpoints) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:  # not of a forward or backward pass, which are taken again
+        raise RunError(f"out of memory: {error}; {checkpoints.last_good()}") from error
+    except RuntimeError as error:
+        # Of a worker that died torch tells from a signal handler, wherever the main thread is just then.
+        if "DataLoader" not in str(error):
+            raise
+        raise RunError(f"a loader worker is dead or hangs: {error}; {checkpoints.last_good()}") from error
 
 
 def _due(every: int, step: int) -> bool:
     """Whether something done every so many steps (0: never) is done after this one."""
     return every > 0 and step % every == 0
-
-
-def _seed_of(seed: int, step: int, number: int) -> int:
-    """A seed for the dropout of one micro-batch: the same whichever process computes it, and after any restart."""
-    return int(np.random.SeedSequence([seed, step, number]).generate_state(1)[0])

@@ -43,6 +43,9 @@ class Constraint(Protocol):
     def after_step(self, step: int) -> None:
         """So many optimizer steps are done; called with 0 before the first."""
 
+    def apply(self) -> None:
+        """The weights were replaced; nothing new is chosen."""
+
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint has to hold of it."""
 
@@ -61,6 +64,8 @@ class DistillModel(nn.Module):
         self.student = student
         self.projections = objective.projections
         self.objective = objective
+        self._no_split_modules = getattr(student, "_no_split_modules", None)
+        """Names of the classes that FSDP makes units of."""
 
     def forward(
         self, batch: Batch, teacher: Outputs | None, counts: Tensor, progress: float = 0.0

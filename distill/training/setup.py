@@ -1,12 +1,12 @@
-"""What a training is set up from: the Accelerator, its length, what learns, and the optimizer."""
+"""What a training is set up from: the Accelerator, its length, and what learns."""
 
 from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Protocol
 
-import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin
@@ -31,54 +31,60 @@ class Batches(Protocol):
     def steps_for(self, epochs: float) -> int:
         """Optimizer steps in so many epochs."""
 
+    def steps_for_tokens(self, tokens: int) -> int:
+        """Optimizer steps until so many tokens have been seen."""
+
     def epoch_at(self, step: int) -> float:
         """Epochs done after `step` steps."""
 
-    def stream(self, start: int, stop: int, rank: int, world: int) -> Iterator[list[tuple[int, Batch]]]:
+    def stream(
+        self, start: int, stop: int, rank: int, world: int, workers: int = 0
+    ) -> Iterator[list[tuple[int, Batch]]]:
         """This process's (number within the step, micro-batch) pairs, step by step."""
 
 
-def make_accelerator(spec: Optimization, batches: Batches) -> Accelerator:
+def make_accelerator(
+    spec: Optimization, batches: Batches, trackers: Sequence[str] = (), folder: Path | None = None
+) -> Accelerator:
     """An Accelerator for one training, which may have been started by `accelerate launch`.
+
+    Args:
+        spec: The recipe's section.
+        batches: The micro-batches of every step.
+        trackers: Names that Accelerate's `log_with` knows.
+        folder: Where trackers that write files do so.
 
     Raises:
         InputError: The launch is not what it seems, or the step cannot be dealt out evenly to the processes.
     """
-    world = processes().num_processes
-    check_launch(world)
+    state = processes()
+    check_launch(state.num_processes, state.device.type)
+    world = state.num_processes
     count = batches.micro_batches_per_step()
     if count % world:
         raise InputError(
             f"training: a step has {count} micro-batches (batch_size / micro_batch_size), "
             f"which {world} processes cannot share evenly; lower micro_batch_size"
         )
-    if spec.precision == "fp16" and processes().device.type == "cpu":
+    if spec.precision == "fp16" and state.device.type == "cpu":
         raise InputError("training.precision: fp16 needs a GPU; use bf16 or fp32")
     # Accelerate keeps one precision per process; the teacher's fit and the student's training may differ.
     AcceleratorState._reset_state()
     # Windows are closed by count alone: the stream of batches has no end for Accelerate to see.
     plugin = GradientAccumulationPlugin(num_steps=count // world, sync_with_dataloader=False)
     precision = "no" if spec.precision == "fp32" else spec.precision
-    return Accelerator(mixed_precision=precision, gradient_accumulation_plugin=plugin)
+    own = {"log_with": list(trackers), "project_dir": folder} if trackers else {}
+    return Accelerator(mixed_precision=precision, gradient_accumulation_plugin=plugin, **own)
 
 
 def horizon(spec: Optimization, batches: Batches) -> int:
     """Optimizer steps of the whole training."""
     if spec.steps is not None:
         return spec.steps
-    assert spec.epochs is not None, "load_recipe checks that one of steps and epochs is given"
+    if spec.tokens is not None:
+        return batches.steps_for_tokens(spec.tokens)
+    assert spec.epochs is not None, "load_recipe checks that a length is given"
     return batches.steps_for(spec.epochs)
-
-
-def make_optimizer(model: nn.Module, spec: Optimization) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019); vectors (biases, norms) are not decayed."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": spec.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    # The fused kernel is about 9 times faster than the default on a CPU, and the fastest one on a GPU.
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=spec.lr, betas=spec.betas, fused=True)
 
 
 def freeze(model: nn.Module, patterns: Sequence[str], only: Sequence[str] = ("*",)) -> None:

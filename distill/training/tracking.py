@@ -1,18 +1,27 @@
-"""What a training tells: a line of JSON per interval for machines, a progress bar or a rare line for people."""
+"""What a training tells: a line of JSON per interval for machines, a live block or a rare line for people."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
+from accelerate import Accelerator
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
+from distill.errors import InputError
 from distill.rundir import write_text
 
 QUIET_SECONDS = 10.0
@@ -20,55 +29,96 @@ QUIET_SECONDS = 10.0
 
 
 class Tracker:
-    """Writes metrics.jsonl and shows progress; on processes other than the main one it does nothing."""
+    """Writes metrics.jsonl, passes records on to trackers, and shows progress; only on the main process."""
 
-    def __init__(self, path: Path, title: str, start: int, steps: int, *, active: bool):
-        self.path = path
-        self.active = active
-        self.title = title
-        self.steps = steps
+    def __init__(self, path: Path, title: str, start: int, steps: int, accelerator: Accelerator):
+        self.path, self.title, self.start, self.steps = path, title, start, steps
+        self.accelerator = accelerator
+        self.active = accelerator.is_main_process
         self.console = Console(stderr=True)
-        self.live = active and self.console.is_terminal
         self.said = -math.inf
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[detail]}"),
-            console=self.console,
-            disable=not self.live,
+        self.began = time.monotonic()
+        self.step = start
+        self.latest: dict[str, Mapping[str, Any]] = {}
+        self.live = Live(
+            get_renderable=self._block, console=self.console, refresh_per_second=2, auto_refresh=self._on_terminal
         )
-        self.bar = self.progress.add_task(title, total=steps, completed=start, detail="")
-        if active:
+        if self.active:
             path.parent.mkdir(parents=True, exist_ok=True)
             drop_after(path, start)
 
+    @property
+    def _on_terminal(self) -> bool:
+        return self.active and self.console.is_terminal
+
     def __enter__(self) -> Tracker:
-        self.progress.start()
+        if self.accelerator.log_with:
+            self.accelerator.init_trackers(f"{self.path.parent.name}-{self.title}")
+        if self._on_terminal:
+            self.live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.progress.stop()
+        self.live.stop()
+        if self.accelerator.log_with:
+            self.accelerator.end_training()
 
     def advance(self, step: int) -> None:
-        """Move the bar."""
-        self.progress.update(self.bar, completed=step)
+        """So many steps are done."""
+        self.step = step
 
     def record(self, record: Mapping[str, Any]) -> None:
         """Append one record and show it."""
+        if self.accelerator.log_with:
+            self.accelerator.log(dict(numbers_in(record)), step=record["step"])
         if not self.active:
             return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-        detail = _summary(record)
-        if self.live:
-            self.progress.update(self.bar, detail=detail)
-        elif time.monotonic() - self.said >= QUIET_SECONDS or record["step"] == self.steps:
+        self.latest[record["event"]] = record
+        if not self._on_terminal and (time.monotonic() - self.said >= QUIET_SECONDS or record["step"] == self.steps):
             self.said = time.monotonic()
-            self.console.print(f"{self.title} {record['step']}/{self.steps} {detail}", markup=False, soft_wrap=True)
+            line = f"{self.title} {record['step']}/{self.steps} {summary(record)}"
+            self.console.print(line, markup=False, soft_wrap=True)
+
+    def _block(self) -> Table:
+        """What a terminal shows: progress and time, the loss, speed and memory, the last evaluation."""
+        table = Table.grid(padding=(0, 2))
+        done = self.step - self.start
+        left = (time.monotonic() - self.began) / done * (self.steps - self.step) if done else None
+        clock = "" if left is None else f"{timedelta(seconds=round(left))} left"
+        bar = ProgressBar(total=self.steps, completed=self.step, width=24)
+        table.add_row(self.title, bar, f"{self.step}/{self.steps}", clock, f"{memory_gb():.1f} GB")
+        block = Table.grid()
+        block.add_row(table)
+        for record in self.latest.values():
+            block.add_row(Text("  " + summary(record)))
+        return block
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raises InputError when the package of a tracker is not installed."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise InputError(f"training.trackers: {name} is not installed: pip install 'distill[{name}]'")
+
+
+def memory_gb() -> float:
+    """Peak memory of this process so far, in 10^9 bytes: of the GPU where there is one, resident otherwise."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def numbers_in(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """`a/b` -> value for each number in a record."""
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            yield from numbers_in(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float):
+            yield prefix + key, value
 
 
 def drop_after(path: Path, step: int) -> None:
@@ -93,8 +143,15 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
-def _summary(record: Mapping[str, Any]) -> str:
+def summary(record: Mapping[str, Any]) -> str:
+    """A record in one line."""
     if record["event"] == "evaluate":
-        return "  ".join(f"{name} {value:.4g}" for name, value in record["metrics"].items() if value is not None)
-    parts = "  ".join(f"{name} {value:.4g}" for name, value in record["parts"].items())
-    return f"loss {record['loss']:.4g} ({parts})  lr {record['lr']:.2e}  {record['examples_per_s']:.0f} examples/s"
+        return "held out: " + "  ".join(f"{name} {_short(value)}" for name, value in record["metrics"].items())
+    parts = "  ".join(f"{name} {_short(value)}" for name, value in record["parts"].items())
+    skipped = f"  {record['skipped']} skipped" if record["skipped"] else ""
+    speed = f"{record['tokens_per_s']:,.0f} tokens/s"
+    return f"loss {_short(record['loss'])} ({parts})  lr {record['lr']:.2e}  {speed}{skipped}"
+
+
+def _short(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -153,30 +153,6 @@ def test_a_result_that_was_damaged_is_made_again(finished, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_the_same_command_ends_at_the_same_weights(finished, tmp_path):
-    recipe, run, _ = finished
-    chooser, kills = random.Random(0), 0
-    for _ in range(40):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "distill", "train", str(recipe), "--out", str(tmp_path / "run")],
-            env=ENV, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        try:
-            process.wait(timeout=4.5 + 3.5 * chooser.random())  # imports alone take most of it
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills += 1
-        if (tmp_path / "run/stages/train.json").exists():
-            break
-        if kills >= 10:
-            distill("train", recipe, "--out", tmp_path / "run")
-            break
-    assert same(weights(tmp_path / "run/teacher"), weights(run / "teacher"))
-    assert same(weights(tmp_path / "run/distilled"), weights(run / "distilled"))
-
-
-@pytest.mark.slow
 def test_a_signal_saves_a_checkpoint_and_exits_75(finished, tmp_path):
     recipe, run, _ = finished
     out = tmp_path / "run"
@@ -197,7 +173,8 @@ def test_a_signal_saves_a_checkpoint_and_exits_75(finished, tmp_path):
 @pytest.mark.slow
 def test_two_processes_compute_what_one_computes(finished, tmp_path):
     recipe, run, _ = finished
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch = str(ROOT / "recipes/accelerate/cpu-2.yaml")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", launch]
     env = {**ENV, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*command, str(ROOT / "scripts/train.py"), str(recipe), "--out", str(tmp_path / "run")],
@@ -217,6 +194,24 @@ def test_two_processes_compute_what_one_computes(finished, tmp_path):
             assert b["loss"] == pytest.approx(a["loss"], rel=1e-5) and b["parts"] == pytest.approx(a["parts"], rel=1e-5)
         else:
             assert b["metrics"] == pytest.approx(a["metrics"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_teacher_spread_over_two_processes_teaches_the_same(finished, tmp_path):
+    recipe, run, _ = finished
+    subprocess.run(["cp", "-r", str(run), str(tmp_path / "run")], check=True)
+    for made_by_training in ("checkpoints", "distilled"):
+        shutil.rmtree(tmp_path / "run" / made_by_training)
+    launch = ["--config_file", str(ROOT / "recipes/accelerate/cpu-2.yaml")]
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *launch, str(ROOT / "scripts/train.py"), str(recipe),
+         "teacher.device=sharded", "--out", str(tmp_path / "run")],
+        env={**ENV, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and "train: started" in done.stderr, done.stderr
+    one, two = weights(run / "distilled"), weights(tmp_path / "run/distilled")
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -312,6 +307,16 @@ def test_a_run_folder_that_holds_the_recipe_is_refused(finished, capsys):
     recipe, _, _ = finished
     assert main(["plan", str(recipe), "--out", str(recipe.parent)]) == 2
     assert "would overwrite" in capsys.readouterr().err
+
+
+MISSING = ["teacher.device=sharded", "teacher.dtype=int8", "training.keep_best=bleu", "training.optimizer=math:nope"]
+
+
+@pytest.mark.parametrize("override", MISSING)
+def test_what_training_needs_and_cannot_have_is_said_before_anything_is_done(override, finished, tmp_path, capsys):
+    recipe, _, _ = finished
+    assert main(["run", str(recipe), override, "--out", str(tmp_path / "run")]) == 2
+    assert not (tmp_path / "run").exists() and override.split("=")[0].split(".")[-1] in capsys.readouterr().err
 
 
 def test_a_function_that_does_not_exist_is_said_before_anything_is_done(finished, tmp_path, capsys):

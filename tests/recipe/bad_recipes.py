@@ -144,6 +144,20 @@ MASKS = [
 ]
 
 CROSS_CHECKS = [
+    Bad("  lr: 3e-4", "  tokens: 1000", 20, "training.tokens", "epochs and tokens are both given remove one"),
+    Bad("  lr: 3e-4", "  decay: 0.1", 20, "training.decay", "no effect with schedule: cosine for schedule: wsd"),
+    Bad("lr: 2e-4}", "decay: 5}", 5, "teacher.fit.decay", "no effect with schedule: cosine for schedule: wsd"),
+    Bad("  lr: 3e-4", "  betas: [0.8, 0.9]\n  optimizer: mine:sgd", 20, "training.betas", "no effect optimizer: adamw"),
+    Bad("  lr: 3e-4", "  ema_release: true", 20, "training.ema_release", "no average add ema: 0.999"),
+    Bad("  lr: 3e-4", "  keep_best: accuracy", 20, "training.keep_best", "evaluate_every is 0"),
+    Bad(
+        "hidden, loss: mse, map: plan}\ntraining:",
+        "relations}\ntraining:\n  compile: true",
+        16,
+        "losses.2.match",
+        "reads inside of layers remove training.compile",
+    ),
+    Bad("./teacher", "./teacher\n  dtype: int8\n  device: cpu", 5, "teacher.dtype", "int8 needs the GPU device: same"),
     Bad("./teacher", "./teachr", 4, "teacher.model", "there is no folder"),
     Bad("./teacher", "./empty", 4, "teacher.model", "config.json No such file"),
     Bad("./teacher", "./broken", 4, "teacher.model", "config.json"),
@@ -158,9 +172,9 @@ CROSS_CHECKS = [
     Bad("./teacher", "./teacher\n  revision: abc", 5, "teacher.revision", "only hub ids have revisions"),
     Bad("fit: {epochs: 2, lr: 2e-4}", "init: random", 5, "teacher.init", "nothing to teach add `fit:"),
     Bad("{epochs: 2,", "{epochs: 2, steps: 9,", 5, "teacher.fit.steps", "epochs and steps are both given remove one"),
-    Bad("{epochs: 2, ", "{", 5, "teacher.fit", "neither epochs nor steps"),
-    Bad("  epochs: 3\n", "", 17, "training", "neither epochs nor steps is given add one"),
-    Bad("  epochs: 3\n", "  epochs: null\n", 17, "training", "neither epochs nor steps"),
+    Bad("{epochs: 2, ", "{", 5, "teacher.fit", "none of epochs, steps and tokens"),
+    Bad("  epochs: 3\n", "", 17, "training", "none of epochs, steps and tokens is given add one"),
+    Bad("  epochs: 3\n", "  epochs: null\n", 17, "training", "none of epochs, steps and tokens"),
     Bad("  lr: 3e-4", "  micro_batch_size: 5", 20, "training.micro_batch_size", "32 is not a multiple for example 4"),
     Bad("keep: 3,", "keep: 7,", 7, "student.layers.keep", "keeps 7 layers, the teacher has 6 1 to 6"),
     Bad("keep: 3, choose: even", "keep: [0, 6]", 7, "student.layers.keep.1", "no layer 6 0 to 5"),
@@ -268,6 +282,9 @@ STUDENT = [
 """Rules about the student; more in the tests of `student_checks`."""
 
 STRATEGIES = [
+    Bad("  lr: 3e-4", "  optimizer: adam", 20, "training.optimizer", "unknown optimizer 'adam' did you mean 'adamw'"),
+    Bad("  lr: 3e-4", "  optimizer_params: {esp: 1e-6}", 20, "training.optimizer_params.esp", "did you mean 'eps'"),
+    Bad("  lr: 3e-4", "  optimizer_params: {lr: 1e-6}", 20, "training.optimizer_params.lr", "key of its own"),
     Bad("even", "evn", 7, "student.layers.choose", "unknown layer policy 'evn' did you mean 'even' block_influence"),
     Bad("even", "even, params: {sed: 1}", 7, "student.layers.params.sed", "even has no such parameter"),
     Bad("even", "random, params: {sed: 1}", 7, "student.layers.params.sed", "did you mean 'seed'"),

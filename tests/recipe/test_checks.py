@@ -41,6 +41,9 @@ ACCEPTED = [
     ("weight: 0.3", "weight: 0"),
     ("{match: labels, weight: 0.3}", "{match: labels, temperature: 1.0, map: plan, loss: null, params: {}}"),
     ("  metrics: [accuracy, f1_macro]\n", ""),
+    ("  epochs: 3\n", "  tokens: 100000\n  schedule: wsd\n  decay: 0.3\n"),
+    ("  lr: 3e-4", "  optimizer: torch.optim:SGD\n  optimizer_params: {momentum: 0.9}\n  betas: [0.9, 0.999]"),
+    ("  lr: 3e-4", "  ema: 0.99\n  ema_release: true\n  keep_best: accuracy\n  evaluate_every: 10"),
 ]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from running import published
 from safetensors.torch import load_file
 from tiny import tiny_model, tiny_project
 
@@ -23,6 +24,7 @@ from distill.recipe.schema import Mask, Term, Training
 from distill.rundir import TrainDir
 from distill.student.masks import Masks
 from distill.training import Job, checkpoint, make_accelerator, read_records, train
+from distill.training.checkpoint import Checkpoints
 from distill.training.setup import freeze
 
 STEPS = 8
@@ -92,7 +94,7 @@ def test_resuming_is_bitwise_the_uninterrupted_run_masks_included(corpus, tmp_pa
     whole, wanted = run(corpus, tmp_path / "whole", CUBIC)
     for kept in (2, 4, 6):  # before, between and after the choices at 0, 2, 4 and 6
         run(corpus, tmp_path / "parts", CUBIC)
-        saved = checkpoint.published(tmp_path / "parts/checkpoints")
+        saved = published(tmp_path / "parts/checkpoints")
         for folder in [folder for folder in saved if int(folder.name[5:]) > kept]:
             shutil.rmtree(folder)
         model, masks = run(corpus, tmp_path / "parts", CUBIC)
@@ -105,14 +107,14 @@ def test_resuming_is_bitwise_the_uninterrupted_run_masks_included(corpus, tmp_pa
 def test_a_signal_saves_the_masks_and_the_same_training_continues(corpus, tmp_path):
     whole, _ = run(corpus, tmp_path / "whole", CUBIC)
 
-    def interrupt(_model):
+    def interrupt(_model, _stopped):
         os.kill(os.getpid(), signal.SIGTERM)
         return {}
 
     with pytest.raises(Stopped, match="a checkpoint is saved"):
         run(corpus, tmp_path / "parts", CUBIC, look=interrupt, save_every=0)
-    (saved,) = checkpoint.published(tmp_path / "parts/checkpoints")
-    assert 4 <= int(saved.name[5:]) < STEPS and checkpoint.load_constraint(saved)
+    (saved,) = published(tmp_path / "parts/checkpoints")
+    assert 4 <= int(saved.name[5:]) < STEPS and "constraint" in checkpoint.load(saved)[1]
     model, masks = run(corpus, tmp_path / "parts", CUBIC, save_every=0)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), model.parameters(), strict=True))
     assert alive(model, masks) == 0
@@ -121,20 +123,20 @@ def test_a_signal_saves_the_masks_and_the_same_training_continues(corpus, tmp_pa
 @pytest.mark.parametrize("damage", ["missing", "flipped"])
 def test_a_checkpoint_whose_masks_are_damaged_is_passed_over(corpus, tmp_path, damage):
     run(corpus, tmp_path, Mask(sparsity=0.5))
-    older, newer = checkpoint.published(tmp_path / "checkpoints")
-    file = newer / checkpoint.CONSTRAINT
+    older, newer = published(tmp_path / "checkpoints")
+    file = newer / "constraint.safetensors"
     content = file.read_bytes()
     file.unlink()
     if damage == "flipped":
         file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    found = checkpoint.newest_valid(tmp_path / "checkpoints", "identity", (said := []).append)
+    found = Checkpoints(tmp_path / "checkpoints", "identity", (said := []).append).newest_valid()
     assert found == older and newer.name in said[0]
 
 
 def test_a_checkpoint_holds_no_masks_before_there_are_any(corpus, tmp_path):
     run(corpus, tmp_path, Mask(sparsity=0.5, begin=1.0), save_every=6)
-    before, after = checkpoint.published(tmp_path / "checkpoints")
-    assert not checkpoint.load_constraint(before) and checkpoint.load_constraint(after)
+    before, after = published(tmp_path / "checkpoints")
+    assert ["constraint" in checkpoint.load(saved)[1] for saved in (before, after)] == [False, True]
 
 
 def test_accumulation_changes_neither_masks_nor_losses(corpus, tmp_path):
@@ -171,7 +173,7 @@ def test_frozen_parameters_stay_bit_for_bit_under_decay_and_masks(corpus, tmp_pa
         corpus, tmp_path, Mask(sparsity=0.5), only=["*.encoder.*", "classifier.*"], freeze=["*.layer.1.*"]
     )
     start = tiny_model("bert", num_labels=len(corpus.classes))
-    moments = load_file(checkpoint.published(tmp_path / "checkpoints")[-1] / "optimizer.safetensors")
+    moments = load_file(published(tmp_path / "checkpoints")[-1] / "optimizer.safetensors")
     for (name, after), before in zip(model.named_parameters(), start.parameters(), strict=True):
         learns = (".encoder." in name or name.startswith("classifier.")) and ".layer.1." not in name
         assert torch.equal(after, before) != learns, name

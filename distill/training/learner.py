@@ -1,0 +1,174 @@
+"""What learns, with everything that a checkpoint holds of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedType
+from torch import Tensor, nn
+
+from distill.errors import InputError
+from distill.models.layout import layers_of
+from distill.recipe.schema import Optimization
+from distill.training.average import Average
+from distill.training.checkpoint import Parts
+from distill.training.health import Health
+from distill.training.model import Constraint, DistillModel, Loss
+from distill.training.optimizers import make_optimizer
+from distill.training.setup import freeze
+from distill.training.tensors import load_model, load_optimizer, optimizer_tensors, own_tensors, whole
+
+
+@dataclass
+class Learner:
+    """The student under training."""
+
+    accelerator: Accelerator
+    student: Any
+    """The transformers model that was handed in; under FSDP a copy of it is trained."""
+    model: nn.Module
+    """The prepared module; always called through this wrapper."""
+    wrapper: DistillModel
+    """The same module, unwrapped."""
+    prepared: Any
+    optimizer: torch.optim.Optimizer
+    health: Health
+    average: Average | None
+    constraint: Constraint | None
+    spec: Optimization
+
+    def update(self, step: int, bad: Tensor) -> None:
+        """Take the optimizer's step unless `bad` [] is 1, then what follows from the new weights.
+
+        Args:
+            step: Steps done, this one included.
+            bad: From `Health.judge`.
+        """
+        if self._decides_itself:
+            self.optimizer.found_inf = bad  # type: ignore[attr-defined]  # the fused kernels look at it on the device
+            self.prepared.step()
+        elif not bad.item():
+            self.prepared.step()
+        elif self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()  # lowers the scale after an overflow
+        self.prepared.zero_grad()
+        if self.constraint:
+            self.constraint.after_step(step)
+        if self.average:
+            self.average.update(step, bad)
+
+    @property
+    def _decides_itself(self) -> bool:
+        """Whether the optimizer leaves out a step without the host's waiting for the device."""
+        fused = bool(getattr(self.optimizer, "_step_supports_amp_scaling", False))
+        return fused and not self.sharded and self.accelerator.scaler is None
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process holds a part of the weights."""
+        return bool(self.accelerator.distributed_type == DistributedType.FSDP)
+
+    @contextmanager
+    def measured(self) -> Iterator[Any]:
+        """The student in eval mode, with the weights that would be handed on."""
+        with self.average.in_place() if self.spec.ema_release and self.average else nullcontext():
+            self.wrapper.eval()
+            if self.sharded:
+                self._fill_student(self.accelerator.device)
+            try:
+                yield self.student
+            finally:
+                self.wrapper.train()
+
+    def finish(self) -> None:
+        """Leave the student in eval mode with the final weights."""
+        if self.spec.ema_release and self.average:
+            self.average.put()
+            if self.constraint:
+                self.constraint.apply()
+        self.wrapper.eval()
+        if self.sharded:
+            self._fill_student(torch.device("cpu"))
+        if self.spec.gradient_checkpointing and not self.sharded:
+            _checkpointing(self.student, "disable")()
+        for layer in layers_of(self.student):
+            vars(layer).pop("forward", None)  # compiled
+
+    def _fill_student(self, device: torch.device) -> None:
+        """Put the weights together in the student itself; every process takes part."""
+        own = {name: whole(tensor) for name, tensor in own_tensors(self.wrapper.student).items()}
+        load_model(self.student.to(device).eval(), own)
+
+    def parts(self) -> dict[str, dict[str, Tensor]]:
+        """Everything that a checkpoint holds, whole; where weights are sharded, every process must ask for it."""
+        parts = {
+            "model": own_tensors(self.wrapper),
+            "optimizer": optimizer_tensors(self.wrapper, self.optimizer),
+            "health": self.health.tensors(),
+            "average": self.average.tensors() if self.average else {},
+            "constraint": self.constraint.tensors() if self.constraint else {},
+        }
+        return {name: {key: whole(tensor) for key, tensor in tensors.items()} for name, tensors in parts.items()}
+
+    def load(self, parts: Parts) -> None:
+        """Continue from what `parts` gave."""
+        load_model(self.wrapper, parts["model"])
+        load_optimizer(self.wrapper, self.optimizer, parts.get("optimizer", {}))
+        self.health.load(parts["health"])
+        if self.average:
+            self.average.load(parts["average"])
+        if self.constraint:
+            self.constraint.load(parts.get("constraint", {}))
+
+
+def make_learner(
+    student: Any,
+    objective: Loss,
+    spec: Optimization,
+    constraint: Constraint | None,
+    accelerator: Accelerator,
+    *,
+    fresh: bool,
+) -> Learner:
+    """Freeze, wrap and prepare a student.
+
+    Args:
+        student: A transformers model on the CPU.
+        objective: What is minimised.
+        spec: The recipe's section.
+        constraint: What must hold of the weights after every step.
+        accelerator: From `make_accelerator`.
+        fresh: Training starts with these weights; otherwise `Learner.load` is called next.
+
+    Raises:
+        InputError: A name pattern matches nothing, or the constraint needs whole weights and gets shards.
+    """
+    freeze(student, spec.freeze, spec.only)
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    if sharded and constraint is not None:
+        raise InputError("student.mask looks at whole weights: launch it with DDP, not with FSDP")
+    trained = copy.deepcopy(student) if sharded else student
+    if spec.gradient_checkpointing:
+        _checkpointing(trained, "enable")({"use_reentrant": False})
+    if spec.compile:
+        for layer in layers_of(trained):
+            layer.forward = torch.compile(layer.forward)  # not the module: hooks on it stay outside of the graph
+    wrapper = DistillModel(trained, objective).train()
+    optimizer = make_optimizer(wrapper, spec)
+    model, prepared = accelerator.prepare(wrapper, optimizer)
+    if constraint is not None and fresh:
+        constraint.after_step(0)
+    average = Average(wrapper, spec.ema) if spec.ema is not None else None
+    health = Health(spec.skip_spikes, accelerator.device)
+    return Learner(accelerator, student, model, wrapper, prepared, optimizer, health, average, constraint, spec)
+
+
+def _checkpointing(student: Any, what: str) -> Any:
+    # Newer versions of transformers warn about the old name.
+    new = f"activation_checkpointing_{what}"
+    return getattr(student, new if hasattr(student, new) else f"gradient_checkpointing_{what}")

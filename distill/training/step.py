@@ -1,0 +1,164 @@
+"""One optimizer step over every micro-batch of every process; each term is a mean over its own global count."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from distill.errors import RunError
+from distill.models.outputs import Batch, Outputs
+from distill.recipe.schema import Optimization
+from distill.training.checkpoint import TrainState
+from distill.training.learner import Learner
+from distill.training.tensors import whole
+
+Teacher = Callable[[Batch], Outputs]
+
+
+class Window:
+    """Sums since the last record; they stay on the device until they are read."""
+
+    def __init__(self, terms: int, device: torch.device):
+        self.loss = torch.zeros((), device=device)
+        self.sums = torch.zeros(terms, device=device)
+        self.counts = torch.zeros(terms, dtype=torch.int64, device=device)
+        self.tokens = torch.zeros((), dtype=torch.int64, device=device)
+        self.grad_norm = torch.zeros((), device=device)
+        self.used = torch.zeros((), device=device)
+        self.steps = 0
+
+    def add(self, loss: Tensor, sums: Tensor, counts: Tensor, norm: Tensor, bad: Tensor) -> None:
+        """Take in one step; of one that was left out, only that it was there."""
+        left_out = bad > 0
+        self.loss += torch.where(left_out, 0, loss)
+        self.sums += torch.where(left_out, 0, sums)
+        self.counts += torch.where(left_out, 0, counts)
+        self.used += 1 - bad
+        self.grad_norm = norm
+        self.steps += 1
+
+    def read(self, accelerator: Accelerator, names: Sequence[str]) -> dict[str, Any]:
+        """Mean loss per step, mean of each term over its own positions, over all processes; null without any."""
+        sums = accelerator.reduce(self.sums, "sum").tolist()
+        counts, used, norm = self.counts.tolist(), self.used.item(), self.grad_norm.item()
+        parts = {name: total / count if count else None for name, total, count in zip(names, sums, counts, strict=True)}
+        loss = self.loss.item() / used if used else None
+        return {"loss": loss, "parts": parts, "grad_norm": norm if np.isfinite(norm) else None}
+
+
+@dataclass
+class Step:
+    """Takes steps with a learner."""
+
+    learner: Learner
+    teacher: Teacher | None
+    spec: Optimization
+    seed: int
+    steps: int
+    """Length of the training."""
+    halved: Path
+    """Where processes that cannot agree on smaller micro-batches leave that wish for the next start."""
+    say: Callable[[str], None]
+
+    def __call__(self, numbered: Sequence[tuple[int, Batch]], state: TrainState, window: Window, stop: bool) -> bool:
+        """Take one step; returns whether any process was asked to stop.
+
+        Args:
+            numbered: This process's micro-batches, each with its number within the step.
+            state: Where training stands; moves on by one step.
+            window: Where the figures go.
+            stop: Whether this process was asked to.
+
+        Raises:
+            RunError: Memory is too small for a single example, or for one process among several.
+        """
+        learner, accelerator = self.learner, self.learner.accelerator
+        own = [batch for _, batch in numbered]
+        counts = learner.wrapper.objective.counts(own)
+        # The stop flag rides on the count's all-reduce, so that all processes leave at the same step.
+        extra = torch.tensor([sum(int(batch["attention_mask"].sum()) for batch in own), int(stop)])
+        totals = accelerator.reduce(torch.cat([counts, extra]).to(accelerator.device), "sum")
+        counts, tokens, stopped = totals[:-2], totals[-2], totals[-1]
+        loss, sums, norm = self._until_it_fits(numbered, counts, state)
+        bad = learner.health.judge(loss, norm)
+        learner.update(state.step + 1, bad)
+        window.add(loss, sums, counts, norm, bad)
+        window.tokens += tokens
+        # With one process the local flag says it all, and the device is not waited for.
+        return bool(stopped.item()) if accelerator.num_processes > 1 else stop
+
+    def _until_it_fits(
+        self, numbered: Sequence[tuple[int, Batch]], counts: Tensor, state: TrainState
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        while True:
+            try:
+                return self._gradients(list(_split(numbered, 2**state.halvings)), counts, state.step)
+            except torch.OutOfMemoryError as error:
+                self.learner.prepared.zero_grad()
+                largest = max(len(batch["input_ids"]) for _, batch in numbered) // 2**state.halvings
+                state.halvings += 1
+                if largest < 2:
+                    raise RunError(f"out of memory with a single example in step {state.step + 1}: {error}") from error
+                if self.learner.accelerator.num_processes > 1:
+                    self._leave_a_wish(state, largest, error)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self.say(
+                f"OUT OF MEMORY in step {state.step + 1}: micro-batches of up to {largest} examples are halved from "
+                f"here on; the batch of a step stays what it is"
+            )
+
+    def _leave_a_wish(self, state: TrainState, largest: int, error: Exception) -> None:
+        # The others wait in a collective operation for gradients that this process cannot give.
+        self.halved.parent.mkdir(parents=True, exist_ok=True)
+        self.halved.write_text(str(state.halvings), encoding="utf-8")
+        raise RunError(
+            f"out of memory in step {state.step + 1} with micro-batches of up to {largest} examples, and the other "
+            f"processes cannot wait: give the same command again; it halves them from the start"
+        ) from error
+
+    def _gradients(
+        self, micro: Sequence[tuple[tuple[int, ...], Batch]], counts: Tensor, step: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss of the step over all processes [], this process's sums [terms], norm of the whole gradient []."""
+        learner, accelerator = self.learner, self.learner.accelerator
+        accelerator.step, accelerator.gradient_accumulation_steps = 0, len(micro)
+        scale = accelerator.num_processes * len(micro)  # undoes DDP's mean and Accelerate's division
+        progress = step / max(1, self.steps - 1)
+        loss, sums = torch.zeros((), device=accelerator.device), torch.zeros(len(counts), device=accelerator.device)
+        for number, cpu_batch in micro:
+            batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in cpu_batch.items()}
+            torch.manual_seed(seed_of(self.seed, step, *number))
+            with accelerator.accumulate(learner.model):
+                share, parts = learner.model(batch, self.teacher(batch) if self.teacher else None, counts, progress)
+                accelerator.backward(share * scale)
+            loss += share.detach()
+            sums += parts
+        if learner.constraint:
+            learner.constraint.before_step()
+        norm = accelerator.clip_grad_norm_(learner.model.parameters(), self.spec.max_grad_norm or math.inf)
+        return accelerator.reduce(loss, "sum"), sums, whole(norm.detach())
+
+
+def _split(numbered: Sequence[tuple[int, Batch]], pieces: int) -> Iterator[tuple[tuple[int, ...], Batch]]:
+    """Each micro-batch in so many pieces, as far as its examples go round, with what its dropout is seeded from."""
+    for number, batch in numbered:
+        if pieces == 1:
+            yield (number,), batch
+            continue
+        for piece in range(min(pieces, len(batch["input_ids"]))):
+            parts = {name: tensor.tensor_split(pieces)[piece] for name, tensor in batch.items()}
+            yield (number, piece), parts
+
+
+def seed_of(*numbers: int) -> int:
+    """A seed for the dropout of one micro-batch: the same whichever process computes it, and after any restart."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])

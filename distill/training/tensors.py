@@ -1,0 +1,84 @@
+"""A model and its optimizer as named tensors and back, whole also where each process holds a shard."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from distill.errors import RunError
+
+NUMBER = "#"
+"""Marks optimizer state that is a plain number, so that it becomes one again."""
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, or all shards of it put together; then every process must call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(value: Tensor, target: Tensor) -> Tensor:
+    """A whole tensor, the same on every process, on the device of `target` and sharded as it is."""
+    value = value.to(target.device)
+    if isinstance(target, DTensor):
+        return distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
+    return value
+
+
+def own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Each parameter and persistent buffer under its first name; tied ones share storage and are listed once."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            tensors[name] = tensor.detach()
+    return tensors
+
+
+@torch.no_grad()
+def load_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put tensors into the model. Raises RunError when they are not the model's."""
+    expected = own_tensors(model)
+    if tensors.keys() != expected.keys():
+        odd = sorted(tensors.keys() ^ expected.keys())
+        raise RunError(f"the checkpoint holds other tensors than the model: {', '.join(odd[:4])}")
+    for name, tensor in expected.items():
+        tensor.copy_(like(tensors[name], tensor))
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """`PARAMETER/MOMENT` -> tensor, for every moment that the optimizer keeps."""
+    names = [name for name, _ in _trained(model, optimizer)]
+    tensors: dict[str, Tensor] = {}
+    states: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
+    for index, moments in states.items():
+        for moment, value in moments.items():
+            if isinstance(value, Tensor):
+                tensors[f"{names[index]}/{moment}"] = value
+            elif value is not None:
+                tensors[f"{names[index]}/{moment}{NUMBER}"] = torch.tensor(value, dtype=torch.float64)
+    return tensors
+
+
+def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put moments back."""
+    trained = _trained(model, optimizer)
+    index_of = {name: index for index, (name, _) in enumerate(trained)}
+    states: dict[int, dict[str, Any]] = {}
+    for key, tensor in tensors.items():
+        name, moment = key.rsplit("/", 1)
+        index = index_of[name]
+        parameter = trained[index][1]
+        value = like(tensor, parameter) if tensor.shape == parameter.shape else tensor
+        states.setdefault(index, {})[moment.removesuffix(NUMBER)] = tensor.item() if NUMBER in moment else value
+    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
+    """The optimizer's parameters with their names, in the order of its state."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [(names[id(parameter)], parameter) for group in optimizer.param_groups for parameter in group["params"]]

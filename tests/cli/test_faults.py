@@ -1,0 +1,30 @@
+"""The fault campaign in short: no kill costs a published checkpoint or a bit of the final weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import tiny_project
+
+ROOT = Path(__file__).parents[2]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+
+
+@pytest.mark.slow
+def test_killed_thirty_times_training_ends_at_the_same_weights(tmp_path):
+    recipe = tiny_project(tmp_path)
+    settings = ["training.steps=60", "training.save_every=3", "training.ema=0.9", "training.loader_workers=1"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts/kill_campaign.py", recipe, *settings, "--kills", "20", "--in-saves", "10",
+         "--out", tmp_path / "out"],
+        env=ENV, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    counts = json.loads(done.stdout[done.stdout.index("{") :])
+    assert counts["kills in training"] == 20 and counts["kills in saving"] == 10
+    assert counts["ended at the same weights"] >= 1 and "newest checkpoint unusable" not in counts

@@ -1,0 +1,106 @@
+"""Any number of processes, and any way to share a model out to them, is the same training."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import tiny_model
+from transformers import AutoModelForSequenceClassification
+
+from distill.training import read_records
+from distill.training.checkpoint import fault_of
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+ENV = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONPATH": f"{ROOT}:{HERE}:{HERE.parent}",
+    "ACCELERATE_USE_CPU": "true",
+}
+STEPS = 50
+
+pytestmark = pytest.mark.slow
+
+
+def launched(processes, folder, kind="ddp", stop="0:0", *fault, code=0):
+    folder.mkdir(parents=True, exist_ok=True)
+    several = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"] if processes > 1 else []
+    command = [sys.executable, *several, HERE / "launched.py", folder, kind, stop, *fault]
+    done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=240, check=False)
+    assert (done.returncode == 0) == (code == 0), done.stderr
+    return done.stdout + done.stderr
+
+
+def assert_close(folder, reference, tolerance=1e-5):
+    first, second = load_file(folder / "final.safetensors"), load_file(reference / "final.safetensors")
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        if ".key.bias" not in name:  # its true gradient is 0, and AdamW makes steps of size lr of the rounding noise
+            torch.testing.assert_close(tensor, second[name], rtol=0, atol=tolerance, msg=name)
+    losses = [
+        [record["loss"] for record in read_records(path / "metrics.jsonl") if record["event"] == "train"]
+        for path in (folder, reference)
+    ]
+    assert len(losses[0]) == STEPS and losses[0] == pytest.approx(losses[1], abs=tolerance)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """One process from beginning to end."""
+    folder = tmp_path_factory.mktemp("one") / "run"
+    launched(1, folder)
+    return folder
+
+
+def test_saved_on_one_resumed_on_two_and_back_is_the_same_training(one, tmp_path):
+    folder = tmp_path / "run"
+    assert "after step 17 of 50" in launched(1, folder, "ddp", "17:0", code=75)
+    launched(2, folder, "ddp", "17:1", code=75)  # the evaluation after step 17 is made up for
+    assert "continuing after step 34" in launched(1, folder)
+    assert_close(folder, one)
+
+
+def test_fsdp2_trains_saves_resumes_and_exports_the_same_student(one, tmp_path):
+    folder = tmp_path / "run"
+    launched(2, folder, "fsdp", "20:0", code=75)
+    (newest,) = sorted((folder / "checkpoints").glob("step-*"))[-1:]
+    assert newest.name == "step-00000020" and fault_of(newest, "identity") is None
+    shutil.copytree(folder, tmp_path / "on one")
+    assert "continuing after step 20" in launched(2, folder, "fsdp")
+    assert_close(folder, one)
+    exported = AutoModelForSequenceClassification.from_pretrained(folder / "exported")
+    assert type(exported) is type(tiny_model("bert"))
+    final = load_file(folder / "final.safetensors")
+    assert all(torch.equal(tensor, final[name]) for name, tensor in exported.state_dict().items())
+    assert "continuing after step 20" in launched(1, tmp_path / "on one")  # a checkpoint of FSDP is any other's
+    assert_close(tmp_path / "on one", one)
+
+
+def test_a_language_model_under_fsdp2_whose_head_is_read_in_chunks(tmp_path):
+    launched(1, tmp_path / "one", "ddp-lm")
+    launched(2, tmp_path / "two", "fsdp-lm")
+    assert_close(tmp_path / "two", tmp_path / "one")
+
+
+def test_a_gradient_that_is_no_number_on_one_process_leaves_out_the_step_on_both(tmp_path):
+    launched(2, tmp_path, "ddp", "0:0", "nan")
+    records = [record for record in read_records(tmp_path / "metrics.jsonl") if record["event"] == "train"]
+    assert [record["skipped"] for record in records] == [0] * 7 + [1] * 43
+    assert all(torch.isfinite(tensor).all() for tensor in load_file(tmp_path / "final.safetensors").values())
+
+
+def test_out_of_memory_on_one_of_two_processes_is_halved_by_the_next_start(one, tmp_path):
+    folder = tmp_path / "run"
+    assert "give the same command again; it halves them" in launched(2, folder, "ddp", "0:0", "oom", code=1)
+    launched(2, folder)
+    state = sorted((folder / "checkpoints").glob("step-*"))[-1] / "state.json"
+    assert '"halvings": 1' in state.read_text()

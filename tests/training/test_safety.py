@@ -1,0 +1,284 @@
+"""Nothing is lost and nothing broken goes on: skipped steps, memory, averages, loader workers, disk."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import time
+from collections import namedtuple
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from running import dropped, published, run
+from safetensors.torch import load_file
+from tiny import tiny_model
+
+from distill.data import batches
+from distill.errors import RunError, Stopped
+from distill.models.outputs import Outputs
+from distill.training import checkpoint, read_records
+from distill.training.average import Average
+from distill.training.health import WINDOW, Health
+
+
+def equal(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def poisoned(corpus, where, value=float("nan"), dropout=0.1):
+    """A model whose gradient is multiplied by `value` in the backward passes whose numbers are in `where`."""
+    model = tiny_model("bert", **dropped(dropout), num_labels=len(corpus.classes))
+    passes = iter(range(10**6))
+    model.classifier.weight.register_hook(lambda grad: grad * value if next(passes) in where else grad)
+    return model
+
+
+def test_a_gradient_that_is_not_finite_leaves_out_its_step_alone(corpus, tmp_path):
+    model = poisoned(corpus, {2}, dropout=0.0)  # of two micro-batches for each step: the second step
+    run(corpus, tmp_path, model=model, steps=3, log_every=1, job={"log_every": 1}, schedule="constant", warmup=0)
+    records = read_records(tmp_path / "metrics.jsonl")
+    assert [record["skipped"] for record in records] == [0, 1, 1]
+    assert records[1]["loss"] is None and records[1]["grad_norm"] is None and math.isfinite(records[2]["loss"])
+    # AdamW's own clock did not move either: two steps were taken, on the batches of the first and the third.
+    moments = load_file(published(tmp_path / "checkpoints")[-1] / "optimizer.safetensors")
+    assert {value.item() for name, value in moments.items() if name.endswith("/step")} == {2.0}
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_a_gradient_spike_is_left_out_and_counted(corpus, tmp_path):
+    steps = WINDOW
+    run(corpus, tmp_path, model=poisoned(corpus, {2 * steps - 4}, 1e4), steps=steps, job={"log_every": 1})
+    skipped = [record["skipped"] for record in read_records(tmp_path / "metrics.jsonl")]
+    assert skipped == [0] * (steps - 2) + [1, 1]
+
+
+def test_an_optimizer_that_cannot_decide_by_itself_leaves_out_the_same_step(corpus, tmp_path):
+    model, _ = run(
+        corpus, tmp_path, model=poisoned(corpus, {2}), steps=3, optimizer="torch.optim:SGD", max_grad_norm=None
+    )
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert read_records(tmp_path / "metrics.jsonl")[-1]["skipped"] == 1
+
+
+def test_too_many_skipped_steps_end_the_run_and_name_the_last_good_checkpoint(corpus, tmp_path):
+    model = poisoned(corpus, set(range(8, 100)))
+    with pytest.raises(RunError, match=r"last 3 steps up to step 7 .* the last good checkpoint is .*step-00000006"):
+        run(corpus, tmp_path, model=model, steps=20, max_skipped=3, job={"log_every": 1})
+
+
+def test_skips_are_the_same_after_a_restart(corpus, tmp_path):
+    whole, _ = run(corpus, tmp_path / "whole", model=poisoned(corpus, {4, 9}))
+    run(corpus, tmp_path / "parts", model=poisoned(corpus, {4, 9}))
+    shutil.rmtree(published(tmp_path / "parts/checkpoints")[-1])
+    model, _ = run(corpus, tmp_path / "parts", model=poisoned(corpus, {1}))  # backward pass 9 of the whole run
+    assert equal(whole, model)
+    assert read_records(tmp_path / "whole/metrics.jsonl")[-1]["skipped"] == 2
+    assert read_records(tmp_path / "parts/metrics.jsonl")[-1]["skipped"] == 2
+
+
+@given(st.lists(st.floats(0.5, 2.0), min_size=WINDOW, max_size=WINDOW), st.floats(5.0, 1e6))
+def test_only_a_norm_beyond_the_factor_is_a_spike_and_a_new_level_is_accepted(norms, jump):
+    health, loss = Health(4.0, torch.device("cpu")), torch.tensor(1.0)
+    assert not any(health.judge(loss, torch.tensor(norm)).item() for norm in norms)
+    judged = [health.judge(loss, torch.tensor(2.0 * jump)).item() for _ in range(WINDOW)]
+    half = WINDOW // 2 + 1
+    assert judged == [1.0] * half + [0.0] * (WINDOW - half)
+    assert health.skipped.tolist() == [half, 0]
+
+
+def test_a_factor_of_none_skips_no_finite_norm_and_every_other():
+    health = Health(None, torch.device("cpu"))
+    values = [health.judge(torch.tensor(1.0), torch.tensor(norm)).item() for norm in [1.0] * WINDOW + [1e30]]
+    assert not any(values)
+    assert health.judge(torch.tensor(math.nan), torch.tensor(1.0)).item() == 1
+    assert health.judge(torch.tensor(1.0), torch.tensor(math.inf)).item() == 1
+
+
+class SmallMemory:
+    """A teacher that runs out of memory with more than so many examples."""
+
+    def __init__(self, most):
+        self.most = most
+
+    def __call__(self, batch):
+        if len(batch["input_ids"]) > self.most:
+            raise torch.OutOfMemoryError(f"{len(batch['input_ids'])} examples")
+        return Outputs(torch.zeros(1), {})
+
+
+def test_out_of_memory_halves_the_micro_batches_and_gives_the_same_result(corpus, tmp_path):
+    plain, _ = run(corpus, tmp_path / "plain", micro=8, dropout=0.0)
+    halved, said = run(corpus, tmp_path / "halved", micro=8, dropout=0.0, teacher=SmallMemory(2))
+    assert [line.startswith("OUT OF MEMORY in step 1") for line in said] == [True, True]
+    for name in ("loss", "grad_norm"):
+        pairs = [[r[name] for r in read_records(tmp_path / f"{kind}/metrics.jsonl")] for kind in ("plain", "halved")]
+        assert pairs[1] == pytest.approx(pairs[0], abs=1e-6)
+    for (name, a), b in zip(plain.named_parameters(), halved.parameters(), strict=True):
+        if ".key.bias" not in name:  # its true gradient is 0, and AdamW makes steps of size lr of the rounding noise
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6, msg=name)
+
+
+def test_the_halving_survives_a_restart_bitwise(corpus, tmp_path):
+    whole, _ = run(corpus, tmp_path / "whole", micro=8, teacher=SmallMemory(4))
+    run(corpus, tmp_path / "parts", micro=8, teacher=SmallMemory(4))
+    shutil.rmtree(published(tmp_path / "parts/checkpoints")[-1])
+    model, said = run(corpus, tmp_path / "parts", micro=8)  # enough memory by now: the result must not depend on it
+    assert len(said) == 1 and "continuing after step 4" in said[0]
+    assert equal(whole, model)
+
+
+def test_a_single_example_that_does_not_fit_ends_the_run(corpus, tmp_path):
+    with pytest.raises(RunError, match="single example"):
+        run(corpus, tmp_path, teacher=SmallMemory(0))
+
+
+def test_the_average_follows_its_formula_and_leaves_out_skipped_steps():
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.constant_(model.weight, 0.0)
+    average = Average(model, 0.5)
+    no, yes = torch.tensor(0.0), torch.tensor(1.0)
+    expected = 0.0
+    for step, weight in ((1, 1.0), (2, 2.0), (30, 4.0)):
+        torch.nn.init.constant_(model.weight, weight)
+        average.update(step, no)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * weight
+        assert average.values["weight"].item() == pytest.approx(expected)
+        average.update(step, yes)
+        assert average.values["weight"].item() == pytest.approx(expected)
+    with average.in_place():
+        assert model.weight.item() == pytest.approx(expected)
+    assert model.weight.item() == 4.0
+
+
+def test_the_average_is_resumed_bitwise_and_released_when_asked(corpus, tmp_path):
+    last, _ = run(corpus, tmp_path / "last", ema=0.9)
+    whole, _ = run(corpus, tmp_path / "whole", ema=0.9, ema_release=True)
+    run(corpus, tmp_path / "parts", ema=0.9, ema_release=True)
+    shutil.rmtree(published(tmp_path / "parts/checkpoints")[-1])
+    model, _ = run(corpus, tmp_path / "parts", ema=0.9, ema_release=True)
+    assert equal(whole, model) and not equal(whole, last)
+    saved = load_file(published(tmp_path / "whole/checkpoints")[-1] / "average.safetensors")
+    for name, parameter in whole.named_parameters():
+        assert torch.equal(saved[f"student.{name}"], parameter)
+    plain, _ = run(corpus, tmp_path / "plain")
+    assert equal(plain, last), "keeping an average changes the training itself"
+
+
+def test_loader_workers_change_nothing_also_after_a_restart_within_an_epoch(corpus, tmp_path):
+    plain, _ = run(corpus, tmp_path / "plain")
+    run(corpus, tmp_path / "workers", loader_workers=2)
+    shutil.rmtree(published(tmp_path / "workers/checkpoints")[-1])
+    model, said = run(corpus, tmp_path / "workers", loader_workers=2)
+    assert "continuing after step 4" in said[-1] and equal(plain, model)
+
+
+def test_a_dead_loader_worker_ends_the_run_with_a_message(corpus, tmp_path):
+    def evaluate(*_):
+        (worker,) = multiprocessing.active_children()
+        os.kill(worker.pid, signal.SIGKILL)
+        time.sleep(1)
+        return {"accuracy": 0.5}
+
+    with pytest.raises(RunError, match="loader worker is dead"):
+        run(corpus, tmp_path, steps=500, loader_workers=1, job={"evaluate": evaluate, "evaluate_every": 2})
+
+
+def test_a_hanging_loader_worker_ends_the_run_with_a_message(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(batches, "PATIENCE", 1)
+    monkeypatch.setattr(batches, "collate", lambda *_: time.sleep(60))
+    with pytest.raises(RunError, match="hangs: DataLoader timed out"):
+        run(corpus, tmp_path, loader_workers=1)
+
+
+def test_a_full_disk_is_noticed_before_anything_is_written(corpus, tmp_path, monkeypatch):
+    run(corpus, tmp_path, steps=4)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage(10**9, 10**9, 1000))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(RunError, match=r"needs \d+ MB and .* has 0 MB left.*last good checkpoint is .*step-00000004"):
+        run(corpus, tmp_path, steps=6)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_write_that_fails_half_way_leaves_nothing_behind(corpus, tmp_path):
+    run(corpus, tmp_path, steps=4)
+    before = sorted((tmp_path / "checkpoints").rglob("*"))
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # as a quota does
+    try:
+        with pytest.raises(RunError, match=r"cannot be written: .*; the last good checkpoint is .*step-00000004"):
+            run(corpus, tmp_path, steps=6)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert sorted((tmp_path / "checkpoints").rglob("*")) == before
+
+
+def test_memory_that_ends_outside_of_a_pass_is_said_in_one_line(corpus, tmp_path):
+    def evaluate(*_):
+        raise torch.OutOfMemoryError("no more")
+
+    with pytest.raises(RunError, match=r"out of memory: no more; the last good checkpoint is .*step-00000002"):
+        run(corpus, tmp_path, job={"evaluate": evaluate, "evaluate_every": 3})
+
+
+def test_weights_that_are_not_finite_are_never_published(tmp_path):
+    shelf = checkpoint.Checkpoints(tmp_path, "identity", print)
+    with pytest.raises(RunError, match=r"not finite \(w\): not saved; there is no checkpoint yet"):
+        shelf.save(checkpoint.TrainState(step=1), {"model": {"w": torch.tensor([1.0, math.inf])}})
+    assert shelf.published() == [] and list(tmp_path.iterdir()) == []
+
+
+def stopping_after(count):
+    """An evaluation that is interrupted by a signal the first time, after so many batches."""
+    calls = iter(range(100))
+
+    def evaluate(_model, stopped):
+        if next(calls) == 0:
+            for _ in range(count):
+                assert not stopped()
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stopped()
+        return {"accuracy": 0.5}
+
+    return evaluate
+
+
+def test_a_signal_during_an_evaluation_saves_at_once_and_the_evaluation_is_made_up_for(corpus, tmp_path):
+    whole, _ = run(corpus, tmp_path / "whole")
+    evaluate = stopping_after(3)
+    with pytest.raises(Stopped, match="after step 3 of 6"):
+        run(corpus, tmp_path / "parts", job={"evaluate": evaluate, "evaluate_every": 3})
+    assert published(tmp_path / "parts/checkpoints")[-1].name == "step-00000003"
+    model, _ = run(corpus, tmp_path / "parts", job={"evaluate": evaluate, "evaluate_every": 3})
+    assert equal(whole, model)
+    records = read_records(tmp_path / "parts/metrics.jsonl")
+    assert [r["step"] for r in records if r["event"] == "evaluate"] == [3, 6]
+
+
+def test_the_best_checkpoint_by_a_metric_is_kept_apart(corpus, tmp_path):
+    values = iter([0.5, 0.9, None, 0.7])
+    job = {
+        "evaluate": lambda _model, _stopped: {"accuracy": next(values)},
+        "evaluate_every": 2,
+        "keep_best": ("accuracy", True),
+    }
+    run(corpus, tmp_path, steps=8, job=job)
+    (best,) = published(tmp_path / "checkpoints/best")
+    assert best.name == "step-00000004" and checkpoint.fault_of(best, "identity") is None
+    assert json.loads((best / "state.json").read_text())["best"] == 0.9
+    assert [path.name for path in published(tmp_path / "checkpoints")] == ["step-00000006", "step-00000008"]
+
+
+def test_lower_can_be_better(corpus, tmp_path):
+    values = iter([3.0, 2.0, 2.5])
+    job = {"evaluate": lambda *_: {"loss": next(values)}, "evaluate_every": 2, "keep_best": ("loss", False)}
+    run(corpus, tmp_path, job=job)
+    assert [path.name for path in published(tmp_path / "checkpoints/best")] == ["step-00000004"]
