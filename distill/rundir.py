@@ -25,7 +25,7 @@ class TrainDir:
 
     @property
     def checkpoints(self) -> Path:
-        """Published checkpoints, `step-XXXXXXXX` each."""
+        """Published checkpoints, `step-00000100` each."""
         return self.root / "checkpoints"
 
     @property

@@ -63,7 +63,7 @@ class Checkpoints:
         """Nothing is read or written yet.
 
         Args:
-            folder: Holds `step-XXXXXXXX` folders, also those of trainings with other inputs, which are never touched.
+            folder: Holds `step-00000100` folders, also those of trainings with other inputs, which are never touched.
             identity: Fingerprint of what is being trained; a checkpoint with another one is not continued.
             say: Where notices go.
             keep: How many valid ones are kept.
@@ -93,7 +93,7 @@ class Checkpoints:
         return f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
 
     def save(self, state: TrainState, parts: Parts) -> Path:
-        """Publish `step-XXXXXXXX`, then remove what is older than the newest valid ones of this training.
+        """Publish `step-00000100`, then remove what is older than the newest valid ones of this training.
 
         Args:
             state: Where training stands.
