@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import signal
 import threading
@@ -123,7 +124,13 @@ class Watchdog:
 
 
 def processes() -> PartialState:
-    """Who this process is among those that were launched together."""
+    """Who this process is among those that were launched together.
+
+    Raises:
+        InputError: DeepSpeed was asked for and is not installed.
+    """
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and importlib.util.find_spec("deepspeed") is None:
+        raise InputError("the launch asks for DeepSpeed, which is not installed: pip install 'distill[deepspeed]'")
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
@@ -164,13 +171,9 @@ def check_launch(processes: int, device: str, environment: Mapping[str, str] = o
             f"accelerate launch was asked for several processes and started one, as it does with --cpu. Use:\n{right}\n"
             f"or, for one process:\n  accelerate launch --num_processes 1 {SCRIPT}"
         )
-    if parse_flag(environment.get("ACCELERATE_USE_DEEPSPEED", "false")):
-        raise InputError(
-            "DeepSpeed is not supported. FSDP2 shares out the same things:\n"
-            f"  accelerate launch --config_file recipes/accelerate/fsdp2.yaml {SCRIPT}"
-        )
-    if device == "cpu" and parse_flag(environment.get("ACCELERATE_USE_FSDP", "false")):
-        raise InputError(f"FSDP was asked for, which on a CPU silently becomes DDP. Without GPUs use:\n{right}")
+    for name, flag in (("FSDP", "ACCELERATE_USE_FSDP"), ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED")):
+        if device == "cpu" and parse_flag(environment.get(flag, "false")):
+            raise InputError(f"{name} was asked for, which on a CPU silently becomes DDP. Without GPUs use:\n{right}")
 
 
 def parse_flag(text: str) -> bool:

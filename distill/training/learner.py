@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ from distill.training.optimizers import make_optimizer
 from distill.training.setup import freeze
 from distill.training.tensors import load_model, load_optimizer, optimizer_tensors, own_tensors, whole
 
+SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+"""Where each process holds a part of the weights."""
+
 
 @dataclass
 class Learner:
@@ -30,7 +34,7 @@ class Learner:
 
     accelerator: Accelerator
     student: Any
-    """The transformers model that was handed in; under FSDP a copy of it is trained."""
+    """The transformers model that was handed in; where weights are sharded a copy of it is trained."""
     model: nn.Module
     """The prepared module; always called through this wrapper."""
     wrapper: DistillModel
@@ -42,13 +46,35 @@ class Learner:
     constraint: Constraint | None
     spec: Optimization
 
-    def update(self, step: int, bad: Tensor) -> None:
-        """Take the optimizer's step unless `bad` [] is 1, then what follows from the new weights.
+    def backward(self, share: Tensor) -> None:
+        """Add the gradient of one micro-batch's share of the loss [], inside `accelerator.accumulate`."""
+        accelerator = self.accelerator
+        # Undoes DDP's mean and Accelerate's division.
+        accelerator.backward(share * (accelerator.num_processes * accelerator.gradient_accumulation_steps))
+
+    def step(self, step: int, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """Clip, take the optimizer's step unless it must be left out, then what follows from the new weights.
 
         Args:
             step: Steps done, this one included.
-            bad: From `Health.judge`.
+            loss: Of the whole step, the same on every process [].
+
+        Returns:
+            Norm of the whole gradient [], and 1.0 where the step was left out, else 0.0 [].
         """
+        if self.constraint:
+            self.constraint.before_step()
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.spec.max_grad_norm or math.inf)
+        norm = whole(norm.detach())
+        bad = self.health.judge(loss, norm)
+        self._update(bad)
+        if self.constraint:
+            self.constraint.after_step(step)
+        if self.average:
+            self.average.update(step, bad)
+        return norm, bad
+
+    def _update(self, bad: Tensor) -> None:
         if self._decides_itself:
             self.optimizer.found_inf = bad  # type: ignore[attr-defined]  # the fused kernels look at it on the device
             self.prepared.step()
@@ -57,10 +83,6 @@ class Learner:
         elif self.accelerator.scaler is not None:
             self.accelerator.scaler.update()  # lowers the scale after an overflow
         self.prepared.zero_grad()
-        if self.constraint:
-            self.constraint.after_step(step)
-        if self.average:
-            self.average.update(step, bad)
 
     @property
     def _decides_itself(self) -> bool:
@@ -71,7 +93,7 @@ class Learner:
     @property
     def sharded(self) -> bool:
         """Whether each process holds a part of the weights."""
-        return bool(self.accelerator.distributed_type == DistributedType.FSDP)
+        return self.accelerator.distributed_type in SHARDING
 
     @contextmanager
     def measured(self) -> Iterator[Any]:
@@ -101,14 +123,22 @@ class Learner:
 
     def _fill_student(self, device: torch.device) -> None:
         """Put the weights together in the student itself; every process takes part."""
-        own = {name: whole(tensor) for name, tensor in own_tensors(self.wrapper.student).items()}
-        load_model(self.student.to(device).eval(), own)
+        own = {name: tensor for name, tensor in self.weights().items() if name.startswith("student.")}
+        load_model(self.student.to(device).eval(), {name.removeprefix("student."): own[name] for name in own})
+
+    def weights(self) -> dict[str, Tensor]:
+        """Parameters and buffers of student and projections, whole."""
+        return {name: whole(tensor) for name, tensor in own_tensors(self.wrapper).items()}
+
+    def moments(self) -> dict[str, Tensor]:
+        """What the optimizer keeps of each parameter, whole."""
+        return {name: whole(tensor) for name, tensor in optimizer_tensors(self.wrapper, self.optimizer).items()}
 
     def parts(self) -> dict[str, dict[str, Tensor]]:
         """Everything that a checkpoint holds, whole; where weights are sharded, every process must ask for it."""
         parts = {
-            "model": own_tensors(self.wrapper),
-            "optimizer": optimizer_tensors(self.wrapper, self.optimizer),
+            "model": self.weights(),
+            "optimizer": self.moments(),
             "health": self.health.tensors(),
             "average": self.average.tensors() if self.average else {},
             "constraint": self.constraint.tensors() if self.constraint else {},
@@ -132,8 +162,7 @@ def make_learner(
     spec: Optimization,
     constraint: Constraint | None,
     accelerator: Accelerator,
-    *,
-    fresh: bool,
+    found: Parts | None = None,
 ) -> Learner:
     """Freeze, wrap and prepare a student.
 
@@ -143,15 +172,15 @@ def make_learner(
         spec: The recipe's section.
         constraint: What must hold of the weights after every step.
         accelerator: From `make_accelerator`.
-        fresh: Training starts with these weights; otherwise `Learner.load` is called next.
+        found: What a checkpoint of this training holds; None: it starts with the student's weights.
 
     Raises:
         InputError: A name pattern matches nothing, or the constraint needs whole weights and gets shards.
     """
     freeze(student, spec.freeze, spec.only)
-    sharded = accelerator.distributed_type == DistributedType.FSDP
+    sharded, zero = accelerator.distributed_type in SHARDING, accelerator.distributed_type == DistributedType.DEEPSPEED
     if sharded and constraint is not None:
-        raise InputError("student.mask looks at whole weights: launch it with DDP, not with FSDP")
+        raise InputError("student.mask looks at whole weights: launch it with DDP, not with FSDP or DeepSpeed")
     trained = copy.deepcopy(student) if sharded else student
     if spec.gradient_checkpointing:
         _checkpointing(trained, "enable")({"use_reentrant": False})
@@ -160,12 +189,20 @@ def make_learner(
             layer.forward = torch.compile(layer.forward)  # not the module: hooks on it stay outside of the graph
     wrapper = DistillModel(trained, objective).train()
     optimizer = make_optimizer(wrapper, spec)
+    if zero and found is not None:
+        load_model(wrapper, found["model"])  # before the engine makes its own copies
     model, prepared = accelerator.prepare(wrapper, optimizer)
-    if constraint is not None and fresh:
+    if constraint is not None and found is None:
         constraint.after_step(0)
     average = Average(wrapper, spec.ema) if spec.ema is not None else None
     health = Health(spec.skip_spikes, accelerator.device)
-    return Learner(accelerator, student, model, wrapper, prepared, optimizer, health, average, constraint, spec)
+    kind = Learner
+    if zero:
+        from distill.training.zero import ZeroLearner as kind
+    learner = kind(accelerator, student, model, wrapper, prepared, optimizer, health, average, constraint, spec)
+    if found is not None:
+        learner.load(found)
+    return learner
 
 
 def _checkpointing(student: Any, what: str) -> Any:

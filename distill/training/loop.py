@@ -87,11 +87,9 @@ def train(
     # Read before wrapping: DDP then spreads what every process has read from the same files anyway.
     found = checkpoints.newest_valid()
     accelerator.wait_for_everyone()
-    learner = make_learner(student, objective, job.spec, job.constraint, accelerator, fresh=found is None)
-    state = TrainState()
+    state, parts = (TrainState(), None) if found is None else checkpoint.load(found)
+    learner = make_learner(student, objective, job.spec, job.constraint, accelerator, parts)
     if found is not None:
-        state, parts = checkpoint.load(found)
-        learner.load(parts)
         say(f"{job.title}: continuing after step {state.step} of {steps} ({found.name})")
     halved = job.folder.root / "halvings"
     if halved.exists():

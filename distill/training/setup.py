@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin
 from torch import nn
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from distill.errors import InputError
 from distill.models.outputs import Batch
@@ -74,7 +75,33 @@ def make_accelerator(
     plugin = GradientAccumulationPlugin(num_steps=count // world, sync_with_dataloader=False)
     precision = "no" if spec.precision == "fp32" else spec.precision
     own = {"log_with": list(trackers), "project_dir": folder} if trackers else {}
-    return Accelerator(mixed_precision=precision, gradient_accumulation_plugin=plugin, **own)
+    accelerator = Accelerator(mixed_precision=precision, gradient_accumulation_plugin=plugin, **own)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        configure_deepspeed(accelerator, spec, batches.batch_size // count)
+    return accelerator
+
+
+def configure_deepspeed(accelerator: Accelerator, spec: Optimization, micro: int) -> None:
+    """Give the launch's DeepSpeed plugin what the recipe decides: batch, accumulation and clipping.
+
+    Raises:
+        InputError: The launch or the recipe asks for something that is not done with DeepSpeed.
+    """
+    config = accelerator.deepspeed_plugin.deepspeed_config
+    zero = config["zero_optimization"]
+    if zero["stage"] not in (2, 3):
+        raise InputError(f"zero_stage: {zero['stage']} shares out nothing that DDP does not; use 2 or 3")
+    if any((zero.get(f"offload_{what}") or {}).get("device", "none") != "none" for what in ("optimizer", "param")):
+        raise InputError("DeepSpeed's offloading is not supported: set offload_*_device: none, or use FSDP2")
+    if spec.precision == "fp16":
+        raise InputError("training.precision: fp16 does not go with DeepSpeed, whose loss scale no checkpoint keeps")
+    if spec.ema is not None:
+        raise InputError("training.ema looks at whole weights: launch it with DDP or FSDP2, not with DeepSpeed")
+    config["train_micro_batch_size_per_gpu"] = micro
+    config["gradient_accumulation_steps"] = accelerator.gradient_accumulation_steps
+    config["gradient_clipping"] = spec.max_grad_norm or 0.0
+    # transformers would share out every model that is loaded from here on, teacher and evaluated arms included.
+    unset_hf_deepspeed_config()
 
 
 def horizon(spec: Optimization, batches: Batches) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,6 @@ from distill.models.outputs import Batch, Outputs
 from distill.recipe.schema import Optimization
 from distill.training.checkpoint import TrainState
 from distill.training.learner import Learner
-from distill.training.tensors import whole
 
 Teacher = Callable[[Batch], Outputs]
 
@@ -87,9 +85,8 @@ class Step:
         extra = torch.tensor([sum(int(batch["attention_mask"].sum()) for batch in own), int(stop)])
         totals = accelerator.reduce(torch.cat([counts, extra]).to(accelerator.device), "sum")
         counts, tokens, stopped = totals[:-2], totals[-2], totals[-1]
-        loss, sums, norm = self._until_it_fits(numbered, counts, state)
-        bad = learner.health.judge(loss, norm)
-        learner.update(state.step + 1, bad)
+        loss, sums = self._until_it_fits(numbered, counts, state)
+        norm, bad = learner.step(state.step + 1, loss)
         window.add(loss, sums, counts, norm, bad)
         window.tokens += tokens
         # With one process the local flag says it all, and the device is not waited for.
@@ -97,7 +94,7 @@ class Step:
 
     def _until_it_fits(
         self, numbered: Sequence[tuple[int, Batch]], counts: Tensor, state: TrainState
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         while True:
             try:
                 return self._gradients(list(_split(numbered, 2**state.halvings)), counts, state.step)
@@ -127,11 +124,10 @@ class Step:
 
     def _gradients(
         self, micro: Sequence[tuple[tuple[int, ...], Batch]], counts: Tensor, step: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss of the step over all processes [], this process's sums [terms], norm of the whole gradient []."""
+    ) -> tuple[Tensor, Tensor]:
+        """Make the gradients; returns the loss of the step over all processes [] and this process's sums [terms]."""
         learner, accelerator = self.learner, self.learner.accelerator
         accelerator.step, accelerator.gradient_accumulation_steps = 0, len(micro)
-        scale = accelerator.num_processes * len(micro)  # undoes DDP's mean and Accelerate's division
         progress = step / max(1, self.steps - 1)
         loss, sums = torch.zeros((), device=accelerator.device), torch.zeros(len(counts), device=accelerator.device)
         for number, cpu_batch in micro:
@@ -139,13 +135,10 @@ class Step:
             torch.manual_seed(seed_of(self.seed, step, *number))
             with accelerator.accumulate(learner.model):
                 share, parts = learner.model(batch, self.teacher(batch) if self.teacher else None, counts, progress)
-                accelerator.backward(share * scale)
+                learner.backward(share)
             loss += share.detach()
             sums += parts
-        if learner.constraint:
-            learner.constraint.before_step()
-        norm = accelerator.clip_grad_norm_(learner.model.parameters(), self.spec.max_grad_norm or math.inf)
-        return accelerator.reduce(loss, "sum"), sums, whole(norm.detach())
+        return accelerator.reduce(loss, "sum"), sums
 
 
 def _split(numbered: Sequence[tuple[int, Batch]], pieces: int) -> Iterator[tuple[tuple[int, ...], Batch]]:

@@ -1,9 +1,10 @@
 """One process of a training that a test launches: `launched.py FOLDER KIND STOP [FAULT]`.
 
-KIND is `ddp` or `fsdp` (FSDP2 on a CPU, which Accelerate's own launcher turns into DDP), with `-lm` for a language
-model instead of a classifier. STOP `17:1`: evaluations every 17 steps, a signal during the one after the first; `0:0`:
-none. FAULT, of the second process: `oom`, it runs out of memory; `nan`, the gradient of one of its backward passes is
-not a number.
+KIND is `ddp`, `fsdp` (FSDP2), `zero2` or `zero3` (DeepSpeed), or `plain` (`ddp` without the average of weights, which
+DeepSpeed does not take), with `-lm` for a language model instead of a classifier; all on a CPU, where Accelerate's own
+launcher makes DDP of them. STOP `17:1`: evaluations every 17 steps, a
+signal during the one after the first; `0:0`: none. FAULT, of the second process: `oom`, it runs out of memory; `nan`,
+the gradient of one of its backward passes is not a number.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import running
 import torch
-from accelerate import DistributedType, FullyShardedDataParallelPlugin
+from accelerate import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import save_file
 from tiny import tiny_model, tiny_project
 
@@ -27,6 +29,7 @@ from distill.models.outputs import Outputs
 from distill.recipe import load_recipe
 from distill.training import make_accelerator
 from distill.training.guards import processes
+from distill.training.setup import configure_deepspeed
 from distill.training.sharding import shard
 
 
@@ -38,6 +41,23 @@ def fsdp2_on_cpu(*arguments):
     for state in (accelerator.state._shared_state, processes()._shared_state):
         state["distributed_type"] = DistributedType.FSDP
     accelerator.state.fsdp_plugin = plugin
+    return accelerator
+
+
+def deepspeed_on_cpu(stage, spec, batches):
+    import deepspeed
+
+    for name in deepspeed.ops.__compatible_ops__:
+        deepspeed.ops.__compatible_ops__[name] = False  # nothing is compiled
+    accelerator = make_accelerator(spec, batches)
+    plugin = DeepSpeedPlugin(zero_stage=stage)
+    plugin.set_mixed_precision("no" if spec.precision == "fp32" else spec.precision)
+    plugin.select(_from_accelerator_state=True)
+    for state in (accelerator.state._shared_state, processes()._shared_state):
+        state["distributed_type"] = DistributedType.DEEPSPEED
+    accelerator.state.deepspeed_plugins = plugin
+    accelerator.deepspeed_engine_wrapped = None
+    configure_deepspeed(accelerator, spec, batches.batch_size // batches.micro_batches_per_step())
     return accelerator
 
 
@@ -68,6 +88,8 @@ def main():
     corpus = tokenise(read_texts(spec, 0, project), spec, load_tokenizer(project / "teacher"))
     if kind == "fsdp":
         running.make_accelerator = fsdp2_on_cpu
+    if kind.startswith("zero"):
+        running.make_accelerator = partial(deepspeed_on_cpu, int(kind[-1]))
 
     def evaluate(model, _stopped):
         with torch.no_grad():
@@ -77,11 +99,14 @@ def main():
         return {"accuracy": 0.5}
 
     processes()
-    teacher = Teacher(kind == "fsdp", "oom" in fault and rank == 1) if kind == "fsdp" or fault else None
+    sharded = kind not in ("ddp", "plain")
+    teacher = Teacher(sharded, "oom" in fault and rank == 1) if sharded or fault else None
     model = tiny_model("llama") if lm else tiny_model("bert", **running.dropped(0.1), num_labels=len(corpus.classes))
     if "nan" in fault and rank == 1:
         passes = iter(range(10**6))
-        model.classifier.weight.register_hook(lambda grad: grad * float("nan") if next(passes) == 15 else grad)
+        # A hook on a module, which its copy has as well: where weights are sharded, a copy is trained.
+        broken = lambda grads: tuple(grad * (float("nan") if next(passes) == 15 else 1) for grad in grads)  # noqa: E731
+        model.classifier.register_full_backward_hook(lambda _module, grads, _out: broken(grads))
     job = {"evaluate": evaluate, "evaluate_every": every, "log_every": 1}
     try:
         model, said = running.run(
@@ -91,7 +116,7 @@ def main():
             micro=2,
             teacher=teacher,
             job=job,
-            ema=0.9,
+            ema=0.9 if kind in ("ddp", "fsdp") else None,
             save_every=10,
             model=model,
         )

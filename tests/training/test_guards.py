@@ -40,11 +40,6 @@ def test_a_launch_that_does_what_it_seems_to_is_accepted(world, device, environm
     check_launch(world, device, environment)
 
 
-def test_deepspeed_is_refused_with_what_does_the_same():
-    with pytest.raises(InputError, match=r"not supported.*\n.*accelerate/fsdp2\.yaml"):
-        check_launch(8, "cuda", {"WORLD_SIZE": "8", "ACCELERATE_USE_DEEPSPEED": "true"})
-
-
 def test_the_first_signal_is_noted_and_the_handlers_come_back():
     before = signal.getsignal(signal.SIGTERM)
     with StopSignals() as stop:

@@ -25,6 +25,7 @@ ENV = {
     "HF_HUB_OFFLINE": "1",
     "PYTHONPATH": f"{ROOT}:{HERE}:{HERE.parent}",
     "ACCELERATE_USE_CPU": "true",
+    "DS_ACCELERATOR": "cpu",
 }
 STEPS = 50
 
