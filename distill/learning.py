@@ -21,6 +21,7 @@ from distill.evaluation.metrics import HIGHER_IS_BETTER, compute
 from distill.evaluation.predict import gathered, predict
 from distill.losses import Objective, layer_map
 from distill.masking import compact_trained, masks_for
+from distill.models.cost import matmul_rate, training_flops
 from distill.models.layout import layers_of
 from distill.models.plan import StudentPlan
 from distill.recipe.schema import Optimization, Recipe, Term, Training
@@ -113,17 +114,27 @@ def train_model(session: Session, job: Job, model: Any, objective: Objective, te
     batches = batches_for(session, job.spec, labelled=not objective.needs_teacher)
     dtype = model.dtype
     model.float()  # AdamW's small steps would be lost in half-precision weights; autocast gives the speed
+    accelerator = make_accelerator(job.spec, batches, job.trackers, job.folder.root)
     train(
-        job,
+        replace(job, limit=limit_of(session, job, model, teacher)),
         model,
         objective,
         teacher,
         batches,
-        make_accelerator(job.spec, batches, job.trackers, job.folder.root),
+        accelerator,
         evaluate=partial(held_out, session),
         say=session.say,
     )
     model.to(device="cpu", dtype=dtype)
+
+
+def limit_of(session: Session, job: Job, model: Any, teacher: OnlineTeacher | None) -> float | None:
+    """Tokens per second of a training whose time all goes into matrix products; None where they cannot be counted."""
+    spec = session.recipe.teacher
+    if teacher is not None and (spec.dtype == "int8" or spec.device != "same"):
+        return None
+    rate = matmul_rate(processes().device, DTYPES[job.spec.precision]) * processes().num_processes
+    return float(rate / training_flops(model, teacher and teacher.model, session.recipe.data.max_length))
 
 
 def batches_for(session: Session, spec: Optimization, *, labelled: bool) -> TrainingBatches:

@@ -101,6 +101,25 @@ def _grouped_flops(rows: torch.Size, weights: torch.Size, *_: Any, **__: Any) ->
     return 2 * rows[0] * weights[1] * weights[2]
 
 
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOPs per second of a large matrix product: the limit of all that is made of them."""
+    size = 1024 if device.type == "cpu" else 8192
+    left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+    product = partial(torch.mm, left, right, out=torch.empty_like(left))
+    rounds = timed({"product": product}, repeats=1, per_round=5, device=device)
+    return 2 * size**3 / min(rounds["product"][0])
+
+
+def training_flops(student: Any, teacher: Any | None, length: int) -> float:
+    """FLOPs per token of a training step at texts of so many tokens: student forward and backward, teacher forward."""
+
+    def forward(model: Any) -> int:
+        counts, _ = flops_by_module(model, example(model, length))
+        return counts[model]
+
+    return (3 * forward(student) + (forward(teacher) if teacher is not None else 0)) / length
+
+
 def timed(passes: Mapping[str, Callable[[], object]], repeats: int, per_round: int, device: torch.device) -> Rounds:
     """Time every model in every round, in turns."""
     for run in passes.values():

@@ -52,6 +52,8 @@ class Job:
     """A metric, and whether higher is better: the checkpoint with its best value is kept apart."""
     trackers: tuple[str, ...] = ()
     """Where records go besides metrics.jsonl."""
+    limit: float | None = None
+    """Tokens per second if all time went into matrix products; records say which share of it is reached."""
 
 
 def train(
@@ -171,7 +173,7 @@ class _Run:
 
     def log(self, window: Window, rate: float, seconds: float) -> None:
         """Write one record. Raises RunError when too many steps in a row were left out."""
-        state, learner = self.state, self.learner
+        state, learner, job = self.state, self.learner, self.job
         figures = window.read(learner.accelerator, learner.wrapper.objective.names)
         skipped, in_a_row = learner.health.skipped.tolist()
         tokens = int(window.tokens.item())
@@ -183,16 +185,17 @@ class _Run:
             "epoch": round(self.batches.epoch_at(state.step), 4),
             "lr": rate,
             **figures,
-            **(self.job.constraint.figures() if self.job.constraint else {}),
+            **(job.constraint.figures() if job.constraint else {}),
             "skipped": skipped,
             "examples_per_s": round(window.steps * self.batches.batch_size / max(seconds, 1e-9), 2),
             "tokens_per_s": round(tokens / max(seconds, 1e-9), 1),
+            "flop_share": round(tokens / max(seconds, 1e-9) / job.limit, 4) if job.limit else None,
             "tokens": state.tokens,
         }
         self.tracker.record(record)
-        if in_a_row >= min(self.job.spec.max_skipped, self.steps):
+        if in_a_row >= min(job.spec.max_skipped, self.steps):
             raise RunError(
-                f"{self.job.title}: the last {in_a_row} steps up to step {state.step} were left out, their loss or "
+                f"{job.title}: the last {in_a_row} steps up to step {state.step} were left out, their loss or "
                 f"gradient is not finite; {self.checkpoints.last_good()}. Lower lr, or check the teacher and the data"
             )
 

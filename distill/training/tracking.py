@@ -150,6 +150,8 @@ def summary(record: Mapping[str, Any]) -> str:
     parts = "  ".join(f"{name} {_short(value)}" for name, value in record["parts"].items())
     skipped = f"  {record['skipped']} skipped" if record["skipped"] else ""
     speed = f"{record['tokens_per_s']:,.0f} tokens/s"
+    if record["flop_share"] is not None:
+        speed += f" ({record['flop_share']:.0%} of the FLOP limit)"
     return f"loss {_short(record['loss'])} ({parts})  lr {record['lr']:.2e}  {speed}{skipped}"
 
 

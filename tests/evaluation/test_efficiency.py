@@ -6,6 +6,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from distill.evaluation.efficiency import add_disk_bytes, flops, measure_efficiency, random_ids, size
+from distill.models.cost import training_flops
 
 VOCABULARY, WIDTH, MLP, LENGTH = 64, 32, 48, 8
 
@@ -91,6 +92,12 @@ def test_flops_equal_two_per_multiply_add_of_the_matrices():
     assert found["layer_flops_per_example"] == 2 * llama_layer
     head_and_rotary = found["flops_per_example"] - 2 * llama_layer
     assert 0 <= head_and_rotary - 2 * LENGTH * WIDTH * VOCABULARY <= 2 * LENGTH * WIDTH
+
+
+def test_a_training_step_is_three_passes_of_the_student_and_one_of_the_teacher():
+    student, teacher = count(bert(1))["flops_per_example"], count(bert(3))["flops_per_example"]
+    assert training_flops(bert(1), bert(3), LENGTH) == (3 * student + teacher) / LENGTH
+    assert training_flops(bert(1), None, LENGTH) == 3 * student / LENGTH
 
 
 @pytest.mark.parametrize("build", [bert, llama])

@@ -224,16 +224,19 @@ def test_a_tracker_that_is_not_installed_is_named_with_its_extra(monkeypatch):
 def test_a_record_becomes_flat_numbers_and_one_line():
     record = {
         "event": "train", "step": 3, "loss": None, "parts": {"labels": 1.5, "kl": None}, "lr": 1e-4,
-        "tokens_per_s": 1234.5, "skipped": 2,
+        "tokens_per_s": 1234.5, "flop_share": 0.417, "skipped": 2,
     }  # fmt: skip
     assert dict(numbers_in(record)) == {
         "step": 3,
         "parts/labels": 1.5,
         "lr": 1e-4,
         "tokens_per_s": 1234.5,
+        "flop_share": 0.417,
         "skipped": 2,
     }
-    assert summary(record) == "loss - (labels 1.5  kl -)  lr 1.00e-04  1,234 tokens/s  2 skipped"
+    line = "loss - (labels 1.5  kl -)  lr 1.00e-04  1,234 tokens/s"
+    assert summary(record) == f"{line} (42% of the FLOP limit)  2 skipped"
+    assert summary(record | {"flop_share": None}) == f"{line}  2 skipped"
 
 
 def test_a_terminal_shows_one_live_block(corpus, tmp_path, monkeypatch):
@@ -243,7 +246,7 @@ def test_a_terminal_shows_one_live_block(corpus, tmp_path, monkeypatch):
 
     screen = io.StringIO()
     monkeypatch.setattr(tracking, "Console", lambda stderr: Console(file=screen, force_terminal=True, width=120))
-    run(corpus, tmp_path, job={"evaluate": lambda *_: {"accuracy": 0.25}})
+    run(corpus, tmp_path, job={"evaluate": lambda *_: {"accuracy": 0.25}, "limit": 1e6})
     text = screen.getvalue()
-    for words in ("6/6", "left", "GB", "loss", "tokens/s", "held out: accuracy 0.25", "\x1b["):
+    for words in ("6/6", "left", "GB", "loss", "tokens/s", "% of the FLOP limit", "held out: accuracy 0.25", "\x1b["):
         assert words in text, words
