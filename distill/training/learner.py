@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from distill.errors import InputError
 from distill.models.layout import layers_of
+from distill.models.sharded import whole
 from distill.recipe.schema import Optimization
 from distill.training.average import Average
 from distill.training.checkpoint import Parts
@@ -21,7 +22,7 @@ from distill.training.health import Health
 from distill.training.model import Constraint, DistillModel, Loss
 from distill.training.optimizers import make_optimizer
 from distill.training.setup import freeze
-from distill.training.tensors import load_model, load_optimizer, optimizer_tensors, own_tensors, whole
+from distill.training.tensors import load_model, load_optimizer, optimizer_tensors, own_tensors
 
 
 @dataclass

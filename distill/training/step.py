@@ -15,10 +15,10 @@ from torch import Tensor
 
 from distill.errors import RunError
 from distill.models.outputs import Batch, Outputs
+from distill.models.sharded import whole
 from distill.recipe.schema import Optimization
 from distill.training.checkpoint import TrainState
 from distill.training.learner import Learner
-from distill.training.tensors import whole
 
 Teacher = Callable[[Batch], Outputs]
 

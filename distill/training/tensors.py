@@ -7,25 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from distill.errors import RunError
+from distill.models.sharded import like
 
 NUMBER = "#"
 """Marks optimizer state that is a plain number, so that it becomes one again."""
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor itself, or all shards of it put together; then every process must call this."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def like(value: Tensor, target: Tensor) -> Tensor:
-    """A whole tensor, the same on every process, on the device of `target` and sharded as it is."""
-    value = value.to(target.device)
-    if isinstance(target, DTensor):
-        return distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
-    return value
 
 
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:
