@@ -11,17 +11,18 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
+from torch.distributed.fsdp import StateDictType
 
 from distill.errors import InputError
 from distill.models.layout import layers_of
 from distill.models.sharded import whole
 from distill.recipe.schema import Optimization
 from distill.training.average import Average
-from distill.training.checkpoint import Parts
 from distill.training.health import Health
 from distill.training.model import Constraint, DistillModel, Loss
 from distill.training.optimizers import make_optimizer
 from distill.training.setup import freeze
+from distill.training.shards import Parts, Place
 from distill.training.tensors import load_model, load_optimizer, optimizer_tensors, own_tensors
 
 
@@ -105,8 +106,17 @@ class Learner:
         own = {name: whole(tensor) for name, tensor in own_tensors(self.wrapper.student).items()}
         load_model(self.student.to(device).eval(), own)
 
+    @property
+    def saves_shards(self) -> bool:
+        """Whether each process writes what it holds itself (`fsdp_state_dict_type: SHARDED_STATE_DICT`)."""
+        plugin = self.accelerator.state.fsdp_plugin if self.sharded else None
+        return plugin is not None and plugin.state_dict_type == StateDictType.SHARDED_STATE_DICT
+
     def parts(self) -> dict[str, dict[str, Tensor]]:
-        """Everything that a checkpoint holds, whole; where weights are sharded, every process must ask for it."""
+        """Everything that a checkpoint holds; where weights are sharded, every process must ask for it.
+
+        Whole, but where each process writes what it holds itself.
+        """
         parts = {
             "model": own_tensors(self.wrapper),
             "optimizer": optimizer_tensors(self.wrapper, self.optimizer),
@@ -114,7 +124,20 @@ class Learner:
             "average": self.average.tensors() if self.average else {},
             "constraint": self.constraint.tensors() if self.constraint else {},
         }
+        if self.saves_shards:
+            return parts
         return {name: {key: whole(tensor) for key, tensor in tensors.items()} for name, tensors in parts.items()}
+
+    def places(self) -> Place:
+        """Which parameter a tensor in a checkpoint belongs to, and is sharded like."""
+        named = own_tensors(self.wrapper)
+
+        def place(part: str, name: str) -> Tensor | None:
+            if part == "optimizer":
+                name = name.rpartition("/")[0]
+            return named.get(f"student.{name}" if part == "constraint" else name)
+
+        return place
 
     def load(self, parts: Parts) -> None:
         """Continue from what `parts` gave."""

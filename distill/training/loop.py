@@ -90,7 +90,7 @@ def train(
     learner = make_learner(student, objective, job.spec, job.constraint, accelerator, fresh=found is None)
     state = TrainState()
     if found is not None:
-        state, parts = checkpoint.load(found)
+        state, parts = checkpoint.load(found, learner.places())
         learner.load(parts)
         say(f"{job.title}: continuing after step {state.step} of {steps} ({found.name})")
     halved = job.folder.root / "halvings"
@@ -222,12 +222,9 @@ class _Run:
             self.save(Checkpoints(folder, self.job.identity, self.say, keep=1))
 
     def save(self, checkpoints: Checkpoints) -> None:
-        """Publish a checkpoint from the main process."""
-        accelerator = self.learner.accelerator
-        parts = self.learner.parts() if accelerator.is_main_process or self.learner.sharded else {}
-        if accelerator.is_main_process:
-            checkpoints.save(self.state, parts)
-        accelerator.wait_for_everyone()
+        """Publish a checkpoint; every process takes part."""
+        asked = self.learner.accelerator.is_main_process or self.learner.sharded
+        checkpoints.save(self.state, self.learner.parts() if asked else {})
 
 
 @contextmanager
