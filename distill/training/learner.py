@@ -13,7 +13,6 @@ from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 from torch.distributed.fsdp import StateDictType
 
-from distill.errors import InputError
 from distill.models.layout import layers_of
 from distill.models.sharded import whole
 from distill.recipe.schema import Optimization
@@ -170,12 +169,10 @@ def make_learner(
         fresh: Training starts with these weights; otherwise `Learner.load` is called next.
 
     Raises:
-        InputError: A name pattern matches nothing, or the constraint needs whole weights and gets shards.
+        InputError: A name pattern matches nothing.
     """
     freeze(student, spec.freeze, spec.only)
     sharded = accelerator.distributed_type == DistributedType.FSDP
-    if sharded and constraint is not None:
-        raise InputError("student.mask looks at whole weights: launch it with DDP, not with FSDP")
     trained = copy.deepcopy(student) if sharded else student
     if spec.gradient_checkpointing:
         _checkpointing(trained, "enable")({"use_reentrant": False})
@@ -185,8 +182,10 @@ def make_learner(
     wrapper = DistillModel(trained, objective).train()
     optimizer = make_optimizer(wrapper, spec)
     model, prepared = accelerator.prepare(wrapper, optimizer)
-    if constraint is not None and fresh:
-        constraint.after_step(0)
+    if constraint is not None:
+        constraint.follow(wrapper.student)
+        if fresh:
+            constraint.after_step(0)
     average = Average(wrapper, spec.ema) if spec.ema is not None else None
     health = Health(spec.skip_spikes, accelerator.device)
     return Learner(accelerator, student, model, wrapper, prepared, optimizer, health, average, constraint, spec)

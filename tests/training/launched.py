@@ -1,16 +1,20 @@
 """One process of a training that a test launches: `launched.py FOLDER KIND STOP [FAULT]`.
 
 KIND is `ddp` or `fsdp` (FSDP2 on a CPU, which Accelerate's own launcher turns into DDP), with `-lm` for a language
-model instead of a classifier. STOP `17:1`: evaluations every 17 steps, a signal during the one after the first; `0:0`:
-none. FAULT, of the second process: `oom`, it runs out of memory; `nan`, the gradient of one of its backward passes is
-not a number.
+model instead of a classifier, `-sharded` for checkpoints of which each process writes its part, `-masks` for a student
+under masks, `-wide` for a teacher of another width, whose hidden states are matched through projections. STOP `17:1`:
+evaluations every 17 steps, a signal during the one after the first; `0:0`: none. FAULT, of the second process: `oom`,
+it runs out of memory; `nan`, the gradient of one of its backward passes is not a number; `quota`, it cannot write files
+of the size of its weights.
 """
 
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import running
@@ -25,15 +29,23 @@ from distill.models.layout import layers_of
 from distill.models.load import load_tokenizer
 from distill.models.outputs import Outputs
 from distill.recipe import load_recipe
+from distill.recipe.schema import Mask
+from distill.student.masks import Masks
 from distill.training import make_accelerator
 from distill.training.guards import processes
 from distill.training.sharding import shard
 
+MASK = Mask(sparsity=0.6, schedule="cubic", end=0.4, every=5)
+"""No choice so late that rounding has made one process's weights other than two's."""
 
-def fsdp2_on_cpu(*arguments):
+
+def fsdp2_on_cpu(state_dict_type, *arguments):
     accelerator = make_accelerator(*arguments)
     plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        cpu_ram_efficient_loading=False,
+        state_dict_type=state_dict_type,
     )
     for state in (accelerator.state._shared_state, processes()._shared_state):
         state["distributed_type"] = DistributedType.FSDP
@@ -63,11 +75,15 @@ def main():
     rank = int(os.environ.get("RANK", "0"))
     project = folder.parent / f"project-{os.getpid()}"
     project.mkdir()
-    kind, _, lm = kind.partition("-")
+    kind, *options = kind.split("-")
+    lm = "lm" in options
     spec = load_recipe(tiny_project(project), ["data.task=causal_lm", "data.labelled=null"] if lm else []).data
     corpus = tokenise(read_texts(spec, 0, project), spec, load_tokenizer(project / "teacher"))
     if kind == "fsdp":
-        running.make_accelerator = fsdp2_on_cpu
+        saved = "SHARDED_STATE_DICT" if "sharded" in options else "FULL_STATE_DICT"
+        running.make_accelerator = partial(fsdp2_on_cpu, saved)
+    if "quota" in fault and rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 
     def evaluate(model, _stopped):
         with torch.no_grad():
@@ -77,12 +93,14 @@ def main():
         return {"accuracy": 0.5}
 
     processes()
-    teacher = Teacher(kind == "fsdp", "oom" in fault and rank == 1) if kind == "fsdp" or fault else None
+    teacher = Teacher(kind == "fsdp", "oom" in fault and rank == 1) if kind == "fsdp" or "oom" in fault else None
     model = tiny_model("llama") if lm else tiny_model("bert", **running.dropped(0.1), num_labels=len(corpus.classes))
     if "nan" in fault and rank == 1:
         passes = iter(range(10**6))
         model.classifier.weight.register_hook(lambda grad: grad * float("nan") if next(passes) == 15 else grad)
-    job = {"evaluate": evaluate, "evaluate_every": every, "log_every": 1}
+    wide = tiny_model("bert", seed=1, hidden_size=48, num_labels=len(corpus.classes)) if "wide" in options else None
+    masks = Masks(model, MASK, 50) if "masks" in options else None
+    job = {"evaluate": evaluate, "evaluate_every": every, "log_every": 1, "constraint": masks}
     try:
         model, said = running.run(
             corpus,
@@ -90,6 +108,7 @@ def main():
             steps=50,
             micro=2,
             teacher=teacher,
+            wide=wide,
             job=job,
             ema=0.9,
             save_every=10,
@@ -102,6 +121,8 @@ def main():
         print("\n".join(said))
         tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
         save_file(tensors, folder / "final.safetensors")
+        if masks:
+            save_file({name: model.get_parameter(name) == 0 for name in masks.masks}, folder / "zeros.safetensors")
         model.save_pretrained(folder / "exported")
 
 
