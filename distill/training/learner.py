@@ -22,7 +22,14 @@ from distill.training.model import Constraint, DistillModel, Loss
 from distill.training.optimizers import make_optimizer
 from distill.training.setup import freeze
 from distill.training.shards import Parts, Place
-from distill.training.tensors import load_model, load_optimizer, optimizer_tensors, own_tensors
+from distill.training.tensors import (
+    load_model,
+    load_optimizer,
+    load_scaler,
+    optimizer_tensors,
+    own_tensors,
+    scaler_tensors,
+)
 
 
 @dataclass
@@ -122,6 +129,7 @@ class Learner:
             "health": self.health.tensors(),
             "average": self.average.tensors() if self.average else {},
             "constraint": self.constraint.tensors() if self.constraint else {},
+            "scaler": scaler_tensors(self.accelerator.scaler),
         }
         if self.saves_shards:
             return parts
@@ -147,6 +155,7 @@ class Learner:
             self.average.load(parts["average"])
         if self.constraint:
             self.constraint.load(parts.get("constraint", {}))
+        load_scaler(self.accelerator.scaler, parts.get("scaler", {}))
 
 
 def make_learner(

@@ -65,6 +65,19 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: 
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
+def scaler_tensors(scaler: Any) -> dict[str, Tensor]:
+    """State of a `torch.amp.GradScaler` (fp16): the scale, how long it has held, how it moves. None: nothing."""
+    state: dict[str, Any] = scaler.state_dict() if scaler is not None else {}
+    return {name: torch.tensor(value, dtype=torch.float64) for name, value in state.items()}
+
+
+def load_scaler(scaler: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Put the state of a scaler back; a checkpoint without one leaves it as it is."""
+    if scaler is not None and tensors:
+        kinds = {name: type(value) for name, value in scaler.state_dict().items()}
+        scaler.load_state_dict({name: kinds[name](tensor.item()) for name, tensor in tensors.items()})
+
+
 def _trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
     """The optimizer's parameters with their names, in the order of its state."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
