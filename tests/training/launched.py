@@ -5,7 +5,7 @@ model instead of a classifier, `-sharded` for checkpoints of which each process 
 under masks, `-wide` for a teacher of another width, whose hidden states are matched through projections. STOP `17:1`:
 evaluations every 17 steps, a signal during the one after the first; `0:0`: none. FAULT, of the second process: `oom`,
 it runs out of memory; `nan`, the gradient of one of its backward passes is not a number; `quota`, it cannot write files
-of the size of its weights.
+of the size of its weights; `die`, it is killed while the checkpoint of step 30 is written.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import os
 import resource
 import signal
 import sys
+import threading
+import time
 from functools import partial
 from pathlib import Path
 
@@ -53,6 +55,12 @@ def fsdp2_on_cpu(state_dict_type, *arguments):
     return accelerator
 
 
+def die_at(folder):
+    while not folder.exists():
+        time.sleep(1e-4)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 class Teacher:
     """A sharded model beside the student; it runs out of memory once where it is told to."""
 
@@ -82,6 +90,8 @@ def main():
     if kind == "fsdp":
         saved = "SHARDED_STATE_DICT" if "sharded" in options else "FULL_STATE_DICT"
         running.make_accelerator = partial(fsdp2_on_cpu, saved)
+    if "die" in fault and rank == 1:
+        threading.Thread(target=die_at, args=[folder / "checkpoints/.tmp-step-00000030"], daemon=True).start()
     if "quota" in fault and rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 

@@ -127,6 +127,15 @@ def test_a_whole_checkpoint_is_continued_in_shards(one, tmp_path):
     assert_close(tmp_path, one)
 
 
+def test_a_process_that_is_killed_while_shards_are_written_leaves_intact_checkpoints(one, tmp_path):
+    launched(2, tmp_path, "fsdp-sharded", "0:0", "die", code=1)
+    published = sorted((tmp_path / "checkpoints").glob("step-*"))
+    assert len(published) >= 2 and not any(fault_of(checkpoint, "identity") for checkpoint in published)
+    assert "continuing after step" in launched(2, tmp_path, "fsdp-sharded")
+    assert_close(tmp_path, one)
+    assert not list((tmp_path / "checkpoints").glob(".tmp-*"))
+
+
 def test_a_process_that_cannot_write_its_shards_ends_the_run_on_all(tmp_path):
     said = launched(2, tmp_path, "fsdp-sharded", "0:0", "quota", code=1)
     assert said.count("a checkpoint cannot be written: ") == 2 and "there is no checkpoint yet" in said
