@@ -115,8 +115,9 @@ class Learner:
     @property
     def saves_shards(self) -> bool:
         """Whether each process writes what it holds itself (`fsdp_state_dict_type: SHARDED_STATE_DICT`)."""
-        plugin = self.accelerator.state.fsdp_plugin if self.sharded else None
-        return plugin is not None and plugin.state_dict_type == StateDictType.SHARDED_STATE_DICT
+        if self.accelerator.distributed_type != DistributedType.FSDP:
+            return False
+        return bool(self.accelerator.state.fsdp_plugin.state_dict_type == StateDictType.SHARDED_STATE_DICT)
 
     def parts(self) -> dict[str, dict[str, Tensor]]:
         """Everything that a checkpoint holds; where weights are sharded, every process must ask for it.
