@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from distill.errors import InputError
 from distill.models.layout import layers_prefix, layout_of
 from distill.models.mlp import mlps_of
+from distill.models.sharded import like, local, whole
 from distill.recipe.schema import Mask
 from distill.registry import bind, find
 from distill.student.sparsity import per_neuron
@@ -112,7 +113,7 @@ class Part:
         shape[self.axis] = self.parts * neurons.shape[-1]
         if self.experts:
             shape[0] = neurons.shape[0]
-        return neurons.tile(self.parts).view(shape).expand_as(self.parameter).contiguous()
+        return neurons.tile(self.parts).view(shape).expand(self.parameter.shape).contiguous()
 
 
 def maskable(model: Any, spec: Mask) -> list[list[Part]]:
@@ -157,7 +158,7 @@ class Masks:
     """The masks of one model through one training: chosen when due, applied after every step, kept in checkpoints.
 
     Whatever is masked once stays masked. Choices depend on the weights alone, so processes with equal weights make the
-    same ones.
+    same ones. Sharded weights are put together for a choice, one layer at a time; a mask is sharded like its parameter.
     """
 
     def __init__(self, model: Any, spec: Mask, steps: int):
@@ -176,13 +177,18 @@ class Masks:
         self.layers = maskable(model, spec)
         self.score = bind(find(SCORES, spec.score, "mask score"), spec.params, "student.mask.params")
         self.masks: dict[str, Tensor] = {}
-        """Bool, True where the parameter of that name is zero."""
+        """Bool, True where the parameter of that name is zero; sharded like it."""
+
+    def follow(self, model: Any) -> None:
+        """Mask the parameters of `model` instead: the first one, or a copy of it, whose parameters may be sharded."""
+        named = dict(model.named_parameters(remove_duplicate=False))
+        self.layers = [[replace(part, parameter=named[part.name]) for part in parts] for parts in self.layers]
 
     def before_step(self) -> None:
         """Take masked weights out of the gradients."""
         for part in self._masked():
             if part.parameter.grad is not None:
-                part.parameter.grad.masked_fill_(self.masks[part.name], 0)
+                local(part.parameter.grad).masked_fill_(local(self.masks[part.name]), 0)
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
@@ -198,7 +204,7 @@ class Masks:
     def apply(self) -> None:
         """Zero what is masked."""
         for part in self._masked():
-            part.parameter.masked_fill_(self.masks[part.name], 0)
+            local(part.parameter).masked_fill_(local(self.masks[part.name]), 0)
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint has to hold."""
@@ -206,13 +212,13 @@ class Masks:
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Continue from what `tensors` gave."""
-        devices = {part.name: part.parameter.device for parts in self.layers for part in parts}
-        self.masks = {name: tensor.to(devices[name]) for name, tensor in tensors.items()}
+        parameters = {part.name: part.parameter for parts in self.layers for part in parts}
+        self.masks = {name: like(tensor, parameters[name]) for name, tensor in tensors.items()}
 
     def figures(self) -> dict[str, float]:
         """`sparsity`: share of what may be masked that is."""
         total = sum(part.parameter.numel() for parts in self.layers for part in parts)
-        return {"sparsity": sum(int(mask.sum()) for mask in self.masks.values()) / total}
+        return {"sparsity": sum(int(whole(mask.sum())) for mask in self.masks.values()) / total}
 
     def _masked(self) -> list[Part]:
         return [part for parts in self.layers for part in parts if part.name in self.masks]
@@ -221,13 +227,16 @@ class Masks:
         weights = [part for part in parts if part.parameter.ndim > 1]
         if not weights:
             return
-        scores = self.score([part.parameter.detach() for part in weights], layer)
-        if [score.shape for score in scores] != [part.parameter.shape for part in weights]:
+        tensors = [whole(part.parameter.detach()) for part in weights]
+        scores = self.score(tensors, layer)
+        if [score.shape for score in scores] != [tensor.shape for tensor in tensors]:
             raise InputError(f"student.mask.score: {self.spec.score} must return one score for each weight")
-        taken = [self.masks.get(part.name, torch.zeros_like(part.parameter, dtype=torch.bool)) for part in weights]
+        taken = [
+            whole(self.masks[part.name]) if part.name in self.masks else torch.zeros_like(tensor, dtype=torch.bool)
+            for part, tensor in zip(weights, tensors, strict=True)
+        ]
         if self.spec.per == "weight":
-            chosen = choose(scores, taken, self.spec, share)
-            self.masks |= {part.name: mask for part, mask in zip(weights, chosen, strict=True)}
+            self._set(weights, choose(scores, taken, self.spec, share))
             return
         squares = [part.per_neuron(score) for part, score in zip(weights, scores, strict=True)]
         norms = torch.stack(squares).sum(0).sqrt()
@@ -237,4 +246,7 @@ class Masks:
         pairs = zip(norms, dead, strict=True) if alone else [(norms, dead)]
         chosen = [choose([own], [gone], self.spec, share)[0] for own, gone in pairs]
         neurons = torch.stack(chosen) if alone else chosen[0]
-        self.masks |= {part.name: part.spread(neurons) for part in parts}
+        self._set(parts, [part.spread(neurons) for part in parts])
+
+    def _set(self, parts: Sequence[Part], masks: Sequence[Tensor]) -> None:
+        self.masks |= {part.name: like(mask, part.parameter) for part, mask in zip(parts, masks, strict=True)}

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from distill.training.tensors import like
+from distill.models.sharded import like
 
 
 class Average:

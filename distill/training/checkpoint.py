@@ -2,7 +2,8 @@
 
 A checkpoint is written into a temporary folder, every file is flushed to the disk, a manifest of sha256 sums is written
 last, and one rename publishes it. Only safetensors and JSON: loading runs no code. The newest two valid ones are kept,
-and a start takes the newest one whose manifest holds, naming those it passes over.
+and a start takes the newest one whose manifest holds, naming those it passes over. Several processes may each write a
+share of the files; the main one writes the manifest of all of them.
 """
 
 from __future__ import annotations
@@ -10,18 +11,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
-import torch
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from distill.errors import RunError
 from distill.rundir import fsync_folder, sha256_of, write_text
+from distill.training.guards import processes
+from distill.training.shards import OwnFile, Parts, missing, own_files, write
 
 KEEP = 2
 MANIFEST = "MANIFEST.json"
@@ -29,8 +30,7 @@ STATE = "state.json"
 HEADROOM = 2**20
 """Bytes beside the tensors: headers, JSON, the folder itself."""
 
-Parts = Mapping[str, Mapping[str, Tensor]]
-"""Name of a file without its ending -> the tensors in it. A part without tensors has no file."""
+T = TypeVar("T")
 
 
 @dataclass
@@ -95,6 +95,9 @@ class Checkpoints:
     def save(self, state: TrainState, parts: Parts) -> Path:
         """Publish `step-00000100`, then remove what is older than the newest valid ones of this training.
 
+        Every process calls it: each writes its own pieces of what is sharded, the main process all else. What fails on
+        one of them is refused on all.
+
         Args:
             state: Where training stands.
             parts: Tensors by file.
@@ -104,35 +107,55 @@ class Checkpoints:
         """
         final = self.folder / f"step-{state.step:08d}"
         temporary = self.folder / f".tmp-{final.name}"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        self._check(temporary, parts)
+        main = processes().is_main_process
+        files = own_files(parts, processes().process_index, processes().num_processes)
         try:
-            _write(temporary, json.dumps({"identity": self.identity, **asdict(state)}, indent=1), parts)
-        except (OSError, SafetensorError) as error:
+            self._check(_together(lambda: self._survey(temporary if main else None, files)))
+            sums = _together(lambda: write(temporary, files.values()))
+            _together(lambda: self._publish(temporary, final, state, sums) if main else None)
+        except RunError as error:
+            if main:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise RunError(f"{error}; {self.last_good()}") from error
+        return final
+
+    def _survey(self, temporary: Path | None, files: Mapping[str, OwnFile]) -> tuple[int, int, list[str]]:
+        """(bytes free, bytes needed, names of weights that are not finite), as this process sees it.
+
+        The process that is given the `temporary` folder makes it, and looks at the disk.
+        """
+        free = 0
+        if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
-            raise RunError(f"a checkpoint cannot be written: {error}; {self.last_good()}") from error
+            temporary.mkdir(parents=True)
+            free = shutil.disk_usage(temporary).free
+        need = sum(file.nbytes for file in files.values())
+        return free, need, files["model"].broken() if "model" in files else []
+
+    def _check(self, surveys: Sequence[tuple[int, int, list[str]]]) -> None:
+        """Refuse to write what does not fit, or what is not worth keeping."""
+        broken = sorted({name for _, _, names in surveys for name in names})
+        if broken:
+            raise RunError(f"weights are not finite ({', '.join(broken[:3])}): not saved")
+        free, need = surveys[0][0], HEADROOM + sum(own for _, own, _ in surveys)
+        if free < need:
+            raise RunError(
+                f"a checkpoint needs {need / 1e6:,.0f} MB and {self.folder} has {free / 1e6:,.0f} MB left: not saved. "
+                f"Make space, and the same command continues from the last checkpoint"
+            )
+
+    def _publish(self, temporary: Path, final: Path, state: TrainState, sums: Sequence[Mapping[str, str]]) -> None:
+        """Complete the folder with all processes' sums, give it its name, and remove what it makes superfluous."""
+        write_text(temporary / STATE, json.dumps({"identity": self.identity, **asdict(state)}, indent=1))
+        manifest = {STATE: sha256_of(temporary / STATE)}
+        for own in sums:
+            manifest |= own
+        write_text(temporary / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))  # and the folder with it
         self._make_way(final)
         os.rename(temporary, final)
         fsync_folder(self.folder)
         self._verified[final] = _signature(final)
         self._retire()
-        return final
-
-    def _check(self, temporary: Path, parts: Parts) -> None:
-        """Refuse to write what does not fit, or what is not worth keeping."""
-        need = HEADROOM + sum(tensor.nbytes for tensors in parts.values() for tensor in tensors.values())
-        free = shutil.disk_usage(temporary).free
-        broken = [key for key, tensor in parts.get("model", {}).items() if not bool(torch.isfinite(tensor).all())]
-        if free >= need and not broken:
-            return
-        shutil.rmtree(temporary)
-        if broken:
-            raise RunError(f"weights are not finite ({', '.join(broken[:3])}): not saved; {self.last_good()}")
-        raise RunError(
-            f"a checkpoint needs {need / 1e6:,.0f} MB and {self.folder} has {free / 1e6:,.0f} MB left: not saved; "
-            f"{self.last_good()}. Make space, and the same command continues from it"
-        )
 
     def _retire(self) -> None:
         own = [found for found in self.published() if _identity_of(found) == self.identity]
@@ -166,7 +189,7 @@ def fault_of(checkpoint: Path, identity: str) -> str | None:
     try:
         sums = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         found = {file.name for file in checkpoint.iterdir()} - {MANIFEST}
-        if not {STATE, "model.safetensors"} <= sums.keys():
+        if STATE not in sums or missing(sums):
             return "its manifest is incomplete"
         if found != sums.keys():
             return f"its files are not those of its manifest: {', '.join(sorted(found ^ sums.keys()))}"
@@ -181,30 +204,31 @@ def fault_of(checkpoint: Path, identity: str) -> str | None:
         return f"it is incomplete ({type(error).__name__}: {error})"
 
 
-def load(checkpoint: Path) -> tuple[TrainState, dict[str, dict[str, Tensor]]]:
-    """What a verified checkpoint holds: where training stood, and the tensors of each part."""
+def state_of(checkpoint: Path) -> TrainState:
+    """Where training stood when a verified checkpoint was written."""
     fields = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     fields.pop("identity")
-    return TrainState(**fields), {file.stem: load_file(file) for file in checkpoint.glob("*.safetensors")}
+    return TrainState(**fields)
 
 
-def _write(folder: Path, state: str, parts: Parts) -> None:
-    for name, tensors in parts.items():
-        if tensors:
-            own = {key: tensor.contiguous() for key, tensor in tensors.items()}
-            save_file(own, folder / f"{name}.safetensors")
-    write_text(folder / STATE, state)
-    write_text(folder / MANIFEST, json.dumps(_sums(folder), indent=1))
-    fsync_folder(folder)
+def _together(action: Callable[[], T]) -> list[T]:
+    """What `action` gives on each process, in their order; every process must call this.
 
-
-def _sums(folder: Path) -> dict[str, str]:
-    """Sha256 of each file, all of them on the disk when it returns."""
-    files = sorted(folder.iterdir())
-    with ThreadPoolExecutor(len(files)) as pool:  # flushing and hashing both wait outside the interpreter's lock
-        for _ in pool.map(_fsync, files):
-            pass
-        return {file.name: digest for file, digest in zip(files, pool.map(sha256_of, files), strict=True)}
+    Raises:
+        RunError: Files cannot be written by at least one of them. It is raised on all: none waits in vain.
+    """
+    result, failure = None, None
+    try:
+        result = action()
+    except Exception as error:
+        failure = error
+    outcomes = gather_object([(result, None if failure is None else f"{failure}" or type(failure).__name__)])
+    if failure is not None and not isinstance(failure, OSError | SafetensorError):
+        raise failure
+    said = [message for _, message in outcomes if message is not None]
+    if said:
+        raise RunError(f"a checkpoint cannot be written: {'; '.join(dict.fromkeys(said))}") from failure
+    return [result for result, _ in outcomes]
 
 
 def _identity_of(checkpoint: Path) -> str | None:
@@ -218,8 +242,3 @@ def _signature(checkpoint: Path) -> list[tuple[str, int, int]]:
     """Name, size and time of each file: changes when a file does, as far as that shows without reading it."""
     found = [(file.name, file.lstat()) for file in sorted(checkpoint.iterdir())]
     return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
-
-
-def _fsync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -7,22 +7,32 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
+from torch.distributed.fsdp import StateDictType
 
 from distill.errors import InputError
 from distill.models.layout import layers_of
+from distill.models.sharded import whole
 from distill.recipe.schema import Optimization
 from distill.training.average import Average
-from distill.training.checkpoint import Parts
 from distill.training.health import Health
 from distill.training.model import Constraint, DistillModel, Loss
 from distill.training.optimizers import make_optimizer
 from distill.training.setup import freeze
-from distill.training.tensors import load_model, load_optimizer, optimizer_tensors, own_tensors, whole
+from distill.training.shards import Parts, Place, read
+from distill.training.tensors import (
+    load_model,
+    load_optimizer,
+    load_scaler,
+    optimizer_tensors,
+    own_tensors,
+    scaler_tensors,
+)
 
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 """Where each process holds a part of the weights."""
@@ -123,27 +133,52 @@ class Learner:
 
     def _fill_student(self, device: torch.device) -> None:
         """Put the weights together in the student itself; every process takes part."""
-        own = {name: tensor for name, tensor in self.weights().items() if name.startswith("student.")}
-        load_model(self.student.to(device).eval(), {name.removeprefix("student."): own[name] for name in own})
+        own = {name.removeprefix("student."): whole(tensor) for name, tensor in self.weights().items()}
+        expected = own_tensors(self.student)
+        load_model(self.student.to(device).eval(), {name: own[name] for name in expected})
 
     def weights(self) -> dict[str, Tensor]:
-        """Parameters and buffers of student and projections, whole."""
-        return {name: whole(tensor) for name, tensor in own_tensors(self.wrapper).items()}
+        """Parameters and buffers of student and projections; where processes hold shards, those."""
+        return own_tensors(self.wrapper)
 
     def moments(self) -> dict[str, Tensor]:
-        """What the optimizer keeps of each parameter, whole."""
-        return {name: whole(tensor) for name, tensor in optimizer_tensors(self.wrapper, self.optimizer).items()}
+        """What the optimizer keeps of each parameter; where processes hold shards, those."""
+        return optimizer_tensors(self.wrapper, self.optimizer)
+
+    @property
+    def saves_shards(self) -> bool:
+        """Whether each process writes what it holds itself (`fsdp_state_dict_type: SHARDED_STATE_DICT`)."""
+        if self.accelerator.distributed_type != DistributedType.FSDP:
+            return False
+        return bool(self.accelerator.state.fsdp_plugin.state_dict_type == StateDictType.SHARDED_STATE_DICT)
 
     def parts(self) -> dict[str, dict[str, Tensor]]:
-        """Everything that a checkpoint holds, whole; where weights are sharded, every process must ask for it."""
+        """Everything that a checkpoint holds; where weights are sharded, every process must ask for it.
+
+        Whole, but where each process writes what it holds itself.
+        """
         parts = {
             "model": self.weights(),
             "optimizer": self.moments(),
             "health": self.health.tensors(),
             "average": self.average.tensors() if self.average else {},
             "constraint": self.constraint.tensors() if self.constraint else {},
+            "scaler": scaler_tensors(self.accelerator.scaler),
         }
+        if self.saves_shards:
+            return parts
         return {name: {key: whole(tensor) for key, tensor in tensors.items()} for name, tensors in parts.items()}
+
+    def places(self) -> Place:
+        """Which parameter a tensor in a checkpoint belongs to, and is sharded like."""
+        named = own_tensors(self.wrapper)
+
+        def place(part: str, name: str) -> Tensor | None:
+            if part == "optimizer":
+                name = name.rpartition("/")[0]
+            return named.get(f"student.{name}" if part == "constraint" else name)
+
+        return place
 
     def load(self, parts: Parts) -> None:
         """Continue from what `parts` gave."""
@@ -154,6 +189,7 @@ class Learner:
             self.average.load(parts["average"])
         if self.constraint:
             self.constraint.load(parts.get("constraint", {}))
+        load_scaler(self.accelerator.scaler, parts.get("scaler", {}))
 
 
 def make_learner(
@@ -162,7 +198,7 @@ def make_learner(
     spec: Optimization,
     constraint: Constraint | None,
     accelerator: Accelerator,
-    found: Parts | None = None,
+    found: Path | None = None,
 ) -> Learner:
     """Freeze, wrap and prepare a student.
 
@@ -172,15 +208,15 @@ def make_learner(
         spec: The recipe's section.
         constraint: What must hold of the weights after every step.
         accelerator: From `make_accelerator`.
-        found: What a checkpoint of this training holds; None: it starts with the student's weights.
+        found: The checkpoint that it continues from; None: it starts with the student's weights.
 
     Raises:
-        InputError: A name pattern matches nothing, or the constraint needs whole weights and gets shards.
+        InputError: A name pattern matches nothing.
     """
     freeze(student, spec.freeze, spec.only)
     sharded, zero = accelerator.distributed_type in SHARDING, accelerator.distributed_type == DistributedType.DEEPSPEED
-    if sharded and constraint is not None:
-        raise InputError("student.mask looks at whole weights: launch it with DDP, not with FSDP or DeepSpeed")
+    if zero and constraint is not None:
+        raise InputError("student.mask does not go with DeepSpeed: launch it with DDP or FSDP2")
     trained = copy.deepcopy(student) if sharded else student
     if spec.gradient_checkpointing:
         _checkpointing(trained, "enable")({"use_reentrant": False})
@@ -190,10 +226,12 @@ def make_learner(
     wrapper = DistillModel(trained, objective).train()
     optimizer = make_optimizer(wrapper, spec)
     if zero and found is not None:
-        load_model(wrapper, found["model"])  # before the engine makes its own copies
+        load_model(wrapper, read(found)["model"])  # before the engine makes its own copies
     model, prepared = accelerator.prepare(wrapper, optimizer)
-    if constraint is not None and found is None:
-        constraint.after_step(0)
+    if constraint is not None:
+        constraint.follow(wrapper.student)
+        if found is None:
+            constraint.after_step(0)
     average = Average(wrapper, spec.ema) if spec.ema is not None else None
     health = Health(spec.skip_spikes, accelerator.device)
     kind = Learner
@@ -201,7 +239,7 @@ def make_learner(
         from distill.training.zero import ZeroLearner as kind
     learner = kind(accelerator, student, model, wrapper, prepared, optimizer, health, average, constraint, spec)
     if found is not None:
-        learner.load(found)
+        learner.load(read(found, learner.places()))
     return learner
 
 

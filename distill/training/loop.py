@@ -14,8 +14,7 @@ from accelerate import Accelerator
 from distill.errors import RunError, Stopped
 from distill.recipe.schema import Optimization
 from distill.rundir import TrainDir
-from distill.training import checkpoint
-from distill.training.checkpoint import Checkpoints, TrainState
+from distill.training.checkpoint import Checkpoints, TrainState, state_of
 from distill.training.guards import StopSignals, Watchdog
 from distill.training.learner import Learner, make_learner
 from distill.training.model import Constraint, Loss
@@ -89,8 +88,8 @@ def train(
     # Read before wrapping: DDP then spreads what every process has read from the same files anyway.
     found = checkpoints.newest_valid()
     accelerator.wait_for_everyone()
-    state, parts = (TrainState(), None) if found is None else checkpoint.load(found)
-    learner = make_learner(student, objective, job.spec, job.constraint, accelerator, parts)
+    learner = make_learner(student, objective, job.spec, job.constraint, accelerator, found)
+    state = TrainState() if found is None else state_of(found)
     if found is not None:
         say(f"{job.title}: continuing after step {state.step} of {steps} ({found.name})")
     halved = job.folder.root / "halvings"
@@ -223,12 +222,9 @@ class _Run:
             self.save(Checkpoints(folder, self.job.identity, self.say, keep=1))
 
     def save(self, checkpoints: Checkpoints) -> None:
-        """Publish a checkpoint from the main process."""
-        accelerator = self.learner.accelerator
-        parts = self.learner.parts() if accelerator.is_main_process or self.learner.sharded else {}
-        if accelerator.is_main_process:
-            checkpoints.save(self.state, parts)
-        accelerator.wait_for_everyone()
+        """Publish a checkpoint; every process takes part."""
+        asked = self.learner.accelerator.is_main_process or self.learner.sharded
+        checkpoints.save(self.state, self.learner.parts() if asked else {})
 
 
 @contextmanager

@@ -37,6 +37,9 @@ class Loss(Protocol):
 class Constraint(Protocol):
     """What must hold of the weights after every optimizer step, e.g. masks (`distill.student.masks.Masks`)."""
 
+    def follow(self, model: Any) -> None:
+        """The weights to look after are now those of `model`, under the same names; they may be sharded (DTensor)."""
+
     def before_step(self) -> None:
         """The gradients are complete and not clipped yet."""
 

@@ -7,25 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from distill.errors import RunError
+from distill.models.sharded import like
 
 NUMBER = "#"
 """Marks optimizer state that is a plain number, so that it becomes one again."""
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor itself, or all shards of it put together; then every process must call this."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def like(value: Tensor, target: Tensor) -> Tensor:
-    """A whole tensor, the same on every process, on the device of `target` and sharded as it is."""
-    value = value.to(target.device)
-    if isinstance(target, DTensor):
-        return distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
-    return value
 
 
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -76,6 +63,19 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: 
         value = like(tensor, parameter) if tensor.shape == parameter.shape else tensor
         states.setdefault(index, {})[moment.removesuffix(NUMBER)] = tensor.item() if NUMBER in moment else value
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def scaler_tensors(scaler: Any) -> dict[str, Tensor]:
+    """State of a `torch.amp.GradScaler` (fp16): the scale, how long it has held, how it moves. None: nothing."""
+    state: dict[str, Any] = scaler.state_dict() if scaler is not None else {}
+    return {name: torch.tensor(value, dtype=torch.float64) for name, value in state.items()}
+
+
+def load_scaler(scaler: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Put the state of a scaler back; a checkpoint without one leaves it as it is."""
+    if scaler is not None and tensors:
+        kinds = {name: type(value) for name, value in scaler.state_dict().items()}
+        scaler.load_state_dict({name: kinds[name](tensor.item()) for name, tensor in tensors.items()})
 
 
 def _trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:

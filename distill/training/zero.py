@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from distill.errors import InputError
-from distill.training.checkpoint import Parts
 from distill.training.health import Health
 from distill.training.learner import Learner
+from distill.training.shards import Parts
 from distill.training.tensors import NUMBER, own_tensors
 
 

@@ -1,17 +1,22 @@
 """One process of a training that a test launches: `launched.py FOLDER KIND STOP [FAULT]`.
 
 KIND is `ddp`, `fsdp` (FSDP2), `zero2` or `zero3` (DeepSpeed), or `plain` (`ddp` without the average of weights, which
-DeepSpeed does not take), with `-lm` for a language model instead of a classifier; all on a CPU, where Accelerate's own
-launcher makes DDP of them. STOP `17:1`: evaluations every 17 steps, a
-signal during the one after the first; `0:0`: none. FAULT, of the second process: `oom`, it runs out of memory; `nan`,
-the gradient of one of its backward passes is not a number.
+DeepSpeed does not take), all on a CPU, where Accelerate's own launcher makes DDP of them; with `-lm` for a language
+model instead of a classifier, `-sharded` for checkpoints of which each process writes its part, `-masks` for a student
+under masks, `-wide` for a teacher of another width, whose hidden states are matched through projections. STOP `17:1`:
+evaluations every 17 steps, a signal during the one after the first; `0:0`: none. FAULT, of the second process: `oom`,
+it runs out of memory; `nan`, the gradient of one of its backward passes is not a number; `quota`, it cannot write files
+of the size of its weights; `die`, it is killed while the checkpoint of step 30 is written.
 """
 
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
+import threading
+import time
 from functools import partial
 from pathlib import Path
 
@@ -27,16 +32,24 @@ from distill.models.layout import layers_of
 from distill.models.load import load_tokenizer
 from distill.models.outputs import Outputs
 from distill.recipe import load_recipe
+from distill.recipe.schema import Mask
+from distill.student.masks import Masks
 from distill.training import make_accelerator
 from distill.training.guards import processes
 from distill.training.setup import configure_deepspeed
 from distill.training.sharding import shard
 
+MASK = Mask(sparsity=0.6, schedule="cubic", end=0.4, every=5)
+"""No choice so late that rounding has made one process's weights other than two's."""
 
-def fsdp2_on_cpu(*arguments):
+
+def fsdp2_on_cpu(state_dict_type, *arguments):
     accelerator = make_accelerator(*arguments)
     plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        cpu_ram_efficient_loading=False,
+        state_dict_type=state_dict_type,
     )
     for state in (accelerator.state._shared_state, processes()._shared_state):
         state["distributed_type"] = DistributedType.FSDP
@@ -61,6 +74,12 @@ def deepspeed_on_cpu(stage, spec, batches):
     return accelerator
 
 
+def die_at(folder):
+    while not folder.exists():
+        time.sleep(1e-4)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 class Teacher:
     """A sharded model beside the student; it runs out of memory once where it is told to."""
 
@@ -76,6 +95,32 @@ class Teacher:
         return Outputs(self.model(input_ids=batch["input_ids"]).logits, {})
 
 
+def shared_out(kind, options):
+    """How the training that follows holds its weights."""
+    if kind == "fsdp":
+        saved = "SHARDED_STATE_DICT" if "sharded" in options else "FULL_STATE_DICT"
+        running.make_accelerator = partial(fsdp2_on_cpu, saved)
+    if kind.startswith("zero"):
+        running.make_accelerator = partial(deepspeed_on_cpu, int(kind[-1]))
+
+
+def break_down(fault, folder):
+    if "die" in fault:
+        threading.Thread(target=die_at, args=[folder / "checkpoints/.tmp-step-00000030"], daemon=True).start()
+    if "quota" in fault:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+
+
+def break_a_gradient(model):
+    passes = iter(range(10**6))
+
+    def broken(_module, grads, _out):
+        return tuple(grad * (float("nan") if next(passes) == 15 else 1) for grad in grads)
+
+    # A hook on a module, which its copy has as well: where weights are sharded, a copy is trained.
+    model.classifier.register_full_backward_hook(broken)
+
+
 def main():
     folder, kind, fault = Path(sys.argv[1]), sys.argv[2], sys.argv[4:]
     every, let_through = map(int, sys.argv[3].split(":"))
@@ -83,13 +128,13 @@ def main():
     rank = int(os.environ.get("RANK", "0"))
     project = folder.parent / f"project-{os.getpid()}"
     project.mkdir()
-    kind, _, lm = kind.partition("-")
+    kind, *options = kind.split("-")
+    lm = "lm" in options
     spec = load_recipe(tiny_project(project), ["data.task=causal_lm", "data.labelled=null"] if lm else []).data
     corpus = tokenise(read_texts(spec, 0, project), spec, load_tokenizer(project / "teacher"))
-    if kind == "fsdp":
-        running.make_accelerator = fsdp2_on_cpu
-    if kind.startswith("zero"):
-        running.make_accelerator = partial(deepspeed_on_cpu, int(kind[-1]))
+    shared_out(kind, options)
+    if rank == 1:
+        break_down(fault, folder)
 
     def evaluate(model, _stopped):
         with torch.no_grad():
@@ -100,14 +145,13 @@ def main():
 
     processes()
     sharded = kind not in ("ddp", "plain")
-    teacher = Teacher(sharded, "oom" in fault and rank == 1) if sharded or fault else None
+    teacher = Teacher(sharded, "oom" in fault and rank == 1) if sharded or "oom" in fault else None
     model = tiny_model("llama") if lm else tiny_model("bert", **running.dropped(0.1), num_labels=len(corpus.classes))
     if "nan" in fault and rank == 1:
-        passes = iter(range(10**6))
-        # A hook on a module, which its copy has as well: where weights are sharded, a copy is trained.
-        broken = lambda grads: tuple(grad * (float("nan") if next(passes) == 15 else 1) for grad in grads)  # noqa: E731
-        model.classifier.register_full_backward_hook(lambda _module, grads, _out: broken(grads))
-    job = {"evaluate": evaluate, "evaluate_every": every, "log_every": 1}
+        break_a_gradient(model)
+    wide = tiny_model("bert", seed=1, hidden_size=48, num_labels=len(corpus.classes)) if "wide" in options else None
+    masks = Masks(model, MASK, 50) if "masks" in options else None
+    job = {"evaluate": evaluate, "evaluate_every": every, "log_every": 1, "constraint": masks}
     try:
         model, said = running.run(
             corpus,
@@ -115,6 +159,7 @@ def main():
             steps=50,
             micro=2,
             teacher=teacher,
+            wide=wide,
             job=job,
             ema=0.9 if kind in ("ddp", "fsdp") else None,
             save_every=10,
@@ -127,6 +172,8 @@ def main():
         print("\n".join(said))
         tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
         save_file(tensors, folder / "final.safetensors")
+        if masks:
+            save_file({name: model.get_parameter(name) == 0 for name in masks.masks}, folder / "zeros.safetensors")
         model.save_pretrained(folder / "exported")
 
 

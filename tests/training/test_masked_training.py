@@ -23,9 +23,10 @@ from distill.recipe import load_recipe
 from distill.recipe.schema import Mask, Term, Training
 from distill.rundir import TrainDir
 from distill.student.masks import Masks
-from distill.training import Job, checkpoint, make_accelerator, read_records, train
+from distill.training import Job, make_accelerator, read_records, train
 from distill.training.checkpoint import Checkpoints
 from distill.training.setup import freeze
+from distill.training.shards import read
 
 STEPS = 8
 HARSH = {"weight_decay": 0.5, "betas": (0.95, 0.99), "lr": 3e-3}
@@ -114,7 +115,7 @@ def test_a_signal_saves_the_masks_and_the_same_training_continues(corpus, tmp_pa
     with pytest.raises(Stopped, match="a checkpoint is saved"):
         run(corpus, tmp_path / "parts", CUBIC, look=interrupt, save_every=0)
     (saved,) = published(tmp_path / "parts/checkpoints")
-    assert 4 <= int(saved.name[5:]) < STEPS and "constraint" in checkpoint.load(saved)[1]
+    assert 4 <= int(saved.name[5:]) < STEPS and "constraint" in read(saved)
     model, masks = run(corpus, tmp_path / "parts", CUBIC, save_every=0)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), model.parameters(), strict=True))
     assert alive(model, masks) == 0
@@ -136,7 +137,7 @@ def test_a_checkpoint_whose_masks_are_damaged_is_passed_over(corpus, tmp_path, d
 def test_a_checkpoint_holds_no_masks_before_there_are_any(corpus, tmp_path):
     run(corpus, tmp_path, Mask(sparsity=0.5, begin=1.0), save_every=6)
     before, after = published(tmp_path / "checkpoints")
-    assert ["constraint" in checkpoint.load(saved)[1] for saved in (before, after)] == [False, True]
+    assert ["constraint" in read(saved) for saved in (before, after)] == [False, True]
 
 
 def test_accumulation_changes_neither_masks_nor_losses(corpus, tmp_path):

@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification
 
 from distill.training import read_records
 from distill.training.checkpoint import fault_of
+from distill.training.shards import read
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -84,6 +85,98 @@ def test_fsdp2_trains_saves_resumes_and_exports_the_same_student(one, tmp_path):
     assert all(torch.equal(tensor, final[name]) for name, tensor in exported.state_dict().items())
     assert "continuing after step 20" in launched(1, tmp_path / "on one")  # a checkpoint of FSDP is any other's
     assert_close(tmp_path / "on one", one)
+
+
+def test_fsdp2_saves_shards_that_are_checked_and_resumed_by_two_processes_and_by_one(one, tmp_path):
+    folder = tmp_path / "run"
+    launched(2, folder, "fsdp-sharded", "20:0", code=75)
+    older, newest = sorted((folder / "checkpoints").glob("step-*"))[-2:]
+    assert newest.name == "step-00000020" and fault_of(newest, "identity") is None
+    names = {file.name for file in newest.iterdir()} - {"MANIFEST.json", "state.json", "health.safetensors"}
+    parts = ("model", "optimizer", "average")
+    assert names == {f"{part}-0000{rank}-of-00002.safetensors" for part in parts for rank in (0, 1)}
+    sizes = {name: (newest / name).stat().st_size for name in names}
+    for part in parts:
+        both = [sizes[f"{part}-0000{rank}-of-00002.safetensors"] for rank in (0, 1)]
+        assert max(both) < 0.55 * sum(both)
+    assert fault_when(newest, lambda file: file.unlink())
+    assert fault_when(newest, lambda file: file.write_bytes(file.read_bytes()[:-1] + b"\xa5"))
+    assert fault_when(newest, lambda file: shutil.copy(older / file.name, file))
+    assert fault_when(newest, lambda file: shutil.copy(newest / file.name.replace("-00001-", "-00000-"), file))
+    for name, processes, kind in (("on one", 1, "ddp"), ("whole", 2, "fsdp")):
+        shutil.copytree(folder, tmp_path / name)
+        assert "continuing after step 20" in launched(processes, tmp_path / name, kind)
+        assert_close(tmp_path / name, one)
+        assert (tmp_path / name / "checkpoints/step-00000050/model.safetensors").exists()
+    assert "continuing after step 20" in launched(2, folder, "fsdp-sharded")
+    assert_close(folder, one)
+
+
+def fault_when(checkpoint, damage):
+    """What is found wrong when one process's weights are damaged; they are put back."""
+    file = checkpoint / "model-00001-of-00002.safetensors"
+    content = file.read_bytes()
+    damage(file)
+    fault = fault_of(checkpoint, "identity")
+    file.write_bytes(content)
+    assert fault_of(checkpoint, "identity") is None
+    return fault is not None and file.name in fault
+
+
+def test_a_whole_checkpoint_is_continued_in_shards(one, tmp_path):
+    launched(1, tmp_path, "ddp", "20:0", code=75)
+    assert "continuing after step 20" in launched(2, tmp_path, "fsdp-sharded")
+    assert_close(tmp_path, one)
+
+
+def test_a_process_that_is_killed_while_shards_are_written_leaves_intact_checkpoints(one, tmp_path):
+    launched(2, tmp_path, "fsdp-sharded", "0:0", "die", code=1)
+    published = sorted((tmp_path / "checkpoints").glob("step-*"))
+    assert len(published) >= 2 and not any(fault_of(checkpoint, "identity") for checkpoint in published)
+    assert "continuing after step" in launched(2, tmp_path, "fsdp-sharded")
+    assert_close(tmp_path, one)
+    assert not list((tmp_path / "checkpoints").glob(".tmp-*"))
+
+
+def test_a_process_that_cannot_write_its_shards_ends_the_run_on_all(tmp_path):
+    said = launched(2, tmp_path, "fsdp-sharded", "0:0", "quota", code=1)
+    assert said.count("a checkpoint cannot be written: ") == 2 and "there is no checkpoint yet" in said
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_masks_under_fsdp2_are_those_of_one_process_and_are_resumed(tmp_path):
+    launched(1, tmp_path / "one", "ddp-masks")
+    launched(2, tmp_path / "two", "fsdp-sharded-masks", "10:0", code=75)
+    (newest,) = sorted((tmp_path / "two/checkpoints").glob("step-*"))[-1:]
+    assert newest.name == "step-00000010" and len(list(newest.glob("constraint-0000?-of-00002.safetensors"))) == 2
+    shutil.copytree(tmp_path / "two", tmp_path / "on one")
+    assert "continuing after step 10" in launched(2, tmp_path / "two", "fsdp-masks")  # masks are chosen up to step 20
+    assert "continuing after step 10" in launched(1, tmp_path / "on one", "ddp-masks")
+    zeros = load_file(tmp_path / "one/zeros.safetensors")
+    assert zeros and all(zero.any() for zero in zeros.values())
+    for folder in (tmp_path / "two", tmp_path / "on one"):
+        assert_close(folder, tmp_path / "one")
+        found = load_file(folder / "zeros.safetensors")
+        assert found.keys() == zeros.keys() and all(torch.equal(zero, zeros[name]) for name, zero in found.items())
+        assert sparsities(folder) == pytest.approx(sparsities(tmp_path / "one"))
+
+
+def sparsities(folder):
+    return [record["sparsity"] for record in read_records(folder / "metrics.jsonl") if record["event"] == "train"]
+
+
+def test_projections_under_fsdp2_are_trained_and_resumed_as_by_one_process(tmp_path):
+    launched(1, tmp_path / "one", "ddp-wide")
+    launched(2, tmp_path / "two", "fsdp-wide", "20:0", code=75)
+    assert "continuing after step 20" in launched(2, tmp_path / "two", "fsdp-sharded-wide")
+    assert_close(tmp_path / "two", tmp_path / "one")
+    last, wanted = (
+        read(sorted((tmp_path / name / "checkpoints").glob("step-*"))[-1])["model"] for name in ("two", "one")
+    )
+    projections = [name for name in wanted if name.startswith("projections.")]
+    assert projections
+    for name in projections:
+        torch.testing.assert_close(last[name], wanted[name], rtol=0, atol=1e-5, msg=name)
 
 
 def test_a_language_model_under_fsdp2_whose_head_is_read_in_chunks(tmp_path):

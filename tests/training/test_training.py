@@ -17,11 +17,12 @@ from distill.data import TrainingBatches
 from distill.errors import InputError, RunError
 from distill.losses import Objective
 from distill.recipe.schema import Training
-from distill.training import TrainState, checkpoint, make_accelerator, read_records, setup
+from distill.training import TrainState, make_accelerator, read_records, setup
 from distill.training.checkpoint import Checkpoints
 from distill.training.model import DistillModel
 from distill.training.optimizers import make_optimizer
 from distill.training.schedule import in_steps, lr_factor
+from distill.training.shards import read
 from distill.training.tensors import load_model, optimizer_tensors, own_tensors
 from distill.training.tracking import drop_after
 
@@ -98,7 +99,7 @@ def test_checkpoints_are_safetensors_and_json_with_tied_tensors_once(tmp_path):
     assert {file.suffix for file in folder.iterdir()} == {".safetensors", ".json"}
     assert not any("lm_head" in name for name in load_file(folder / "model.safetensors"))
     other = DistillModel(tiny_model("llama", seed=5, tie_word_embeddings=True), model.objective)
-    load_model(other, checkpoint.load(folder)[1]["model"])
+    load_model(other, read(folder)["model"])
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
 

@@ -1,0 +1,198 @@
+"""The tensor files of a checkpoint, also where each process writes what it holds itself.
+
+A part (weights, moments, ...) is one file that the main process writes, `model.safetensors`. A part of which a tensor
+is sharded is one file per process, `model-00000-of-00002.safetensors`: the pieces that this process holds. The header
+of such a file has `pieces`, JSON: name -> [shape of the whole tensor, offset of the piece in it]. Any number of
+processes can read either, each no more than the slices that it needs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # what DCP itself goes by
+
+from distill.errors import RunError
+from distill.models.sharded import local
+from distill.rundir import sha256_of
+
+Parts = Mapping[str, Mapping[str, Tensor]]
+"""Name of a file without its ending -> the tensors in it. A part without tensors has no file."""
+
+Place = Callable[[str, str], Tensor | None]
+"""(part, name) -> the parameter that a stored tensor belongs to; one of the same shape is sharded like it."""
+
+Shape = tuple[int, ...]
+
+_SHARD = re.compile(r"(?P<part>.+)-(?P<rank>\d{5})-of-(?P<world>\d{5})\.safetensors")
+
+
+@dataclass(frozen=True)
+class OwnFile:
+    """One file that this process writes."""
+
+    name: str
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def broken(self) -> list[str]:
+        """Names of the tensors that are not finite."""
+        return [name for name, tensor in self.tensors.items() if not bool(torch.isfinite(tensor).all())]
+
+
+def own_files(parts: Parts, rank: int, world: int) -> dict[str, OwnFile]:
+    """What this process, `rank` of `world`, has to write of a checkpoint: part -> file."""
+    files = {}
+    for part, tensors in parts.items():
+        if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
+            files[part] = _pieces(f"{part}-{rank:05d}-of-{world:05d}.safetensors", tensors, rank)
+        elif tensors and rank == 0:
+            files[part] = OwnFile(f"{part}.safetensors", dict(tensors))
+    return files
+
+
+def _pieces(name: str, tensors: Mapping[str, Tensor], rank: int) -> OwnFile:
+    own: dict[str, Tensor] = {}
+    where: dict[str, tuple[Shape, Shape]] = {}
+    for key, tensor in tensors.items():
+        offset: Shape = (0,) * tensor.ndim
+        first = rank == 0
+        if isinstance(tensor, DTensor):
+            at: Sequence[int] = tensor.device_mesh.get_coordinate() or ()
+            # Of processes that hold the same piece, one writes it.
+            first = not any(i and p.is_replicate() for i, p in zip(at, tensor.placements, strict=True))
+            offset = _share_of(tensor)[1]
+        if first:
+            own[key], where[key] = local(tensor), (tuple(tensor.shape), offset)
+    return OwnFile(name, own, {"pieces": json.dumps(where)})
+
+
+def _share_of(tensor: DTensor) -> tuple[Shape, Shape]:
+    """Shape and offset of what this process holds."""
+    return compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+
+
+def write(folder: Path, files: Iterable[OwnFile]) -> dict[str, str]:
+    """Write files; returns the sha256 of each, all of them on the disk by then."""
+    paths = []
+    for file in files:
+        own = {key: tensor.contiguous() for key, tensor in file.tensors.items()}
+        save_file(own, folder / file.name, metadata=file.metadata)
+        paths.append(folder / file.name)
+    with ThreadPoolExecutor(max(1, len(paths))) as pool:  # both wait outside the interpreter's lock
+        for _ in pool.map(_fsync, paths):
+            pass
+        return {path.name: digest for path, digest in zip(paths, pool.map(sha256_of, paths), strict=True)}
+
+
+def _fsync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def part_of(name: str) -> str:
+    """Which part a file belongs to."""
+    found = _SHARD.fullmatch(name)
+    return found["part"] if found else name.removesuffix(".safetensors")
+
+
+def missing(names: Iterable[str]) -> set[str]:
+    """Files that must be there beside these: a part is whole, or every process has written its own."""
+    names = set(names)
+    needed = set() if any(part_of(name) == "model" for name in names) else {"model.safetensors"}
+    for name in names:
+        if found := _SHARD.fullmatch(name):
+            world = int(found["world"])
+            needed |= {f"{found['part']}-{rank:05d}-of-{world:05d}.safetensors" for rank in range(world)}
+    return needed - names
+
+
+def read(folder: Path, place: Place = lambda _part, _name: None) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each part of a verified checkpoint, written by any number of processes.
+
+    Args:
+        folder: The checkpoint.
+        place: Which parameter a tensor belongs to; of what is sharded, only this process's slices are read.
+
+    Raises:
+        RunError: The pieces of a tensor are not all there.
+    """
+    with ExitStack() as stack:
+        parts: dict[str, dict[str, list[_Piece]]] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            file = stack.enter_context(safe_open(path, "pt"))
+            stored = json.loads((file.metadata() or {}).get("pieces", "{}"))
+            for name in file.keys():  # noqa: SIM118  # it is no mapping
+                size = tuple(file.get_slice(name).get_shape())
+                shape, offset = stored.get(name, (size, (0,) * len(size)))
+                piece = _Piece(file, name, size, tuple(shape), tuple(offset))
+                parts.setdefault(part_of(path.name), {}).setdefault(name, []).append(piece)
+        return {
+            part: {name: _placed(pieces, place(part, name)) for name, pieces in tensors.items()}
+            for part, tensors in parts.items()
+        }
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A stored tensor, of the whole one's `shape` the part of `size` that begins at `offset`."""
+
+    file: Any
+    name: str
+    size: Shape
+    shape: Shape
+    offset: Shape
+
+    def read(self, ranges: Sequence[slice] = (slice(0),)) -> Tensor:
+        """These ranges of it; nothing else is read from the disk."""
+        tensor: Tensor = self.file.get_slice(self.name)[tuple(ranges) if self.size else ...]
+        return tensor
+
+    def copy_to(self, target: Tensor, offset: Shape) -> int:
+        """Copy what it shares with the part of the whole that begins at `offset`; returns how many numbers that is."""
+        low = [max(own, other) for own, other in zip(self.offset, offset, strict=True)]
+        ends = zip(self.offset, self.size, offset, target.shape, strict=True)
+        high = [min(own + size, other + wanted) for own, size, other, wanted in ends]
+        if any(start >= stop for start, stop in zip(low, high, strict=True)):
+            return 0
+        of_own, of_target = (
+            [slice(a - o, b - o) for a, b, o in zip(low, high, origin, strict=True)] for origin in (self.offset, offset)
+        )
+        target[tuple(of_target)] = self.read(of_own)
+        return math.prod(stop - start for start, stop in zip(low, high, strict=True))
+
+
+def _placed(pieces: Sequence[_Piece], parameter: Tensor | None) -> Tensor:
+    """A tensor of these pieces: whole, or this process's share of it where the parameter is sharded."""
+    shape = pieces[0].shape
+    if not isinstance(parameter, DTensor) or tuple(parameter.shape) != shape:
+        return _assembled(pieces, shape, (0,) * len(shape))
+    own = _assembled(pieces, *_share_of(parameter)).to(parameter.device)
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return DTensor.from_local(own, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride())
+
+
+def _assembled(pieces: Sequence[_Piece], wanted: Shape, offset: Shape) -> Tensor:
+    tensor = pieces[0].read().new_empty(wanted)
+    if sum(piece.copy_to(tensor, offset) for piece in pieces) != math.prod(wanted):
+        raise RunError(f"pieces of {pieces[0].name} are missing in the checkpoint, or of another shape")
+    return tensor
