@@ -95,7 +95,8 @@ def moved(value: T, device: torch.device) -> T:
     """A batch or outputs with every tensor in them on a device."""
     new: Any = value
     if isinstance(value, Tensor):
-        new = value.to(device, non_blocking=True)
+        # To the host it must be complete: nobody waits for the device before reading it there.
+        new = value.to(device, non_blocking=device.type != "cpu")
     elif isinstance(value, dict):
         new = {key: moved(item, device) for key, item in value.items()}
     elif isinstance(value, list | tuple):

@@ -60,10 +60,13 @@ def _shared(own: Sequence[nn.Module], theirs: Sequence[nn.Module]) -> bool:
 def replayed(model: Any, outputs: Sequence[Any]) -> Iterator[None]:
     """During the block the first layers are not run: each returns what another model's layer did."""
     layers = layers_of(model)[: len(outputs)]
+    before = [vars(layer).get("forward") for layer in layers]  # e.g. a compiled one
     for layer, output in zip(layers, outputs, strict=True):
         layer.forward = lambda *_args, _output=output, **_named: _output
     try:
         yield
     finally:
-        for layer in layers:
+        for layer, forward in zip(layers, before, strict=True):
             del layer.forward
+            if forward is not None:
+                layer.forward = forward

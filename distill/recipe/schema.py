@@ -78,7 +78,8 @@ class Optimization(Section):
     max_skipped: Count = 20
     """Stop the run when so many steps in a row had to be left out."""
     ema: Annotated[float, Field(gt=0, lt=1), NotASwitch] | None = None
-    """Keep an average of the weights as well: after every step ema · average + (1 - ema) · weights."""
+    """Keep an average of the weights as well: after every step d · average + (1 - d) · weights, d = ema, but at most
+    (1 + step) / (10 + step), so that the first weights are soon forgotten."""
     ema_release: StrictBool = False
     """Measure and hand on the average instead of the last weights."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"

@@ -30,18 +30,14 @@ class Average:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """The model has the average for its weights inside the block."""
-        self._swap()
+        last = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        self.put()
         try:
             yield
         finally:
-            self._swap()
-
-    @torch.no_grad()
-    def _swap(self) -> None:
-        for name, parameter in self.parameters.items():
-            last = parameter.detach().clone()
-            parameter.copy_(self.values[name])
-            self.values[name] = last
+            with torch.no_grad():
+                for name, parameter in self.parameters.items():
+                    parameter.copy_(last[name])
 
     @torch.no_grad()
     def put(self) -> None:

@@ -155,10 +155,12 @@ class Checkpoints:
         os.rename(temporary, final)
         fsync_folder(self.folder)
         self._verified[final] = _signature(final)
-        self._retire()
+        self._retire(final)
 
-    def _retire(self) -> None:
+    def _retire(self, final: Path) -> None:
         own = [found for found in self.published() if _identity_of(found) == self.identity]
+        if self.keep == 1:  # the last one written, which is not always that of the highest step
+            own = [*(found for found in own if found != final), final]
         good = [found for found in own if self._valid(found)]
         for old in own[: own.index(good[-self.keep])] if len(good) >= self.keep else []:
             shutil.rmtree(old)

@@ -22,7 +22,7 @@ SCRIPT = "scripts/train.py RECIPE"
 PATIENCE = 45.0
 """Seconds that a step may take before the other processes are given up; more where steps have taken long."""
 FIRST_PATIENCE = 900.0
-"""Seconds for the first step, which may have to compile."""
+"""Seconds for the first two steps, which may have to compile, and the first two evaluations and saves."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -90,29 +90,30 @@ def leaving_in_time(seconds: float = 20.0) -> Iterator[None]:
 
 
 class Watchdog:
-    """Ends this process when a step takes so long that another process must be dead or hang.
+    """Ends this process when a step, evaluation or save takes so long that another process must be dead or hang.
 
     A collective operation with a process that hangs would wait for half an hour or for ever, and cannot be interrupted.
     """
 
     def __init__(self, say: Callable[[str], None], *, active: bool):
         self.say = say
-        self.slowest: float | None = None
+        self.seen: dict[str, tuple[int, float]] = {}
+        """What -> how often, and seconds of the slowest after the first, which may have had to compile."""
         self.deadline: float | None = None
         if active:
             threading.Thread(target=self._watch, daemon=True).start()
 
     @contextmanager
-    def step(self) -> Iterator[None]:
-        """Around each step."""
+    def over(self, what: str) -> Iterator[None]:
+        """Around each step, evaluation or save, each of which has its own times."""
+        count, slowest = self.seen.get(what, (0, 0.0))
         start = time.monotonic()
-        patience = FIRST_PATIENCE if self.slowest is None else max(PATIENCE, 5 * self.slowest)
-        self.deadline = start + patience
+        self.deadline = start + (FIRST_PATIENCE if count < 2 else max(PATIENCE, 5 * slowest))
         try:
             yield
         finally:
             self.deadline = None
-            self.slowest = max(self.slowest or 0.0, time.monotonic() - start)
+            self.seen[what] = count + 1, max(slowest, time.monotonic() - start) if count else 0.0
 
     def _watch(self) -> None:
         while True:

@@ -34,11 +34,12 @@ class Health:
         """1.0 where the step must be left out, else 0.0; both arguments are of the whole step, shape [].
 
         A spike enters the history, a norm that is not finite does not: a gradient that stays large is the new normal
-        after half a window, and training goes on.
+        after half a window, and training goes on. Nor does 0, of a step in which nothing had a label or a weight: next
+        to it everything would be a spike.
         """
         finite = torch.isfinite(loss) & torch.isfinite(norm)
         bad = ~finite | (norm > self.factor * self.norms.median())
-        self.norms = torch.where(finite, torch.cat([self.norms[1:], norm.reshape(1)]), self.norms)
+        self.norms = torch.where(finite & (norm > 0), torch.cat([self.norms[1:], norm.reshape(1)]), self.norms)
         self.skipped = torch.stack([self.skipped[0] + bad, (self.skipped[1] + 1) * bad])
         return bad.float()
 

@@ -109,6 +109,8 @@ class Learner:
     def measured(self) -> Iterator[Any]:
         """The student in eval mode, with the weights that would be handed on."""
         with self.average.in_place() if self.spec.ema_release and self.average else nullcontext():
+            if self.spec.ema_release and self.constraint:
+                self.constraint.apply()  # an average keeps traces of what is masked by now
             self.wrapper.eval()
             if self.sharded:
                 self._fill_student(self.accelerator.device)

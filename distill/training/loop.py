@@ -100,7 +100,8 @@ def train(
         StopSignals() as stop,
         Tracker(job.folder.metrics, job.title, state.step, steps, accelerator) as tracker,
     ):
-        run = _Run(job, learner, taking, batches, checkpoints, state, steps, stop, tracker, say)
+        watchdog = Watchdog(say, active=accelerator.num_processes > 1)
+        run = _Run(job, learner, taking, batches, checkpoints, state, steps, stop, tracker, watchdog, say)
         with _explained(checkpoints):
             run.to_the_end(evaluate)
     learner.finish()
@@ -121,16 +122,16 @@ class _Run:
     steps: int
     stop: StopSignals
     tracker: Tracker
+    watchdog: Watchdog
     say: Callable[[str], None]
 
     def to_the_end(self, evaluate: Evaluate | None) -> None:
         job, state, accelerator = self.job, self.state, self.learner.accelerator
         window, since = self._window(), time.monotonic()
-        watchdog = Watchdog(self.say, active=accelerator.num_processes > 1)
         stopping = self.measure(evaluate)  # where a start comes after the step and before its evaluation
         world, rank = accelerator.num_processes, accelerator.process_index
         for numbered in self.batches.stream(state.step, self.steps, rank, world, job.spec.loader_workers):
-            with watchdog.step():
+            with self.watchdog.over("step"):
                 rate = self._set_rate()
                 stopping |= self.take(numbered, state, window, self.stop.requested)
             state.step += 1
@@ -204,7 +205,7 @@ class _Run:
         due = state.step == self.steps or (state.step > 0 and _due(job.evaluate_every, state.step))
         if evaluate is None or not due or state.evaluated == state.step:
             return False
-        with self.learner.measured() as model:
+        with self.watchdog.over("evaluation"), self.learner.measured() as model:
             metrics = evaluate(model, self.stop.asked)
         if self.anyone_stopped():
             return True
@@ -224,7 +225,8 @@ class _Run:
     def save(self, checkpoints: Checkpoints) -> None:
         """Publish a checkpoint; every process takes part."""
         asked = self.learner.accelerator.is_main_process or self.learner.sharded
-        checkpoints.save(self.state, self.learner.parts() if asked else {})
+        with self.watchdog.over("save"):
+            checkpoints.save(self.state, self.learner.parts() if asked else {})
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,7 @@ class Step:
         # The stop flag rides on the count's all-reduce, so that all processes leave at the same step.
         extra = torch.tensor([sum(int(batch["attention_mask"].sum()) for batch in own), int(stop)])
         totals = accelerator.reduce(torch.cat([counts, extra]).to(accelerator.device), "sum")
-        counts, tokens, stopped = totals[:-2], totals[-2], totals[-1]
+        counts, tokens, stopped = totals[:-2], totals[-2], _Ahead(totals[-1])
         loss, sums = self._until_it_fits(numbered, counts, state)
         norm, bad = learner.step(state.step + 1, loss)
         window.add(loss, sums, counts, norm, bad)
@@ -100,7 +101,7 @@ class Step:
                 return self._gradients(list(_split(numbered, 2**state.halvings)), counts, state.step)
             except torch.OutOfMemoryError as error:
                 self.learner.prepared.zero_grad()
-                largest = max(len(batch["input_ids"]) for _, batch in numbered) // 2**state.halvings
+                largest = math.ceil(max(len(batch["input_ids"]) for _, batch in numbered) / 2**state.halvings)
                 state.halvings += 1
                 if largest < 2:
                     raise RunError(f"out of memory with a single example in step {state.step + 1}: {error}") from error
@@ -139,6 +140,20 @@ class Step:
             loss += share.detach()
             sums += parts
         return accelerator.reduce(loss, "sum"), sums
+
+
+class _Ahead:
+    """A number on its way from the device to the host; reading it does not wait for what was queued after it."""
+
+    def __init__(self, tensor: Tensor):
+        self.value = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        self.value.copy_(tensor, non_blocking=True)
+        self.arrived = torch.cuda.current_stream(tensor.device).record_event() if tensor.is_cuda else None
+
+    def item(self) -> float:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.value.item()
 
 
 def _split(numbered: Sequence[tuple[int, Batch]], pieces: int) -> Iterator[tuple[tuple[int, ...], Batch]]:

@@ -13,6 +13,8 @@ from distill.models.sharded import like
 
 NUMBER = "#"
 """Marks optimizer state that is a plain number, so that it becomes one again."""
+OURS = ("lr", "weight_decay")
+"""Entries of groups that follow from the recipe and the step."""
 
 
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -48,11 +50,32 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
                 tensors[f"{names[index]}/{moment}"] = value
             elif value is not None:
                 tensors[f"{names[index]}/{moment}{NUMBER}"] = torch.tensor(value, dtype=torch.float64)
-    return tensors
+    return tensors | group_tensors(optimizer)
+
+
+def group_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """`#N/KEY` -> number that the optimizer keeps for all of a group of parameters, where it has changed it itself."""
+    return {
+        f"{NUMBER}{index}/{key}": torch.tensor(value, dtype=torch.float64)
+        for index, group in enumerate(optimizer.param_groups)
+        for key, value in group.items()
+        if isinstance(value, int | float) and key not in OURS and value != optimizer.defaults.get(key)
+    }
+
+
+def load_groups(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Put back what `group_tensors` gave; returns the other tensors."""
+    for name, tensor in tensors.items():
+        if name.startswith(NUMBER):
+            index, key = name.removeprefix(NUMBER).split("/", 1)
+            group = optimizer.param_groups[int(index)]
+            group[key] = type(group.get(key, 0.0))(tensor.item())
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(NUMBER)}
 
 
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Put moments back."""
+    tensors = load_groups(optimizer, tensors)
     trained = _trained(model, optimizer)
     index_of = {name: index for index, (name, _) in enumerate(trained)}
     states: dict[int, dict[str, Any]] = {}

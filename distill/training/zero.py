@@ -19,7 +19,7 @@ from distill.errors import InputError
 from distill.training.health import Health
 from distill.training.learner import Learner
 from distill.training.shards import Parts
-from distill.training.tensors import NUMBER, own_tensors
+from distill.training.tensors import NUMBER, group_tensors, load_groups, own_tensors
 
 
 @dataclass
@@ -48,7 +48,7 @@ class ZeroLearner(Learner):
 
     def load(self, parts: Parts) -> None:
         """Continue from what `parts` gave; the weights are there already, as the engine made its copies of them."""
-        for name, tensor in parts.get("optimizer", {}).items():
+        for name, tensor in load_groups(self.optimizer, parts.get("optimizer", {})).items():
             parameter, moment = name.rsplit("/", 1)
             if moment.removesuffix(NUMBER) in self._scalars:
                 self._set_scalar(moment, tensor)
@@ -85,7 +85,7 @@ class ZeroLearner(Learner):
                     tensors[f"{name}/{moment}"] = value.clone()  # one for all, and a file holds no tensor twice
                 else:
                     tensors[f"{name}/{moment}{NUMBER}"] = torch.tensor(value, dtype=torch.float64)
-        return tensors
+        return tensors | group_tensors(self.optimizer)
 
     def _keep_head(self) -> None:
         """Have ZeRO-3 put the output head together for the whole forward pass: the loss reads it, not the head."""

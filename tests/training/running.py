@@ -38,7 +38,7 @@ def run(
     spec = Training(**{"steps": steps, "batch_size": 8, "micro_batch_size": micro, "lr": 1e-3, "save_every": 2} | spec)
     model = model or tiny_model("bert", **dropped(dropout), num_labels=len(corpus.classes))
     head = corpus.task.head
-    batches = TrainingBatches(corpus, corpus.labelled or range(len(corpus.train)), 8, micro, seed)
+    batches = TrainingBatches(corpus, corpus.labelled or range(len(corpus.train)), spec.batch_size, micro, seed)
     extra = dict(job or {})
     evaluate = extra.pop("evaluate", None)
     job = Job("test", spec, TrainDir(folder), seed, "identity", **{"log_every": 2} | extra)

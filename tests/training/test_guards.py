@@ -74,16 +74,25 @@ import sys, time
 from distill.training import guards
 guards.PATIENCE = 1.0
 dog = guards.Watchdog(lambda text: print(text, flush=True), active=True)
-for seconds in (0.1, 0.1, 60):
-    with dog.step():
+for what, seconds in {sequence}:
+    with dog.over(what):
         time.sleep(seconds)
+print("done")
 """
 
 
-def test_a_step_that_waits_for_others_in_vain_ends_the_process_with_a_message():
+@pytest.mark.parametrize("what", ["step", "evaluation", "save"])
+def test_a_step_that_waits_for_others_in_vain_ends_the_process_with_a_message(what):
     start = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", HANGING], capture_output=True, text=True, check=False)
+    code = HANGING.replace("{sequence}", repr([(what, 0.1), (what, 0.1), (what, 60)]))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "do not answer" in done.stdout and time.monotonic() - start < 30
+
+
+def test_the_first_step_may_take_its_time_and_says_nothing_about_the_others():
+    code = HANGING.replace("{sequence}", repr([("step", 2.0), ("step", 0.1), ("evaluation", 2.0), ("step", 3.0)]))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "do not answer" in done.stdout
 
 
 ORPHAN = """

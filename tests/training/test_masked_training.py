@@ -105,6 +105,24 @@ def test_resuming_is_bitwise_the_uninterrupted_run_masks_included(corpus, tmp_pa
         shutil.rmtree(tmp_path / "parts")
 
 
+def test_the_average_that_is_measured_is_masked_like_the_one_that_is_handed_on(corpus, tmp_path):
+    def look(model, _stopped):
+        named = dict(model.named_parameters())
+        # At step 4 these were masked, and are in the average with what they were before.
+        found.append(max(int((named[name][mask] != 0).sum()) for name, mask in seen[0].masks.items()))
+        return {"accuracy": 0.5}
+
+    class Seen(Masks):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            seen.append(self)
+
+    found, seen = [], []
+    midway = Mask(sparsity=0.5, begin=0.5)
+    model, masks = run(corpus, tmp_path, midway, kind=Seen, look=look, ema=0.9, ema_release=True)
+    assert found == [0, 0] and alive(model, masks) == 0
+
+
 def test_a_signal_saves_the_masks_and_the_same_training_continues(corpus, tmp_path):
     whole, _ = run(corpus, tmp_path / "whole", CUBIC)
 

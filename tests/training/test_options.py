@@ -104,6 +104,35 @@ def test_an_optimizer_with_plain_numbers_in_its_state_is_resumed(corpus, tmp_pat
         assert torch.equal(a, b)
 
 
+class Growing(torch.optim.SGD):
+    """Keeps one number for all of a group, as optimizers that look for their own rate do."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr)
+        for group in self.param_groups:
+            group |= {"d": 1.0, "k": 0}
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["d"], group["k"] = group["d"] * 1.5, group["k"] + 1
+            assert type(group["k"]) is int
+            for parameter in group["params"]:
+                parameter.add_(parameter.grad, alpha=-group["lr"] * group["d"])
+
+
+def test_an_optimizer_with_numbers_for_a_group_is_resumed(corpus, tmp_path, monkeypatch):
+    module = ModuleType("my_optimizers")
+    module.Growing = Growing
+    monkeypatch.setitem(sys.modules, "my_optimizers", module)
+    whole, _ = run(corpus, tmp_path / "whole", optimizer="my_optimizers:Growing")
+    run(corpus, tmp_path / "parts", optimizer="my_optimizers:Growing")
+    shutil.rmtree(published(tmp_path / "parts/checkpoints")[-1])
+    model, _ = run(corpus, tmp_path / "parts", optimizer="my_optimizers:Growing")
+    for a, b in zip(whole.parameters(), model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_an_optimizer_that_is_none_is_refused(monkeypatch):
     module = ModuleType("my_optimizers")
     module.nothing = lambda groups, *, lr: None

@@ -101,6 +101,15 @@ def test_a_factor_of_none_skips_no_finite_norm_and_every_other():
     assert health.judge(torch.tensor(1.0), torch.tensor(math.inf)).item() == 1
 
 
+def test_steps_in_which_nothing_had_a_gradient_make_no_spike_of_the_others():
+    health = Health(30.0, torch.device("cpu"))
+    for _ in range(3 * WINDOW):
+        assert health.judge(torch.tensor(0.0), torch.tensor(0.0)).item() == 0
+    for _ in range(WINDOW):
+        assert health.judge(torch.tensor(1.0), torch.tensor(1.0)).item() == 0
+    assert health.judge(torch.tensor(1.0), torch.tensor(31.0)).item() == 1
+
+
 class SmallMemory:
     """A teacher that runs out of memory with more than so many examples."""
 
@@ -122,6 +131,15 @@ def test_out_of_memory_halves_the_micro_batches_and_gives_the_same_result(corpus
         assert pairs[1] == pytest.approx(pairs[0], abs=1e-6)
     for (name, a), b in zip(plain.named_parameters(), halved.parameters(), strict=True):
         if ".key.bias" not in name:  # its true gradient is 0, and AdamW makes steps of size lr of the rounding noise
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6, msg=name)
+
+
+def test_pieces_of_unequal_size_are_halved_down_to_single_examples(corpus, tmp_path):
+    plain, _ = run(corpus, tmp_path / "plain", batch_size=6, micro=3, dropout=0.0)
+    halved, said = run(corpus, tmp_path / "halved", batch_size=6, micro=3, dropout=0.0, teacher=SmallMemory(1))
+    assert [line.split(" up to ")[1].split()[0] for line in said] == ["3", "2"]  # 3 = 2 + 1
+    for (name, a), b in zip(plain.named_parameters(), halved.parameters(), strict=True):
+        if ".key.bias" not in name:
             torch.testing.assert_close(a, b, rtol=0, atol=1e-6, msg=name)
 
 
@@ -275,6 +293,13 @@ def test_the_best_checkpoint_by_a_metric_is_kept_apart(corpus, tmp_path):
     assert best.name == "step-00000004" and checkpoint.fault_of(best, "identity") is None
     assert json.loads((best / "state.json").read_text())["best"] == 0.9
     assert [path.name for path in published(tmp_path / "checkpoints")] == ["step-00000006", "step-00000008"]
+
+
+def test_the_best_can_be_of_a_lower_step_than_the_one_it_replaces(tmp_path):
+    checkpoints = checkpoint.Checkpoints(tmp_path, "identity", print, keep=1)
+    for step in (6, 4):
+        checkpoints.save(checkpoint.TrainState(step=step), {"model": {"w": torch.ones(1)}})
+    assert [path.name for path in published(tmp_path)] == ["step-00000004"]
 
 
 def test_lower_can_be_better(corpus, tmp_path):
