@@ -15,8 +15,8 @@ from torch.nn import functional
 
 from distill.losses import HEADS, LOGITS
 from distill.losses.chunked import Side, chunks
-from distill.losses.heads import UNLABELLED, Head
-from distill.models.outputs import Batch, Outputs, Wanted, run
+from distill.losses.heads import Head
+from distill.models.outputs import UNLABELLED, Batch, Outputs, Wanted, run
 
 Columns = dict[str, np.ndarray]
 
