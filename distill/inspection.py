@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from distill.data import collate, read_texts
-from distill.data.corpus import UNLABELLED, Corpus, Examples
+from distill.data.corpus import Corpus, Examples
 from distill.data.tasks import causal_lm, encode_each
 from distill.errors import InputError
 from distill.models.layout import Side, layers_of, layout_of
 from distill.models.load import load_student, load_tokenizer, teacher_path
 from distill.models.mlp import Mlp, mlps_of
+from distill.models.outputs import UNLABELLED
 from distill.models.plan import StudentPlan
 from distill.recipe.schema import Data, Student, Teacher
 from distill.release import charts

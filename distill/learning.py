@@ -157,7 +157,8 @@ def held_out(session: Session, model: Any, stopped: Callable[[], bool]) -> dict[
     corpus, state = session.corpus, processes()
     size = session.recipe.evaluation.batch_size
     batches = evaluation_batches(corpus, corpus.test, size, state.process_index, state.num_processes)
-    columns = predict(model, takewhile(lambda _batch: not stopped(), batches), corpus.task.head)
+    wanted = takewhile(lambda _batch: not stopped(), batches)
+    columns = predict(model, wanted, corpus.task.head, vocabulary=session.vocabulary)
     if state.num_processes > 1:
         columns = gathered(columns, gather_object)
     if not columns:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from distill.data import TASKS
+from distill.errors import InputError
 from distill.evaluation.metrics import METRICS
 from distill.learning import check_training
 from distill.losses import LayerMap, Objective
@@ -17,8 +18,8 @@ def check_names(session: Session) -> None:
     """Find every function that the recipe names, the user's own included, before hours are spent.
 
     Raises:
-        InputError: A name leads nowhere, its params do not fit, a package is missing, or a repair is not for this
-            teacher.
+        InputError: A name leads nowhere, its params do not fit, a package is missing, a repair is not for this
+            teacher, or there are no labels for what learns from them.
     """
     recipe, task = session.recipe, find(TASKS, session.recipe.data.task, "task")()
     check_strategies(recipe.student)
@@ -28,3 +29,24 @@ def check_names(session: Session) -> None:
         find(METRICS, name, "metric")
     check_training(recipe, task)
     check_family(session)
+    check_labels(session)
+
+
+def check_labels(session: Session) -> None:
+    """Refuse to learn from labels where no training example has one; the last to do so may be trained after hours.
+
+    Raises:
+        InputError: With everything in the recipe that learns from labels.
+    """
+    recipe, texts = session.recipe, session.texts
+    if texts.task.head == "next_token" or any(label is not None for _, label in texts.train):
+        return
+    learners = ["teacher.fit"] if recipe.teacher.fit else []
+    terms = [index for index, term in enumerate(recipe.losses) if term.match == "labels"]
+    learners += [f"losses.{index} (match: labels)" for index in terms]
+    learners += ["evaluation.arms (labels_only)"] if "labels_only" in recipe.evaluation.arms else []
+    if learners:
+        raise InputError(
+            f"data: no training example has a label, and these learn from labels: {', '.join(learners)}; "
+            f"give labels to some training examples in {recipe.data.source}, or leave these out of the recipe"
+        )

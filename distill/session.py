@@ -6,11 +6,13 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from datetime import timedelta
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from distill import __version__
@@ -23,6 +25,9 @@ from distill.recipe.locate import is_path
 from distill.recipe.schema import Recipe
 from distill.rundir import RunDir, content_of, write_json, write_text
 from distill.training.guards import StopSignals, check_launch, processes
+
+PATIENCE = timedelta(days=30)
+"""How long processes wait for the main one. The launcher ends them when it dies."""
 
 
 @dataclass(frozen=True)
@@ -137,14 +142,27 @@ def run_stages(session: Session, stages: Sequence[Stage]) -> None:
     """
     state = processes()
     check_launch(state.num_processes, state.device.type)
+    wait = _patient_wait(state)
     if not state.is_main_process:
         for stage in stages:
-            _run(session, stage)
+            _run(session, stage, wait)
         return
     with session.run.locked():
         write_text(session.run.recipe, dump(with_absolute_paths(session.recipe, session.base)))
         for stage in stages:
-            _run(session, stage)
+            _run(session, stage, wait)
+
+
+def _patient_wait(state: PartialState) -> Callable[[], Any]:
+    """A barrier of all processes that bears with stages of hours; every process must call this.
+
+    The timeout of Accelerate's own barrier is that of training's collective operations, 10 to 30 minutes. To raise it
+    would let training wait as long for a process that hangs.
+    """
+    if not torch.distributed.is_initialized():
+        return state.wait_for_everyone  # type: ignore[no-any-return]
+    # gloo: the processes wait on the CPU, and NCCL's watchdog does not take them for stuck.
+    return partial(torch.distributed.barrier, torch.distributed.new_group(timeout=PATIENCE, backend="gloo"))
 
 
 def with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
@@ -159,7 +177,7 @@ def with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
     return recipe.model_copy(update={"teacher": teacher, "data": data})
 
 
-def _run(session: Session, stage: Stage) -> None:
+def _run(session: Session, stage: Stage, wait: Callable[[], Any]) -> None:
     if not stage.wanted(session.recipe):
         return
     if StopSignals.pending:
@@ -170,6 +188,7 @@ def _run(session: Session, stage: Stage) -> None:
     if state.is_main_process:
         made_from = fingerprint({"distill": __version__, "stage": stage.name, "from": stage.made_from(session)})
         due[0] = not _finished(session.run, stage, made_from)
+    wait()  # to read large folders takes long as well
     if state.num_processes > 1:
         broadcast_object_list(due)
     if not due[0]:
@@ -181,13 +200,13 @@ def _run(session: Session, stage: Stage) -> None:
         session.run.stamp(stage.name).unlink(missing_ok=True)
     if stage.together or state.is_main_process:
         stage.work(session)
-    state.wait_for_everyone()
+    wait()
     if state.is_main_process:
         results = {str(path.relative_to(session.run.root)): content_of(path) for path in stage.results(session.run)}
         seconds = round(time.monotonic() - start, 1)
         write_json(session.run.stamp(stage.name), {"made_from": made_from, "results": results, "seconds": seconds})
         session.say(f"{stage.name}: done in {seconds} s")
-    state.wait_for_everyone()
+    wait()
 
 
 def _finished(run: RunDir, stage: Stage, made_from: str) -> bool:

@@ -144,7 +144,8 @@ def evaluate(session: Session) -> None:
         if not steps and arm != "teacher":
             mask_untrained(recipe, model, horizon)
         batches = evaluation_batches(corpus, corpus.test, recipe.evaluation.batch_size)
-        metrics = compute(session.metrics, predict(model, batches, corpus.task.head, teacher))
+        columns = predict(model, batches, corpus.task.head, teacher, session.vocabulary)
+        metrics = compute(session.metrics, columns)
         rows.append(arm_row(arm, steps, measured(metrics)))
     efficiency, student = None, session.load(session.run.distilled)
     if recipe.evaluation.efficiency:

@@ -4,9 +4,11 @@
     python scripts/kill_campaign.py recipes/smoke/recipe.yaml --in-saves 50 training.save_every=5
     python scripts/kill_campaign.py recipes/smoke/recipe.yaml --in-saves 50 --plain
 
-`--kills` are at random moments of training, `--in-saves` at random moments of writing a checkpoint. Whenever training
-comes to its end, its weights are compared with those of an uninterrupted run, and it starts anew until all kills are
-spent. `--plain` does the same to a bare loop around `accelerator.save_state`, for comparison.
+`--kills` are at random moments of training, `--in-saves` at random moments of writing a checkpoint. A kill counts as
+one in saving only where the save had begun and its end was not told; others that were meant for a save come on top, and
+are counted apart. Whenever training comes to its end, its weights are compared with those of an uninterrupted run, and
+it starts anew until all kills are spent. `--plain` does the same to a bare loop around `accelerator.save_state`, for
+comparison.
 
 Prints one JSON object. Exit code 0 when every training ended at the same weights to the last bit and the newest
 published checkpoint was intact after every kill, 1 otherwise.
@@ -65,7 +67,6 @@ class Campaign:
         self.usable = plain_usable if options.plain else usable
         self.arguments = [options.recipe, *options.overrides]
         self.chooser, self.counts = random.Random(options.seed), Counter()
-        random.seed(options.seed)
         self.killed, whole = options.out / "killed", options.out / "whole"
         for folder in (whole, self.killed):
             shutil.rmtree(folder, ignore_errors=True)
@@ -89,18 +90,26 @@ class Campaign:
         return Run(lambda notify: self.work([*self.arguments, "--out", str(folder)], notify), self.log)
 
     def kill(self, moment: str) -> None:
-        """Give the command, and kill it once."""
-        while True:
+        """Give the command and kill it, again until it was at such a moment."""
+        missed = True
+        while missed:
             run = self.start(self.killed)
-            if run.wait_for(moment):
-                span = self.save_seconds if moment == "saving" else 0.6 * self.seconds
-                time.sleep(self.chooser.uniform(0, 1.2 * span))
-                if run.kill():
-                    break
-            self.compare(run.ended())
-        self.counts[f"kills in {moment}"] += 1
-        if not self.usable(self.killed):
-            self.counts["newest checkpoint unusable"] += 1
+            if not (self.reached(run, moment) and run.kill()):
+                self.compare(run.ended())
+                continue
+            missed = moment == "saving" and not run.saving
+            self.counts["kills that missed the save" if missed else f"kills in {moment}"] += 1
+            if not self.usable(self.killed):
+                self.counts["newest checkpoint unusable"] += 1
+
+    def reached(self, run: "Run", moment: str) -> bool:
+        """Whether it came to that moment before its end, of which a random part has passed then."""
+        saving = moment == "saving"
+        if not run.wait_for(moment, self.chooser.randrange(3) if saving else 0):
+            return False
+        span = self.save_seconds if saving else 0.6 * self.seconds
+        time.sleep(self.chooser.uniform(0, 1.2 * span))  # longer than any save yet: none has an end that is never hit
+        return True
 
     def finish(self) -> None:
         """Let the last one come to its end."""
@@ -124,6 +133,8 @@ class Run:
     def __init__(self, work: Callable[[Notify], int], log: Path):
         self.reading, writing = os.pipe()
         self.slowest_save = 0.0
+        self.saving = False
+        """Whether the last that was told is the start of a save; after `kill`, whether that was inside one."""
         self.code: int | None = None
         self.pid = os.fork()
         if self.pid == 0:
@@ -137,9 +148,8 @@ class Run:
         os.close(writing)
         self.lines = os.fdopen(self.reading)
 
-    def wait_for(self, moment: str) -> bool:
-        """Whether that moment came before the end; a random number of saves is let through."""
-        skip = random.randrange(3) if moment == "saving" else 0
+    def wait_for(self, moment: str, skip: int = 0) -> bool:
+        """Whether that moment came before the end, after so many that are let through."""
         for line in self.lines:
             self._note(line)
             if line.strip() == moment:
@@ -149,7 +159,7 @@ class Run:
         return False
 
     def kill(self) -> bool:
-        """SIGKILL; False when the process had come to its end before."""
+        """SIGKILL, and read what it told before; False when the process had come to its end before."""
         os.kill(self.pid, signal.SIGKILL)
         return self.ended() == -signal.SIGKILL
 
@@ -163,8 +173,10 @@ class Run:
         return self.code
 
     def _note(self, line: str) -> None:
-        word, _, seconds = line.partition(" ")
-        self.slowest_save = max(self.slowest_save, float(seconds)) if word == "saved" else self.slowest_save
+        word, _, seconds = line.strip().partition(" ")
+        if word == "saved":
+            self.slowest_save = max(self.slowest_save, float(seconds))
+        self.saving = word == "saving"
 
 
 def telling(function: Callable, notify: Notify) -> Callable:
@@ -202,7 +214,13 @@ def usable(folder: Path) -> bool:
     from distill.training.checkpoint import fault_of
 
     newest = max((folder / "checkpoints").glob("step-*"), default=None)
-    return newest is None or fault_of(newest, json.loads((newest / "state.json").read_text())["identity"]) is None
+    if newest is None:
+        return True
+    try:
+        identity = json.loads((newest / "state.json").read_text())["identity"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+    return fault_of(newest, identity) is None
 
 
 def plain_run(arguments: list[str], notify: Notify) -> int:
@@ -240,10 +258,7 @@ def plain_run(arguments: list[str], notify: Notify) -> int:
 
 def plain_usable(folder: Path) -> bool:
     """Whether every file of the newest checkpoint can be read."""
-    import pickle
-
     import torch
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     newest = max((folder / "plain/checkpoints").glob("*"), key=lambda path: int(path.name[11:]), default=None)
@@ -253,7 +268,7 @@ def plain_usable(folder: Path) -> bool:
         load_file(newest / "model.safetensors")
         torch.load(newest / "optimizer.bin", weights_only=True)
         torch.load(newest / "random_states_0.pkl", weights_only=False)  # written by this script a moment ago
-    except (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError):
+    except Exception:  # what a damaged pickle raises can be anything
         return False
     return True
 

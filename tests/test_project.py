@@ -317,3 +317,10 @@ def test_the_checks_and_the_documents_name_the_same_commands():
 def test_the_changelog_knows_this_version():
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert re.search(rf"^## {re.escape(distill.__version__)}\b", changelog, re.MULTILINE)
+
+
+def test_the_label_of_what_has_none_is_defined_once():
+    defined = [
+        path for path in SOURCES if re.search(r"^UNLABELLED\b.*=", path.read_text(encoding="utf-8"), re.MULTILINE)
+    ]
+    assert [name_of(path) for path in defined] == ["distill/models/outputs.py"]

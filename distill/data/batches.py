@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from distill.data.corpus import UNLABELLED, Corpus, Examples
-from distill.models.outputs import Batch
+from distill.data.corpus import Corpus, Examples
+from distill.models.outputs import UNLABELLED, Batch
 
 PATIENCE = 45
 """Seconds after which a loader worker that gives no batch is taken for dead."""

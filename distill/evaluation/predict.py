@@ -15,8 +15,8 @@ from torch.nn import functional
 
 from distill.losses import HEADS, LOGITS
 from distill.losses.chunked import Side, chunks
-from distill.losses.heads import UNLABELLED, Head
-from distill.models.outputs import Batch, Outputs, Wanted, run
+from distill.losses.heads import Head
+from distill.models.outputs import UNLABELLED, Batch, Outputs, Wanted, run
 
 Columns = dict[str, np.ndarray]
 
@@ -27,6 +27,7 @@ def predict(
     batches: Iterable[Batch],
     head: str,
     teacher: Callable[[Batch], Outputs] | None = None,
+    vocabulary: int | None = None,
 ) -> Columns:
     """Columns that the metrics read, one entry per labelled position.
 
@@ -35,6 +36,9 @@ def predict(
         batches: Batches with labels.
         head: The kind of head, a name from `distill.losses.HEADS`.
         teacher: Where the divergence from the teacher is wanted.
+        vocabulary: Number of real classes; what a padded output head has beyond is neither predicted nor compared, as
+            in the objective. As there, the likelihood of a label is that among all rows, which is the model's own loss
+            for whoever loads it.
 
     Returns:
         `predictions`, `references`, `nll`, `tokens` (ones), `correct`; with a teacher also `teacher_predictions`,
@@ -49,7 +53,7 @@ def predict(
         outputs = [run(model, batch, Wanted(stop_at_head=True)), *([teacher(batch)] if teacher else [])]
         sides = [_selected(side, kind, batch, mask) for side in outputs]
         for part, logits in chunks(sides):
-            piece = _columns(labels[mask][part], *logits)
+            piece = _columns(labels[mask][part], slice(vocabulary), *logits)
             pieces.append({name: values.cpu() for name, values in piece.items()})
     return {name: torch.cat([piece[name] for piece in pieces]).numpy() for name in pieces[0]} if pieces else {}
 
@@ -62,8 +66,8 @@ def _selected(outputs: Outputs, kind: Head, batch: Batch, mask: Tensor) -> Tenso
     return Side(kind.predictions(outputs.last, batch)[mask], outputs.head)
 
 
-def _columns(labels: Tensor, logits: Tensor, teacher_logits: Tensor | None = None) -> dict[str, Tensor]:
-    predicted = logits.argmax(dim=-1)
+def _columns(labels: Tensor, classes: slice, logits: Tensor, teacher_logits: Tensor | None = None) -> dict[str, Tensor]:
+    predicted = logits[..., classes].argmax(dim=-1)
     columns = {
         "predictions": predicted,
         "references": labels,
@@ -72,8 +76,9 @@ def _columns(labels: Tensor, logits: Tensor, teacher_logits: Tensor | None = Non
         "correct": (predicted == labels).long(),
     }
     if teacher_logits is not None:
+        teacher_logits = teacher_logits[..., classes]
         columns["teacher_predictions"] = teacher_logits.argmax(dim=-1)
-        columns["kl_sum"] = LOGITS["forward_kl"](logits, teacher_logits)
+        columns["kl_sum"] = LOGITS["forward_kl"](logits[..., classes], teacher_logits)
         columns["positions"] = torch.ones_like(labels)
     return columns
 

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from distill.models.outputs import UNLABELLED as UNLABELLED  # read from here by the objective too
 from distill.models.outputs import Batch
-
-UNLABELLED = -100
 
 
 def _real_tokens(batch: Batch) -> Tensor:

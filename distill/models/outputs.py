@@ -21,7 +21,10 @@ from distill.models.layout import layers_of
 from distill.models.prefix import replayed
 
 Batch = dict[str, Tensor]
-"""`input_ids` [B, L], `attention_mask` [B, L], `labels` [B] or [B, L] (-100: unlabelled or padding)."""
+"""`input_ids` [B, L], `attention_mask` [B, L], `labels` [B] or [B, L] (`UNLABELLED`: none, or padding)."""
+
+UNLABELLED = -100
+"""The label of what has none, as in torch and transformers."""
 
 
 READ = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids", "position_ids")

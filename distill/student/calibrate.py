@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from distill.errors import InputError, RunError
 from distill.models.layout import Side, layers_of, layout_of
 from distill.models.mlp import Mlp, mlps_of
-from distill.models.outputs import Batch, first_tensor, layer_input
+from distill.models.outputs import UNLABELLED, Batch, first_tensor, layer_input
 from distill.recipe.schema import Layers
 from distill.student.gradients import gradient_sums
 from distill.student.removal import LabelLoss, greedy_removals, losses_without
@@ -27,8 +27,6 @@ from distill.student.sample import padded_right, real_positions, without_labels
 from distill.student.statistics import Statistics
 
 __all__ = ["Statistics", "Wanted", "calibrate"]
-
-UNLABELLED = -100
 
 Reduce = Callable[[Tensor], Tensor]
 """Adds a tensor up over all processes."""

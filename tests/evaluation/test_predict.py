@@ -7,7 +7,10 @@ from tiny import tiny_batch, tiny_model
 
 from distill.evaluation.arms import arm_row, measured, with_retained
 from distill.evaluation.predict import gathered, predict
-from distill.models.outputs import Outputs
+from distill.losses import Objective
+from distill.models.outputs import Outputs, run
+from distill.recipe.schema import Term
+from distill.teacher import OnlineTeacher
 
 
 def as_teacher(model):
@@ -22,6 +25,31 @@ def test_next_token_columns_agree_with_the_models_own_loss():
         expected = model(**batch, labels=labels).loss.item()
     assert len(columns["nll"]) == int(batch["attention_mask"].sum()) - 3  # the first token of a row is not predicted
     assert columns["nll"].mean() == pytest.approx(expected, rel=1e-5)
+
+
+def padded_pair():
+    """A student that is its teacher up to the rows of the head beyond 60 tokens, and a batch of those tokens."""
+    teacher, student = (tiny_model("llama", tie_word_embeddings=False) for _ in range(2))
+    with torch.no_grad():
+        student.lm_head.weight[60:] += 3.0 * student.lm_head.weight[:4].sign()
+    batch = tiny_batch()
+    batch["input_ids"] %= 60
+    return student, teacher, {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
+
+
+def test_rows_of_the_head_beyond_the_vocabulary_are_no_prediction_and_no_divergence_as_in_training():
+    student, teacher, batch = padded_pair()
+    objective = Objective([Term(match="labels"), Term(match="logits")], "next_token", vocabulary=60)
+    asked = OnlineTeacher(teacher, objective.teacher, torch.device("cpu"))
+    counts = objective.counts([batch])
+    with torch.no_grad():
+        _, sums = objective(run(student, batch, objective.student), asked(batch), batch, counts)
+    assert predict(student, [batch], "next_token", asked)["predictions"].max() >= 60  # what the cut is for
+    columns = predict(student, [batch], "next_token", asked, vocabulary=60)
+    assert columns["predictions"].max() < 60
+    assert (columns["predictions"] == columns["teacher_predictions"]).all()
+    means = [columns["nll"].mean(), columns["kl_sum"].mean()]
+    assert means == pytest.approx((sums / counts).tolist(), rel=1e-5, abs=1e-7) and means[1] == 0
 
 
 def test_unlabelled_rows_are_left_out_and_the_rest_agree_with_the_models_own_loss():

@@ -1,0 +1,69 @@
+"""Processes that wait for the main one do so for as long as it takes, whatever the timeout of collective operations."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny import tiny_project
+
+ROOT = Path(__file__).parents[2]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+STAGES = """
+import os, signal, sys, time
+from datetime import timedelta
+from pathlib import Path
+from accelerate import PartialState
+state = PartialState(cpu=True, timeout=timedelta(seconds=2))  # of collective operations, half an hour otherwise
+
+from distill.recipe import load_recipe
+from distill.rundir import RunDir, write_json
+from distill.session import Session, Stage, run_stages
+recipe, end = Path(sys.argv[1]), sys.argv[2]
+
+def slow(session):
+    time.sleep(6)
+    if end == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    write_json(session.run.evaluation, {})
+
+def inputs(session):
+    time.sleep(6)  # as where large folders are read to see whether they have changed
+    return {}
+
+def together(session):
+    print("together", state.process_index, flush=True)
+
+stages = [
+    Stage("slow", slow, inputs, lambda run: [run.evaluation]),
+    Stage("next", together, lambda session: {}, lambda run: [run.evaluation], together=True),
+]
+run_stages(Session(load_recipe(recipe), recipe.parent, RunDir(recipe.parent / "run"), say=print), stages)
+"""
+
+
+def launched(folder, end):
+    script = folder / "stages.py"
+    script.write_text(STAGES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    return subprocess.run(
+        [*command, script, tiny_project(folder), end], env=ENV, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+@pytest.mark.slow
+def test_a_stage_of_the_main_process_may_take_longer_than_the_timeout(tmp_path):
+    done = launched(tmp_path, "finished")
+    assert done.returncode == 0, done.stderr
+    assert "together 0" in done.stdout and "together 1" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_main_process_that_dies_ends_the_others(tmp_path):
+    start = time.monotonic()
+    done = launched(tmp_path, "killed")
+    assert done.returncode != 0 and "together" not in done.stdout and time.monotonic() - start < 90

@@ -1,0 +1,41 @@
+"""A language model whose output head is padded beyond the tokenizer, measured by the stage and within training."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tiny import RECIPE, tiny_model, tiny_project
+
+from distill.learning import held_out, save_model
+from distill.recipe import load_recipe
+from distill.rundir import RunDir
+from distill.session import Session
+from distill.stages import evaluate
+
+LM = RECIPE.replace("task: classification, labelled: 24,", "task: causal_lm,")
+SETTINGS = ["teacher.init=pretrained", "teacher.fit=null", "evaluation.arms=[teacher, distilled]"]
+
+
+@pytest.fixture
+def session(tmp_path):
+    recipe = tiny_project(tmp_path, LM, family="llama")
+    loaded = load_recipe(recipe, [*SETTINGS, "evaluation.efficiency=false"])
+    return Session(loaded, tmp_path, RunDir(tmp_path / "run"), say=lambda _text: None)
+
+
+def test_what_a_padded_head_says_beyond_the_vocabulary_is_no_prediction(session):
+    assert session.vocabulary == 17
+    teacher, student = (tiny_model("llama", tie_word_embeddings=False) for _ in range(2))
+    with torch.no_grad():
+        student.lm_head.weight[17:] *= 3
+    teacher.save_pretrained(session.teacher)
+    save_model(session, student, session.run.distilled)
+    evaluate(session)
+    arms = {arm["name"]: arm["metrics"] for arm in json.loads(session.run.evaluation.read_text())["arms"]}
+    assert arms["distilled"]["kl"] == 0 and arms["distilled"]["agreement"] == 1
+    assert arms["distilled"]["token_accuracy"] == arms["teacher"]["token_accuracy"] > 0
+    in_training = held_out(session, student, lambda: False)
+    assert in_training == pytest.approx({name: arms["distilled"][name] for name in in_training})
+    assert "token_accuracy" in in_training
