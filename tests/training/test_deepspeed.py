@@ -1,8 +1,9 @@
-"""DeepSpeed shares out the same training. Really run, on two processes of a CPU."""
+"""DeepSpeed shares out the same training: really run, on two processes of a CPU, where it is installed."""
 
 from __future__ import annotations
 
 import shutil
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +22,8 @@ from distill.training.guards import check_launch
 from distill.training.learner import SHARDING, make_learner
 from distill.training.setup import configure_deepspeed
 
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="pip install -e '.[deepspeed]'")
+
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
@@ -31,6 +34,7 @@ def one(tmp_path_factory):
 
 
 @pytest.mark.slow
+@needs_deepspeed
 def test_zero3_trains_saves_resumes_and_hands_over_the_same_student(one, tmp_path):
     folder = tmp_path / "run"
     launched(2, folder, "zero3", "20:0", code=75)
@@ -44,6 +48,7 @@ def test_zero3_trains_saves_resumes_and_hands_over_the_same_student(one, tmp_pat
 
 
 @pytest.mark.slow
+@needs_deepspeed
 def test_what_one_process_saved_two_continue_with_zero2(one, tmp_path):
     folder = tmp_path / "run"
     launched(1, folder, "plain", "20:0", code=75)
@@ -52,6 +57,7 @@ def test_what_one_process_saved_two_continue_with_zero2(one, tmp_path):
 
 
 @pytest.mark.slow
+@needs_deepspeed
 def test_the_head_of_a_language_model_is_read_in_chunks(tmp_path):
     launched(1, tmp_path / "one", "plain-lm")
     launched(2, tmp_path / "two", "zero3-lm")
@@ -59,6 +65,7 @@ def test_the_head_of_a_language_model_is_read_in_chunks(tmp_path):
 
 
 @pytest.mark.slow
+@needs_deepspeed
 @pytest.mark.parametrize("kind", ["zero2", "zero3"])
 def test_a_gradient_that_is_no_number_on_one_process_leaves_out_the_step_on_both(kind, tmp_path):
     launched(2, tmp_path, kind, "0:0", "nan")
