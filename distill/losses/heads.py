@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from distill.losses.align import without_autocast
 from distill.models.outputs import Batch
 
 UNLABELLED = -100
@@ -109,7 +110,9 @@ def _similarities(embeddings: Tensor, batch: Batch) -> Tensor:
     """[B, D] -> [B, B] cosines with the other examples of the micro-batch; padding and oneself are no option."""
     unit = functional.normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=-1)
     oneself = torch.eye(len(unit), dtype=torch.bool, device=unit.device)
-    return (unit @ unit.T).masked_fill(oneself | ~_real_examples(batch)[None, :], -torch.inf)
+    with without_autocast(unit.device):
+        cosines = unit @ unit.T
+    return cosines.masked_fill(oneself | ~_real_examples(batch)[None, :], -torch.inf)
 
 
 def _no_labels(batch: Batch) -> Tensor:

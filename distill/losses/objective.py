@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.errors import InputError
-from distill.losses.align import TopK
+from distill.losses.align import TopK, without_autocast
 from distill.losses.chunked import Side, through_heads
 from distill.losses.heads import HEADS, UNLABELLED
 from distill.losses.terms import Maps, ResolvedTerm, resolve
@@ -138,12 +138,13 @@ class Objective:
         on_head = [term for term in now if term.match in PREDICTIONS]
         loss, parts = self._from_predictions(student, teacher, batch, on_head)
         sums = dict(zip((term.name for term in on_head), parts, strict=True))
-        for term in now:
-            if term.match not in PREDICTIONS:
-                assert teacher is not None
-                total = self._from_layers(student, teacher, batch, term)
-                loss = loss + term.factor * total
-                sums[term.name] = total.detach()
+        with without_autocast(loss.device):
+            for term in now:
+                if term.match not in PREDICTIONS:
+                    assert teacher is not None
+                    total = self._from_layers(student, teacher, batch, term)
+                    loss = loss + term.factor * total
+                    sums[term.name] = total.detach()
         return loss, torch.stack([sums[name].float() for name in self.names])
 
     def _from_predictions(
@@ -170,14 +171,16 @@ class Objective:
             ]
             return torch.stack(totals) if totals else own[:0].sum(-1)
 
-        own = self._selected(student, mask, batch)
-        target = None if teacher is None else self._selected(teacher, mask, batch)
-        if isinstance(own, Side):
-            return through_heads(own, target, labels[mask], score, factors, self.chunk)
-        target = target.head(target.rows) if isinstance(target, Side) else target
-        sums = score(own, None if target is None else target.detach(), labels[mask])
-        loss = (factors * sums).sum() if terms else own[:0].sum()
-        return loss, sums.detach()
+        with without_autocast(labels.device):
+            own = self._selected(student, mask, batch)
+            target = None if teacher is None else self._selected(teacher, mask, batch)
+            if not isinstance(own, Side):
+                target = target.head(target.rows) if isinstance(target, Side) else target
+                sums = score(own, None if target is None else target.detach(), labels[mask])
+                loss = (factors * sums).sum() if terms else own[:0].sum()
+                return loss, sums.detach()
+        # Outside of the block, as on a GPU autocast says in which dtype the heads take their operands.
+        return through_heads(own, target, labels[mask], score, factors, self.chunk)
 
     def _selected(self, outputs: Outputs, mask: Tensor, batch: Batch) -> Any:
         """The valid positions: their logits [N, V], or what logits are made from."""
@@ -198,7 +201,8 @@ class Objective:
         for pair in term.pairs:
             own, target = student.hidden[pair[0]][mask], teacher.hidden[pair[1]][mask]
             if _name(pair) in self.projections:
-                own = self.projections[_name(pair)](own)
+                projection = self.projections[_name(pair)]
+                own = projection(own.to(next(projection.parameters()).dtype))
             totals.append(_total(term, own, target.detach()))
         return torch.stack(totals).mean()
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from distill.losses.align import without_autocast
 from distill.losses.logits import forward_kl
 
 
@@ -79,7 +80,8 @@ def _relation_kl(student: Tensor, teacher: Tensor, seen: Tensor, heads: int) -> 
         if width % heads:
             raise ValueError(f"{width} columns cannot be split into {heads} relation heads; give `heads` a divisor")
         split = _wide(vectors).view(*vectors.shape[:2], heads, width // heads).transpose(1, 2)
-        scores = split @ split.transpose(-1, -2) / (width // heads) ** 0.5
+        with without_autocast(split.device):
+            scores = split @ split.transpose(-1, -2) / (width // heads) ** 0.5
         logs.append(scores.masked_fill(~seen[:, None], -torch.inf))
     return forward_kl(*logs).mean(1)
 
