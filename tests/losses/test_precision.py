@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from tiny import tiny_batch, tiny_model
 
-from distill.losses import HEADS, RELATION, Objective, layer_map
-from distill.models.head import OutputHead
-from distill.models.outputs import Outputs
+from distill.losses import HEADS, LOGITS, RELATION, Objective, layer_map
+from distill.models.head import OutputHead, class_head
+from distill.models.outputs import Outputs, run
 from distill.recipe.schema import Term
+from distill.teacher import OnlineTeacher
 
 B, L, D, H = 3, 5, 16, 2
 MASK = (torch.arange(L) < torch.tensor([5, 3, 4])[:, None]).long()
@@ -120,3 +122,79 @@ def test_a_vocabulary_head_sees_the_autocast_around_the_objective(autocast):
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         objective(own, target, batch, objective.counts([batch]))
     assert heads[0].seen and set(heads[0].seen + heads[1].seen) == {autocast}
+
+
+# Logits
+
+
+def gradient_by_logits(student, teacher):
+    return (student.double().softmax(-1) - teacher.double().softmax(-1)) / len(student)
+
+
+def near(weight, by):
+    """A student's head so close to this one of its teacher that KL is about 0.002."""
+    return (weight.float() + by * noise(*weight.shape, seed=9)).to(weight.dtype)
+
+
+SEEN: list[list[torch.Tensor]] = []
+
+
+def watched_kl(student, teacher, *, temperature=1.0):
+    """Forward KL that keeps what it is given."""
+    SEEN.append([student.detach().clone(), teacher.clone()])
+    return LOGITS["forward_kl"](student, teacher, temperature=temperature)
+
+
+@pytest.mark.parametrize("how", ["bf16", "autocast"])
+def test_a_vocabulary_head_near_its_teacher_has_the_gradient_of_float64(how):
+    target = (noise(2000, 64) / 2).bfloat16()
+    weight, rows = near(target, 0.008), noise(1, 64, 64, seed=1).bfloat16()
+    own = weight if how == "bf16" else weight.float()
+    own = own.requires_grad_()
+    objective = Objective([Term(match="logits", loss="test_precision:watched_kl")], "next_token", chunk=63)
+    batch = {"attention_mask": torch.ones(1, 64), "labels": torch.zeros(1, 64, dtype=torch.int64)}
+    SEEN.clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=how == "autocast"):
+        student, teacher = (Outputs(None, {}, rows, OutputHead(head)) for head in (own, target))
+        loss, _ = objective(student, teacher, batch, objective.counts([batch]))
+    exact = [rows[0, :-1].double() @ head.double().T for head in (weight, target)]
+    found, expected = (gradient_by_logits(*pair) for pair in (map(torch.cat, zip(*SEEN, strict=True)), exact))
+    assert 0.001 < loss.detach() < 0.004
+    assert (found - expected).norm() <= 1e-3 * expected.norm()
+    loss.backward()
+    if how == "autocast":  # in bf16 it is rounded once more, when it is handed out
+        by_weight = expected.T @ rows[0, :-1].double()
+        assert (own.grad - by_weight).norm() <= 1e-3 * by_weight.norm()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", ["bert", "roberta", "modernbert"])
+def test_classes_near_their_teacher_have_the_gradient_of_float64(family, checkpointing):
+    """What remains is the rounding of the bodies: heads and loss add nothing to it."""
+    teacher, student = tiny_model(family), tiny_model(family)
+    with torch.no_grad():
+        for model in (teacher, student):
+            class_head(model).weight.mul_(30)
+        class_head(student).weight.copy_(near(class_head(teacher).weight, 0.01))
+    if checkpointing:
+        student.activation_checkpointing_enable()
+    teacher.bfloat16()
+    student.train()
+    for module in student.modules():
+        module.p = 0.0
+    read = []
+    for model in (student, teacher):
+        class_head(model).register_forward_hook(lambda _module, inputs, _output: read.append(inputs[0].detach()))
+    batch = tiny_batch(rows=32, padded=False) | {"labels": torch.zeros(32, dtype=torch.int64)}
+    objective = Objective([Term(match="logits")], "sequence")
+    counts = objective.counts([batch])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        own = run(student, batch, objective.student)
+        loss, _ = objective(own, OnlineTeacher(teacher, objective.teacher, torch.device("cpu"))(batch), batch, counts)
+    loss.backward()
+    heads = [class_head(model) for model in (student, teacher)]
+    exact = [h.double() @ head.weight.double().T + head.bias.double() for h, head in zip(read, heads, strict=True)]
+    expected = gradient_by_logits(*exact).T @ read[0].double()
+    assert loss.detach() < 0.01 and own.logits.dtype == torch.float32 and read[1].dtype == torch.bfloat16
+    assert (heads[0].weight.grad - expected).norm() <= 1e-3 * expected.norm()
+    assert all(parameter.grad is not None for parameter in student.classifier.parameters())
