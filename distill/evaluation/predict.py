@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from distill.losses import HEADS, LOGITS
-from distill.losses.chunked import Side, chunks
-from distill.losses.heads import UNLABELLED, Head
+from distill.losses.chunked import chunks
+from distill.losses.heads import UNLABELLED
 from distill.models.outputs import Batch, Outputs, Wanted, run
 
 Columns = dict[str, np.ndarray]
@@ -45,21 +45,13 @@ def predict(
     for cpu_batch in batches:
         batch = {name: tensor.to(device) for name, tensor in cpu_batch.items()}
         labels = kind.labels(batch)
-        mask = labels != UNLABELLED
+        labelled = (labels != UNLABELLED).nonzero(as_tuple=True)
         outputs = [run(model, batch, Wanted(stop_at_head=True)), *([teacher(batch)] if teacher else [])]
-        sides = [_selected(side, kind, batch, mask) for side in outputs]
+        sides = [kind.selected(side, batch, labelled) for side in outputs]
         for part, logits in chunks(sides):
-            piece = _columns(labels[mask][part], *logits)
+            piece = _columns(labels[labelled][part], *logits)
             pieces.append({name: values.cpu() for name, values in piece.items()})
     return {name: torch.cat([piece[name] for piece in pieces]).numpy() for name in pieces[0]} if pieces else {}
-
-
-def _selected(outputs: Outputs, kind: Head, batch: Batch, mask: Tensor) -> Tensor | Side:
-    """The labelled positions: their logits [N, V], or what logits are made from."""
-    if outputs.logits is not None:
-        return kind.predictions(outputs.logits, batch)[mask]
-    assert outputs.last is not None and outputs.head is not None
-    return Side(kind.predictions(outputs.last, batch)[mask], outputs.head)
 
 
 def _columns(labels: Tensor, logits: Tensor, teacher_logits: Tensor | None = None) -> dict[str, Tensor]:

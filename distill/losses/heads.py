@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from distill.losses.align import without_autocast
-from distill.models.outputs import Batch
+from distill.losses.chunked import Side
+from distill.models.outputs import Batch, Outputs
 
 UNLABELLED = -100
 
@@ -45,6 +47,23 @@ class Head:
     def labels(self, batch: Batch) -> Tensor:
         """[*]: the mask moves with the labels, so where nothing is predicted there is none."""
         return self.own_labels(batch).masked_fill(~self.asked(batch), UNLABELLED)
+
+    def labelled(self, batch: Batch) -> Tensor:
+        """Where there is a label, boolean [*]."""
+        return self.labels(batch) != UNLABELLED
+
+    def mask(self, match: str) -> Callable[[Batch], Tensor]:
+        """What finds the valid positions of a term: those that predict (with a label, or any) or the real tokens."""
+        if match == "labels":
+            return self.labelled
+        return self.asked if match in ("logits", "output") else self.tokens
+
+    def selected(self, outputs: Outputs, batch: Batch, positions: tuple[Tensor, ...] | Tensor) -> Any:
+        """The predictions at these positions, indices or a mask: logits [N, V], or what they are made from."""
+        if outputs.logits is not None:
+            return self.predictions(outputs.logits, batch)[positions]
+        assert outputs.last is not None and outputs.head is not None
+        return Side(self.predictions(outputs.last, batch)[positions], outputs.head)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
