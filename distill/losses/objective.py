@@ -16,6 +16,7 @@ from distill.losses.align import TopK, without_autocast
 from distill.losses.chunked import Side, through_heads
 from distill.losses.heads import HEADS, Head
 from distill.losses.terms import Maps, ResolvedTerm, resolve
+from distill.losses.trial import check_values
 from distill.models.outputs import Batch, Outputs, Wanted
 from distill.recipe.schema import Term
 
@@ -50,7 +51,8 @@ class Objective:
             chunk: positions whose logits are there at once; None: as many as suit the device.
 
         Raises:
-            InputError: no terms, an unknown loss, a wrong parameter, or a key that the term does not use.
+            InputError: no terms, an unknown loss, a wrong parameter, a key that the term does not use, or a loss that
+                fails on two positions or that a student cannot learn from.
         """
         if not terms:
             raise InputError("losses: there is nothing to learn from; give at least one term")
@@ -130,7 +132,8 @@ class Objective:
             every parameter); and the detached sum of each term, fp32 [K], with temperature², without weight.
 
         Raises:
-            ValueError: a term needs a teacher and there is none, or a loss did not return one value per position.
+            ValueError: a term needs a teacher and there is none.
+            InputError: a loss cannot compare these two models, or did not return one value per position.
         """
         if self.needs_teacher and teacher is None:
             raise ValueError(f"the terms {self.names} need a teacher's outputs, and got none")
@@ -210,7 +213,7 @@ class Objective:
         if "document_ids" in batch:
             seen = seen & (batch["document_ids"][:, None] == batch["document_ids"][:, :, None])
         own, target = getattr(student, term.match), getattr(teacher, term.match)
-        return torch.stack([term.loss(own[pair[0]], target[pair[1]], seen) for pair in term.pairs])
+        return torch.stack([term.values(own[pair[0]], target[pair[1]], seen, shape=real.shape) for pair in term.pairs])
 
 
 class _Positions:
@@ -242,19 +245,22 @@ class _Now:
     """A term at one point of the training, and its share of a count."""
 
     def __init__(self, term: ResolvedTerm, weight: float, scale: float, loss: Callable[..., Tensor], count: Tensor):
-        self.name, self.match, self.pairs = term.name, term.match, term.pairs
+        self.key, self.name, self.match, self.pairs = term.key, term.name, term.match, term.pairs
         self.scale, self.loss = scale, loss
         self.factor = weight / count.clamp(min=1)
 
+    def values(self, *compared: Any, shape: tuple[int, ...]) -> Tensor:
+        """What the loss makes of the two sides, one value per position."""
+        try:
+            values = self.loss(*compared)
+        except ValueError as error:  # of what only real models show: widths and heads that do not fit
+            raise InputError(f"{self.key}: {self.name}: {error}") from error
+        check_values(values, shape, f"{self.key}: {self.name}")
+        return values
+
 
 def _total(term: _Now, own: Tensor, target: Any) -> Tensor:
-    values = term.loss(own, target)
-    if values.shape != own.shape[:-1]:
-        # A loss that takes its own mean would silently weigh every micro-batch the same.
-        raise ValueError(
-            f"{term.name} must return one value per position, {tuple(own.shape[:-1])}, got {tuple(values.shape)}"
-        )
-    return term.scale * values.sum()
+    return term.scale * term.values(own, target, shape=own.shape[:-1]).sum()
 
 
 def _name(pair: tuple[int, int]) -> str:

@@ -74,6 +74,8 @@ def attention_kl(student: Tensor, teacher: Tensor, seen: Tensor) -> Tensor:
 
 def _relation_kl(student: Tensor, teacher: Tensor, seen: Tensor, heads: int) -> Tensor:
     """KL between the softmaxes of the scaled products of a [B, L, D] with itself, split into relation heads."""
+    if heads < 1:
+        raise ValueError(f"heads must be 1 or more, got {heads}")
     logs = []
     for vectors in (student, teacher):
         width = vectors.shape[-1]
@@ -101,7 +103,7 @@ def qkv(student: Sequence[Tensor], teacher: Sequence[Tensor], seen: Tensor, *, h
         [B, L].
 
     Raises:
-        ValueError: a width is not a multiple of `heads`.
+        ValueError: a width is not a multiple of `heads`, or `heads` is below 1.
 
     Source: Wang et al. 2020 (MiniLMv2), arXiv:2012.15828, section 3.
     """
@@ -122,7 +124,7 @@ def values(student: Sequence[Tensor], teacher: Sequence[Tensor], seen: Tensor, *
         [B, L].
 
     Raises:
-        ValueError: a width is not a multiple of `heads`.
+        ValueError: a width is not a multiple of `heads`, or `heads` is below 1.
 
     Source: Wang et al. 2020 (MiniLM), arXiv:2002.10957, equation 5.
     """
