@@ -8,6 +8,9 @@ from distill.evaluation.metrics import METRICS
 from distill.learning import check_training
 from distill.losses import LayerMap, Objective
 from distill.masking import check_score
+from distill.models.attention import relation_widths
+from distill.models.layout import layers_of
+from distill.models.load import hollow_model
 from distill.registry import find
 from distill.repairs import check_family
 from distill.session import Session
@@ -30,6 +33,7 @@ def check_names(session: Session) -> None:
     check_training(recipe, task)
     check_family(session)
     check_labels(session)
+    check_relation_heads(session)
 
 
 def check_labels(session: Session) -> None:
@@ -50,3 +54,24 @@ def check_labels(session: Session) -> None:
             f"data: no training example has a label, and these learn from labels: {', '.join(learners)}; "
             f"give labels to some training examples in {recipe.data.source}, or leave these out of the recipe"
         )
+
+
+def check_relation_heads(session: Session) -> None:
+    """Refuse relation heads that do not divide the teacher's queries, keys or values; the student's are as wide.
+
+    Raises:
+        InputError: They do not divide one of these widths.
+    """
+    asked = {
+        f"losses.{index}.params.heads": int(term.params["heads"])  # a whole number, as `Objective` has checked
+        for index, term in enumerate(session.recipe.losses)
+        if term.match == "relations" and "heads" in term.params and ":" not in (term.loss or "")
+    }
+    if not asked:
+        return
+    model = hollow_model(session.source, session.remote_code)
+    widths = sorted({width for layer in range(len(layers_of(model))) for width in relation_widths(model, layer)})
+    for key, heads in asked.items():
+        for width in widths:
+            if width % heads:
+                raise InputError(f"{key}: {heads} does not divide {width}, a width of the teacher's attention")

@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from distill.losses import HEADS, LOGITS
-from distill.losses.chunked import Side, chunks
-from distill.losses.heads import Head
+from distill.losses.chunked import chunks
 from distill.models.outputs import UNLABELLED, Batch, Outputs, Wanted, run
 
 Columns = dict[str, np.ndarray]
@@ -49,21 +48,13 @@ def predict(
     for cpu_batch in batches:
         batch = {name: tensor.to(device) for name, tensor in cpu_batch.items()}
         labels = kind.labels(batch)
-        mask = labels != UNLABELLED
+        labelled = (labels != UNLABELLED).nonzero(as_tuple=True)
         outputs = [run(model, batch, Wanted(stop_at_head=True)), *([teacher(batch)] if teacher else [])]
-        sides = [_selected(side, kind, batch, mask) for side in outputs]
+        sides = [kind.selected(side, batch, labelled) for side in outputs]
         for part, logits in chunks(sides):
-            piece = _columns(labels[mask][part], slice(vocabulary), *logits)
+            piece = _columns(labels[labelled][part], slice(vocabulary), *logits)
             pieces.append({name: values.cpu() for name, values in piece.items()})
     return {name: torch.cat([piece[name] for piece in pieces]).numpy() for name in pieces[0]} if pieces else {}
-
-
-def _selected(outputs: Outputs, kind: Head, batch: Batch, mask: Tensor) -> Tensor | Side:
-    """The labelled positions: their logits [N, V], or what logits are made from."""
-    if outputs.logits is not None:
-        return kind.predictions(outputs.logits, batch)[mask]
-    assert outputs.last is not None and outputs.head is not None
-    return Side(kind.predictions(outputs.last, batch)[mask], outputs.head)
 
 
 def _columns(labels: Tensor, classes: slice, logits: Tensor, teacher_logits: Tensor | None = None) -> dict[str, Tensor]:

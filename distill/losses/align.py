@@ -41,6 +41,14 @@ class TopK:
         return TopK(self.ids, self.log_probabilities.detach())
 
 
+def without_autocast(device: torch.device) -> torch.autocast:
+    """A block whose matrix products autocast leaves in the dtype of their operands.
+
+    Rounding them to bf16 is harmless in a model; in a loss it is larger than what tells a student from its teacher.
+    """
+    return torch.autocast(device.type, enabled=False)
+
+
 def align(student_logits: Tensor, teacher_logits: Tensor | TopK, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Bring both sides to one vocabulary, one precision and one temperature.
 

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from distill.models.outputs import UNLABELLED as UNLABELLED  # read from here by the objective too
-from distill.models.outputs import Batch
+from distill.losses.align import without_autocast
+from distill.losses.chunked import Side
+from distill.models.outputs import UNLABELLED, Batch, Outputs
 
 
 def _real_tokens(batch: Batch) -> Tensor:
@@ -43,6 +45,23 @@ class Head:
     def labels(self, batch: Batch) -> Tensor:
         """[*]: the mask moves with the labels, so where nothing is predicted there is none."""
         return self.own_labels(batch).masked_fill(~self.asked(batch), UNLABELLED)
+
+    def labelled(self, batch: Batch) -> Tensor:
+        """Where there is a label, boolean [*]."""
+        return self.labels(batch) != UNLABELLED
+
+    def mask(self, match: str) -> Callable[[Batch], Tensor]:
+        """What finds the valid positions of a term: those that predict (with a label, or any) or the real tokens."""
+        if match == "labels":
+            return self.labelled
+        return self.asked if match in ("logits", "output") else self.tokens
+
+    def selected(self, outputs: Outputs, batch: Batch, positions: tuple[Tensor, ...] | Tensor) -> Any:
+        """The predictions at these positions, indices or a mask: logits [N, V], or what they are made from."""
+        if outputs.logits is not None:
+            return self.predictions(outputs.logits, batch)[positions]
+        assert outputs.last is not None and outputs.head is not None
+        return Side(self.predictions(outputs.last, batch)[positions], outputs.head)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -108,7 +127,9 @@ def _similarities(embeddings: Tensor, batch: Batch) -> Tensor:
     """[B, D] -> [B, B] cosines with the other examples of the micro-batch; padding and oneself are no option."""
     unit = functional.normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=-1)
     oneself = torch.eye(len(unit), dtype=torch.bool, device=unit.device)
-    return (unit @ unit.T).masked_fill(oneself | ~_real_examples(batch)[None, :], -torch.inf)
+    with without_autocast(unit.device):
+        cosines = unit @ unit.T
+    return cosines.masked_fill(oneself | ~_real_examples(batch)[None, :], -torch.inf)
 
 
 def _no_labels(batch: Batch) -> Tensor:

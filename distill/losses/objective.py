@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from distill.errors import InputError
-from distill.losses.align import TopK
+from distill.losses.align import TopK, without_autocast
 from distill.losses.chunked import Side, through_heads
-from distill.losses.heads import HEADS, UNLABELLED
+from distill.losses.heads import HEADS, Head
 from distill.losses.terms import Maps, ResolvedTerm, resolve
+from distill.losses.trial import check_values
 from distill.models.outputs import Batch, Outputs, Wanted
 from distill.recipe.schema import Term
 
@@ -50,7 +51,8 @@ class Objective:
             chunk: positions whose logits are there at once; None: as many as suit the device.
 
         Raises:
-            InputError: no terms, an unknown loss, a wrong parameter, or a key that the term does not use.
+            InputError: no terms, an unknown loss, a wrong parameter, a key that the term does not use, or a loss that
+                fails on two positions or that a student cannot learn from.
         """
         if not terms:
             raise InputError("losses: there is nothing to learn from; give at least one term")
@@ -103,7 +105,7 @@ class Objective:
         """
         total = torch.zeros(len(self._terms), dtype=torch.int64)
         for batch in batches:
-            counts = torch.stack([self._mask(term.match, batch).sum() for term in self._terms])
+            counts = torch.stack([self.head.mask(term.match)(batch).sum() for term in self._terms])
             total = total.to(counts.device) + counts
         return total
 
@@ -112,10 +114,10 @@ class Objective:
     ) -> tuple[Tensor, Tensor]:
         """The share of one micro-batch in the loss of the optimizer step.
 
-        Only valid positions are computed: they are selected first, so padding has no effect and no gradient. Selecting
-        them is also the only point where the host waits for the device. Nothing is read back (`.item()`), because each
-        such read would stall the queue of kernels once per micro-batch; the sums stay on the device until somebody
-        logs them.
+        Only valid positions are computed: they are selected first, so padding has no effect and no gradient. Finding
+        them, once for each kind of position, is also the only point where the host waits for the device. Nothing is
+        read back (`.item()`), because each such read would stall the queue of kernels once per micro-batch; the sums
+        stay on the device until somebody logs them.
 
         Args:
             student: what `self.student` asks for.
@@ -130,34 +132,37 @@ class Objective:
             every parameter); and the detached sum of each term, fp32 [K], with temperature², without weight.
 
         Raises:
-            ValueError: a term needs a teacher and there is none, or a loss did not return one value per position.
+            ValueError: a term needs a teacher and there is none.
+            InputError: a loss cannot compare these two models, or did not return one value per position.
         """
         if self.needs_teacher and teacher is None:
             raise ValueError(f"the terms {self.names} need a teacher's outputs, and got none")
         now = [_Now(term, *term.at(progress), count) for term, count in zip(self._terms, counts, strict=True)]
         on_head = [term for term in now if term.match in PREDICTIONS]
-        loss, parts = self._from_predictions(student, teacher, batch, on_head)
+        where = _Positions(self.head, batch)
+        loss, parts = self._from_predictions(student, teacher, batch, on_head, where)
         sums = dict(zip((term.name for term in on_head), parts, strict=True))
-        for term in now:
-            if term.match not in PREDICTIONS:
-                assert teacher is not None
-                total = self._from_layers(student, teacher, batch, term)
-                loss = loss + term.factor * total
-                sums[term.name] = total.detach()
+        with without_autocast(loss.device):
+            for term in now:
+                if term.match not in PREDICTIONS:
+                    assert teacher is not None
+                    total = self._from_layers(student, teacher, batch, term, where)
+                    loss = loss + term.factor * total
+                    sums[term.name] = total.detach()
         return loss, torch.stack([sums[name].float() for name in self.names])
 
     def _from_predictions(
-        self, student: Outputs, teacher: Outputs | None, batch: Batch, terms: Sequence[_Now]
+        self, student: Outputs, teacher: Outputs | None, batch: Batch, terms: Sequence[_Now], where: _Positions
     ) -> tuple[Tensor, Tensor]:
         """The loss of the terms on predictions, and their sums, from one pass over the positions that predict.
 
         Without such a term no position is selected, which ties the head into the graph all the same.
         """
-        labels = self.head.labels(batch)
-        mask = torch.zeros_like(labels, dtype=torch.bool)
-        for term in terms:
-            mask |= self._mask(term.match, batch)
-        teacher = teacher if any(term.match == "logits" for term in terms) else None
+        matches = {term.match for term in terms}
+        # Whatever has a label is predicted, so the positions of `logits` are those of both.
+        valid = where("logits" if "logits" in matches else "labels") if terms else where.none
+        labels = self.head.labels(batch)[valid]
+        teacher = teacher if "logits" in matches else None
         factors = torch.stack([term.factor for term in terms]) if terms else labels.new_zeros(0, dtype=torch.float32)
 
         def score(own: Tensor, target: Any, labels: Tensor) -> Tensor:
@@ -170,73 +175,92 @@ class Objective:
             ]
             return torch.stack(totals) if totals else own[:0].sum(-1)
 
-        own = self._selected(student, mask, batch)
-        target = None if teacher is None else self._selected(teacher, mask, batch)
-        if isinstance(own, Side):
-            return through_heads(own, target, labels[mask], score, factors, self.chunk)
-        target = target.head(target.rows) if isinstance(target, Side) else target
-        sums = score(own, None if target is None else target.detach(), labels[mask])
-        loss = (factors * sums).sum() if terms else own[:0].sum()
-        return loss, sums.detach()
+        with without_autocast(labels.device):
+            own = self.head.selected(student, batch, valid)
+            target = None if teacher is None else self.head.selected(teacher, batch, valid)
+            if not isinstance(own, Side):
+                target = target.head(target.rows) if isinstance(target, Side) else target
+                sums = score(own, None if target is None else target.detach(), labels)
+                loss = (factors * sums).sum() if terms else own[:0].sum()
+                return loss, sums.detach()
+        # Outside of the block, as on a GPU autocast says in which dtype the heads take their operands.
+        return through_heads(own, target, labels, score, factors, self.chunk)
 
-    def _selected(self, outputs: Outputs, mask: Tensor, batch: Batch) -> Any:
-        """The valid positions: their logits [N, V], or what logits are made from."""
-        if outputs.logits is None:
-            assert outputs.last is not None and outputs.head is not None
-            return Side(self.head.predictions(outputs.last, batch)[mask], outputs.head)
-        return self.head.predictions(outputs.logits, batch)[mask]
-
-    def _from_layers(self, student: Outputs, teacher: Outputs, batch: Batch, term: _Now) -> Tensor:
+    def _from_layers(self, student: Outputs, teacher: Outputs, batch: Batch, term: _Now, where: _Positions) -> Tensor:
         """Sum over valid positions of a term on layers, the mean over its pairs."""
-        mask = self._mask(term.match, batch)
+        valid = where(term.match)
         if term.match == "output":
             assert student.logits is not None and teacher.logits is not None
-            return _total(term, student.logits[mask], teacher.logits[mask].detach())
+            return _total(term, student.logits[valid], teacher.logits[valid].detach())
         if term.match in ("attention", "relations"):
-            return self._from_attention(student, teacher, batch, term)[:, mask].sum(-1).mean()
+            of_every_pair: Any = (slice(None), *valid)
+            return self._from_attention(student, teacher, batch, term)[of_every_pair].sum(-1).mean()
         totals = []
         for pair in term.pairs:
-            own, target = student.hidden[pair[0]][mask], teacher.hidden[pair[1]][mask]
+            own, target = student.hidden[pair[0]][valid], teacher.hidden[pair[1]][valid]
             if _name(pair) in self.projections:
-                own = self.projections[_name(pair)](own)
+                projection = self.projections[_name(pair)]
+                own = projection(own.to(next(projection.parameters()).dtype))
             totals.append(_total(term, own, target.detach()))
         return torch.stack(totals).mean()
 
     def _from_attention(self, student: Outputs, teacher: Outputs, batch: Batch, term: _Now) -> Tensor:
         """Values of a term on attention at every position, padding included: [pairs, B, L]."""
-        real = self._mask(term.match, batch)
+        real = self.head.tokens(batch)
         seen = real[:, None, :] & real[:, :, None]
         if self.head.causal:
             seen = seen.tril()
         if "document_ids" in batch:
             seen = seen & (batch["document_ids"][:, None] == batch["document_ids"][:, :, None])
         own, target = getattr(student, term.match), getattr(teacher, term.match)
-        return torch.stack([term.loss(own[pair[0]], target[pair[1]], seen) for pair in term.pairs])
+        return torch.stack([term.values(own[pair[0]], target[pair[1]], seen, shape=real.shape) for pair in term.pairs])
 
-    def _mask(self, match: str, batch: Batch) -> Tensor:
-        """Valid positions, boolean: those that predict (with a label, or any) or, for layers, the real tokens."""
-        if match == "labels":
-            return self.head.labels(batch) != UNLABELLED
-        return self.head.asked(batch) if match in ("logits", "output") else self.head.tokens(batch)
+
+class _Positions:
+    """The valid positions of each kind of term in one micro-batch, as indices.
+
+    Indexing with a mask looks for its positions each time, again in the backward pass, and each time the host waits
+    for the device. Here every mask is looked at once, however many tensors it selects from.
+    """
+
+    def __init__(self, head: Head, batch: Batch):
+        self.head, self.batch = head, batch
+        self._found: dict[Callable[[Batch], Tensor], tuple[Tensor, ...]] = {}
+
+    def __call__(self, match: str) -> tuple[Tensor, ...]:
+        """One int64 [N] for each axis of the mask."""
+        mask = self.head.mask(match)
+        if mask not in self._found:
+            self._found[mask] = mask(self.batch).nonzero(as_tuple=True)
+        return self._found[mask]
+
+    @property
+    def none(self) -> tuple[Tensor, ...]:
+        """No position at all."""
+        labels = self.head.own_labels(self.batch)
+        return (labels.new_zeros(0, dtype=torch.int64),) * labels.ndim
 
 
 class _Now:
     """A term at one point of the training, and its share of a count."""
 
     def __init__(self, term: ResolvedTerm, weight: float, scale: float, loss: Callable[..., Tensor], count: Tensor):
-        self.name, self.match, self.pairs = term.name, term.match, term.pairs
+        self.key, self.name, self.match, self.pairs = term.key, term.name, term.match, term.pairs
         self.scale, self.loss = scale, loss
         self.factor = weight / count.clamp(min=1)
 
+    def values(self, *compared: Any, shape: tuple[int, ...]) -> Tensor:
+        """What the loss makes of the two sides, one value per position."""
+        try:
+            values = self.loss(*compared)
+        except ValueError as error:  # of what only real models show: widths and heads that do not fit
+            raise InputError(f"{self.key}: {self.name}: {error}") from error
+        check_values(values, shape, f"{self.key}: {self.name}")
+        return values
+
 
 def _total(term: _Now, own: Tensor, target: Any) -> Tensor:
-    values = term.loss(own, target)
-    if values.shape != own.shape[:-1]:
-        # A loss that takes its own mean would silently weigh every micro-batch the same.
-        raise ValueError(
-            f"{term.name} must return one value per position, {tuple(own.shape[:-1])}, got {tuple(values.shape)}"
-        )
-    return term.scale * values.sum()
+    return term.scale * term.values(own, target, shape=own.shape[:-1]).sum()
 
 
 def _name(pair: tuple[int, int]) -> str:

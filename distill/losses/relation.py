@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from distill.losses.align import without_autocast
 from distill.losses.logits import forward_kl
 
 
@@ -73,13 +74,16 @@ def attention_kl(student: Tensor, teacher: Tensor, seen: Tensor) -> Tensor:
 
 def _relation_kl(student: Tensor, teacher: Tensor, seen: Tensor, heads: int) -> Tensor:
     """KL between the softmaxes of the scaled products of a [B, L, D] with itself, split into relation heads."""
+    if heads < 1:
+        raise ValueError(f"heads must be 1 or more, got {heads}")
     logs = []
     for vectors in (student, teacher):
         width = vectors.shape[-1]
         if width % heads:
             raise ValueError(f"{width} columns cannot be split into {heads} relation heads; give `heads` a divisor")
         split = _wide(vectors).view(*vectors.shape[:2], heads, width // heads).transpose(1, 2)
-        scores = split @ split.transpose(-1, -2) / (width // heads) ** 0.5
+        with without_autocast(split.device):
+            scores = split @ split.transpose(-1, -2) / (width // heads) ** 0.5
         logs.append(scores.masked_fill(~seen[:, None], -torch.inf))
     return forward_kl(*logs).mean(1)
 
@@ -99,7 +103,7 @@ def qkv(student: Sequence[Tensor], teacher: Sequence[Tensor], seen: Tensor, *, h
         [B, L].
 
     Raises:
-        ValueError: a width is not a multiple of `heads`.
+        ValueError: a width is not a multiple of `heads`, or `heads` is below 1.
 
     Source: Wang et al. 2020 (MiniLMv2), arXiv:2012.15828, section 3.
     """
@@ -120,7 +124,7 @@ def values(student: Sequence[Tensor], teacher: Sequence[Tensor], seen: Tensor, *
         [B, L].
 
     Raises:
-        ValueError: a width is not a multiple of `heads`.
+        ValueError: a width is not a multiple of `heads`, or `heads` is below 1.
 
     Source: Wang et al. 2020 (MiniLM), arXiv:2002.10957, equation 5.
     """

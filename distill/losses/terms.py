@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from distill.errors import InputError
@@ -17,6 +17,7 @@ from distill.losses.hidden import HIDDEN
 from distill.losses.logits import LOGITS
 from distill.losses.mapping import LayerMap, Policy
 from distill.losses.relation import ATTENTION, RELATION
+from distill.losses.trial import try_out
 from distill.recipe.checks import USED_KEYS
 from distill.recipe.schema import Schedule, Term
 from distill.registry import bind, find
@@ -42,6 +43,8 @@ Maps = Callable[[Policy], LayerMap]
 class ResolvedTerm:
     """A term whose names are found and whose parameters are checked."""
 
+    key: str
+    """Where it stands in the recipe."""
     name: str
     spec: Term
     function: Callable[..., Tensor]
@@ -84,8 +87,8 @@ def resolve(terms: Sequence[Term], head: str, maps: Maps | None) -> list[Resolve
     """Find every loss and check every parameter, so that a wrong one is found before any work is done.
 
     Raises:
-        InputError: an unknown loss, a wrong parameter, a key that the term does not use, or a term that the head has
-            nothing for.
+        InputError: an unknown loss, a wrong parameter, a key that the term does not use, a term that the head has
+            nothing for, or a loss that fails, or that a student cannot learn from.
     """
     resolved: list[ResolvedTerm] = []
     for index, term in enumerate(terms):
@@ -97,14 +100,14 @@ def resolve(terms: Sequence[Term], head: str, maps: Maps | None) -> list[Resolve
             name = "labels"
         else:
             loss = term.loss or next(iter(TABLES[term.match]))
-            function, name = _checked(term, loss, where), f"{term.match}.{loss.rpartition(':')[2]}"
+            function, name = _checked(term, loss, head, where), f"{term.match}.{loss.rpartition(':')[2]}"
         pairs: tuple[tuple[int, int], ...] = (EMBEDDINGS,) if term.match == "embeddings" else ()
         if term.match in MAPPED:
             if maps is None:
                 raise ValueError(f"{where}: a term on {term.match} needs `maps`, see Objective")
             pairs = maps(term.map).pairs
         title = _unique(name, [other.name for other in resolved])
-        resolved.append(ResolvedTerm(title, term, function, pairs))
+        resolved.append(ResolvedTerm(where, title, term, function, pairs))
     return resolved
 
 
@@ -127,29 +130,23 @@ def _refuse_for_head(term: Term, head: str, where: str) -> None:
         raise InputError(f"{where}: `match: output` compares sentence embeddings; for this head match logits")
 
 
-def _checked(term: Term, name: str, where: str) -> Callable[..., Any]:
-    """The named loss, its parameters and the ends of their schedules checked; they are filled in later."""
-    table = TABLES[term.match]
-    function = find(table, name, what="loss")
+def _checked(term: Term, name: str, head: str, where: str) -> Callable[..., Any]:
+    """The named loss, its parameters and the ends of their schedules tried out; they are filled in later."""
+    function = find(TABLES[term.match], name, what="loss")
     ends = [dict(term.params)]
     if term.match == "logits" and "temperature" in term.params:
         raise InputError(f"{where}.params.temperature: this is a key of the term itself, {where}.temperature")
     if term.schedule is not None:
-        _check_schedule(term.schedule, term, f"{where}.schedule")
-        ends.append({**term.params, **term.schedule.params})
+        _check_schedule(term.schedule, term, function, f"{where}.schedule")
+        if term.schedule.params:
+            ends.append({**term.params, **term.schedule.params})
     for params in ends:
         given = params | ({"temperature": term.temperature} if term.match == "logits" else {})
-        bound = bind(function, given, where=f"{where}.params")
-        # Ranges are checked by the loss itself: ask it now rather than at the first training step.
-        if name in table and term.match in ("logits", "hidden", "embeddings", "output"):
-            try:
-                bound(torch.zeros(1, 2), torch.zeros(1, 2))
-            except ValueError as error:
-                raise InputError(f"{where}.params: {error}") from error
+        try_out(bind(function, given, where=f"{where}.params"), term.match, head, params, where, name)
     return function
 
 
-def _check_schedule(schedule: Schedule, term: Term, where: str) -> None:
+def _check_schedule(schedule: Schedule, term: Term, function: Callable[..., Any], where: str) -> None:
     if schedule.start > schedule.end:
         raise InputError(f"{where}: start {schedule.start} comes after end {schedule.end}")
     if schedule.temperature is not None and term.match != "logits":
@@ -158,6 +155,20 @@ def _check_schedule(schedule: Schedule, term: Term, where: str) -> None:
         values = (term.params.get(name), end)
         if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
             raise InputError(f"{where}.params.{name}: needs a number here and one to start from in the term's params")
+        if _is_whole(function, name):
+            raise InputError(
+                f"{where}.params.{name}: a whole number has nothing in between; remove it from the schedule"
+            )
+
+
+def _is_whole(function: Callable[..., Any], name: str) -> bool:
+    """Whether a parameter is a whole number: it says so, or says nothing and its default is one."""
+    own = inspect.signature(function).parameters.get(name)
+    if own is None:
+        return False
+    if own.annotation is inspect.Parameter.empty:
+        return type(own.default) is int
+    return own.annotation in (int, "int", "int | None")
 
 
 def _unique(name: str, taken: list[str]) -> str:

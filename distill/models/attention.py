@@ -83,6 +83,17 @@ def watch_projections(model: Any, layer: int, keep: Callable[[int, Tensor], None
     return [module.get_submodule(name).register_forward_hook(hook(number)) for number, name in names]
 
 
+def relation_widths(model: Any, layer: int) -> list[int]:
+    """Widths of the queries, keys and values of one layer."""
+    layout, module = _attention(model, layer)
+    made: list[Any] = [module.get_submodule(name) for name in layout.projections]
+    # A linear layer holds [out, in], the one of GPT-2 [in, out].
+    columns = [each.out_features if isinstance(each, nn.Linear) else int(each.weight.shape[-1]) for each in made]
+    if not layout.fused:
+        return columns
+    return [part.shape[-1] for part in _split(model.config, layout.fused, torch.empty(1, columns[0], device="meta"))]
+
+
 def _attention(model: Any, layer: int) -> tuple[AttentionLayout, nn.Module]:
     family = model.config.model_type
     if family not in ATTENTIONS:

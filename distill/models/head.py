@@ -1,8 +1,8 @@
-"""The output head of a language model: the last linear map, from hidden states to one logit per token.
+"""The output head of a model: the last linear map, from hidden states to one logit per token or class.
 
 `[positions, vocabulary]` is by far the largest tensor of a step, so the loss takes a model's hidden states and its head
 instead of its logits. Which module is the head, a model says itself (`get_output_embeddings`); what it does to the
-product afterwards is the data at the foot.
+product afterwards is the data at the foot. Heads of classes are small and stay in the model; they only give fp32.
 
 N positions, D what the head reads, V vocabulary.
 """
@@ -130,6 +130,58 @@ def stopped_at_head(model: Any) -> Iterator[list[Tensor]]:
             del module.forward
         else:
             module.forward = before
+
+
+def class_head(model: Any) -> nn.Linear | None:
+    """The linear map that makes the logits of a model with classes: the last one outside of its base model.
+
+    Args:
+        model: A transformers model.
+
+    Returns:
+        None where there is none with one row per class (or end of an answer), or none in floating point.
+    """
+    found = None
+    for name, module in _outside_of_base(model):
+        if isinstance(module, nn.Linear):
+            rows = 2 if name == "qa_outputs" else getattr(model.config, "num_labels", None)
+            found = module if module.out_features == rows else found
+    return found if found is not None and found.weight.is_floating_point() else None
+
+
+def _outside_of_base(model: Any) -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules, in order; where the model is its own base and so its layers may be anywhere, the top ones."""
+    base = model.base_model
+    for name, child in model.named_children():
+        if base is model:
+            yield name, child
+        elif child is not base:
+            yield from child.named_modules(prefix=name)
+
+
+@contextmanager
+def unrounded_classes(model: Any) -> Iterator[None]:
+    """During the block the last linear map of a model with classes takes and gives fp32, whatever it is held in.
+
+    Its logits would be rounded to bf16 otherwise, which is more than what tells a student from its teacher. The map is
+    replaced and not repeated, as only in its own forward are its weights whole where they are sharded.
+    """
+    module: Any = class_head(model)
+    if module is None or "forward" in module.__dict__:  # somebody else's forward, of whom nothing is known
+        yield
+        return
+
+    def widened(hidden: Tensor) -> Tensor:
+        kind = torch.promote_types(module.weight.dtype, torch.float32)
+        bias = None if module.bias is None else module.bias.to(kind)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return nn.functional.linear(hidden.to(kind), module.weight.to(kind), bias)
+
+    module.forward = widened
+    try:
+        yield
+    finally:
+        del module.forward
 
 
 SCALES: dict[str, Callable[[float], float]] = {

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.models.attention import watch_maps, watch_projections
-from distill.models.head import OutputHead, output_head, stopped_at_head
+from distill.models.head import OutputHead, output_head, stopped_at_head, unrounded_classes
 from distill.models.layout import layers_of
 from distill.models.prefix import replayed
 
@@ -78,7 +78,8 @@ def run(model: Any, batch: Batch, wanted: Wanted, prefix: Sequence[Any] = ()) ->
     options = {"use_cache": False} if "use_cache" in signature(model.forward).parameters else {}
     with captured(model, wanted) as found, replayed(model, prefix):
         if head is None:
-            return replace(found, logits=_logits(model(**inputs, **options)))
+            with unrounded_classes(model):
+                return replace(found, logits=_logits(model(**inputs, **options)))
         with stopped_at_head(model) as read:
             model(**inputs, **options)
     return replace(found, last=read[0], head=head)

@@ -324,3 +324,10 @@ def test_a_function_that_does_not_exist_is_said_before_anything_is_done(finished
     for override in ("student.mlp.score=no_such:score", "losses.1.loss=math:nope", "evaluation.metrics=[os.path:nope]"):
         assert main(["run", str(recipe), override, "--out", str(tmp_path / "run")]) == 2
         assert not (tmp_path / "run").exists(), capsys.readouterr().err
+
+
+def test_relation_heads_that_do_not_divide_are_said_before_anything_is_done(finished, tmp_path, capsys):
+    recipe, _, _ = finished
+    overrides = ["losses.1={match: relations, params: {heads: 7}}", "--out", str(tmp_path / "run")]
+    assert main(["run", str(recipe), *overrides]) == 2
+    assert "losses.1.params.heads: 7 does not divide" in capsys.readouterr().err and not (tmp_path / "run").exists()

@@ -126,3 +126,30 @@ def test_a_head_without_anything_valid_is_a_zero(kind):
     loss, sums = objective(Outputs(student), Outputs(noise(*shape)), batch, objective.counts([batch]))
     loss.backward()
     assert loss == 0 and not sums.any() and student.grad.eq(0).all()
+
+
+SHAPES = {"sequence": (3, 5), "multi_label": (3, 5), "regression": (3, 1), "span": (3, 2, 4), "embedding": (3, 6)}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_gradients_in_float64_are_derivatives(kind):
+    shape = SHAPES.get(kind, (3, 4, 5))
+    labels = {
+        "sequence": torch.tensor([1, -100, 4]),
+        "multi_label": (noise(3, 5, seed=2) > 0).double(),
+        "regression": torch.tensor([0.5, -100, 2.0], dtype=torch.float64),
+        "span": torch.tensor([[0, 2], [1, 1], [-100, 2]]),
+        "embedding": torch.zeros(3),
+    }.get(kind, torch.tensor([[1, -100, 2, 0], [3, 4, -100, -100], [0, 0, 1, -100]]))
+    terms = {
+        "regression": [BOTH[0], Term(match="logits", loss="logit_mse")],
+        "embedding": [Term(match="logits", temperature=0.5), Term(match="output", loss="cosine")],
+    }.get(kind, BOTH)
+    batch, teacher = {"attention_mask": MASK, "labels": labels}, Outputs(noise(*shape, seed=1).double())
+    objective = Objective(terms, kind)
+    counts = objective.counts([batch])
+
+    def value(logits):
+        return objective(Outputs(logits), teacher, batch, counts)[0]
+
+    assert torch.autograd.gradcheck(value, (noise(*shape).double().requires_grad_(),))

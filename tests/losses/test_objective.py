@@ -283,13 +283,6 @@ def test_a_missing_teacher_is_an_error_and_not_a_zero():
         objective(student, None, batch, objective.counts([batch]))
 
 
-def test_a_loss_that_takes_its_own_mean_is_refused():
-    student, teacher, batch = sample("sequence")
-    own = Term(match="hidden", loss="torch.nn.functional:mse_loss", map=[(0, 1)])
-    with pytest.raises(ValueError, match=r"hidden\.mse_loss must return one value per position, \(19,\), got \(\)"):
-        learn(Objective([own], "sequence", maps), student, teacher, batch)
-
-
 # Schedules
 
 

@@ -9,7 +9,7 @@ from tiny import tiny_batch, tiny_model
 
 from distill.errors import InputError
 from distill.losses import ATTENTION, RELATION
-from distill.models.attention import ATTENTIONS
+from distill.models.attention import ATTENTIONS, relation_widths
 from distill.models.layout import LAYOUTS
 from distill.models.outputs import Wanted, run
 
@@ -101,6 +101,7 @@ def test_maps_and_relations_of_every_family_are_captured(family):
     maps = found.attention.get(1, torch.full((3, 4, 10, 10), 0.1))
     assert maps.shape == (3, 4, 10, 10) and torch.allclose(maps.sum(-1), torch.ones(3, 4, 10), atol=1e-5)
     queries, keys, values = found.relations[1]
+    assert [part.shape[-1] for part in found.relations[1]] == relation_widths(model, 1)
     assert queries.shape[:2] == keys.shape[:2] == values.shape[:2] == (3, 10)
     assert keys.shape == values.shape and queries.shape[-1] % keys.shape[-1] == 0
 

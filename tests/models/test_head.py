@@ -10,7 +10,7 @@ from tiny import tiny_batch
 from transformers import AutoConfig
 
 from distill.losses.chunked import Side, chunks
-from distill.models.head import OutputHead, output_head, stopped_at_head
+from distill.models.head import OutputHead, class_head, output_head, stopped_at_head
 from distill.models.outputs import Wanted, run
 
 
@@ -56,3 +56,57 @@ def test_a_half_precision_head_gives_fp32_logits_of_its_own_numbers():
     ((_, (logits,)),) = chunks([Side(rows, OutputHead(weight, bias=torch.ones(50, dtype=torch.bfloat16), scale=2.0))])
     assert logits.dtype == torch.float32 and torch.backends.mkldnn.matmul.fp32_precision == before
     torch.testing.assert_close(logits.double(), 2 * rows.double() @ weight.double().T + 1, rtol=1e-6, atol=1e-5)
+
+
+KINDS = ("SequenceClassification", "TokenClassification", "QuestionAnswering")
+
+
+def class_models():
+    """(family, Auto class) for every model with classes that transformers has of the known families."""
+    kinds = [(kind, getattr(transformers, f"AutoModelFor{kind}")._model_mapping) for kind in KINDS]
+    configs = [(family, type(AutoConfig.for_model(family))) for family in FAMILIES]
+    return [
+        (family, f"AutoModelFor{kind}")
+        for family, config in configs
+        for kind, known in kinds
+        if config in known and (family, kind) != ("t5", "TokenClassification")
+    ]  # an encoder alone
+
+
+def class_model(family, auto_class):
+    torch.manual_seed(0)
+    config = language_model(family).config
+    config.num_labels = 2 if auto_class.endswith("Answering") else 3
+    return getattr(transformers, auto_class).from_config(config).eval()
+
+
+@pytest.mark.parametrize(("family", "auto_class"), class_models())
+@pytest.mark.parametrize("how", ["bf16", "autocast"])
+@torch.no_grad()
+def test_logits_of_classes_are_fp32_products_of_what_the_last_map_reads(family, auto_class, how):
+    model, batch = class_model(family, auto_class), tiny_batch(padded=False)
+    batch["input_ids"][:, -1] = 2  # the end that a BART looks for
+    head, plain = class_head(model), run(model, batch, Wanted()).logits
+    expected = model(**batch)
+    expected = (
+        torch.stack([expected.start_logits, expected.end_logits], 1) if "start_logits" in expected else expected.logits
+    )
+    assert torch.equal(plain, expected) and "forward" not in head.__dict__
+    calls = []
+    handle = head.register_forward_hook(lambda _module, inputs, output: calls.append((inputs[0], output)))
+    if how == "bf16":
+        model.bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=how == "autocast"):
+        found = run(model, batch, Wanted()).logits
+    handle.remove()
+    ((read, made),) = calls
+    bias = None if head.bias is None else head.bias.double()
+    by_hand = torch.nn.functional.linear(read.double(), head.weight.double(), bias)
+    torch.testing.assert_close(made.double(), by_hand, rtol=1e-6, atol=1e-6)
+    assert found.dtype == torch.float32 and torch.isin(found, made).all()  # they are the logits
+    assert not torch.equal(found, found.bfloat16().float()) and "forward" not in head.__dict__
+
+
+def test_models_without_classes_have_no_head_of_classes():
+    assert class_head(language_model("llama")) is None
+    assert class_head(transformers.AutoModel.from_config(language_model("bert").config)) is None
