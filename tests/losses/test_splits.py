@@ -143,6 +143,8 @@ def _process(rank, shares, folder):
         results.append([both[0], both[1:], *(gradient.clone() for gradient in gradients(model))])
     if rank == 0:
         torch.save(results, folder / "results")
+    del wrapped, model  # before their group
+    dist.barrier()
     dist.destroy_process_group()
 
 
