@@ -22,7 +22,7 @@ SCRIPT = "scripts/train.py RECIPE"
 PATIENCE = 45.0
 """Seconds that a step may take before the other processes are given up; more where steps have taken long."""
 FIRST_PATIENCE = 900.0
-"""Seconds for the first two steps, which may have to compile, and the first two evaluations and saves."""
+"""Seconds for the first step, which may have to compile, the first evaluation and the first save."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -98,7 +98,7 @@ class Watchdog:
     def __init__(self, say: Callable[[str], None], *, active: bool):
         self.say = say
         self.seen: dict[str, tuple[int, float]] = {}
-        """What -> how often, and seconds of the slowest after the first, which may have had to compile."""
+        """What -> how often, and seconds of the slowest. The first, which may have compiled, counts until the second."""
         self.deadline: float | None = None
         if active:
             threading.Thread(target=self._watch, daemon=True).start()
@@ -108,12 +108,12 @@ class Watchdog:
         """Around each step, evaluation or save, each of which has its own times."""
         count, slowest = self.seen.get(what, (0, 0.0))
         start = time.monotonic()
-        self.deadline = start + (FIRST_PATIENCE if count < 2 else max(PATIENCE, 5 * slowest))
+        self.deadline = start + (max(PATIENCE, 5 * slowest) if count else FIRST_PATIENCE)
         try:
             yield
         finally:
             self.deadline = None
-            self.seen[what] = count + 1, max(slowest, time.monotonic() - start) if count else 0.0
+            self.seen[what] = count + 1, max(slowest if count > 1 else 0.0, time.monotonic() - start)
 
     def _watch(self) -> None:
         while True:
