@@ -48,12 +48,13 @@ class ZeroLearner(Learner):
 
     def load(self, parts: Parts) -> None:
         """Continue from what `parts` gave; the weights are there already, as the engine made its copies of them."""
+        trained = dict(self._trained())
         for name, tensor in load_groups(self.optimizer, parts.get("optimizer", {})).items():
             parameter, moment = name.rsplit("/", 1)
             if moment.removesuffix(NUMBER) in self._scalars:
                 self._set_scalar(moment, tensor)
             else:
-                self._set_moment(dict(self._trained())[parameter], tensor, moment)
+                self._set_moment(trained[parameter], tensor, moment)
         self.health.load(parts["health"])
 
     def weights(self) -> dict[str, Tensor]:

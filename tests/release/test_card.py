@@ -56,7 +56,7 @@ def test_metadata_reads_back_without_a_network(evidence: Evidence, monkeypatch: 
 
     monkeypatch.setattr(socket, "socket", refuse)
     data = ModelCard(render_card(evidence)).data
-    assert (data.license, data.language, data.library_name) == ("apache-2.0", "en", "transformers")
+    assert {"license": "apache-2.0", "language": "en", "library_name": "transformers"}.items() <= data.to_dict().items()
     assert data.pipeline_tag == "text-classification"
     assert data.tags == ["distillation", "pruning", "distill"]
     assert data.model_name == "minilm-docstrings"

@@ -92,18 +92,6 @@ class Counting(torch.optim.SGD):
                 parameter.add_(parameter.grad, alpha=-group["lr"] * own["steps"])
 
 
-def test_an_optimizer_with_plain_numbers_in_its_state_is_resumed(corpus, tmp_path, monkeypatch):
-    module = ModuleType("my_optimizers")
-    module.Counting = Counting
-    monkeypatch.setitem(sys.modules, "my_optimizers", module)
-    whole, _ = run(corpus, tmp_path / "whole", optimizer="my_optimizers:Counting")
-    run(corpus, tmp_path / "parts", optimizer="my_optimizers:Counting")
-    shutil.rmtree(published(tmp_path / "parts/checkpoints")[-1])
-    model, _ = run(corpus, tmp_path / "parts", optimizer="my_optimizers:Counting")
-    for a, b in zip(whole.parameters(), model.parameters(), strict=True):
-        assert torch.equal(a, b)
-
-
 class Growing(torch.optim.SGD):
     """Keeps one number for all of a group, as optimizers that look for their own rate do."""
 
@@ -121,14 +109,15 @@ class Growing(torch.optim.SGD):
                 parameter.add_(parameter.grad, alpha=-group["lr"] * group["d"])
 
 
-def test_an_optimizer_with_numbers_for_a_group_is_resumed(corpus, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", [Counting, Growing], ids=["of a parameter", "of a group"])
+def test_plain_numbers_that_an_optimizer_keeps_are_resumed(kind, corpus, tmp_path, monkeypatch):
     module = ModuleType("my_optimizers")
-    module.Growing = Growing
+    module.Own = kind
     monkeypatch.setitem(sys.modules, "my_optimizers", module)
-    whole, _ = run(corpus, tmp_path / "whole", optimizer="my_optimizers:Growing")
-    run(corpus, tmp_path / "parts", optimizer="my_optimizers:Growing")
+    whole, _ = run(corpus, tmp_path / "whole", optimizer="my_optimizers:Own")
+    run(corpus, tmp_path / "parts", optimizer="my_optimizers:Own")
     shutil.rmtree(published(tmp_path / "parts/checkpoints")[-1])
-    model, _ = run(corpus, tmp_path / "parts", optimizer="my_optimizers:Growing")
+    model, _ = run(corpus, tmp_path / "parts", optimizer="my_optimizers:Own")
     for a, b in zip(whole.parameters(), model.parameters(), strict=True):
         assert torch.equal(a, b)
 
