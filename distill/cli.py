@@ -115,9 +115,9 @@ def inspect(
     if html is not None and not html.absolute().parent.is_dir():
         raise InputError(f"--html: there is no folder {html.absolute().parent}")
     _quiet_libraries()
-    from distill.inspection import Question, gather_statistics, inspect_model, open_model, read_statistics
+    from distill.files import write_text
+    from distill.pipeline.inspect import Question, gather_statistics, inspect_model, open_model, read_statistics
     from distill.release.report import render_inspection
-    from distill.rundir import write_text
 
     question = Question(keep_layers, _share_or_count(keep_mlp))
     opened, statistics = open_model(model), None
@@ -179,15 +179,13 @@ def _load(path: Path, overrides: list[str] | None) -> Recipe:
 def _run(verb: str, path: Path, overrides: list[str] | None, out: Path | None, remote_code: bool) -> None:
     recipe = _load(path, overrides)  # before torch: a wrong recipe is answered at once
     _quiet_libraries()
-    from distill.preflight import check_names
-    from distill.rundir import RunDir
-    from distill.session import Session, run_stages
-    from distill.stages import VERBS
-    from distill.training.guards import die_with_parent, launched, leaving_in_time, processes
+    from distill.pipeline import STORY, VERBS, RunDir, Session, check_stages, run_stages
+    from distill.ranks import launched, process_state
+    from distill.training.signals import die_with_parent, leaving_in_time
 
     if launched():
         die_with_parent()
-    main_process = processes().is_main_process
+    main_process = process_state().is_main_process
     folder = out if out is not None else Path("runs") / recipe.name
 
     def say(message: str) -> None:
@@ -199,7 +197,7 @@ def _run(verb: str, path: Path, overrides: list[str] | None, out: Path | None, r
         raise InputError(f"--out {folder} holds the recipe itself, which the run would overwrite; name another folder")
     session = Session(recipe, base, RunDir(folder.absolute()), say, remote_code)
     with leaving_in_time():
-        check_names(session)
+        check_stages(session, STORY)
         run_stages(session, VERBS[verb])
     if main_process and verb in ("evaluate", "release", "run"):
         _print_table(json.loads(session.run.evaluation.read_text(encoding="utf-8")))

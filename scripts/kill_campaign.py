@@ -62,7 +62,7 @@ class Campaign:
     """The run that is killed, and what became of it."""
 
     def __init__(self, options: argparse.Namespace):
-        import distill.stages  # noqa: F401  # once, so that a forked run starts at once
+        import distill.pipeline  # noqa: F401  # once, so that a forked run starts at once
 
         self.work = plain_run if options.plain else distill_run
         self.usable = plain_usable if options.plain else usable
@@ -195,17 +195,17 @@ def telling(function: Callable, notify: Notify) -> Callable:
 
 def distill_run(arguments: list[str], notify: Notify, verb: str = "train") -> int:
     """The command line, in this process."""
-    import distill.learning
+    import distill.pipeline.train
     from distill.cli import main as command_line
     from distill.training.checkpoint import Checkpoints
 
-    train = distill.learning.train
+    train = distill.pipeline.train.train
 
     def told(*given, **named):
         notify("training")
         return train(*given, **named)
 
-    distill.learning.train = told
+    distill.pipeline.train.train = told
     Checkpoints.save = telling(Checkpoints.save, notify)
     return command_line([verb, *arguments])
 

@@ -23,13 +23,13 @@ from tiny import tiny_batch, tiny_model, tiny_project
 import distill
 from distill.cli import app, main
 from distill.losses import ATTENTION, HIDDEN, LOGITS, RELATION, Objective, layer_map
+from distill.models.forward import forward
 from distill.models.layout import LAYOUTS
 from distill.models.load import load_tokenizer
-from distill.models.outputs import run
+from distill.pipeline.folder import RunDir
 from distill.recipe import load_recipe
 from distill.recipe.schema import Student, Term
 from distill.registry import names_in
-from distill.rundir import RunDir
 from distill.student import build_student, calibrate, plan_student
 
 ROOT = Path(__file__).parents[1]
@@ -155,10 +155,10 @@ def test_the_recipe_in_the_readme_is_the_quickstart():
 def test_the_readme_lists_what_is_built_in():
     tables = {
         "student.layers.choose": names_in("distill.student.layers", "CHOICES"),
-        "student.mlp.score": names_in("distill.student.importance", "SCORES"),
-        "student.mask.score": names_in("distill.student.masks", "SCORES"),
+        "student.mlp.score": names_in("distill.student.scores", "SCORES"),
+        "student.mask.score": names_in("distill.student.masks.masks", "SCORES"),
         "student.mlp.allocate": names_in("distill.student.allocate", "ALLOCATIONS"),
-        "training.optimizer": names_in("distill.training.optimizers", "OPTIMIZERS"),
+        "training.optimizer": names_in("distill.training.optim", "OPTIMIZERS"),
         "training.schedule": names_in("distill.training.schedule", "SCHEDULES"),
         "data.source": names_in("distill.data.sources", "SOURCES"),
         "data.task": names_in("distill.data.tasks", "TASKS"),
@@ -227,9 +227,9 @@ def test_the_loss_in_the_readme_trains_a_student(readme_modules):
     term = Term(match="hidden", loss="my_losses:huber", params={"delta": 0.5})
     objective = Objective([term], "sequence", maps)
     student, batch = build_student(teacher, plan), tiny_batch()
-    own = run(student, batch, objective.student)
+    own = forward(student, batch, objective.student)
     with torch.no_grad():
-        target = run(teacher, batch, objective.teacher)
+        target = forward(teacher, batch, objective.teacher)
     batch["labels"] = torch.zeros(3, dtype=torch.int64)
     loss, _ = objective(own, target, batch, objective.counts([batch]))
     loss.backward()
@@ -295,7 +295,12 @@ def test_every_module_has_its_place_in_the_import_contract():
 @pytest.mark.slow
 def test_the_import_contract_holds():
     pytest.importorskip("importlinter", reason="import-linter is part of the extra `dev`")
-    command = [sys.executable, "-c", "from importlinter.cli import lint_imports_command as run; run()", "--no-cache"]
+    command = [
+        sys.executable,
+        "-c",
+        "from importlinter.cli import lint_imports_command as run; run()",
+        "--no-cache",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -323,4 +328,4 @@ def test_the_label_of_what_has_none_is_defined_once():
     defined = [
         path for path in SOURCES if re.search(r"^UNLABELLED\b.*=", path.read_text(encoding="utf-8"), re.MULTILINE)
     ]
-    assert [name_of(path) for path in defined] == ["distill/models/outputs.py"]
+    assert [name_of(path) for path in defined] == ["distill/models/forward.py"]

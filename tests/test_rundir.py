@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 
 from distill.errors import InputError
-from distill.rundir import RunDir, content_of, fresh_folder, write_json, write_text
+from distill.files import content_of, fresh_folder, write_json, write_text
+from distill.pipeline.folder import RunDir
 
 
 def test_a_failed_write_leaves_the_old_folder(tmp_path):

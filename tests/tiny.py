@@ -92,7 +92,7 @@ DECODERS = (
 )  # fmt: skip
 ENCODERS = ("bert", "roberta", "xlm-roberta", "electra", "distilbert", "deberta-v2", "modernbert")
 SEQ2SEQ = ("t5", "t5-gated", "bart", "marian", "whisper")
-HEADS = {
+PREDICTION_KINDS = {
     **dict.fromkeys(DECODERS, "AutoModelForCausalLM"),
     **dict.fromkeys(ENCODERS, "AutoModelForSequenceClassification"),
     **dict.fromkeys(SEQ2SEQ, "AutoModelForSeq2SeqLM"),
@@ -113,7 +113,7 @@ def tiny_model(family: str, seed: int = 0, **changes):
     torch.manual_seed(seed)
     if family in ENCODERS:
         changes.setdefault("num_labels", 3)
-    model = getattr(transformers, HEADS[family]).from_config(tiny_config(family, **changes))
+    model = getattr(transformers, PREDICTION_KINDS[family]).from_config(tiny_config(family, **changes))
     with torch.no_grad():  # fresh biases are zero and norms are one, which would hide a wrong slice
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -153,7 +153,7 @@ def generate(model, use_cache=True):
 
 def cut_by_hand(teacher, kept, widths=None, encoder=None):
     """A student with these layers (`encoder`: of the encoder; default the same) and the last neurons of each MLP."""
-    from distill.models.layout import layers_of, layout_of
+    from distill.models.family import layers_of, layout_of
     from distill.models.mlp import mlps_of
     from distill.models.plan import LayerPlan, StudentPlan
     from distill.student import build_student

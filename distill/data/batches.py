@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from distill.data.corpus import Corpus, Examples
-from distill.models.outputs import UNLABELLED, Batch
+from distill.models.forward import UNLABELLED, Batch
 
 PATIENCE = 45
 """Seconds after which a loader worker that gives no batch is taken for dead."""

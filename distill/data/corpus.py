@@ -17,7 +17,7 @@ import numpy as np
 from distill.data.sources import SOURCES, read_file
 from distill.data.tasks import TASKS, Task
 from distill.errors import InputError
-from distill.models.outputs import UNLABELLED
+from distill.models.forward import UNLABELLED
 from distill.recipe.schema import Data
 from distill.registry import find
 

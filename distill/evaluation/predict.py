@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from distill.losses import HEADS, LOGITS
+from distill.losses import LOGITS, PREDICTION_KINDS
 from distill.losses.chunked import chunks
-from distill.models.outputs import UNLABELLED, Batch, Outputs, Wanted, run
+from distill.models.forward import UNLABELLED, Batch, Capture, Outputs, forward
 
 Columns = dict[str, np.ndarray]
 
@@ -33,7 +33,7 @@ def predict(
     Args:
         model: A transformers model; must be in eval mode.
         batches: Batches with labels.
-        head: The kind of head, a name from `distill.losses.HEADS`.
+        head: The kind of head, a name from `distill.losses.PREDICTION_KINDS`.
         teacher: Where the divergence from the teacher is wanted.
         vocabulary: Number of real classes; what a padded output head has beyond is neither predicted nor compared, as
             in the objective. As there, the likelihood of a label is that among all rows, which is the model's own loss
@@ -43,13 +43,13 @@ def predict(
         `predictions`, `references`, `nll`, `tokens` (ones), `correct`; with a teacher also `teacher_predictions`,
         `kl_sum` (KL(teacher || model) in nats) and `positions` (ones).
     """
-    kind, device = HEADS[head], next(model.parameters()).device
+    kind, device = PREDICTION_KINDS[head], next(model.parameters()).device
     pieces: list[dict[str, Tensor]] = []
     for cpu_batch in batches:
         batch = {name: tensor.to(device) for name, tensor in cpu_batch.items()}
         labels = kind.labels(batch)
         labelled = (labels != UNLABELLED).nonzero(as_tuple=True)
-        outputs = [run(model, batch, Wanted(stop_at_head=True)), *([teacher(batch)] if teacher else [])]
+        outputs = [forward(model, batch, Capture(stop_at_head=True)), *([teacher(batch)] if teacher else [])]
         sides = [kind.selected(side, batch, labelled) for side in outputs]
         for part, logits in chunks(sides):
             piece = _columns(labels[labelled][part], slice(vocabulary), *logits)

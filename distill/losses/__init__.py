@@ -20,8 +20,8 @@ no temperature², no weight. A loss for everybody is the same function with a ro
 """
 
 from distill.losses.align import TopK
-from distill.losses.heads import HEADS
 from distill.losses.hidden import HIDDEN
+from distill.losses.kinds import PREDICTION_KINDS
 from distill.losses.labels import label_loss
 from distill.losses.logits import LOGITS
 from distill.losses.mapping import LayerMap, layer_map
@@ -30,9 +30,9 @@ from distill.losses.relation import ATTENTION, RELATION
 
 __all__ = [
     "ATTENTION",
-    "HEADS",
     "HIDDEN",
     "LOGITS",
+    "PREDICTION_KINDS",
     "RELATION",
     "LayerMap",
     "Objective",

@@ -38,7 +38,7 @@ def chunk_size(vocabulary: int, device: torch.device) -> int:
 
 
 @dataclass(frozen=True)
-class Side:
+class HeadInput:
     """One model's logits at N positions, not yet computed."""
 
     rows: Tensor
@@ -50,13 +50,13 @@ def chunks(sides: Sequence[Any], size: int | None = None) -> Iterator[tuple[slic
     """The logits of every side, chunk by chunk, without gradient.
 
     Args:
-        sides: a `Side`, whose logits are computed, or something that has one entry for each of the N positions.
+        sides: a `HeadInput`, whose logits are computed, or something that has one entry for each of the N positions.
         size: Positions per chunk; None: `chunk_size`.
 
     Yields:
         Which positions, and per side its logits [n, V], in a buffer that the next chunk overwrites, or its slice.
     """
-    work = [side.head.operands(side.rows) if isinstance(side, Side) else (None, side) for side in sides]
+    work = [side.head.operands(side.rows) if isinstance(side, HeadInput) else (None, side) for side in sides]
     positions, device = len(work[0][1]), work[0][1].device
     vocabulary = max(len(head.weight) if head else 1 for head, _ in work)
     size = size or chunk_size(vocabulary, device)
@@ -77,7 +77,7 @@ def chunks(sides: Sequence[Any], size: int | None = None) -> Iterator[tuple[slic
 
 
 def through_heads(
-    student: Side, teacher: Any, labels: Tensor, score: Score, factors: Tensor, size: int | None = None
+    student: HeadInput, teacher: Any, labels: Tensor, score: Score, factors: Tensor, size: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """The loss, with the gradient of the student's rows and head.
 
@@ -146,7 +146,7 @@ class _ThroughHeads(torch.autograd.Function):
         gradients = _Gradients(rows, work.head, needed)
         sums = torch.zeros(len(work.factors), dtype=torch.float64, device=rows.device)
         # The cap is left to the blocks, where autograd sees it.
-        sides = [Side(rows, replace(work.head, cap=None)), *([] if work.teacher is None else [work.teacher])]
+        sides = [HeadInput(rows, replace(work.head, cap=None)), *([] if work.teacher is None else [work.teacher])]
         for part, (linear, *target) in chunks(sides, work.size):
             labels = work.labels[part]
             for block in _blocks(linear):

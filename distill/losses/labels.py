@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distill.losses.objective import Objective
-from distill.models.outputs import Batch, Outputs
+from distill.models.forward import Batch, Outputs
 from distill.recipe.schema import Term
 
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from distill.errors import InputError
 from distill.losses.align import TopK, without_autocast
-from distill.losses.chunked import Side, through_heads
-from distill.losses.heads import HEADS, Head
+from distill.losses.chunked import HeadInput, through_heads
+from distill.losses.kinds import PREDICTION_KINDS, PredictionKind
 from distill.losses.terms import Maps, ResolvedTerm, resolve
 from distill.losses.trial import check_values
-from distill.models.outputs import Batch, Outputs, Wanted
+from distill.models.forward import Batch, Capture, Outputs
 from distill.recipe.schema import Term
 
 PREDICTIONS = ("labels", "logits")
@@ -44,7 +44,7 @@ class Objective:
 
         Args:
             terms: the recipe's `losses`, at least one.
-            head: the kind of head, a name from `distill.losses.heads.HEADS`.
+            head: the kind of head, a name from `distill.losses.kinds.PREDICTION_KINDS`.
             maps: turns a term's `map` into layer pairs, e.g. `partial(layer_map, plan=plan, student_layers=3,
                 teacher_layers=6)`; only terms on layers need it.
             vocabulary: number of real classes; what a padded output head has beyond is ignored by logits terms.
@@ -56,7 +56,7 @@ class Objective:
         """
         if not terms:
             raise InputError("losses: there is nothing to learn from; give at least one term")
-        self.head = HEADS[head]
+        self.head = PREDICTION_KINDS[head]
         self.vocabulary = vocabulary
         self.chunk = chunk
         self._terms = resolve(terms, head, maps)
@@ -65,7 +65,7 @@ class Objective:
         matches = {term.match for term in self._terms}
         self.needs_teacher = bool(matches - {"labels"})
         self.student, self.teacher = (
-            Wanted(
+            Capture(
                 hidden=self._layers(side, "hidden", "embeddings"),
                 attention=self._layers(side, "attention"),
                 relations=self._layers(side, "relations"),
@@ -178,8 +178,8 @@ class Objective:
         with without_autocast(labels.device):
             own = self.head.selected(student, batch, valid)
             target = None if teacher is None else self.head.selected(teacher, batch, valid)
-            if not isinstance(own, Side):
-                target = target.head(target.rows) if isinstance(target, Side) else target
+            if not isinstance(own, HeadInput):
+                target = target.head(target.rows) if isinstance(target, HeadInput) else target
                 sums = score(own, None if target is None else target.detach(), labels)
                 loss = (factors * sums).sum() if terms else own[:0].sum()
                 return loss, sums.detach()
@@ -223,7 +223,7 @@ class _Positions:
     for the device. Here every mask is looked at once, however many tensors it selects from.
     """
 
-    def __init__(self, head: Head, batch: Batch):
+    def __init__(self, head: PredictionKind, batch: Batch):
         self.head, self.batch = head, batch
         self._found: dict[Callable[[Batch], Tensor], tuple[Tensor, ...]] = {}
 

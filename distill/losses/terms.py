@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from distill.errors import InputError
-from distill.losses.heads import cross_entropy, squared_error
 from distill.losses.hidden import HIDDEN
+from distill.losses.kinds import cross_entropy, squared_error
 from distill.losses.logits import LOGITS
 from distill.losses.mapping import LayerMap, Policy
 from distill.losses.relation import ATTENTION, RELATION

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.errors import InputError
-from distill.models.layout import layers_of
+from distill.models.family import layers_of
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import nn
-
 from distill.errors import InputError
 
-Side = Literal["main", "encoder"]
+StackName = Literal["main", "encoder"]
 """`main`: the only stack of layers, or the decoder of an encoder-decoder, whose other stack is `encoder`."""
 
 NEURON_AXES = {"linear": (0, 1), "conv1d": (1, 0), "experts": (1, 2)}
@@ -75,11 +73,11 @@ class ModelLayout:
     encoder: Stack | None = None
 
     @property
-    def sides(self) -> tuple[Side, ...]:
+    def sides(self) -> tuple[StackName, ...]:
         """The stacks in the order of the forward pass."""
         return ("encoder", "main") if self.encoder else ("main",)
 
-    def stack(self, side: Side) -> Stack:
+    def stack(self, side: StackName) -> Stack:
         """One stack. Raises InputError when the family has no encoder of its own."""
         stack = self.main if side == "main" else self.encoder
         if stack is None:
@@ -179,33 +177,6 @@ INDEX_FLAGS = ("scale_attn_by_inverse_layer_idx",)
 """Config attributes that, when true, make what a layer computes depend on its index."""
 
 
-_detected: dict[tuple[str, str], ModelLayout] = {}
-
-
-def layout_of(model: Any) -> ModelLayout:
-    """The layout of a model's family: its row, or what its structure shows (see `detect`; tried out once).
-
-    Raises:
-        InputError: Neither; it says what to add.
-    """
-    from distill.models.detect import Unrecognised, detect
-
-    model_type = getattr(model.config, "model_type", None)
-    if model_type in LAYOUTS:
-        return LAYOUTS[model_type]
-    key = (str(model_type), type(model.base_model).__name__)
-    try:
-        if key not in _detected:
-            _detected[key] = detect(model)
-        return _detected[key]
-    except Unrecognised as error:
-        raise InputError(
-            f"model family {model_type!r} has no row in LAYOUTS and its structure is not recognised: {error}. "
-            f"Add a row to LAYOUTS in distill/models/layout.py: where its layers are, which modules feed the MLP's "
-            f"neurons and which one reads them (known: {', '.join(sorted(LAYOUTS))})"
-        ) from error
-
-
 def cut_lists(config: Any, kept: Sequence[int]) -> None:
     """Keep the entries of these layers in every list with one entry per layer."""
     for name in PER_LAYER_LISTS:
@@ -217,27 +188,3 @@ def cut_lists(config: Any, kept: Sequence[int]) -> None:
 def stated_width(config: Any, key: str) -> int:
     """What a config says about an MLP's width; null (GPT-2's n_inner) stands for four times the hidden size."""
     return int(getattr(config, key) or 4 * config.hidden_size)
-
-
-def check_kept(model: Any, side: Side, kept: Sequence[int]) -> None:
-    """Raise InputError when the kept layers (ascending teacher indices) cannot stand without the dropped ones."""
-    key = "student.layers.keep" if side == "main" else "student.encoder_layers.keep"
-    reason = layout_of(model).stack(side).keep_first
-    if reason and kept[0] != 0:
-        raise InputError(f"{key}: layer 0 must be kept: {reason}")
-    for flag in INDEX_FLAGS:
-        if getattr(model.config, flag, False) and list(kept) != list(range(len(kept))):
-            raise InputError(f"{key}: with {flag} a layer depends on its index; only the last layers can be dropped")
-
-
-def layers_of(model: Any, side: Side = "main") -> nn.ModuleList:
-    """The layers of one stack, first to last."""
-    layers = model.base_model.get_submodule(layout_of(model).stack(side).layers)
-    assert isinstance(layers, nn.ModuleList)
-    return layers
-
-
-def layers_prefix(model: Any, side: Side = "main") -> str:
-    """Name of the layer list inside `model`, e.g. `bert.encoder.layer`."""
-    layers = layers_of(model, side)
-    return next(str(name) for name, module in model.named_modules() if module is layers)

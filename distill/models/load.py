@@ -17,16 +17,16 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer
 
 from distill.errors import InputError
+from distill.files import sha256_of
 from distill.models.widths import is_unequal, stock, with_widths
 from distill.recipe.load import teacher_folder
 from distill.recipe.schema import Teacher
-from distill.rundir import sha256_of
 
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
 @dataclass(frozen=True)
-class Head:
+class ModelHead:
     """What the task asks of the model class."""
 
     auto_class: str
@@ -90,7 +90,7 @@ def load_tokenizer(folder: Path, remote_code: bool = False) -> Any:
 
 def load_model(
     folder: Path,
-    head: Head,
+    head: ModelHead,
     *,
     new_head: bool = False,
     random_seed: int | None = None,
@@ -139,7 +139,7 @@ def load_model(
     return (stock(model) if unequal else model).eval()
 
 
-def _class_of(head: Head, config: Any) -> type[Any]:
+def _class_of(head: ModelHead, config: Any) -> type[Any]:
     """The stock class that the Auto class stands for; a head may also name it itself."""
     named = getattr(transformers, head.auto_class)
     mapping = getattr(named, "_model_mapping", None)
@@ -151,7 +151,7 @@ def _class_of(head: Head, config: Any) -> type[Any]:
     return found
 
 
-def random_model(folder: Path, head: Head, seed: int, remote_code: bool = False) -> Any:
+def random_model(folder: Path, head: ModelHead, seed: int, remote_code: bool = False) -> Any:
     """A model with random weights from the folder's config (`teacher.init: random`)."""
     config = _config(folder, head, remote_code)
     torch.manual_seed(seed)
@@ -160,18 +160,18 @@ def random_model(folder: Path, head: Head, seed: int, remote_code: bool = False)
 
 def hollow_model(folder: Path, remote_code: bool = False) -> Any:
     """The folder's model without values (on the meta device) and without a head: to look at its structure for free."""
-    config = _config(folder, Head(""), remote_code)
+    config = _config(folder, ModelHead(""), remote_code)
     with torch.device("meta"):
         return transformers.AutoModel.from_config(config, trust_remote_code=remote_code).eval()
 
 
 def trained_labels(folder: Path) -> list[str]:
     """Class names of a model that is already trained for classes, in the order of its outputs."""
-    names: dict[int, str] = _config(folder, Head(""), remote_code=False).id2label
+    names: dict[int, str] = _config(folder, ModelHead(""), remote_code=False).id2label
     return [names[index] for index in sorted(names)]
 
 
-def _config(folder: Path, head: Head, remote_code: bool) -> Any:
+def _config(folder: Path, head: ModelHead, remote_code: bool) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=remote_code)
     except (OSError, ValueError) as error:
@@ -199,4 +199,4 @@ def load_student(folder: str | Path) -> Any:
         ) from error
     if not hasattr(transformers, str(architecture)):
         raise InputError(f"{folder}: transformers {transformers.__version__} has no model class {architecture!r}")
-    return load_model(folder, Head(architecture))
+    return load_model(folder, ModelHead(architecture))

@@ -15,7 +15,8 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from distill.errors import InputError
-from distill.models.layout import MlpLayout, Side, layers_of, layout_of
+from distill.models.family import layers_of, layout_of
+from distill.models.layout import MlpLayout, StackName
 
 See = Callable[[Tensor, Tensor | None, int], None]
 """Called with neurons [N, F], the flat positions (in B * L) they belong to [N] (None: all of them), and the expert."""
@@ -131,7 +132,7 @@ class Mlp:
         return weight.T if self.layout.form == "conv1d" else weight
 
 
-def mlps_of(model: Any, side: Side = "main") -> list[Mlp]:
+def mlps_of(model: Any, side: StackName = "main") -> list[Mlp]:
     """The MLP of every layer of one stack."""
     candidates = layout_of(model).stack(side).mlps
     return [mlp_of(layer, candidates) for layer in layers_of(model, side)]

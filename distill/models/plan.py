@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from distill.errors import InputError
-from distill.models.layout import Side
+from distill.models.layout import StackName
 
 
 class LayerPlan(BaseModel):
@@ -69,7 +69,7 @@ class StudentPlan(BaseModel):
     layer_scores: dict[str, list[float]] = {}
     """Per-teacher-layer figures that the decision saw, e.g. block influence."""
 
-    def stack(self, side: Side) -> list[LayerPlan]:
+    def stack(self, side: StackName) -> list[LayerPlan]:
         """The layers of one stack; empty when the model does not have it."""
         return self.layers if side == "main" else self.encoder_layers or []
 

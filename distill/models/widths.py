@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from transformers.initialization import no_init_weights
 
-from distill.models.layout import Side, layout_of, stated_width
+from distill.models.family import layout_of
+from distill.models.layout import StackName, stated_width
 from distill.models.mlp import Mlp, mlps_of
 from distill.recipe.locate import WIDTH_KEYS
 
@@ -50,7 +51,7 @@ def forget_widths(config: Any) -> None:
     config.__dict__.pop(TWO_STACKS, None)
 
 
-def narrow(model: Any, widths: dict[Side, Sequence[int]]) -> None:
+def narrow(model: Any, widths: dict[StackName, Sequence[int]]) -> None:
     """Give each MLP its own width and record the widths in the config; weights are left to the caller.
 
     The config stays the object that all modules share: a copy would hide `set_attn_implementation` from the layers.

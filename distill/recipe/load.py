@@ -23,9 +23,9 @@ from distill.recipe.locate import teacher_folder
 from distill.recipe.mask_checks import MASK_CHECKS
 from distill.recipe.schema import Recipe
 from distill.recipe.strategies import names_are_known
-from distill.recipe.strict_yaml import read_file, read_text, scalar
 from distill.recipe.student_checks import STUDENT_CHECKS
 from distill.recipe.training_checks import TRAINING_CHECKS
+from distill.recipe.yaml import read_file, read_text, scalar
 
 __all__ = ["dump", "fingerprint", "load_recipe", "teacher_folder"]
 

@@ -62,7 +62,7 @@ class Optimization(Section):
     decay: NonNegative = 0.2
     """`wsd`: how long the way down is, counted as `warmup` is."""
     optimizer: StrictStr = "adamw"
-    """A name from `distill.training.optimizers.OPTIMIZERS` or `package.module:function`, called with parameter groups
+    """A name from `distill.training.optim.OPTIMIZERS` or `package.module:function`, called with parameter groups
     and `lr`."""
     optimizer_params: Params = {}
     """Keyword arguments of the optimizer, e.g. `{eps: 1e-6}`."""
@@ -86,8 +86,7 @@ class Optimization(Section):
     """Autocast precision of the model being trained; losses are always fp32."""
     freeze: list[StrictStr] = []
     """Parameters that do not learn, by shell pattern over their names, e.g. `["*.embeddings.*"]`; they get no optimizer
-    state. A pattern that matches nothing is an error. First layers that are frozen with all that feeds them, are the
-    teacher's with whole MLPs, and have no dropout, run once for both models (in fp32)."""
+    state. A pattern that matches nothing is an error."""
     only: list[StrictStr] = ["*"]
     """The opposite view: parameters that learn, e.g. `["*.mlp.*"]`; `freeze` is then taken out of them."""
     gradient_checkpointing: StrictBool = False

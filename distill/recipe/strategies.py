@@ -71,19 +71,19 @@ def _choices(view: View) -> Iterator[Choice]:
     width = view.section(mlp, Mlp)
     if width is not None:
         score, spread = width["score"], width["allocate"]
-        yield Choice((*mlp, "score"), score, "score", "distill.student.importance", "SCORES", (*mlp, "params"))
+        yield Choice((*mlp, "score"), score, "score", "distill.student.scores", "SCORES", (*mlp, "params"))
         own_params = (*mlp, "allocate_params")
         yield Choice((*mlp, "allocate"), spread, "allocation", "distill.student.allocate", "ALLOCATIONS", own_params)
     mask: KeyPath = ("student", "mask")
     zeros = view.section(mask, Mask)
     if zeros is not None:
         name = zeros["score"]
-        yield Choice((*mask, "score"), name, "mask score", "distill.student.masks", "SCORES", (*mask, "params"))
+        yield Choice((*mask, "score"), name, "mask score", "distill.student.masks.masks", "SCORES", (*mask, "params"))
     yield from _losses(view)
     for own, model in ((("teacher", "fit"), Fit), (("training",), Training)):
         learning = view.section(own, model) if isinstance(at(view.data, own), dict) else None
         if learning is not None:
-            name, table = learning["optimizer"], ("distill.training.optimizers", "OPTIMIZERS")
+            name, table = learning["optimizer"], ("distill.training.optim", "OPTIMIZERS")
             params = (*own, "optimizer_params")
             yield Choice((*own, "optimizer"), name, "optimizer", *table, params, reserved=("lr", "betas"))
     source: KeyPath = ("data", "source")

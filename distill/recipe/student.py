@@ -34,7 +34,7 @@ class Mlp(Section):
     """Neurons per layer (integer) or the share of them (0 < share ≤ 1); or a list with one of these for each kept
     layer, those of an encoder before those of its decoder."""
     score: StrictStr = "activation"
-    """How neurons are ranked: a name from `distill.student.importance.SCORES` or `package.module:function`."""
+    """How neurons are ranked: a name from `distill.student.scores.SCORES` or `package.module:function`."""
     allocate: StrictStr = "uniform"
     """How the budget is spread over layers: a name from `distill.student.allocate.ALLOCATIONS` or
     `package.module:function`."""
@@ -61,8 +61,8 @@ class Mask(Section):
     threshold: Positive | None = None
     """Zero is what scores below so many times its layer's mean score, zeros included."""
     score: StrictStr = "magnitude"
-    """How single weights are ranked: a name from `distill.student.masks.SCORES` or `package.module:function`. A neuron
-    has the 2-norm of the scores of its weights."""
+    """How single weights are ranked: a name from `distill.student.masks.masks.SCORES` or `package.module:function`.
+    A neuron has the 2-norm of the scores of its weights."""
     params: Params = {}
     """Keyword arguments of the score."""
     only: list[StrictStr] = ["*"]

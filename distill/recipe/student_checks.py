@@ -219,7 +219,7 @@ def needs_are_collected(view: View) -> Iterator[Finding]:
     mlp, calibration = view.section(MLP, Mlp), view.section(("student", "calibration"), Calibration)
     if mlp is None or calibration is None or not isinstance(mlp["score"], str):
         return
-    need = literal_in("distill.student.importance", "NEEDS").get(mlp["score"])
+    need = literal_in("distill.student.scores", "NEEDS").get(mlp["score"])
     if need in ("gradients", "gram") and calibration[need] is False:
         message = f"score: {mlp['score']} reads what this switches off"
         yield Finding(("student", "calibration", need), message, "remove it, or choose another score")

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distill.errors import RunError
+from distill.files import sha256_of, write_text
 from distill.models.widths import padded
 from distill.recipe.load import dump
 from distill.recipe.schema import Format, Recipe
 from distill.release.formats import write_modelling
-from distill.rundir import sha256_of, write_text
 
 CHECKSUMS = "SHA256SUMS"
 

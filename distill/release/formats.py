@@ -14,10 +14,10 @@ from string import Template
 from typing import Any
 
 from distill.errors import InputError
-from distill.models.layout import layout_of
+from distill.files import write_text
+from distill.models.family import layout_of
 from distill.models.widths import TWO_STACKS, is_unequal
 from distill.recipe.schema import Format
-from distill.rundir import write_text
 
 MODELLING_FILE = "modeling_distill.py"
 MODELLING = Template('''\

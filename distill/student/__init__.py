@@ -6,10 +6,10 @@ the recipe as `score: package.module:function`. Its keyword-only parameters are 
 
 from distill.student.allocate import ALLOCATIONS
 from distill.student.build import build_student
-from distill.student.calibrate import Statistics, Wanted, calibrate
-from distill.student.importance import SCORES, MlpLayer
+from distill.student.calibration.collect import Statistics, StatisticsRequest, calibrate
 from distill.student.layers import CHOICES
 from distill.student.plan import check_strategies, plan_student, wanted_statistics
+from distill.student.scores import SCORES, MlpLayer
 from distill.student.targets import check_target
 
 __all__ = [
@@ -18,7 +18,7 @@ __all__ = [
     "SCORES",
     "MlpLayer",
     "Statistics",
-    "Wanted",
+    "StatisticsRequest",
     "build_student",
     "calibrate",
     "check_strategies",

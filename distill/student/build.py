@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers.initialization import no_init_weights
 
 from distill.errors import InputError
-from distill.models.layout import check_kept, cut_lists, layers_of, layers_prefix, layout_of
+from distill.models.family import check_kept, layers_of, layers_prefix, layout_of
+from distill.models.layout import cut_lists
 from distill.models.mlp import keep_neurons, mlps_of
 from distill.models.plan import LayerPlan, StudentPlan
 from distill.models.widths import all_mlps, forget_widths, narrow, widest

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from distill.errors import InputError
-from distill.models.layout import Side, check_kept, layers_of, layout_of
+from distill.models.family import check_kept, layers_of, layout_of
+from distill.models.layout import StackName
 from distill.recipe.schema import Layers
 from distill.registry import bind, find
-from distill.student.statistics import Statistics
+from distill.student.calibration.statistics import Statistics
 
 NEEDS = {
     "block_influence": "activations",
@@ -43,7 +44,7 @@ def protected_layers(depth: int, own: Layers, keep_first: bool) -> frozenset[int
     return frozenset(stay)
 
 
-def choose_layers(model: Any, side: Side, own: Layers | None, calibration: Statistics | None) -> list[int]:
+def choose_layers(model: Any, side: StackName, own: Layers | None, calibration: Statistics | None) -> list[int]:
     """Ascending indices of the kept layers of one stack; all of them when nothing is asked.
 
     Raises:

@@ -12,18 +12,19 @@ from torch import Tensor
 
 from distill.errors import InputError
 from distill.models.cost import latency_ratio
-from distill.models.layout import Side, layout_of
+from distill.models.family import layout_of
+from distill.models.layout import StackName
 from distill.models.mlp import Mlp, mlps_of
 from distill.models.plan import Choice, LayerPlan, StudentPlan
 from distill.recipe.schema import Layers, Student
 from distill.registry import bind, find
-from distill.student import allocate, importance, layers
+from distill.student import allocate, layers, scores
 from distill.student.allocate import ALLOCATIONS, EXACT, layer_widths
 from distill.student.build import build_student
-from distill.student.calibrate import Wanted
-from distill.student.importance import SCORES, MlpLayer
+from distill.student.calibration.collect import StatisticsRequest
+from distill.student.calibration.statistics import Statistics
 from distill.student.layers import CHOICES, choose_layers, policy_of
-from distill.student.statistics import Statistics
+from distill.student.scores import SCORES, MlpLayer
 from distill.student.targets import costs_of, shares, solve
 
 
@@ -31,7 +32,7 @@ from distill.student.targets import costs_of, shares, solve
 class _Scored:
     """One kept layer and the scores of its neurons."""
 
-    side: Side
+    side: StackName
     index: int
     values: Tensor
     """[F]; [E, F] for experts."""
@@ -100,14 +101,14 @@ def plan_student(model: Any, spec: Student, calibration: Statistics | None = Non
     return decided.model_copy(update={"choices": _choices(spec, decided, keep) | choices})
 
 
-def wanted_statistics(spec: Student) -> Wanted:
+def wanted_statistics(spec: Student) -> StatisticsRequest:
     """What a calibration has to collect for this student, by the tables `NEEDS`."""
-    asked: dict[Side, Layers] = {"main": spec.layers}
+    asked: dict[StackName, Layers] = {"main": spec.layers}
     if spec.encoder_layers is not None:
         asked["encoder"] = spec.encoder_layers
     needs = {side: layers.NEEDS.get(policy_of(own)) for side, own in asked.items()}
-    score = importance.NEEDS.get(spec.mlp.score)
-    return Wanted(
+    score = scores.NEEDS.get(spec.mlp.score)
+    return StatisticsRequest(
         gram=score == "gram" if spec.calibration.gram is None else spec.calibration.gram,
         gradients=score == "gradients" if spec.calibration.gradients is None else spec.calibration.gradients,
         losses_without=tuple(side for side, need in needs.items() if need == "losses_without"),
@@ -131,7 +132,7 @@ def check_strategies(spec: Student) -> None:
 def _check_calibration(spec: Student, calibration: Statistics | None) -> None:
     used = {
         "student.layers.choose": (policy_of(spec.layers), layers.NEEDS),
-        "student.mlp.score": (spec.mlp.score, importance.NEEDS),
+        "student.mlp.score": (spec.mlp.score, scores.NEEDS),
         "student.mlp.allocate": (spec.mlp.allocate, allocate.NEEDS),
     }
     if spec.encoder_layers is not None:
@@ -150,14 +151,16 @@ def _check_protected(spec: Student, depth: int, kept: list[int]) -> None:
         raise InputError(f"student.mlp.protect: layer {dropped[0]} is not among the kept layers {kept}")
 
 
-def _scores(model: Any, side: Side, kept: list[int], spec: Student, calibration: Statistics | None) -> list[_Scored]:
+def _scores(
+    model: Any, side: StackName, kept: list[int], spec: Student, calibration: Statistics | None
+) -> list[_Scored]:
     score = bind(find(SCORES, spec.mlp.score, "score"), spec.mlp.params, "student.mlp.params")
     statistics = calibration and calibration.of(side)
     mlps = mlps_of(model, side)
     return [_Scored(side, index, _checked(score, side, index, mlps[index], statistics, spec)) for index in kept]
 
 
-def _checked(score: Any, side: Side, index: int, mlp: Mlp, statistics: Statistics | None, spec: Student) -> Tensor:
+def _checked(score: Any, side: StackName, index: int, mlp: Mlp, statistics: Statistics | None, spec: Student) -> Tensor:
     weights_in = [weight.detach() for weight in mlp.weights_in]
     values = score(MlpLayer(index, weights_in, mlp.weight_out.detach(), side), statistics)
     expected = (*mlp.weight_out.shape[:-2], mlp.width)
@@ -177,7 +180,7 @@ def _influence(scored: list[_Scored], calibration: Statistics | None) -> list[fl
     return [float(known[layer.side][layer.index]) for layer in scored]
 
 
-def _layer_scores(calibration: Statistics, sides: Sequence[Side]) -> dict[str, list[float]]:
+def _layer_scores(calibration: Statistics, sides: Sequence[StackName]) -> dict[str, list[float]]:
     """Figures per teacher layer that decisions were made on."""
     found = {}
     for side in sides:
@@ -251,5 +254,5 @@ def _asked(spec: Student, keep: Any, full: int) -> str:
     return f"{keep:g} of {full}" + (" (from student.target)" if spec.target else "")
 
 
-def _place(side: Side, layer: LayerPlan) -> str:
+def _place(side: StackName, layer: LayerPlan) -> str:
     return f"layer {layer.teacher_layer}" if side == "main" else f"encoder layer {layer.teacher_layer}"

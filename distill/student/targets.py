@@ -10,14 +10,15 @@ from torch import nn
 
 from distill.errors import InputError
 from distill.models.cost import example, flops_by_module
-from distill.models.layout import Side, layers_of, layout_of
+from distill.models.family import layers_of, layout_of
+from distill.models.layout import StackName
 from distill.models.mlp import Mlp, mlps_of
 from distill.models.plan import Choice
 from distill.recipe.schema import Layers, Student, Target
 from distill.recipe.schema import Mlp as MlpSpec
 from distill.student.allocate import SHARES_BUDGET, floor_width, rounded_down
 
-Place = tuple[Side, int]
+Place = tuple[StackName, int]
 """A layer of the teacher."""
 
 

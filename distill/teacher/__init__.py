@@ -1,5 +1,5 @@
 """The teacher behind one callable."""
 
-from distill.teacher.online import OnlineTeacher
+from distill.teacher.live import LiveTeacher
 
-__all__ = ["OnlineTeacher"]
+__all__ = ["LiveTeacher"]

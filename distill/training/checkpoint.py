@@ -20,8 +20,8 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
 from distill.errors import RunError
-from distill.rundir import fsync_folder, sha256_of, write_text
-from distill.training.guards import processes
+from distill.files import fsync_folder, sha256_of, write_text
+from distill.ranks import process_state
 from distill.training.shards import OwnFile, Parts, missing, own_files, write
 
 KEEP = 2
@@ -107,8 +107,8 @@ class Checkpoints:
         """
         final = self.folder / f"step-{state.step:08d}"
         temporary = self.folder / f".tmp-{final.name}"
-        main = processes().is_main_process
-        files = own_files(parts, processes().process_index, processes().num_processes)
+        main = process_state().is_main_process
+        files = own_files(parts, process_state().process_index, process_state().num_processes)
         try:
             self._check(_together(lambda: self._survey(temporary if main else None, files)))
             sums = _together(lambda: write(temporary, files.values()))

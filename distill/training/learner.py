@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import StateDictType
 
 from distill.errors import InputError
-from distill.models.layout import layers_of
-from distill.models.sharded import whole
+from distill.models.dtensor import full_tensor
+from distill.models.family import layers_of
+from distill.models.trainable import freeze
 from distill.recipe.schema import Optimization
-from distill.training.average import Average
-from distill.training.health import Health
+from distill.training.ema import Ema
 from distill.training.model import Constraint, DistillModel, Loss
-from distill.training.optimizers import make_optimizer
-from distill.training.setup import freeze
+from distill.training.optim import make_optimizer
 from distill.training.shards import Parts, Place, read
-from distill.training.tensors import (
+from distill.training.skip import SkipRule
+from distill.training.state import (
     load_model,
     load_optimizer,
     load_scaler,
@@ -51,8 +51,8 @@ class Learner:
     """The same module, unwrapped."""
     prepared: Any
     optimizer: torch.optim.Optimizer
-    health: Health
-    average: Average | None
+    health: SkipRule
+    average: Ema | None
     constraint: Constraint | None
     spec: Optimization
 
@@ -75,7 +75,7 @@ class Learner:
         if self.constraint:
             self.constraint.before_step()
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.spec.max_grad_norm or math.inf)
-        norm = whole(norm.detach())
+        norm = full_tensor(norm.detach())
         bad = self.health.judge(loss, norm)
         self._update(bad)
         if self.constraint:
@@ -135,7 +135,7 @@ class Learner:
 
     def _fill_student(self, device: torch.device) -> None:
         """Put the weights together in the student itself; every process takes part."""
-        own = {name.removeprefix("student."): whole(tensor) for name, tensor in self.weights().items()}
+        own = {name.removeprefix("student."): full_tensor(tensor) for name, tensor in self.weights().items()}
         expected = own_tensors(self.student)
         load_model(self.student.to(device).eval(), {name: own[name] for name in expected})
 
@@ -169,7 +169,7 @@ class Learner:
         }
         if self.saves_shards:
             return parts
-        return {name: {key: whole(tensor) for key, tensor in tensors.items()} for name, tensors in parts.items()}
+        return {name: {key: full_tensor(tensor) for key, tensor in tensors.items()} for name, tensors in parts.items()}
 
     def places(self) -> Place:
         """Which parameter a tensor in a checkpoint belongs to, and is sharded like."""
@@ -234,11 +234,11 @@ def make_learner(
         constraint.follow(wrapper.student)
         if found is None:
             constraint.after_step(0)
-    average = Average(wrapper, spec.ema) if spec.ema is not None else None
-    health = Health(spec.skip_spikes, accelerator.device)
+    average = Ema(wrapper, spec.ema) if spec.ema is not None else None
+    health = SkipRule(spec.skip_spikes, accelerator.device)
     kind = Learner
     if zero:
-        from distill.training.zero import ZeroLearner as kind
+        from distill.training.deepspeed import ZeroLearner as kind
     learner = kind(accelerator, student, model, wrapper, prepared, optimizer, health, average, constraint, spec)
     if found is not None:
         learner.load(read(found, learner.places()))

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,18 +14,35 @@ from accelerate import Accelerator
 
 from distill.errors import RunError, Stopped
 from distill.recipe.schema import Optimization
-from distill.rundir import TrainDir
 from distill.training.checkpoint import Checkpoints, TrainState, state_of
-from distill.training.guards import StopSignals, Watchdog
 from distill.training.learner import Learner, make_learner
 from distill.training.model import Constraint, Loss
 from distill.training.schedule import lr_factor
 from distill.training.setup import Batches, horizon
+from distill.training.signals import StopSignals
 from distill.training.step import Step, Teacher, Window
 from distill.training.tracking import Tracker
+from distill.training.watchdog import Watchdog
 
 Stop = Callable[[], bool]
 Evaluate = Callable[[Any, Stop], Mapping[str, float | None]]
+
+
+@dataclass(frozen=True)
+class TrainDir:
+    """What one training leaves behind."""
+
+    root: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Published checkpoints, `step-00000100` each."""
+        return self.root / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON record per line."""
+        return self.root / "metrics.jsonl"
 
 
 @dataclass(frozen=True)

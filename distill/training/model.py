@@ -11,13 +11,13 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from distill.models.outputs import Batch, Outputs, Wanted, run
+from distill.models.forward import Batch, Capture, Outputs, forward
 
 
 class Loss(Protocol):
     """What training needs of an objective (`distill.losses.Objective`)."""
 
-    student: Wanted
+    student: Capture
     projections: nn.ModuleDict
     """Parameters of its own, trained and checkpointed with the student."""
 
@@ -35,7 +35,7 @@ class Loss(Protocol):
 
 
 class Constraint(Protocol):
-    """What must hold of the weights after every optimizer step, e.g. masks (`distill.student.masks.Masks`)."""
+    """What must hold of the weights after every optimizer step, e.g. masks (`distill.student.masks.masks.Masks`)."""
 
     def follow(self, model: Any) -> None:
         """The weights to look after are now those of `model`, under the same names; they may be sharded (DTensor)."""
@@ -74,5 +74,5 @@ class DistillModel(nn.Module):
         self, batch: Batch, teacher: Outputs | None, counts: Tensor, progress: float = 0.0
     ) -> tuple[Tensor, Tensor]:
         """Loss [] of this micro-batch, as its share of the whole step's mean, and sums [terms] for the log."""
-        own = run(self.student, batch, self.objective.student, teacher.prefix if teacher else ())
+        own = forward(self.student, batch, self.objective.student)
         return self.objective(own, teacher, batch, counts, progress)

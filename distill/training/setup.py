@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -10,13 +9,12 @@ from typing import Protocol
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin
-from torch import nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from distill.errors import InputError
-from distill.models.outputs import Batch
+from distill.models.forward import Batch
+from distill.ranks import check_launch, process_state
 from distill.recipe.schema import Optimization
-from distill.training.guards import check_launch, processes
 
 
 class Batches(Protocol):
@@ -58,7 +56,7 @@ def make_accelerator(
     Raises:
         InputError: The launch is not what it seems, or the step cannot be dealt out evenly to the processes.
     """
-    state = processes()
+    state = process_state()
     check_launch(state.num_processes, state.device.type)
     world = state.num_processes
     count = batches.micro_batches_per_step()
@@ -112,25 +110,3 @@ def horizon(spec: Optimization, batches: Batches) -> int:
         return batches.steps_for_tokens(spec.tokens)
     assert spec.epochs is not None, "load_recipe checks that a length is given"
     return batches.steps_for(spec.epochs)
-
-
-def freeze(model: nn.Module, patterns: Sequence[str], only: Sequence[str] = ("*",)) -> None:
-    """Let exactly the parameters learn whose name matches one of `only` and none of `patterns`, all shell patterns.
-
-    Raises:
-        InputError: A pattern matches no parameter, or nothing is left to learn.
-    """
-    names = [name for name, _ in model.named_parameters()]
-    for key, own in (("freeze", patterns), ("only", only)):
-        for pattern in own:
-            if not fnmatch.filter(names, pattern):
-                raise InputError(f"{key}: {pattern!r} matches no parameter; there are e.g. {', '.join(names[:3])}")
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(_matches(name, only) and not _matches(name, patterns))
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        kept = "" if list(only) == ["*"] else f" with only: {list(only)}"
-        raise InputError(f"freeze: {list(patterns)}{kept} leaves no parameter that learns")
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

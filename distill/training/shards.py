@@ -27,8 +27,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # what DCP itself goes by
 
 from distill.errors import RunError
-from distill.models.sharded import local
-from distill.rundir import sha256_of
+from distill.files import sha256_of
+from distill.models.dtensor import local_shard
 
 Parts = Mapping[str, Mapping[str, Tensor]]
 """Name of a file without its ending -> the tensors in it. A part without tensors has no file."""
@@ -82,7 +82,7 @@ def _pieces(name: str, tensors: Mapping[str, Tensor], rank: int) -> OwnFile:
             first = not any(i and p.is_replicate() for i, p in zip(at, tensor.placements, strict=True))
             offset = _share_of(tensor)[1]
         if first:
-            own[key], where[key] = local(tensor), (tuple(tensor.shape), offset)
+            own[key], where[key] = local_shard(tensor), (tuple(tensor.shape), offset)
     return OwnFile(name, own, {"pieces": json.dumps(where)})
 
 

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from distill.errors import RunError
-from distill.models.outputs import Batch, Outputs
+from distill.models.forward import Batch, Outputs
 from distill.recipe.schema import Optimization
 from distill.training.checkpoint import TrainState
 from distill.training.learner import Learner

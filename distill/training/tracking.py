@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from distill.errors import InputError
-from distill.rundir import write_text
+from distill.files import write_text
 
 QUIET_SECONDS = 10.0
 """Off a terminal, at most one line in so many seconds."""

@@ -25,14 +25,13 @@ import torch
 import transformers
 
 from distill.losses import LayerMap, Objective
-from distill.models.outputs import Batch
+from distill.models.forward import Batch
 from distill.recipe.schema import Term, Training
-from distill.rundir import TrainDir
-from distill.teacher import OnlineTeacher
-from distill.training import Job, checkpoint, make_accelerator, train
+from distill.teacher import LiveTeacher
+from distill.training import Job, TrainDir, checkpoint, make_accelerator, train
 from distill.training.learner import Learner
 from distill.training.model import DistillModel
-from distill.training.optimizers import make_optimizer
+from distill.training.optim import make_optimizer
 
 CLASSES, VOCABULARY, LENGTH, MICRO, PER_STEP = 12, 8192, 64, 8, 4
 WARM = 2
@@ -116,7 +115,7 @@ def main() -> int:
     small = make(transformers.BertConfig(**sizes, intermediate_size=2 * options.hidden, num_hidden_layers=3))
     terms = [Term(match="labels"), Term(match="logits", temperature=2.0), Term(match="hidden")]
     objective = Objective(terms, "sequence", lambda _policy: LayerMap(((0, 1), (1, 3), (2, 5))))
-    teacher = OnlineTeacher(large, objective.teacher, torch.device("cpu"))
+    teacher = LiveTeacher(large, objective.teacher, torch.device("cpu"))
     batches = Prepared(options.steps)
     spec = Training(steps=options.steps, batch_size=batches.batch_size, micro_batch_size=MICRO, save_every=0)
     ratios, ours, theirs, saves = [], [], [], []

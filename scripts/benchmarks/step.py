@@ -218,7 +218,7 @@ def _on_logits(teacher, student, loss):
     return step
 
 
-def ours(teacher, student, *, hidden: bool = False, share: bool = False):
+def ours(teacher, student, *, hidden: bool = False):
     """As a recipe with `match: logits` trains."""
     from functools import partial
 
@@ -226,16 +226,14 @@ def ours(teacher, student, *, hidden: bool = False, share: bool = False):
 
     from distill.losses import Objective, layer_map
     from distill.recipe.schema import Term
-    from distill.teacher import OnlineTeacher
+    from distill.teacher import LiveTeacher
     from distill.training.model import DistillModel
 
     pairs = [(layer, 2 * layer + 1) for layer in range(STUDENT_LAYERS)]
     terms = [Term(match="logits"), *([Term(match="hidden", map=pairs)] if hidden else [])]
     maps = partial(layer_map, plan=None, student_layers=STUDENT_LAYERS, teacher_layers=TEACHER_LAYERS)
     objective = Objective(terms, "next_token", maps)
-    source, model = OnlineTeacher(teacher, objective.teacher, torch.device("cpu")), DistillModel(student, objective)
-    if share:
-        assert source.share(student, objective.student) == STUDENT_LAYERS // 2
+    source, model = LiveTeacher(teacher, objective.teacher, torch.device("cpu")), DistillModel(student, objective)
     return lambda batch: model(batch, source(batch), objective.counts([batch]))[0]
 
 
@@ -251,20 +249,15 @@ def ours_hidden(teacher, student):
     return ours(teacher, student, hidden=True)
 
 
-def ours_frozen(teacher, student, *, share: bool = False):
+def ours_frozen(teacher, student):
     """The embeddings and half of the student's layers are the teacher's first ones, and frozen."""
-    from distill.training.setup import freeze
+    from distill.models.trainable import freeze
 
     student.model.embed_tokens.load_state_dict(teacher.model.embed_tokens.state_dict())
     for layer in range(STUDENT_LAYERS // 2):
         student.model.layers[layer].load_state_dict(teacher.model.layers[layer].state_dict())
     freeze(student, ["*.embed_tokens.*", *(f"*.layers.{layer}.*" for layer in range(STUDENT_LAYERS // 2))])
-    return ours(teacher, student, share=share)
-
-
-def ours_shared(teacher, student):
-    """The same, with these layers run once for both."""
-    return ours_frozen(teacher, student, share=True)
+    return ours(teacher, student)
 
 
 def trl_gkd(teacher, student):
@@ -316,7 +309,6 @@ ARMS = {
     "ours_bf16_teacher": ours_bf16_teacher,
     "ours_hidden": ours_hidden,
     "ours_frozen": ours_frozen,
-    "ours_shared": ours_shared,
     "trl_gkd": trl_gkd,
     "liger_jsd": liger_jsd,
     "torchtune_kl": torchtune_kl,

@@ -18,13 +18,13 @@ from distill.cli import main
 from distill.data import evaluation_batches
 from distill.evaluation.metrics import compute
 from distill.evaluation.predict import predict
-from distill.masking import mask_untrained
+from distill.models.forward import Capture
 from distill.models.mlp import mlps_of
-from distill.models.outputs import Wanted
+from distill.pipeline.folder import RunDir
+from distill.pipeline.session import Session
 from distill.recipe import load_recipe
-from distill.rundir import RunDir
-from distill.session import Session
-from distill.teacher import OnlineTeacher
+from distill.student.masks import mask_untrained
+from distill.teacher import LiveTeacher
 
 
 def project(folder, mask):
@@ -84,7 +84,7 @@ def test_nothing_of_the_masks_is_in_the_release_but_the_zeros(finished):
 def test_the_cut_arm_is_the_masked_student(finished):
     recipe, run = finished
     session = Session(load_recipe(recipe), recipe.parent, RunDir(run), say=lambda _text: None)
-    teacher = OnlineTeacher(session.load(session.teacher), Wanted(), torch.device("cpu"))
+    teacher = LiveTeacher(session.load(session.teacher), Capture(), torch.device("cpu"))
     measured = {}
     for masked in (True, False):
         model = session.load(session.run.student)

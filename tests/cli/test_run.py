@@ -226,7 +226,7 @@ def test_a_launch_whose_processes_do_not_know_each_other_is_refused(finished, tm
 
 
 def test_a_second_run_in_the_same_folder_is_refused(finished, capsys):
-    from distill.rundir import RunDir
+    from distill.pipeline.folder import RunDir
 
     recipe, run, _ = finished
     with RunDir(run).locked():

@@ -21,8 +21,10 @@ from accelerate import PartialState
 state = PartialState(cpu=True, timeout=timedelta(seconds=2))  # of collective operations, half an hour otherwise
 
 from distill.recipe import load_recipe
-from distill.rundir import RunDir, write_json
-from distill.session import Session, Stage, run_stages
+from distill.files import write_json
+from distill.pipeline.folder import RunDir
+from distill.pipeline.session import Session
+from distill.pipeline.stage import Stage, run_stages
 recipe, end = Path(sys.argv[1]), sys.argv[2]
 
 def slow(session):

@@ -8,9 +8,9 @@ from tiny import tiny_batch, tiny_model
 from distill.evaluation.arms import arm_row, measured, with_retained
 from distill.evaluation.predict import gathered, predict
 from distill.losses import Objective
-from distill.models.outputs import Outputs, run
+from distill.models.forward import Outputs, forward
 from distill.recipe.schema import Term
-from distill.teacher import OnlineTeacher
+from distill.teacher import LiveTeacher
 
 
 def as_teacher(model):
@@ -40,10 +40,10 @@ def padded_pair():
 def test_rows_of_the_head_beyond_the_vocabulary_are_no_prediction_and_no_divergence_as_in_training():
     student, teacher, batch = padded_pair()
     objective = Objective([Term(match="labels"), Term(match="logits")], "next_token", vocabulary=60)
-    asked = OnlineTeacher(teacher, objective.teacher, torch.device("cpu"))
+    asked = LiveTeacher(teacher, objective.teacher, torch.device("cpu"))
     counts = objective.counts([batch])
     with torch.no_grad():
-        _, sums = objective(run(student, batch, objective.student), asked(batch), batch, counts)
+        _, sums = objective(forward(student, batch, objective.student), asked(batch), batch, counts)
     assert predict(student, [batch], "next_token", asked)["predictions"].max() >= 60  # what the cut is for
     columns = predict(student, [batch], "next_token", asked, vocabulary=60)
     assert columns["predictions"].max() < 60

@@ -8,11 +8,11 @@ import pytest
 import torch
 from tiny import RECIPE, tiny_model, tiny_project
 
-from distill.learning import held_out, save_model
+from distill.pipeline.evaluate import work as evaluate
+from distill.pipeline.folder import RunDir
+from distill.pipeline.session import Session
+from distill.pipeline.train import held_out, save_model
 from distill.recipe import load_recipe
-from distill.rundir import RunDir
-from distill.session import Session
-from distill.stages import evaluate
 
 LM = RECIPE.replace("task: classification, labelled: 24,", "task: causal_lm,")
 SETTINGS = ["teacher.init=pretrained", "teacher.fit=null", "evaluation.arms=[teacher, distilled]"]

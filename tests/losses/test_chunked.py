@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill.losses import LOGITS, Objective, TopK
 from distill.losses.chunked import BLOCK
+from distill.models.forward import Outputs
 from distill.models.head import OutputHead
-from distill.models.outputs import Outputs
 from distill.recipe.schema import Term
 
 B, L, V, D = 5, 7, 40, 6
@@ -73,7 +73,10 @@ def close(found, expected, limit=1e-6):
 @pytest.mark.parametrize("kind", ["next_token", "masked_token"])
 def test_chunks_give_the_loss_and_every_gradient_of_the_plain_form(kind, loss, head, chunk):
     terms = [Term(match="labels", weight=0.3), Term(match="logits", loss=loss, temperature=1.7)]
-    student, teacher = side(0, vocabulary=V + 3, **HEADS[head]), side(1, width=D + 2, **HEADS[head])
+    student, teacher = (
+        side(0, vocabulary=V + 3, **HEADS[head]),
+        side(1, width=D + 2, **HEADS[head]),
+    )
     expected = learn(Objective(terms, kind, vocabulary=V), student, teacher, batch_of(), plain=True)
     found = learn(Objective(terms, kind, vocabulary=V, chunk=chunk), student, teacher, batch_of())
     close(found, expected)

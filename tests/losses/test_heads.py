@@ -6,8 +6,8 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForQuestionAnswering
 
 from distill.errors import InputError
-from distill.losses import HEADS, LOGITS, Objective
-from distill.models.outputs import Outputs, Wanted, run
+from distill.losses import LOGITS, PREDICTION_KINDS, Objective
+from distill.models.forward import Capture, Outputs, forward
 from distill.recipe.schema import Term
 
 BOTH = [Term(match="labels", weight=0.5), Term(match="logits")]
@@ -83,7 +83,7 @@ def test_a_question_answering_model_gives_both_ends():
     model = AutoModelForQuestionAnswering.from_config(config).eval()
     batch = {"input_ids": torch.ones(3, 4, dtype=torch.int64), "attention_mask": MASK}
     output = model(**batch)
-    found = run(model, batch, Wanted(stop_at_head=True)).logits
+    found = forward(model, batch, Capture(stop_at_head=True)).logits
     assert torch.equal(found, torch.stack([output.start_logits, output.end_logits], 1))
 
 
@@ -117,7 +117,7 @@ def test_terms_that_a_head_has_nothing_for_are_refused():
         Objective([Term(match="output")], "sequence")
 
 
-@pytest.mark.parametrize("kind", sorted(set(HEADS) - {"regression", "embedding"}))
+@pytest.mark.parametrize("kind", sorted(set(PREDICTION_KINDS) - {"regression", "embedding"}))
 def test_a_head_without_anything_valid_is_a_zero(kind):
     shape = {"sequence": (3, 5), "multi_label": (3, 5), "span": (3, 2, 4)}.get(kind, (3, 4, 5))
     labels = torch.full({"sequence": (3,), "span": (3, 2), "multi_label": (3, 5)}.get(kind, (3, 4)), -100)
@@ -131,7 +131,7 @@ def test_a_head_without_anything_valid_is_a_zero(kind):
 SHAPES = {"sequence": (3, 5), "multi_label": (3, 5), "regression": (3, 1), "span": (3, 2, 4), "embedding": (3, 6)}
 
 
-@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("kind", PREDICTION_KINDS)
 def test_gradients_in_float64_are_derivatives(kind):
     shape = SHAPES.get(kind, (3, 4, 5))
     labels = {

@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from distill.errors import InputError
 from distill.losses import Objective, layer_map
-from distill.models.outputs import Outputs
+from distill.models.forward import Outputs
 from distill.recipe.schema import Term
 
 B, L, V, D = 6, 5, 7, 4

@@ -8,11 +8,11 @@ import pytest
 import torch
 from tiny import tiny_batch, tiny_model
 
-from distill.losses import HEADS, LOGITS, RELATION, Objective, layer_map
+from distill.losses import LOGITS, PREDICTION_KINDS, RELATION, Objective, layer_map
+from distill.models.forward import Outputs, forward
 from distill.models.head import OutputHead, class_head
-from distill.models.outputs import Outputs, run
 from distill.recipe.schema import Term
-from distill.teacher import OnlineTeacher
+from distill.teacher import LiveTeacher
 
 B, L, D, H = 3, 5, 16, 2
 MASK = (torch.arange(L) < torch.tensor([5, 3, 4])[:, None]).long()
@@ -97,7 +97,7 @@ def test_relations_are_fp32_by_themselves(name):
     seen = torch.ones(B, L, L, dtype=torch.bool)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = RELATION[name](own, target, seen)
-        cosines = HEADS["embedding"].predictions(own[0][:, 0], {"attention_mask": MASK})
+        cosines = PREDICTION_KINDS["embedding"].predictions(own[0][:, 0], {"attention_mask": MASK})
     assert torch.equal(found, RELATION[name](own, target, seen)) and cosines.dtype == torch.float32
 
 
@@ -189,8 +189,8 @@ def test_classes_near_their_teacher_have_the_gradient_of_float64(family, checkpo
     objective = Objective([Term(match="logits")], "sequence")
     counts = objective.counts([batch])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        own = run(student, batch, objective.student)
-        loss, _ = objective(own, OnlineTeacher(teacher, objective.teacher, torch.device("cpu"))(batch), batch, counts)
+        own = forward(student, batch, objective.student)
+        loss, _ = objective(own, LiveTeacher(teacher, objective.teacher, torch.device("cpu"))(batch), batch, counts)
     loss.backward()
     heads = [class_head(model) for model in (student, teacher)]
     exact = [h.double() @ head.weight.double().T + head.bias.double() for h, head in zip(read, heads, strict=True)]

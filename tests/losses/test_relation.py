@@ -10,8 +10,8 @@ from tiny import tiny_batch, tiny_model
 from distill.errors import InputError
 from distill.losses import ATTENTION, RELATION
 from distill.models.attention import ATTENTIONS, relation_widths
+from distill.models.forward import Capture, forward
 from distill.models.layout import LAYOUTS
-from distill.models.outputs import Wanted, run
 
 SEEN = torch.ones(1, 2, 2, dtype=torch.bool)
 # one head, two positions; only the first row differs
@@ -95,9 +95,9 @@ def test_maps_and_relations_of_every_family_are_captured(family):
     model.set_attn_implementation("eager")
     if family == "deberta-v2":
         with pytest.raises(InputError, match="DeBERTa never does"):
-            run(model, batch, Wanted(attention=[1]))
+            forward(model, batch, Capture(attention=[1]))
     attention = [] if family == "deberta-v2" else [1]
-    found = run(model, batch, Wanted(relations=[0, 1], attention=attention, stop_at_head=True))
+    found = forward(model, batch, Capture(relations=[0, 1], attention=attention, stop_at_head=True))
     maps = found.attention.get(1, torch.full((3, 4, 10, 10), 0.1))
     assert maps.shape == (3, 4, 10, 10) and torch.allclose(maps.sum(-1), torch.ones(3, 4, 10), atol=1e-5)
     queries, keys, values = found.relations[1]
@@ -116,7 +116,7 @@ def test_columns_made_by_one_module_are_told_apart():
     # Per head: 4 rows of queries, then 4 of keys, then 4 of values; give each its own constant.
     fused.weight.zero_()
     fused.bias.copy_(torch.tensor([0.0, 1.0, 2.0]).repeat_interleave(4).repeat(2))
-    found = run(model, tiny_batch(padded=False), Wanted(relations=[0])).relations[0]
+    found = forward(model, tiny_batch(padded=False), Capture(relations=[0])).relations[0]
     assert [part.unique().tolist() for part in found] == [[0], [1], [2]]
 
 
@@ -124,4 +124,4 @@ def test_attention_that_keeps_no_probabilities_is_an_error_with_the_fix():
     model = tiny_model("llama")
     model.set_attn_implementation("sdpa")
     with pytest.raises(InputError, match="eager"):
-        run(model, tiny_batch(), Wanted(attention=[0]))
+        forward(model, tiny_batch(), Capture(attention=[0]))

@@ -12,7 +12,7 @@ from tiny import VOCABULARY, tiny_model
 from torch.nn.parallel import DistributedDataParallel
 
 from distill.losses import Objective, layer_map
-from distill.models.outputs import run
+from distill.models.forward import forward
 from distill.recipe.schema import Term
 from distill.training.model import DistillModel
 
@@ -89,7 +89,7 @@ def step(model, teacher, batches, counts, scale=1.0):
     total, sums = torch.zeros(()), torch.zeros(len(objective.names))
     for batch in batches:
         with torch.no_grad():
-            target = run(teacher, batch, objective.teacher)
+            target = forward(teacher, batch, objective.teacher)
         loss, parts = model(batch, target, counts)
         (loss * scale).backward()
         total, sums = total + loss.detach(), sums + parts

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from distill.errors import InputError
-from distill.losses import ATTENTION, HEADS, HIDDEN, LOGITS, RELATION, LayerMap, Objective
-from distill.models.outputs import Outputs
+from distill.losses import ATTENTION, HIDDEN, LOGITS, PREDICTION_KINDS, RELATION, LayerMap, Objective
+from distill.models.forward import Outputs
 from distill.recipe.schema import Term
 
 CALLS: list[tuple[int, ...]] = []
@@ -120,7 +120,7 @@ def test_a_loss_is_called_once_and_leaves_the_random_numbers_alone():
     assert len(CALLS) == 2  # both ends of its schedule
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", PREDICTION_KINDS)
 def test_every_loss_of_the_tables_can_teach(head):
     for match, table in {"hidden": HIDDEN, "attention": ATTENTION, "relations": RELATION}.items():
         for name in table:

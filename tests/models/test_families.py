@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from tiny import (
     DECODERS,
     ENCODERS,
-    HEADS,
     NO_ROW,
     OWN_SIZES,
+    PREDICTION_KINDS,
     SEQ2SEQ,
     SIZES,
     WIDTH,
@@ -26,8 +26,9 @@ from transformers import AutoConfig
 
 from distill import load_student
 from distill.errors import InputError
-from distill.models.layout import LAYOUTS, PER_LAYER_LISTS, _detected, layers_of, layout_of
-from distill.models.load import Head, load_model
+from distill.models.family import layers_of, layout_of
+from distill.models.layout import LAYOUTS, PER_LAYER_LISTS, _detected
+from distill.models.load import ModelHead, load_model
 from distill.models.mlp import keep_neurons, mlps_of
 from distill.models.widths import all_mlps, is_unequal, padded
 from distill.recipe.locate import teacher_size
@@ -78,10 +79,10 @@ def test_a_cut_student_trains_saves_loads_and_works(any_family, widths, tmp_path
     assert not torch.equal(logits(student), untrained)
     student.save_pretrained(tmp_path / "one")
     loaded = load_student(tmp_path / "one")
-    for model in (loaded, load_model(tmp_path / "one", Head(HEADS[any_family]))):
+    for model in (loaded, load_model(tmp_path / "one", ModelHead(PREDICTION_KINDS[any_family]))):
         assert type(model) is type(teacher)
         assert torch.equal(logits(model), logits(student))
-    stock = getattr(transformers, HEADS[any_family])
+    stock = getattr(transformers, PREDICTION_KINDS[any_family])
     if not is_unequal(student.config):
         assert torch.equal(logits(stock.from_pretrained(tmp_path / "one")), logits(student))
     else:
@@ -190,7 +191,7 @@ def test_zero_neurons_make_widths_equal_and_leave_logits(any_family, tmp_path):
     assert not is_unequal(wide.config)
     assert_close(wide, student, atol=1e-6)
     wide.save_pretrained(tmp_path)
-    again = getattr(transformers, HEADS[any_family]).from_pretrained(tmp_path)
+    again = getattr(transformers, PREDICTION_KINDS[any_family]).from_pretrained(tmp_path)
     assert torch.equal(logits(again), logits(wide))
 
 

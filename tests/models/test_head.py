@@ -9,9 +9,9 @@ from language_models import FAMILIES, SEQ2SEQ, SIZES, language_model
 from tiny import tiny_batch
 from transformers import AutoConfig
 
-from distill.losses.chunked import Side, chunks
+from distill.losses.chunked import HeadInput, chunks
+from distill.models.forward import Capture, forward
 from distill.models.head import OutputHead, class_head, output_head, stopped_at_head
-from distill.models.outputs import Wanted, run
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -21,10 +21,10 @@ def test_rows_and_head_give_the_models_own_logits(family):
     if family in SEQ2SEQ:
         batch["decoder_input_ids"] = tiny_batch(seed=1, padded=False)["input_ids"]
     expected = model(**batch).logits
-    found = run(model, batch, Wanted(stop_at_head=True))
+    found = forward(model, batch, Capture(stop_at_head=True))
     assert found.logits is None and found.last.shape[:2] == expected.shape[:2]
     torch.testing.assert_close(found.head(found.last), expected, rtol=1e-5, atol=1e-6)
-    rows = Side(found.last.flatten(0, 1), found.head)
+    rows = HeadInput(found.last.flatten(0, 1), found.head)
     for part, (logits,) in chunks([rows], 7):
         torch.testing.assert_close(logits, expected.flatten(0, 1)[part], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(model(**batch).logits, expected, rtol=0, atol=0)  # the model is as it was
@@ -38,7 +38,7 @@ def test_a_cohere_scale_is_part_of_the_head():
 def test_a_model_without_a_vocabulary_keeps_its_logits():
     config = AutoConfig.for_model("bert", **{key: value for key, value in SIZES.items() if "key" not in key})
     model = transformers.AutoModelForSequenceClassification.from_config(config)
-    assert run(model, tiny_batch(), Wanted(stop_at_head=True)).logits.shape == (3, 2)
+    assert forward(model, tiny_batch(), Capture(stop_at_head=True)).logits.shape == (3, 2)
 
 
 def test_a_forward_pass_that_fails_leaves_the_head_in_place():
@@ -53,7 +53,9 @@ def test_a_half_precision_head_gives_fp32_logits_of_its_own_numbers():
     draw = torch.Generator().manual_seed(0)
     weight, rows = (torch.randn(shape, generator=draw).bfloat16() for shape in [(50, 16), (9, 16)])
     before = torch.backends.mkldnn.matmul.fp32_precision
-    ((_, (logits,)),) = chunks([Side(rows, OutputHead(weight, bias=torch.ones(50, dtype=torch.bfloat16), scale=2.0))])
+    ((_, (logits,)),) = chunks(
+        [HeadInput(rows, OutputHead(weight, bias=torch.ones(50, dtype=torch.bfloat16), scale=2.0))]
+    )
     assert logits.dtype == torch.float32 and torch.backends.mkldnn.matmul.fp32_precision == before
     torch.testing.assert_close(logits.double(), 2 * rows.double() @ weight.double().T + 1, rtol=1e-6, atol=1e-5)
 
@@ -86,7 +88,7 @@ def class_model(family, auto_class):
 def test_logits_of_classes_are_fp32_products_of_what_the_last_map_reads(family, auto_class, how):
     model, batch = class_model(family, auto_class), tiny_batch(padded=False)
     batch["input_ids"][:, -1] = 2  # the end that a BART looks for
-    head, plain = class_head(model), run(model, batch, Wanted()).logits
+    head, plain = class_head(model), forward(model, batch, Capture()).logits
     expected = model(**batch)
     expected = (
         torch.stack([expected.start_logits, expected.end_logits], 1) if "start_logits" in expected else expected.logits
@@ -97,7 +99,7 @@ def test_logits_of_classes_are_fp32_products_of_what_the_last_map_reads(family, 
     if how == "bf16":
         model.bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=how == "autocast"):
-        found = run(model, batch, Wanted()).logits
+        found = forward(model, batch, Capture()).logits
     handle.remove()
     ((read, made),) = calls
     bias = None if head.bias is None else head.bias.double()

@@ -12,7 +12,7 @@ from tiny import cut_by_hand, tiny_batch, tiny_model, tiny_project
 
 from distill import load_student
 from distill.errors import InputError
-from distill.models.load import Head, load_model, load_tokenizer, random_model, teacher_path, trained_labels
+from distill.models.load import ModelHead, load_model, load_tokenizer, random_model, teacher_path, trained_labels
 from distill.recipe.schema import Teacher
 
 CLASSIFIER = "AutoModelForSequenceClassification"
@@ -34,7 +34,7 @@ def test_a_hub_id_is_the_snapshot_in_the_cache(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     for revision in (None, commit):
         found = teacher_path(Teacher(model="org/tiny", revision=revision), tmp_path)
-        assert load_model(found, Head(CLASSIFIER)).config.num_hidden_layers == 4
+        assert load_model(found, ModelHead(CLASSIFIER)).config.num_hidden_layers == 4
     with pytest.raises(InputError, match="cannot get 'org/other' from the model hub"):
         teacher_path(Teacher(model="org/other"), tmp_path)
 
@@ -48,7 +48,7 @@ def test_weights_with_another_checksum_are_refused(folder, tmp_path):
 
 def test_a_head_without_weights_is_refused_unless_it_is_about_to_be_fitted(tmp_path):
     tiny_model("bert").bert.save_pretrained(tmp_path)
-    head = Head(CLASSIFIER, ("x", "y"))
+    head = ModelHead(CLASSIFIER, ("x", "y"))
     with pytest.raises(InputError, match=r"no trained weights for classifier.*fit"):
         load_model(tmp_path, head)
     drawn = [load_model(tmp_path, head, new_head=True, random_seed=seed).classifier.weight for seed in (1, 1, 2)]
@@ -84,7 +84,7 @@ def test_pickled_weights_are_refused(folder):
     (folder / "model.safetensors").unlink()
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
     with pytest.raises(InputError, match="cannot load"):
-        load_model(folder, Head(CLASSIFIER))
+        load_model(folder, ModelHead(CLASSIFIER))
 
 
 def test_modelling_code_in_the_folder_is_not_run(folder, tmp_path):
@@ -94,7 +94,7 @@ def test_modelling_code_in_the_folder_is_not_run(folder, tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     with pytest.raises(InputError):
-        load_model(folder, Head(CLASSIFIER))
+        load_model(folder, ModelHead(CLASSIFIER))
     with pytest.raises(InputError):
         load_tokenizer(folder)
     assert not (tmp_path / "ran").exists()
@@ -110,7 +110,7 @@ def test_a_folder_that_is_no_student_is_named(tmp_path, content):
 
 def test_random_weights_follow_from_the_seed(tmp_path):
     tiny_project(tmp_path)
-    head = Head(CLASSIFIER, ("x", "y"), padding=0)
+    head = ModelHead(CLASSIFIER, ("x", "y"), padding=0)
     first, again, other = (random_model(tmp_path / "teacher", head, seed) for seed in (1, 1, 2))
     batch = tiny_batch(padded=False)
     batch["input_ids"] %= 16

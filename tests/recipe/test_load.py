@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from distill.errors import InputError, Problem, RecipeError
 from distill.recipe import Recipe, load_recipe
 from distill.recipe.load import dump, fingerprint
-from distill.recipe.strict_yaml import read_text
+from distill.recipe.yaml import read_text
 
 Write = Callable[..., Path]
 

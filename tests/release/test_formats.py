@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 import transformers
-from tiny import DECODERS, ENCODERS, HEADS, cut_by_hand, generate, tiny_inputs, tiny_model, tiny_project
+from tiny import DECODERS, ENCODERS, PREDICTION_KINDS, cut_by_hand, generate, tiny_inputs, tiny_model, tiny_project
 from transformers import AutoConfig, AutoModel, AutoTokenizer, dynamic_module_utils
 
 from distill import load_student
@@ -44,8 +44,8 @@ def test_the_modelling_file_is_all_that_stock_loaders_need(family, tmp_path, mod
     student = student_of(family)
     folder = tmp_path / "native"
     student.save_pretrained(folder)
-    write_modelling(folder, student, HEADS[family])
-    auto = getattr(transformers, HEADS[family])
+    write_modelling(folder, student, PREDICTION_KINDS[family])
+    auto = getattr(transformers, PREDICTION_KINDS[family])
     for loader in (auto, AutoModel):
         with pytest.raises(RuntimeError, match="per-layer attribute"):
             loader.from_pretrained(folder, ignore_mismatched_sizes=True)
@@ -114,8 +114,8 @@ def test_padding_that_changes_logits_does_not_pass():
 )
 def test_a_release_passes_its_gate(family, form, tokenizer, tmp_path):
     student = student_of(family)
-    written = write_release(tmp_path, student, tokenizer, {}, HEADS[family], form)
-    check_release(tmp_path, written, HEADS[family], tiny_inputs(student), form)
+    written = write_release(tmp_path, student, tokenizer, {}, PREDICTION_KINDS[family], form)
+    check_release(tmp_path, written, PREDICTION_KINDS[family], tiny_inputs(student), form)
     check_padding(student, written, tiny_inputs(student))
     assert (tmp_path / MODELLING_FILE).is_file() == (form == "native")
 
@@ -123,9 +123,9 @@ def test_a_release_passes_its_gate(family, form, tokenizer, tmp_path):
 @pytest.mark.slow
 def test_a_native_release_that_loads_without_its_code_does_not_pass(tokenizer, tmp_path):
     student = student_of("bert")
-    write_release(tmp_path, student, tokenizer, {}, HEADS["bert"], "native")
+    write_release(tmp_path, student, tokenizer, {}, PREDICTION_KINDS["bert"], "native")
     config = json.loads((tmp_path / "config.json").read_text())
     config["allow_global_per_layer_attribute_access"] = True
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(RunError, match="without its code, AutoModelForSequenceClassification loads it as another"):
-        check_release(tmp_path, student, HEADS["bert"], tiny_inputs(student), "native")
+        check_release(tmp_path, student, PREDICTION_KINDS["bert"], tiny_inputs(student), "native")

@@ -14,14 +14,14 @@ from torch.nn import functional
 
 from distill.errors import InputError, RunError
 from distill.losses import label_loss
-from distill.models.layout import layers_of, layout_of
+from distill.models.family import layers_of, layout_of
+from distill.models.forward import first_tensor, layer_input
 from distill.models.mlp import mlps_of
-from distill.models.outputs import first_tensor, layer_input
 from distill.recipe.schema import Layers
-from distill.student import Statistics, Wanted, calibrate
-from distill.student.sample import content_seed, drawn_classes, examples, padded_right
+from distill.student import Statistics, StatisticsRequest, calibrate
+from distill.student.calibration.sample import content_seed, drawn_classes, examples, padded_right
 
-EVERYTHING = Wanted(gram=True, gradients=True)
+EVERYTHING = StatisticsRequest(gram=True, gradients=True)
 
 
 def labelled(model, **settings):
@@ -88,7 +88,7 @@ def expected_figures(each):
 def test_every_sum_is_that_of_a_plain_loop(any_family):
     model = tiny_model(any_family)
     batch = tiny_inputs(model)
-    statistics, seen = calibrate(model, [batch], Wanted(gram=True)), slow_statistics(model, batch)
+    statistics, seen = calibrate(model, [batch], StatisticsRequest(gram=True)), slow_statistics(model, batch)
     for side in layout_of(model).sides:
         own, rows = statistics.of(side), [example[side] for example in seen]
         depth = len(layers_of(model, side))
@@ -202,7 +202,7 @@ def test_the_model_is_left_as_it_was():
     model.model.layers[1].eval()
     before = {name: (parameter.clone(), parameter.requires_grad) for name, parameter in model.named_parameters()}
     modes = [module.training for module in model.modules()]
-    wanted = Wanted(True, True, ("main",), {"main": Layers(keep=3, choose="greedy_loss")})
+    wanted = StatisticsRequest(True, True, ("main",), {"main": Layers(keep=3, choose="greedy_loss")})
     calibrate(model, [labelled(model)], wanted, loss_of(model))
     assert [module.training for module in model.modules()] == modes
     for name, parameter in model.named_parameters():
@@ -229,7 +229,9 @@ def slow_loss(model, batch, kept):
 def test_losses_without_layers_are_those_of_models_without_them():
     model = tiny_model("llama")
     batch = labelled(model)
-    wanted = Wanted(losses_without=("main",), removals={"main": Layers(keep=1, choose="greedy_loss", protect_last=1)})
+    wanted = StatisticsRequest(
+        losses_without=("main",), removals={"main": Layers(keep=1, choose="greedy_loss", protect_last=1)}
+    )
     statistics = calibrate(model, [batch], wanted, loss_of(model))
     expected = [slow_loss(model, batch, [i for i in range(4) if i != gone]) for gone in range(4)]
     torch.testing.assert_close(
@@ -247,7 +249,7 @@ def test_losses_without_layers_need_a_label():
     model = tiny_model("bert")
     batch = {**tiny_batch(), "labels": torch.full((3,), -100)}
     with pytest.raises(InputError, match="no example of the calibration sample has one"):
-        calibrate(model, [batch], Wanted(losses_without=("main",)), loss_of(model))
+        calibrate(model, [batch], StatisticsRequest(losses_without=("main",)), loss_of(model))
 
 
 def test_unlabelled_examples_have_no_part_in_the_labels_gradient():
@@ -299,7 +301,7 @@ def test_a_calibration_file_round_trips_and_another_one_is_refused(tmp_path):
 
 def test_calibrations_with_different_figures_cannot_be_merged():
     model = tiny_model("bert")
-    plain, full = calibrate(model, [tiny_batch()]), calibrate(model, [tiny_batch()], Wanted(gram=True))
+    plain, full = calibrate(model, [tiny_batch()]), calibrate(model, [tiny_batch()], StatisticsRequest(gram=True))
     with pytest.raises(InputError, match="merged"):
         plain.merged(full)
 

@@ -10,8 +10,8 @@ from distill import load_student
 from distill.models.mlp import mlps_of
 from distill.models.widths import all_mlps, is_unequal
 from distill.recipe.schema import Mask
-from distill.student.compact import compact, constant_of
-from distill.student.masks import Masks
+from distill.student.masks.compact import compact, constant_of
+from distill.student.masks.masks import Masks
 
 
 def logits(model):

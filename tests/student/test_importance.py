@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from tiny import tiny_inputs, tiny_model
 
 from distill.errors import InputError
-from distill.models.layout import layout_of
+from distill.models.family import layout_of
 from distill.models.mlp import mlps_of
 from distill.registry import literal_in
-from distill.student import SCORES, Statistics, Wanted, calibrate, importance
-from distill.student.importance import NEEDS, MlpLayer, magnitude, output_change
-from distill.student.sums import CHUNK, column_products, column_sums
+from distill.student import SCORES, Statistics, StatisticsRequest, calibrate, importance
+from distill.student.calibration.sums import CHUNK, column_products, column_sums
+from distill.student.scores import NEEDS, MlpLayer, magnitude, output_change
 
 # Two neurons, D = 2: w_0 = (3, 4) of norm 5, w_1 = (0, 2) of norm 2.
 LAYER = MlpLayer(0, [torch.tensor([[1.0, 2.0], [2.0, 0.0]])], torch.tensor([[3.0, 0.0], [4.0, 2.0]]))
@@ -86,7 +86,7 @@ def test_neurons_that_undo_each_other_are_removed_together():
 
 def test_every_score_ranks_the_neurons_of_every_family(any_family):
     model = tiny_model(any_family)
-    statistics = calibrate(model, [tiny_inputs(model)], Wanted(gram=True, gradients=True))
+    statistics = calibrate(model, [tiny_inputs(model)], StatisticsRequest(gram=True, gradients=True))
     for side in layout_of(model).sides:
         for index, mlp in enumerate(mlps_of(model, side)):
             layer = MlpLayer(index, [w.detach() for w in mlp.weights_in], mlp.weight_out.detach(), side)
@@ -98,7 +98,7 @@ def test_every_score_ranks_the_neurons_of_every_family(any_family):
 
 def test_scores_of_permuted_neurons_are_permuted():
     model, order = tiny_model("llama"), torch.randperm(48, generator=torch.Generator().manual_seed(0))
-    wanted = Wanted(gram=True, gradients=True)
+    wanted = StatisticsRequest(gram=True, gradients=True)
     before = calibrate(model, [tiny_inputs(model)], wanted)
     mlp = mlps_of(model)[1]
     scores = {name: SCORES[name](MlpLayer(1, mlp.weights_in, mlp.weight_out), before) for name in NEEDS}
@@ -119,13 +119,13 @@ def test_scores_that_read_statistics_are_those_of_the_table():
                 score(LAYER, None)
         else:
             assert score(LAYER, None).shape == (2,)
-    assert literal_in("distill.student.importance", "NEEDS") == importance.NEEDS
+    assert literal_in("distill.student.scores", "NEEDS") == importance.NEEDS
 
 
 @pytest.mark.parametrize("shape", list(itertools.product((1, 7), (1, 5))))
 def test_sums_in_slices_are_sums(shape, monkeypatch):
     weight = torch.randn(2, *shape)
-    monkeypatch.setattr("distill.student.sums.CHUNK", 3)
+    monkeypatch.setattr("distill.student.calibration.sums.CHUNK", 3)
     torch.testing.assert_close(column_sums(torch.square, weight), weight.double().square().sum(-2))
     torch.testing.assert_close(column_sums(torch.mul, weight.mT, weight.mT), weight.mT.double().square().sum(-2))
     torch.testing.assert_close(column_products(weight[0]), weight[0].double().T @ weight[0].double())

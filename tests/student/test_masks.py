@@ -11,8 +11,8 @@ from tiny import LAYERS, WIDTH, tiny_batch, tiny_model
 from distill.errors import InputError
 from distill.models.mlp import mlps_of
 from distill.recipe.schema import Mask
-from distill.student.masks import Masks, choose, lowest, progress
-from distill.student.sparsity import sparsity, zeros
+from distill.student.masks.masks import Masks, choose, lowest, progress
+from distill.student.masks.sparsity import sparsity, zeros
 
 
 def mlp_weights(model):

@@ -7,10 +7,10 @@ import torch
 from tiny import LAYERS, WIDTH, tiny_inputs, tiny_model
 
 from distill.errors import InputError
-from distill.models.layout import layout_of
+from distill.models.family import layout_of
 from distill.models.mlp import mlps_of
 from distill.recipe.schema import Student
-from distill.student import Wanted, build_student, calibrate, plan_student, wanted_statistics
+from distill.student import StatisticsRequest, build_student, calibrate, plan_student, wanted_statistics
 
 
 def spec(keep=1.0, layers=None, encoder=None, **mlp):
@@ -128,14 +128,14 @@ def test_a_calibration_without_gradients_says_how_to_get_them():
 
 def test_a_recipe_collects_what_its_strategies_read():
     greedy = {"keep": 2, "choose": "greedy_loss"}
-    assert wanted_statistics(spec()) == Wanted()
-    assert wanted_statistics(spec(score="taylor")) == Wanted(gradients=True)
-    assert wanted_statistics(spec(score="output_change")) == Wanted(gram=True)
+    assert wanted_statistics(spec()) == StatisticsRequest()
+    assert wanted_statistics(spec(score="taylor")) == StatisticsRequest(gradients=True)
+    assert wanted_statistics(spec(score="output_change")) == StatisticsRequest(gram=True)
     own = wanted_statistics(spec(layers={"keep": 2, "choose": "loss_drop"}, encoder=greedy))
     assert own.losses_without == ("main",) and list(own.removals) == ["encoder"]
     forced = spec(score="taylor").model_copy(update={"calibration": Student.model_fields["calibration"].default})
     forced = Student.model_validate(forced.model_dump() | {"calibration": {"gradients": False, "gram": True}})
-    assert wanted_statistics(forced) == Wanted(gram=True)
+    assert wanted_statistics(forced) == StatisticsRequest(gram=True)
 
 
 def test_the_plan_names_the_statistics_it_was_made_from():

@@ -9,15 +9,16 @@ from hypothesis import strategies as st
 from tiny import DECODERS, LAYERS, WIDTH, tiny_batch, tiny_model
 
 from distill.errors import InputError
-from distill.models.layout import LAYOUTS, layers_of
+from distill.models.family import layers_of
+from distill.models.forward import Capture, capture
+from distill.models.layout import LAYOUTS
 from distill.models.mlp import mlps_of
-from distill.models.outputs import Wanted, captured
 from distill.models.plan import LayerPlan, StudentPlan
 from distill.recipe.schema import Repair
 from distill.student import build_student
-from distill.student.moments import Moments, correction, groups
-from distill.student.refit import Output, fit_bias, fit_refit, squared_error
-from distill.student.repair import check_repair, repair_student
+from distill.student.repair.moments import Moments, correction, groups
+from distill.student.repair.refit import Output, fit_bias, fit_refit, squared_error
+from distill.student.repair.steps import check_repair, repair_student
 
 EVERY = ("llama", "bert", "gpt2", "opt", "phi3", "mixtral")
 PRE_NORM = tuple(name for name in DECODERS if not LAYOUTS[name].main.normed_after or name == "opt")
@@ -157,10 +158,10 @@ def test_a_merged_layer_comes_as_close_to_the_dropped_ones_as_it_says(family, wi
     wanted, got = [], []
     for batch in BATCHES:  # the student's layer 0 gets the teacher's input, and must give the output of layer 2
         real = batch["attention_mask"].bool()
-        with torch.no_grad(), captured(teacher, Wanted([2])) as seen:
+        with torch.no_grad(), capture(teacher, Capture([2])) as seen:
             teacher.base_model(**batch)
         wanted.append(seen.hidden[2][real])
-        with torch.no_grad(), captured(student, Wanted([0])) as seen:
+        with torch.no_grad(), capture(student, Capture([0])) as seen:
             student.base_model(**batch)
         got.append(seen.hidden[0][real])
     scale = getattr(teacher.config, "residual_multiplier", 1.0)
@@ -176,7 +177,7 @@ def test_the_map_is_that_of_replaceme():
     for batch in BATCHES:
         found, real = [], batch["attention_mask"].bool()
         handle = mlps_of(teacher)[1].output.register_forward_hook(lambda _m, _a, out, found=found: found.append(out))
-        with torch.no_grad(), captured(teacher, Wanted([1, 2])) as seen:
+        with torch.no_grad(), capture(teacher, Capture([1, 2])) as seen:
             teacher.base_model(**batch)
         handle.remove()
         rows["m"].append(found[0][real])

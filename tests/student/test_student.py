@@ -11,7 +11,7 @@ from tiny import DECODERS, LAYERS, WIDTH, tiny_batch, tiny_model
 
 from distill import load_student
 from distill.errors import InputError
-from distill.models.layout import layers_of
+from distill.models.family import layers_of
 from distill.models.mlp import mlps_of
 from distill.models.plan import StudentPlan
 from distill.recipe.schema import Student

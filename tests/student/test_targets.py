@@ -9,7 +9,7 @@ from tiny import tiny_inputs, tiny_model
 from distill.errors import InputError
 from distill.evaluation.efficiency import flops
 from distill.models.cost import example, flops_by_module
-from distill.models.layout import layers_of, layout_of
+from distill.models.family import layers_of, layout_of
 from distill.recipe.schema import Mlp, Student, Target
 from distill.student import build_student, calibrate, check_target, plan_student
 from distill.student.targets import costs_of, shares, solve

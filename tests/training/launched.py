@@ -28,14 +28,14 @@ from tiny import tiny_model, tiny_project
 
 from distill.data import read_texts, tokenise
 from distill.errors import DistillError
-from distill.models.layout import layers_of
+from distill.models.family import layers_of
+from distill.models.forward import Outputs
 from distill.models.load import load_tokenizer
-from distill.models.outputs import Outputs
+from distill.ranks import process_state
 from distill.recipe import load_recipe
 from distill.recipe.schema import Mask
-from distill.student.masks import Masks
+from distill.student.masks.masks import Masks
 from distill.training import make_accelerator
-from distill.training.guards import processes
 from distill.training.setup import configure_deepspeed
 from distill.training.sharding import shard
 
@@ -51,7 +51,7 @@ def fsdp2_on_cpu(state_dict_type, *arguments):
         cpu_ram_efficient_loading=False,
         state_dict_type=state_dict_type,
     )
-    for state in (accelerator.state._shared_state, processes()._shared_state):
+    for state in (accelerator.state._shared_state, process_state()._shared_state):
         state["distributed_type"] = DistributedType.FSDP
     accelerator.state.fsdp_plugin = plugin
     return accelerator
@@ -66,7 +66,7 @@ def deepspeed_on_cpu(stage, spec, batches):
     plugin = DeepSpeedPlugin(zero_stage=stage)
     plugin.set_mixed_precision("no" if spec.precision == "fp32" else spec.precision)
     plugin.select(_from_accelerator_state=True)
-    for state in (accelerator.state._shared_state, processes()._shared_state):
+    for state in (accelerator.state._shared_state, process_state()._shared_state):
         state["distributed_type"] = DistributedType.DEEPSPEED
     accelerator.state.deepspeed_plugins = plugin
     accelerator.deepspeed_engine_wrapped = None
@@ -143,7 +143,7 @@ def main():
             os.kill(os.getpid(), signal.SIGTERM)
         return {"accuracy": 0.5}
 
-    processes()
+    process_state()
     sharded = kind not in ("ddp", "plain")
     teacher = Teacher(sharded, "oom" in fault and rank == 1) if sharded or "oom" in fault else None
     model = tiny_model("llama") if lm else tiny_model("bert", **running.dropped(0.1), num_labels=len(corpus.classes))

@@ -8,9 +8,8 @@ from tiny import tiny_model
 from distill.data import TrainingBatches
 from distill.losses import Objective, layer_map
 from distill.recipe.schema import Term, Training
-from distill.rundir import TrainDir
-from distill.teacher import OnlineTeacher
-from distill.training import Job, make_accelerator, train
+from distill.teacher import LiveTeacher
+from distill.training import Job, TrainDir, make_accelerator, train
 from distill.training.checkpoint import Checkpoints
 
 LABELS = [Term(match="labels")]
@@ -47,6 +46,6 @@ def run(
     if wide is not None:
         objective = Objective(HIDDEN, "sequence", lambda policy: layer_map(policy, None, 4, 4))
         objective.project(model.config.hidden_size, wide.config.hidden_size)
-        teacher = OnlineTeacher(wide, objective.teacher, torch.device("cpu"))
+        teacher = LiveTeacher(wide, objective.teacher, torch.device("cpu"))
     train(job, model, objective, teacher, batches, accelerator, evaluate=evaluate, say=said.append)
     return model, said

@@ -15,10 +15,10 @@ from tiny import tiny_model
 
 from distill.errors import InputError
 from distill.losses import Objective
+from distill.ranks import check_launch
 from distill.recipe.schema import Term, Training
 from distill.training import read_records
 from distill.training.checkpoint import fault_of
-from distill.training.guards import check_launch
 from distill.training.learner import SHARDING, make_learner
 from distill.training.setup import configure_deepspeed
 

@@ -9,7 +9,8 @@ import time
 import pytest
 
 from distill.errors import InputError
-from distill.training.guards import StopSignals, check_launch
+from distill.ranks import check_launch
+from distill.training.signals import StopSignals
 
 RIGHT = "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 scripts/train.py RECIPE"
 ONE = {"ACCELERATE_MIXED_PRECISION": "no"}
@@ -51,7 +52,7 @@ def test_the_first_signal_is_noted_and_the_handlers_come_back():
 
 STUCK = """
 import signal, sys, time
-from distill.training.guards import leaving_in_time
+from distill.training.signals import leaving_in_time
 signal.signal(signal.SIGTERM, lambda *_: None)   # as where a library swallows the exception
 with leaving_in_time(1.0):
     print("ready", flush=True)
@@ -71,9 +72,9 @@ def test_a_process_that_does_not_come_to_its_handler_is_gone_in_time():
 
 HANGING = """
 import sys, time
-from distill.training import guards
-guards.PATIENCE = 1.0
-dog = guards.Watchdog(lambda text: print(text, flush=True), active=True)
+from distill.training import watchdog
+watchdog.PATIENCE = 1.0
+dog = watchdog.Watchdog(lambda text: print(text, flush=True), active=True)
 for what, seconds in {sequence}:
     with dog.over(what):
         time.sleep(seconds)
@@ -99,7 +100,7 @@ ORPHAN = """
 import subprocess, sys, time
 child = '''
 import time
-from distill.training.guards import die_with_parent
+from distill.training.signals import die_with_parent
 die_with_parent()
 print("up", flush=True)
 time.sleep(60)

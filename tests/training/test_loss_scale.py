@@ -12,7 +12,7 @@ from tiny import tiny_model
 
 from distill.training import make_accelerator
 from distill.training.shards import read
-from distill.training.tensors import load_scaler, scaler_tensors
+from distill.training.state import load_scaler, scaler_tensors
 
 FIRST = 2.0**8
 

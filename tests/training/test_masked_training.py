@@ -19,13 +19,12 @@ from distill.data import TrainingBatches, read_texts, tokenise
 from distill.errors import Stopped
 from distill.losses import Objective
 from distill.models.load import load_tokenizer
+from distill.models.trainable import freeze
 from distill.recipe import load_recipe
 from distill.recipe.schema import Mask, Term, Training
-from distill.rundir import TrainDir
-from distill.student.masks import Masks
-from distill.training import Job, make_accelerator, read_records, train
+from distill.student.masks.masks import Masks
+from distill.training import Job, TrainDir, make_accelerator, read_records, train
 from distill.training.checkpoint import Checkpoints
-from distill.training.setup import freeze
 from distill.training.shards import read
 
 STEPS = 8
@@ -213,9 +212,9 @@ from tiny import tiny_project
 from distill.data import read_texts, tokenise
 from distill.models.load import load_tokenizer
 from distill.recipe import load_recipe
-from distill.training.guards import processes
+from distill.ranks import process_state
 
-folder, rank = Path(sys.argv[1]), processes().process_index
+folder, rank = Path(sys.argv[1]), process_state().process_index
 spec = load_recipe(folder / "recipe.yaml").data
 corpus = tokenise(read_texts(spec, 0, folder), spec, load_tokenizer(folder / "teacher"))
 model, masks = run(corpus, folder / "run", CUBIC, micro=4)

@@ -19,12 +19,11 @@ from tiny import tiny_batch, tiny_model
 from distill.data import TrainingBatches
 from distill.errors import InputError
 from distill.losses import Objective
-from distill.models.outputs import Outputs, Wanted, moved
+from distill.models.forward import Capture, Outputs, to_device
 from distill.recipe.schema import Training
-from distill.rundir import TrainDir
-from distill.teacher import OnlineTeacher
-from distill.training import Job, make_accelerator, read_records, tracking, train
-from distill.training.optimizers import make_optimizer
+from distill.teacher import LiveTeacher
+from distill.training import Job, TrainDir, make_accelerator, read_records, tracking, train
+from distill.training.optim import make_optimizer
 from distill.training.schedule import lr_factor
 from distill.training.setup import horizon
 from distill.training.tracking import check_trackers, numbers_in, summary
@@ -172,8 +171,8 @@ def test_compiled_layers_compute_the_same_and_are_plain_again_afterwards(corpus,
 
 def test_a_teacher_in_another_dtype_answers_on_the_device_of_the_batch():
     model, batch = tiny_model("bert"), tiny_batch()
-    plain = OnlineTeacher(model, Wanted(hidden=(0,)), torch.device("cpu"))(batch)
-    half = OnlineTeacher(model.to(torch.bfloat16), Wanted(hidden=(0,)), torch.device("cpu"))(batch)
+    plain = LiveTeacher(model, Capture(hidden=(0,)), torch.device("cpu"))(batch)
+    half = LiveTeacher(model.to(torch.bfloat16), Capture(hidden=(0,)), torch.device("cpu"))(batch)
     assert half.hidden[0].dtype == torch.bfloat16 and half.logits.dtype == torch.float32  # the last map is not rounded
     assert half.logits.device == batch["input_ids"].device
     torch.testing.assert_close(half.logits.float(), plain.logits, rtol=0.05, atol=0.05)
@@ -181,10 +180,10 @@ def test_a_teacher_in_another_dtype_answers_on_the_device_of_the_batch():
 
 def test_everything_in_outputs_is_moved():
     one = torch.ones(1)
-    outputs = Outputs(torch.zeros(2), {3: one}, relations={0: [one]}, prefix=[(one, None)])
-    meta = moved({"own": outputs, "other": "text"}, torch.device("meta"))
+    outputs = Outputs(torch.zeros(2), {3: one}, relations={0: [one]})
+    meta = to_device({"own": outputs, "other": "text"}, torch.device("meta"))
     assert meta["own"].logits.device.type == meta["own"].hidden[3].device.type == "meta" and meta["other"] == "text"
-    assert meta["own"].relations[0][0].device.type == meta["own"].prefix[0][0].device.type == "meta"
+    assert meta["own"].relations[0][0].device.type == "meta"
 
 
 class Recorder(GeneralTracker):

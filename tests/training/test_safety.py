@@ -22,10 +22,10 @@ from tiny import tiny_model
 
 from distill.data import batches
 from distill.errors import RunError, Stopped
-from distill.models.outputs import Outputs
+from distill.models.forward import Outputs
 from distill.training import checkpoint, read_records
-from distill.training.average import Average
-from distill.training.health import WINDOW, Health
+from distill.training.ema import Ema
+from distill.training.skip import WINDOW, SkipRule
 
 
 def equal(first, second):
@@ -85,7 +85,7 @@ def test_skips_are_the_same_after_a_restart(corpus, tmp_path):
 
 @given(st.lists(st.floats(0.5, 2.0), min_size=WINDOW, max_size=WINDOW), st.floats(5.0, 1e6))
 def test_only_a_norm_beyond_the_factor_is_a_spike_and_a_new_level_is_accepted(norms, jump):
-    health, loss = Health(4.0, torch.device("cpu")), torch.tensor(1.0)
+    health, loss = SkipRule(4.0, torch.device("cpu")), torch.tensor(1.0)
     assert not any(health.judge(loss, torch.tensor(norm)).item() for norm in norms)
     judged = [health.judge(loss, torch.tensor(2.0 * jump)).item() for _ in range(WINDOW)]
     half = WINDOW // 2 + 1
@@ -94,7 +94,7 @@ def test_only_a_norm_beyond_the_factor_is_a_spike_and_a_new_level_is_accepted(no
 
 
 def test_a_factor_of_none_skips_no_finite_norm_and_every_other():
-    health = Health(None, torch.device("cpu"))
+    health = SkipRule(None, torch.device("cpu"))
     values = [health.judge(torch.tensor(1.0), torch.tensor(norm)).item() for norm in [1.0] * WINDOW + [1e30]]
     assert not any(values)
     assert health.judge(torch.tensor(math.nan), torch.tensor(1.0)).item() == 1
@@ -102,7 +102,7 @@ def test_a_factor_of_none_skips_no_finite_norm_and_every_other():
 
 
 def test_steps_in_which_nothing_had_a_gradient_make_no_spike_of_the_others():
-    health = Health(30.0, torch.device("cpu"))
+    health = SkipRule(30.0, torch.device("cpu"))
     for _ in range(3 * WINDOW):
         assert health.judge(torch.tensor(0.0), torch.tensor(0.0)).item() == 0
     for _ in range(WINDOW):
@@ -160,7 +160,7 @@ def test_a_single_example_that_does_not_fit_ends_the_run(corpus, tmp_path):
 def test_the_average_follows_its_formula_and_leaves_out_skipped_steps():
     model = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.constant_(model.weight, 0.0)
-    average = Average(model, 0.5)
+    average = Ema(model, 0.5)
     no, yes = torch.tensor(0.0), torch.tensor(1.0)
     expected = 0.0
     for step, weight in ((1, 1.0), (2, 2.0), (30, 4.0)):

@@ -34,10 +34,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from distill.errors import RunError
 from distill.training.checkpoint import Checkpoints, TrainState
-from distill.training.guards import processes
+from distill.ranks import process_state
 from distill.training.shards import read
 
-folder, rank = Path(sys.argv[1]), processes().process_index
+folder, rank = Path(sys.argv[1]), process_state().process_index
 flat, grid = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (2, 1))
 
 def spread(mesh, *placements):

@@ -20,10 +20,10 @@ from distill.recipe.schema import Training
 from distill.training import TrainState, make_accelerator, read_records, setup
 from distill.training.checkpoint import Checkpoints
 from distill.training.model import DistillModel
-from distill.training.optimizers import make_optimizer
+from distill.training.optim import make_optimizer
 from distill.training.schedule import in_steps, lr_factor
 from distill.training.shards import read
-from distill.training.tensors import load_model, optimizer_tensors, own_tensors
+from distill.training.state import load_model, optimizer_tensors, own_tensors
 from distill.training.tracking import drop_after
 
 

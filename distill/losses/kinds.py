@@ -1,0 +1,161 @@
+"""The kinds of heads that can be trained: which prediction is about which label, and where the teacher is asked.
+
+Every kind is brought to one form: predictions [*, V], labels [*], and two masks [*] of where there is a label and where
+the teacher predicts. All that follows is the same for every kind.
+
+B examples, L positions, V classes or vocabulary, D width of an embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from distill.losses.align import without_autocast
+from distill.losses.chunked import HeadInput
+from distill.models.forward import UNLABELLED, Batch, Outputs
+
+
+def _real_tokens(batch: Batch) -> Tensor:
+    return batch["attention_mask"].bool()
+
+
+@dataclass(frozen=True)
+class PredictionKind:
+    """How outputs and labels of one kind meet."""
+
+    predictions: Callable[[Tensor, Batch], Tensor]
+    """(what the model puts out, the batch) -> [*, V]. Of a vocabulary head this is also done to what it reads."""
+    own_labels: Callable[[Batch], Tensor]
+    """[*], `UNLABELLED` where there is none."""
+    asked: Callable[[Batch], Tensor]
+    """Where something is predicted, boolean [*]."""
+    vocabulary: bool = False
+    """Whether the classes are the tokens: too many to have their logits at once."""
+    tokens: Callable[[Batch], Tensor] = _real_tokens
+    """Real tokens of the stack of layers that has the head, boolean [B, L]."""
+    causal: bool = False
+    """Whether a token sees only those before it."""
+
+    def labels(self, batch: Batch) -> Tensor:
+        """[*]: the mask moves with the labels, so where nothing is predicted there is none."""
+        return self.own_labels(batch).masked_fill(~self.asked(batch), UNLABELLED)
+
+    def labelled(self, batch: Batch) -> Tensor:
+        """Where there is a label, boolean [*]."""
+        return self.labels(batch) != UNLABELLED
+
+    def mask(self, match: str) -> Callable[[Batch], Tensor]:
+        """What finds the valid positions of a term: those that predict (with a label, or any) or the real tokens."""
+        if match == "labels":
+            return self.labelled
+        return self.asked if match in ("logits", "output") else self.tokens
+
+    def selected(self, outputs: Outputs, batch: Batch, positions: tuple[Tensor, ...] | Tensor) -> Any:
+        """The predictions at these positions, indices or a mask: logits [N, V], or what they are made from."""
+        if outputs.logits is not None:
+            return self.predictions(outputs.logits, batch)[positions]
+        assert outputs.last is not None and outputs.head is not None
+        return HeadInput(self.predictions(outputs.last, batch)[positions], outputs.head)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """-log S(label) in fp32, [N]; 0 where the label is `UNLABELLED`."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return functional.cross_entropy(wide, labels, reduction="none", ignore_index=UNLABELLED)
+
+
+def squared_error(values: Tensor, labels: Tensor) -> Tensor:
+    """(value - label)² in fp32, [N]; 0 where the label is `UNLABELLED`."""
+    wide = values.to(torch.promote_types(values.dtype, torch.float32)).squeeze(-1)
+    return torch.where(labels == UNLABELLED, 0.0, wide - labels).square()
+
+
+def _same(logits: Tensor, _batch: Batch) -> Tensor:
+    return logits
+
+
+def _labels(batch: Batch) -> Tensor:
+    return batch["labels"]
+
+
+def _labelled(batch: Batch) -> Tensor:
+    return batch["labels"] != UNLABELLED
+
+
+def _next_labels(batch: Batch) -> Tensor:
+    return batch["labels"][:, 1:]
+
+
+def _real_examples(batch: Batch) -> Tensor:
+    return batch["attention_mask"].bool().any(-1)
+
+
+def _predicted_tokens(batch: Batch) -> Tensor:
+    """[B, L - 1]: the token a prediction is made at and the one it is about are real and of one document."""
+    real = _real_tokens(batch)
+    valid = real[:, 1:] & real[:, :-1]
+    if "document_ids" in batch:
+        valid = valid & (batch["document_ids"][:, 1:] == batch["document_ids"][:, :-1])
+    return valid
+
+
+def _yes_or_no(logits: Tensor, _batch: Batch) -> Tensor:
+    """[B, V] -> [B, V, 2]: sigmoid(z) is the softmax of (0, z)."""
+    return torch.stack([torch.zeros_like(logits), logits], -1)
+
+
+def _every_class(batch: Batch) -> Tensor:
+    return _real_examples(batch)[:, None].expand(batch["labels"].shape)
+
+
+def _real_positions(logits: Tensor, batch: Batch) -> Tensor:
+    """[B, 2, L]: an answer neither starts nor ends in padding."""
+    return logits.masked_fill(~_real_tokens(batch)[:, None], -torch.inf)
+
+
+def _both_ends(batch: Batch) -> Tensor:
+    return _real_examples(batch)[:, None].expand(-1, 2)
+
+
+def _similarities(embeddings: Tensor, batch: Batch) -> Tensor:
+    """[B, D] -> [B, B] cosines with the other examples of the micro-batch; padding and oneself are no option."""
+    unit = functional.normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=-1)
+    oneself = torch.eye(len(unit), dtype=torch.bool, device=unit.device)
+    with without_autocast(unit.device):
+        cosines = unit @ unit.T
+    return cosines.masked_fill(oneself | ~_real_examples(batch)[None, :], -torch.inf)
+
+
+def _no_labels(batch: Batch) -> Tensor:
+    return torch.full_like(batch["attention_mask"][:, 0], UNLABELLED, dtype=torch.int64)
+
+
+PREDICTION_KINDS: dict[str, PredictionKind] = {
+    # One class per example: logits [B, V], labels [B].
+    "sequence": PredictionKind(_same, _labels, _real_examples),
+    # Any number of classes per example: logits [B, V], labels [B, V] of 0 and 1; each class is a choice of its own.
+    "multi_label": PredictionKind(_yes_or_no, lambda batch: batch["labels"].long(), _every_class),
+    # One number per example: [B, 1], labels [B].
+    "regression": PredictionKind(_same, _labels, _real_examples),
+    # One class per token: logits [B, L, V], labels [B, L].
+    "token": PredictionKind(_same, _labels, _real_tokens),
+    # Start and end of an answer among the tokens: logits [B, 2, L], labels [B, 2].
+    "span": PredictionKind(_real_positions, _labels, _both_ends),
+    # One vector per example: [B, D], no labels; its logits are the cosines within the micro-batch.
+    "embedding": PredictionKind(_similarities, _no_labels, _real_examples),
+    # The token after each one: logits [B, L, V], labels [B, L], not shifted.
+    "next_token": PredictionKind(
+        lambda logits, _: logits[:, :-1], _next_labels, _predicted_tokens, vocabulary=True, causal=True
+    ),
+    # The tokens that were masked: logits [B, L, V], labels [B, L], given where a token is masked.
+    "masked_token": PredictionKind(_same, _labels, _labelled, vocabulary=True),
+    # The target text, given its beginning: logits [B, L, V] of the decoder, labels [B, L].
+    "seq2seq": PredictionKind(_same, _labels, _labelled, vocabulary=True, tokens=_labelled, causal=True),
+}
+"""The kinds by name."""

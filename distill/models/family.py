@@ -1,0 +1,60 @@
+"""The layout of a model's family: looked up, or found by its structure; its layers, and the lists cut with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from distill.errors import InputError
+from distill.models.detect import Unrecognised, detect
+from distill.models.layout import INDEX_FLAGS, LAYOUTS, ModelLayout, StackName
+
+_detected: dict[tuple[str, str], ModelLayout] = {}
+
+
+def layout_of(model: Any) -> ModelLayout:
+    """The layout of a model's family: its row, or what its structure shows (see `detect`; tried out once).
+
+    Raises:
+        InputError: Neither; it says what to add.
+    """
+    model_type = getattr(model.config, "model_type", None)
+    if model_type in LAYOUTS:
+        return LAYOUTS[model_type]
+    key = (str(model_type), type(model.base_model).__name__)
+    try:
+        if key not in _detected:
+            _detected[key] = detect(model)
+        return _detected[key]
+    except Unrecognised as error:
+        raise InputError(
+            f"model family {model_type!r} has no row in LAYOUTS and its structure is not recognised: {error}. "
+            f"Add a row to LAYOUTS in distill/models/layout.py: where its layers are, which modules feed the MLP's "
+            f"neurons and which one reads them (known: {', '.join(sorted(LAYOUTS))})"
+        ) from error
+
+
+def check_kept(model: Any, side: StackName, kept: Sequence[int]) -> None:
+    """Raise InputError when the kept layers (ascending teacher indices) cannot stand without the dropped ones."""
+    key = "student.layers.keep" if side == "main" else "student.encoder_layers.keep"
+    reason = layout_of(model).stack(side).keep_first
+    if reason and kept[0] != 0:
+        raise InputError(f"{key}: layer 0 must be kept: {reason}")
+    for flag in INDEX_FLAGS:
+        if getattr(model.config, flag, False) and list(kept) != list(range(len(kept))):
+            raise InputError(f"{key}: with {flag} a layer depends on its index; only the last layers can be dropped")
+
+
+def layers_of(model: Any, side: StackName = "main") -> nn.ModuleList:
+    """The layers of one stack, first to last."""
+    layers = model.base_model.get_submodule(layout_of(model).stack(side).layers)
+    assert isinstance(layers, nn.ModuleList)
+    return layers
+
+
+def layers_prefix(model: Any, side: StackName = "main") -> str:
+    """Name of the layer list inside `model`, e.g. `bert.encoder.layer`."""
+    layers = layers_of(model, side)
+    return next(str(name) for name, module in model.named_modules() if module is layers)

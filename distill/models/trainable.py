@@ -1,0 +1,32 @@
+"""Which parameters of a model are trainable, by shell pattern over their names."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+
+from torch import nn
+
+from distill.errors import InputError
+
+
+def freeze(model: nn.Module, patterns: Sequence[str], only: Sequence[str] = ("*",)) -> None:
+    """Let exactly the parameters learn whose name matches one of `only` and none of `patterns`, all shell patterns.
+
+    Raises:
+        InputError: A pattern matches no parameter, or nothing is left to learn.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for key, own in (("freeze", patterns), ("only", only)):
+        for pattern in own:
+            if not fnmatch.filter(names, pattern):
+                raise InputError(f"{key}: {pattern!r} matches no parameter; there are e.g. {', '.join(names[:3])}")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(_matches(name, only) and not _matches(name, patterns))
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        kept = "" if list(only) == ["*"] else f" with only: {list(only)}"
+        raise InputError(f"freeze: {list(patterns)}{kept} leaves no parameter that learns")
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,0 +1,90 @@
+"""Stage `release`: write the folder that is handed out, and prove that whoever loads it gets the same model."""
+
+from __future__ import annotations
+
+import json
+import platform
+from typing import Any
+
+import accelerate
+import torch
+import transformers
+
+from distill import __version__
+from distill.data import collate
+from distill.files import content_of, fresh_folder, write_text
+from distill.models.plan import StudentPlan
+from distill.pipeline.session import Session
+from distill.pipeline.stage import Stage, results
+from distill.ranks import process_state
+from distill.recipe.schema import Format
+from distill.release.card import render_card
+from distill.release.evidence import Evidence
+from distill.release.export import check_padding, check_release, releasable_recipe, without_folders, write_release
+from distill.release.formats import format_of
+from distill.release.report import render_report
+from distill.training import read_records
+
+
+def work(session: Session) -> None:
+    """Write the folder that is handed out, and prove that whoever loads it gets the same model."""
+    model = session.load(session.run.distilled)
+    evidence = _evidence(session, format_of(model, session.recipe.release.format))
+    report = render_report(evidence)
+    texts = {
+        "README.md": render_card(evidence),
+        "report.html": report,
+        "plan.json": evidence.plan.to_json(),
+        "recipe.yaml": evidence.recipe_text,
+        "evaluation.json": session.run.evaluation.read_text(encoding="utf-8"),
+    }
+    probe = collate(session.corpus, session.corpus.test, range(min(8, len(session.corpus.test))))
+    probe.pop("labels")
+    with fresh_folder(session.run.release) as folder:
+        written = write_release(folder, model, session.tokenizer, texts, evidence.auto_class, evidence.form)
+        check_release(folder, written, evidence.auto_class, probe, evidence.form)
+        check_padding(model, written, probe)
+    write_text(session.run.report, report)
+
+
+def _evidence(session: Session, form: Format) -> Evidence:
+    recipe, spec = session.recipe, session.recipe.teacher
+    control = "labels_only" in recipe.evaluation.arms
+    return Evidence(
+        recipe=recipe,
+        recipe_text=releasable_recipe(recipe),
+        plan=StudentPlan.load(session.run.plan),
+        repair=json.loads(session.run.repair.read_text(encoding="utf-8")) if recipe.student.repair.wanted else None,
+        evaluation=json.loads(session.run.evaluation.read_text(encoding="utf-8")),
+        metrics=read_records(session.run.training.metrics),
+        control_metrics=read_records(session.run.control("labels_only").metrics) if control else [],
+        teacher={
+            "model": without_folders(spec.model),
+            "revision": spec.revision,
+            "sha256": spec.sha256,
+            "model_type": StudentPlan.load(session.run.plan).model_type,
+            "fitted": spec.fit is not None,
+        },
+        environment={
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "accelerate": accelerate.__version__,
+            "distill": __version__,
+            "device": str(process_state().device.type),
+            "processes": process_state().num_processes,
+        },
+        auto_class=session.corpus.task.auto_class,
+        form=form,
+    )
+
+
+def inputs(session: Session) -> dict[str, Any]:
+    """The distilled student, its evidence and the recipe."""
+    run = session.run
+    files = [run.distilled, run.plan, run.evaluation, run.training.metrics, run.control("labels_only").metrics]
+    files += [run.repair] if session.recipe.student.repair.wanted else []
+    return {"files": [content_of(path) for path in files], "recipe": session.recipe.model_dump(mode="json")}
+
+
+STAGE = Stage("release", work, inputs, results(lambda run: run.release, lambda run: run.report))

@@ -1,0 +1,147 @@
+"""Stage `repair`: correct the cut student in closed form, and measure what each step is worth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from distill.data import collate
+from distill.errors import InputError
+from distill.files import content_of, write_json
+from distill.losses import Objective
+from distill.models.forward import Batch, forward
+from distill.models.load import folder_fingerprint, hollow_model
+from distill.models.plan import StudentPlan
+from distill.pipeline.session import Session
+from distill.pipeline.stage import Stage, results
+from distill.pipeline.train import save_model
+from distill.ranks import process_state
+from distill.recipe.schema import Term
+from distill.student.repair.steps import Step, check_repair, repair_student
+from distill.teacher import LiveTeacher
+
+WORTH = (Term(match="labels"), Term(match="logits"))
+"""What is measured of a repaired student: the task's loss, and KL(teacher || student)."""
+
+
+def check(session: Session) -> None:
+    """Refuse a repair that the teacher's family or the size of the data does not allow, before anything is done.
+
+    Raises:
+        InputError: The family cannot have a step, or the calibration sample leaves no example to measure it with.
+    """
+    spec = session.recipe.student
+    if not spec.repair.wanted:
+        return
+    check_repair(hollow_model(session.source, session.remote_code), spec.repair)
+    have = len(session.corpus.train)
+    if spec.calibration.examples >= have:
+        raise InputError(
+            f"student.calibration.examples: {spec.calibration.examples} takes all {have} training examples, and a "
+            f"repair is measured on others; use less than {have}"
+        )
+
+
+def work(session: Session) -> None:
+    """Repair the student, and record what was found out about each step."""
+    spec, corpus, device = session.recipe.student, session.corpus, process_state().device
+    decided = StudentPlan.load(session.run.plan)
+    student = session.load(session.run.student).to(device)
+    end = spec.calibration.examples + spec.repair.held_out
+    held_out = range(spec.calibration.examples, min(end, len(corpus.train)))
+    worth = Worth(session, session.load(session.teacher), held_out)
+    steps: list[dict[str, Any]] = [{"name": "cut", "layers": [], "notes": [], "held_out": worth(student)}]
+    sample = _batches(session, range(spec.calibration.examples), spec.calibration.batch_size)
+    for step in repair_student(worth.teacher.model, student, decided, sample, spec.repair):
+        steps.append(_record(step) | {"held_out": worth(student)})
+        session.say(_line(steps[-1], steps[-2]))
+    found = {
+        "format": "distill.repair/1",
+        "calibration": {"examples": spec.calibration.examples},
+        "held_out": {"split": "train", "examples": len(held_out), "labelled": int(worth.counts[0])},
+        "steps": steps,
+    }
+    write_json(session.run.repair, found)
+    save_model(session, student.cpu(), session.run.repaired)
+
+
+def inputs(session: Session) -> dict[str, Any]:
+    """Student and teacher, the plan between them, both samples, and the steps."""
+    spec = session.recipe.student
+    return {
+        "teacher": folder_fingerprint(session.teacher),
+        "data": session.corpus.fingerprint,
+        "student": folder_fingerprint(session.run.student),
+        "plan": content_of(session.run.plan),
+        "examples": spec.calibration.examples,
+        "repair": spec.repair.model_dump(mode="json"),
+    }
+
+
+class Worth:
+    """Task loss and KL to the teacher on training examples outside the calibration sample."""
+
+    def __init__(self, session: Session, teacher: Any, examples: range):
+        self.batches = _batches(session, examples, session.recipe.evaluation.batch_size)
+        self.objective = Objective(WORTH, session.corpus.task.head, None, session.vocabulary)
+        self.teacher = LiveTeacher(teacher, self.objective.teacher, process_state().device)
+
+    @cached_property
+    def counts(self) -> torch.Tensor:
+        """Positions with a label, and positions where the teacher predicts."""
+        return self.objective.counts(self.batches)
+
+    @torch.no_grad()
+    def __call__(self, student: Any) -> dict[str, float | None]:
+        """`loss` and `kl`, in nats per position; None without labels, or where a value is not finite."""
+        sums = torch.zeros(len(WORTH), dtype=torch.float64)
+        for cpu_batch in self.batches:
+            batch = {name: tensor.to(student.device) for name, tensor in cpu_batch.items()}
+            outputs = forward(student, batch, self.objective.student)
+            _, parts = self.objective(outputs, self.teacher(batch), batch, self.counts)
+            sums += parts.double().cpu()
+        values = (sums / self.counts).tolist()  # 0 / 0 is NaN: nothing has a label
+        return {
+            name: value if abs(value) < float("inf") else None
+            for name, value in zip(("loss", "kl"), values, strict=True)
+        }
+
+
+def _batches(session: Session, examples: range, size: int) -> Sequence[Batch]:
+    corpus = session.corpus
+    return [collate(corpus, corpus.train, examples[start : start + size]) for start in range(0, len(examples), size)]
+
+
+def _record(step: Step) -> dict[str, Any]:
+    layers = [
+        {
+            "student_layer": layer.student_layer,
+            "teacher_layer": layer.teacher_layer,
+            "mse_before": layer.before,
+            "mse_after": layer.after,
+        }
+        for layer in step.layers
+    ]
+    return {"name": step.name, "layers": layers, "notes": step.notes, "error_left": step.left}
+
+
+def _line(step: dict[str, Any], before: dict[str, Any]) -> str:
+    parts = [] if step["error_left"] is None else [f"{100 * step['error_left']:.1f} % of the calibration error left"]
+    for name, title in (("kl", "held-out KL"), ("loss", "held-out loss")):
+        old, new = before["held_out"][name], step["held_out"][name]
+        if old is not None and new is not None:
+            parts.append(f"{title} {old:.4g} → {new:.4g}")
+    return f"  {step['name']}: {', '.join([*parts, *step['notes']])}"
+
+
+STAGE = Stage(
+    "repair",
+    work,
+    inputs,
+    results(lambda run: run.repaired, lambda run: run.repair),
+    wanted=lambda recipe: recipe.student.repair.wanted,
+    check=check,
+)

@@ -1,0 +1,168 @@
+"""A stage: what it is made from, what it leaves behind, its check and its work; and the rule by which it is skipped."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+
+from distill import __version__
+from distill.errors import Stopped
+from distill.files import content_of, write_json, write_text
+from distill.pipeline.folder import RunDir
+from distill.pipeline.session import Session
+from distill.ranks import check_launch, process_state
+from distill.recipe.load import dump, fingerprint
+from distill.recipe.locate import is_path
+from distill.recipe.schema import Optimization, Recipe
+from distill.training.signals import StopSignals
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+PATIENCE = timedelta(days=30)
+"""How long processes wait for the main one. The launcher ends them when it dies."""
+
+CADENCE = {"save_every", "log_every", "evaluate_every", "keep_best", "trackers"}
+MEANS = {"loader_workers", "gradient_checkpointing"}
+"""Keys that say when to look or by what means, not what to compute: changing them neither reruns a stage nor voids a
+checkpoint."""
+
+
+def identity(inputs: dict[str, Any]) -> str:
+    """Fingerprint of what a result is made from, this version of distill included."""
+    return fingerprint({"distill": __version__, "from": inputs})
+
+
+def settings_of(spec: Optimization) -> dict[str, Any]:
+    """The keys of a training that decide what it computes."""
+    return spec.model_dump(mode="json", exclude=CADENCE | MEANS)
+
+
+def results(*paths: Callable[[RunDir], Path]) -> Callable[[RunDir], list[Path]]:
+    """The files and folders that a stage leaves behind."""
+    return lambda run: [path(run) for path in paths]
+
+
+def no_check(_session: Session) -> None:
+    """Accept every recipe: the stage needs nothing that could be missing."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the story."""
+
+    name: str
+    work: Callable[[Session], None]
+    made_from: Callable[[Session], Any]
+    """Everything the result depends on, as JSON."""
+    results: Callable[[RunDir], Sequence[Path]]
+    wanted: Callable[[Recipe], bool] = lambda _recipe: True
+    """Whether the recipe asks for it at all."""
+    together: bool = False
+    """Every process takes part; other stages are done by the main one while the rest wait."""
+    check: Callable[[Session], None] = no_check
+    """Raises InputError before anything is done, when the recipe asks for something that this stage cannot do."""
+
+
+def check_stages(session: Session, stages: Sequence[Stage]) -> None:
+    """Find every mistake that can be found before the first stage, so that none is found after hours.
+
+    Raises:
+        InputError: From the first check that fails.
+    """
+    for stage in stages:
+        stage.check(session)
+
+
+def run_stages(session: Session, stages: Sequence[Stage]) -> None:
+    """Run each stage that the recipe asks for and whose inputs or results changed.
+
+    Raises:
+        InputError: The run folder is in use.
+    """
+    state = process_state()
+    check_launch(state.num_processes, state.device.type)
+    wait = _patient_wait(state)
+    if not state.is_main_process:
+        for stage in stages:
+            _run(session, stage, wait)
+        return
+    with session.run.locked():
+        write_text(session.run.recipe, dump(with_absolute_paths(session.recipe, session.base)))
+        for stage in stages:
+            _run(session, stage, wait)
+
+
+def _patient_wait(state: PartialState) -> Callable[[], Any]:
+    """A barrier of all processes that bears with stages of hours; every process must call this.
+
+    The timeout of Accelerate's own barrier is that of training's collective operations, 10 to 30 minutes. To raise it
+    would let training wait as long for a process that hangs.
+    """
+    if not torch.distributed.is_initialized():
+        return state.wait_for_everyone  # type: ignore[no-any-return]
+    # gloo: the processes wait on the CPU, and NCCL's watchdog does not take them for stuck.
+    return partial(torch.distributed.barrier, torch.distributed.new_group(timeout=PATIENCE, backend="gloo"))
+
+
+def with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
+    """The recipe with folders that no longer depend on where it lies, for the copy in the run folder."""
+
+    def absolute(path: str) -> str:
+        expanded = Path(path).expanduser()
+        return str(expanded if expanded.is_absolute() else (base / path).resolve()) if is_path(path) else path
+
+    teacher = recipe.teacher.model_copy(update={"model": absolute(recipe.teacher.model)})
+    data = recipe.data.model_copy(update={"source": absolute(recipe.data.source)})
+    return recipe.model_copy(update={"teacher": teacher, "data": data})
+
+
+def _run(session: Session, stage: Stage, wait: Callable[[], Any]) -> None:
+    if not stage.wanted(session.recipe):
+        return
+    if StopSignals.pending:
+        raise Stopped("by a signal; the same command continues from the last finished stage")
+    state = process_state()
+    made_from = ""
+    due = [True]
+    if state.is_main_process:
+        made_from = fingerprint({"distill": __version__, "stage": stage.name, "from": stage.made_from(session)})
+        due[0] = not _finished(session.run, stage, made_from)
+    wait()  # to read large folders takes long as well
+    if state.num_processes > 1:
+        broadcast_object_list(due)
+    if not due[0]:
+        session.say(f"{stage.name}: unchanged, skipped")
+        return
+    start = time.monotonic()
+    session.say(f"{stage.name}: started")
+    if state.is_main_process:
+        session.run.stamp(stage.name).unlink(missing_ok=True)
+    if stage.together or state.is_main_process:
+        stage.work(session)
+    wait()
+    if state.is_main_process:
+        results = {str(path.relative_to(session.run.root)): content_of(path) for path in stage.results(session.run)}
+        seconds = round(time.monotonic() - start, 1)
+        write_json(session.run.stamp(stage.name), {"made_from": made_from, "results": results, "seconds": seconds})
+        session.say(f"{stage.name}: done in {seconds} s")
+    wait()
+
+
+def _finished(run: RunDir, stage: Stage, made_from: str) -> bool:
+    """Whether the stamp says the same inputs, and the results still have the content that it recorded."""
+    try:
+        stamp = json.loads(run.stamp(stage.name).read_text(encoding="utf-8"))
+        results = {str(path.relative_to(run.root)): content_of(path) for path in stage.results(run)}
+        return bool(stamp["made_from"] == made_from and stamp["results"] == results and all(results.values()))
+    except (OSError, ValueError, LookupError, TypeError):
+        return False

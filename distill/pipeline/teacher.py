@@ -1,0 +1,49 @@
+"""Stage `teacher`: fine-tune the teacher on the recipe's labels, so that it has something to teach about them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from distill.losses import Objective
+from distill.models.load import folder_fingerprint, load_model, random_model
+from distill.pipeline.session import Session
+from distill.pipeline.stage import Stage, identity, results, settings_of
+from distill.pipeline.train import LABELS_ONLY, save_model, train_model
+from distill.student import check_target
+from distill.training import Job
+
+
+def work(session: Session) -> None:
+    """Fit the source teacher, or random weights of its shape."""
+    spec, seed, code = session.recipe.teacher.fit, session.recipe.seed, session.remote_code
+    assert spec is not None, "the stage is not wanted without `teacher.fit`"
+    if session.recipe.teacher.init == "random":
+        model = random_model(session.source, session.head, seed, code)
+    else:
+        model = load_model(session.source, session.head, new_head=True, random_seed=seed, remote_code=code)
+    check_target(model, session.recipe.student)
+    job = Job("teacher", spec, session.run.fit, seed, identity(inputs(session)))
+    train_model(session, job, model, Objective(LABELS_ONLY, session.corpus.task.head), None)
+    save_model(session, model, session.run.teacher)
+
+
+def inputs(session: Session) -> dict[str, Any]:
+    """Source weights, data, and how they are fitted."""
+    spec = session.recipe.teacher
+    return {
+        "source": folder_fingerprint(session.source),
+        "init": spec.init,
+        "fit": settings_of(spec.fit) if spec.fit else None,
+        "data": session.corpus.fingerprint,
+        "seed": session.recipe.seed,
+    }
+
+
+STAGE = Stage(
+    "teacher",
+    work,
+    inputs,
+    results(lambda run: run.teacher),
+    wanted=lambda recipe: recipe.teacher.fit is not None,
+    together=True,
+)

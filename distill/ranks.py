@@ -1,0 +1,70 @@
+"""Rank, world size and device of this process, and the launches that are refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from distill.errors import InputError
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+SCRIPT = "scripts/train.py RECIPE"
+
+
+def process_state() -> PartialState:
+    """Who this process is among those that were launched together.
+
+    Raises:
+        InputError: DeepSpeed was asked for and is not installed.
+    """
+    if (
+        parse_flag(os.environ.get("ACCELERATE_USE_DEEPSPEED", "false"))
+        and importlib.util.find_spec("deepspeed") is None
+    ):
+        raise InputError("the launch asks for DeepSpeed, which is not installed: pip install 'distill[deepspeed]'")
+    from accelerate import PartialState
+
+    return PartialState(cpu=parse_flag(os.environ.get("ACCELERATE_USE_CPU", "false")))
+
+
+def launched(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether `accelerate launch` or `torchrun` started this process."""
+    return "ACCELERATE_MIXED_PRECISION" in environment or "TORCHELASTIC_RUN_ID" in environment
+
+
+def check_launch(processes: int, device: str, environment: Mapping[str, str] = os.environ) -> None:
+    """Refuse a launch that does something else than it seems to.
+
+    Args:
+        processes: What Accelerate sees.
+        device: The kind of device that Accelerate trains on, e.g. `cpu`.
+        environment: What the launcher has set.
+
+    Raises:
+        InputError: With the command that does what was meant.
+    """
+    started = int(environment.get("WORLD_SIZE", "1"))
+    right = f"  ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {max(2, started)} {SCRIPT}"
+    if started != processes:
+        # They would all believe that they are the main one, and write the same files.
+        message = f"the launcher started {started} processes, but each of them runs alone. On CPU use:\n{right}"
+        raise InputError(message)
+    # For several processes without `--multi_gpu` or a GPU, `accelerate launch` sets an address and starts one.
+    alone = environment.get("MASTER_ADDR") == "127.0.0.1" and "WORLD_SIZE" not in environment
+    if alone and "ACCELERATE_MIXED_PRECISION" in environment:
+        raise InputError(
+            f"accelerate launch was asked for several processes and started one, as it does with --cpu. Use:\n{right}\n"
+            f"or, for one process:\n  accelerate launch --num_processes 1 {SCRIPT}"
+        )
+    for name, flag in (("FSDP", "ACCELERATE_USE_FSDP"), ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED")):
+        if device == "cpu" and parse_flag(environment.get(flag, "false")):
+            raise InputError(f"{name} was asked for, which on a CPU silently becomes DDP. Without GPUs use:\n{right}")
+
+
+def parse_flag(text: str) -> bool:
+    """A flag as Accelerate's launcher writes it."""
+    return text.lower() in ("1", "true", "yes", "y", "on", "t")

@@ -1,0 +1,105 @@
+"""Gradients of a loss with respect to a gate on each neuron, one example at a time.
+
+Neuron i of a layer gives x_ti at position t, and g_ti is the loss's gradient with respect to it. Multiply the neuron
+with a gate: the loss's gradient with respect to the gate, at 1, is c_i = Σ_t g_ti x_ti. The output projection turns x
+into W x, so c_i = Σ_d W_di · (dL/dW)_di: only the output weights need a gradient, whatever the rest of the model is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill.errors import InputError
+from distill.models.family import layout_of
+from distill.models.forward import Batch
+from distill.models.layout import StackName
+from distill.models.mlp import Mlp, mlps_of
+from distill.student.calibration.removal import LabelLoss
+from distill.student.calibration.sample import content_seed, drawn_classes, examples, real_positions, without_labels
+from distill.student.calibration.sums import column_sums
+
+Gate = tuple[StackName, int, Mlp]
+
+
+def gradient_sums(model: Any, sample: list[Batch], loss: LabelLoss | None) -> dict[str, Tensor]:
+    """Sums over examples of |c| and c² for the labels' loss, and of c² for labels drawn from the teacher.
+
+    The second kind is about KL(teacher ‖ pruned). At the teacher itself this KL is at its minimum, 0, and so is its
+    gradient: the first-order Taylor term vanishes. The leading term of closing a gate is ½ · E[c²] over labels drawn
+    from the teacher's own distribution (the gate's true Fisher information), with the loss summed over the positions
+    of an example. One label is drawn per position, by a generator seeded from the example's content.
+
+    Raises:
+        InputError: The model gives no logits.
+    """
+    gates = [(side, index, mlp) for side in layout_of(model).sides for index, mlp in enumerate(mlps_of(model, side))]
+    weights = [output_parameter(mlp) for _, _, mlp in gates]
+    sums = _empty_sums(gates, weights[0].device)
+    for weight in weights:
+        weight.requires_grad_(True)
+    try:
+        for batch in sample:
+            for example in examples(batch):
+                on_device = {name: tensor.to(model.device) for name, tensor in example.items()}
+                _add_example(model, on_device, loss, gates, weights, sums)
+    finally:
+        for weight in weights:
+            weight.requires_grad_(False)
+    return sums
+
+
+def output_parameter(mlp: Mlp) -> nn.Parameter:
+    """The parameter that reads the neurons, as it lies in the layer."""
+    path = mlp.layout.out
+    return mlp.layer.get_parameter(path if mlp.layout.form == "experts" else f"{path}.weight")
+
+
+def _empty_sums(gates: list[Gate], device: torch.device) -> dict[str, Tensor]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for side, index, mlp in gates:
+        shape = (*mlp.weight_out.shape[:-2], mlp.width)
+        shapes |= {f"{side}.{index}.{name}": shape for name in ("task_abs", "task_square", "kl_square")}
+        shapes |= {f"{side}.{name}_examples": () for name in ("task", "kl")}
+    return {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()}
+
+
+def _add_example(
+    model: Any,
+    example: Batch,
+    loss: LabelLoss | None,
+    gates: list[Gate],
+    weights: list[nn.Parameter],
+    sums: dict[str, Tensor],
+) -> None:
+    with torch.enable_grad():
+        logits = getattr(model(**without_labels(example)), "logits", None)
+        if logits is None or logits.shape[-1] < 2:
+            raise InputError("gradient statistics need a head that gives logits over two or more classes")
+        losses = {"kl": _drawn_loss(logits, example)}
+        if loss is not None and "labels" in example:
+            value, count = loss(logits, example)
+            losses |= {"task": value} if count else {}
+    for kind, value in losses.items():
+        found = torch.autograd.grad(value, weights, retain_graph=kind == "kl" and "task" in losses)
+        for (side, index, mlp), gradient in zip(gates, found, strict=True):
+            upright = gradient.mT if mlp.layout.form == "conv1d" else gradient
+            gate = column_sums(torch.mul, mlp.weight_out.detach(), upright)
+            sums[f"{side}.{index}.{kind}_square"] += gate.square()
+            if kind == "task":
+                sums[f"{side}.{index}.task_abs"] += gate.abs()
+        for side in {side for side, _, _ in gates}:
+            sums[f"{side}.{kind}_examples"] += 1
+
+
+def _drawn_loss(logits: Tensor, example: Batch) -> Tensor:
+    """-log p of one drawn class at every real position, summed."""
+    rows = logits.flatten(0, -2)
+    if logits.ndim == 3:
+        mask = real_positions(example, "main")
+        rows = rows if mask is None else rows[mask.flatten()]
+    classes = drawn_classes(rows.detach(), content_seed(example))
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    return nn.functional.cross_entropy(wide, classes, reduction="sum")

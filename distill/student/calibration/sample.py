@@ -1,0 +1,79 @@
+"""The calibration sample: padding on the right, one example at a time, and random numbers that follow from content.
+
+A batch holds `input_ids` [B, L] or `input_features`, and for encoder-decoders `decoder_input_ids`; each with its own
+mask, `attention_mask` and `decoder_attention_mask`. Without a mask every position is real.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from distill.models.forward import Batch
+from distill.models.layout import StackName
+
+
+def real_positions(batch: Batch, side: StackName) -> Tensor | None:
+    """The mask of one stack's positions, or None where all are real."""
+    decoder = side == "main" and "decoder_input_ids" in batch
+    mask = batch.get("decoder_attention_mask" if decoder else "attention_mask")
+    return None if mask is None else mask.bool()
+
+
+def without_labels(batch: Batch) -> Batch:
+    """What a model's forward takes."""
+    return {name: tensor for name, tensor in batch.items() if name != "labels"}
+
+
+def padded_right(batch: Batch) -> Batch:
+    """The batch with each row's real positions first.
+
+    Models with absolute positions see other positions behind padding on the left. Statistics are of the text alone.
+    """
+    moved = dict(batch)
+    for mask, names in _by_mask(batch):
+        if bool((mask[:, :-1] < mask[:, 1:]).any()):
+            order = (~mask.bool()).int().argsort(dim=-1, stable=True)
+            moved |= {name: batch[name].gather(1, order) for name in names}
+    return moved
+
+
+def examples(batch: Batch) -> Iterator[Batch]:
+    """Each row alone, without its padding (which `padded_right` has put last)."""
+    for row in range(len(next(iter(batch.values())))):
+        single = {name: tensor[row : row + 1] for name, tensor in batch.items()}
+        for mask, names in list(_by_mask(single)):
+            single |= {name: single[name][:, : int(mask.sum())] for name in names}
+        yield single
+
+
+def content_seed(example: Batch) -> int:
+    """A seed that follows from what the model reads, whatever batch or process the example is in."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(without_labels(example).items()):
+        digest.update(f"{name}:{list(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return int.from_bytes(digest.digest()[:7])
+
+
+def drawn_classes(logits: Tensor, seed: int) -> Tensor:
+    """One class per row of logits [N, V], drawn from their softmax; the same on every device up to rounding."""
+    cumulated = torch.softmax(logits.float(), dim=-1).cumsum(dim=-1)
+    uniform = torch.rand(len(logits), generator=torch.Generator().manual_seed(seed)).to(logits.device)
+    chosen = torch.searchsorted(cumulated, (uniform * cumulated[:, -1])[:, None], right=True).squeeze(-1)
+    return chosen.clamp(max=logits.shape[-1] - 1)
+
+
+def _by_mask(batch: Batch) -> Iterator[tuple[Tensor, list[str]]]:
+    """Each mask with the names of what has its shape and is of its side."""
+    two_sided = "decoder_input_ids" in batch
+    for prefix in ("decoder_", ""):
+        mask = batch.get(f"{prefix}attention_mask")
+        if mask is None:
+            continue
+        same = [name for name, tensor in batch.items() if tensor.shape == mask.shape]
+        of_decoder = [name for name in same if name.startswith("decoder_") or (two_sided and name == "labels")]
+        yield mask, of_decoder if prefix else [name for name in same if name not in of_decoder]

@@ -1,0 +1,162 @@
+"""What one calibration pass knows about a teacher. Every figure is a sum, so that parts of a sample add up.
+
+F width of a layer's MLP ([E, F] where it has E experts), N layers. A stack of layers is a `StackName`; methods that
+take a layer speak of the stack that `of` chose, the main one at first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from distill.errors import InputError
+from distill.models.layout import StackName
+
+MISSING = {
+    "gram": "products of neurons; set student.calibration.gram: true",
+    "task": "gradients of the labels' loss; set student.calibration.gradients: true and give labelled examples",
+    "kl": "gradients of the teacher's own predictions; set student.calibration.gradients: true",
+    "without": "losses after removing each layer; they are collected where `loss_drop` is the recipe's policy",
+    "removals": "layers in the order of their removal; it is collected where `greedy_loss` is the recipe's policy",
+}
+"""Group of figures that not every calibration has -> what it is and how to get it."""
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Sums over the real positions (or sequences, or examples) of a sample, in float64."""
+
+    sums: dict[str, Tensor]
+    """`SIDE.NAME` and `SIDE.LAYER.NAME` -> sum. Whole numbers (int64) are decisions, not sums."""
+    side: StackName = "main"
+
+    def of(self, side: StackName) -> Statistics:
+        """The same figures, speaking of another stack."""
+        return replace(self, side=side)
+
+    @property
+    def tokens(self) -> Tensor:
+        """[] real positions of the stack."""
+        return self._sum("tokens")
+
+    def positions(self, layer: int) -> Tensor:
+        """[] positions that reached the layer's MLP; [E] those that were sent to each expert."""
+        return self._sum("tokens", layer)
+
+    def mean(self, layer: int) -> Tensor:
+        """[F] mean activation of each neuron; of an expert's neurons, over the expert's own positions."""
+        return self._mean("sum", layer)
+
+    def mean_abs(self, layer: int) -> Tensor:
+        """[F] mean absolute activation."""
+        return self._mean("abs", layer)
+
+    def mean_square(self, layer: int) -> Tensor:
+        """[F] mean squared activation."""
+        return self._mean("square", layer)
+
+    def variance(self, layer: int) -> Tensor:
+        """[F] variance of the activation (divided by the number of positions)."""
+        return (self.mean_square(layer) - self.mean(layer).square()).clamp(min=0)
+
+    def sequence_norm(self, layer: int) -> Tensor:
+        """[F] sqrt(Σ over sequences of (mean |activation| within the sequence)²): Minitron's aggregation."""
+        return self._sum("sequence_square", layer).sqrt()
+
+    def gram(self, layer: int) -> Tensor:
+        """[F, F] ([E, F, F]) mean product of each two neurons' activations."""
+        return self._mean("gram", layer)
+
+    def taylor(self, layer: int) -> Tensor:
+        """[F] mean over labelled examples of |c|, c = Σ over positions of dL/dx · x, L their summed loss."""
+        return self._sum("task_abs", layer) / self._sum("task_examples").clamp(min=1)
+
+    def fisher(self, layer: int) -> Tensor:
+        """[F] mean over labelled examples of c²."""
+        return self._sum("task_square", layer) / self._sum("task_examples").clamp(min=1)
+
+    def kl_curvature(self, layer: int) -> Tensor:
+        """[F] mean over examples of c² for labels drawn from the teacher's own predictions."""
+        return self._sum("kl_square", layer) / self._sum("kl_examples").clamp(min=1)
+
+    def block_influence(self) -> Tensor:
+        """[N] 1 - mean cos(input, output) of each layer."""
+        return 1 - self._sum("cosine") / self.tokens
+
+    def angular_distance(self) -> Tensor:
+        """[N + 1, N + 1] mean of arccos(cos(h_i, h_j)) / π at each sequence's last real token.
+
+        h_0 is the input of layer 0, h_i the raw output of layer i - 1.
+        """
+        return self._sum("angles") / self._sum("sequences")
+
+    def loss_without(self) -> Tensor:
+        """[N] mean loss of the labels after removing each layer alone."""
+        return self._sum("without") / self._sum("without_positions").clamp(min=1)
+
+    @property
+    def removals(self) -> list[int]:
+        """Layers in the order in which greedy removal took them."""
+        order: list[int] = self._sum("removals").tolist()
+        return order
+
+    def merged(self, *others: Statistics) -> Statistics:
+        """The statistics of several samples together. Raises InputError when they hold different figures."""
+        for other in others:
+            same = other.sums.keys() == self.sums.keys() and all(
+                torch.equal(own, other.sums[name]) for name, own in self.sums.items() if not own.is_floating_point()
+            )
+            if not same:
+                raise InputError("calibrations with different figures cannot be merged")
+        parts = [self, *others]
+        totals = {
+            name: torch.stack([part.sums[name] for part in parts]).sum(dim=0) if own.is_floating_point() else own
+            for name, own in self.sums.items()
+        }
+        return replace(self, sums=totals)
+
+    @property
+    def fingerprint(self) -> str:
+        """Sha256 over the names, shapes and values of all figures."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.sums.items()):
+            digest.update(f"{name}:{tensor.dtype}:{list(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def save(self, path: Path) -> None:
+        """Write as safetensors."""
+        metadata = {"format": "distill.calibration/2", "fingerprint": self.fingerprint}
+        save_file({name: tensor.contiguous() for name, tensor in self.sums.items()}, path, metadata=metadata)
+
+    @classmethod
+    def load(cls, path: Path) -> Statistics:
+        """Read what `save` wrote. Raises InputError for any other file, and for one whose figures have changed."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                found = cls({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (not a mapping)
+        except Exception as error:
+            if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+                raise InputError(f"{path} is not a calibration file: {error}") from error
+            raise
+        if metadata.get("format") != "distill.calibration/2" or metadata.get("fingerprint") != found.fingerprint:
+            raise InputError(f"{path} is not a calibration file, or not as it was written; calibrate again")
+        return found
+
+    def _mean(self, name: str, layer: int) -> Tensor:
+        total, count = self._sum(name, layer), self.positions(layer).clamp(min=1)
+        return total / count.reshape(*count.shape, *[1] * (total.ndim - count.ndim))
+
+    def _sum(self, name: str, layer: int | None = None) -> Tensor:
+        key = f"{self.side}.{name}" if layer is None else f"{self.side}.{layer}.{name}"
+        if key not in self.sums:
+            what = MISSING.get(name.partition("_")[0], f"the figure {key}; was it made for another model?")
+            raise InputError(f"the calibration does not hold {what}")
+        return self.sums[key]

@@ -1,0 +1,68 @@
+"""Zeros in the MLPs that stay zero through training, and what `student.mask` means for a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from distill.models.mlp import mlps_of
+from distill.models.trainable import freeze
+from distill.recipe.schema import Recipe
+from distill.registry import bind, find
+from distill.student.masks.compact import compact
+from distill.student.masks.masks import SCORES, Masks
+from distill.student.masks.sparsity import sparsity, zeros
+
+
+def check_score(recipe: Recipe) -> None:
+    """Find the mask's score. Raises InputError when there is none of that name, or its params do not fit."""
+    spec = recipe.student.mask
+    if spec is not None:
+        bind(find(SCORES, spec.score, "mask score"), spec.params, "student.mask.params")
+
+
+def masks_for(recipe: Recipe, model: Any, steps: int) -> Masks | None:
+    """The masks of a training of the student that lasts so many steps; None when the recipe has none.
+
+    Raises:
+        InputError: A name pattern of the mask, or of what is frozen, matches nothing.
+    """
+    if recipe.student.mask is None:
+        return None
+    freeze(model, recipe.training.freeze, recipe.training.only)  # masks leave alone what does not learn
+    return Masks(model, recipe.student.mask, steps)
+
+
+def mask_untrained(recipe: Recipe, model: Any, steps: int) -> None:
+    """Mask a student as its training would before the first step: what an arm that is not trained has to be."""
+    masks = masks_for(recipe, model, steps)
+    if masks is not None:
+        masks.after_step(0)
+
+
+def compact_trained(recipe: Recipe, model: Any, say: Callable[[str], None]) -> None:
+    """Take dead neurons out of a trained student, where the recipe says so."""
+    spec = recipe.student.mask
+    if spec is not None and spec.compact:
+        gone = compact(model, uniform=spec.compact == "uniform", multiple_of=recipe.student.mlp.multiple_of)
+        say(f"  compact: {gone} neurons without effect are taken out")
+
+
+def sparsity_table(recipe: Recipe, model: Any) -> dict[str, Any] | None:
+    """For evaluation.json: share of zeros over all MLPs, width of each, zeros of each matrix; None without a mask."""
+    if recipe.student.mask is None:
+        return None
+    rows = sparsity(model)
+    return {
+        "zeros": zeros(rows),
+        "widths": [mlp.width for mlp in mlps_of(model)],
+        "matrices": [{**asdict(row), "share": row.share} for row in rows],
+    }
+
+
+def mask_settings(recipe: Recipe) -> dict[str, Any] | None:
+    """What of the recipe decides which weights a training masks; None without a mask."""
+    mask = recipe.student.mask
+    # `multiple_of` says how far `compact` may go.
+    return {**mask.model_dump(mode="json"), "multiple_of": recipe.student.mlp.multiple_of} if mask else None

@@ -1,0 +1,254 @@
+"""Masks: weights of the MLPs that are zero and stay zero while the others learn.
+
+Masking gradients alone would not do: AdamW's momentum and decay move a weight whose gradient is zero. So the masks are
+applied to the weights after every optimizer step; gradients are masked as well, so that clipping does not count what
+cannot move. F neurons, E experts.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill.errors import InputError
+from distill.models.dtensor import full_tensor, local_shard, shard_like
+from distill.models.family import layers_prefix, layout_of
+from distill.models.mlp import mlps_of
+from distill.recipe.schema import Mask
+from distill.registry import bind, find
+from distill.student.masks.sparsity import per_neuron
+
+
+def magnitude(weights: list[Tensor], _layer: int) -> list[Tensor]:
+    """|w|."""
+    return [weight.abs() for weight in weights]
+
+
+def random(weights: list[Tensor], layer: int, *, seed: int = 0) -> list[Tensor]:
+    """Uniform random scores: the control for every other score."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + layer)
+    return [torch.rand(weight.shape, generator=generator).to(weight.device) for weight in weights]
+
+
+SCORES: dict[str, Callable[..., list[Tensor]]] = {"magnitude": magnitude, "random": random}
+"""`(weights, layer, *, ...) -> scores`: the chosen weights of one layer, and a value of at least 0 for each of them."""
+
+
+def progress(spec: Mask, step: int, steps: int) -> float | None:
+    """How much of the mask is due after `step` of `steps` steps, from 0 to 1; None when nothing is chosen then.
+
+    `cubic` is 1 - (1 - t)^3 (Zhu & Gupta 2017, arXiv 1710.01878, from sparsity 0): many weights go while there are
+    many, few when there are few, none after `end`.
+    """
+    begin, end = round(spec.begin * steps), round(spec.end * steps)
+    if spec.schedule == "one_shot":
+        return 1.0 if step == begin else None
+    if not begin <= step <= end or ((step - begin) % spec.every and step != end):
+        return None
+    return 1 - (1 - (step - begin) / (end - begin)) ** 3 if end > begin else 1.0
+
+
+def lowest(scores: Tensor, count: int) -> Tensor:
+    """Bool, shape of `scores`: exactly its `count` lowest entries, ties to the lower index."""
+    flat = scores.flatten()
+    if count == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    edge = flat.kthvalue(count).values
+    chosen = flat < edge
+    ties = (flat == edge).nonzero().squeeze(-1)
+    chosen[ties[: count - int(chosen.sum())]] = True
+    return chosen.view_as(scores)
+
+
+def choose(scores: Sequence[Tensor], taken: Sequence[Tensor], spec: Mask, share: float) -> list[Tensor]:
+    """Bool, one for each of `scores`: which entries are masked. What is `taken` stays so and comes first.
+
+    Args:
+        scores: At least 0 each; `sparsity` counts over all of them together.
+        taken: Bool of the same shapes: what is masked already.
+        spec: `sparsity` or `threshold`.
+        share: How much of that is due, from 0 to 1.
+    """
+    flat = torch.cat([score.flatten().float() for score in scores])
+    old = torch.cat([mask.flatten() for mask in taken])
+    if spec.threshold is not None:
+        bound = spec.threshold * share * flat.masked_fill(old, 0).mean(dtype=torch.float64)
+        masked = old | (flat < bound)
+    else:
+        assert spec.sparsity is not None, "load_recipe checks that one of sparsity and threshold is given"
+        # 1e-9 keeps 0.7 * 10 from falling to 6 by rounding error.
+        count = int(spec.sparsity * share * len(flat) + 1e-9)
+        masked = lowest(flat.masked_fill(old, -math.inf), max(count, int(old.sum())))
+    pieces = torch.split(masked, [score.numel() for score in scores])
+    return [piece.view_as(score) for piece, score in zip(pieces, scores, strict=True)]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of an MLP that may be masked."""
+
+    name: str
+    """Name of the parameter in the model."""
+    parameter: nn.Parameter
+    axis: int
+    """Axis along which its neurons lie."""
+    parts: int
+    """How often each neuron occurs along it."""
+    experts: bool
+    """Whether axis 0 counts experts."""
+
+    def per_neuron(self, values: Tensor) -> Tensor:
+        """[F] or [E, F]: sum of squares of what belongs to each neuron, for values in the parameter's shape."""
+        return per_neuron(values.float().square(), self.axis, self.parts, self.experts)
+
+    def spread(self, neurons: Tensor) -> Tensor:
+        """Bool in the parameter's shape from bool [F] or [E, F]."""
+        shape = [1] * self.parameter.ndim
+        shape[self.axis] = self.parts * neurons.shape[-1]
+        if self.experts:
+            shape[0] = neurons.shape[0]
+        return neurons.tile(self.parts).view(shape).expand(self.parameter.shape).contiguous()
+
+
+def maskable(model: Any, spec: Mask) -> list[list[Part]]:
+    """Per layer, the tensors of its MLP that may be masked: chosen by name, and learning.
+
+    Raises:
+        InputError: A pattern matches no tensor of an MLP, or all that match are frozen.
+    """
+    named = dict(model.named_parameters(remove_duplicate=False))
+    layers = [
+        [
+            Part(name, named[name], *place, mlp.layout.form == "experts")
+            for inner, place in mlp.layout.axes().items()
+            if (name := f"{layers_prefix(model, side)}.{index}.{inner}") in named
+        ]
+        for side in layout_of(model).sides
+        for index, mlp in enumerate(mlps_of(model, side))
+    ]
+    if spec.per == "weight":  # biases are few and cost nothing; a whole neuron takes its own along
+        layers = [[part for part in parts if part.parameter.ndim > 1] for parts in layers]
+    names = [part.name for parts in layers for part in parts]
+    for pattern in spec.only:
+        if not fnmatch.filter(names, pattern):
+            raise InputError(
+                f"student.mask.only: {pattern!r} matches no weight of the student's MLPs; "
+                f"there are e.g. {', '.join(names[:3])}"
+            )
+    chosen = [
+        [
+            part
+            for part in parts
+            if part.parameter.requires_grad and any(fnmatch.fnmatchcase(part.name, own) for own in spec.only)
+        ]
+        for parts in layers
+    ]
+    if not any(part.parameter.ndim > 1 for parts in chosen for part in parts):
+        raise InputError("student.mask: every weight that it may choose is frozen by training.freeze or training.only")
+    return chosen
+
+
+class Masks:
+    """The masks of one model through one training: chosen when due, applied after every step, kept in checkpoints.
+
+    Whatever is masked once stays masked. Choices depend on the weights alone, so processes with equal weights make the
+    same ones. Sharded weights are put together for a choice, one layer at a time; a mask is sharded like its parameter.
+    """
+
+    def __init__(self, model: Any, spec: Mask, steps: int):
+        """Look at the model; nothing is masked yet.
+
+        Args:
+            model: The student; what does not learn has `requires_grad` off already.
+            spec: The recipe's `student.mask`.
+            steps: Length of the training.
+
+        Raises:
+            InputError: `only` or `score` leads nowhere.
+        """
+        self.spec = spec
+        self.steps = steps
+        self.layers = maskable(model, spec)
+        self.score = bind(find(SCORES, spec.score, "mask score"), spec.params, "student.mask.params")
+        self.masks: dict[str, Tensor] = {}
+        """Bool, True where the parameter of that name is zero; sharded like it."""
+
+    def follow(self, model: Any) -> None:
+        """Mask the parameters of `model` instead: the first one, or a copy of it, whose parameters may be sharded."""
+        named = dict(model.named_parameters(remove_duplicate=False))
+        self.layers = [[replace(part, parameter=named[part.name]) for part in parts] for parts in self.layers]
+
+    def before_step(self) -> None:
+        """Take masked weights out of the gradients."""
+        for part in self._masked():
+            if part.parameter.grad is not None:
+                local_shard(part.parameter.grad).masked_fill_(local_shard(self.masks[part.name]), 0)
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        """Zero what is masked, and what is to be masked after so many steps (0: before the first)."""
+        self.apply()
+        share = progress(self.spec, step, self.steps)
+        if share is not None:
+            for layer, parts in enumerate(self.layers):
+                self._choose(layer, parts, share)
+            self.apply()
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Zero what is masked."""
+        for part in self._masked():
+            local_shard(part.parameter).masked_fill_(local_shard(self.masks[part.name]), 0)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint has to hold."""
+        return dict(self.masks)
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Continue from what `tensors` gave."""
+        parameters = {part.name: part.parameter for parts in self.layers for part in parts}
+        self.masks = {name: shard_like(tensor, parameters[name]) for name, tensor in tensors.items()}
+
+    def figures(self) -> dict[str, float]:
+        """`sparsity`: share of what may be masked that is."""
+        total = sum(part.parameter.numel() for parts in self.layers for part in parts)
+        return {"sparsity": sum(int(full_tensor(mask.sum())) for mask in self.masks.values()) / total}
+
+    def _masked(self) -> list[Part]:
+        return [part for parts in self.layers for part in parts if part.name in self.masks]
+
+    def _choose(self, layer: int, parts: list[Part], share: float) -> None:
+        weights = [part for part in parts if part.parameter.ndim > 1]
+        if not weights:
+            return
+        tensors = [full_tensor(part.parameter.detach()) for part in weights]
+        scores = self.score(tensors, layer)
+        if [score.shape for score in scores] != [tensor.shape for tensor in tensors]:
+            raise InputError(f"student.mask.score: {self.spec.score} must return one score for each weight")
+        taken = [
+            full_tensor(self.masks[part.name])
+            if part.name in self.masks
+            else torch.zeros_like(tensor, dtype=torch.bool)
+            for part, tensor in zip(weights, tensors, strict=True)
+        ]
+        if self.spec.per == "weight":
+            self._set(weights, choose(scores, taken, self.spec, share))
+            return
+        squares = [part.per_neuron(score) for part, score in zip(weights, scores, strict=True)]
+        norms = torch.stack(squares).sum(0).sqrt()
+        dead = weights[0].per_neuron(taken[0]) > 0
+        # Each expert gives up the same number, so that `compact` can take them out.
+        alone = self.spec.sparsity is not None and norms.ndim == 2
+        pairs = zip(norms, dead, strict=True) if alone else [(norms, dead)]
+        chosen = [choose([own], [gone], self.spec, share)[0] for own, gone in pairs]
+        neurons = torch.stack(chosen) if alone else chosen[0]
+        self._set(parts, [part.spread(neurons) for part in parts])
+
+    def _set(self, parts: Sequence[Part], masks: Sequence[Tensor]) -> None:
+        self.masks |= {part.name: shard_like(mask, part.parameter) for part, mask in zip(parts, masks, strict=True)}

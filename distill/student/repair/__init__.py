@@ -1,0 +1,1 @@
+"""Corrections of the cut student in closed form."""

@@ -1,0 +1,120 @@
+"""Second moments over the calibration positions: all that least squares needs to know about a sample.
+
+Sums run over real tokens in float64. N positions, K numbers per position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from distill.models.forward import Batch
+
+T = TypeVar("T")
+LARGEST = 4 * 2**30
+"""Bytes of moments that are held at a time; what needs more is gathered in several passes over the sample."""
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """How far one student layer's MLP is from what it should give, on the calibration sample."""
+
+    student_layer: int
+    teacher_layer: int
+    before: float
+    """Mean squared error per value of the output, before the step."""
+    after: float
+    """The same after it."""
+
+
+class Moments:
+    """Sums over positions of a vector of K numbers and of its products with itself."""
+
+    def __init__(self, size: int, device: torch.device):
+        self.count = 0
+        self.total = torch.zeros(size, dtype=torch.float64, device=device)
+        """[K]"""
+        self.products = torch.zeros(size, size, dtype=torch.float64, device=device)
+        """[K, K]"""
+
+    def add(self, values: Tensor) -> None:
+        """Take in positions [N, K]."""
+        wide = values.double()
+        self.count += len(wide)
+        self.total += wide.sum(dim=0)
+        self.products.addmm_(wide.T, wide)
+
+    def mean(self) -> Tensor:
+        """[K]; 0 where nothing was seen."""
+        return self.total / max(1, self.count)
+
+    def about(self, centred: bool) -> Tensor:
+        """[K, K] sums of products, of deviations from the mean when `centred`: what an intercept leaves to fit."""
+        return self.products - torch.outer(self.total, self.mean()) if centred else self.products
+
+
+def moment_bytes(size: int) -> int:
+    """Memory of the moments of `size` numbers."""
+    return 8 * size * (size + 1)
+
+
+def groups(items: Iterable[T], cost: Callable[[T], int], most: int) -> Iterator[list[T]]:
+    """The items in order, in groups that cost at most `most` together; one that costs more stands alone."""
+    group: list[T] = []
+    spent = 0
+    for item in items:
+        if group and spent + cost(item) > most:
+            yield group
+            group, spent = [], 0
+        group.append(item)
+        spent += cost(item)
+    if group:
+        yield group
+
+
+class Pass:
+    """One pass of a model over the sample, with whatever hooks its caller attaches."""
+
+    def __init__(self, model: Any):
+        self.model = model
+        self.real = torch.empty(0)
+        """Boolean [B * L]: which positions of the current batch are real tokens."""
+
+    def add_real(self, moments: Moments, values: Tensor) -> None:
+        """Add the values [B * L, K] of the current batch's real tokens."""
+        moments.add(values[self.real])
+
+    @torch.no_grad()
+    def run(self, batches: Iterable[Batch], handles: Sequence[RemovableHandle]) -> None:
+        """Run the base model (the head's output is not looked at) over the batches, then remove the hooks."""
+        try:
+            for cpu_batch in batches:
+                batch = {name: cpu_batch[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+                self.real = batch["attention_mask"].bool().flatten()
+                self.model.base_model(**batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def correction(inputs: Tensor, cross: Tensor, ridge: float) -> Tensor:
+    """[K, M]: the d that minimises ||X d - Y||² + ridge · mean(diag(XᵀX)) · ||d||².
+
+    Args:
+        inputs: XᵀX, [K, K].
+        cross: XᵀY, [K, M].
+        ridge: Pulls d towards 0. With 0, a singular XᵀX gives the d of the smallest norm.
+    """
+    damped = inputs.clone()
+    damped.diagonal().add_(ridge * inputs.diagonal().mean())
+    if ridge:
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if not failed.item():
+            return torch.cholesky_solve(cross, factor)
+    inverse: Tensor = torch.linalg.pinv(damped, hermitian=True)
+    return inverse @ cross

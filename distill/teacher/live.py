@@ -1,0 +1,36 @@
+"""The teacher as a callable: a batch in, and out what the objective compares."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from distill.models.forward import Batch, Capture, Outputs, forward, to_device
+from distill.models.head import OutputHead
+
+
+class LiveTeacher:
+    """A live teacher: frozen, in eval mode, beside the student on its device.
+
+    It is never given to `Accelerator.prepare`: that would put it in every checkpoint, and DDP refuses a module without
+    trainable parameters.
+    """
+
+    def __init__(self, model: Any, wanted: Capture, device: torch.device):
+        self.model = model.requires_grad_(False).eval()
+        if self.model.device != device:  # 8-bit models cannot be moved
+            self.model = self.model.to(device)
+        self.device, self.wanted = device, wanted
+        self._head: OutputHead | None = None
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Outputs:
+        """What is wanted of one forward pass, without gradient, on the device of the batch."""
+        found, there = forward(self.model, to_device(batch, self.device), self.wanted), batch["input_ids"].device
+        if there == self.device:
+            return found
+        if self._head is None:  # it is large, and always the same
+            self._head = to_device(found.head, there)
+        return replace(to_device(replace(found, head=None), there), head=self._head)

@@ -1,0 +1,54 @@
+"""A running average of the weights (Polyak & Juditsky 1992), in fp32, of what learns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from distill.models.dtensor import shard_like
+
+
+class Ema:
+    """w' = d · w' + (1 - d) · w after every step, d = min(decay, (1 + step) / (10 + step))."""
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.values = {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int, skip: Tensor) -> None:
+        """Take in the weights after `step` steps; does nothing where `skip` [] is 1."""
+        share = 1 - min(self.decay, (1 + step) / (10 + step))
+        weight = share * (1 - skip)
+        for name, parameter in self.parameters.items():
+            self.values[name].add_((parameter.detach() - self.values[name]) * weight)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The model has the average for its weights inside the block."""
+        last = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        self.put()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, parameter in self.parameters.items():
+                    parameter.copy_(last[name])
+
+    @torch.no_grad()
+    def put(self) -> None:
+        """Give the model the average for good."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self.values[name])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint has to hold."""
+        return dict(self.values)
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Continue from what `tensors` gave."""
+        self.values = {name: shard_like(tensor, self.parameters[name]) for name, tensor in tensors.items()}
