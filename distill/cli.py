@@ -6,6 +6,7 @@ same command. torch is imported only by verbs that need it.
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 import sys
@@ -179,7 +180,7 @@ def _load(path: Path, overrides: list[str] | None) -> Recipe:
 def _run(verb: str, path: Path, overrides: list[str] | None, out: Path | None, remote_code: bool) -> None:
     recipe = _load(path, overrides)  # before torch: a wrong recipe is answered at once
     _quiet_libraries()
-    from distill.pipeline import STORY, VERBS, RunDir, Session, check_stages, run_stages
+    from distill.pipeline import STORY, VERBS, RunDir, Session, check_stages, local_inputs, run_stages
     from distill.ranks import launched, process_state
     from distill.training.signals import die_with_parent, leaving_in_time
 
@@ -192,10 +193,9 @@ def _run(verb: str, path: Path, overrides: list[str] | None, out: Path | None, r
         if main_process:
             console.print(message, markup=False, soft_wrap=True)
 
-    base = path.absolute().parent
-    if base.is_relative_to(folder.absolute()):
-        raise InputError(f"--out {folder} holds the recipe itself, which the run would overwrite; name another folder")
-    session = Session(recipe, base, RunDir(folder.absolute()), say, remote_code)
+    base, run = path.absolute().parent, RunDir(folder.absolute())
+    run.check({"the recipe": path, **local_inputs(recipe, base)})
+    session = Session(recipe, base, run, say, remote_code)
     with leaving_in_time():
         check_stages(session, STORY)
         run_stages(session, VERBS[verb])
@@ -275,6 +275,11 @@ def main(arguments: list[str] | None = None) -> int:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # click's usage errors
             console.print(f"error: {error.format_message() or 'a verb is missing; see distill --help'}", markup=False)
             return 2
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+            console.print(
+                f"error: the disk is full: {error}; make space, and give the same command again", markup=False
+            )
+            return 1
         raise
     finally:
         for number, handler in previous.items():

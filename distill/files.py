@@ -1,4 +1,4 @@
-"""Files that are either complete or not there, and what they contain."""
+"""Files and folders that are either complete or not there, and what they contain."""
 
 from __future__ import annotations
 
@@ -8,18 +8,26 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 
 def sha256_of(path: Path) -> str:
-    """Hex sha256 of a file's content."""
+    """Return the hex sha256 of a file's content; a file that has not changed is read once per process."""
+    stat = path.stat()
+    # The change time is the kernel's own: `os.utime` cannot set it, so an edited file never passes for the old one.
+    return _sha256(path, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _sha256(path: Path, *_signature: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def content_of(path: Path) -> str:
-    """One sha256 over a file, or over the names and contents of all files below a folder. Empty when missing."""
+    """Return one sha256 over a file, or over the names and contents of all files below a folder; empty when missing."""
     if path.is_file():
         return sha256_of(path)
     if not path.is_dir():
@@ -32,7 +40,8 @@ def write_text(path: Path, text: str) -> None:
     """Replace a file's content at once: readers see the old text or the new one, also after a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    temporary.unlink(missing_ok=True)
+    with temporary.open("x", encoding="utf-8") as file:  # a new file: a link of that name would be written through
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -41,24 +50,57 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_text` of indented JSON; refuses NaN, which is not JSON."""
+    """Write indented JSON with `write_text`; refuses NaN, which is not JSON."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 @contextmanager
 def fresh_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of `path` when the block ends without an error."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    """Give a temporary folder that takes the place of `path` when the block ends without an error.
+
+    The old folder is moved aside, the new one in, and only then is the old one removed: whenever the process is killed,
+    one of them is whole. Where that happens between the two moves, `put_back` restores the old one.
+    """
+    temporary, aside = path.with_name(f".{path.name}.tmp"), _aside(path)
+    put_back(path)
+    remove(temporary)
     temporary.mkdir(parents=True)
-    yield temporary
-    for file in temporary.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-    shutil.rmtree(path, ignore_errors=True)
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as opened:
+                    os.fsync(opened.fileno())
+        fsync_folder(temporary)
+    except BaseException:
+        remove(temporary)  # half a folder is of no use, and the disk may be full
+        raise
+    if path.is_symlink() or path.exists():
+        os.rename(path, aside)
     os.rename(temporary, path)
     fsync_folder(path.parent)
+    remove(aside)
+
+
+def put_back(path: Path) -> None:
+    """Finish a replacement by `fresh_folder` that was killed: the old folder returns unless a new one is in place."""
+    aside = _aside(path)
+    if path.exists():
+        remove(aside)
+    elif aside.exists():
+        os.rename(aside, path)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder with everything in it, if it is there; of a link, only the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def fsync_folder(path: Path) -> None:

@@ -3,7 +3,7 @@
 from distill.pipeline import build, calibrate, evaluate, plan, release, repair, teacher, train
 from distill.pipeline.folder import RunDir
 from distill.pipeline.session import Session
-from distill.pipeline.stage import Stage, check_stages, run_stages
+from distill.pipeline.stage import Stage, check_stages, local_inputs, run_stages
 
 STORY = (
     teacher.STAGE,
@@ -28,4 +28,4 @@ _NAMES = [stage.name for stage in STORY]
 VERBS: dict[str, tuple[Stage, ...]] = {verb: STORY[: _NAMES.index(last) + 1] for verb, last in _LAST.items()}
 """Each verb brings everything before it up to date; what is unchanged is skipped."""
 
-__all__ = ["STORY", "VERBS", "RunDir", "Session", "Stage", "check_stages", "run_stages"]
+__all__ = ["STORY", "VERBS", "RunDir", "Session", "Stage", "check_stages", "local_inputs", "run_stages"]

@@ -1,34 +1,61 @@
-"""Every path of a run, and the lock that keeps two runs apart."""
+"""Every path of a run, the run folders that are refused, and the lock that keeps two runs apart."""
 
 from __future__ import annotations
 
 import fcntl
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from distill.errors import InputError
+from distill.files import put_back
 from distill.training import TrainDir
 
+LOCK = ".lock"
+"""Every run folder holds it, which is how one is told from a folder of the user's."""
 
-@dataclass(frozen=True)
+
+class _Inside:
+    """A path inside the run folder."""
+
+    def __init__(self, relative: str):
+        self.relative = relative
+
+    def __get__(self, run: RunDir, _owner: Any = None) -> Path:
+        return run.root / self.relative
+
+
 class RunDir:
     """Paths of a run; stages meet here and nowhere else."""
 
-    root: Path
+    recipe = _Inside("recipe.yaml")
+    """The resolved recipe, every default written out."""
+    teacher = _Inside("teacher")
+    """The fitted teacher."""
+    calibration = _Inside("calibration.safetensors")
+    """Statistics of the calibration pass."""
+    plan = _Inside("plan.json")
+    """The student plan."""
+    student = _Inside("student")
+    """The student as cut, before training."""
+    repaired = _Inside("repaired")
+    """The student after repair, before training; only where the recipe asks for it."""
+    repair = _Inside("repair.json")
+    """What each step of the repair was worth."""
+    distilled = _Inside("distilled")
+    """The student after training."""
+    evaluation = _Inside("evaluation.json")
+    """All arms, measured."""
+    report = _Inside("report.html")
+    """The HTML report."""
+    release = _Inside("release")
+    """The folder that is handed out."""
 
-    @property
-    def recipe(self) -> Path:
-        """The resolved recipe, every default written out."""
-        return self.root / "recipe.yaml"
-
-    @property
-    def teacher(self) -> Path:
-        """The fitted teacher."""
-        return self.root / "teacher"
+    def __init__(self, root: Path):
+        self.root = root
 
     @property
     def fit(self) -> TrainDir:
@@ -36,79 +63,74 @@ class RunDir:
         return TrainDir(self.root / "fit")
 
     @property
-    def calibration(self) -> Path:
-        """Statistics of the calibration pass."""
-        return self.root / "calibration.safetensors"
-
-    @property
-    def plan(self) -> Path:
-        """The student plan."""
-        return self.root / "plan.json"
-
-    @property
-    def student(self) -> Path:
-        """The student as cut, before training."""
-        return self.root / "student"
-
-    @property
-    def repaired(self) -> Path:
-        """The student after repair, before training; only where the recipe asks for it."""
-        return self.root / "repaired"
-
-    @property
-    def repair(self) -> Path:
-        """What each step of the repair was worth."""
-        return self.root / "repair.json"
-
-    @property
     def training(self) -> TrainDir:
         """Training of the student; its checkpoints and metrics lie in the run folder itself."""
         return TrainDir(self.root)
 
-    @property
-    def distilled(self) -> Path:
-        """The student after training."""
-        return self.root / "distilled"
-
     def control(self, arm: str) -> TrainDir:
-        """Training of a control arm."""
+        """Return the training of a control arm."""
         return TrainDir(self.root / "controls" / arm)
 
     def control_model(self, arm: str) -> Path:
-        """A control arm after training."""
+        """Return the model of a control arm after training."""
         return self.root / "controls" / arm / "model"
 
-    @property
-    def evaluation(self) -> Path:
-        """All arms, measured."""
-        return self.root / "evaluation.json"
-
-    @property
-    def report(self) -> Path:
-        """The HTML report."""
-        return self.root / "report.html"
-
-    @property
-    def release(self) -> Path:
-        """The folder that is handed out."""
-        return self.root / "release"
-
     def stamp(self, stage: str) -> Path:
-        """What a finished stage was made from."""
+        """Return the file that says what a finished stage was made from."""
         return self.root / "stages" / f"{stage}.json"
+
+    def check(self, inputs: Mapping[str, Path]) -> None:
+        """Refuse a run folder in which something of the user's could be overwritten or mistaken for a result.
+
+        Args:
+            inputs: What the run reads, by the name that the user gave it: the recipe, the teacher, data.
+
+        Raises:
+            InputError: The folder is, holds or lies in an input; it is not empty and no run folder; or links lie in it.
+        """
+        root = self.root.resolve()
+        for name, path in inputs.items():
+            given = path.resolve()
+            inside = given.is_dir() and root.is_relative_to(given)
+            if given.is_relative_to(root) or inside:
+                relation = "is" if given == root else "lies in" if inside else "holds"
+                raise InputError(
+                    f"--out: the run folder {self.root} {relation} {name} ({path}), which the run would overwrite; "
+                    f"name another folder"
+                )
+        if not self.root.exists():
+            return
+        if not self.root.is_dir():
+            raise InputError(f"--out: {self.root} is a file; name a folder")
+        if any(self.root.iterdir()) and not (self.root / LOCK).exists():
+            raise InputError(f"--out: {self.root} is not empty and no run folder; name another, or an empty one")
+        for link in _links(self._own()):
+            raise InputError(f"--out: {link} is a link; a run folder holds none, as a run would write to its target")
+
+    def _own(self) -> Iterator[Path]:
+        """Everything in the run folder that a run writes itself, trackers aside."""
+        names = [entry.relative for entry in vars(type(self)).values() if isinstance(entry, _Inside)]
+        names += [LOCK, "fit", "controls", "stages", "checkpoints", "metrics.jsonl", "halvings"]
+        for name in names:
+            yield self.root / name
+            yield from (self.root / f".{name}{ending}" for ending in (".tmp", ".old"))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the run folder for this process. Raises InputError when another run is using it."""
+        """Hold the run folder for this process, and finish what a killed run left half done.
+
+        Raises:
+            InputError: Another run is using it, or it cannot be made.
+        """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.root / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except OSError as error:
             raise InputError(f"{self.root} cannot be the run folder: {error.strerror}") from error
-        with (self.root / ".lock").open("a+") as file:
+        with os.fdopen(descriptor, "r+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                file.seek(0)
                 holder = f" ({found})" if (found := file.read().strip()) else ""
                 raise InputError(
                     f"{self.root} is in use by another distill run{holder}; "
@@ -117,4 +139,15 @@ class RunDir:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
+            for folder in (self.teacher, self.student, self.repaired, self.distilled, self.release):
+                put_back(folder)
             yield
+
+
+def _links(paths: Iterable[Path]) -> Iterator[Path]:
+    """Find symbolic links among some paths and below them."""
+    for path in paths:
+        if path.is_symlink():
+            yield path
+        elif path.is_dir():
+            yield from (found for found in path.rglob("*") if found.is_symlink())

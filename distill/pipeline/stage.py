@@ -21,7 +21,7 @@ from distill.pipeline.folder import RunDir
 from distill.pipeline.session import Session
 from distill.ranks import check_launch, process_state
 from distill.recipe.load import dump, fingerprint
-from distill.recipe.locate import is_path
+from distill.recipe.locate import is_path, teacher_folder
 from distill.recipe.schema import Optimization, Recipe
 from distill.training.signals import StopSignals
 
@@ -112,6 +112,14 @@ def _patient_wait(state: PartialState) -> Callable[[], Any]:
         return state.wait_for_everyone  # type: ignore[no-any-return]
     # gloo: the processes wait on the CPU, and NCCL's watchdog does not take them for stuck.
     return partial(torch.distributed.barrier, torch.distributed.new_group(timeout=PATIENCE, backend="gloo"))
+
+
+def local_inputs(recipe: Recipe, base: Path) -> dict[str, Path]:
+    """Name the files and folders of this machine that a recipe reads, by the key that names them."""
+    resolved = with_absolute_paths(recipe, base)
+    found = {"data.source": Path(resolved.data.source)} if is_path(recipe.data.source) else {}
+    teacher = teacher_folder(recipe.teacher.model, base)
+    return found if teacher is None else {"teacher.model": teacher, **found}
 
 
 def with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
