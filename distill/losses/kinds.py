@@ -25,13 +25,13 @@ Mask = Literal["labelled", "predicted", "tokens"]
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """-log S(label) in fp32, [N]; 0 where the label is `UNLABELLED`."""
+    """Compute -log S(label) in fp32, [N]; 0 where the label is `UNLABELLED`."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return functional.cross_entropy(wide, labels, reduction="none", ignore_index=UNLABELLED)
 
 
 def squared_error(values: Tensor, labels: Tensor) -> Tensor:
-    """(value - label)² in fp32, [N]; 0 where the label is `UNLABELLED`."""
+    """Compute (value - label)² in fp32, [N]; 0 where the label is `UNLABELLED`."""
     wide = values.to(torch.promote_types(values.dtype, torch.float32)).squeeze(-1)
     return torch.where(labels == UNLABELLED, 0.0, wide - labels).square()
 
@@ -103,7 +103,7 @@ def _real_examples(batch: Batch) -> Tensor:
 
 
 def _predicted_tokens(batch: Batch) -> Tensor:
-    """[B, L - 1]: the token a prediction is made at and the one it is about are real and of one document."""
+    """Mask [B, L - 1]: the token a prediction is made at and the one it is about are real and of one document."""
     real = _real_tokens(batch)
     valid = real[:, 1:] & real[:, :-1]
     if "document_ids" in batch:
