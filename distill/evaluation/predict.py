@@ -50,7 +50,7 @@ def predict(
         labels = kind.labels(batch)
         labelled = (labels != UNLABELLED).nonzero(as_tuple=True)
         outputs = [forward(model, batch, Capture(stop_at_head=True)), *([teacher(batch)] if teacher else [])]
-        sides = [kind.selected(side, batch, labelled) for side in outputs]
+        sides = [kind.select(side, batch, labelled) for side in outputs]
         for part, logits in chunks(sides):
             piece = _columns(labels[labelled][part], slice(vocabulary), *logits)
             pieces.append({name: values.cpu() for name, values in piece.items()})

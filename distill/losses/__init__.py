@@ -22,16 +22,17 @@ no temperature², no weight. A loss for everybody is the same function with a ro
 from distill.losses.align import TopK
 from distill.losses.hidden import HIDDEN
 from distill.losses.kinds import PREDICTION_KINDS
-from distill.losses.labels import label_loss
 from distill.losses.logits import LOGITS
 from distill.losses.mapping import LayerMap, layer_map
-from distill.losses.objective import Objective
+from distill.losses.matches import MATCHES
+from distill.losses.objective import Objective, label_loss
 from distill.losses.relation import ATTENTION, RELATION
 
 __all__ = [
     "ATTENTION",
     "HIDDEN",
     "LOGITS",
+    "MATCHES",
     "PREDICTION_KINDS",
     "RELATION",
     "LayerMap",

@@ -28,21 +28,21 @@ class TopK:
 
     @classmethod
     def of(cls, logits: Tensor, k: int) -> TopK:
-        """The k most likely tokens of logits [..., V], k below V."""
+        """Keep the k most likely tokens of logits [..., V], k below V."""
         ids = logits.topk(k).indices
-        return cls(ids, _with_tail(logits, ids))
+        return cls(ids, _gather_with_tail(logits, ids))
 
     def __getitem__(self, positions: Any) -> TopK:
-        """The same for some of the positions."""
+        """Select some of the positions."""
         return TopK(self.ids[positions], self.log_probabilities[positions])
 
     def detach(self) -> TopK:
-        """Without gradient."""
+        """Detach from the graph."""
         return TopK(self.ids, self.log_probabilities.detach())
 
 
 def without_autocast(device: torch.device) -> torch.autocast:
-    """A block whose matrix products autocast leaves in the dtype of their operands.
+    """Open a block whose matrix products autocast leaves in the dtype of their operands.
 
     Rounding them to bf16 is harmless in a model; in a loss it is larger than what tells a student from its teacher.
     """
@@ -69,28 +69,28 @@ def align(student_logits: Tensor, teacher_logits: Tensor | TopK, temperature: fl
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
-    theirs = (teacher_logits.ids if isinstance(teacher_logits, TopK) else teacher_logits).shape
-    if student_logits.shape[:-1] != theirs[:-1]:
+    shape = (teacher_logits.ids if isinstance(teacher_logits, TopK) else teacher_logits).shape
+    if student_logits.shape[:-1] != shape[:-1]:
         raise ValueError(
             f"student and teacher logits are for different positions: {tuple(student_logits.shape)} "
-            f"against {tuple(theirs)}"
+            f"against {tuple(shape)}"
         )
     if isinstance(teacher_logits, TopK):
-        student_logits = _with_tail(student_logits, teacher_logits.ids)
+        student_logits = _gather_with_tail(student_logits, teacher_logits.ids)
         teacher_logits = teacher_logits.log_probabilities
     length = min(student_logits.shape[-1], teacher_logits.shape[-1])
-    return _scaled(student_logits[..., :length], temperature), _scaled(teacher_logits[..., :length], temperature)
+    return _scale(student_logits[..., :length], temperature), _scale(teacher_logits[..., :length], temperature)
 
 
-def _with_tail(logits: Tensor, ids: Tensor) -> Tensor:
-    """Log-probabilities [..., K + 1] of the tokens `ids` [..., K] and of everything else."""
+def _gather_with_tail(logits: Tensor, ids: Tensor) -> Tensor:
+    """Gather the log-probabilities [..., K + 1] of the tokens `ids` [..., K] and of everything else, the tail."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     # The tail is summed from its own terms: as 1 minus the rest it would lose its digits where it is small.
     tail = wide.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
     return torch.cat([wide.gather(-1, ids), tail], -1) - wide.logsumexp(-1, keepdim=True)
 
 
-def _scaled(logits: Tensor, temperature: float) -> Tensor:
+def _scale(logits: Tensor, temperature: float) -> Tensor:
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     # A forbidden class (-inf on both sides) must contribute 0; as infinities its log-ratio would be inf - inf = NaN.
     finite: Tensor = _Finite.apply(wide if temperature == 1 else wide / temperature)  # type: ignore[no-untyped-call]

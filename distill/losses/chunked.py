@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from distill.models.head import OutputHead
 
-Score = Callable[[Tensor, Any, Tensor], Tensor]
+SumTerms = Callable[[Tensor, Any, Tensor], Tensor]
 """(student's logits [n, V], teacher's [n, V'] or None, labels [n]) -> sum of each term over these positions, [K]."""
 
 CHUNK = {"cpu": (5 * 10**6, 128, 512), "cuda": (2**28, 512, 4096)}
@@ -32,7 +32,7 @@ BLOCK = {"cpu": 2**18, "cuda": 2**28}
 
 
 def chunk_size(vocabulary: int, device: torch.device) -> int:
-    """Positions per chunk."""
+    """Choose the positions per chunk."""
     logits, fewest, most = CHUNK.get(device.type, CHUNK["cuda"])
     return min(most, max(fewest, logits // vocabulary))
 
@@ -47,7 +47,7 @@ class HeadInput:
 
 
 def chunks(sides: Sequence[Any], size: int | None = None) -> Iterator[tuple[slice, list[Any]]]:
-    """The logits of every side, chunk by chunk, without gradient.
+    """Compute the logits of every side, chunk by chunk, without gradient.
 
     Args:
         sides: a `HeadInput`, whose logits are computed, or something that has one entry for each of the N positions.
@@ -77,23 +77,23 @@ def chunks(sides: Sequence[Any], size: int | None = None) -> Iterator[tuple[slic
 
 
 def through_heads(
-    student: HeadInput, teacher: Any, labels: Tensor, score: Score, factors: Tensor, size: int | None = None
+    student: HeadInput, teacher: Any, labels: Tensor, sum_terms: SumTerms, factors: Tensor, size: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The loss, with the gradient of the student's rows and head.
+    """Compute the loss, with the gradient of the student's rows and head.
 
     Args:
         student: Its rows and head, part of the graph.
         teacher: Its rows and head, its logits [N, V'], or anything else that slices like them and that the terms
             understand; None where no term reads it.
         labels: [N].
-        score: The terms; differentiated by autograd, so it must not change its arguments in place.
+        sum_terms: The terms; differentiated by autograd, so it must not change its arguments in place.
         factors: [K] factor of each sum in the loss.
         size: Positions per chunk; None: `chunk_size`.
 
     Returns:
         The loss, and the sum of each term [K] without gradient. Without positions both are 0 and so are the gradients.
     """
-    work = _Work(student.head, teacher, labels, score, factors, size)
+    work = _Work(student.head, teacher, labels, sum_terms, factors, size)
     loss, sums = _ThroughHeads.apply(student.rows, student.head.weight, student.head.bias, work)  # type: ignore[no-untyped-call]
     return loss, sums
 
@@ -103,7 +103,7 @@ class _Work:
     head: OutputHead
     teacher: Any
     labels: Tensor
-    score: Score
+    sum_terms: SumTerms
     factors: Tensor
     size: int | None
 
@@ -142,23 +142,31 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: float) -> No
 class _ThroughHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, work: _Work) -> tuple[Tensor, Tensor]:
+        head, factors = work.head, work.factors
         needed = ctx.needs_input_grad[:3]
-        gradients = _Gradients(rows, work.head, needed)
-        sums = torch.zeros(len(work.factors), dtype=torch.float64, device=rows.device)
+        gradients = _Gradients(rows, head, needed)
+        total = torch.zeros(len(factors), dtype=torch.float64, device=rows.device)
+        step = max(1, BLOCK.get(rows.device.type, BLOCK["cuda"]) // len(weight))
         # The cap is left to the blocks, where autograd sees it.
-        sides = [HeadInput(rows, replace(work.head, cap=None)), *([] if work.teacher is None else [work.teacher])]
+        sides = [HeadInput(rows, replace(head, cap=None)), *([] if work.teacher is None else [work.teacher])]
         for part, (linear, *target) in chunks(sides, work.size):
-            labels = work.labels[part]
-            for block in _blocks(linear):
-                teacher = target[0][block] if target else None
-                sums += _differentiated(work, linear[block], teacher, labels[block], any(needed))
+            for start in range(0, len(linear), step):
+                block = slice(start, start + step)
+                with torch.set_grad_enabled(any(needed)), torch.autocast(linear.device.type, enabled=False):
+                    leaf = linear[block].detach().requires_grad_(any(needed))
+                    teacher = target[0][block] if target else None
+                    sums = work.sum_terms(head.capped(leaf), teacher, work.labels[part][block])
+                    if any(needed):  # the derivative of the loss by these logits takes their place
+                        (slope,) = torch.autograd.grad((factors * sums).sum(), leaf)
+                        linear[block] = slope
+                total += sums.detach()
             if any(needed):
                 gradients.add(part, linear)
         ctx.gradients = [gradients.rows, gradients.weight, gradients.bias]
         ctx.kinds = [rows.dtype, weight.dtype, None if bias is None else bias.dtype]
-        sums = sums.to(work.head.wide)
-        ctx.mark_non_differentiable(sums)
-        return (work.factors * sums).sum(), sums
+        total = total.to(head.wide)
+        ctx.mark_non_differentiable(total)
+        return (factors * total).sum(), total
 
     @staticmethod
     @once_differentiable
@@ -170,19 +178,3 @@ class _ThroughHeads(torch.autograd.Function):
             ctx.gradients = None
         pairs = zip(gradients, ctx.kinds, strict=True)
         return (*(None if own is None else own.mul_(slope).to(kind) for own, kind in pairs), None)
-
-
-def _blocks(logits: Tensor) -> Iterator[slice]:
-    step = max(1, BLOCK.get(logits.device.type, BLOCK["cuda"]) // logits.shape[1])
-    return (slice(start, start + step) for start in range(0, len(logits), step))
-
-
-def _differentiated(work: _Work, linear: Tensor, target: Any, labels: Tensor, needed: bool) -> Tensor:
-    """Sums of the terms over one block; its z of the student is replaced by the derivative of the loss by it."""
-    with torch.set_grad_enabled(needed), torch.autocast(linear.device.type, enabled=False):
-        leaf = linear.detach().requires_grad_(needed)
-        sums = work.score(work.head.capped(leaf), target, labels)
-        if needed:
-            (slope,) = torch.autograd.grad((work.factors * sums).sum(), leaf)
-            linear.copy_(slope)
-    return sums.detach()

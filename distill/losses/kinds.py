@@ -1,4 +1,4 @@
-"""The kinds of heads that can be trained: which prediction is about which label, and where the teacher is asked.
+"""The kinds of predictions that can be trained: which one is about which label, and where there are any.
 
 Every kind is brought to one form: predictions [*, V], labels [*], and two masks [*] of where there is a label and where
 the teacher predicts. All that follows is the same for every kind.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,21 @@ from torch.nn import functional
 from distill.losses.align import without_autocast
 from distill.losses.chunked import HeadInput
 from distill.models.forward import UNLABELLED, Batch, Outputs
+
+Mask = Literal["labelled", "predicted", "tokens"]
+"""Which positions: those that have a label, those where something is predicted, the real tokens."""
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Compute -log S(label) in fp32, [N]; 0 where the label is `UNLABELLED`."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return functional.cross_entropy(wide, labels, reduction="none", ignore_index=UNLABELLED)
+
+
+def squared_error(values: Tensor, labels: Tensor) -> Tensor:
+    """Compute (value - label)² in fp32, [N]; 0 where the label is `UNLABELLED`."""
+    wide = values.to(torch.promote_types(values.dtype, torch.float32)).squeeze(-1)
+    return torch.where(labels == UNLABELLED, 0.0, wide - labels).square()
 
 
 def _real_tokens(batch: Batch) -> Tensor:
@@ -31,9 +46,9 @@ class PredictionKind:
 
     predictions: Callable[[Tensor, Batch], Tensor]
     """(what the model puts out, the batch) -> [*, V]. Of a vocabulary head this is also done to what it reads."""
-    own_labels: Callable[[Batch], Tensor]
+    raw_labels: Callable[[Batch], Tensor]
     """[*], `UNLABELLED` where there is none."""
-    asked: Callable[[Batch], Tensor]
+    predicted: Callable[[Batch], Tensor]
     """Where something is predicted, boolean [*]."""
     vocabulary: bool = False
     """Whether the classes are the tokens: too many to have their logits at once."""
@@ -41,39 +56,30 @@ class PredictionKind:
     """Real tokens of the stack of layers that has the head, boolean [B, L]."""
     causal: bool = False
     """Whether a token sees only those before it."""
+    label_loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy
+    """(predictions [N, V], labels [N]) -> [N]."""
+    classes: int | None = None
+    """Columns of the predictions, where they are always as many."""
 
     def labels(self, batch: Batch) -> Tensor:
-        """[*]: the mask moves with the labels, so where nothing is predicted there is none."""
-        return self.own_labels(batch).masked_fill(~self.asked(batch), UNLABELLED)
+        """Give the labels [*]: the mask moves with them, so where nothing is predicted there is none."""
+        return self.raw_labels(batch).masked_fill(~self.predicted(batch), UNLABELLED)
 
     def labelled(self, batch: Batch) -> Tensor:
-        """Where there is a label, boolean [*]."""
+        """Find where there is a label, boolean [*]."""
         return self.labels(batch) != UNLABELLED
 
-    def mask(self, match: str) -> Callable[[Batch], Tensor]:
-        """What finds the valid positions of a term: those that predict (with a label, or any) or the real tokens."""
-        if match == "labels":
-            return self.labelled
-        return self.asked if match in ("logits", "output") else self.tokens
+    def mask(self, name: Mask) -> Callable[[Batch], Tensor]:
+        """Look up the function that makes a mask of a batch."""
+        function: Callable[[Batch], Tensor] = getattr(self, name)
+        return function
 
-    def selected(self, outputs: Outputs, batch: Batch, positions: tuple[Tensor, ...] | Tensor) -> Any:
-        """The predictions at these positions, indices or a mask: logits [N, V], or what they are made from."""
+    def select(self, outputs: Outputs, batch: Batch, positions: tuple[Tensor, ...] | Tensor) -> Any:
+        """Select the predictions at these positions, indices or a mask: logits [N, V], or what they are made from."""
         if outputs.logits is not None:
             return self.predictions(outputs.logits, batch)[positions]
         assert outputs.last is not None and outputs.head is not None
         return HeadInput(self.predictions(outputs.last, batch)[positions], outputs.head)
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """-log S(label) in fp32, [N]; 0 where the label is `UNLABELLED`."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return functional.cross_entropy(wide, labels, reduction="none", ignore_index=UNLABELLED)
-
-
-def squared_error(values: Tensor, labels: Tensor) -> Tensor:
-    """(value - label)² in fp32, [N]; 0 where the label is `UNLABELLED`."""
-    wide = values.to(torch.promote_types(values.dtype, torch.float32)).squeeze(-1)
-    return torch.where(labels == UNLABELLED, 0.0, wide - labels).square()
 
 
 def _same(logits: Tensor, _batch: Batch) -> Tensor:
@@ -97,7 +103,7 @@ def _real_examples(batch: Batch) -> Tensor:
 
 
 def _predicted_tokens(batch: Batch) -> Tensor:
-    """[B, L - 1]: the token a prediction is made at and the one it is about are real and of one document."""
+    """Mask [B, L - 1]: the token a prediction is made at and the one it is about are real and of one document."""
     real = _real_tokens(batch)
     valid = real[:, 1:] & real[:, :-1]
     if "document_ids" in batch:
@@ -140,9 +146,9 @@ PREDICTION_KINDS: dict[str, PredictionKind] = {
     # One class per example: logits [B, V], labels [B].
     "sequence": PredictionKind(_same, _labels, _real_examples),
     # Any number of classes per example: logits [B, V], labels [B, V] of 0 and 1; each class is a choice of its own.
-    "multi_label": PredictionKind(_yes_or_no, lambda batch: batch["labels"].long(), _every_class),
+    "multi_label": PredictionKind(_yes_or_no, lambda batch: batch["labels"].long(), _every_class, classes=2),
     # One number per example: [B, 1], labels [B].
-    "regression": PredictionKind(_same, _labels, _real_examples),
+    "regression": PredictionKind(_same, _labels, _real_examples, label_loss=squared_error, classes=1),
     # One class per token: logits [B, L, V], labels [B, L].
     "token": PredictionKind(_same, _labels, _real_tokens),
     # Start and end of an answer among the tokens: logits [B, 2, L], labels [B, 2].

@@ -1,8 +1,9 @@
 """Divergences between the student's and the teacher's next-class distributions.
 
-Every function takes logits `(student_logits, teacher_logits)` of shape [..., V] and returns one value per position,
-shape [...], in nats (`logit_mse`: squared logits). Nothing here scales by temperature², reduces over positions or
-knows about masks: `distill.losses.objective` does that, once, for every loss.
+Every function takes logits `(student_logits, teacher_logits)` of shape [..., V] (the teacher's also as `TopK`), divides
+both by `temperature` (above 0), computes in fp32 or wider and returns one value per position, shape [...], in nats
+(`logit_mse`: squared logits). It raises ValueError for a parameter out of its range. Nothing here scales by
+temperature², reduces over positions or knows about masks: `distill.losses.objective` does that, once, for every loss.
 
 V: vocabulary or classes. T, S: the softmax of the teacher's and of the student's logits at the given temperature.
 """
@@ -38,14 +39,6 @@ def _log_mixture(log_ratio: Tensor, weight: float, rest: float) -> Tensor:
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     """KL(T || S) = sum T (log T - log S): covers all that the teacher would say; zero at equality.
 
-    Args:
-        student_logits: [..., V].
-        teacher_logits: [..., V].
-        temperature: softens both, > 0.
-
-    Returns:
-        [...] in nats.
-
     Source: Hinton et al. 2015, arXiv:1503.02531, section 2 (there as cross-entropy; the gradient is the same).
     """
     student, teacher = _log_probabilities(student_logits, teacher_logits, temperature)
@@ -55,14 +48,6 @@ def forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: f
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     """KL(S || T) = sum S (log S - log T): the student may ignore what it cannot say, but says nothing of its own.
 
-    Args:
-        student_logits: [..., V].
-        teacher_logits: [..., V].
-        temperature: softens both, > 0.
-
-    Returns:
-        [...] in nats.
-
     Source: Gu et al. 2023 (MiniLLM), arXiv:2306.08543, section 2.
     """
     student, teacher = _log_probabilities(student_logits, teacher_logits, temperature)
@@ -71,14 +56,6 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: f
 
 def symmetric_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     """(KL(T || S) + KL(S || T)) / 2 = sum (T - S)(log T - log S) / 2.
-
-    Args:
-        student_logits: [..., V].
-        teacher_logits: [..., V].
-        temperature: softens both, > 0.
-
-    Returns:
-        [...] in nats.
 
     Source: Kullback and Leibler 1951, On information and sufficiency (there the sum, not the mean).
     """
@@ -91,19 +68,7 @@ def jsd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 
 
     The formula itself fades to 0 at both ends of beta; divided by beta it tends to KL(T || S) for beta -> 0, divided
     by 1 - beta to KL(S || T) for beta -> 1. As in TRL, `beta=0` and `beta=1` therefore return those two limits,
-    `forward_kl` and `reverse_kl`, and everything in between is the formula as it stands.
-
-    Args:
-        student_logits: [..., V].
-        teacher_logits: [..., V].
-        temperature: softens both, > 0.
-        beta: share of the teacher in the mixture, 0 to 1.
-
-    Returns:
-        [...] in nats, at most log 2 for `beta=0.5`.
-
-    Raises:
-        ValueError: beta is outside 0 to 1.
+    `forward_kl` and `reverse_kl`, and everything in between is the formula as it stands. `beta=0.5`: at most log 2.
 
     Source: Agarwal et al. 2023 (GKD), arXiv:2306.13649, section 2.
     """
@@ -125,17 +90,7 @@ def skew_forward_kl(
 ) -> Tensor:
     """KL(T || alpha T + (1 - alpha) S): forward KL whose gradient stays bounded where the student says almost 0.
 
-    Args:
-        student_logits: [..., V].
-        teacher_logits: [..., V].
-        temperature: softens both, > 0.
-        alpha: share of the teacher in the mixture, 0 (plain forward KL) up to, but not including, 1.
-
-    Returns:
-        [...] in nats, at most -log alpha.
-
-    Raises:
-        ValueError: alpha is outside [0, 1).
+    `alpha`: from 0 (plain forward KL) up to, but not including, 1. At most -log alpha.
 
     Source: Ko et al. 2024 (DistiLLM), arXiv:2402.03898, section 3.1.
     """
@@ -151,17 +106,7 @@ def skew_reverse_kl(
 ) -> Tensor:
     """KL(S || (1 - alpha) T + alpha S): reverse KL that stays bounded where the teacher says almost 0.
 
-    Args:
-        student_logits: [..., V].
-        teacher_logits: [..., V].
-        temperature: softens both, > 0.
-        alpha: share of the student in the mixture, 0 (plain reverse KL) up to, but not including, 1.
-
-    Returns:
-        [...] in nats, at most -log alpha.
-
-    Raises:
-        ValueError: alpha is outside [0, 1).
+    `alpha`: from 0 (plain reverse KL) up to, but not including, 1. At most -log alpha.
 
     Source: Ko et al. 2024 (DistiLLM), arXiv:2402.03898, section 3.1.
     """
@@ -179,15 +124,7 @@ def _check_skew(alpha: float) -> None:
 
 
 def total_variation(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Half of sum |S - T|: the largest difference in probability that any event can have.
-
-    Args:
-        student_logits: [..., V].
-        teacher_logits: [..., V].
-        temperature: softens both, > 0.
-
-    Returns:
-        [...] between 0 and 1.
+    """Half of sum |S - T|: the largest difference in probability that any event can have, 0 to 1.
 
     Source: Wen et al. 2023 (f-DISTILL), arXiv:2307.15190.
     """
@@ -197,14 +134,6 @@ def total_variation(student_logits: Tensor, teacher_logits: Tensor, *, temperatu
 
 def soft_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     """-sum T log S = KL(T || S) + entropy of T: same gradient as `forward_kl`, but not zero at equality.
-
-    Args:
-        student_logits: [..., V].
-        teacher_logits: [..., V].
-        temperature: softens both, > 0.
-
-    Returns:
-        [...] in nats.
 
     Source: Hinton et al. 2015, arXiv:1503.02531, section 2.
     """
@@ -217,14 +146,6 @@ def logit_mse(student_logits: Tensor, teacher_logits: Tensor, *, temperature: fl
 
     Scaled by temperature², as the objective does, it does not depend on the temperature.
 
-    Args:
-        student_logits: [..., V].
-        teacher_logits: [..., V].
-        temperature: divisor of both, > 0.
-
-    Returns:
-        [...] in squared logits.
-
     Source: Ba and Caruana 2014, arXiv:1312.6184 (there the sum over V, halved).
     """
     student, teacher = align(student_logits, teacher_logits, temperature)
@@ -234,23 +155,12 @@ def logit_mse(student_logits: Tensor, teacher_logits: Tensor, *, temperature: fl
 def adaptive_kl(
     student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, head: float = 0.5
 ) -> Tensor:
-    """G KL(T || S) + (1 - g) KL(S || T), with g the share of sum |T - S| that lies in the head of the teacher.
+    """Forward and reverse: g KL(T || S) + (1 - g) KL(S || T), g the share of sum |T - S| in the head of the teacher.
 
-    The head are the fewest most likely tokens that hold `head` of the teacher's probability. Forward KL is quick to fit
-    the head and reverse KL the tail, so each position gets more of the one that it needs. g is part of the function and
-    of its gradient (the authors' code holds it constant; near the teacher the difference is of third order).
-
-    Args:
-        student_logits: [..., V].
-        teacher_logits: [..., V].
-        temperature: softens both, > 0.
-        head: probability in the head, between 0 and 1.
-
-    Returns:
-        [...] in nats.
-
-    Raises:
-        ValueError: head is not between 0 and 1.
+    The head are the fewest most likely tokens that hold `head` (between 0 and 1) of the teacher's probability. Forward
+    KL is quick to fit the head and reverse KL the tail, so each position gets more of the one that it needs. g is part
+    of the function and of its gradient (the authors' code holds it constant; near the teacher the difference is of
+    third order).
 
     Source: Wu et al. 2024 (AKL), arXiv:2404.02657, section 4.
     """

@@ -52,7 +52,7 @@ def layer_map(policy: Policy, plan: StudentPlan | None, student_layers: int, tea
         )
     else:
         pairs = [(student, teacher) for student, teacher in policy]
-    _check(pairs, student_layers, teacher_layers)
+    _check_pairs(pairs, student_layers, teacher_layers)
     return LayerMap(tuple(pairs))
 
 
@@ -60,7 +60,7 @@ def _span_ends(kept: Sequence[int], teacher_layers: int) -> list[tuple[int, int]
     return [(layer, end - 1) for layer, end in enumerate([*kept[1:], teacher_layers])]
 
 
-def _check(pairs: list[tuple[int, int]], student_layers: int, teacher_layers: int) -> None:
+def _check_pairs(pairs: list[tuple[int, int]], student_layers: int, teacher_layers: int) -> None:
     if not pairs:
         # An empty map would be a loss of 0 that nobody notices.
         raise InputError("map: no layer is mapped; give [student, teacher] pairs, or remove the hidden term")

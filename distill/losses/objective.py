@@ -6,22 +6,19 @@ B examples, L positions, N selected positions, V classes or vocabulary, D hidden
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from distill.errors import InputError
-from distill.losses.align import TopK, without_autocast
+from distill.losses.align import without_autocast
 from distill.losses.chunked import HeadInput, through_heads
-from distill.losses.kinds import PREDICTION_KINDS, PredictionKind
-from distill.losses.terms import Maps, ResolvedTerm, resolve
-from distill.losses.trial import check_values
+from distill.losses.kinds import PREDICTION_KINDS
+from distill.losses.matches import MicroBatch, projection_name
+from distill.losses.terms import Maps, ScheduledTerm, resolve
 from distill.models.forward import Batch, Capture, Outputs
 from distill.recipe.schema import Term
-
-PREDICTIONS = ("labels", "logits")
-"""Matches that read the predictions of the head; all of them share one pass over the logits."""
 
 
 class Objective:
@@ -35,7 +32,7 @@ class Objective:
     def __init__(
         self,
         terms: Sequence[Term],
-        head: str,
+        kind: str,
         maps: Maps | None = None,
         vocabulary: int | None = None,
         chunk: int | None = None,
@@ -44,42 +41,40 @@ class Objective:
 
         Args:
             terms: the recipe's `losses`, at least one.
-            head: the kind of head, a name from `distill.losses.kinds.PREDICTION_KINDS`.
+            kind: what is predicted, a name from `distill.losses.PREDICTION_KINDS`.
             maps: turns a term's `map` into layer pairs, e.g. `partial(layer_map, plan=plan, student_layers=3,
                 teacher_layers=6)`; only terms on layers need it.
             vocabulary: number of real classes; what a padded output head has beyond is ignored by logits terms.
             chunk: positions whose logits are there at once; None: as many as suit the device.
 
         Raises:
-            InputError: no terms, an unknown loss, a wrong parameter, a key that the term does not use, or a loss that
-                fails on two positions or that a student cannot learn from.
+            InputError: no terms, an unknown loss, a wrong parameter, a key that the term does not use, or a loss of the
+                user's own that fails on two positions or that a student cannot learn from.
         """
         if not terms:
             raise InputError("losses: there is nothing to learn from; give at least one term")
-        self.head = PREDICTION_KINDS[head]
-        self.vocabulary = vocabulary
+        self.kind = PREDICTION_KINDS[kind]
+        self.classes = slice(vocabulary)
         self.chunk = chunk
-        self._terms = resolve(terms, head, maps)
+        self._terms = resolve(terms, kind, maps)
+        self._scheduled: tuple[float, list[ScheduledTerm]] = (0.0, [term.at(0.0) for term in self._terms])
         self.projections = nn.ModuleDict()
         """Learned maps from the student's width to the teacher's, one per pair of layers; see `project`."""
-        matches = {term.match for term in self._terms}
-        self.needs_teacher = bool(matches - {"labels"})
-        self.student, self.teacher = (
-            Capture(
-                hidden=self._layers(side, "hidden", "embeddings"),
-                attention=self._layers(side, "attention"),
-                relations=self._layers(side, "relations"),
-                stop_at_head=self.head.vocabulary,
-            )
-            for side in (0, 1)
-        )
+        self.needs_teacher = any(term.match.needs_teacher for term in self._terms)
+        self.student, self.teacher = self._capture(0), self._capture(1)
 
-    def _layers(self, side: int, *matches: str) -> list[int]:
-        return sorted({pair[side] for term in self._terms if term.match in matches for pair in term.pairs})
+    def _capture(self, side: int) -> Capture:
+        """Collect what the pairs of all terms need of the student (side 0) or of the teacher (1)."""
+        layers: dict[str, Any] = {}
+        for term in self._terms:
+            if term.match.capture:
+                layers.setdefault(term.match.capture, set()).update(pair[side] for pair in term.pairs)
+        fields = {field: sorted(indices) for field, indices in layers.items()}
+        return Capture(**fields, stop_at_head=self.kind.vocabulary)
 
     @property
     def names(self) -> list[str]:
-        """One name per term, as reports show it: `labels`, `logits.forward_kl`, `hidden.mse`, `hidden.mse.2`."""
+        """Name each term, as reports show it: `labels`, `logits.forward_kl`, `hidden.mse`, `hidden.mse.2`."""
         return [term.name for term in self._terms]
 
     def project(self, student_width: int, teacher_width: int) -> None:
@@ -91,28 +86,28 @@ class Objective:
         if student_width == teacher_width:
             return
         for term in self._terms:
-            for pair in term.pairs if term.match in ("hidden", "embeddings") else ():
+            for pair in term.pairs if term.match.projected else ():
                 linear = nn.Linear(student_width, teacher_width)
                 nn.init.eye_(linear.weight)
                 nn.init.zeros_(linear.bias)
-                self.projections[_name(pair)] = linear
+                self.projections[projection_name(pair)] = linear
 
     def counts(self, batches: Iterable[Batch]) -> Tensor:
-        """Valid positions per term over all `batches`, int64 [K]; needs no forward pass.
+        """Count the valid positions of each term over all `batches`, int64 [K]; needs no forward pass.
 
         Labels: positions with a label. Logits: positions where the teacher predicts. Layers: real tokens, counted
         once however many layers are paired, because the term is the mean over its pairs.
         """
         total = torch.zeros(len(self._terms), dtype=torch.int64)
         for batch in batches:
-            counts = torch.stack([self.head.mask(term.match)(batch).sum() for term in self._terms])
+            counts = torch.stack([self.kind.mask(term.match.mask)(batch).sum() for term in self._terms])
             total = total.to(counts.device) + counts
         return total
 
     def __call__(
         self, student: Outputs, teacher: Outputs | None, batch: Batch, counts: Tensor, progress: float = 0.0
     ) -> tuple[Tensor, Tensor]:
-        """The share of one micro-batch in the loss of the optimizer step.
+        """Compute the share of one micro-batch in the loss of the optimizer step.
 
         Only valid positions are computed: they are selected first, so padding has no effect and no gradient. Finding
         them, once for each kind of position, is also the only point where the host waits for the device. Nothing is
@@ -133,136 +128,66 @@ class Objective:
 
         Raises:
             ValueError: a term needs a teacher and there is none.
-            InputError: a loss cannot compare these two models, or did not return one value per position.
+            InputError: a loss cannot compare these two models.
         """
         if self.needs_teacher and teacher is None:
             raise ValueError(f"the terms {self.names} need a teacher's outputs, and got none")
-        now = [_Now(term, *term.at(progress), count) for term, count in zip(self._terms, counts, strict=True)]
-        on_head = [term for term in now if term.match in PREDICTIONS]
-        where = _Positions(self.head, batch)
-        loss, parts = self._from_predictions(student, teacher, batch, on_head, where)
-        sums = dict(zip((term.name for term in on_head), parts, strict=True))
+        terms = self._at(progress)
+        factors = [term.weight / count for term, count in zip(terms, counts.clamp(min=1), strict=True)]
+        micro = MicroBatch(self.kind, batch, student, teacher, self.projections)
+        on_logits = [number for number, term in enumerate(terms) if term.resolved.match.on_logits]
+        loss, sums = self._from_logits(micro, [terms[n] for n in on_logits], [factors[n] for n in on_logits])
+        totals = dict(zip(on_logits, sums, strict=True))
         with without_autocast(loss.device):
-            for term in now:
-                if term.match not in PREDICTIONS:
-                    assert teacher is not None
-                    total = self._from_layers(student, teacher, batch, term, where)
-                    loss = loss + term.factor * total
-                    sums[term.name] = total.detach()
-        return loss, torch.stack([sums[name].float() for name in self.names])
+            for number, (term, factor) in enumerate(zip(terms, factors, strict=True)):
+                if number not in totals:
+                    valid = micro.positions(term.resolved.match.mask)
+                    total = torch.stack([term.total(micro, valid, pair) for pair in term.resolved.pairs]).mean()
+                    loss = loss + factor * total
+                    totals[number] = total.detach()
+        return loss, torch.stack([totals[number].float() for number in range(len(terms))])
 
-    def _from_predictions(
-        self, student: Outputs, teacher: Outputs | None, batch: Batch, terms: Sequence[_Now], where: _Positions
+    def _at(self, progress: float) -> list[ScheduledTerm]:
+        """Follow the schedules, once per step: all micro-batches of a step have the same progress."""
+        if self._scheduled[0] != progress:
+            self._scheduled = (progress, [term.at(progress) for term in self._terms])
+        return self._scheduled[1]
+
+    def _from_logits(
+        self, micro: MicroBatch, terms: Sequence[ScheduledTerm], factors: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """The loss of the terms on predictions, and their sums, from one pass over the positions that predict.
+        """Compute the loss of the terms on logits, and their sums, in one pass over the positions that predict.
 
         Without such a term no position is selected, which ties the head into the graph all the same.
         """
-        matches = {term.match for term in terms}
-        # Whatever has a label is predicted, so the positions of `logits` are those of both.
-        valid = where("logits" if "logits" in matches else "labels") if terms else where.none
-        labels = self.head.labels(batch)[valid]
-        teacher = teacher if "logits" in matches else None
-        factors = torch.stack([term.factor for term in terms]) if terms else labels.new_zeros(0, dtype=torch.float32)
+        with_teacher = any(term.resolved.match.needs_teacher for term in terms)
+        # Whatever has a label is predicted, so the positions with predictions are those of both.
+        valid = micro.positions("predicted" if with_teacher else "labelled") if terms else micro.no_positions
+        labels = self.kind.labels(micro.batch)[valid]
 
-        def score(own: Tensor, target: Any, labels: Tensor) -> Tensor:
-            classes = slice(self.vocabulary)
-            totals = [
-                _total(term, own, labels)
-                if term.match == "labels"
-                else _total(term, own[..., classes], target if isinstance(target, TopK) else target[..., classes])
-                for term in terms
-            ]
-            return torch.stack(totals) if totals else own[:0].sum(-1)
+        def sum_terms(student: Tensor, teacher: Any, labels: Tensor) -> Tensor:
+            sums = [term.total(student, teacher, labels, self.classes) for term in terms]
+            return torch.stack(sums) if sums else student[:0].sum(-1)
 
         with without_autocast(labels.device):
-            own = self.head.selected(student, batch, valid)
-            target = None if teacher is None else self.head.selected(teacher, batch, valid)
-            if not isinstance(own, HeadInput):
-                target = target.head(target.rows) if isinstance(target, HeadInput) else target
-                sums = score(own, None if target is None else target.detach(), labels)
-                loss = (factors * sums).sum() if terms else own[:0].sum()
-                return loss, sums.detach()
+            factor = torch.stack(list(factors)) if terms else labels.new_zeros(0, dtype=torch.float32)
+            student = self.kind.select(micro.student, micro.batch, valid)
+            teacher = self.kind.select(micro.teacher, micro.batch, valid) if with_teacher else None
+            if not isinstance(student, HeadInput):
+                if isinstance(teacher, HeadInput):
+                    teacher = teacher.head(teacher.rows)
+                sums = sum_terms(student, None if teacher is None else teacher.detach(), labels)
+                return (factor * sums).sum(), sums.detach()
         # Outside of the block, as on a GPU autocast says in which dtype the heads take their operands.
-        return through_heads(own, target, labels, score, factors, self.chunk)
-
-    def _from_layers(self, student: Outputs, teacher: Outputs, batch: Batch, term: _Now, where: _Positions) -> Tensor:
-        """Sum over valid positions of a term on layers, the mean over its pairs."""
-        valid = where(term.match)
-        if term.match == "output":
-            assert student.logits is not None and teacher.logits is not None
-            return _total(term, student.logits[valid], teacher.logits[valid].detach())
-        if term.match in ("attention", "relations"):
-            of_every_pair: Any = (slice(None), *valid)
-            return self._from_attention(student, teacher, batch, term)[of_every_pair].sum(-1).mean()
-        totals = []
-        for pair in term.pairs:
-            own, target = student.hidden[pair[0]][valid], teacher.hidden[pair[1]][valid]
-            if _name(pair) in self.projections:
-                projection = self.projections[_name(pair)]
-                own = projection(own.to(next(projection.parameters()).dtype))
-            totals.append(_total(term, own, target.detach()))
-        return torch.stack(totals).mean()
-
-    def _from_attention(self, student: Outputs, teacher: Outputs, batch: Batch, term: _Now) -> Tensor:
-        """Values of a term on attention at every position, padding included: [pairs, B, L]."""
-        real = self.head.tokens(batch)
-        seen = real[:, None, :] & real[:, :, None]
-        if self.head.causal:
-            seen = seen.tril()
-        if "document_ids" in batch:
-            seen = seen & (batch["document_ids"][:, None] == batch["document_ids"][:, :, None])
-        own, target = getattr(student, term.match), getattr(teacher, term.match)
-        return torch.stack([term.values(own[pair[0]], target[pair[1]], seen, shape=real.shape) for pair in term.pairs])
+        return through_heads(student, teacher, labels, sum_terms, factor, self.chunk)
 
 
-class _Positions:
-    """The valid positions of each kind of term in one micro-batch, as indices.
+def label_loss(kind: Literal["sequence", "next_token"]) -> Callable[[Tensor, Batch], tuple[Tensor, int]]:
+    """Make (logits, batch) -> (summed cross-entropy on labels, their number), for Taylor and Fisher scores."""
+    objective = Objective((Term(match="labels"),), kind)
 
-    Indexing with a mask looks for its positions each time, again in the backward pass, and each time the host waits
-    for the device. Here every mask is looked at once, however many tensors it selects from.
-    """
+    def loss(logits: Tensor, batch: Batch) -> tuple[Tensor, int]:
+        counts = objective.counts([batch])
+        return objective(Outputs(logits), None, batch, torch.ones_like(counts))[0], int(counts.sum())
 
-    def __init__(self, head: PredictionKind, batch: Batch):
-        self.head, self.batch = head, batch
-        self._found: dict[Callable[[Batch], Tensor], tuple[Tensor, ...]] = {}
-
-    def __call__(self, match: str) -> tuple[Tensor, ...]:
-        """One int64 [N] for each axis of the mask."""
-        mask = self.head.mask(match)
-        if mask not in self._found:
-            self._found[mask] = mask(self.batch).nonzero(as_tuple=True)
-        return self._found[mask]
-
-    @property
-    def none(self) -> tuple[Tensor, ...]:
-        """No position at all."""
-        labels = self.head.own_labels(self.batch)
-        return (labels.new_zeros(0, dtype=torch.int64),) * labels.ndim
-
-
-class _Now:
-    """A term at one point of the training, and its share of a count."""
-
-    def __init__(self, term: ResolvedTerm, weight: float, scale: float, loss: Callable[..., Tensor], count: Tensor):
-        self.key, self.name, self.match, self.pairs = term.key, term.name, term.match, term.pairs
-        self.scale, self.loss = scale, loss
-        self.factor = weight / count.clamp(min=1)
-
-    def values(self, *compared: Any, shape: tuple[int, ...]) -> Tensor:
-        """What the loss makes of the two sides, one value per position."""
-        try:
-            values = self.loss(*compared)
-        except ValueError as error:  # of what only real models show: widths and heads that do not fit
-            raise InputError(f"{self.key}: {self.name}: {error}") from error
-        check_values(values, shape, f"{self.key}: {self.name}")
-        return values
-
-
-def _total(term: _Now, own: Tensor, target: Any) -> Tensor:
-    return term.scale * term.values(own, target, shape=own.shape[:-1]).sum()
-
-
-def _name(pair: tuple[int, int]) -> str:
-    """Name of a pair's projection."""
-    return f"{pair[0]}:{pair[1]}"
+    return loss

@@ -4,39 +4,48 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from distill.errors import InputError
-from distill.losses.hidden import HIDDEN
-from distill.losses.kinds import cross_entropy, squared_error
-from distill.losses.logits import LOGITS
+from distill.losses.kinds import PREDICTION_KINDS, PredictionKind
 from distill.losses.mapping import LayerMap, Policy
-from distill.losses.relation import ATTENTION, RELATION
-from distill.losses.trial import try_out
-from distill.recipe.checks import USED_KEYS
+from distill.losses.matches import EXAMPLE_POSITIONS, MATCHES, Loss, Match, Pair
 from distill.recipe.schema import Schedule, Term
-from distill.registry import bind, find
-
-TABLES: dict[str, dict[str, Callable[..., Any]]] = {
-    "logits": LOGITS,
-    "hidden": HIDDEN,
-    "embeddings": HIDDEN,
-    "output": HIDDEN,
-    "attention": ATTENTION,
-    "relations": RELATION,
-}
-"""What a term matches -> the losses it may name; the first is the default."""
-MAPPED = ("hidden", "attention", "relations")
-"""Matches that compare layers."""
-EMBEDDINGS = (-1, -1)
-"""The pair that stands for what goes into the first layer of both models."""
+from distill.registry import bind, find, is_reference
 
 Maps = Callable[[Policy], LayerMap]
+
+EXAMPLE_COLUMNS = 64
+"""At least; widths, classes and vocabularies of real models are others, and a loss has to work with any."""
+
+
+@dataclass(frozen=True)
+class ScheduledTerm:
+    """A term at one step of the training."""
+
+    resolved: ResolvedTerm
+    weight: float
+    scale: float
+    """Temperature², or 1."""
+    loss: Loss
+    """With temperature and parameters filled in."""
+
+    def total(self, *compared: Any) -> Tensor:
+        """Sum the values of the loss over positions, times `scale`; `compared` is what the match's `values` takes.
+
+        Raises:
+            InputError: the loss cannot compare these two models, whose widths or heads do not fit.
+        """
+        try:
+            return self.scale * self.resolved.match.values(self.loss, *compared).sum()
+        except ValueError as error:
+            raise InputError(f"{self.resolved.key}: {self.resolved.name}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -47,131 +56,160 @@ class ResolvedTerm:
     """Where it stands in the recipe."""
     name: str
     spec: Term
-    function: Callable[..., Tensor]
-    """(own, target, parameters…) -> one value per position."""
-    pairs: tuple[tuple[int, int], ...] = ()
-    """(student layer, teacher layer); the term is the mean over them. Empty for terms on predictions."""
+    match: Match
+    function: Loss
+    """(student, teacher, parameters…) -> one value per position."""
+    pairs: tuple[Pair, ...] = ()
+    """The term is the mean over them. Empty for terms on predictions."""
 
-    @property
-    def match(self) -> str:
-        """What is compared."""
-        return self.spec.match
-
-    def at(self, progress: float) -> tuple[float, float, Callable[[Tensor, Any], Tensor]]:
-        """Weight, temperature² (or 1) and loss, at this share of the training (0 to 1)."""
+    def at(self, progress: float) -> ScheduledTerm:
+        """Follow the schedule to this share of the training, 0 to 1."""
         spec, params = self.spec, dict(self.spec.params)
         weight, temperature = spec.weight, spec.temperature
         if spec.schedule is not None:
-            moved = partial(_between, share=_share(spec.schedule, progress))
-            weight = moved(weight, spec.schedule.weight)
-            temperature = moved(temperature, spec.schedule.temperature)
-            params |= {name: moved(params[name], end) for name, end in spec.schedule.params.items()}
-        if spec.match != "logits":
-            return weight, 1.0, partial(self.function, **params)
+            move = partial(_interpolate, share=_share_done(spec.schedule, progress))
+            weight = move(weight, spec.schedule.weight)
+            temperature = move(temperature, spec.schedule.temperature)
+            params |= {name: move(params[name], end) for name, end in spec.schedule.params.items()}
+        if "temperature" not in self.match.keys:
+            return ScheduledTerm(self, weight, 1.0, partial(self.function, **params))
         scale = temperature**2 if spec.scale_by_temperature else 1.0
-        return weight, scale, partial(self.function, temperature=temperature, **params)
+        return ScheduledTerm(self, weight, scale, partial(self.function, temperature=temperature, **params))
 
 
-def _share(schedule: Schedule, progress: float) -> float:
-    """How far a schedule has come, 0 to 1."""
+def _share_done(schedule: Schedule, progress: float) -> float:
+    """Compute how far a schedule has come, 0 to 1."""
     length = schedule.end - schedule.start
     done = min(1.0, max(0.0, (progress - schedule.start) / length)) if length else float(progress >= schedule.end)
     return done if schedule.shape == "linear" else (1 - math.cos(math.pi * done)) / 2
 
 
-def _between(start: Any, end: Any, share: float) -> Any:
+def _interpolate(start: Any, end: Any, share: float) -> Any:
     return start if end is None else start + (end - start) * share
 
 
-def resolve(terms: Sequence[Term], head: str, maps: Maps | None) -> list[ResolvedTerm]:
+def resolve(terms: Sequence[Term], kind: str, maps: Maps | None) -> list[ResolvedTerm]:
     """Find every loss and check every parameter, so that a wrong one is found before any work is done.
 
     Raises:
-        InputError: an unknown loss, a wrong parameter, a key that the term does not use, a term that the head has
-            nothing for, or a loss that fails, or that a student cannot learn from.
+        InputError: an unknown loss, a wrong parameter, a key that the term does not use, a term that the kind of
+            predictions has nothing for, or a loss of the user's own that fails or that a student cannot learn from.
     """
     resolved: list[ResolvedTerm] = []
     for index, term in enumerate(terms):
-        where = f"losses.{index}"
-        _refuse_unused_keys(term, where)
-        _refuse_for_head(term, head, where)
-        if term.match == "labels":
-            function: Callable[..., Any] = squared_error if head == "regression" else cross_entropy
-            name = "labels"
-        else:
-            loss = term.loss or next(iter(TABLES[term.match]))
-            function, name = _checked(term, loss, head, where), f"{term.match}.{loss.rpartition(':')[2]}"
-        pairs: tuple[tuple[int, int], ...] = (EMBEDDINGS,) if term.match == "embeddings" else ()
-        if term.match in MAPPED:
+        key, match = f"losses.{index}", MATCHES[term.match]
+        _refuse_unused_keys(term, match, key)
+        loss = term.loss or match.default
+        problem = match.problem(kind, loss or "")
+        if problem:
+            raise InputError(f"{key}: {problem}")
+        function, name = PREDICTION_KINDS[kind].label_loss, str(term.match)
+        if loss is not None:
+            function = _check_loss(term, match, loss, PREDICTION_KINDS[kind], key)
+            name += f".{loss.rpartition(':')[2]}"
+        pairs = match.pairs
+        if "map" in match.keys:
             if maps is None:
-                raise ValueError(f"{where}: a term on {term.match} needs `maps`, see Objective")
+                raise ValueError(f"{key}: a term on {term.match} needs `maps`, see Objective")
             pairs = maps(term.map).pairs
-        title = _unique(name, [other.name for other in resolved])
-        resolved.append(ResolvedTerm(where, title, term, function, pairs))
+        title = _number_name(name, [other.name for other in resolved])
+        resolved.append(ResolvedTerm(key, title, term, match, function, pairs))
     return resolved
 
 
-def _refuse_unused_keys(term: Term, where: str) -> None:
+def _refuse_unused_keys(term: Term, match: Match, where: str) -> None:
     """A key without effect is a misunderstanding: say so instead of training something else than was asked."""
     fields = type(term).model_fields.items()
     changed = {key for key, field in fields if getattr(term, key) != field.get_default(call_default_factory=True)}
-    unused = sorted(changed - USED_KEYS[term.match])
+    unused = sorted(changed - match.keys - {"match", "weight", "schedule"})
     if unused:
         raise InputError(f"{where}: a term that matches {term.match} does not use {', '.join(unused)}; remove it")
 
 
-def _refuse_for_head(term: Term, head: str, where: str) -> None:
-    """Terms that would be zero, or mean nothing, whatever the student does."""
-    if head == "regression" and term.match == "logits" and term.loss != "logit_mse" and ":" not in (term.loss or ""):
-        raise InputError(f"{where}: a regression head has one number, not a distribution; write `loss: logit_mse`")
-    if head == "embedding" and term.match == "labels":
-        raise InputError(f"{where}: an embedding has no labels; match its output, or logits (similarities)")
-    if head != "embedding" and term.match == "output":
-        raise InputError(f"{where}: `match: output` compares sentence embeddings; for this head match logits")
-
-
-def _checked(term: Term, name: str, head: str, where: str) -> Callable[..., Any]:
-    """The named loss, its parameters and the ends of their schedules tried out; they are filled in later."""
-    function = find(TABLES[term.match], name, what="loss")
+def _check_loss(term: Term, match: Match, name: str, kind: PredictionKind, where: str) -> Loss:
+    """Find a loss and check its parameters at both ends of their schedules; they are filled in later."""
+    function = find(match.losses, name, what="loss")
     ends = [dict(term.params)]
-    if term.match == "logits" and "temperature" in term.params:
+    if "temperature" in match.keys and "temperature" in term.params:
         raise InputError(f"{where}.params.temperature: this is a key of the term itself, {where}.temperature")
     if term.schedule is not None:
-        _check_schedule(term.schedule, term, function, f"{where}.schedule")
+        _check_schedule(term.schedule, term, match, function, f"{where}.schedule")
         if term.schedule.params:
             ends.append({**term.params, **term.schedule.params})
     for params in ends:
-        given = params | ({"temperature": term.temperature} if term.match == "logits" else {})
-        try_out(bind(function, given, where=f"{where}.params"), term.match, head, params, where, name)
+        given = params | ({"temperature": term.temperature} if "temperature" in match.keys else {})
+        loss = bind(function, given, where=f"{where}.params")
+        if params or is_reference(name):  # tests have called the built-in losses with their own defaults
+            _try_out(loss, match, kind, params, where, name)
     return function
 
 
-def _check_schedule(schedule: Schedule, term: Term, function: Callable[..., Any], where: str) -> None:
+def _check_schedule(schedule: Schedule, term: Term, match: Match, function: Loss, where: str) -> None:
     if schedule.start > schedule.end:
         raise InputError(f"{where}: start {schedule.start} comes after end {schedule.end}")
-    if schedule.temperature is not None and term.match != "logits":
+    if schedule.temperature is not None and "temperature" not in match.keys:
         raise InputError(f"{where}.temperature: a term that matches {term.match} has no temperature; remove it")
     for name, end in schedule.params.items():
         values = (term.params.get(name), end)
         if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
             raise InputError(f"{where}.params.{name}: needs a number here and one to start from in the term's params")
-        if _is_whole(function, name):
+        if _is_whole_number(function, name):
             raise InputError(
                 f"{where}.params.{name}: a whole number has nothing in between; remove it from the schedule"
             )
 
 
-def _is_whole(function: Callable[..., Any], name: str) -> bool:
-    """Whether a parameter is a whole number: it says so, or says nothing and its default is one."""
-    own = inspect.signature(function).parameters.get(name)
-    if own is None:
+def _is_whole_number(function: Loss, name: str) -> bool:
+    """Look whether a parameter is a whole number: it says so, or says nothing and its default is one."""
+    parameter = inspect.signature(function).parameters.get(name)
+    if parameter is None:
         return False
-    if own.annotation is inspect.Parameter.empty:
-        return type(own.default) is int
-    return own.annotation in (int, "int", "int | None")
+    if parameter.annotation is inspect.Parameter.empty:
+        return type(parameter.default) is int
+    return parameter.annotation in (int, "int", "int | None")
 
 
-def _unique(name: str, taken: list[str]) -> str:
-    """`name`, or `name.2`, `name.3`, … when terms before it have that name."""
+def _try_out(loss: Loss, match: Match, kind: PredictionKind, params: Mapping[str, Any], where: str, name: str) -> None:
+    """Call a loss with made-up numbers and see whether a student can learn from what it returns.
+
+    Raises:
+        InputError: it fails, does not return one value per position, or has no gradient for the student.
+    """
+    whole = [number for number in params.values() if type(number) is int and 0 < number <= 4096]
+    columns = (kind.classes if match.on_logits else None) or math.lcm(EXAMPLE_COLUMNS, *whole[:2])
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")  # where kernels of one's own run
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        generator = torch.Generator().manual_seed(0)
+        student, *others = match.example(lambda *shape: torch.randn(shape, generator=generator).to(device), columns)
+        leaves = [tensor.requires_grad_() for tensor in (student if isinstance(student, list) else [student])]
+        try:
+            values = loss(student, *others)
+        except Exception as error:
+            problem = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            raise InputError(
+                f"{where}.params: {problem} (from {name}, tried on {EXAMPLE_POSITIONS} positions)"
+            ) from error
+        _check_values(values, others[-1].shape[:-1], f"{where}: {name}")
+        try:
+            slopes = torch.autograd.grad(values.sum(), leaves, allow_unused=True) if values.requires_grad else [None]
+        except RuntimeError as error:
+            raise InputError(f"{where}: {name} has no gradient: {error}") from error
+    if all(slope is None for slope in slopes):
+        raise InputError(
+            f"{where}: {name} has no gradient for the student, which would learn nothing from it; compute it from the "
+            "student's tensor, without detach(), item(), numpy() or argmax()"
+        )
+
+
+def _check_values(values: Any, shape: tuple[int, ...], name: str) -> None:
+    """Refuse what is not one number per position: a loss with its own mean would weigh every micro-batch the same."""
+    if isinstance(values, Tensor) and values.shape == shape and values.is_floating_point():
+        return
+    found = f"{tuple(values.shape)} {values.dtype}" if isinstance(values, Tensor) else type(values).__name__
+    raise InputError(f"{name} must return one value per position, {tuple(shape)}, got {found}")
+
+
+def _number_name(name: str, taken: list[str]) -> str:
+    """Give `name`, or `name.2`, `name.3`, … when terms before it have that name."""
     same = sum(other == name or other.rpartition(".")[0] == name for other in taken)
     return f"{name}.{same + 1}" if same else name

@@ -11,6 +11,8 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from distill.losses import MATCHES
+from distill.recipe.schema import Schedule
 from distill.release.evidence import (
     MISSING,
     Evidence,
@@ -258,15 +260,27 @@ def repair_table(evidence: Evidence) -> Table:
 
 
 def losses_table(evidence: Evidence) -> Table:
-    """The terms of the training loss."""
+    """The terms of the training loss, with what their schedules change."""
     rows = []
     for term in evidence.recipe.losses:
-        default = {"labels": "the task's own", "logits": "forward_kl", "hidden": "mse"}[term.match]
-        details = [f"temperature {number(term.temperature)}"] if term.match == "logits" else []
-        details += [f"map {term.map}"] if term.match == "hidden" else []
-        details += [f"{key} {value}" for key, value in term.params.items()]
-        rows.append((term.match, term.loss or default, ", ".join(details) or MISSING, number(term.weight)))
-    return Table(("match", "loss", "settings", "weight"), rows, text_columns=3)
+        match, ends, settings = MATCHES[term.match], term.schedule or Schedule(), []
+        if "temperature" in match.keys:
+            scaled = "" if term.scale_by_temperature else ", not multiplied by temperature²"
+            settings.append(f"temperature {format_change(term.temperature, ends.temperature)}{scaled}")
+        if "map" in match.keys:
+            settings.append(f"map {term.map if isinstance(term.map, str) else [list(pair) for pair in term.map]}")
+        settings += [f"{key} {format_change(value, ends.params.get(key))}" for key, value in term.params.items()]
+        if term.schedule:
+            settings.append(f"{ends.shape} from {percent(ends.start)} to {percent(ends.end)} of the steps")
+        loss, weight = term.loss or match.default or "the task's own", format_change(term.weight, ends.weight)
+        rows.append((term.match, match.compares, loss, ", ".join(settings) or MISSING, weight))
+    return Table(("match", "compares", "loss", "settings", "weight"), rows, text_columns=4)
+
+
+def format_change(start: Any, end: Any) -> str:
+    """Format a setting, and the value at the end of its schedule where it has one."""
+    first = number(start) if type(start) is float else str(start)
+    return first if end is None else f"{first} to {number(end)}"
 
 
 def training_rows(evidence: Evidence) -> list[tuple[str, ...]]:

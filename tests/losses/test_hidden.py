@@ -23,9 +23,9 @@ def test_it_gives_the_number_derived_by_hand(name):
 
 
 @every_distance
-@pytest.mark.parametrize("size", [0.0, 1e-30, 1e-8])
-def test_zero_vectors_give_finite_values_and_gradients(name, size):
-    for student, teacher in [(size, 1.0), (1.0, size), (size, size)]:
+def test_zero_vectors_give_finite_values_and_gradients(name):
+    sizes = (0.0, 1e-30, 1e-8)
+    for student, teacher in [pair for size in sizes for pair in [(size, 1.0), (1.0, size), (size, size)]]:
         student = torch.full((2, 4), student, requires_grad=True)
         value = HIDDEN[name](student, torch.full((2, 4), teacher))
         value.sum().backward()

@@ -294,6 +294,7 @@ def test_weight_temperature_and_parameters_follow_the_progress_of_the_training()
         Term(match="logits", loss="jsd", params={"beta": 0.2}, schedule={"params": {"beta": 0.8}, "weight": 3.0}),
     ]
     half = (1 - 2**-0.5) / 2  # of a cosine, at a quarter of the way
+    whole = Objective(moving, "sequence", maps)
     for progress, weight, temperature, beta, other in [
         (0.0, 2.0, 3.0, 0.2, 1.0), (0.25, 2.0, 3 - 2 * half, 0.35, 1.5), (0.5, 1.0, 2.0, 0.5, 2.0),
         (0.75, 0.0, 1 + 2 * half, 0.65, 2.5), (1.0, 0.0, 1.0, 0.8, 3.0),
@@ -304,8 +305,7 @@ def test_weight_temperature_and_parameters_follow_the_progress_of_the_training()
             Term(match="logits", loss="jsd", params={"beta": beta}, weight=other),
         ]
         results = []
-        for terms, at in ((moving, progress), (fixed, 0.0)):
-            objective = Objective(terms, "sequence", maps)
+        for objective, at in ((whole, progress), (Objective(fixed, "sequence", maps), 0.0)):
             results.append(objective(student, teacher, batch, objective.counts([batch]), at))
         torch.testing.assert_close(*results)
 

@@ -94,11 +94,11 @@ def test_near_the_teacher_the_gradient_is_that_of_float64(name):
 @pytest.mark.parametrize("name", RELATION)
 def test_relations_are_fp32_by_themselves(name):
     own, target = ([noise(B, L, D, seed=seed + side) for side in range(3)] for seed in (0, 3))
-    seen = torch.ones(B, L, L, dtype=torch.bool)
+    visible = torch.ones(B, L, L, dtype=torch.bool)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = RELATION[name](own, target, seen)
+        found = RELATION[name](own, target, visible)
         cosines = PREDICTION_KINDS["embedding"].predictions(own[0][:, 0], {"attention_mask": MASK})
-    assert torch.equal(found, RELATION[name](own, target, seen)) and cosines.dtype == torch.float32
+    assert torch.equal(found, RELATION[name](own, target, visible)) and cosines.dtype == torch.float32
 
 
 @dataclass(frozen=True)

@@ -13,38 +13,38 @@ from distill.models.attention import ATTENTIONS, relation_widths
 from distill.models.forward import Capture, forward
 from distill.models.layout import LAYOUTS
 
-SEEN = torch.ones(1, 2, 2, dtype=torch.bool)
+VISIBLE = torch.ones(1, 2, 2, dtype=torch.bool)
 # one head, two positions; only the first row differs
 STUDENT = torch.tensor([[[[1 / 4, 3 / 4], [1 / 2, 1 / 2]]]])
 TEACHER = torch.tensor([[[[1 / 2, 1 / 2], [1 / 2, 1 / 2]]]])
 
 
 def test_attention_distances_by_hand():
-    assert ATTENTION["mse"](STUDENT, TEACHER, SEEN).tolist() == [[pytest.approx(1 / 16), 0]]
+    assert ATTENTION["mse"](STUDENT, TEACHER, VISIBLE).tolist() == [[pytest.approx(1 / 16), 0]]
     expected = (log(2) + log(2 / 3)) / 2  # 1/2 log(1/2 / 1/4) + 1/2 log(1/2 / 3/4)
-    assert ATTENTION["kl"](STUDENT, TEACHER, SEEN).tolist() == [[pytest.approx(expected, rel=1e-6), 0]]
+    assert ATTENTION["kl"](STUDENT, TEACHER, VISIBLE).tolist() == [[pytest.approx(expected, rel=1e-6), 0]]
 
 
 def test_a_relation_by_hand():
     # vectors (1), (2) against (0), (0): rows of the products (1, 2), (2, 4) against a uniform teacher
     student, teacher = torch.tensor([[[1.0], [2.0]]]), torch.zeros(1, 2, 1)
-    found = RELATION["values"]([student] * 3, [teacher] * 3, SEEN)
+    found = RELATION["values"]([student] * 3, [teacher] * 3, VISIBLE)
     for row, (a, b) in zip(found[0], [(1, 2), (2, 4)], strict=True):
         total = exp(a) + exp(b)
         assert row.item() == pytest.approx(-log(2) - (log(exp(a) / total) + log(exp(b) / total)) / 2, rel=1e-5)
-    torch.testing.assert_close(RELATION["qkv"]([student] * 3, [teacher] * 3, SEEN), found)
+    torch.testing.assert_close(RELATION["qkv"]([student] * 3, [teacher] * 3, VISIBLE), found)
 
 
 @pytest.mark.parametrize("name", RELATION)
 def test_relations_scale_by_their_head_and_do_not_need_equal_widths(name):
     draw = torch.Generator().manual_seed(0)
     own, target = ([torch.randn(2, 3, width, generator=draw) for _ in range(3)] for width in (4, 12))
-    seen = torch.ones(2, 3, 3, dtype=torch.bool).tril()
-    found = RELATION[name](own, target, seen, heads=2)
+    visible = torch.ones(2, 3, 3, dtype=torch.bool).tril()
+    found = RELATION[name](own, target, visible, heads=2)
 
     def logs(vectors, head):
         part = vectors.chunk(2, -1)[head]
-        scores = (part @ part.mT / part.shape[-1] ** 0.5).masked_fill(~seen, -torch.inf)
+        scores = (part @ part.mT / part.shape[-1] ** 0.5).masked_fill(~visible, -torch.inf)
         return scores.softmax(-1)
 
     kinds = range(3) if name == "qkv" else [2]
@@ -55,31 +55,31 @@ def test_relations_scale_by_their_head_and_do_not_need_equal_widths(name):
     )  # fmt: skip
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="5 relation heads"):
-        RELATION[name](own, target, seen, heads=5)
+        RELATION[name](own, target, visible, heads=5)
 
 
-@pytest.mark.parametrize("seen", [SEEN, SEEN.tril(), ~SEEN])
-def test_gradients_are_derivatives_whatever_is_seen(seen):
+@pytest.mark.parametrize("visible", [VISIBLE, VISIBLE.tril(), ~VISIBLE])
+def test_gradients_are_derivatives_whatever_is_visible(visible):
     draw = torch.Generator().manual_seed(0)
-    scores = torch.randn(2, 1, 3, 2, 2, generator=draw, dtype=torch.float64).masked_fill(~seen[:, None], -1e9)
+    scores = torch.randn(2, 1, 3, 2, 2, generator=draw, dtype=torch.float64).masked_fill(~visible[:, None], -1e9)
     student, teacher = scores.softmax(-1)
     student.requires_grad_()
     for function in ATTENTION.values():
-        value = function(student, teacher, seen)
+        value = function(student, teacher, visible)
         value.sum().backward()
         assert value.isfinite().all() and student.grad.isfinite().all()
     vectors = [torch.randn(1, 2, 4, generator=draw, dtype=torch.float64).requires_grad_() for _ in range(6)]
     for function in RELATION.values():
-        assert torch.autograd.gradcheck(lambda *v, f=function: f(v[:3], v[3:], seen, heads=2), vectors)
+        assert torch.autograd.gradcheck(lambda *v, f=function: f(v[:3], v[3:], visible, heads=2), vectors)
     for function in ATTENTION.values():
         logits = [vector @ vector.mT for vector in vectors[:2]]
         maps = [each.softmax(-1)[:, None].detach().requires_grad_() for each in logits]
-        assert torch.autograd.gradcheck(lambda own, f=function, m=maps: f(own, m[1].detach(), SEEN), (maps[0],))
+        assert torch.autograd.gradcheck(lambda own, f=function, m=maps: f(own, m[1].detach(), VISIBLE), (maps[0],))
 
 
 def test_maps_of_another_number_of_heads_are_refused():
     with pytest.raises(ValueError, match="match relations"):
-        ATTENTION["kl"](STUDENT, TEACHER.expand(1, 2, 2, 2), SEEN)
+        ATTENTION["kl"](STUDENT, TEACHER.expand(1, 2, 2, 2), VISIBLE)
 
 
 def test_every_family_has_its_attention():

@@ -1,4 +1,4 @@
-"""Losses that cannot teach are refused before anything is trained, and called once for that."""
+"""Losses of the user's own that cannot teach are refused before anything is trained, and called once for that."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from distill.errors import InputError
-from distill.losses import ATTENTION, HIDDEN, LOGITS, PREDICTION_KINDS, RELATION, LayerMap, Objective
+from distill.losses import LayerMap, Objective
 from distill.models.forward import Outputs
 from distill.recipe.schema import Term
 
@@ -32,7 +32,7 @@ def own_mean(student, teacher):
     return (student - teacher).square().mean()
 
 
-def no_heads(student, teacher, seen):
+def no_heads(student, teacher, visible):
     return (student - teacher).square().sum((1, 2, 3))
 
 
@@ -93,9 +93,9 @@ def test_a_wrong_number_of_relation_heads_is_refused(params, message):
 
 
 @pytest.mark.parametrize("loss", ["qkv", "values"])
-@pytest.mark.parametrize("heads", [1, 7, 12, 48])
-def test_any_number_of_relation_heads_may_fit_a_model(loss, heads):
-    objective(Term(match="relations", loss=loss, params={"heads": heads}))
+def test_any_number_of_relation_heads_may_fit_a_model(loss):
+    for heads in (1, 7, 12, 48):
+        objective(Term(match="relations", loss=loss, params={"heads": heads}))
 
 
 @pytest.mark.parametrize(
@@ -118,15 +118,6 @@ def test_a_loss_is_called_once_and_leaves_the_random_numbers_alone():
     CALLS.clear()
     objective(Term(match="hidden", loss="test_trial:fine", params={"size": 1}, schedule={"params": {"size": 2}}))
     assert len(CALLS) == 2  # both ends of its schedule
-
-
-@pytest.mark.parametrize("head", PREDICTION_KINDS)
-def test_every_loss_of_the_tables_can_teach(head):
-    for match, table in {"hidden": HIDDEN, "attention": ATTENTION, "relations": RELATION}.items():
-        for name in table:
-            Objective([Term(match=match, loss=name)], head, lambda _policy: LayerMap(((0, 0),)))
-    for name in LOGITS if head != "regression" else ["logit_mse"]:
-        Objective([Term(match="logits", loss=name)], head)
 
 
 def test_what_only_the_models_show_is_an_error_with_the_key():

@@ -95,7 +95,7 @@ def test_card_tells_what_was_cut_and_how_it_was_trained(evidence: Evidence) -> N
     tables = rows(render_card(evidence))
     assert ["student.mlp.keep", "800", "768", "rounded down to a multiple of 64"] in tables[1]
     assert ["1", "2", "1536 → 768", "50.0 %"] in tables[2]
-    assert ["logits", "forward_kl", "temperature 2", "1"] in tables[3]
+    assert ["logits", "predictions with the teacher's", "forward_kl", "temperature 2", "1"] in tables[3]
     assert ["training examples", "2448, labelled: 160"] in tables[4]
     assert ["throughput, examples/s", "412.7", "1,031", "2.47x (2.31 to 2.62)"] in tables[5]
 

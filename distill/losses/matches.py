@@ -1,0 +1,252 @@
+"""What a term can match, one row each: terms, objective, captures, trial and model card read all that sets them apart.
+
+A new match is one row of `MATCHES` and its name in the recipe's schema.
+
+N valid positions, n of them in a block, B examples, L positions, V classes or vocabulary, D columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill.losses.align import TopK
+from distill.losses.hidden import HIDDEN
+from distill.losses.kinds import Mask, PredictionKind
+from distill.losses.logits import LOGITS
+from distill.losses.relation import ATTENTION, RELATION
+from distill.models.forward import Batch, Outputs
+
+Loss = Callable[..., Tensor]
+Pair = tuple[int, int]
+"""(student layer, teacher layer)"""
+Positions = tuple[Tensor, ...]
+"""Indices of positions: one int64 [N] for each axis of their mask."""
+
+EXAMPLE_POSITIONS = 2
+
+
+class MicroBatch:
+    """One micro-batch, what both models made of it, and where its valid positions are.
+
+    Indexing with a mask looks for its positions each time, again in the backward pass, and each time the host waits
+    for the device. Here every mask is looked at once, however many tensors it selects from.
+    """
+
+    def __init__(
+        self, kind: PredictionKind, batch: Batch, student: Outputs, teacher: Outputs | None, projections: nn.ModuleDict
+    ):
+        self.kind, self.batch, self.student, self.projections = kind, batch, student, projections
+        self._teacher = teacher
+        self._found: dict[Callable[[Batch], Tensor], Positions] = {}
+
+    @property
+    def teacher(self) -> Outputs:
+        """The teacher's outputs; the objective has made sure that there are some where a term reads them."""
+        assert self._teacher is not None
+        return self._teacher
+
+    def positions(self, mask: Mask) -> Positions:
+        """Find the positions of a mask."""
+        function = self.kind.mask(mask)
+        if function not in self._found:
+            self._found[function] = function(self.batch).nonzero(as_tuple=True)
+        return self._found[function]
+
+    @property
+    def no_positions(self) -> Positions:
+        """Positions of predictions, none of them."""
+        labels = self.kind.raw_labels(self.batch)
+        return (labels.new_zeros(0, dtype=torch.int64),) * labels.ndim
+
+    @cached_property
+    def visible(self) -> Tensor:
+        """Which keys (last axis) a query (second axis) may attend to, boolean [B, L, L]."""
+        real = self.kind.tokens(self.batch)
+        visible = real[:, None, :] & real[:, :, None]
+        if self.kind.causal:
+            visible = visible.tril()
+        if "document_ids" in self.batch:
+            documents = self.batch["document_ids"]
+            visible = visible & (documents[:, None] == documents[:, :, None])
+        return visible
+
+
+@dataclass(frozen=True)
+class Match:
+    """One thing that a term can compare."""
+
+    compares: str
+    """For people, as the model card says it."""
+    losses: Mapping[str, Loss]
+    """Losses by name, the first is the default; empty: the kind of predictions has its own."""
+    keys: frozenset[str]
+    """Keys of a term that have an effect, beside `match`, `weight` and `schedule`."""
+    mask: Mask
+    """Which positions count."""
+    values: Callable[..., Tensor]
+    """(loss, micro-batch, valid positions, pair) -> [N]; with `on_logits` (loss, student's logits [n, V], teacher's
+    logits or None, labels [n], real classes) -> [n]."""
+    example: Callable[[Callable[..., Tensor], int], tuple[Any, ...]]
+    """(function that draws normal numbers of a shape, columns) -> arguments for a loss at `EXAMPLE_POSITIONS`, the
+    student's first; the last has one row per position."""
+    on_logits: bool = False
+    """All such terms share one pass over the logits, a few positions at a time."""
+    needs_teacher: bool = True
+    capture: str | None = None
+    """The field of `Capture` that the layers of its pairs go to."""
+    pairs: tuple[Pair, ...] = ()
+    """The pairs where the term has no `map` to say them."""
+    projected: bool = False
+    """Whether a linear map brings the student's states to the teacher's width."""
+    problem: Callable[[str, str], str | None] = lambda _kind, _loss: None
+    """(kind of predictions, name of the loss) -> why they do not go together."""
+
+    @property
+    def default(self) -> str | None:
+        """Name of the loss where the term gives none."""
+        return next(iter(self.losses), None)
+
+
+def projection_name(pair: Pair) -> str:
+    """Name of the projection between two layers."""
+    return f"{pair[0]}:{pair[1]}"
+
+
+def _compare_labels(loss: Loss, student: Tensor, _teacher: Any, labels: Tensor, _classes: slice) -> Tensor:
+    return loss(student, labels)
+
+
+def _compare_logits(loss: Loss, student: Tensor, teacher: Any, _labels: Tensor, classes: slice) -> Tensor:
+    # The tokens of a `TopK` are real ones.
+    return loss(student[..., classes], teacher if isinstance(teacher, TopK) else teacher[..., classes])
+
+
+def _compare_states(loss: Loss, micro: MicroBatch, valid: Positions, pair: Pair) -> Tensor:
+    student, teacher = micro.student.hidden[pair[0]][valid], micro.teacher.hidden[pair[1]][valid]
+    name = projection_name(pair)
+    if name in micro.projections:
+        projection = micro.projections[name]
+        student = projection(student.to(next(projection.parameters()).dtype))
+    return loss(student, teacher.detach())
+
+
+def _compare_attention(field: str, loss: Loss, micro: MicroBatch, valid: Positions, pair: Pair) -> Tensor:
+    """Compare at every position, padding included, and select afterwards: a query is compared by all its keys."""
+    student, teacher = getattr(micro.student, field)[pair[0]], getattr(micro.teacher, field)[pair[1]]
+    return loss(student, teacher, micro.visible)[valid]
+
+
+def _compare_outputs(loss: Loss, micro: MicroBatch, valid: Positions, _pair: Pair) -> Tensor:
+    assert micro.student.logits is not None and micro.teacher.logits is not None
+    return loss(micro.student.logits[valid], micro.teacher.logits[valid].detach())
+
+
+def _example_vectors(draw: Callable[..., Tensor], columns: int) -> tuple[Any, ...]:
+    return draw(EXAMPLE_POSITIONS, columns), draw(EXAMPLE_POSITIONS, columns)
+
+
+def _example_attention(draw: Callable[..., Tensor], _columns: int) -> tuple[Any, ...]:
+    student, teacher = (draw(1, 2, EXAMPLE_POSITIONS, EXAMPLE_POSITIONS).softmax(-1) for _ in range(2))
+    return student, teacher, torch.ones_like(student[:, 0], dtype=torch.bool)
+
+
+def _example_relations(draw: Callable[..., Tensor], columns: int) -> tuple[Any, ...]:
+    student, teacher = ([draw(1, EXAMPLE_POSITIONS, columns) for _ in range(3)] for _ in range(2))
+    visible = torch.ones(1, EXAMPLE_POSITIONS, EXAMPLE_POSITIONS, dtype=torch.bool, device=student[0].device)
+    return student, teacher, visible
+
+
+def _without_labels(kind: str, _loss: str) -> str | None:
+    return "an embedding has no labels; match its output, or logits (similarities)" if kind == "embedding" else None
+
+
+def _without_distribution(kind: str, loss: str) -> str | None:
+    if kind != "regression" or loss == "logit_mse" or ":" in loss:
+        return None
+    return "a regression head has one number, not a distribution; write `loss: logit_mse`"
+
+
+def _without_embedding(kind: str, _loss: str) -> str | None:
+    if kind == "embedding":
+        return None
+    return "`match: output` compares sentence embeddings; for this head match logits"
+
+
+MATCHES: dict[str, Match] = {
+    "labels": Match(
+        "predictions with labels",
+        losses={},
+        keys=frozenset(),
+        mask="labelled",
+        values=_compare_labels,
+        example=_example_vectors,
+        on_logits=True,
+        needs_teacher=False,
+        problem=_without_labels,
+    ),
+    "logits": Match(
+        "predictions with the teacher's",
+        losses=LOGITS,
+        keys=frozenset({"loss", "params", "temperature", "scale_by_temperature"}),
+        mask="predicted",
+        values=_compare_logits,
+        example=_example_vectors,
+        on_logits=True,
+        problem=_without_distribution,
+    ),
+    "hidden": Match(
+        "outputs of mapped layers",
+        losses=HIDDEN,
+        keys=frozenset({"loss", "params", "map"}),
+        mask="tokens",
+        values=_compare_states,
+        example=_example_vectors,
+        capture="hidden",
+        projected=True,
+    ),
+    "embeddings": Match(
+        "what goes into the first layer",
+        losses=HIDDEN,
+        keys=frozenset({"loss", "params"}),
+        mask="tokens",
+        values=_compare_states,
+        example=_example_vectors,
+        capture="hidden",
+        pairs=((-1, -1),),
+        projected=True,
+    ),
+    "attention": Match(
+        "attention probabilities of mapped layers",
+        losses=ATTENTION,
+        keys=frozenset({"loss", "params", "map"}),
+        mask="tokens",
+        values=partial(_compare_attention, "attention"),
+        example=_example_attention,
+        capture="attention",
+    ),
+    "relations": Match(
+        "queries, keys and values of mapped layers, each with itself",
+        losses=RELATION,
+        keys=frozenset({"loss", "params", "map"}),
+        mask="tokens",
+        values=partial(_compare_attention, "relations"),
+        example=_example_relations,
+        capture="relations",
+    ),
+    "output": Match(
+        "sentence embeddings",
+        losses=HIDDEN,
+        keys=frozenset({"loss", "params"}),
+        mask="predicted",
+        values=_compare_outputs,
+        example=_example_vectors,
+        pairs=((0, 0),),  # one comparison; there is no layer to name
+        problem=_without_embedding,
+    ),
+}
