@@ -155,7 +155,7 @@ def cut_by_hand(teacher, kept, widths=None, encoder=None):
     """A student with these layers (`encoder`: of the encoder; default the same) and the last neurons of each MLP."""
     from distill.models.family import layers_of, layout_of
     from distill.models.mlp import mlps_of
-    from distill.models.plan import LayerPlan, StudentPlan
+    from distill.models.plan import KeptUnits, LayerPlan, StudentPlan
     from distill.student import build_student
 
     def stack(side, kept):
@@ -165,14 +165,8 @@ def cut_by_hand(teacher, kept, widths=None, encoder=None):
         for index, mlp, width in zip(kept, mlps, wanted, strict=True):
             last = list(range(mlp.width - width, mlp.width))
             neurons = [last] * mlp.experts if mlp.experts else last
-            layers.append(
-                LayerPlan(
-                    teacher_layer=index,
-                    width=width,
-                    teacher_width=mlp.width,
-                    neurons=neurons if width < mlp.width else None,
-                )
-            )
+            kept = KeptUnits(of=mlp.width, units=neurons if width < mlp.width else None)
+            layers.append(LayerPlan(teacher_layer=index, kept={"mlp": kept}))
         return layers
 
     two = "encoder" in layout_of(teacher).sides

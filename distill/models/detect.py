@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
+from distill.models.axes import keep_units
 from distill.models.layout import MlpLayout, ModelLayout, Stack, cut_lists, stated_width
 from distill.recipe.locate import LAYER_KEYS, WIDTH_KEYS
 
@@ -61,11 +62,11 @@ def _candidates(layer: nn.Module, config: Any) -> Iterator[MlpLayout]:
         width = stated_width(config, key)
         for out in [name for name, shape in linears.items() if shape == (config.hidden_size, width)]:
             beside = [name for name in linears if name.rpartition(".")[0] == out.rpartition(".")[0]]
-            for parts, most in ((1, 2), (2, 1)):
-                fit = [name for name in linears if linears[name] == (parts * width, config.hidden_size) and name != out]
+            for fused, most in ((1, 2), (2, 1)):
+                fit = [name for name in linears if linears[name] == (fused * width, config.hidden_size) and name != out]
                 ins = [name for name in fit if name in beside] or fit
                 if 1 <= len(ins) <= most:
-                    yield MlpLayout(tuple(ins), out, key, parts)
+                    yield MlpLayout(tuple(ins), out, key, fused)
 
 
 def _try_depth(base: Any, path: str, depth_key: str) -> None:
@@ -94,7 +95,7 @@ def _sets_the_width(base: Any, path: str, mlp: MlpLayout) -> bool:
     for layer, half in zip(base.get_submodule(path), halves, strict=True):
         before, after = dict(layer.named_parameters()), dict(half.named_parameters())
         changed = {name for name in before if before[name].shape != after[name].shape}
-        if changed != set(mlp.axes()) & set(before):
+        if changed != set(mlp.axis.tensors) & set(before):
             return False
         if after[f"{mlp.out}.weight"].shape[1] != halved[mlp.width_key]:
             return False
@@ -114,9 +115,7 @@ def _is_permutable(base: Any, path: str, depth_key: str, mlp: MlpLayout) -> bool
     def output_with(*mixed: str) -> Tensor:
         kept = {name: inside[name].clone() for name in mixed if name in inside}
         for name, tensor in kept.items():
-            axis, parts = mlp.axes()[name]
-            index = torch.cat([order + part * len(order) for part in range(parts)])
-            inside[name].copy_(tensor.index_select(axis, index))
+            inside[name].copy_(keep_units(tensor, mlp.axis.tensors[name], order))
         try:
             output: Tensor = small(input_ids=torch.arange(TRIAL_LENGTH)[None])[0]
         except FAILURES as error:
@@ -125,7 +124,7 @@ def _is_permutable(base: Any, path: str, depth_key: str, mlp: MlpLayout) -> bool
             inside[name].copy_(tensor)
         return output
 
-    plain, together, alone = output_with(), output_with(*mlp.axes()), output_with(f"{mlp.out}.weight")
+    plain, together, alone = output_with(), output_with(*mlp.axis.tensors), output_with(f"{mlp.out}.weight")
     gap = (alone - plain).abs().max()
     return bool(gap > 0 and (together - plain).abs().max() < 0.01 * gap)
 

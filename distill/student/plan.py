@@ -1,4 +1,4 @@
-"""Decide what the student keeps. Pure: reads the teacher's weights and the statistics, touches nothing."""
+"""Decide which layers and neurons the student keeps, from the teacher's weights and the statistics; changes neither."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from distill.models.cost import latency_ratio
 from distill.models.family import layout_of
 from distill.models.layout import StackName
 from distill.models.mlp import Mlp, mlps_of
-from distill.models.plan import Choice, LayerPlan, StudentPlan
+from distill.models.plan import KeptUnits, LayerPlan, Outcome, StudentPlan
 from distill.recipe.schema import Layers, Student
 from distill.registry import bind, find
 from distill.student import allocate, layers, scores
@@ -44,18 +44,18 @@ class _Scored:
 
     @property
     def ranked(self) -> Tensor:
-        """[F] as an allocation sees them: of experts, the mean over experts of each one's sorted scores."""
+        """[F] for an allocation: of experts, the mean over experts of each one's sorted scores."""
         values = self.values.double().cpu()
         return values if values.ndim == 1 else values.sort(dim=-1, descending=True).values.mean(dim=0)
 
     def cut(self, width: int) -> LayerPlan:
-        """The layer with its best neurons."""
-        neurons = top_neurons(self.values, width)
-        return LayerPlan(teacher_layer=self.index, width=width, teacher_width=self.width, neurons=neurons)
+        """Plan the layer with its best neurons."""
+        kept = KeptUnits(of=self.width, units=top_units(self.values, width))
+        return LayerPlan(teacher_layer=self.index, kept={"mlp": kept})
 
 
 def plan_student(model: Any, spec: Student, calibration: Statistics | None = None) -> StudentPlan:
-    """The plan for a student of `model`.
+    """Plan a student of `model`.
 
     Args:
         model: The teacher, a transformers model of a known family.
@@ -74,7 +74,12 @@ def plan_student(model: Any, spec: Student, calibration: Statistics | None = Non
     asked = {"main": spec.layers, "encoder": spec.encoder_layers}
     kept = {side: choose_layers(model, side, asked[side], calibration) for side in sides}
     _check_protected(spec, depths["main"], kept["main"])
-    scored = [layer for side in sides for layer in _scores(model, side, kept[side], spec, calibration)]
+    scored = [
+        _score_layer(mlp, index, side, spec, calibration and calibration.of(side))
+        for side in sides
+        for index, mlp in enumerate(mlps_of(model, side))
+        if index in kept[side]
+    ]
     whole = [layer.side == "main" and layer.index in spec.mlp.protect for layer in scored]
     influence = _influence(scored, calibration)
     widths_for = partial(layer_widths, [layer.ranked for layer in scored], spec.mlp, influence=influence, whole=whole)
@@ -94,15 +99,15 @@ def plan_student(model: Any, spec: Student, calibration: Statistics | None = Non
             layer_scores={} if calibration is None else _layer_scores(calibration, sides),
         )
 
-    keep, choices = spec.mlp.keep, {}
+    keep, outcomes = spec.mlp.keep, {}
     if spec.target is not None:
-        keep, choices[f"student.target.{spec.target.kind}"] = _solve(model, spec, scored, whole, widths_for, plan_for)
-    decided = plan_for(widths_for(keep))
-    return decided.model_copy(update={"choices": _choices(spec, decided, keep) | choices})
+        keep, outcomes[f"student.target.{spec.target.kind}"] = _solve(model, spec, scored, whole, widths_for, plan_for)
+    plan = plan_for(widths_for(keep))
+    return plan.model_copy(update={"outcomes": _outcomes(spec, plan, keep) | outcomes})
 
 
 def wanted_statistics(spec: Student) -> StatisticsRequest:
-    """What a calibration has to collect for this student, by the tables `NEEDS`."""
+    """List the statistics that this student's policies and scores read, by the tables `NEEDS`."""
     asked: dict[StackName, Layers] = {"main": spec.layers}
     if spec.encoder_layers is not None:
         asked["encoder"] = spec.encoder_layers
@@ -151,16 +156,8 @@ def _check_protected(spec: Student, depth: int, kept: list[int]) -> None:
         raise InputError(f"student.mlp.protect: layer {dropped[0]} is not among the kept layers {kept}")
 
 
-def _scores(
-    model: Any, side: StackName, kept: list[int], spec: Student, calibration: Statistics | None
-) -> list[_Scored]:
+def _score_layer(mlp: Mlp, index: int, side: StackName, spec: Student, statistics: Statistics | None) -> _Scored:
     score = bind(find(SCORES, spec.mlp.score, "score"), spec.mlp.params, "student.mlp.params")
-    statistics = calibration and calibration.of(side)
-    mlps = mlps_of(model, side)
-    return [_Scored(side, index, _checked(score, side, index, mlps[index], statistics, spec)) for index in kept]
-
-
-def _checked(score: Any, side: StackName, index: int, mlp: Mlp, statistics: Statistics | None, spec: Student) -> Tensor:
     weights_in = [weight.detach() for weight in mlp.weights_in]
     values = score(MlpLayer(index, weights_in, mlp.weight_out.detach(), side), statistics)
     expected = (*mlp.weight_out.shape[:-2], mlp.width)
@@ -170,7 +167,7 @@ def _checked(score: Any, side: StackName, index: int, mlp: Mlp, statistics: Stat
             f"student.mlp.score: {spec.mlp.score} must return finite values of shape {expected} for layer {index}, "
             f"it returned {got}"
         )
-    return values
+    return _Scored(side, index, values)
 
 
 def _influence(scored: list[_Scored], calibration: Statistics | None) -> list[float] | None:
@@ -181,7 +178,7 @@ def _influence(scored: list[_Scored], calibration: Statistics | None) -> list[fl
 
 
 def _layer_scores(calibration: Statistics, sides: Sequence[StackName]) -> dict[str, list[float]]:
-    """Figures per teacher layer that decisions were made on."""
+    """Collect the figures per teacher layer that layer policies read."""
     found = {}
     for side in sides:
         own, prefix = calibration.of(side), "" if side == "main" else "encoder_"
@@ -193,8 +190,8 @@ def _layer_scores(calibration: Statistics, sides: Sequence[StackName]) -> dict[s
 
 def _solve(
     model: Any, spec: Student, scored: list[_Scored], whole: list[bool], widths_for: Any, plan_for: Any
-) -> tuple[float, Choice]:
-    """The share of neurons that meets the target, and the choice to report."""
+) -> tuple[float, Outcome]:
+    """Solve for the share of neurons that meets the target; the share, and what to report."""
     target = spec.target
     assert target is not None
     free = [layer.width for layer, stays in zip(scored, whole, strict=True) if not stays]
@@ -204,10 +201,9 @@ def _solve(
         )
     steps = shares(spec.mlp, free)
     if target.kind == "latency":
-        device = model.device
 
         def seconds(share: float) -> float:
-            student = build_student(model, plan_for(widths_for(share))).to(device)
+            student = build_student(model, plan_for(widths_for(share))).to(model.device)
             return latency_ratio(student, model, target.length)
 
         return solve(target, 1.0, steps, seconds)
@@ -215,7 +211,7 @@ def _solve(
     return solve(target, costs.total, steps, lambda share: costs.of(kept, widths_for(share)))
 
 
-def top_neurons(scores: Tensor, width: int) -> list[Any] | None:
+def top_units(scores: Tensor, width: int) -> list[Any] | None:
     """Ascending indices of the `width` highest scores, ties to the lower index; None when all are kept.
 
     For experts, scores are [E, F] and each expert has its own list.
@@ -227,32 +223,32 @@ def top_neurons(scores: Tensor, width: int) -> list[Any] | None:
     return order[..., :width].sort(dim=-1).values.tolist()
 
 
-def _choices(spec: Student, plan: StudentPlan, keep: Any) -> dict[str, Choice]:
-    """What was asked and what came of it, by key."""
-    found = {"student.layers.keep": Choice(asked=str(spec.layers.keep), got=", ".join(map(str, plan.kept_layers)))}
+def _outcomes(spec: Student, plan: StudentPlan, keep: Any) -> dict[str, Outcome]:
+    """Asked against got, by recipe key."""
+    found = {"student.layers.keep": Outcome(asked=str(spec.layers.keep), got=", ".join(map(str, plan.kept_layers)))}
     if spec.encoder_layers is not None:
         got = ", ".join(str(layer.teacher_layer) for layer in plan.stack("encoder"))
-        found["student.encoder_layers.keep"] = Choice(asked=str(spec.encoder_layers.keep), got=got)
-    placed = [(_place(side, layer), layer) for side in ("encoder", "main") for layer in plan.stack(side)]
+        found["student.encoder_layers.keep"] = Outcome(asked=str(spec.encoder_layers.keep), got=got)
+    placed = [(_layer_name(side, layer), layer) for side in ("encoder", "main") for layer in plan.stack(side)]
     sizes = [f"{layer.width} of {layer.teacher_width}" for _, layer in placed]
     got = sizes[0]
     if len(set(sizes)) > 1:
         got = ", ".join(f"{size} in {place}" for size, (place, _) in zip(sizes, placed, strict=True))
-    asked, reason = _asked(spec, keep, placed[0][1].teacher_width), ""
+    asked, reason = _describe_asked(spec, keep, placed[0][1].teacher_width), ""
     free = [layer for place, layer in placed if not (place[0] == "l" and layer.teacher_layer in spec.mlp.protect)]
     each = keep if isinstance(keep, list) else [keep] * len(free)
     pairs = zip(each, free, strict=True)
     wanted = sum(int(own * layer.teacher_width + EXACT) if isinstance(own, float) else own for own, layer in pairs)
     if spec.mlp.allocate != "threshold" and sum(layer.width for layer in free) < wanted:
         reason = f"rounded down to a multiple of {spec.mlp.multiple_of}"
-    return found | {"student.mlp.keep": Choice(asked=asked, got=got, reason=reason)}
+    return found | {"student.mlp.keep": Outcome(asked=asked, got=got, reason=reason)}
 
 
-def _asked(spec: Student, keep: Any, full: int) -> str:
+def _describe_asked(spec: Student, keep: Any, full: int) -> str:
     if isinstance(keep, list) or spec.mlp.allocate == "threshold":
         return str(keep) if isinstance(keep, list) else f"what {spec.mlp.allocate_params} gives"
     return f"{keep:g} of {full}" + (" (from student.target)" if spec.target else "")
 
 
-def _place(side: StackName, layer: LayerPlan) -> str:
+def _layer_name(side: StackName, layer: LayerPlan) -> str:
     return f"layer {layer.teacher_layer}" if side == "main" else f"encoder layer {layer.teacher_layer}"

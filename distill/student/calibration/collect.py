@@ -18,13 +18,13 @@ from torch.utils.hooks import RemovableHandle
 
 from distill.errors import InputError, RunError
 from distill.models.family import layers_of, layout_of
-from distill.models.forward import UNLABELLED, Batch, first_tensor, layer_input
+from distill.models.forward import UNLABELLED, Batch, first_tensor, layer_input, model_inputs, to_device, without_cache
 from distill.models.layout import StackName
 from distill.models.mlp import Mlp, mlps_of
 from distill.recipe.schema import Layers
 from distill.student.calibration.gradients import gradient_sums
 from distill.student.calibration.removal import LabelLoss, greedy_removals, losses_without
-from distill.student.calibration.sample import padded_right, real_positions, without_labels
+from distill.student.calibration.sample import pad_right, real_positions
 from distill.student.calibration.statistics import Statistics
 
 __all__ = ["Statistics", "StatisticsRequest", "calibrate"]
@@ -35,7 +35,7 @@ Reduce = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class StatisticsRequest:
-    """What to collect beyond what every calibration has."""
+    """Statistics to collect beyond those of every calibration."""
 
     gram: bool = False
     """Products of each two neurons: F² numbers per layer."""
@@ -59,7 +59,7 @@ def calibrate(
     Args:
         model: A transformers model of a known family.
         batches: As `distill.student.calibration.sample` describes them; with labels where a loss is asked for.
-        wanted: What to collect beyond the sums that one forward pass gives.
+        wanted: Statistics beyond the sums that one forward pass gives.
         loss: (logits, batch) -> the labels' loss summed over valid positions, and their number.
         reduce: With several processes, each with its own batches: adds a tensor up over them.
 
@@ -68,7 +68,7 @@ def calibrate(
         InputError: A loss is asked for and no example has a label.
     """
     wanted = wanted or StatisticsRequest()
-    sample = [padded_right(batch) for batch in batches]
+    sample = [pad_right(batch) for batch in batches]
     with _frozen(model):
         collectors = [_Collector(model, side, wanted.gram) for side in layout_of(model).sides]
         _forward(model, sample, collectors)
@@ -77,11 +77,11 @@ def calibrate(
             sums |= gradient_sums(model, sample, loss)
         decisions: dict[str, Tensor] = {}
         if wanted.losses_without or wanted.removals:
-            checked = _checked(loss, sample, reduce, model.device)
+            label_loss = _require_labels(loss, sample, reduce, model.device)
             for side in wanted.losses_without:
-                sums |= losses_without(model, side, sample, checked)
+                sums |= losses_without(model, side, sample, label_loss)
             for side, removals in wanted.removals.items():
-                order = greedy_removals(model, side, sample, checked, removals, reduce)
+                order = greedy_removals(model, side, sample, label_loss, removals, reduce)
                 decisions[f"{side}.removals"] = torch.tensor(order, dtype=torch.int64)
         sums = {name: reduce(total) for name, total in sorted(sums.items())} | decisions
     statistics = Statistics({name: total.cpu() for name, total in sums.items()})
@@ -92,7 +92,7 @@ def calibrate(
     return statistics
 
 
-def _checked(loss: LabelLoss | None, sample: list[Batch], reduce: Reduce, device: torch.device) -> LabelLoss:
+def _require_labels(loss: LabelLoss | None, sample: list[Batch], reduce: Reduce, device: torch.device) -> LabelLoss:
     labelled = sum(int((batch["labels"] != UNLABELLED).sum()) for batch in sample if "labels" in batch)
     if loss is None or reduce(torch.tensor(float(labelled), device=device)) == 0:
         raise InputError(
@@ -104,7 +104,7 @@ def _checked(loss: LabelLoss | None, sample: list[Batch], reduce: Reduce, device
 
 @contextmanager
 def _frozen(model: Any) -> Iterator[None]:
-    """Evaluation mode and no parameter that asks for a gradient; afterwards every one as it was."""
+    """Put a model into evaluation mode without gradients for the block; afterwards all is as it was."""
     training = {module: module.training for module in model.modules()}
     learning = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
@@ -122,11 +122,11 @@ def _forward(model: Any, sample: list[Batch], collectors: list[_Collector]) -> N
     handles = [handle for collector in collectors for handle in collector.watch()]
     try:
         for cpu_batch in sample:
-            batch = {name: tensor.to(model.device) for name, tensor in cpu_batch.items()}
+            batch = to_device(cpu_batch, model.device)
             for collector in collectors:
                 collector.given = real_positions(batch, collector.side)
             # The base model is enough: the head's output is not looked at.
-            model.base_model(**without_labels(batch))
+            model.base_model(**model_inputs(batch), **without_cache(model))
             for collector in collectors:
                 collector.add_angles()
     finally:
@@ -196,7 +196,7 @@ class _Collector:
         return hook
 
     def add_angles(self) -> None:
-        """Take in the angles between the states that this batch's layers have left."""
+        """Add the angles between the states before and after this batch's layers."""
         states_BND = nn.functional.normalize(torch.stack(self.ends, dim=1), dim=-1)
         cosines = (states_BND @ states_BND.mT).clamp(-1, 1)
         angles = cosines.arccos() / pi
@@ -204,7 +204,7 @@ class _Collector:
         self.sums[f"{self.side}.angles"] += angles.sum(dim=0)
 
     def _mlp_hook(self, index: int, mlp: Mlp) -> Callable[[Tensor, Tensor | None, int], None]:
-        def see(neurons: Tensor, positions: Tensor | None, expert: int) -> None:
+        def on_neurons(neurons: Tensor, positions: Tensor | None, expert: int) -> None:
             real = self.mask.flatten()
             where = real.nonzero().squeeze(-1) if positions is None else positions[real[positions]]
             values = (neurons if positions is None else neurons[real[positions]]).float()
@@ -212,10 +212,10 @@ class _Collector:
                 values = values[where]
             self._add(f"{self.side}.{index}", () if mlp.experts is None else expert, values, where)
 
-        return see
+        return on_neurons
 
     def _add(self, place: str, own: Any, values_TF: Tensor, where: Tensor) -> None:
-        """Take in the neurons of T positions; `where` [T] are their places in the flat batch."""
+        """Add the neurons of T positions; `where` [T] are their indices in the flat batch."""
         rows, length = self.mask.shape
         absolute = values_TF.abs()
         sequence = where // length
