@@ -92,6 +92,9 @@ DECODERS = (
 )  # fmt: skip
 ENCODERS = ("bert", "roberta", "xlm-roberta", "electra", "distilbert", "deberta-v2", "modernbert")
 SEQ2SEQ = ("t5", "t5-gated", "bart", "marian", "whisper")
+FORMS = ("llama", "phi3", "gpt_neox", "gpt2", "qwen3_moe", "t5", "t5-gated", "bert", "bart")
+"""A family for each form of layer: GLU, fused GLU, two matrices, transposed, experts beside dense layers, T5 with and
+without a gate, a norm after the MLP, encoder-decoder."""
 PREDICTION_KINDS = {
     **dict.fromkeys(DECODERS, "AutoModelForCausalLM"),
     **dict.fromkeys(ENCODERS, "AutoModelForSequenceClassification"),
