@@ -146,13 +146,14 @@ POST_NORM = "a norm follows the sum of the MLP's output and its input"
 SANDWICH = "a norm follows the MLP's output"
 
 
-def _bert(*projections: str) -> ModelLayout:
-    attention = AttentionLayout("attention.self", projections)
+def _bert(attention: AttentionLayout) -> ModelLayout:
     return ModelLayout(Stack("encoder.layer", (BERT_MLP,), attention, normed_after=POST_NORM))
 
 
-def _decoder(*mlps: MlpLayout, normed_after: str = "", scale_key: str = "") -> ModelLayout:
-    return ModelLayout(Stack("layers", mlps, SELF_ATTENTION, normed_after=normed_after, scale_key=scale_key))
+def _decoder(
+    *mlps: MlpLayout, attention: AttentionLayout = SELF_ATTENTION, normed_after: str = "", scale_key: str = ""
+) -> ModelLayout:
+    return ModelLayout(Stack("layers", mlps, attention, normed_after=normed_after, scale_key=scale_key))
 
 
 def _t5(side: str, mlp: int, depth_key: str) -> Stack:
@@ -172,61 +173,56 @@ def _seq2seq(normed_after: str) -> ModelLayout:
     return ModelLayout(stack("decoder"), stack("encoder"))
 
 
+BERT_ATTENTION = AttentionLayout("attention.self", ("query", "key", "value"))
+DEBERTA_ATTENTION = AttentionLayout("attention.self", ("query_proj", "key_proj", "value_proj"))
+DISTILBERT = Stack(
+    "transformer.layer",
+    (MlpLayout(("ffn.lin1",), "ffn.lin2", "hidden_dim"),),
+    AttentionLayout("attention", ("q_lin", "k_lin", "v_lin")),
+    "n_layers",
+    normed_after=POST_NORM,
+)
+MODERNBERT = Stack(
+    "layers",
+    (MlpLayout(("mlp.Wi",), "mlp.Wo", fused=2),),
+    AttentionLayout("attn", ("Wqkv",), "concatenated"),
+    keep_first="the first layer of ModernBERT has no norm before its attention, all others have one",
+)
+GPT2 = Stack(
+    "h",
+    (MlpLayout(("mlp.c_fc",), "mlp.c_proj", "n_inner", storage="conv1d"),),
+    AttentionLayout("attn", ("c_attn",), "concatenated"),
+    "n_layer",
+)
+GPT_NEOX = Stack(
+    "layers",
+    (MlpLayout(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),),
+    AttentionLayout("attention", ("query_key_value",), "per_head"),
+)
+OPT = Stack(
+    "decoder.layers",
+    (MlpLayout(("fc1",), "fc2", "ffn_dim"),),
+    SELF_ATTENTION,
+    normed_after=POST_NORM,
+    pre_norm_key="do_layer_norm_before",
+)
+
 LAYOUTS: dict[str, ModelLayout] = {
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra"), _bert("query", "key", "value")),
-    "deberta-v2": _bert("query_proj", "key_proj", "value_proj"),
-    "distilbert": ModelLayout(
-        Stack(
-            "transformer.layer",
-            (MlpLayout(("ffn.lin1",), "ffn.lin2", "hidden_dim"),),
-            AttentionLayout("attention", ("q_lin", "k_lin", "v_lin")),
-            "n_layers",
-            normed_after=POST_NORM,
-        )
-    ),
-    "modernbert": ModelLayout(
-        Stack(
-            "layers",
-            (MlpLayout(("mlp.Wi",), "mlp.Wo", fused=2),),
-            AttentionLayout("attn", ("Wqkv",), "concatenated"),
-            keep_first="the first layer of ModernBERT has no norm before its attention, all others have one",
-        )
-    ),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra"), _bert(BERT_ATTENTION)),
+    "deberta-v2": _bert(DEBERTA_ATTENTION),
+    "distilbert": ModelLayout(DISTILBERT),
+    "modernbert": ModelLayout(MODERNBERT),
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3"), _decoder(GLU)),
     **dict.fromkeys(("gemma2", "gemma3_text", "olmo2"), _decoder(GLU, normed_after=SANDWICH)),
     "granite": _decoder(GLU, scale_key="residual_multiplier"),
-    "phi3": ModelLayout(
-        Stack("layers", (FUSED_GLU,), AttentionLayout("self_attn", ("qkv_proj",), "concatenated")),
-    ),
-    "gpt2": ModelLayout(
-        Stack(
-            "h",
-            (MlpLayout(("mlp.c_fc",), "mlp.c_proj", "n_inner", storage="conv1d"),),
-            AttentionLayout("attn", ("c_attn",), "concatenated"),
-            "n_layer",
-        )
-    ),
-    "gpt_neox": ModelLayout(
-        Stack(
-            "layers",
-            (MlpLayout(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),),
-            AttentionLayout("attention", ("query_key_value",), "per_head"),
-        )
-    ),
-    "opt": ModelLayout(
-        Stack(
-            "decoder.layers",
-            (MlpLayout(("fc1",), "fc2", "ffn_dim"),),
-            SELF_ATTENTION,
-            normed_after=POST_NORM,
-            pre_norm_key="do_layer_norm_before",
-        )
-    ),
+    "phi3": _decoder(FUSED_GLU, attention=AttentionLayout("self_attn", ("qkv_proj",), "concatenated")),
+    "gpt2": ModelLayout(GPT2),
+    "gpt_neox": ModelLayout(GPT_NEOX),
+    "opt": ModelLayout(OPT),
     "mixtral": _decoder(EXPERTS),
     "qwen3_moe": _decoder(replace(EXPERTS, width_key="moe_intermediate_size"), GLU),
     "t5": ModelLayout(_t5("decoder", 2, "num_decoder_layers"), _t5("encoder", 1, "num_layers")),
-    "bart": _seq2seq(POST_NORM),
-    "marian": _seq2seq(POST_NORM),
+    **dict.fromkeys(("bart", "marian"), _seq2seq(POST_NORM)),
     "whisper": _seq2seq(""),
 }
 

@@ -29,17 +29,15 @@ class KeptUnits(BaseModel):
 
     @property
     def _lists(self) -> list[Any]:
-        if self.units is None:
-            return [range(self.of)]
+        if not self.units:
+            return [range(self.of) if self.units is None else []]
         return self.units if isinstance(self.units[0], list) else [self.units]
 
     @model_validator(mode="after")
     def _check_units(self) -> KeptUnits:
-        if self.units is not None:
-            lists = self._lists if self.units else [[]]
-            same = len({len(units) for units in lists}) == 1
-            if not same or any(not set(units) or sorted(set(units) & set(range(self.of))) != units for units in lists):
-                raise ValueError(f"units must be ascending indices below {self.of}, equally many for each expert")
+        ascending = all(units and sorted({*units} & {*range(self.of)}) == [*units] for units in self._lists)
+        if not ascending or len({*map(len, self._lists)}) > 1:
+            raise ValueError(f"units must be ascending indices below {self.of}, equally many for each expert")
         return self
 
 

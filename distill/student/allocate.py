@@ -16,9 +16,6 @@ from distill.errors import InputError
 from distill.recipe.schema import Mlp
 from distill.registry import bind, find
 
-NEEDS = {"sensitivity": "activations"}
-"""Allocation -> the statistics that it reads; `activations` are part of every calibration."""
-
 SHARES_BUDGET = {"global", "sensitivity"}
 """Allocations that spread one sum over all layers; the others want something of each layer."""
 

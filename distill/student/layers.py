@@ -131,7 +131,7 @@ def block_influence(
 
     Ties keep the lower index.
     """
-    return _highest(require(statistics).block_influence().tolist()[:layers], keep, protected)
+    return _highest(require(statistics, "block_influence").block_influence().tolist()[:layers], keep, protected)
 
 
 def angular(
@@ -145,7 +145,7 @@ def angular(
     Raises:
         InputError: Every block holds a protected layer.
     """
-    distances, gap = require(statistics).angular_distance(), layers - keep
+    distances, gap = require(statistics, "angular").angular_distance(), layers - keep
     starts = [start for start in range(keep + 1) if not any(start <= layer < start + gap for layer in protected)]
     if not starts:
         raise InputError(f"student.layers.choose: no {gap} layers in a row are free of protected ones")
@@ -157,7 +157,7 @@ def loss_drop(
     layers: int, keep: int, statistics: Statistics | None, *, protected: Collection[int] = frozenset()
 ) -> list[int]:
     """Drop the layers whose removal, each alone, raises the labels' loss least (Kim et al. 2024, Shortened LLaMA)."""
-    return _highest(require(statistics).loss_without().tolist()[:layers], keep, protected)
+    return _highest(require(statistics, "loss_drop").loss_without().tolist()[:layers], keep, protected)
 
 
 def greedy_loss(
@@ -168,7 +168,7 @@ def greedy_loss(
     Raises:
         InputError: The calibration removed fewer layers, or protected ones: it was made for another request.
     """
-    gone = require(statistics).removals[: layers - keep]
+    gone = require(statistics, "greedy_loss").removals[: layers - keep]
     if len(gone) < layers - keep or set(gone) & set(protected):
         raise InputError("student.layers.choose: the calibration's removals are for another request; calibrate again")
     return [layer for layer in range(layers) if layer not in gone]

@@ -18,7 +18,7 @@ from distill.models.mlp import Mlp, mlps_of
 from distill.models.plan import KeptUnits, LayerPlan, Outcome, StudentPlan
 from distill.recipe.schema import Layers, Student
 from distill.registry import bind, find
-from distill.student import allocate, layers, scores
+from distill.student import layers, scores
 from distill.student.allocate import ALLOCATIONS, EXACT, layer_widths
 from distill.student.build import build_student
 from distill.student.calibration.collect import StatisticsRequest
@@ -69,7 +69,6 @@ def plan_student(model: Any, spec: Student, calibration: Statistics | None = Non
     sides = layout_of(model).sides
     if spec.encoder_layers is not None:
         layout_of(model).stack("encoder")
-    _check_calibration(spec, calibration)
     depths = {side: len(mlps_of(model, side)) for side in sides}
     asked = {"main": spec.layers, "encoder": spec.encoder_layers}
     kept = {side: choose_layers(model, side, asked[side], calibration) for side in sides}
@@ -81,7 +80,9 @@ def plan_student(model: Any, spec: Student, calibration: Statistics | None = Non
         if index in kept[side]
     ]
     whole = [layer.side == "main" and layer.index in spec.mlp.protect for layer in scored]
-    influence = _influence(scored, calibration)
+    influence = None
+    if calibration is not None:
+        influence = [float(calibration.of(layer.side).block_influence()[layer.index]) for layer in scored]
     widths_for = partial(layer_widths, [layer.ranked for layer in scored], spec.mlp, influence=influence, whole=whole)
 
     def plan_for(widths: Sequence[int]) -> StudentPlan:
@@ -134,19 +135,6 @@ def check_strategies(spec: Student) -> None:
     bind(find(ALLOCATIONS, spec.mlp.allocate, "allocation"), spec.mlp.allocate_params, "student.mlp.allocate_params")
 
 
-def _check_calibration(spec: Student, calibration: Statistics | None) -> None:
-    used = {
-        "student.layers.choose": (policy_of(spec.layers), layers.NEEDS),
-        "student.mlp.score": (spec.mlp.score, scores.NEEDS),
-        "student.mlp.allocate": (spec.mlp.allocate, allocate.NEEDS),
-    }
-    if spec.encoder_layers is not None:
-        used["student.encoder_layers.choose"] = (policy_of(spec.encoder_layers), layers.NEEDS)
-    for key, (name, needs) in used.items():
-        if calibration is None and name in needs:
-            raise InputError(f"{key}: `{name}` needs calibration data; pass the Statistics of a calibration")
-
-
 def _check_protected(spec: Student, depth: int, kept: list[int]) -> None:
     beyond = [index for index in spec.mlp.protect if index >= depth]
     if beyond:
@@ -170,22 +158,15 @@ def _score_layer(mlp: Mlp, index: int, side: StackName, spec: Student, statistic
     return _Scored(side, index, values)
 
 
-def _influence(scored: list[_Scored], calibration: Statistics | None) -> list[float] | None:
-    if calibration is None:
-        return None
-    known = {side: calibration.of(side).block_influence() for side in {layer.side for layer in scored}}
-    return [float(known[layer.side][layer.index]) for layer in scored]
-
-
 def _layer_scores(calibration: Statistics, sides: Sequence[StackName]) -> dict[str, list[float]]:
     """Collect the figures per teacher layer that layer policies read."""
-    found = {}
+    figures = {}
     for side in sides:
-        own, prefix = calibration.of(side), "" if side == "main" else "encoder_"
-        found[f"{prefix}block_influence"] = own.block_influence().tolist()
-        if f"{side}.without" in own.sums:
-            found[f"{prefix}loss_without"] = own.loss_without().tolist()
-    return found
+        statistics, prefix = calibration.of(side), "" if side == "main" else "encoder_"
+        figures[f"{prefix}block_influence"] = statistics.block_influence().tolist()
+        if f"{side}.without" in statistics.sums:
+            figures[f"{prefix}loss_without"] = statistics.loss_without().tolist()
+    return figures
 
 
 def _solve(
@@ -225,30 +206,28 @@ def top_units(scores: Tensor, width: int) -> list[Any] | None:
 
 def _outcomes(spec: Student, plan: StudentPlan, keep: Any) -> dict[str, Outcome]:
     """Asked against got, by recipe key."""
-    found = {"student.layers.keep": Outcome(asked=str(spec.layers.keep), got=", ".join(map(str, plan.kept_layers)))}
-    if spec.encoder_layers is not None:
-        got = ", ".join(str(layer.teacher_layer) for layer in plan.stack("encoder"))
-        found["student.encoder_layers.keep"] = Outcome(asked=str(spec.encoder_layers.keep), got=got)
-    placed = [(_layer_name(side, layer), layer) for side in ("encoder", "main") for layer in plan.stack(side)]
+    outcomes = {}
+    stacks = {"layers": (spec.layers, plan.layers), "encoder_layers": (spec.encoder_layers, plan.encoder_layers)}
+    for key, (own, stack) in stacks.items():
+        if own is not None:
+            got = ", ".join(str(layer.teacher_layer) for layer in stack or [])
+            outcomes[f"student.{key}.keep"] = Outcome(asked=str(own.keep), got=got)
+    placed = [(side, layer) for side in ("encoder", "main") for layer in plan.stack(side)]
     sizes = [f"{layer.width} of {layer.teacher_width}" for _, layer in placed]
     got = sizes[0]
     if len(set(sizes)) > 1:
-        got = ", ".join(f"{size} in {place}" for size, (place, _) in zip(sizes, placed, strict=True))
-    asked, reason = _describe_asked(spec, keep, placed[0][1].teacher_width), ""
-    free = [layer for place, layer in placed if not (place[0] == "l" and layer.teacher_layer in spec.mlp.protect)]
+        names = [f"{'encoder ' if side == 'encoder' else ''}layer {layer.teacher_layer}" for side, layer in placed]
+        got = ", ".join(f"{size} in {name}" for size, name in zip(sizes, names, strict=True))
+    free = [layer for side, layer in placed if side == "encoder" or layer.teacher_layer not in spec.mlp.protect]
     each = keep if isinstance(keep, list) else [keep] * len(free)
     pairs = zip(each, free, strict=True)
-    wanted = sum(int(own * layer.teacher_width + EXACT) if isinstance(own, float) else own for own, layer in pairs)
-    if spec.mlp.allocate != "threshold" and sum(layer.width for layer in free) < wanted:
-        reason = f"rounded down to a multiple of {spec.mlp.multiple_of}"
-    return found | {"student.mlp.keep": Outcome(asked=asked, got=got, reason=reason)}
-
-
-def _describe_asked(spec: Student, keep: Any, full: int) -> str:
-    if isinstance(keep, list) or spec.mlp.allocate == "threshold":
-        return str(keep) if isinstance(keep, list) else f"what {spec.mlp.allocate_params} gives"
-    return f"{keep:g} of {full}" + (" (from student.target)" if spec.target else "")
-
-
-def _layer_name(side: StackName, layer: LayerPlan) -> str:
-    return f"layer {layer.teacher_layer}" if side == "main" else f"encoder layer {layer.teacher_layer}"
+    wanted = sum(int(one * layer.teacher_width + EXACT) if isinstance(one, float) else one for one, layer in pairs)
+    rounded = spec.mlp.allocate != "threshold" and sum(layer.width for layer in free) < wanted
+    reason = f"rounded down to a multiple of {spec.mlp.multiple_of}" if rounded else ""
+    if isinstance(keep, list):
+        asked = str(keep)
+    elif spec.mlp.allocate == "threshold":
+        asked = f"what {spec.mlp.allocate_params} gives"
+    else:
+        asked = f"{keep:g} of {placed[0][1].teacher_width}" + (" (from student.target)" if spec.target else "")
+    return outcomes | {"student.mlp.keep": Outcome(asked=asked, got=got, reason=reason)}

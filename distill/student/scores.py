@@ -50,7 +50,7 @@ class MlpLayer:
 
 def activation(layer: MlpLayer, statistics: Statistics | None) -> Tensor:
     """Mean absolute activation over real tokens: mean |x_i| of the input of the last projection."""
-    return require(statistics).mean_abs(layer.index)
+    return require(statistics, "activation").mean_abs(layer.index)
 
 
 def activation_l2(layer: MlpLayer, statistics: Statistics | None) -> Tensor:
@@ -59,7 +59,7 @@ def activation_l2(layer: MlpLayer, statistics: Statistics | None) -> Tensor:
     Source: Muralidharan et al. 2024, Minitron (arXiv 2407.14679), batch = L2, seq = mean. Sequences count alike,
     however long they are.
     """
-    return require(statistics).sequence_norm(layer.index)
+    return require(statistics, "activation_l2").sequence_norm(layer.index)
 
 
 def output_norm(layer: MlpLayer, statistics: Statistics | None) -> Tensor:
@@ -68,7 +68,7 @@ def output_norm(layer: MlpLayer, statistics: Statistics | None) -> Tensor:
     The size of what the neuron adds to the residual stream. Source: Wanda (Sun et al. 2023, arXiv 2306.11695) summed
     over a neuron's outgoing weights in the 2-norm.
     """
-    return torch.sqrt(require(statistics).mean_square(layer.index) * _outgoing(layer, 2))
+    return torch.sqrt(require(statistics, "output_norm").mean_square(layer.index) * _outgoing(layer, 2))
 
 
 def wanda(layer: MlpLayer, statistics: Statistics | None) -> Tensor:
@@ -78,7 +78,7 @@ def wanda(layer: MlpLayer, statistics: Statistics | None) -> Tensor:
     FLAP (An et al. 2023, arXiv 2312.11983).
     """
     size = layer.weight_out.shape[-2]
-    return require(statistics).mean_square(layer.index).sqrt() * _outgoing(layer, 1) / size
+    return require(statistics, "wanda").mean_square(layer.index).sqrt() * _outgoing(layer, 1) / size
 
 
 def magnitude(layer: MlpLayer, _statistics: Statistics | None, *, norm: int = 2) -> Tensor:
@@ -100,7 +100,7 @@ def taylor(layer: MlpLayer, statistics: Statistics | None) -> Tensor:
 
     Source: Molchanov et al. 2019 (arXiv 1906.10771), with a gate on the neuron.
     """
-    return require(statistics).taylor(layer.index)
+    return require(statistics, "taylor").taylor(layer.index)
 
 
 def taylor_kl(layer: MlpLayer, statistics: Statistics | None) -> Tensor:
@@ -109,7 +109,7 @@ def taylor_kl(layer: MlpLayer, statistics: Statistics | None) -> Tensor:
     Needs no labels. The first-order term of this KL is zero at the teacher; see
     `distill.student.calibration.gradients`.
     """
-    return require(statistics).kl_curvature(layer.index) / 2
+    return require(statistics, "taylor_kl").kl_curvature(layer.index) / 2
 
 
 def fisher(layer: MlpLayer, statistics: Statistics | None) -> Tensor:
@@ -117,7 +117,7 @@ def fisher(layer: MlpLayer, statistics: Statistics | None) -> Tensor:
 
     Source: Theis et al. 2018 (arXiv 1801.05787).
     """
-    return require(statistics).fisher(layer.index)
+    return require(statistics, "fisher").fisher(layer.index)
 
 
 def fluctuation(layer: MlpLayer, statistics: Statistics | None) -> Tensor:
@@ -125,7 +125,7 @@ def fluctuation(layer: MlpLayer, statistics: Statistics | None) -> Tensor:
 
     The error of replacing the neuron by its mean. Source: WIFV of FLAP (An et al. 2023, arXiv 2312.11983).
     """
-    return require(statistics).variance(layer.index) * _outgoing(layer, 2)
+    return require(statistics, "fluctuation").variance(layer.index) * _outgoing(layer, 2)
 
 
 def output_change(layer: MlpLayer, statistics: Statistics | None) -> Tensor:
@@ -136,7 +136,7 @@ def output_change(layer: MlpLayer, statistics: Statistics | None) -> Tensor:
     by row j of M: O(F) per removal, O(F²) in all. Of equal ones the later is removed. Source: the iterative channel
     contribution of Puzzletron (NVIDIA Model-Optimizer), with exact second moments in place of its running sum.
     """
-    gram = require(statistics).gram(layer.index)
+    gram = require(statistics, "output_change").gram(layer.index)
     if gram.ndim == 3:
         pairs = zip(gram, layer.weight_out, strict=True)
         return torch.stack([_removal_ranks(own * column_products(weight).cpu()) for own, weight in pairs])

@@ -146,8 +146,8 @@ class Statistics:
         return self.sums[key]
 
 
-def require(statistics: Statistics | None) -> Statistics:
-    """Return the statistics; raises InputError when there are none."""
+def require(statistics: Statistics | None, strategy: str) -> Statistics:
+    """Return the statistics; raises InputError when there are none for a score or policy of this name."""
     if statistics is None:
-        raise InputError("student: this policy, score or allocation needs calibration data")
+        raise InputError(f"student: `{strategy}` needs calibration data; pass the Statistics of a calibration")
     return statistics
