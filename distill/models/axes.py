@@ -1,4 +1,4 @@
-"""Select, pad, count and resize along a named axis of a layer; nothing here knows which axis it is.
+"""Select, pad, sum and resize along a named axis of a layer, whichever axis it is.
 
 U units, F entries of a tensor along the axis, E experts.
 """
@@ -82,7 +82,7 @@ def pad_units(tensor: Tensor, place: UnitDim, units: int) -> Tensor:
 
 
 def sum_per_unit(values: Tensor, place: UnitDim, per_expert: bool) -> Tensor:
-    """Add up what belongs to each unit, [U] or [E, U], of values laid out like a tensor."""
+    """Add up the entries of each unit, [U] or [E, U], of values laid out like a tensor."""
     split = _split_units(values, place)
     kept = {place.dim + 1, 0} if per_expert else {place.dim + 1}
     return split.sum([dim for dim in range(split.ndim) if dim not in kept])

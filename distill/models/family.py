@@ -1,4 +1,4 @@
-"""The layout of a model's family, looked up or found by its structure; its layers, and which of them must stay."""
+"""The layout of a model's family, looked up or found by its structure; its layers, and those that must stay."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run a model on a batch: select its inputs, capture what is asked of its layers, return logits or what makes them.
+"""Run a model on a batch: select its inputs, capture tensors of its layers, return logits or the input of the head.
 
 Shapes: B examples, L positions, D hidden width, H heads, V classes or vocabulary.
 """
@@ -25,7 +25,7 @@ Batch = dict[str, Tensor]
 """`input_ids` [B, L], `attention_mask` [B, L], `labels` [B] or [B, L] (`UNLABELLED`: none, or padding)."""
 
 UNLABELLED = -100
-"""The label of what has none, as in torch and transformers."""
+"""The label of positions without one, as in torch and transformers."""
 
 
 READ = (
@@ -36,7 +36,7 @@ READ = (
 
 
 def model_inputs(batch: Batch) -> Batch:
-    """Select what a model reads of a batch; every forward pass of the package on data goes through this."""
+    """Select the entries of a batch that a model reads; every forward pass on data goes through this."""
     inputs = {name: batch[name] for name in READ if name in batch}
     if "position_ids" in inputs:
         # Packed: transformers tells documents apart by positions that start anew, and only where there is no mask.
@@ -45,7 +45,7 @@ def model_inputs(batch: Batch) -> Batch:
 
 
 def without_cache(model: Any) -> dict[str, Any]:
-    """The call's options that turn off the key-value cache, which is for generation, in models that have one."""
+    """Options of a call that turn off the key-value cache, which is for generation; none for models without one."""
     return {"use_cache": False} if "use_cache" in signature(model.forward).parameters else {}
 
 
@@ -80,7 +80,7 @@ class Capture:
 
 @dataclass(frozen=True)
 class Outputs:
-    """Results of one forward pass: logits, or what logits are made from."""
+    """Results of one forward pass: logits, or the input of the head and the head."""
 
     logits: Tensor | None
     """[B, V] (sequence heads), [B, L, V] (token heads), [B, 2, L] (start and end of an answer); None where `last` and

@@ -87,7 +87,7 @@ class AttentionLayout:
     module: str
     """Inside a layer: the module that attends."""
     projections: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
-    """Inside that module: what makes queries, keys and values; one name where one module makes all three."""
+    """Inside that module: the modules of queries, keys and values; one name where one module makes all three."""
     fused: Literal["", "concatenated", "per_head"] = ""
     """Order of one module's columns: all queries, all keys, all values; or the three of each head in turn."""
 
@@ -107,9 +107,9 @@ class Stack:
     first_only: tuple[str, ...] = ()
     """Tensors inside a layer that only the first layer has and uses for all; a student's first layer inherits them."""
     keep_first: str = ""
-    """Why the first layer cannot be dropped; empty: it can."""
+    """Reason that the first layer cannot be dropped; empty: it can."""
     normed_after: str = ""
-    """Why the MLP output is not added to the residual stream directly (post-norm, sandwich norm); empty: it is."""
+    """The norm between the MLP's output and the residual stream (post-norm, sandwich norm); empty: there is none."""
     pre_norm_key: str = ""
     """Config switch of families of both kinds: where it is off, `normed_after` holds; empty: it always does."""
     scale_key: str = ""
@@ -230,7 +230,7 @@ PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
 """Config attributes with one entry per layer of the main stack; they are cut together with the layers."""
 
 INDEX_FLAGS = ("scale_attn_by_inverse_layer_idx",)
-"""Config attributes that, when true, make what a layer computes depend on its index."""
+"""Config attributes that, when true, make the output of a layer depend on its index."""
 
 
 def cut_lists(config: Any, kept: Sequence[int]) -> None:

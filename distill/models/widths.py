@@ -82,7 +82,7 @@ def resize_layers(model: Any, size_of: SizeOf) -> None:
 
 
 def with_widths(model_class: type[Any]) -> type[Any]:
-    """Make a class that builds from a config with sizes per layer what the stock class builds from a plain one.
+    """Derive a class that builds a model from a config with sizes per layer, as the stock class does from a plain one.
 
     It has the stock class's name and module, which transformers reads; `as_stock` turns its models into stock ones.
     """

@@ -48,11 +48,11 @@ def threshold(
         raise InputError("student.mlp.allocate_params: give `threshold` or `mass`, one of them")
     if mass is not None and not 0 < mass <= 1:
         raise InputError(f"student.mlp.allocate_params.mass: {mass} is not above 0 and at most 1")
-    if any(bool((own < 0).any()) for own in scores):
+    if any(bool((layer < 0).any()) for layer in scores):
         raise InputError("student.mlp.allocate: `threshold` needs scores that are not negative")
     if threshold is not None:
-        return [float((own >= threshold * own.mean()).sum()) for own in scores]
-    totals = [own.sort(descending=True).values.cumsum(0) for own in scores]
+        return [float((layer >= threshold * layer.mean()).sum()) for layer in scores]
+    totals = [layer.sort(descending=True).values.cumsum(0) for layer in scores]
     return [float((total < (mass or 0) * total[-1] * (1 - EXACT)).sum() + 1) for total in totals]
 
 
@@ -63,11 +63,11 @@ def spread_globally(scores: list[Tensor], asked: list[float], _influence: list[f
     FLAP (An et al. 2023, arXiv 2312.11983).
     """
     budget = sum(asked)
-    ranked = [_standardise(own) for own in scores]
+    ranked = [_standardise(layer) for layer in scores]
     ordered = torch.cat(ranked).sort(descending=True).values
     edge = ordered[min(len(ordered), max(1, int(budget + EXACT))) - 1]
-    above = [float((own > edge).sum()) for own in ranked]
-    ties = [float((own == edge).sum()) for own in ranked]
+    above = [float((layer > edge).sum()) for layer in ranked]
+    ties = [float((layer == edge).sum()) for layer in ranked]
     share = (budget - sum(above)) / sum(ties)
     return [over + share * tied for over, tied in zip(above, ties, strict=True)]
 
@@ -87,7 +87,7 @@ def sensitivity(
     if not 0 <= strength <= 1:
         raise InputError(f"student.mlp.allocate_params.strength: {strength} is not between 0 and 1")
     mean = max(sum(influence) / len(influence), EXACT)
-    return [own * (1 + strength * (each / mean - 1)) for own, each in zip(asked, influence, strict=True)]
+    return [wanted * (1 + strength * (change / mean - 1)) for wanted, change in zip(asked, influence, strict=True)]
 
 
 def _standardise(scores: Tensor) -> Tensor:
@@ -127,14 +127,14 @@ def layer_widths(
     Raises:
         InputError: A width above the teacher's, none after rounding down, or a floor that the budget cannot give.
     """
-    full = [len(own) for own in scores]
-    each = list(keep) if isinstance(keep, Sequence) else [keep] * len(full)
-    if len(each) != len(full):
-        raise InputError(f"student.mlp.keep: {len(each)} widths for {len(full)} kept layers")
+    full = [len(layer) for layer in scores]
+    keeps = list(keep) if isinstance(keep, Sequence) else [keep] * len(full)
+    if len(keeps) != len(full):
+        raise InputError(f"student.mlp.keep: {len(keeps)} widths for {len(full)} kept layers")
     free = [index for index, stays in enumerate(whole) if not stays]
     if not free:
         return full
-    widest, asked = [full[index] for index in free], [_neurons_asked(each[index], full[index]) for index in free]
+    widest, asked = [full[index] for index in free], [_neurons_asked(keeps[index], full[index]) for index in free]
     floors = [floor_width(mlp, size) for size in widest]
     wanted = asked if isinstance(keep, Sequence) else _allocate(scores, free, asked, mlp, influence)
     if mlp.allocate in SHARES_BUDGET:
@@ -143,9 +143,9 @@ def layer_widths(
         )
     elif mlp.allocate == "threshold":
         sizes = zip(wanted, widest, floors, strict=True)
-        got = [max(least, round_down(own, size, mlp.multiple_of)) for own, size, least in sizes]
+        got = [max(least, round_down(width, size, mlp.multiple_of)) for width, size, least in sizes]
     else:
-        got = [_round_alone(own, size, mlp) for own, size in zip(wanted, widest, strict=True)]
+        got = [_round_alone(width, size, mlp) for width, size in zip(wanted, widest, strict=True)]
     chosen = dict(zip(free, got, strict=True))
     return [chosen.get(index, size) for index, size in enumerate(full)]
 
@@ -154,8 +154,8 @@ def _allocate(
     scores: list[Tensor], free: list[int], asked: list[float], mlp: Mlp, influence: list[float] | None
 ) -> list[float]:
     spread = bind(find(ALLOCATIONS, mlp.allocate, "allocation"), mlp.allocate_params, "student.mlp.allocate_params")
-    own = None if influence is None else [influence[index] for index in free]
-    wanted = [float(number) for number in spread([scores[index] for index in free], asked, own)]
+    changes = None if influence is None else [influence[index] for index in free]
+    wanted = [float(number) for number in spread([scores[index] for index in free], asked, changes)]
     if len(wanted) != len(free) or not all(0 <= number < torch.inf for number in wanted):
         raise InputError(f"student.mlp.allocate: {mlp.allocate} returned {wanted} for {len(free)} layers")
     return wanted
@@ -205,21 +205,21 @@ def _shift_to_budget(wanted: list[float], floors: list[int], full: list[int], bu
     low, high = -float(max(full)) - max(wanted), float(max(full))
     for _ in range(100):
         middle = (low + high) / 2
-        if sum(min(max(own + middle, least), most) for own, least, most in bounds) > budget:
+        if sum(min(max(width + middle, least), most) for width, least, most in bounds) > budget:
             high = middle
         else:
             low = middle
     shift = 0.0 if abs(low) < 1e-6 else low
-    return [min(max(own + shift, least), most) for own, least, most in bounds]
+    return [min(max(width + shift, least), most) for width, least, most in bounds]
 
 
 def _round_within_budget(wanted: list[float], full: list[int], multiple: int, budget: float) -> list[int]:
-    widths = [round_down(own, size, multiple) for own, size in zip(wanted, full, strict=True)]
+    widths = [round_down(width, size, multiple) for width, size in zip(wanted, full, strict=True)]
     left = int(budget + EXACT) - sum(widths)
     while True:
         steps = [min(multiple, size - width) for size, width in zip(full, widths, strict=True)]
         lost = [
-            own - width if 0 < step <= left else -1.0 for own, width, step in zip(wanted, widths, steps, strict=True)
+            want - width if 0 < step <= left else -1.0 for want, width, step in zip(wanted, widths, steps, strict=True)
         ]
         best = max(range(len(lost)), key=lambda index: (lost[index], -index))
         if lost[best] < 0:

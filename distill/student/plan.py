@@ -172,7 +172,7 @@ def _layer_scores(calibration: Statistics, sides: Sequence[StackName]) -> dict[s
 def _solve(
     model: Any, spec: Student, scored: list[_Scored], whole: list[bool], widths_for: Any, plan_for: Any
 ) -> tuple[float, Outcome]:
-    """Solve for the share of neurons that meets the target; the share, and what to report."""
+    """Solve for the share of neurons that meets the target; the share, and asked and got."""
     target = spec.target
     assert target is not None
     free = [layer.width for layer, stays in zip(scored, whole, strict=True) if not stays]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from math import pi
 from typing import Any
 
@@ -140,27 +141,22 @@ class _Collector:
     def __init__(self, model: Any, side: StackName, gram: bool):
         self.side, self.layers, self.mlps = side, layers_of(model, side), mlps_of(model, side)
         self.given: Tensor | None = None
+        """Mask of the batch as given; None: every position is real."""
         self.mask = torch.empty(0)
         """Boolean [B, L], known once the first layer is reached."""
         self.ends: list[Tensor] = []
         """[B, D] each: the last real position's state before the first layer and after each."""
-        self.device = next(model.parameters()).device
-        self.sums: dict[str, Tensor] = {}
-        for name, shape in (
-            *(("tokens", ()), ("sequences", ()), ("cosine", (len(self.layers),))),
-            ("angles", (len(self.layers) + 1,) * 2),
-        ):
-            self._new(f"{side}.{name}", *shape)
+        depth = len(self.layers)
+        shapes: dict[str, tuple[int, ...]] = {"tokens": (), "sequences": ()}
+        shapes |= {"cosine": (depth,), "angles": (depth + 1, depth + 1)}
         for index, mlp in enumerate(self.mlps):
-            experts = mlp.weight_out.shape[:-2]
-            self._new(f"{side}.{index}.tokens", *experts)
-            for name in ("sum", "abs", "square", "sequence_square"):
-                self._new(f"{side}.{index}.{name}", *experts, mlp.width)
+            experts = tuple(mlp.weight_out.shape[:-2])
+            shapes[f"{index}.tokens"] = experts
+            shapes |= {f"{index}.{name}": (*experts, mlp.width) for name in ("sum", "abs", "square", "sequence_square")}
             if gram:
-                self._new(f"{side}.{index}.gram", *experts, mlp.width, mlp.width)
-
-    def _new(self, name: str, *shape: int) -> None:
-        self.sums[name] = torch.zeros(shape, dtype=torch.float64, device=self.device)
+                shapes[f"{index}.gram"] = (*experts, mlp.width, mlp.width)
+        zeros = partial(torch.zeros, dtype=torch.float64, device=next(model.parameters()).device)
+        self.sums: dict[str, Tensor] = {f"{side}.{name}": zeros(shape) for name, shape in shapes.items()}
 
     def watch(self) -> list[RemovableHandle]:
         """Attach the hooks."""
@@ -214,18 +210,18 @@ class _Collector:
 
         return on_neurons
 
-    def _add(self, place: str, own: Any, values_TF: Tensor, where: Tensor) -> None:
+    def _add(self, place: str, expert: Any, values_TF: Tensor, where: Tensor) -> None:
         """Add the neurons of T positions; `where` [T] are their indices in the flat batch."""
         rows, length = self.mask.shape
         absolute = values_TF.abs()
         sequence = where // length
         by_sequence = torch.zeros(rows, values_TF.shape[1], device=values_TF.device).index_add_(0, sequence, absolute)
         lengths = torch.bincount(sequence, minlength=rows).clamp(min=1).double()
-        self.sums[f"{place}.tokens"][own] += len(values_TF)
-        self.sums[f"{place}.sum"][own] += values_TF.sum(dim=0, dtype=torch.float64)
-        self.sums[f"{place}.abs"][own] += absolute.sum(dim=0, dtype=torch.float64)
-        self.sums[f"{place}.square"][own] += values_TF.square().sum(dim=0, dtype=torch.float64)
-        self.sums[f"{place}.sequence_square"][own] += (by_sequence.double() / lengths[:, None]).square().sum(dim=0)
+        self.sums[f"{place}.tokens"][expert] += len(values_TF)
+        self.sums[f"{place}.sum"][expert] += values_TF.sum(dim=0, dtype=torch.float64)
+        self.sums[f"{place}.abs"][expert] += absolute.sum(dim=0, dtype=torch.float64)
+        self.sums[f"{place}.square"][expert] += values_TF.square().sum(dim=0, dtype=torch.float64)
+        self.sums[f"{place}.sequence_square"][expert] += (by_sequence.double() / lengths[:, None]).square().sum(dim=0)
         if f"{place}.gram" in self.sums:
             wide = values_TF.double()
-            self.sums[f"{place}.gram"][own] += wide.T @ wide
+            self.sums[f"{place}.gram"][expert] += wide.T @ wide

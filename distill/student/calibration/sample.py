@@ -37,7 +37,7 @@ def pad_right(batch: Batch) -> Batch:
 
 
 def examples(batch: Batch) -> Iterator[Batch]:
-    """Each row alone, without its padding (which `pad_right` has moved to the end)."""
+    """Yield each row alone, without its padding (which `pad_right` has moved to the end)."""
     for row in range(row_count(batch)):
         single = {name: tensor[row : row + 1] for name, tensor in batch.items()}
         for mask, names in list(_by_mask(single)):
@@ -63,7 +63,7 @@ def draw_classes(logits: Tensor, seed: int) -> Tensor:
 
 
 def _by_mask(batch: Batch) -> Iterator[tuple[Tensor, list[str]]]:
-    """Each mask with the names of what has its shape and is of its side."""
+    """Yield each mask with the names of the tensors that have its shape and belong to its side."""
     two_sided = "decoder_input_ids" in batch
     for prefix in ("decoder_", ""):
         mask = batch.get(f"{prefix}attention_mask")

@@ -72,24 +72,24 @@ def _blocks(teacher: Any, student: Any, plan: StudentPlan) -> Iterator[Block]:
     teacher_mlps, student_mlps = mlps_of(teacher), mlps_of(student)
     following = [*plan.kept_layers[1:], plan.teacher_layers]
     for index, (layer, after) in enumerate(zip(plan.layers, following, strict=True)):
-        own = layer.teacher_layer
-        if after - own > 1:
-            narrow = layer.neurons is not None and teacher_mlps[own].experts is None
+        before = layer.teacher_layer
+        if after - before > 1:
+            narrow = layer.neurons is not None and teacher_mlps[before].experts is None
             kept = torch.tensor(layer.neurons, device=teacher.device) if narrow else None
-            yield Block(index, own, after - 1, teacher_mlps[own], student_mlps[index], kept)
+            yield Block(index, before, after - 1, teacher_mlps[before], student_mlps[index], kept)
 
 
 def _block_moments(teacher: Any, group: Sequence[Block], batches: Sequence[Batch], scale: float) -> list[Moments]:
     """Collect the moments of [M, M* + (H_m - H_l) - M], both [N, D], for each block."""
     step = Pass(teacher)
-    found: list[Moments] = []
+    by_block: list[Moments] = []
     handles: list[RemovableHandle] = []
     for block in group:
         moments = Moments(2 * block.teacher.weight_out.shape[-2], teacher.device)
-        found.append(moments)
+        by_block.append(moments)
         handles += _watch(block, layers_of(teacher), scale, partial(step.add_real, moments))
     step.run(batches, handles)
-    return found
+    return by_block
 
 
 def _watch(block: Block, layers: Any, scale: float, on_values: Callable[[Tensor], None]) -> list[RemovableHandle]:

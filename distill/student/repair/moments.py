@@ -1,4 +1,4 @@
-"""Second moments over the calibration positions: all that least squares needs to know about a sample.
+"""Second moments over the calibration positions, from which least squares is solved.
 
 Sums run over real tokens in float64. N positions, K numbers per position.
 """
@@ -17,7 +17,7 @@ from distill.models.forward import Batch, model_inputs, to_device, without_cache
 
 T = TypeVar("T")
 LARGEST = 4 * 2**30
-"""Bytes of moments that are held at a time; what needs more is gathered in several passes over the sample."""
+"""Bytes of moments that are held at a time; more is collected in several passes over the sample."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Moments:
         return self.total / max(1, self.count)
 
     def about(self, centred: bool) -> Tensor:
-        """[K, K] sums of products, of deviations from the mean when `centred`: what an intercept leaves to fit."""
+        """[K, K] sums of products; when `centred`, of deviations from the mean, for fits with an intercept."""
         return self.products - torch.outer(self.total, self.mean()) if centred else self.products
 
 

@@ -63,7 +63,7 @@ def fit_refit(moments: Moments, target: Output, start: Output, kept: Tensor, rid
 
 
 FITS: dict[str, Callable[[Moments, Output, Output, Tensor, float], Output]] = {"bias": fit_bias, "refit": fit_refit}
-"""In the order in which they are done."""
+"""In the order of the steps."""
 
 
 def _missing(target: Output, start: Output, kept: Tensor) -> Tensor:
@@ -113,8 +113,8 @@ def fit_outputs(
     fitted: list[list[Fitted]] = []
     pieces = _pieces(teacher, student, plan)
     for group in split_groups(pieces, lambda piece: moment_bytes(piece.teacher.width), most):
-        found = zip(group, _neuron_moments(teacher, group, batches), strict=True)
-        fitted += [_fit_piece(piece, moments, ridge, asked) for piece, moments in found]
+        pairs = zip(group, _neuron_moments(teacher, group, batches), strict=True)
+        fitted += [_fit_piece(piece, moments, ridge, asked) for piece, moments in pairs]
     return {name: [fits[number] for fits in fitted] for number, name in enumerate(asked)}
 
 
@@ -141,14 +141,14 @@ def _pieces(teacher: Any, student: Any, plan: StudentPlan) -> list[Piece]:
             continue
         kept = torch.tensor(layer.neurons, device=teacher.device)
         make = partial(Piece, index, teacher=teacher_mlps[layer.teacher_layer], student=student_mlps[index])
-        experts = [make(expert, kept=own) for expert, own in enumerate(kept)] if kept.ndim == 2 else []
+        experts = [make(expert, kept=neurons) for expert, neurons in enumerate(kept)] if kept.ndim == 2 else []
         pieces += experts or [make(None, kept=kept)]
     return pieces
 
 
 def _neuron_moments(teacher: Any, group: Sequence[Piece], batches: Sequence[Batch]) -> list[Moments]:
     step = Pass(teacher)
-    found = [Moments(piece.teacher.width, teacher.device) for piece in group]
+    by_piece = [Moments(piece.teacher.width, teacher.device) for piece in group]
 
     def watch_pieces(wanted: dict[int, Moments]) -> OnNeurons:
         def hook(neurons: Tensor, positions: Tensor | None, expert: int) -> None:
@@ -158,11 +158,11 @@ def _neuron_moments(teacher: Any, group: Sequence[Piece], batches: Sequence[Batc
         return hook
 
     by_layer: dict[int, dict[int, Moments]] = {}
-    for piece, moments in zip(group, found, strict=True):
+    for piece, moments in zip(group, by_piece, strict=True):
         by_layer.setdefault(piece.layer, {})[piece.expert or 0] = moments
     mlps = {piece.layer: piece.teacher for piece in group}
     step.run(batches, [mlps[layer].watch(watch_pieces(wanted)) for layer, wanted in by_layer.items()])
-    return found
+    return by_piece
 
 
 def _round_as_stored(output: Output, mlp: Mlp) -> Output:
@@ -184,8 +184,8 @@ def layer_errors(plan: StudentPlan, fitted: Sequence[Fitted]) -> list[LayerError
     """Add up the errors of one fit by layer, those of a layer's experts together."""
     errors = []
     for index in sorted({fit.piece.layer for fit in fitted}):
-        own = [fit for fit in fitted if fit.piece.layer == index]
-        values = max(1, sum(fit.positions for fit in own)) * own[0].piece.teacher.weight_out.shape[-2]
-        before, after = sum(fit.before for fit in own) / values, sum(fit.after for fit in own) / values
+        fits = [fit for fit in fitted if fit.piece.layer == index]
+        values = max(1, sum(fit.positions for fit in fits)) * fits[0].piece.teacher.weight_out.shape[-2]
+        before, after = sum(fit.before for fit in fits) / values, sum(fit.after for fit in fits) / values
         errors.append(LayerError(index, plan.kept_layers[index], before, after))
     return errors
