@@ -5,7 +5,7 @@ Shapes: B examples, L positions, D hidden width, H heads, V classes or vocabular
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
@@ -117,6 +117,28 @@ def _logits(output: Any) -> Tensor:
         raise InputError("the model gives no logits: it has no head")
     logits: Tensor = output.logits
     return logits
+
+
+@torch.no_grad()
+def run_base(
+    model: Any, batches: Iterable[Batch], handles: Sequence[RemovableHandle], on_batch: Callable[[Batch], None]
+) -> None:
+    """Run a model without its head over batches, for the hooks of the caller, and remove these at the end.
+
+    Args:
+        model: A transformers model.
+        batches: On any device.
+        handles: The hooks.
+        on_batch: Called with each batch, on the model's device, before it is run.
+    """
+    try:
+        for cpu_batch in batches:
+            batch = to_device(cpu_batch, model.device)
+            on_batch(batch)
+            model.base_model(**model_inputs(batch), **without_cache(model))
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 T = TypeVar("T")

@@ -19,9 +19,9 @@ from torch.utils.hooks import RemovableHandle
 
 from distill.errors import InputError, RunError
 from distill.models.family import layers_of, layout_of
-from distill.models.forward import UNLABELLED, Batch, first_tensor, layer_input, model_inputs, to_device, without_cache
+from distill.models.forward import UNLABELLED, Batch, first_tensor, layer_input, run_base
 from distill.models.layout import StackName
-from distill.models.mlp import Mlp, mlps_of
+from distill.models.mlp import mlps_of
 from distill.recipe.schema import Layers
 from distill.student.calibration.gradients import gradient_sums
 from distill.student.calibration.removal import LabelLoss, greedy_removals, losses_without
@@ -72,7 +72,7 @@ def calibrate(
     sample = [pad_right(batch) for batch in batches]
     with _frozen(model):
         collectors = [_Collector(model, side, wanted.gram) for side in layout_of(model).sides]
-        _forward(model, sample, collectors)
+        _run(model, sample, collectors)
         sums = {name: total for collector in collectors for name, total in collector.sums.items()}
         if wanted.gradients:
             sums |= gradient_sums(model, sample, loss)
@@ -118,21 +118,12 @@ def _frozen(model: Any) -> Iterator[None]:
             parameter.requires_grad_(learns)
 
 
-@torch.no_grad()
-def _forward(model: Any, sample: list[Batch], collectors: list[_Collector]) -> None:
-    handles = [handle for collector in collectors for handle in collector.watch()]
-    try:
-        for cpu_batch in sample:
-            batch = to_device(cpu_batch, model.device)
-            for collector in collectors:
-                collector.given = real_positions(batch, collector.side)
-            # The base model is enough: the head's output is not looked at.
-            model.base_model(**model_inputs(batch), **without_cache(model))
-            for collector in collectors:
-                collector.add_angles()
-    finally:
-        for handle in handles:
-            handle.remove()
+def _run(model: Any, sample: list[Batch], collectors: list[_Collector]) -> None:
+    def note_masks(batch: Batch) -> None:
+        for collector in collectors:
+            collector.given = real_positions(batch, collector.side)
+
+    run_base(model, sample, [handle for collector in collectors for handle in collector.watch()], note_masks)
 
 
 class _Collector:
@@ -162,8 +153,8 @@ class _Collector:
         """Attach the hooks."""
         handles = [self.layers[0].register_forward_pre_hook(self._begin, with_kwargs=True)]
         for index, (layer, mlp) in enumerate(zip(self.layers, self.mlps, strict=True)):
-            handles.append(layer.register_forward_hook(self._layer_hook(index), with_kwargs=True))
-            handles.append(mlp.watch(self._mlp_hook(index, mlp)))
+            handles.append(layer.register_forward_hook(partial(self._on_layer, index), with_kwargs=True))
+            handles.append(mlp.watch(partial(self._on_neurons, f"{self.side}.{index}", mlp.experts is not None)))
         return handles
 
     def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -180,18 +171,19 @@ class _Collector:
         last = self.mask.sum(dim=1).sub(1).clamp(min=0)
         return states[torch.arange(len(states), device=states.device), last][self.mask.any(dim=1)].double()
 
-    def _layer_hook(self, index: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            # Raw outputs, from hooks: the last entry of `hidden_states` would be after the final norm.
-            before, after = layer_input(args, kwargs), first_tensor(output)
-            before_TD, after_TD = before[self.mask].double(), after[self.mask].double()
-            cosines = nn.functional.cosine_similarity(before_TD, after_TD, dim=-1)
-            self.sums[f"{self.side}.cosine"][index] += cosines.sum()
-            self.ends.append(self._end(after))
+    def _on_layer(
+        self, index: int, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        # Raw outputs, from hooks: the last entry of `hidden_states` would be after the final norm.
+        before, after = layer_input(args, kwargs), first_tensor(output)
+        before_TD, after_TD = before[self.mask].double(), after[self.mask].double()
+        cosines = nn.functional.cosine_similarity(before_TD, after_TD, dim=-1)
+        self.sums[f"{self.side}.cosine"][index] += cosines.sum()
+        self.ends.append(self._end(after))
+        if len(self.ends) > len(self.layers):
+            self._add_angles()
 
-        return hook
-
-    def add_angles(self) -> None:
+    def _add_angles(self) -> None:
         """Add the angles between the states before and after this batch's layers."""
         states_BND = nn.functional.normalize(torch.stack(self.ends, dim=1), dim=-1)
         cosines = (states_BND @ states_BND.mT).clamp(-1, 1)
@@ -199,29 +191,26 @@ class _Collector:
         angles.diagonal(dim1=-2, dim2=-1).zero_()  # arccos is steep at 1: rounding would show as an angle
         self.sums[f"{self.side}.angles"] += angles.sum(dim=0)
 
-    def _mlp_hook(self, index: int, mlp: Mlp) -> Callable[[Tensor, Tensor | None, int], None]:
-        def on_neurons(neurons: Tensor, positions: Tensor | None, expert: int) -> None:
-            real = self.mask.flatten()
-            where = real.nonzero().squeeze(-1) if positions is None else positions[real[positions]]
-            values = (neurons if positions is None else neurons[real[positions]]).float()
-            if positions is None:
-                values = values[where]
-            self._add(f"{self.side}.{index}", () if mlp.experts is None else expert, values, where)
-
-        return on_neurons
-
-    def _add(self, place: str, expert: Any, values_TF: Tensor, where: Tensor) -> None:
-        """Add the neurons of T positions; `where` [T] are their indices in the flat batch."""
+    def _on_neurons(
+        self, prefix: str, per_expert: bool, neurons: Tensor, positions: Tensor | None, expert: int
+    ) -> None:
+        """Add the neurons of T real positions; `where` [T] are their indices in the flat batch."""
         rows, length = self.mask.shape
-        absolute = values_TF.abs()
-        sequence = where // length
+        real = self.mask.flatten()
+        if positions is None:
+            positions = torch.arange(len(real), device=real.device)
+        where, values_TF = positions[real[positions]], neurons[real[positions]].float()
+        absolute, sequence = values_TF.abs(), where // length
         by_sequence = torch.zeros(rows, values_TF.shape[1], device=values_TF.device).index_add_(0, sequence, absolute)
         lengths = torch.bincount(sequence, minlength=rows).clamp(min=1).double()
-        self.sums[f"{place}.tokens"][expert] += len(values_TF)
-        self.sums[f"{place}.sum"][expert] += values_TF.sum(dim=0, dtype=torch.float64)
-        self.sums[f"{place}.abs"][expert] += absolute.sum(dim=0, dtype=torch.float64)
-        self.sums[f"{place}.square"][expert] += values_TF.square().sum(dim=0, dtype=torch.float64)
-        self.sums[f"{place}.sequence_square"][expert] += (by_sequence.double() / lengths[:, None]).square().sum(dim=0)
-        if f"{place}.gram" in self.sums:
-            wide = values_TF.double()
-            self.sums[f"{place}.gram"][expert] += wide.T @ wide
+        totals = {
+            "tokens": torch.tensor(len(values_TF)),
+            "sum": values_TF.sum(dim=0, dtype=torch.float64),
+            "abs": absolute.sum(dim=0, dtype=torch.float64),
+            "square": values_TF.square().sum(dim=0, dtype=torch.float64),
+            "sequence_square": (by_sequence.double() / lengths[:, None]).square().sum(dim=0),
+        }
+        if f"{prefix}.gram" in self.sums:
+            totals["gram"] = values_TF.double().T @ values_TF.double()
+        for name, total in totals.items():
+            self.sums[f"{prefix}.{name}"][expert if per_expert else ()] += total

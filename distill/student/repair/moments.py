@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from distill.models.forward import Batch, model_inputs, to_device, without_cache
+from distill.models.forward import Batch, run_base
 
 T = TypeVar("T")
 LARGEST = 4 * 2**30
@@ -89,17 +89,13 @@ class Pass:
         """Add the values [B * L, K] of the current batch's real tokens."""
         moments.add(values[self.real])
 
-    @torch.no_grad()
     def run(self, batches: Iterable[Batch], handles: Sequence[RemovableHandle]) -> None:
-        """Run the base model (the head's output is not looked at) over the batches, then remove the hooks."""
-        try:
-            for cpu_batch in batches:
-                batch = to_device(cpu_batch, self.model.device)
-                self.real = batch["attention_mask"].bool().flatten()
-                self.model.base_model(**model_inputs(batch), **without_cache(self.model))
-        finally:
-            for handle in handles:
-                handle.remove()
+        """Run the base model over the batches, then remove the hooks."""
+
+        def note_real(batch: Batch) -> None:
+            self.real = batch["attention_mask"].bool().flatten()
+
+        run_base(self.model, batches, handles, note_real)
 
 
 def solve_ridge(inputs: Tensor, cross: Tensor, ridge: float) -> Tensor:
