@@ -105,6 +105,11 @@ def mlps_of(model: Any, side: StackName = "main") -> list[Mlp]:
     return [_mlp_of(layer, candidates) for layer in layers_of(model, side)]
 
 
+def placed_mlps(model: Any) -> list[tuple[StackName, int, Mlp]]:
+    """The MLP of every layer with its stack and index, in the order of the forward pass."""
+    return [(side, index, mlp) for side in layout_of(model).sides for index, mlp in enumerate(mlps_of(model, side))]
+
+
 def _mlp_of(layer: nn.Module, candidates: tuple[MlpLayout, ...]) -> Mlp:
     names = {name for name, _ in layer.named_parameters()}
     for layout in candidates:

@@ -17,7 +17,7 @@ from transformers.initialization import no_init_weights
 from distill.models.axes import LayerAxis, pad_units
 from distill.models.family import layers_prefix, layout_of
 from distill.models.layout import Axis, AxisName, StackName, stated_width
-from distill.models.mlp import mlps_of
+from distill.models.mlp import placed_mlps
 from distill.recipe.locate import WIDTH_KEYS
 
 TWO_STACKS: dict[AxisName, str] = {"mlp": "mlp_widths"}
@@ -30,7 +30,7 @@ SizeOf = Callable[[StackName, int, Axis], int]
 
 def axes_of(model: Any) -> list[tuple[StackName, int, LayerAxis]]:
     """Every axis of every layer with its stack and index, in the order of the forward pass."""
-    return [(side, index, mlp) for side in layout_of(model).sides for index, mlp in enumerate(mlps_of(model, side))]
+    return list(placed_mlps(model))
 
 
 def is_unequal(config: Any) -> bool:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from distill.errors import InputError
 from distill.models.cost import latency_ratio
-from distill.models.family import layout_of
+from distill.models.family import layers_of, layout_of
 from distill.models.layout import StackName
-from distill.models.mlp import Mlp, mlps_of
+from distill.models.mlp import Mlp, placed_mlps
 from distill.models.plan import KeptUnits, LayerPlan, Outcome, StudentPlan
 from distill.recipe.schema import Layers, Student
 from distill.registry import bind, find
@@ -69,14 +69,13 @@ def plan_student(model: Any, spec: Student, calibration: Statistics | None = Non
     sides = layout_of(model).sides
     if spec.encoder_layers is not None:
         layout_of(model).stack("encoder")
-    depths = {side: len(mlps_of(model, side)) for side in sides}
+    depths = {side: len(layers_of(model, side)) for side in sides}
     asked = {"main": spec.layers, "encoder": spec.encoder_layers}
     kept = {side: choose_layers(model, side, asked[side], calibration) for side in sides}
     _check_protected(spec, depths["main"], kept["main"])
     scored = [
         _score_layer(mlp, index, side, spec, calibration and calibration.of(side))
-        for side in sides
-        for index, mlp in enumerate(mlps_of(model, side))
+        for side, index, mlp in placed_mlps(model)
         if index in kept[side]
     ]
     whole = [layer.side == "main" and layer.index in spec.mlp.protect for layer in scored]

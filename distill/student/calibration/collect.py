@@ -211,6 +211,7 @@ class _Collector:
             "sequence_square": (by_sequence.double() / lengths[:, None]).square().sum(dim=0),
         }
         if f"{prefix}.gram" in self.sums:
-            totals["gram"] = values_TF.double().T @ values_TF.double()
+            wide = values_TF.double()
+            totals["gram"] = wide.T @ wide
         for name, total in totals.items():
             self.sums[f"{prefix}.{name}"][expert if per_expert else ()] += total

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from distill.errors import InputError
-from distill.models.family import layout_of
 from distill.models.forward import Batch, Capture, forward, to_device
 from distill.models.layout import StackName
-from distill.models.mlp import Mlp, mlps_of
+from distill.models.mlp import Mlp, placed_mlps
 from distill.student.calibration.removal import LabelLoss
 from distill.student.calibration.sample import content_seed, draw_classes, examples, real_positions
 from distill.student.calibration.sums import column_sums
@@ -35,7 +34,7 @@ def gradient_sums(model: Any, sample: list[Batch], loss: LabelLoss | None) -> di
     Raises:
         InputError: The model gives no logits.
     """
-    gates = [(side, index, mlp) for side in layout_of(model).sides for index, mlp in enumerate(mlps_of(model, side))]
+    gates = placed_mlps(model)
     weights = [mlp.parameter_out for _, _, mlp in gates]
     sums = _empty_sums(gates, weights[0].device)
     for weight in weights:

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from distill.models.axes import keep_units
-from distill.models.family import layers_of, layout_of
-from distill.models.mlp import Mlp, mlps_of
+from distill.models.mlp import Mlp, placed_mlps
 from distill.models.widths import resize_layers
 
 ACTIVATIONS = ("act_fn", "activation_fn", "act", "activation", "intermediate_act_fn")
@@ -37,8 +36,8 @@ def compact(model: Any, *, uniform: bool = False, multiple_of: int = 1) -> int:
     Returns:
         Number of removed neurons, those of all experts counted.
     """
-    places = [(side, index) for side in layout_of(model).sides for index in range(len(layers_of(model, side)))]
-    mlps = [mlp for side in layout_of(model).sides for mlp in mlps_of(model, side)]
+    placed = placed_mlps(model)
+    mlps = [mlp for _, _, mlp in placed]
     constants = [constant_of(mlp) for mlp in mlps]
     widths = [_live_width(mlp, constant, multiple_of) for mlp, constant in zip(mlps, constants, strict=True)]
     if uniform:
@@ -46,7 +45,7 @@ def compact(model: Any, *, uniform: bool = False, multiple_of: int = 1) -> int:
         widths = [max(width for other, width in by_key if other == key) for key, _ in by_key]
     gone = sum((mlp.width - width) * (mlp.experts or 1) for mlp, width in zip(mlps, widths, strict=True))
     kept = [_cut(*each) for each in zip(mlps, constants, widths, strict=True)]
-    width_of = dict(zip(places, widths, strict=True))
+    width_of = {(side, index): width for (side, index, _), width in zip(placed, widths, strict=True)}
     resize_layers(model, lambda side, index, _axis: width_of[side, index])
     for mlp, tensors in zip(mlps, kept, strict=True):
         for name, tensor in tensors.items():

@@ -21,7 +21,7 @@ from distill.models.axes import spread_units, sum_per_unit
 from distill.models.dtensor import full_tensor, local_shard, shard_like
 from distill.models.family import layers_prefix, layout_of
 from distill.models.layout import UnitDim
-from distill.models.mlp import mlps_of
+from distill.models.mlp import placed_mlps
 from distill.recipe.schema import Mask
 from distill.registry import bind, find
 
@@ -111,11 +111,10 @@ def maskable(model: Any, spec: Mask) -> list[list[MaskedTensor]]:
     prefixes = {side: layers_prefix(model, side) for side in layout_of(model).sides}
     layers = [
         [
-            MaskedTensor(f"{prefix}.{index}.{name}", parameter, mlp.axis.tensors[name], mlp.axis.per_expert)
+            MaskedTensor(f"{prefixes[side]}.{index}.{name}", parameter, mlp.axis.tensors[name], mlp.axis.per_expert)
             for name, parameter in mlp.tensors.items()
         ]
-        for side, prefix in prefixes.items()
-        for index, mlp in enumerate(mlps_of(model, side))
+        for side, index, mlp in placed_mlps(model)
     ]
     if spec.per == "weight":  # biases are few and cost nothing; a whole neuron takes its own along
         layers = [[tensor for tensor in tensors if tensor.parameter.ndim > 1] for tensors in layers]

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from distill.models.axes import sum_per_unit
-from distill.models.family import layout_of
 from distill.models.layout import StackName
-from distill.models.mlp import mlps_of
+from distill.models.mlp import placed_mlps
 
 
 @dataclass(frozen=True)
@@ -45,24 +44,23 @@ class MatrixSparsity:
 def sparsity(model: Any) -> list[MatrixSparsity]:
     """Count zeros, one row for each weight of each layer's MLP, in the order of the forward pass."""
     rows = []
-    for side in layout_of(model).sides:
-        for layer, mlp in enumerate(mlps_of(model, side)):
-            for name, weight in mlp.tensors.items():
-                if weight.ndim < 2:
-                    continue
-                alive = sum_per_unit((weight != 0).long(), mlp.axis.tensors[name], mlp.axis.per_expert)
-                rows.append(
-                    MatrixSparsity(
-                        side=side,
-                        layer=layer,
-                        name=name,
-                        weights=weight.numel(),
-                        zeros=weight.numel() - int(alive.sum()),
-                        neurons=alive.numel(),
-                        zero_neurons=int((alive == 0).sum()),
-                        norm=float(weight.double().norm()),
-                    )
+    for side, layer, mlp in placed_mlps(model):
+        for name, weight in mlp.tensors.items():
+            if weight.ndim < 2:
+                continue
+            alive = sum_per_unit((weight != 0).long(), mlp.axis.tensors[name], mlp.axis.per_expert)
+            rows.append(
+                MatrixSparsity(
+                    side=side,
+                    layer=layer,
+                    name=name,
+                    weights=weight.numel(),
+                    zeros=weight.numel() - int(alive.sum()),
+                    neurons=alive.numel(),
+                    zero_neurons=int((alive == 0).sum()),
+                    norm=float(weight.double().norm()),
                 )
+            )
     return rows
 
 
