@@ -10,14 +10,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run beside each other, an
 
 import hypothesis
 import pytest
-from tiny import DECODERS, ENCODERS, SEQ2SEQ
+from tiny import DECODERS, ENCODERS, FORMS, SEQ2SEQ
 
 hypothesis.settings.register_profile("distill", deadline=None)  # no test fails because the machine is busy
 hypothesis.settings.load_profile("distill")
 
 
-@pytest.fixture(params=DECODERS + ENCODERS)
-def family(request):
+@pytest.fixture(params=FORMS)
+def form(request):
+    """A family for each form of layer: for tests of what depends on the form, not on the family's row."""
     return request.param
 
 

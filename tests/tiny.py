@@ -92,6 +92,9 @@ DECODERS = (
 )  # fmt: skip
 ENCODERS = ("bert", "roberta", "xlm-roberta", "electra", "distilbert", "deberta-v2", "modernbert")
 SEQ2SEQ = ("t5", "t5-gated", "bart", "marian", "whisper")
+FORMS = ("llama", "phi3", "gpt_neox", "gpt2", "qwen3_moe", "t5", "t5-gated", "bert", "bart")
+"""A family for each form of layer: GLU, fused GLU, two matrices, transposed, experts beside dense layers, T5 with and
+without a gate, a norm after the MLP, encoder-decoder."""
 PREDICTION_KINDS = {
     **dict.fromkeys(DECODERS, "AutoModelForCausalLM"),
     **dict.fromkeys(ENCODERS, "AutoModelForSequenceClassification"),
@@ -155,7 +158,7 @@ def cut_by_hand(teacher, kept, widths=None, encoder=None):
     """A student with these layers (`encoder`: of the encoder; default the same) and the last neurons of each MLP."""
     from distill.models.family import layers_of, layout_of
     from distill.models.mlp import mlps_of
-    from distill.models.plan import LayerPlan, StudentPlan
+    from distill.models.plan import KeptUnits, LayerPlan, StudentPlan
     from distill.student import build_student
 
     def stack(side, kept):
@@ -165,14 +168,8 @@ def cut_by_hand(teacher, kept, widths=None, encoder=None):
         for index, mlp, width in zip(kept, mlps, wanted, strict=True):
             last = list(range(mlp.width - width, mlp.width))
             neurons = [last] * mlp.experts if mlp.experts else last
-            layers.append(
-                LayerPlan(
-                    teacher_layer=index,
-                    width=width,
-                    teacher_width=mlp.width,
-                    neurons=neurons if width < mlp.width else None,
-                )
-            )
+            kept = KeptUnits(of=mlp.width, units=neurons if width < mlp.width else None)
+            layers.append(LayerPlan(teacher_layer=index, kept={"mlp": kept}))
         return layers
 
     two = "encoder" in layout_of(teacher).sides

@@ -13,7 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from distill.models.cost import WARM_UP, flops_by_module, options, paired, random_ids, timed
+from distill.models.cost import WARM_UP, flops_by_module, paired_ratio, random_ids, time_in_turns
+from distill.models.forward import without_cache
 
 Layers = Callable[[nn.Module], Iterable[nn.Module]]
 LATENCY_PASSES = 5
@@ -56,15 +57,15 @@ def measure_efficiency(
     with _evaluating(models.values()):
         measured = {name: size(model, layers) | flops(model, layers, ids[:1]) for name, model in models.items()}
         with torch.inference_mode():
-            passes = {name: partial(model, ids[:1], **options(model)) for name, model in models.items()}
-            single = timed(passes, repeats, LATENCY_PASSES, device)
-            passes = {name: partial(model, ids, **options(model)) for name, model in models.items()}
-            batched = timed(passes, repeats, 1, device)
+            passes = {name: partial(model, ids[:1], **without_cache(model)) for name, model in models.items()}
+            single = time_in_turns(passes, repeats, LATENCY_PASSES, device)
+            passes = {name: partial(model, ids, **without_cache(model)) for name, model in models.items()}
+            batched = time_in_turns(passes, repeats, 1, device)
     measured = {name: model | speed(single[name], batched[name], batch_size) for name, model in measured.items()}
     ratios = {name: compared(model, measured[reference]) for name, model in measured.items() if name != reference}
     for name, ratio in ratios.items():
-        ratio["latency"] = paired(single[name], single[reference])
-        ratio["throughput"] = paired(batched[reference], batched[name])
+        ratio["latency"] = paired_ratio(single[name], single[reference])
+        ratio["throughput"] = paired_ratio(batched[reference], batched[name])
     protocol = {"kind": kind, "batch_size": batch_size, "length": length, "repeats": repeats, "reference": reference}
     dtypes = {"dtype": ", ".join(sorted({model["dtype"] for model in measured.values()}))}
     return {"protocol": protocol | dtypes | surroundings(device), "models": measured, "ratios": ratios}

@@ -1,1 +1,1 @@
-"""Models: where the parts of each family live, loading, the plan, and what a forward pass hands on."""
+"""Models: the layout of each family, its axes, loading, the plan, forward passes and their captures."""

@@ -1,4 +1,4 @@
-"""What a forward pass costs: FLOPs that are counted without computing, and seconds that are measured in turns.
+"""Cost of a forward pass: FLOPs, counted without computing, and seconds, measured in turns.
 
 Times of a shared machine drift by more than a pruned layer saves. So every round times the models one after the other
 (A B A B ...) on the same input, and a ratio is the median over rounds of the ratios within a round.
@@ -7,7 +7,6 @@ Times of a shared machine drift by more than a pruned layer saves. So every roun
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
 import statistics
 import time
@@ -21,6 +20,8 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from distill.models.forward import without_cache
+
 Rounds = dict[str, list[list[float]]]
 """Model -> round -> seconds of each forward pass."""
 
@@ -29,14 +30,14 @@ WARM_UP = 2
 
 
 def random_ids(vocabulary: int, shape: tuple[int, int], model: nn.Module) -> Tensor:
-    """The same ids [B, L] on every call, none of them the model's padding id (which would turn into real padding)."""
+    """Draw the same ids [B, L] on every call, none the model's padding id (which would be taken for padding)."""
     padding = getattr(getattr(model, "config", None), "pad_token_id", None)
     ids = torch.randint(vocabulary - 1, shape, generator=torch.Generator().manual_seed(0))
     return ids if padding is None else ids + (ids >= padding)
 
 
-def example(model: Any, length: int) -> dict[str, Tensor]:
-    """One example of random input that any model of a known family takes.
+def random_example(model: Any, length: int) -> dict[str, Tensor]:
+    """Make one example of random input that any model of a known family takes.
 
     An encoder-decoder gets `length` tokens on both sides; a speech model gets the full length of sound.
     """
@@ -52,20 +53,15 @@ def example(model: Any, length: int) -> dict[str, Tensor]:
     return {model.main_input_name: sound, "decoder_input_ids": ids}
 
 
-def options(model: nn.Module) -> dict[str, Any]:
-    """No key-value cache, for models that have one: it costs memory traffic and nobody reads it."""
-    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-
-
 def flops_by_module(model: Any, inputs: Mapping[str, Tensor]) -> tuple[dict[nn.Module, int], str]:
-    """Matrix-product FLOPs (2 per multiply-add) of a forward pass in each module; causal attention counts in full.
+    """Count matrix-product FLOPs (2 per multiply-add) of a forward pass by module; causal attention counts in full.
 
     Counted on fake tensors, which have shapes and no values, in a copy: nothing is computed and a model that stores a
     tensor during its forward pass keeps its own. A model that reads values (`.item()`) cannot run like that and is
     counted while it really runs once.
 
     Returns:
-        The FLOPs of each module, the model itself included, and what they were counted on.
+        The FLOPs of each module, the model itself included, and "fake tensors" or "a real pass".
     """
     fake, log = FakeTensorMode(), logging.getLogger("torch._subclasses.fake_tensor")
     quiet, log.disabled = log.disabled, True  # it would print a traceback for what is handled here
@@ -84,12 +80,12 @@ def flops_by_module(model: Any, inputs: Mapping[str, Tensor]) -> tuple[dict[nn.M
 
 
 def _counts(model: Any, inputs: Mapping[str, Tensor]) -> dict[str, int]:
-    """FLOPs by name of the module, "" for the model."""
+    """Count FLOPs by name of the module, "" for the model."""
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_flops})
     # torch's table of FLOPs lacks the fused attention of CPUs, which would count as nothing; as plain matrix products
     # attention counts the same on every device.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        model(**inputs, **options(model))
+        model(**inputs, **without_cache(model))
     prefix = type(model).__name__
     counts = {name: sum(by_kind.values()) for name, by_kind in counter.get_flop_counts().items()}
     inside = {name.removeprefix(f"{prefix}."): count for name, count in counts.items() if name.startswith(f"{prefix}.")}
@@ -97,31 +93,33 @@ def _counts(model: Any, inputs: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def _grouped_flops(rows: torch.Size, weights: torch.Size, *_: Any, **__: Any) -> int:
-    """Products of rows [N, K] with the matrix of their group, [E, K, M]: what experts are; missing in torch's table."""
+    """Count the FLOPs of experts (rows [N, K] times the matrix of their group [E, K, M]), missing in torch's table."""
     return 2 * rows[0] * weights[1] * weights[2]
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOPs per second of a large matrix product: the limit of all that is made of them."""
+    """Measure the FLOPs per second of a large matrix product, the peak that MFU is a share of."""
     size = 1024 if device.type == "cpu" else 8192
     left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
     product = partial(torch.mm, left, right, out=torch.empty_like(left))
-    rounds = timed({"product": product}, repeats=1, per_round=5, device=device)
+    rounds = time_in_turns({"product": product}, repeats=1, per_round=5, device=device)
     return 2 * size**3 / min(rounds["product"][0])
 
 
 def training_flops(student: Any, teacher: Any | None, length: int) -> float:
-    """FLOPs per token of a training step at texts of so many tokens: student forward and backward, teacher forward."""
+    """Count FLOPs per token of a step on texts of `length` tokens: student forward and backward, teacher forward."""
 
     def forward(model: Any) -> int:
-        counts, _ = flops_by_module(model, example(model, length))
+        counts, _ = flops_by_module(model, random_example(model, length))
         return counts[model]
 
     return (3 * forward(student) + (forward(teacher) if teacher is not None else 0)) / length
 
 
-def timed(passes: Mapping[str, Callable[[], object]], repeats: int, per_round: int, device: torch.device) -> Rounds:
-    """Time every model in every round, in turns."""
+def time_in_turns(
+    passes: Mapping[str, Callable[[], object]], repeats: int, per_round: int, device: torch.device
+) -> Rounds:
+    """Time every model in every round, one after the other."""
     for run in passes.values():
         for _ in range(WARM_UP):
             run()
@@ -139,8 +137,8 @@ def timed(passes: Mapping[str, Callable[[], object]], repeats: int, per_round: i
     return rounds
 
 
-def paired(rounds: list[list[float]], reference: list[list[float]]) -> dict[str, float]:
-    """Ratio of the median seconds within each round: {median, min, max} over the rounds."""
+def paired_ratio(rounds: list[list[float]], reference: list[list[float]]) -> dict[str, float]:
+    """Divide the median seconds within each round: {median, min, max} of the ratios over the rounds."""
     pairs = zip(rounds, reference, strict=True)
     ratios = [statistics.median(samples) / statistics.median(others) for samples, others in pairs]
     return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
@@ -148,13 +146,13 @@ def paired(rounds: list[list[float]], reference: list[list[float]]) -> dict[str,
 
 @torch.inference_mode()
 def latency_ratio(model: Any, reference: Any, length: int, repeats: int = 5, per_round: int = 5) -> float:
-    """How long one example takes, as a share of what it takes the reference; both in evaluation mode."""
+    """Measure the seconds for one example as a share of the reference's; both models in evaluation mode."""
     passes = {
-        name: partial(each, **example(each, length), **options(each))
+        name: partial(each, **random_example(each, length), **without_cache(each))
         for name, each in (("model", model), ("reference", reference))
     }
-    rounds = timed(passes, repeats, per_round, model.device)
-    return paired(rounds["model"], rounds["reference"])["median"]
+    rounds = time_in_turns(passes, repeats, per_round, model.device)
+    return paired_ratio(rounds["model"], rounds["reference"])["median"]
 
 
 def _synchronize(device: torch.device) -> None:

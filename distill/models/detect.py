@@ -17,20 +17,21 @@ import torch
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
+from distill.models.axes import keep_units
 from distill.models.layout import MlpLayout, ModelLayout, Stack, cut_lists, stated_width
 from distill.recipe.locate import LAYER_KEYS, WIDTH_KEYS
 
 TRIAL_VOCABULARY, TRIAL_LENGTH = 64, 8
 FAILURES = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError)
-"""What building or calling a model of unknown structure may raise."""
+"""Errors that building or calling a model of unknown structure may raise."""
 
 
 class Unrecognised(ValueError):
-    """Says what of the structure was not as hoped."""
+    """The structure is not that of a known layout; the message says where."""
 
 
 def detect(model: Any) -> ModelLayout:
-    """The layout of a model. Raises Unrecognised."""
+    """Find the layout of a model. Raises Unrecognised."""
     base, config = model.base_model, model.config
     if getattr(config, "is_encoder_decoder", False):
         raise Unrecognised("it is an encoder-decoder")
@@ -61,22 +62,22 @@ def _candidates(layer: nn.Module, config: Any) -> Iterator[MlpLayout]:
         width = stated_width(config, key)
         for out in [name for name, shape in linears.items() if shape == (config.hidden_size, width)]:
             beside = [name for name in linears if name.rpartition(".")[0] == out.rpartition(".")[0]]
-            for parts, most in ((1, 2), (2, 1)):
-                fit = [name for name in linears if linears[name] == (parts * width, config.hidden_size) and name != out]
+            for fused, most in ((1, 2), (2, 1)):
+                fit = [name for name in linears if linears[name] == (fused * width, config.hidden_size) and name != out]
                 ins = [name for name in fit if name in beside] or fit
                 if 1 <= len(ins) <= most:
-                    yield MlpLayout(tuple(ins), out, key, parts)
+                    yield MlpLayout(tuple(ins), out, key, fused)
 
 
 def _try_depth(base: Any, path: str, depth_key: str) -> None:
     layers = list(base.get_submodule(path))
-    shorter = _built(base, "meta", {depth_key: len(layers) - 1}, range(1, len(layers))).get_submodule(path)
-    if [_looks(layer) for layer in shorter] != [_looks(layer) for layer in layers[1:]]:
+    shorter = _build(base, "meta", {depth_key: len(layers) - 1}, range(1, len(layers))).get_submodule(path)
+    if [_shapes_and_settings(layer) for layer in shorter] != [_shapes_and_settings(layer) for layer in layers[1:]]:
         raise Unrecognised("without its first layer, the other layers are built differently")
 
 
-def _looks(layer: nn.Module) -> dict[str, Any]:
-    """Shapes and plain settings of everything inside a layer, except its index."""
+def _shapes_and_settings(layer: nn.Module) -> dict[str, Any]:
+    """Collect shapes and plain settings of everything inside a layer, except its index."""
     shapes = {name: tuple(tensor.shape) for name, tensor in layer.named_parameters()}
     settings = {
         f"{name}:{key}": value
@@ -88,13 +89,13 @@ def _looks(layer: nn.Module) -> dict[str, Any]:
 
 
 def _sets_the_width(base: Any, path: str, mlp: MlpLayout) -> bool:
-    """Whether the config key decides the shapes of the MLP's tensors, and of nothing else in a layer."""
+    """Test that the config key decides the shapes of the MLP's tensors, and of nothing else in a layer."""
     halved = {mlp.width_key: stated_width(base.config, mlp.width_key) // 2}
-    halves = _built(base, "meta", halved).get_submodule(path)
+    halves = _build(base, "meta", halved).get_submodule(path)
     for layer, half in zip(base.get_submodule(path), halves, strict=True):
         before, after = dict(layer.named_parameters()), dict(half.named_parameters())
         changed = {name for name in before if before[name].shape != after[name].shape}
-        if changed != set(mlp.axes()) & set(before):
+        if changed != set(mlp.axis.tensors) & set(before):
             return False
         if after[f"{mlp.out}.weight"].shape[1] != halved[mlp.width_key]:
             return False
@@ -103,8 +104,8 @@ def _sets_the_width(base: Any, path: str, mlp: MlpLayout) -> bool:
 
 @torch.no_grad()
 def _is_permutable(base: Any, path: str, depth_key: str, mlp: MlpLayout) -> bool:
-    """Whether only the order of the neurons is free, in a model of one random layer; needs `cpu` as default device."""
-    small = _built(base, "cpu", {depth_key: 1, "vocab_size": TRIAL_VOCABULARY, "pad_token_id": 0}, [0]).eval()
+    """Test that only the order of neurons is free, in a model of one random layer; needs `cpu` as default device."""
+    small = _build(base, "cpu", {depth_key: 1, "vocab_size": TRIAL_VOCABULARY, "pad_token_id": 0}, [0]).eval()
     draw = torch.Generator().manual_seed(0)
     for parameter in small.parameters():
         parameter.copy_(0.1 * torch.randn(parameter.shape, generator=draw) + (parameter.ndim == 1))
@@ -114,9 +115,7 @@ def _is_permutable(base: Any, path: str, depth_key: str, mlp: MlpLayout) -> bool
     def output_with(*mixed: str) -> Tensor:
         kept = {name: inside[name].clone() for name in mixed if name in inside}
         for name, tensor in kept.items():
-            axis, parts = mlp.axes()[name]
-            index = torch.cat([order + part * len(order) for part in range(parts)])
-            inside[name].copy_(tensor.index_select(axis, index))
+            inside[name].copy_(keep_units(tensor, mlp.axis.tensors[name], order))
         try:
             output: Tensor = small(input_ids=torch.arange(TRIAL_LENGTH)[None])[0]
         except FAILURES as error:
@@ -125,13 +124,13 @@ def _is_permutable(base: Any, path: str, depth_key: str, mlp: MlpLayout) -> bool
             inside[name].copy_(tensor)
         return output
 
-    plain, together, alone = output_with(), output_with(*mlp.axes()), output_with(f"{mlp.out}.weight")
+    plain, together, alone = output_with(), output_with(*mlp.axis.tensors), output_with(f"{mlp.out}.weight")
     gap = (alone - plain).abs().max()
     return bool(gap > 0 and (together - plain).abs().max() < 0.01 * gap)
 
 
-def _built(base: Any, device: str, changes: dict[str, int], kept: Sequence[int] | None = None) -> Any:
-    """A base model with a changed config and these layers (None: all), in fp32; weights are not drawn."""
+def _build(base: Any, device: str, changes: dict[str, int], kept: Sequence[int] | None = None) -> Any:
+    """Build a base model with a changed config and these layers (None: all), in fp32; weights are not drawn."""
     config = copy.deepcopy(base.config)
     try:
         if kept is not None:

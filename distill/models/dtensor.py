@@ -1,4 +1,4 @@
-"""Tensors of which each process may hold a part (DTensor, as FSDP2 makes them of parameters)."""
+"""Full tensors and local shards of DTensors, which FSDP2 makes of parameters."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The tensor itself, or all shards of it put together; then every process must call this."""
+    """Gather a sharded tensor on every rank (collective); any other is returned as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """The tensor itself, or what this process holds of it; both share memory."""
+    """Return this rank's shard of a sharded tensor, sharing its memory; any other as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(value: Tensor, target: Tensor) -> Tensor:
-    """`value` on the device of `target` and sharded as it is.
+    """Move `value` to the device of `target` and shard it alike.
 
     Args:
         value: Whole and the same on every process, or sharded like `target` already.

@@ -1,4 +1,4 @@
-"""The layout of a model's family: looked up, or found by its structure; its layers, and the lists cut with them."""
+"""The layout of a model's family, looked up or found by its structure; its layers, and those that must stay."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from torch import nn
 from distill.errors import InputError
 from distill.models.detect import Unrecognised, detect
 from distill.models.layout import INDEX_FLAGS, LAYOUTS, ModelLayout, StackName
+from distill.recipe.schema import Layers
 
 _detected: dict[tuple[str, str], ModelLayout] = {}
 
 
 def layout_of(model: Any) -> ModelLayout:
-    """The layout of a model's family: its row, or what its structure shows (see `detect`; tried out once).
+    """Look up the row of a model's family, or detect its layout from its structure (once per family).
 
     Raises:
         InputError: Neither; it says what to add.
@@ -37,7 +38,7 @@ def layout_of(model: Any) -> ModelLayout:
 
 
 def check_kept(model: Any, side: StackName, kept: Sequence[int]) -> None:
-    """Raise InputError when the kept layers (ascending teacher indices) cannot stand without the dropped ones."""
+    """Raise InputError when the kept layers (ascending teacher indices) depend on a dropped one."""
     key = "student.layers.keep" if side == "main" else "student.encoder_layers.keep"
     reason = layout_of(model).stack(side).keep_first
     if reason and kept[0] != 0:
@@ -45,6 +46,17 @@ def check_kept(model: Any, side: StackName, kept: Sequence[int]) -> None:
     for flag in INDEX_FLAGS:
         if getattr(model.config, flag, False) and list(kept) != list(range(len(kept))):
             raise InputError(f"{key}: with {flag} a layer depends on its index; only the last layers can be dropped")
+
+
+def protected_layers(model: Any, side: StackName, spec: Layers) -> frozenset[int]:
+    """Layers that no policy may drop. Raises InputError when they are more than the student keeps."""
+    depth = len(layers_of(model, side))
+    first = max(spec.protect_first, int(bool(layout_of(model).stack(side).keep_first)))
+    stay = {*range(min(first, depth)), *range(max(0, depth - spec.protect_last), depth)}
+    keep = spec.keep if isinstance(spec.keep, int) else len(spec.keep)
+    if len(stay) > keep:
+        raise InputError(f"student.layers: {len(stay)} of {depth} layers are protected, and only {keep} are to be kept")
+    return frozenset(stay)
 
 
 def layers_of(model: Any, side: StackName = "main") -> nn.ModuleList:

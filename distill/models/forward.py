@@ -1,11 +1,11 @@
-"""What a forward pass hands on: what the objective compares, and nothing else.
+"""Run a model on a batch: select its inputs, capture tensors of its layers, return logits or the input of the head.
 
-Shapes: B examples, L positions, D hidden width, V classes or vocabulary.
+Shapes: B examples, L positions, D hidden width, H heads, V classes or vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
@@ -14,39 +14,73 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from distill.models.attention import watch_maps, watch_projections
-from distill.models.family import layers_of
+from distill.errors import InputError
+from distill.models.family import layers_of, layout_of
 from distill.models.head import OutputHead, output_head, stopped_at_head, unrounded_classes
+from distill.models.layout import AttentionLayout
 
 Batch = dict[str, Tensor]
 """`input_ids` [B, L], `attention_mask` [B, L], `labels` [B] or [B, L] (`UNLABELLED`: none, or padding)."""
 
 UNLABELLED = -100
-"""The label of what has none, as in torch and transformers."""
+"""The label of positions without one, as in torch and transformers."""
 
 
-READ = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids", "position_ids")
-"""The parts of a batch that models read; `input_ids` and `attention_mask` are always there."""
+READ = (
+    *("input_ids", "input_features", "attention_mask", "token_type_ids", "position_ids"),
+    *("decoder_input_ids", "decoder_attention_mask"),
+)
+"""The entries of a batch that models read; all others (labels, ids of documents) are for losses and data."""
+
+
+def model_inputs(batch: Batch) -> Batch:
+    """Select the entries of a batch that a model reads; every forward pass on data goes through this."""
+    inputs = {name: batch[name] for name in READ if name in batch}
+    if "position_ids" in inputs:
+        # Packed: transformers tells documents apart by positions that start anew, and only where there is no mask.
+        inputs.pop("attention_mask", None)
+    return inputs
+
+
+def without_cache(model: Any) -> dict[str, Any]:
+    """Options of a call that turn off the key-value cache, which is for generation; none for models without one."""
+    return {"use_cache": False} if "use_cache" in signature(model.forward).parameters else {}
+
+
+def row_count(batch: Batch) -> int:
+    """Number of examples in a batch."""
+    return len(next(iter(batch.values())))
+
+
+def device_of(batch: Batch) -> torch.device:
+    """The device that a batch is on."""
+    return next(iter(batch.values())).device
+
+
+def token_count(batch: Batch) -> int:
+    """Number of real positions in a batch of token ids."""
+    return int(batch["attention_mask"].sum())
 
 
 @dataclass(frozen=True)
 class Capture:
-    """What of a forward pass is to be kept."""
+    """The tensors of a forward pass that a caller asks for."""
 
     hidden: Sequence[int] = ()
-    """Layers whose output is wanted; -1 stands for what goes into the first one."""
+    """Layers whose output is captured; -1 stands for the input of the first one."""
     attention: Sequence[int] = ()
-    """Layers whose attention probabilities are wanted."""
+    """Layers whose attention probabilities are captured."""
     relations: Sequence[int] = ()
-    """Layers whose queries, keys and values are wanted."""
+    """Layers whose queries, keys and values are captured."""
     stop_at_head: bool = False
     """Give `last` and `head` instead of logits, where the form of the model's head is known."""
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """Results of one forward pass: logits, or what logits are made from."""
+    """Results of one forward pass: logits, or the input of the head and the head."""
 
     logits: Tensor | None
     """[B, V] (sequence heads), [B, L, V] (token heads), [B, 2, L] (start and end of an answer); None where `last` and
@@ -54,7 +88,7 @@ class Outputs:
     hidden: dict[int, Tensor] = field(default_factory=dict)
     """Layer index -> that layer's own output [B, L, D], before any final norm; -1 -> the first layer's input."""
     last: Tensor | None = None
-    """[B, L, D] what the output head reads."""
+    """[B, L, D] input of the output head."""
     head: OutputHead | None = None
     attention: dict[int, Tensor] = field(default_factory=dict)
     """Layer index -> attention probabilities [B, H, L, L]."""
@@ -63,35 +97,55 @@ class Outputs:
 
 
 def forward(model: Any, batch: Batch, wanted: Capture) -> Outputs:
-    """Run one forward pass of a transformers model."""
+    """Run one forward pass of a transformers model; raises InputError when it has no head that gives logits."""
     head = output_head(model) if wanted.stop_at_head else None
-    inputs = {name: batch[name] for name in READ if name in batch}
-    if "position_ids" in inputs:
-        # Packed: transformers tells documents apart by positions that start anew, and only where there is no mask.
-        del inputs["attention_mask"]
-    # Keys and values are for generation; with a cache transformers would not look for documents either.
-    options = {"use_cache": False} if "use_cache" in signature(model.forward).parameters else {}
+    # With a cache transformers would not look for packed documents either.
+    inputs = {**model_inputs(batch), **without_cache(model)}
     with capture(model, wanted) as found:
         if head is None:
             with unrounded_classes(model):
-                return replace(found, logits=_logits(model(**inputs, **options)))
+                return replace(found, logits=_logits(model(**inputs)))
         with stopped_at_head(model) as read:
-            model(**inputs, **options)
+            model(**inputs)
     return replace(found, last=read[0], head=head)
 
 
 def _logits(output: Any) -> Tensor:
     if "start_logits" in output:
         return torch.stack([output.start_logits, output.end_logits], 1)
+    if "logits" not in output:
+        raise InputError("the model gives no logits: it has no head")
     logits: Tensor = output.logits
     return logits
+
+
+@torch.no_grad()
+def run_base(
+    model: Any, batches: Iterable[Batch], handles: Sequence[RemovableHandle], on_batch: Callable[[Batch], None]
+) -> None:
+    """Run a model without its head over batches, for the hooks of the caller, and remove these at the end.
+
+    Args:
+        model: A transformers model.
+        batches: On any device.
+        handles: The hooks.
+        on_batch: Called with each batch, on the model's device, before it is run.
+    """
+    try:
+        for cpu_batch in batches:
+            batch = to_device(cpu_batch, model.device)
+            on_batch(batch)
+            model.base_model(**model_inputs(batch), **without_cache(model))
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 T = TypeVar("T")
 
 
 def to_device(value: T, device: torch.device) -> T:
-    """A batch or outputs with every tensor in them on a device."""
+    """Move every tensor in a batch or in outputs to a device."""
     new: Any = value
     if isinstance(value, Tensor):
         # To the host it must be complete: nobody waits for the device before reading it there.
@@ -106,12 +160,12 @@ def to_device(value: T, device: torch.device) -> T:
 
 
 def first_tensor(output: Any) -> Tensor:
-    """The hidden states of a layer's return value, which is a tensor or a tuple that starts with one."""
+    """Take the hidden states from a layer's return value, a tensor or a tuple that starts with one."""
     return output if isinstance(output, Tensor) else output[0]
 
 
 def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The hidden states that a layer was called with, as a forward hook sees its arguments."""
+    """Take the hidden states from a layer's arguments, as a forward hook receives them."""
     states = args[0] if args else kwargs["hidden_states"]
     assert isinstance(states, Tensor)
     return states
@@ -119,7 +173,7 @@ def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 @contextmanager
 def capture(model: Any, wanted: Capture) -> Iterator[Outputs]:
-    """Fill in what is wanted of the layers during one forward pass.
+    """Capture tensors of the layers during one forward pass.
 
     Hooks see the raw layer output; `output_hidden_states` would keep every layer and, in transformers 5, returns the
     last one after the final norm. The hooks are gone when the block ends, so a recomputation during backward
@@ -134,17 +188,84 @@ def capture(model: Any, wanted: Capture) -> Iterator[Outputs]:
         return hook
 
     def input_of(_module: nn.Module, inputs: Any, named: Any) -> None:
-        found.hidden[-1] = inputs[0] if inputs else named["hidden_states"]
+        found.hidden[-1] = layer_input(inputs, named)
 
     handles = [layers[index].register_forward_hook(output_of(index)) for index in wanted.hidden if index >= 0]
     if -1 in wanted.hidden:
         handles.append(layers[0].register_forward_pre_hook(input_of, with_kwargs=True))
     for layer in wanted.attention:
-        handles.append(watch_maps(model, layer, partial(found.attention.__setitem__, layer)))
+        handles.append(_watch_maps(model, layer, partial(found.attention.__setitem__, layer)))
     for layer in wanted.relations:
-        handles += watch_projections(model, layer, found.relations.setdefault(layer, [torch.empty(0)] * 3).__setitem__)
+        handles += _watch_projections(model, layer, found.relations.setdefault(layer, [torch.empty(0)] * 3).__setitem__)
     try:
         yield found
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _watch_maps(model: Any, layer: int, keep: Callable[[Tensor], None]) -> RemovableHandle:
+    """Hand the attention probabilities [B, H, L, L] of one layer to `keep` whenever it runs.
+
+    Raises:
+        InputError: when the layer runs and its attention does not hand out probabilities.
+    """
+
+    def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        maps = [part for part in output if isinstance(part, Tensor) and part.ndim == 4]
+        if not maps:
+            raise InputError(
+                "match: attention needs an attention that hands out its probabilities: call "
+                "model.set_attn_implementation('eager'). DeBERTa never does; use match: relations for it"
+            )
+        keep(maps[-1])
+
+    return _attention(model, layer)[1].register_forward_hook(hook)
+
+
+def _watch_projections(model: Any, layer: int, keep: Callable[[int, Tensor], None]) -> list[RemovableHandle]:
+    """Hand queries (0), keys (1) and values (2) of one layer, [B, L, D] each, to `keep` whenever they are made."""
+    layout, module = _attention(model, layer)
+
+    def hook(number: int) -> Callable[[nn.Module, Any, Tensor], None]:
+        def keep_each(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            made = _split_fused(model.config, layout.fused, output) if layout.fused else [output]
+            for offset, projection in enumerate(made):
+                keep(number + offset, projection)
+
+        return keep_each
+
+    names = enumerate(layout.projections)
+    return [module.get_submodule(name).register_forward_hook(hook(number)) for number, name in names]
+
+
+def relation_widths(model: Any, layer: int) -> list[int]:
+    """Widths of the queries, keys and values of one layer."""
+    layout, module = _attention(model, layer)
+    projections: list[Any] = [module.get_submodule(name) for name in layout.projections]
+    # A linear layer holds [out, in], the one of GPT-2 [in, out].
+    columns = [own.out_features if isinstance(own, nn.Linear) else int(own.weight.shape[-1]) for own in projections]
+    if not layout.fused:
+        return columns
+    row = torch.empty(1, columns[0], device="meta")
+    return [projection.shape[-1] for projection in _split_fused(model.config, layout.fused, row)]
+
+
+def _attention(model: Any, layer: int) -> tuple[AttentionLayout, nn.Module]:
+    layout = layout_of(model).main.attention
+    if layout is None:
+        raise InputError(
+            f"the attention of {model.config.model_type!r} is not known; add a row for the family to LAYOUTS in "
+            "distill/models/layout.py"
+        )
+    return layout, layers_of(model)[layer].get_submodule(layout.module)
+
+
+def _split_fused(config: Any, fused: str, columns: Tensor) -> list[Tensor]:
+    """Split the columns of one module into queries, keys and values."""
+    heads = config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    if fused == "per_head":
+        return [part.flatten(-2) for part in columns.view(*columns.shape[:-1], heads, -1).chunk(3, -1)]
+    width = columns.shape[-1] // (heads + 2 * groups)
+    return list(torch.split(columns, [heads * width, groups * width, groups * width], -1))

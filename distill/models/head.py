@@ -30,11 +30,11 @@ class OutputHead:
     scale: float = 1.0
     cap: float | None = None
     from_bf16: bool = False
-    """Whether this is a widened head (`operands`) whose weights and rows were bf16."""
+    """True for a widened head (`operands`) whose weights and rows were bf16."""
 
     @property
     def wide(self) -> torch.dtype:
-        """What logits are held in: fp32, whatever the weights are (float64 stays float64)."""
+        """The dtype of logits: fp32, whatever the weights are (float64 stays float64)."""
         return torch.promote_types(self.weight.dtype, torch.float32)
 
     def operands(self, rows: Tensor) -> tuple[OutputHead, Tensor]:
@@ -71,7 +71,7 @@ class OutputHead:
         return linear if self.cap is None else self.cap * torch.tanh(linear / self.cap)
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """All logits [..., V] at once, with gradient: what the chunks are tested against."""
+        """Compute all logits [..., V] at once, with gradient: the reference of the chunked loss."""
         logits = self.scale * nn.functional.linear(rows.to(self.wide), self.weight.to(self.wide))
         return self.capped(logits if self.bias is None else logits + self.bias)
 
@@ -110,7 +110,7 @@ def output_head(model: Any) -> OutputHead | None:
 
 @contextmanager
 def stopped_at_head(model: Any) -> Iterator[list[Tensor]]:
-    """During the block a forward pass leaves out the head and appends what the head would have read [B, L, D].
+    """During the block a forward pass leaves out the head and appends the head's input [B, L, D] to the list.
 
     The model's own code runs up to there, final norm, masked-LM transform and scaled decoder outputs included. What it
     returns as logits is then one meaningless number.

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from distill.errors import InputError
 from distill.files import sha256_of
-from distill.models.widths import is_unequal, stock, with_widths
+from distill.models.widths import as_stock, is_unequal, with_widths
 from distill.recipe.load import teacher_folder
 from distill.recipe.schema import Teacher
 
@@ -136,7 +136,7 @@ def load_model(
             f"{folder} has no trained weights for {', '.join(missing[:4])}: "
             f"add `fit: {{epochs: …, lr: …}}` under `teacher:` to train them on the recipe's labels first"
         )
-    return (stock(model) if unequal else model).eval()
+    return (as_stock(model) if unequal else model).eval()
 
 
 def _class_of(head: ModelHead, config: Any) -> type[Any]:

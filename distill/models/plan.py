@@ -1,4 +1,4 @@
-"""The plan: what of the teacher the student keeps. Pure data, written as JSON, released with the student."""
+"""The plan: the layers of the teacher, and the units of each axis in them, that the student keeps; as JSON."""
 
 from __future__ import annotations
 
@@ -6,38 +6,93 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from distill.errors import InputError
-from distill.models.layout import StackName
+from distill.models.layout import AxisName, StackName
+
+
+class KeptUnits(BaseModel):
+    """The units of one axis that a layer keeps."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    of: int = Field(ge=1)
+    """Number of units of the teacher's layer."""
+    units: list[int] | list[list[int]] | None = None
+    """Their indices in the teacher, ascending; one list per expert where each has its own; null: all."""
+
+    @property
+    def count(self) -> int:
+        """Number of kept units."""
+        return len(self._lists[0])
+
+    @property
+    def _lists(self) -> list[Any]:
+        if not self.units:
+            return [range(self.of) if self.units is None else []]
+        return self.units if isinstance(self.units[0], list) else [self.units]
+
+    @model_validator(mode="after")
+    def _check_units(self) -> KeptUnits:
+        ascending = all(units and sorted({*units} & {*range(self.of)}) == [*units] for units in self._lists)
+        if not ascending or len({*map(len, self._lists)}) > 1:
+            raise ValueError(f"units must be ascending indices below {self.of}, equally many for each expert")
+        return self
 
 
 class LayerPlan(BaseModel):
-    """What one student layer is made of."""
+    """The teacher layer that a student layer comes from, and the units of each axis that it keeps."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     teacher_layer: int = Field(ge=0)
-    """Index of the teacher layer it comes from."""
-    width: int = Field(ge=1)
-    """Width of its MLP."""
-    teacher_width: int = Field(ge=1)
-    """Width of that layer's MLP in the teacher."""
-    neurons: list[int] | list[list[int]] | None = None
-    """Indices of the kept neurons, ascending; one list per expert where the MLP has experts; null: all."""
+    """Index of the teacher layer."""
+    kept: dict[AxisName, KeptUnits] = Field(min_length=1)
+    """By axis; every axis of the layer is listed."""
+
+    @property
+    def sizes(self) -> dict[AxisName, int]:
+        """Number of kept units by axis."""
+        return {axis: kept.count for axis, kept in self.kept.items()}
+
+    @property
+    def width(self) -> int:
+        """Width of its MLP."""
+        return self.kept["mlp"].count
+
+    @property
+    def teacher_width(self) -> int:
+        """Width of the teacher layer's MLP."""
+        return self.kept["mlp"].of
+
+    @property
+    def neurons(self) -> list[int] | list[list[int]] | None:
+        """Indices of the kept neurons; one list per expert where the MLP has experts; None: all."""
+        return self.kept["mlp"].units
 
 
-class Choice(BaseModel):
-    """One thing that was asked for and what came of it."""
+class Outcome(BaseModel):
+    """A requested value and what the student actually has."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     asked: str
     """As the recipe says it."""
     got: str
-    """What the student has."""
+    """In the student."""
     reason: str = ""
-    """Why the two differ, empty when they do not."""
+    """Cause of the difference; empty when there is none."""
+
+
+def _convert_layer(layer: Any) -> dict[str, Any]:
+    old = {"teacher_layer", "width", "teacher_width", "neurons"}
+    if not isinstance(layer, dict) or set(layer) - old or not old - {"neurons"} <= set(layer):
+        raise ValueError(f"a layer of format 1 has the keys {', '.join(sorted(old))}")
+    kept = KeptUnits(of=layer["teacher_width"], units=layer.get("neurons"))
+    if kept.count != layer["width"]:
+        raise ValueError(f"layer {layer['teacher_layer']} has a width of {layer['width']} and {kept.count} neurons")
+    return {"teacher_layer": layer["teacher_layer"], "kept": {"mlp": kept}}
 
 
 class StudentPlan(BaseModel):
@@ -45,7 +100,7 @@ class StudentPlan(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: Literal["distill.plan/1"] = "distill.plan/1"
+    format: Literal["distill.plan/2"] = "distill.plan/2"
     model_type: str
     """`config.model_type` of the teacher."""
     teacher_layers: int = Field(ge=1)
@@ -63,11 +118,24 @@ class StudentPlan(BaseModel):
     mlp_allocation: str
     """Name of the allocation."""
     calibration: str | None = None
-    """Fingerprint of the statistics that the decision saw; null: none."""
-    choices: dict[str, Choice] = {}
+    """Fingerprint of the statistics that the decision was based on; null: none."""
+    outcomes: dict[str, Outcome] = {}
     """Asked against got, by recipe key."""
     layer_scores: dict[str, list[float]] = {}
-    """Per-teacher-layer figures that the decision saw, e.g. block influence."""
+    """Figures per teacher layer that the decision was based on, e.g. block influence."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _convert_format_1(cls, data: Any) -> Any:
+        """Turn a plan of format 1, whose layers know no axis but the MLP, into one of format 2."""
+        if not isinstance(data, dict) or data.get("format") != "distill.plan/1":
+            return data
+        new = {**data, "format": "distill.plan/2", "outcomes": data.get("choices", {})}
+        new.pop("choices", None)
+        for stack in ("layers", "encoder_layers"):
+            if isinstance(data.get(stack), list):
+                new[stack] = [_convert_layer(layer) for layer in data[stack]]
+        return new
 
     def stack(self, side: StackName) -> list[LayerPlan]:
         """The layers of one stack; empty when the model does not have it."""

@@ -1,4 +1,4 @@
-"""Which parameters of a model are trainable, by shell pattern over their names."""
+"""Set the trainable parameters of a model by shell patterns over their names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from distill.errors import InputError
 
 
 def freeze(model: nn.Module, patterns: Sequence[str], only: Sequence[str] = ("*",)) -> None:
-    """Let exactly the parameters learn whose name matches one of `only` and none of `patterns`, all shell patterns.
+    """Make trainable exactly the parameters whose name matches one of `only` and none of `patterns`.
 
     Raises:
         InputError: A pattern matches no parameter, or nothing is left to learn.

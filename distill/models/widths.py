@@ -1,128 +1,131 @@
-"""Models whose layers have MLPs of different widths.
+"""Models whose layers differ in the size of an axis, e.g. in the width of their MLPs.
 
-`transformers` records such widths as `config.per_layer_config`, but its models do not read them yet: built from such a
-config, they refuse. Here a stock model is built with its widest MLP everywhere and its layers are narrowed before any
+`transformers` records such sizes as `config.per_layer_config`, but its models do not read them yet: built from such a
+config, they refuse. Here a stock model is built with the largest size everywhere and its layers are resized before any
 weight is loaded, so that everything else (sharding, dtype, tying, missing keys) is stock `from_pretrained`.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers.initialization import no_init_weights
 
-from distill.models.family import layout_of
-from distill.models.layout import StackName, stated_width
-from distill.models.mlp import Mlp, mlps_of
+from distill.models.axes import LayerAxis, pad_units
+from distill.models.family import layers_prefix, layout_of
+from distill.models.layout import Axis, AxisName, StackName, stated_width
+from distill.models.mlp import placed_mlps
 from distill.recipe.locate import WIDTH_KEYS
 
-TWO_STACKS = "mlp_widths"
-"""Config key for encoder-decoders, {side: [width of each layer]}: `per_layer_config` has one entry per encoder layer
-and cannot tell the stacks apart. Stock loaders fail on it, because the shapes of the weights do not fit."""
+TWO_STACKS: dict[AxisName, str] = {"mlp": "mlp_widths"}
+"""Config key for encoder-decoders by axis, {side: [size in each layer]}: `per_layer_config` has one entry per encoder
+layer and cannot tell the stacks apart. Stock loaders fail on it, because the shapes of the weights do not fit."""
+
+SizeOf = Callable[[StackName, int, Axis], int]
+"""(stack, layer, axis) -> number of units."""
+
+
+def axes_of(model: Any) -> list[tuple[StackName, int, LayerAxis]]:
+    """Every axis of every layer with its stack and index, in the order of the forward pass."""
+    return list(placed_mlps(model))
 
 
 def is_unequal(config: Any) -> bool:
-    """Whether a config lists MLP widths per layer. Other uses of `per_layer_config` are the family's own."""
+    """Tell whether a config lists sizes per layer. Other uses of `per_layer_config` are the family's own."""
     attributes = config.per_layer_attributes or set()
-    return hasattr(config, TWO_STACKS) or (bool(attributes) and attributes <= set(WIDTH_KEYS))
+    two_stacks = any(hasattr(config, key) for key in TWO_STACKS.values())
+    return two_stacks or (bool(attributes) and attributes <= set(WIDTH_KEYS))
 
 
-def all_mlps(model: Any) -> list[Mlp]:
-    """The MLPs of every stack."""
-    return [mlp for side in layout_of(model).sides for mlp in mlps_of(model, side)]
+def set_sizes(config: Any, sizes: Iterable[tuple[Axis, int]]) -> bool:
+    """Make a config plain: each key holds the largest size that it stands for; returns whether all are that large.
 
-
-def widest(mlps: Iterable[Mlp], widths: Iterable[int]) -> dict[str, int]:
-    """Config key -> the largest width that it has to stand for."""
-    largest: dict[str, int] = {}
-    for mlp, width in zip(mlps, widths, strict=True):
-        largest[mlp.layout.width_key] = max(width, largest.get(mlp.layout.width_key, 0))
-    return largest
-
-
-def forget_widths(config: Any) -> None:
-    """Make a config plain: from it, stock classes build every layer with the width of the config key."""
+    From it, stock classes build every layer alike. The key is left alone where it says the size already.
+    """
+    sizes = list(sizes)
     if is_unequal(config):
         config.per_layer_config = None
-    config.__dict__.pop(TWO_STACKS, None)
+    for key in TWO_STACKS.values():
+        config.__dict__.pop(key, None)
+    largest: dict[str, int] = {}
+    for axis, size in sizes:
+        largest[axis.config_key] = max(size, largest.get(axis.config_key, 0))
+    for key, size in largest.items():
+        if stated_width(config, key) != size:
+            setattr(config, key, size)
+    return all(size == largest[axis.config_key] for axis, size in sizes)
 
 
-def narrow(model: Any, widths: dict[StackName, Sequence[int]]) -> None:
-    """Give each MLP its own width and record the widths in the config; weights are left to the caller.
+def resize_layers(model: Any, size_of: SizeOf) -> None:
+    """Resize every axis of every layer and record the sizes in the config; weights are left to the caller.
 
     The config stays the object that all modules share: a copy would hide `set_attn_implementation` from the layers.
     """
-    for side, own in widths.items():
-        for mlp, width in zip(mlps_of(model, side), own, strict=True):
-            mlp.resize(width)
-    config, every = model.config, all_mlps(model)
-    forget_widths(config)
-    largest = widest(every, [mlp.width for mlp in every])
-    for key, width in largest.items():
-        if stated_width(config, key) != width:
-            setattr(config, key, width)
-    if all(mlp.width == largest[mlp.layout.width_key] for mlp in every):
+    config, bound = model.config, axes_of(model)
+    for side, index, axis in bound:
+        axis.resize(size_of(side, index, axis.axis))
+    if set_sizes(config, [(axis.axis, axis.units) for _, _, axis in bound]):
         return
     sides = layout_of(model).sides
     if len(sides) == 1:
-        config.per_layer_config = {index: {mlp.layout.width_key: mlp.width} for index, mlp in enumerate(every)}
-    else:
-        setattr(config, TWO_STACKS, {side: [mlp.width for mlp in mlps_of(model, side)] for side in sides})
+        by_layer: dict[int, dict[str, int]] = {}
+        for _, index, axis in bound:
+            by_layer.setdefault(index, {})[axis.axis.config_key] = axis.units
+        config.per_layer_config = by_layer
+        return
+    for name, key in TWO_STACKS.items():
+        own = [(side, axis.units) for side, _, axis in bound if axis.axis.name == name]
+        setattr(config, key, {side: [units for stack, units in own if stack == side] for side in sides})
 
 
 def with_widths(model_class: type[Any]) -> type[Any]:
-    """A class that builds from a config with widths per layer what the stock class builds from a plain one.
+    """Derive a class that builds a model from a config with sizes per layer, as the stock class does from a plain one.
 
-    It has the stock class's name and module, which transformers reads; `stock` turns its models into stock ones.
+    It has the stock class's name and module, which transformers reads; `as_stock` turns its models into stock ones.
     """
 
     def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        layers, stacks = list(config.per_layer_config), getattr(config, TWO_STACKS, None)
-        forget_widths(config)
+        layers = list(config.per_layer_config)
+        stacks = {name: getattr(config, key, None) for name, key in TWO_STACKS.items()}
+
+        def size_of(side: StackName, index: int, axis: Axis) -> int:
+            by_side = stacks[axis.name]
+            return by_side[side][index] if by_side else stated_width(layers[index], axis.config_key)
+
+        set_sizes(config, [])
         model_class.__init__(self, config, *args, **kwargs)
-        keys = [mlp.layout.width_key for mlp in mlps_of(self)]
-        narrow(self, stacks or {"main": [stated_width(*pair) for pair in zip(layers, keys, strict=True)]})
+        resize_layers(self, size_of)
 
     return type(model_class.__name__, (model_class,), {"__init__": init, "__module__": model_class.__module__})
 
 
-def stock(model: Any) -> Any:
-    """A model of a class from `with_widths` as one of the stock class: nothing more is needed once it is built."""
+def as_stock(model: Any) -> Any:
+    """Turn a built model of a class from `with_widths` into one of the stock class."""
     model.__class__ = type(model).__mro__[1]
     return model
 
 
 @torch.no_grad()
-def padded(model: Any) -> Any:
-    """A copy with a plain config that gives the same logits: zero neurons fill every MLP up to the widest.
+def pad_to_largest(model: Any) -> Any:
+    """Copy a model into one with a plain config and the same logits: zero units fill every axis up to the largest.
 
     A neuron without outgoing weights adds nothing, whatever its activation.
     """
-    config, mlps = copy.deepcopy(model.config), all_mlps(model)
-    forget_widths(config)
+    config = copy.deepcopy(model.config)
+    set_sizes(config, [])
     with no_init_weights():  # every tensor is copied below
         wide = type(model)._from_config(config, dtype=model.dtype)
     wide.tie_weights()
-    source = model.state_dict()
-    for mlp, old in zip(all_mlps(wide), mlps, strict=True):
-        inside, beside = dict(mlp.layer.named_parameters()), dict(old.layer.named_parameters())
-        for name, (axis, parts) in mlp.layout.axes().items():
-            if name in inside:
-                _fill(inside[name], beside[name], axis, parts)
+    source, prefixes = model.state_dict(), {side: layers_prefix(model, side) for side in layout_of(model).sides}
+    for side, index, axis in axes_of(wide):
+        for name in axis.tensors:
+            key = f"{prefixes[side]}.{index}.{name}"
+            source[key] = pad_units(source[key], axis.axis.tensors[name], axis.units)
     for name, tensor in wide.state_dict().items():
-        if tensor.shape == source[name].shape:
-            tensor.copy_(source[name])
+        tensor.copy_(source[name])
     if model.can_generate():
         wide.generation_config = copy.deepcopy(model.generation_config)
     return wide.eval()
-
-
-def _fill(wide: Tensor, narrow_: Tensor, axis: int, parts: int) -> None:
-    """Copy neurons to the front of each part, zeros behind them."""
-    wide.zero_()
-    for target, source in zip(wide.chunk(parts, axis), narrow_.chunk(parts, axis), strict=True):
-        target.narrow(axis, 0, source.shape[axis]).copy_(source)

@@ -148,7 +148,7 @@ def weight_section(model: Any, side: StackName) -> Section:
 
 
 def _weight_facts(mlp: Mlp) -> dict[str, float]:
-    own = set(mlp.layout.axes())
+    own = set(mlp.axis.tensors)
     tensors = {name: tensor.detach() for name, tensor in mlp.layer.named_parameters() if tensor.ndim > 1}
     inside = [tensor for name, tensor in tensors.items() if name in own]
     outside = [tensor for name, tensor in tensors.items() if name not in own]

@@ -18,9 +18,9 @@ def work(session: Session) -> None:
     teacher = session.load(session.teacher).to(process_state().device)
     decided = plan_student(teacher, session.recipe.student, statistics)
     write_text(session.run.plan, decided.to_json())
-    for key, choice in decided.choices.items():
-        reason = f" ({choice.reason})" if choice.reason else ""
-        session.say(f"  {key}: asked {choice.asked}, got {choice.got}{reason}")
+    for key, outcome in decided.outcomes.items():
+        reason = f" ({outcome.reason})" if outcome.reason else ""
+        session.say(f"  {key}: asked {outcome.asked}, got {outcome.got}{reason}")
 
 
 def inputs(session: Session) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""Stage `repair`: correct the cut student in closed form, and measure what each step is worth."""
+"""Stage `repair`: correct the cut student in closed form, and measure its held-out loss after each step."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -12,7 +13,7 @@ from distill.data import collate
 from distill.errors import InputError
 from distill.files import content_of, write_json
 from distill.losses import Objective
-from distill.models.forward import Batch, forward
+from distill.models.forward import Batch, forward, to_device
 from distill.models.load import folder_fingerprint, hollow_model
 from distill.models.plan import StudentPlan
 from distill.pipeline.session import Session
@@ -20,11 +21,11 @@ from distill.pipeline.stage import Stage, results
 from distill.pipeline.train import save_model
 from distill.ranks import process_state
 from distill.recipe.schema import Term
-from distill.student.repair.steps import Step, check_repair, repair_student
+from distill.student.repair.steps import RepairStep, check_repair, repair_student
 from distill.teacher import LiveTeacher
 
-WORTH = (Term(match="labels"), Term(match="logits"))
-"""What is measured of a repaired student: the task's loss, and KL(teacher || student)."""
+HELD_OUT_TERMS = {"loss": Term(match="labels"), "kl": Term(match="logits")}
+"""Measured of a repaired student: the task's loss, and KL(teacher || student)."""
 
 
 def check(session: Session) -> None:
@@ -46,22 +47,22 @@ def check(session: Session) -> None:
 
 
 def work(session: Session) -> None:
-    """Repair the student, and record what was found out about each step."""
+    """Repair the student, and record the errors before and after each step."""
     spec, corpus, device = session.recipe.student, session.corpus, process_state().device
     decided = StudentPlan.load(session.run.plan)
     student = session.load(session.run.student).to(device)
     end = spec.calibration.examples + spec.repair.held_out
     held_out = range(spec.calibration.examples, min(end, len(corpus.train)))
-    worth = Worth(session, session.load(session.teacher), held_out)
-    steps: list[dict[str, Any]] = [{"name": "cut", "layers": [], "notes": [], "held_out": worth(student)}]
+    loss_and_kl = HeldOutLoss(session, session.load(session.teacher), held_out)
+    steps: list[dict[str, Any]] = [{"name": "cut", "layers": [], "notes": [], "held_out": loss_and_kl(student)}]
     sample = _batches(session, range(spec.calibration.examples), spec.calibration.batch_size)
-    for step in repair_student(worth.teacher.model, student, decided, sample, spec.repair):
-        steps.append(_record(step) | {"held_out": worth(student)})
+    for step in repair_student(loss_and_kl.teacher.model, student, decided, sample, spec.repair):
+        steps.append(_record(step) | {"held_out": loss_and_kl(student)})
         session.say(_line(steps[-1], steps[-2]))
     found = {
         "format": "distill.repair/1",
         "calibration": {"examples": spec.calibration.examples},
-        "held_out": {"split": "train", "examples": len(held_out), "labelled": int(worth.counts[0])},
+        "held_out": {"split": "train", "examples": len(held_out), "labelled": int(loss_and_kl.counts[0])},
         "steps": steps,
     }
     write_json(session.run.repair, found)
@@ -81,12 +82,12 @@ def inputs(session: Session) -> dict[str, Any]:
     }
 
 
-class Worth:
+class HeldOutLoss:
     """Task loss and KL to the teacher on training examples outside the calibration sample."""
 
     def __init__(self, session: Session, teacher: Any, examples: range):
         self.batches = _batches(session, examples, session.recipe.evaluation.batch_size)
-        self.objective = Objective(WORTH, session.corpus.task.head, None, session.vocabulary)
+        self.objective = Objective(tuple(HELD_OUT_TERMS.values()), session.corpus.task.head, None, session.vocabulary)
         self.teacher = LiveTeacher(teacher, self.objective.teacher, process_state().device)
 
     @cached_property
@@ -97,17 +98,15 @@ class Worth:
     @torch.no_grad()
     def __call__(self, student: Any) -> dict[str, float | None]:
         """`loss` and `kl`, in nats per position; None without labels, or where a value is not finite."""
-        sums = torch.zeros(len(WORTH), dtype=torch.float64)
+        sums = torch.zeros(len(HELD_OUT_TERMS), dtype=torch.float64)
         for cpu_batch in self.batches:
-            batch = {name: tensor.to(student.device) for name, tensor in cpu_batch.items()}
+            batch = to_device(cpu_batch, student.device)
             outputs = forward(student, batch, self.objective.student)
-            _, parts = self.objective(outputs, self.teacher(batch), batch, self.counts)
-            sums += parts.double().cpu()
+            _, terms = self.objective(outputs, self.teacher(batch), batch, self.counts)
+            sums += terms.double().cpu()
         values = (sums / self.counts).tolist()  # 0 / 0 is NaN: nothing has a label
-        return {
-            name: value if abs(value) < float("inf") else None
-            for name, value in zip(("loss", "kl"), values, strict=True)
-        }
+        pairs = zip(HELD_OUT_TERMS, values, strict=True)
+        return {name: value if math.isfinite(value) else None for name, value in pairs}
 
 
 def _batches(session: Session, examples: range, size: int) -> Sequence[Batch]:
@@ -115,7 +114,7 @@ def _batches(session: Session, examples: range, size: int) -> Sequence[Batch]:
     return [collate(corpus, corpus.train, examples[start : start + size]) for start in range(0, len(examples), size)]
 
 
-def _record(step: Step) -> dict[str, Any]:
+def _record(step: RepairStep) -> dict[str, Any]:
     layers = [
         {
             "student_layer": layer.student_layer,

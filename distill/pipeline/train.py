@@ -21,9 +21,9 @@ from distill.evaluation.metrics import HIGHER_IS_BETTER, compute
 from distill.evaluation.predict import gathered, predict
 from distill.files import content_of, fresh_folder
 from distill.losses import LayerMap, Objective, layer_map
-from distill.models.attention import relation_widths
 from distill.models.cost import matmul_rate, training_flops
 from distill.models.family import layers_of
+from distill.models.forward import relation_widths
 from distill.models.load import folder_fingerprint, hollow_model
 from distill.models.plan import StudentPlan
 from distill.pipeline.session import Session

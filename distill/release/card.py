@@ -206,7 +206,7 @@ def caveats(evidence: Evidence) -> list[str]:
 def tables(evidence: Evidence) -> dict[str, Table]:
     """Every table of the card and of the report, by name."""
     plan = evidence.plan
-    choices = [(key, choice.asked, choice.got, choice.reason or MISSING) for key, choice in plan.choices.items()]
+    choices = [(key, choice.asked, choice.got, choice.reason or MISSING) for key, choice in plan.outcomes.items()]
     layers = [
         (
             str(i),

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from distill.errors import RunError
 from distill.files import sha256_of, write_text
-from distill.models.widths import padded
+from distill.models.widths import pad_to_largest
 from distill.recipe.load import dump
 from distill.recipe.schema import Format, Recipe
 from distill.release.formats import write_modelling
@@ -107,7 +107,7 @@ def write_release(
         auto_class: The transformers Auto class that a user would call; `native` releases name it.
         form: Format of the release.
     """
-    written = padded(model) if form == "padded" else model
+    written = pad_to_largest(model) if form == "padded" else model
     written.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if form == "native":

@@ -16,7 +16,7 @@ from typing import Any
 from distill.errors import InputError
 from distill.files import write_text
 from distill.models.family import layout_of
-from distill.models.widths import TWO_STACKS, is_unequal
+from distill.models.widths import is_unequal
 from distill.recipe.schema import Format
 
 MODELLING_FILE = "modeling_distill.py"
@@ -87,7 +87,7 @@ def format_of(model: Any, asked: Format) -> Format:
             "release.format: the student's layers have MLPs of different widths, which `uniform` cannot hold: "
             "use `native` or `padded`, or `student.mlp.allocate: uniform`"
         )
-    if asked == "native" and hasattr(model.config, TWO_STACKS):
+    if asked == "native" and layout_of(model).encoder is not None:
         raise InputError(
             "release.format: `native` cannot hold different widths in an encoder-decoder, because transformers' "
             "per_layer_config does not tell its two stacks apart: use `padded`"
@@ -104,7 +104,8 @@ def write_modelling(folder: Path, model: Any, auto_class: str) -> None:
 
     base, head = type(model.base_model).__name__, type(model).__name__
     stack = layout_of(model).main
-    mlps = [(layout.width_key, layout.axes()) for layout in stack.mlps]
+    axes = [layout.axis for layout in stack.mlps]
+    mlps = [(axis.config_key, {name: (dim, fused) for name, (dim, fused, _) in axis.tensors.items()}) for axis in axes]
     text = MODELLING.substitute(
         names=" and ".join(dict.fromkeys((base, head))),
         version=transformers.__version__,

@@ -1,4 +1,4 @@
-"""How the neuron budget is spread over layers: `(scores, asked, influence, **own) -> neurons wanted in each layer`.
+"""Allocations of the neuron budget: `(scores, asked, influence, **own) -> neurons wanted in each layer`.
 
 `scores` are [F] for each layer that may be cut (of experts: the mean over experts of each one's sorted scores), `asked`
 what `student.mlp.keep` means for each layer, `influence` the layers' Block Influence, or None without calibration. What
@@ -15,9 +15,6 @@ from torch import Tensor
 from distill.errors import InputError
 from distill.recipe.schema import Mlp
 from distill.registry import bind, find
-
-NEEDS = {"sensitivity": "activations"}
-"""Allocation -> what of a calibration it reads; `activations` are part of every one."""
 
 SHARES_BUDGET = {"global", "sensitivity"}
 """Allocations that spread one sum over all layers; the others want something of each layer."""
@@ -51,11 +48,11 @@ def threshold(
         raise InputError("student.mlp.allocate_params: give `threshold` or `mass`, one of them")
     if mass is not None and not 0 < mass <= 1:
         raise InputError(f"student.mlp.allocate_params.mass: {mass} is not above 0 and at most 1")
-    if any(bool((own < 0).any()) for own in scores):
+    if any(bool((layer < 0).any()) for layer in scores):
         raise InputError("student.mlp.allocate: `threshold` needs scores that are not negative")
     if threshold is not None:
-        return [float((own >= threshold * own.mean()).sum()) for own in scores]
-    totals = [own.sort(descending=True).values.cumsum(0) for own in scores]
+        return [float((layer >= threshold * layer.mean()).sum()) for layer in scores]
+    totals = [layer.sort(descending=True).values.cumsum(0) for layer in scores]
     return [float((total < (mass or 0) * total[-1] * (1 - EXACT)).sum() + 1) for total in totals]
 
 
@@ -66,11 +63,11 @@ def spread_globally(scores: list[Tensor], asked: list[float], _influence: list[f
     FLAP (An et al. 2023, arXiv 2312.11983).
     """
     budget = sum(asked)
-    ranked = [_standardised(own) for own in scores]
+    ranked = [_standardise(layer) for layer in scores]
     ordered = torch.cat(ranked).sort(descending=True).values
     edge = ordered[min(len(ordered), max(1, int(budget + EXACT))) - 1]
-    above = [float((own > edge).sum()) for own in ranked]
-    ties = [float((own == edge).sum()) for own in ranked]
+    above = [float((layer > edge).sum()) for layer in ranked]
+    ties = [float((layer == edge).sum()) for layer in ranked]
     share = (budget - sum(above)) / sum(ties)
     return [over + share * tied for over, tied in zip(above, ties, strict=True)]
 
@@ -90,10 +87,10 @@ def sensitivity(
     if not 0 <= strength <= 1:
         raise InputError(f"student.mlp.allocate_params.strength: {strength} is not between 0 and 1")
     mean = max(sum(influence) / len(influence), EXACT)
-    return [own * (1 + strength * (each / mean - 1)) for own, each in zip(asked, influence, strict=True)]
+    return [wanted * (1 + strength * (change / mean - 1)) for wanted, change in zip(asked, influence, strict=True)]
 
 
-def _standardised(scores: Tensor) -> Tensor:
+def _standardise(scores: Tensor) -> Tensor:
     deviation = scores.double().std(correction=0)
     if deviation <= 1e-12 * scores.abs().max():  # all equal but for rounding
         return torch.zeros_like(scores, dtype=torch.float64)
@@ -115,54 +112,56 @@ def layer_widths(
     influence: list[float] | None,
     whole: list[bool],
 ) -> list[int]:
-    """The width of each layer: a multiple of `multiple_of` or the teacher's, and never above the teacher's.
+    """Compute the width of each layer: a multiple of `multiple_of` or the teacher's, and never above the teacher's.
 
-    Widths are rounded down. What a shared budget loses by that is given back in whole multiples to the layers that lost
-    most, and never more than the budget: it is met within one multiple.
+    Widths are rounded down. The neurons that a shared budget loses to rounding are returned, one multiple at a time, to
+    the layers that lost most, and never more than the budget: it is met within one multiple.
 
     Args:
         scores: [F] for each kept layer.
         mlp: The recipe's section.
         keep: In place of `mlp.keep`, which a target may not have said.
         influence: Block Influence of each kept layer.
-        whole: Which layers keep all their neurons; they are not part of the budget.
+        whole: True for layers that keep all their neurons; they are not part of the budget.
 
     Raises:
         InputError: A width above the teacher's, none after rounding down, or a floor that the budget cannot give.
     """
-    full = [len(own) for own in scores]
-    each = list(keep) if isinstance(keep, Sequence) else [keep] * len(full)
-    if len(each) != len(full):
-        raise InputError(f"student.mlp.keep: {len(each)} widths for {len(full)} kept layers")
+    full = [len(layer) for layer in scores]
+    keeps = list(keep) if isinstance(keep, Sequence) else [keep] * len(full)
+    if len(keeps) != len(full):
+        raise InputError(f"student.mlp.keep: {len(keeps)} widths for {len(full)} kept layers")
     free = [index for index, stays in enumerate(whole) if not stays]
     if not free:
         return full
-    widest, asked = [full[index] for index in free], [_asked(each[index], full[index]) for index in free]
+    widest, asked = [full[index] for index in free], [_neurons_asked(keeps[index], full[index]) for index in free]
     floors = [floor_width(mlp, size) for size in widest]
-    wanted = asked if isinstance(keep, Sequence) else _wanted(scores, free, asked, mlp, influence)
+    wanted = asked if isinstance(keep, Sequence) else _allocate(scores, free, asked, mlp, influence)
     if mlp.allocate in SHARES_BUDGET:
-        got = _granules(_fitted(wanted, floors, widest, sum(asked)), widest, mlp.multiple_of, sum(asked))
+        got = _round_within_budget(
+            _shift_to_budget(wanted, floors, widest, sum(asked)), widest, mlp.multiple_of, sum(asked)
+        )
     elif mlp.allocate == "threshold":
         sizes = zip(wanted, widest, floors, strict=True)
-        got = [max(least, rounded_down(own, size, mlp.multiple_of)) for own, size, least in sizes]
+        got = [max(least, round_down(width, size, mlp.multiple_of)) for width, size, least in sizes]
     else:
-        got = [_exactly(own, size, mlp) for own, size in zip(wanted, widest, strict=True)]
+        got = [_round_alone(width, size, mlp) for width, size in zip(wanted, widest, strict=True)]
     chosen = dict(zip(free, got, strict=True))
     return [chosen.get(index, size) for index, size in enumerate(full)]
 
 
-def _wanted(
+def _allocate(
     scores: list[Tensor], free: list[int], asked: list[float], mlp: Mlp, influence: list[float] | None
 ) -> list[float]:
     spread = bind(find(ALLOCATIONS, mlp.allocate, "allocation"), mlp.allocate_params, "student.mlp.allocate_params")
-    own = None if influence is None else [influence[index] for index in free]
-    wanted = [float(number) for number in spread([scores[index] for index in free], asked, own)]
+    changes = None if influence is None else [influence[index] for index in free]
+    wanted = [float(number) for number in spread([scores[index] for index in free], asked, changes)]
     if len(wanted) != len(free) or not all(0 <= number < torch.inf for number in wanted):
         raise InputError(f"student.mlp.allocate: {mlp.allocate} returned {wanted} for {len(free)} layers")
     return wanted
 
 
-def _asked(keep: int | float, full: int) -> float:
+def _neurons_asked(keep: int | float, full: int) -> float:
     if isinstance(keep, float):
         return keep * full
     if keep > full:
@@ -170,8 +169,8 @@ def _asked(keep: int | float, full: int) -> float:
     return float(keep)
 
 
-def rounded_down(wanted: float, full: int, multiple: int) -> int:
-    """The largest width of at most `wanted` neurons that is a multiple, or the teacher's width."""
+def round_down(wanted: float, full: int, multiple: int) -> int:
+    """Round to the largest width of at most `wanted` neurons that is a multiple, or is the teacher's."""
     whole = int(wanted + EXACT)
     return full if whole >= full else whole - whole % multiple
 
@@ -182,9 +181,9 @@ def floor_width(mlp: Mlp, full: int) -> int:
     return min(full, -int(-(asked - EXACT) // mlp.multiple_of) * mlp.multiple_of)
 
 
-def _exactly(wanted: float, full: int, mlp: Mlp) -> int:
-    """What was asked for one layer, or an error where it cannot be had."""
-    width, least, asked = rounded_down(wanted, full, mlp.multiple_of), floor_width(mlp, full), int(wanted + EXACT)
+def _round_alone(wanted: float, full: int, mlp: Mlp) -> int:
+    """Round the width asked for one layer; raises InputError where none is left or the floor is above it."""
+    width, least, asked = round_down(wanted, full, mlp.multiple_of), floor_width(mlp, full), int(wanted + EXACT)
     if width == 0:
         raise InputError(
             f"student.mlp.keep: {asked} of {full} neurons rounds down to 0 with multiple_of {mlp.multiple_of}; "
@@ -195,8 +194,8 @@ def _exactly(wanted: float, full: int, mlp: Mlp) -> int:
     return width
 
 
-def _fitted(wanted: list[float], floors: list[int], full: list[int], budget: float) -> list[float]:
-    """`wanted`, moved up or down together until the sum within floors and teacher's widths is the budget."""
+def _shift_to_budget(wanted: list[float], floors: list[int], full: list[int], budget: float) -> list[float]:
+    """Move `wanted` up or down together until the sum within floors and teacher's widths is the budget."""
     if sum(floors) > budget + EXACT:
         raise InputError(
             f"student.mlp.keep: {int(budget + EXACT)} neurons over {len(full)} layers are fewer than the {sum(floors)} "
@@ -206,21 +205,21 @@ def _fitted(wanted: list[float], floors: list[int], full: list[int], budget: flo
     low, high = -float(max(full)) - max(wanted), float(max(full))
     for _ in range(100):
         middle = (low + high) / 2
-        if sum(min(max(own + middle, least), most) for own, least, most in bounds) > budget:
+        if sum(min(max(width + middle, least), most) for width, least, most in bounds) > budget:
             high = middle
         else:
             low = middle
     shift = 0.0 if abs(low) < 1e-6 else low
-    return [min(max(own + shift, least), most) for own, least, most in bounds]
+    return [min(max(width + shift, least), most) for width, least, most in bounds]
 
 
-def _granules(wanted: list[float], full: list[int], multiple: int, budget: float) -> list[int]:
-    widths = [rounded_down(own, size, multiple) for own, size in zip(wanted, full, strict=True)]
+def _round_within_budget(wanted: list[float], full: list[int], multiple: int, budget: float) -> list[int]:
+    widths = [round_down(width, size, multiple) for width, size in zip(wanted, full, strict=True)]
     left = int(budget + EXACT) - sum(widths)
     while True:
         steps = [min(multiple, size - width) for size, width in zip(full, widths, strict=True)]
         lost = [
-            own - width if 0 < step <= left else -1.0 for own, width, step in zip(wanted, widths, steps, strict=True)
+            want - width if 0 < step <= left else -1.0 for want, width, step in zip(wanted, widths, steps, strict=True)
         ]
         best = max(range(len(lost)), key=lambda index: (lost[index], -index))
         if lost[best] < 0:

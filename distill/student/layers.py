@@ -1,4 +1,4 @@
-"""Which layers to keep: one function per policy, `(layers, keep, statistics, **own) -> ascending indices`.
+"""Policies that choose the kept layers: one function each, `(layers, keep, statistics, **own) -> ascending indices`.
 
 `layers` is the teacher's number of layers, `keep` how many the student has. A policy that has no row in `NEEDS` works
 without calibration. A policy with the parameter `protected` honours `student.layers.protect_first` and `protect_last`.
@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from distill.errors import InputError
-from distill.models.family import check_kept, layers_of, layout_of
+from distill.models.family import check_kept, layers_of, protected_layers
 from distill.models.layout import StackName
 from distill.recipe.schema import Layers
 from distill.registry import bind, find
-from distill.student.calibration.statistics import Statistics
+from distill.student.calibration.statistics import Statistics, require
 
 NEEDS = {
     "block_influence": "activations",
@@ -26,36 +26,27 @@ NEEDS = {
     "loss_drop": "losses_without",
     "greedy_loss": "removals",
 }
-"""Policy -> what of a calibration it reads; `activations` are part of every one."""
+"""Policy -> the statistics that it reads; `activations` are part of every calibration."""
 
 
-def policy_of(own: Layers) -> str:
+def policy_of(spec: Layers) -> str:
     """Name of the policy that decides; `explicit` where the recipe lists the layers."""
-    return own.choose if isinstance(own.keep, int) else "explicit"
+    return spec.choose if isinstance(spec.keep, int) else "explicit"
 
 
-def protected_layers(depth: int, own: Layers, keep_first: bool) -> frozenset[int]:
-    """Layers that no policy may drop. Raises InputError when they are more than the student keeps."""
-    first = max(own.protect_first, int(keep_first))
-    stay = {*range(min(first, depth)), *range(max(0, depth - own.protect_last), depth)}
-    keep = own.keep if isinstance(own.keep, int) else len(own.keep)
-    if len(stay) > keep:
-        raise InputError(f"student.layers: {len(stay)} of {depth} layers are protected, and only {keep} are to be kept")
-    return frozenset(stay)
-
-
-def choose_layers(model: Any, side: StackName, own: Layers | None, calibration: Statistics | None) -> list[int]:
-    """Ascending indices of the kept layers of one stack; all of them when nothing is asked.
+def choose_layers(model: Any, side: StackName, spec: Layers | None, calibration: Statistics | None) -> list[int]:
+    """Choose the kept layers of one stack, ascending; all of them when nothing is asked.
 
     Raises:
         InputError: The request does not fit the model.
     """
     key, depth = "student.layers" if side == "main" else "student.encoder_layers", len(layers_of(model, side))
-    if own is None:
+    if spec is None:
         return list(range(depth))
-    keep_first = bool(layout_of(model).stack(side).keep_first)
-    statistics = None if calibration is None else calibration.of(side)
-    chosen = own.keep if isinstance(own.keep, list) else _by_policy(own, own.keep, depth, keep_first, statistics, key)
+    if isinstance(spec.keep, list):
+        chosen = spec.keep
+    else:
+        chosen = _apply_policy(model, side, spec, spec.keep, calibration and calibration.of(side), key)
     if not chosen or sorted(set(chosen)) != chosen:
         raise InputError(f"{key}.keep: {chosen} must name layers once each, in ascending order")
     if chosen[-1] >= depth or chosen[0] < 0:
@@ -64,21 +55,22 @@ def choose_layers(model: Any, side: StackName, own: Layers | None, calibration: 
     return chosen
 
 
-def _by_policy(
-    own: Layers, keep: int, depth: int, keep_first: bool, statistics: Statistics | None, key: str
+def _apply_policy(
+    model: Any, side: StackName, spec: Layers, keep: int, statistics: Statistics | None, key: str
 ) -> list[int]:
+    depth = len(layers_of(model, side))
     if keep > depth:
         raise InputError(f"{key}.keep: {keep} layers asked, the teacher has {depth}")
-    policy = bind(find(CHOICES, own.choose, "layer policy"), own.params, f"{key}.params")
+    policy = bind(find(CHOICES, spec.choose, "layer policy"), spec.params, f"{key}.params")
     if "protected" in inspect.signature(policy).parameters:
-        policy = partial(policy, protected=protected_layers(depth, own, keep_first))
-    elif own.protect_first or own.protect_last:
+        policy = partial(policy, protected=protected_layers(model, side, spec))
+    elif spec.protect_first or spec.protect_last:
         raise InputError(
-            f"{key}: protect_first and protect_last have no effect on the policy {own.choose}; remove them"
+            f"{key}: protect_first and protect_last have no effect on the policy {spec.choose}; remove them"
         )
     chosen: list[int] = policy(depth, keep, statistics)
     if len(chosen) != keep:
-        raise InputError(f"{key}.choose: {own.choose} returned {chosen}, not {keep} layers of {depth}")
+        raise InputError(f"{key}.choose: {spec.choose} returned {chosen}, not {keep} layers of {depth}")
     return chosen
 
 
@@ -139,7 +131,7 @@ def block_influence(
 
     Ties keep the lower index.
     """
-    return _highest(seen(statistics).block_influence().tolist()[:layers], keep, protected)
+    return _highest(require(statistics, "block_influence").block_influence().tolist()[:layers], keep, protected)
 
 
 def angular(
@@ -153,7 +145,7 @@ def angular(
     Raises:
         InputError: Every block holds a protected layer.
     """
-    distances, gap = seen(statistics).angular_distance(), layers - keep
+    distances, gap = require(statistics, "angular").angular_distance(), layers - keep
     starts = [start for start in range(keep + 1) if not any(start <= layer < start + gap for layer in protected)]
     if not starts:
         raise InputError(f"student.layers.choose: no {gap} layers in a row are free of protected ones")
@@ -165,7 +157,7 @@ def loss_drop(
     layers: int, keep: int, statistics: Statistics | None, *, protected: Collection[int] = frozenset()
 ) -> list[int]:
     """Drop the layers whose removal, each alone, raises the labels' loss least (Kim et al. 2024, Shortened LLaMA)."""
-    return _highest(seen(statistics).loss_without().tolist()[:layers], keep, protected)
+    return _highest(require(statistics, "loss_drop").loss_without().tolist()[:layers], keep, protected)
 
 
 def greedy_loss(
@@ -176,17 +168,10 @@ def greedy_loss(
     Raises:
         InputError: The calibration removed fewer layers, or protected ones: it was made for another request.
     """
-    gone = seen(statistics).removals[: layers - keep]
+    gone = require(statistics, "greedy_loss").removals[: layers - keep]
     if len(gone) < layers - keep or set(gone) & set(protected):
         raise InputError("student.layers.choose: the calibration's removals are for another request; calibrate again")
     return [layer for layer in range(layers) if layer not in gone]
-
-
-def seen(statistics: Statistics | None) -> Statistics:
-    """The statistics; raises InputError when there are none."""
-    if statistics is None:
-        raise InputError("student: this policy, score or allocation needs calibration data")
-    return statistics
 
 
 def _highest(values: Sequence[float], keep: int, protected: Collection[int]) -> list[int]:

@@ -1,4 +1,4 @@
-"""Decide what the student keeps. Pure: reads the teacher's weights and the statistics, touches nothing."""
+"""Decide which layers and neurons the student keeps, from the teacher's weights and the statistics; changes neither."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 
 from distill.errors import InputError
 from distill.models.cost import latency_ratio
-from distill.models.family import layout_of
+from distill.models.family import layers_of, layout_of
 from distill.models.layout import StackName
-from distill.models.mlp import Mlp, mlps_of
-from distill.models.plan import Choice, LayerPlan, StudentPlan
+from distill.models.mlp import Mlp, placed_mlps
+from distill.models.plan import KeptUnits, LayerPlan, Outcome, StudentPlan
 from distill.recipe.schema import Layers, Student
 from distill.registry import bind, find
-from distill.student import allocate, layers, scores
+from distill.student import layers, scores
 from distill.student.allocate import ALLOCATIONS, EXACT, layer_widths
 from distill.student.build import build_student
 from distill.student.calibration.collect import StatisticsRequest
@@ -44,18 +44,18 @@ class _Scored:
 
     @property
     def ranked(self) -> Tensor:
-        """[F] as an allocation sees them: of experts, the mean over experts of each one's sorted scores."""
+        """[F] for an allocation: of experts, the mean over experts of each one's sorted scores."""
         values = self.values.double().cpu()
         return values if values.ndim == 1 else values.sort(dim=-1, descending=True).values.mean(dim=0)
 
     def cut(self, width: int) -> LayerPlan:
-        """The layer with its best neurons."""
-        neurons = top_neurons(self.values, width)
-        return LayerPlan(teacher_layer=self.index, width=width, teacher_width=self.width, neurons=neurons)
+        """Plan the layer with its best neurons."""
+        kept = KeptUnits(of=self.width, units=top_units(self.values, width))
+        return LayerPlan(teacher_layer=self.index, kept={"mlp": kept})
 
 
 def plan_student(model: Any, spec: Student, calibration: Statistics | None = None) -> StudentPlan:
-    """The plan for a student of `model`.
+    """Plan a student of `model`.
 
     Args:
         model: The teacher, a transformers model of a known family.
@@ -69,14 +69,19 @@ def plan_student(model: Any, spec: Student, calibration: Statistics | None = Non
     sides = layout_of(model).sides
     if spec.encoder_layers is not None:
         layout_of(model).stack("encoder")
-    _check_calibration(spec, calibration)
-    depths = {side: len(mlps_of(model, side)) for side in sides}
+    depths = {side: len(layers_of(model, side)) for side in sides}
     asked = {"main": spec.layers, "encoder": spec.encoder_layers}
     kept = {side: choose_layers(model, side, asked[side], calibration) for side in sides}
     _check_protected(spec, depths["main"], kept["main"])
-    scored = [layer for side in sides for layer in _scores(model, side, kept[side], spec, calibration)]
+    scored = [
+        _score_layer(mlp, index, side, spec, calibration and calibration.of(side))
+        for side, index, mlp in placed_mlps(model)
+        if index in kept[side]
+    ]
     whole = [layer.side == "main" and layer.index in spec.mlp.protect for layer in scored]
-    influence = _influence(scored, calibration)
+    influence = None
+    if calibration is not None:
+        influence = [float(calibration.of(layer.side).block_influence()[layer.index]) for layer in scored]
     widths_for = partial(layer_widths, [layer.ranked for layer in scored], spec.mlp, influence=influence, whole=whole)
 
     def plan_for(widths: Sequence[int]) -> StudentPlan:
@@ -94,15 +99,15 @@ def plan_student(model: Any, spec: Student, calibration: Statistics | None = Non
             layer_scores={} if calibration is None else _layer_scores(calibration, sides),
         )
 
-    keep, choices = spec.mlp.keep, {}
+    keep, outcomes = spec.mlp.keep, {}
     if spec.target is not None:
-        keep, choices[f"student.target.{spec.target.kind}"] = _solve(model, spec, scored, whole, widths_for, plan_for)
-    decided = plan_for(widths_for(keep))
-    return decided.model_copy(update={"choices": _choices(spec, decided, keep) | choices})
+        keep, outcomes[f"student.target.{spec.target.kind}"] = _solve(model, spec, scored, whole, widths_for, plan_for)
+    plan = plan_for(widths_for(keep))
+    return plan.model_copy(update={"outcomes": _outcomes(spec, plan, keep) | outcomes})
 
 
 def wanted_statistics(spec: Student) -> StatisticsRequest:
-    """What a calibration has to collect for this student, by the tables `NEEDS`."""
+    """List the statistics that this student's policies and scores read, by the tables `NEEDS`."""
     asked: dict[StackName, Layers] = {"main": spec.layers}
     if spec.encoder_layers is not None:
         asked["encoder"] = spec.encoder_layers
@@ -129,19 +134,6 @@ def check_strategies(spec: Student) -> None:
     bind(find(ALLOCATIONS, spec.mlp.allocate, "allocation"), spec.mlp.allocate_params, "student.mlp.allocate_params")
 
 
-def _check_calibration(spec: Student, calibration: Statistics | None) -> None:
-    used = {
-        "student.layers.choose": (policy_of(spec.layers), layers.NEEDS),
-        "student.mlp.score": (spec.mlp.score, scores.NEEDS),
-        "student.mlp.allocate": (spec.mlp.allocate, allocate.NEEDS),
-    }
-    if spec.encoder_layers is not None:
-        used["student.encoder_layers.choose"] = (policy_of(spec.encoder_layers), layers.NEEDS)
-    for key, (name, needs) in used.items():
-        if calibration is None and name in needs:
-            raise InputError(f"{key}: `{name}` needs calibration data; pass the Statistics of a calibration")
-
-
 def _check_protected(spec: Student, depth: int, kept: list[int]) -> None:
     beyond = [index for index in spec.mlp.protect if index >= depth]
     if beyond:
@@ -151,16 +143,8 @@ def _check_protected(spec: Student, depth: int, kept: list[int]) -> None:
         raise InputError(f"student.mlp.protect: layer {dropped[0]} is not among the kept layers {kept}")
 
 
-def _scores(
-    model: Any, side: StackName, kept: list[int], spec: Student, calibration: Statistics | None
-) -> list[_Scored]:
+def _score_layer(mlp: Mlp, index: int, side: StackName, spec: Student, statistics: Statistics | None) -> _Scored:
     score = bind(find(SCORES, spec.mlp.score, "score"), spec.mlp.params, "student.mlp.params")
-    statistics = calibration and calibration.of(side)
-    mlps = mlps_of(model, side)
-    return [_Scored(side, index, _checked(score, side, index, mlps[index], statistics, spec)) for index in kept]
-
-
-def _checked(score: Any, side: StackName, index: int, mlp: Mlp, statistics: Statistics | None, spec: Student) -> Tensor:
     weights_in = [weight.detach() for weight in mlp.weights_in]
     values = score(MlpLayer(index, weights_in, mlp.weight_out.detach(), side), statistics)
     expected = (*mlp.weight_out.shape[:-2], mlp.width)
@@ -170,31 +154,24 @@ def _checked(score: Any, side: StackName, index: int, mlp: Mlp, statistics: Stat
             f"student.mlp.score: {spec.mlp.score} must return finite values of shape {expected} for layer {index}, "
             f"it returned {got}"
         )
-    return values
-
-
-def _influence(scored: list[_Scored], calibration: Statistics | None) -> list[float] | None:
-    if calibration is None:
-        return None
-    known = {side: calibration.of(side).block_influence() for side in {layer.side for layer in scored}}
-    return [float(known[layer.side][layer.index]) for layer in scored]
+    return _Scored(side, index, values)
 
 
 def _layer_scores(calibration: Statistics, sides: Sequence[StackName]) -> dict[str, list[float]]:
-    """Figures per teacher layer that decisions were made on."""
-    found = {}
+    """Collect the figures per teacher layer that layer policies read."""
+    figures = {}
     for side in sides:
-        own, prefix = calibration.of(side), "" if side == "main" else "encoder_"
-        found[f"{prefix}block_influence"] = own.block_influence().tolist()
-        if f"{side}.without" in own.sums:
-            found[f"{prefix}loss_without"] = own.loss_without().tolist()
-    return found
+        statistics, prefix = calibration.of(side), "" if side == "main" else "encoder_"
+        figures[f"{prefix}block_influence"] = statistics.block_influence().tolist()
+        if f"{side}.without" in statistics.sums:
+            figures[f"{prefix}loss_without"] = statistics.loss_without().tolist()
+    return figures
 
 
 def _solve(
     model: Any, spec: Student, scored: list[_Scored], whole: list[bool], widths_for: Any, plan_for: Any
-) -> tuple[float, Choice]:
-    """The share of neurons that meets the target, and the choice to report."""
+) -> tuple[float, Outcome]:
+    """Solve for the share of neurons that meets the target; the share, and asked and got."""
     target = spec.target
     assert target is not None
     free = [layer.width for layer, stays in zip(scored, whole, strict=True) if not stays]
@@ -204,10 +181,9 @@ def _solve(
         )
     steps = shares(spec.mlp, free)
     if target.kind == "latency":
-        device = model.device
 
         def seconds(share: float) -> float:
-            student = build_student(model, plan_for(widths_for(share))).to(device)
+            student = build_student(model, plan_for(widths_for(share))).to(model.device)
             return latency_ratio(student, model, target.length)
 
         return solve(target, 1.0, steps, seconds)
@@ -215,7 +191,7 @@ def _solve(
     return solve(target, costs.total, steps, lambda share: costs.of(kept, widths_for(share)))
 
 
-def top_neurons(scores: Tensor, width: int) -> list[Any] | None:
+def top_units(scores: Tensor, width: int) -> list[Any] | None:
     """Ascending indices of the `width` highest scores, ties to the lower index; None when all are kept.
 
     For experts, scores are [E, F] and each expert has its own list.
@@ -227,32 +203,30 @@ def top_neurons(scores: Tensor, width: int) -> list[Any] | None:
     return order[..., :width].sort(dim=-1).values.tolist()
 
 
-def _choices(spec: Student, plan: StudentPlan, keep: Any) -> dict[str, Choice]:
-    """What was asked and what came of it, by key."""
-    found = {"student.layers.keep": Choice(asked=str(spec.layers.keep), got=", ".join(map(str, plan.kept_layers)))}
-    if spec.encoder_layers is not None:
-        got = ", ".join(str(layer.teacher_layer) for layer in plan.stack("encoder"))
-        found["student.encoder_layers.keep"] = Choice(asked=str(spec.encoder_layers.keep), got=got)
-    placed = [(_place(side, layer), layer) for side in ("encoder", "main") for layer in plan.stack(side)]
+def _outcomes(spec: Student, plan: StudentPlan, keep: Any) -> dict[str, Outcome]:
+    """Asked against got, by recipe key."""
+    outcomes = {}
+    stacks = {"layers": (spec.layers, plan.layers), "encoder_layers": (spec.encoder_layers, plan.encoder_layers)}
+    for key, (own, stack) in stacks.items():
+        if own is not None:
+            got = ", ".join(str(layer.teacher_layer) for layer in stack or [])
+            outcomes[f"student.{key}.keep"] = Outcome(asked=str(own.keep), got=got)
+    placed = [(side, layer) for side in ("encoder", "main") for layer in plan.stack(side)]
     sizes = [f"{layer.width} of {layer.teacher_width}" for _, layer in placed]
     got = sizes[0]
     if len(set(sizes)) > 1:
-        got = ", ".join(f"{size} in {place}" for size, (place, _) in zip(sizes, placed, strict=True))
-    asked, reason = _asked(spec, keep, placed[0][1].teacher_width), ""
-    free = [layer for place, layer in placed if not (place[0] == "l" and layer.teacher_layer in spec.mlp.protect)]
+        names = [f"{'encoder ' if side == 'encoder' else ''}layer {layer.teacher_layer}" for side, layer in placed]
+        got = ", ".join(f"{size} in {name}" for size, name in zip(sizes, names, strict=True))
+    free = [layer for side, layer in placed if side == "encoder" or layer.teacher_layer not in spec.mlp.protect]
     each = keep if isinstance(keep, list) else [keep] * len(free)
     pairs = zip(each, free, strict=True)
-    wanted = sum(int(own * layer.teacher_width + EXACT) if isinstance(own, float) else own for own, layer in pairs)
-    if spec.mlp.allocate != "threshold" and sum(layer.width for layer in free) < wanted:
-        reason = f"rounded down to a multiple of {spec.mlp.multiple_of}"
-    return found | {"student.mlp.keep": Choice(asked=asked, got=got, reason=reason)}
-
-
-def _asked(spec: Student, keep: Any, full: int) -> str:
-    if isinstance(keep, list) or spec.mlp.allocate == "threshold":
-        return str(keep) if isinstance(keep, list) else f"what {spec.mlp.allocate_params} gives"
-    return f"{keep:g} of {full}" + (" (from student.target)" if spec.target else "")
-
-
-def _place(side: StackName, layer: LayerPlan) -> str:
-    return f"layer {layer.teacher_layer}" if side == "main" else f"encoder layer {layer.teacher_layer}"
+    wanted = sum(int(one * layer.teacher_width + EXACT) if isinstance(one, float) else one for one, layer in pairs)
+    rounded = spec.mlp.allocate != "threshold" and sum(layer.width for layer in free) < wanted
+    reason = f"rounded down to a multiple of {spec.mlp.multiple_of}" if rounded else ""
+    if isinstance(keep, list):
+        asked = str(keep)
+    elif spec.mlp.allocate == "threshold":
+        asked = f"what {spec.mlp.allocate_params} gives"
+    else:
+        asked = f"{keep:g} of {placed[0][1].teacher_width}" + (" (from student.target)" if spec.target else "")
+    return outcomes | {"student.mlp.keep": Outcome(asked=asked, got=got, reason=reason)}

@@ -1,4 +1,4 @@
-"""How much each MLP neuron matters: one function per score, `(layer, statistics, **own) -> [F]`, higher is kept.
+"""Scores of MLP neurons: one function each, `(layer, statistics, **own) -> [F]`, higher is kept.
 
 F is the width of the layer's MLP. Neuron i is row i of each weight in `layer.weights_in` ([F, D]) and column i of
 `layer.weight_out` ([D, F]). Experts have one dimension E in front of everything, scores included: [E, F].
@@ -14,9 +14,8 @@ from torch import Tensor
 
 from distill.errors import InputError
 from distill.models.layout import StackName
-from distill.student.calibration.statistics import Statistics
+from distill.student.calibration.statistics import Statistics, require
 from distill.student.calibration.sums import column_products, column_sums
-from distill.student.layers import seen
 
 NEEDS = {
     "activation": "activations",
@@ -29,12 +28,15 @@ NEEDS = {
     "fisher": "gradients",
     "output_change": "gram",
 }
-"""Score -> what of a calibration it reads; `activations` are part of every one."""
+"""Score -> the statistics that it reads; `activations` are part of every calibration."""
+
+
+POWERS = {1: torch.abs, 2: torch.square}
 
 
 @dataclass(frozen=True)
 class MlpLayer:
-    """One layer's MLP as a score sees it; statistics speak of its stack."""
+    """One layer's MLP, the input of a score; statistics are those of its stack."""
 
     index: int
     """Index of the layer in the teacher."""
@@ -48,7 +50,7 @@ class MlpLayer:
 
 def activation(layer: MlpLayer, statistics: Statistics | None) -> Tensor:
     """Mean absolute activation over real tokens: mean |x_i| of the input of the last projection."""
-    return seen(statistics).mean_abs(layer.index)
+    return require(statistics, "activation").mean_abs(layer.index)
 
 
 def activation_l2(layer: MlpLayer, statistics: Statistics | None) -> Tensor:
@@ -57,7 +59,7 @@ def activation_l2(layer: MlpLayer, statistics: Statistics | None) -> Tensor:
     Source: Muralidharan et al. 2024, Minitron (arXiv 2407.14679), batch = L2, seq = mean. Sequences count alike,
     however long they are.
     """
-    return seen(statistics).sequence_norm(layer.index)
+    return require(statistics, "activation_l2").sequence_norm(layer.index)
 
 
 def output_norm(layer: MlpLayer, statistics: Statistics | None) -> Tensor:
@@ -66,7 +68,7 @@ def output_norm(layer: MlpLayer, statistics: Statistics | None) -> Tensor:
     The size of what the neuron adds to the residual stream. Source: Wanda (Sun et al. 2023, arXiv 2306.11695) summed
     over a neuron's outgoing weights in the 2-norm.
     """
-    return torch.sqrt(seen(statistics).mean_square(layer.index) * _outgoing(layer, 2))
+    return torch.sqrt(require(statistics, "output_norm").mean_square(layer.index) * _outgoing(layer, 2))
 
 
 def wanda(layer: MlpLayer, statistics: Statistics | None) -> Tensor:
@@ -76,7 +78,7 @@ def wanda(layer: MlpLayer, statistics: Statistics | None) -> Tensor:
     FLAP (An et al. 2023, arXiv 2312.11983).
     """
     size = layer.weight_out.shape[-2]
-    return seen(statistics).mean_square(layer.index).sqrt() * _outgoing(layer, 1) / size
+    return require(statistics, "wanda").mean_square(layer.index).sqrt() * _outgoing(layer, 1) / size
 
 
 def magnitude(layer: MlpLayer, _statistics: Statistics | None, *, norm: int = 2) -> Tensor:
@@ -85,11 +87,11 @@ def magnitude(layer: MlpLayer, _statistics: Statistics | None, *, norm: int = 2)
     Raises:
         InputError: Another norm.
     """
-    if norm not in (1, 2):
+    if norm not in POWERS:
         raise InputError(f"student.mlp.params.norm: the norm is 1 or 2, not {norm}")
     total = _outgoing(layer, norm)
     for weight in layer.weights_in:
-        total = total + column_sums(_power(norm), weight.mT).cpu()
+        total = total + column_sums(POWERS[norm], weight.mT).cpu()
     return total ** (1 / norm)
 
 
@@ -98,7 +100,7 @@ def taylor(layer: MlpLayer, statistics: Statistics | None) -> Tensor:
 
     Source: Molchanov et al. 2019 (arXiv 1906.10771), with a gate on the neuron.
     """
-    return seen(statistics).taylor(layer.index)
+    return require(statistics, "taylor").taylor(layer.index)
 
 
 def taylor_kl(layer: MlpLayer, statistics: Statistics | None) -> Tensor:
@@ -107,7 +109,7 @@ def taylor_kl(layer: MlpLayer, statistics: Statistics | None) -> Tensor:
     Needs no labels. The first-order term of this KL is zero at the teacher; see
     `distill.student.calibration.gradients`.
     """
-    return seen(statistics).kl_curvature(layer.index) / 2
+    return require(statistics, "taylor_kl").kl_curvature(layer.index) / 2
 
 
 def fisher(layer: MlpLayer, statistics: Statistics | None) -> Tensor:
@@ -115,15 +117,15 @@ def fisher(layer: MlpLayer, statistics: Statistics | None) -> Tensor:
 
     Source: Theis et al. 2018 (arXiv 1801.05787).
     """
-    return seen(statistics).fisher(layer.index)
+    return require(statistics, "fisher").fisher(layer.index)
 
 
 def fluctuation(layer: MlpLayer, statistics: Statistics | None) -> Tensor:
     """Variance of the activation times the squared norm of the outgoing weights: Var(x_i) · ‖W_out[:, i]‖₂².
 
-    What is lost when the neuron is replaced by its mean. Source: WIFV of FLAP (An et al. 2023, arXiv 2312.11983).
+    The error of replacing the neuron by its mean. Source: WIFV of FLAP (An et al. 2023, arXiv 2312.11983).
     """
-    return seen(statistics).variance(layer.index) * _outgoing(layer, 2)
+    return require(statistics, "fluctuation").variance(layer.index) * _outgoing(layer, 2)
 
 
 def output_change(layer: MlpLayer, statistics: Statistics | None) -> Tensor:
@@ -134,7 +136,7 @@ def output_change(layer: MlpLayer, statistics: Statistics | None) -> Tensor:
     by row j of M: O(F) per removal, O(F²) in all. Of equal ones the later is removed. Source: the iterative channel
     contribution of Puzzletron (NVIDIA Model-Optimizer), with exact second moments in place of its running sum.
     """
-    gram = seen(statistics).gram(layer.index)
+    gram = require(statistics, "output_change").gram(layer.index)
     if gram.ndim == 3:
         pairs = zip(gram, layer.weight_out, strict=True)
         return torch.stack([_removal_ranks(own * column_products(weight).cpu()) for own, weight in pairs])
@@ -142,7 +144,7 @@ def output_change(layer: MlpLayer, statistics: Statistics | None) -> Tensor:
 
 
 def _removal_ranks(products: Tensor) -> Tensor:
-    """[F]: when each neuron is removed, 0 first, given M [F, F]."""
+    """Remove neurons one by one, given M [F, F]; the rank of each, [F], 0 for the first removed."""
     size = len(products)
     cost = products.diagonal().flip(0)  # argmin takes the first of equal ones: let that be the later neuron
     ranks = torch.empty(size, dtype=torch.float64)
@@ -164,12 +166,8 @@ def random(layer: MlpLayer, _statistics: Statistics | None, *, seed: int = 0) ->
 
 
 def _outgoing(layer: MlpLayer, power: int) -> Tensor:
-    """[F] Σ_d |W_di|^power."""
-    return column_sums(_power(power), layer.weight_out).cpu()
-
-
-def _power(power: int) -> Callable[[Tensor], Tensor]:
-    return torch.abs if power == 1 else torch.square
+    """Sum |W_di|^power over the rows d, [F]."""
+    return column_sums(POWERS[power], layer.weight_out).cpu()
 
 
 SCORES: dict[str, Callable[..., Tensor]] = {

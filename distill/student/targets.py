@@ -1,41 +1,41 @@
-"""A size for the student: which share of its neurons has so many parameters, so many FLOPs, or takes so long."""
+"""A size for the student: solve for the share of neurons that has so many parameters or FLOPs, or takes so long."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from distill.errors import InputError
-from distill.models.cost import example, flops_by_module
-from distill.models.family import layers_of, layout_of
+from distill.models.axes import LayerAxis
+from distill.models.cost import flops_by_module, random_example
+from distill.models.family import layout_of
 from distill.models.layout import StackName
-from distill.models.mlp import Mlp, mlps_of
-from distill.models.plan import Choice
-from distill.recipe.schema import Layers, Student, Target
-from distill.recipe.schema import Mlp as MlpSpec
-from distill.student.allocate import SHARES_BUDGET, floor_width, rounded_down
+from distill.models.plan import Outcome
+from distill.models.widths import axes_of
+from distill.recipe.schema import Layers, Mlp, Student, Target
+from distill.student.allocate import SHARES_BUDGET, floor_width, round_down
 
-Place = tuple[StackName, int]
+LayerKey = tuple[StackName, int]
 """A layer of the teacher."""
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """What one layer adds to the whole."""
+    """The share of one layer in the cost of a model."""
 
     whole: float
     """With all its neurons."""
-    neuron: float
+    unit: float
     """Each of its MLP's neurons."""
     width: int
-    """How many there are."""
+    """Number of neurons."""
 
     def at(self, width: int) -> float:
         """With so many neurons."""
-        return self.whole - (self.width - width) * self.neuron
+        return self.whole - (self.width - width) * self.unit
 
 
 @dataclass(frozen=True)
@@ -43,47 +43,39 @@ class Costs:
     """Parameters or FLOPs of a model, which are linear in the widths of its MLPs."""
 
     total: float
-    layers: dict[Place, LayerCost]
+    layers: dict[LayerKey, LayerCost]
 
     @property
     def fixed(self) -> float:
-        """What is not inside the layers."""
+        """The share outside of the layers."""
         return self.total - sum(layer.whole for layer in self.layers.values())
 
-    def of(self, kept: Sequence[Place], widths: Sequence[int]) -> float:
+    def of(self, kept: Sequence[LayerKey], widths: Sequence[int]) -> float:
         """The cost of a student."""
         return self.fixed + sum(self.layers[place].at(width) for place, width in zip(kept, widths, strict=True))
 
 
 def costs_of(model: Any, target: Target) -> Costs:
-    """Parameters or FLOPs, as the target says, of a model and of its parts. FLOPs are counted, nothing is computed."""
+    """Count the parameters or FLOPs, as the target says, of a model and of its layers; nothing is computed."""
     if target.kind == "parameters":
-        counts = {parameter: parameter.numel() for parameter in model.parameters()}
-        layers = {place: _parameters(model, place, layer, mlp) for place, layer, mlp in _layers(model)}
-        return Costs(float(sum(counts.values())), layers)
-    flops, _ = flops_by_module(model, example(model, target.length))
-    return Costs(float(flops[model]), {place: _flops(flops, layer, mlp) for place, layer, mlp in _layers(model)})
+        total = sum(parameter.numel() for parameter in model.parameters())
+        return Costs(
+            float(total), {(side, index): _parameters(model, side, axis) for side, index, axis in axes_of(model)}
+        )
+    flops, _ = flops_by_module(model, random_example(model, target.length))
+    return Costs(float(flops[model]), {(side, index): _flops(flops, axis) for side, index, axis in axes_of(model)})
 
 
-def _layers(model: Any) -> Iterator[tuple[Place, nn.Module, Mlp]]:
-    for side in layout_of(model).sides:
-        for index, (layer, mlp) in enumerate(zip(layers_of(model, side), mlps_of(model, side), strict=True)):
-            yield (side, index), layer, mlp
+def _parameters(model: Any, side: StackName, axis: LayerAxis) -> LayerCost:
+    shared = layout_of(model).stack(side).first_only  # a student has these once, whichever layers it keeps
+    sizes = {name: parameter.numel() for name, parameter in axis.layer.named_parameters() if name not in shared}
+    return LayerCost(sum(sizes.values()), sum(sizes[name] for name in axis.tensors) / axis.units, axis.units)
 
 
-def _parameters(model: Any, place: Place, layer: nn.Module, mlp: Mlp) -> LayerCost:
-    shared = layout_of(model).stack(place[0]).first_only  # a student has these once, whichever layers it keeps
-    sizes = {name: parameter.numel() for name, parameter in layer.named_parameters() if name not in shared}
-    of_neurons = sum(sizes.get(name, 0) for name in mlp.layout.axes())
-    return LayerCost(sum(sizes.values()), of_neurons / mlp.width, mlp.width)
-
-
-def _flops(flops: dict[nn.Module, int], layer: nn.Module, mlp: Mlp) -> LayerCost:
-    paths = {mlp.layout.out, *mlp.layout.ins}
-    if mlp.layout.form == "experts":  # parameters of one module, all of whose work is in proportion to the width
-        paths = {path.rpartition(".")[0] for path in paths}
-    of_neurons = sum(flops[layer.get_submodule(path)] for path in paths)
-    return LayerCost(flops[layer], of_neurons / mlp.width, mlp.width)
+def _flops(flops: dict[nn.Module, int], axis: LayerAxis) -> LayerCost:
+    owners = {name.rpartition(".")[0] for name in axis.tensors}
+    of_units = sum(flops[axis.layer.get_submodule(owner)] for owner in owners)
+    return LayerCost(flops[axis.layer], of_units / axis.units, axis.units)
 
 
 def check_target(model: Any, spec: Student) -> None:
@@ -108,7 +100,7 @@ def check_target(model: Any, spec: Student) -> None:
         layers = spec.layers if side == "main" else spec.encoder_layers
         low += sum(_kept({index: layer.at(floors[index]) for index, layer in own.items()}, layers))
         high += sum(_kept({index: layer.whole for index, layer in own.items()}, layers, dearest=True))
-    _refuse_outside(target, _asked(target, costs.total), low, high, costs.total)
+    _refuse_outside(target, _target_value(target, costs.total), low, high, costs.total)
 
 
 def _kept(costs: dict[int, float], layers: Layers | None, dearest: bool = False) -> list[float]:
@@ -120,7 +112,7 @@ def _kept(costs: dict[int, float], layers: Layers | None, dearest: bool = False)
     return sorted(costs.values(), reverse=dearest)[: layers.keep]
 
 
-def shares(mlp: MlpSpec, widths: Sequence[int]) -> list[float]:
+def shares(mlp: Mlp, widths: Sequence[int]) -> list[float]:
     """Ascending values of `mlp.keep` that give different students, given the teacher's widths of the cut layers."""
     floors, multiple = [floor_width(mlp, width) for width in widths], mlp.multiple_of
     if mlp.allocate in SHARES_BUDGET:
@@ -130,11 +122,13 @@ def shares(mlp: MlpSpec, widths: Sequence[int]) -> list[float]:
     found = {min(size, width) / width for width in widths for size in range(multiple, width + multiple, multiple)}
     pairs = list(zip(widths, floors, strict=True))
     return sorted(
-        share for share in found if all(rounded_down(share * width, width, multiple) >= at for width, at in pairs)
+        share for share in found if all(round_down(share * width, width, multiple) >= at for width, at in pairs)
     )
 
 
-def solve(target: Target, total: float, steps: Sequence[float], cost: Callable[[float], float]) -> tuple[float, Choice]:
+def solve(
+    target: Target, total: float, steps: Sequence[float], cost: Callable[[float], float]
+) -> tuple[float, Outcome]:
     """The largest share of neurons whose cost is within the target, by bisection, and what was asked and got.
 
     Args:
@@ -146,7 +140,7 @@ def solve(target: Target, total: float, steps: Sequence[float], cost: Callable[[
     Raises:
         InputError: Even the smallest share costs more, or keeping everything costs less.
     """
-    asked = _asked(target, total)
+    asked = _target_value(target, total)
     known = {step: cost(step) for step in (steps[0], steps[-1])}
     _refuse_outside(target, asked, known[steps[0]], known[steps[-1]], total)
     low, high = 0, len(steps) - 1
@@ -158,10 +152,10 @@ def solve(target: Target, total: float, steps: Sequence[float], cost: Callable[[
         low, high = (middle, high) if known[steps[middle]] <= asked else (low, middle)
     share, got = steps[low], known[steps[low]]
     reason = "the largest within it that rounding to multiple_of allows" if got < asked else ""
-    return share, Choice(asked=_words(target, asked, total), got=_words(target, got, total), reason=reason)
+    return share, Outcome(asked=_words(target, asked, total), got=_words(target, got, total), reason=reason)
 
 
-def _asked(target: Target, total: float) -> float:
+def _target_value(target: Target, total: float) -> float:
     value = getattr(target, target.kind)
     return float(value) if isinstance(value, int) else value * total
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from distill.models.forward import Batch, Capture, Outputs, forward, to_device
+from distill.models.forward import Batch, Capture, Outputs, device_of, forward, to_device
 from distill.models.head import OutputHead
 
 
@@ -28,7 +28,7 @@ class LiveTeacher:
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Outputs:
         """What is wanted of one forward pass, without gradient, on the device of the batch."""
-        found, there = forward(self.model, to_device(batch, self.device), self.wanted), batch["input_ids"].device
+        found, there = forward(self.model, to_device(batch, self.device), self.wanted), device_of(batch)
         if there == self.device:
             return found
         if self._head is None:  # it is large, and always the same

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from distill.errors import RunError
-from distill.models.forward import Batch, Outputs
+from distill.models.forward import Batch, Outputs, row_count, to_device, token_count
 from distill.recipe.schema import Optimization
 from distill.training.checkpoint import TrainState
 from distill.training.learner import Learner
@@ -83,7 +83,7 @@ class Step:
         own = [batch for _, batch in numbered]
         counts = learner.wrapper.objective.counts(own)
         # The stop flag rides on the count's all-reduce, so that all processes leave at the same step.
-        extra = torch.tensor([sum(int(batch["attention_mask"].sum()) for batch in own), int(stop)])
+        extra = torch.tensor([sum(map(token_count, own)), int(stop)])
         totals = accelerator.reduce(torch.cat([counts, extra]).to(accelerator.device), "sum")
         counts, tokens, stopped = totals[:-2], totals[-2], _Ahead(totals[-1])
         loss, sums = self._until_it_fits(numbered, counts, state)
@@ -101,7 +101,7 @@ class Step:
                 return self._gradients(list(_split(numbered, 2**state.halvings)), counts, state.step)
             except torch.OutOfMemoryError as error:
                 self.learner.prepared.zero_grad()
-                largest = math.ceil(max(len(batch["input_ids"]) for _, batch in numbered) / 2**state.halvings)
+                largest = math.ceil(max(row_count(batch) for _, batch in numbered) / 2**state.halvings)
                 state.halvings += 1
                 if largest < 2:
                     raise RunError(f"out of memory with a single example in step {state.step + 1}: {error}") from error
@@ -132,7 +132,7 @@ class Step:
         progress = step / max(1, self.steps - 1)
         loss, sums = torch.zeros((), device=accelerator.device), torch.zeros(len(counts), device=accelerator.device)
         for number, cpu_batch in micro:
-            batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in cpu_batch.items()}
+            batch = to_device(cpu_batch, accelerator.device)
             torch.manual_seed(seed_of(self.seed, step, *number))
             with accelerator.accumulate(learner.model):
                 share, parts = learner.model(batch, self.teacher(batch) if self.teacher else None, counts, progress)
@@ -162,7 +162,7 @@ def _split(numbered: Sequence[tuple[int, Batch]], pieces: int) -> Iterator[tuple
         if pieces == 1:
             yield (number,), batch
             continue
-        for piece in range(min(pieces, len(batch["input_ids"]))):
+        for piece in range(min(pieces, row_count(batch))):
             parts = {name: tensor.tensor_split(pieces)[piece] for name, tensor in batch.items()}
             yield (number, piece), parts
 

@@ -4,13 +4,13 @@ import pytest
 
 from distill.errors import InputError
 from distill.losses import LayerMap, layer_map
-from distill.models.plan import LayerPlan, StudentPlan
+from distill.models.plan import KeptUnits, LayerPlan, StudentPlan
 
 KEPT = [0, 2, 5]
 PLAN = StudentPlan(
     model_type="bert",
     teacher_layers=6,
-    layers=[LayerPlan(teacher_layer=layer, width=64, teacher_width=128) for layer in KEPT],
+    layers=[LayerPlan(teacher_layer=layer, kept={"mlp": KeptUnits(of=128)}) for layer in KEPT],
     layer_policy="explicit",
     mlp_score="activation",
     mlp_allocation="uniform",

@@ -26,11 +26,12 @@ from transformers import AutoConfig
 
 from distill import load_student
 from distill.errors import InputError
-from distill.models.family import layers_of, layout_of
-from distill.models.layout import LAYOUTS, PER_LAYER_LISTS, _detected
+from distill.models.axes import keep_units, pad_units, spread_units, sum_per_unit
+from distill.models.family import _detected, layers_of, layout_of
+from distill.models.layout import LAYOUTS, PER_LAYER_LISTS, UnitDim
 from distill.models.load import ModelHead, load_model
-from distill.models.mlp import keep_neurons, mlps_of
-from distill.models.widths import all_mlps, is_unequal, padded
+from distill.models.mlp import mlps_of
+from distill.models.widths import is_unequal, pad_to_largest
 from distill.recipe.locate import teacher_size
 
 POST_NORM = ("bert", "roberta", "xlm-roberta", "electra", "distilbert", "deberta-v2", "bart", "marian")
@@ -63,6 +64,19 @@ def same_files(one, other):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+def all_mlps(model):
+    return [mlp for side in layout_of(model).sides for mlp in mlps_of(model, side)]
+
+
+def assert_numbered(student):
+    """Layers are numbered from 0, and lists with one entry per layer are as long as the layers."""
+    for side in layout_of(student).sides:
+        for index, layer in enumerate(layers_of(student, side)):
+            found = {module.layer_idx for module in layer.modules() if hasattr(module, "layer_idx")}
+            assert found <= ({index} if side == "main" else {index, None})  # some encoders do not number them
+    assert all(len(getattr(student.config, name, None) or "ab") == 2 for name in PER_LAYER_LISTS)
+
+
 def depths(model):
     return {side: range(len(layers_of(model, side))) for side in layout_of(model).sides}
 
@@ -74,6 +88,7 @@ def test_a_cut_student_trains_saves_loads_and_works(any_family, widths, tmp_path
     student = cut_by_hand(teacher, (0, 2), widths)
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
     assert type(student) is type(teacher) and [mlp.width for mlp in mlps_of(student)] == list(widths)
+    assert_numbered(student)
     untrained = logits(student)
     train_one_step(student)
     assert not torch.equal(logits(student), untrained)
@@ -95,23 +110,26 @@ def test_a_cut_student_trains_saves_loads_and_works(any_family, widths, tmp_path
         assert torch.equal(generate(loaded), generate(student))
 
 
-def test_keeping_everything_is_the_identity(any_family):
+def test_keeping_everything_is_the_identity(any_family, tmp_path):
     teacher = tiny_model(any_family)
+    teacher.config.save_pretrained(tmp_path)  # a recipe is checked against the sizes in it, without torch
+    size = teacher_size(tmp_path)
+    assert (size.layers, size.width) == (len(layers_of(teacher)), mlps_of(teacher)[0].width)
     student = cut_by_hand(teacher, depths(teacher)["main"], encoder=depths(teacher).get("encoder"))
     assert torch.equal(logits(student), logits(teacher))
     assert {**student.config.to_dict(), "dtype": None} == {**teacher.config.to_dict(), "dtype": None}
 
 
-def test_a_student_can_be_a_teacher(any_family):
-    student = cut_by_hand(tiny_model(any_family), (0, 1, 2), (40, 16, 32))
+def test_a_student_can_be_a_teacher(form):
+    student = cut_by_hand(tiny_model(form), (0, 1, 2), (40, 16, 32))
     copied = cut_by_hand(student, range(3), None)
     assert torch.equal(logits(copied), logits(student))
     assert copied.config.to_dict() == student.config.to_dict()
     assert [mlp.width for mlp in mlps_of(cut_by_hand(student, (0, 2), None))] == [40, 32]
 
 
-def test_removing_dead_neurons_leaves_logits_equal(any_family):
-    teacher = tiny_model(any_family)
+def test_removing_dead_neurons_leaves_logits_equal(form):
+    teacher = tiny_model(form)
     with torch.no_grad():  # without outgoing weights a neuron is dead, whatever it reads
         for mlp in all_mlps(teacher):
             mlp.weight_out[..., : WIDTH // 2] = 0
@@ -120,16 +138,14 @@ def test_removing_dead_neurons_leaves_logits_equal(any_family):
     assert_close(student, teacher)
 
 
-def test_the_order_of_neurons_does_not_matter(any_family):
-    teacher = tiny_model(any_family)
+def test_the_order_of_neurons_does_not_matter(form):
+    teacher = tiny_model(form)
     mixed = copy.deepcopy(teacher)
     for seed, mlp in enumerate(all_mlps(mixed)):
-        tensors = dict(mlp.layer.named_parameters())
         draw = torch.Generator().manual_seed(seed)
         order = torch.stack([torch.randperm(WIDTH, generator=draw) for _ in range(mlp.experts or 1)])
-        for name, place in mlp.layout.axes().items():
-            if name in tensors:
-                tensors[name].data = keep_neurons(tensors[name].data, *place, order if mlp.experts else order[0])
+        for name, tensor in mlp.tensors.items():
+            tensor.data = keep_units(tensor.data, mlp.axis.tensors[name], order if mlp.experts else order[0])
     assert not torch.equal(all_mlps(mixed)[0].weight_out, all_mlps(teacher)[0].weight_out)
     assert_close(mixed, teacher)
 
@@ -148,31 +164,22 @@ def test_dropping_layers_is_the_teacher_with_those_layers_silenced(family):
     assert_close(student, teacher)
 
 
-def test_layers_are_numbered_and_lists_are_as_long_as_the_layers(any_family):
-    student = cut_by_hand(tiny_model(any_family), (0, 2))
-    for side in layout_of(student).sides:
-        for index, layer in enumerate(layers_of(student, side)):
-            found = {module.layer_idx for module in layer.modules() if hasattr(module, "layer_idx")}
-            assert found <= ({index} if side == "main" else {index, None})  # some encoders do not number them
-    assert all(len(getattr(student.config, name, None) or "ab") == 2 for name in PER_LAYER_LISTS)
-
-
-def test_tied_weights_stay_tied_and_the_generation_config_stays(any_family, tmp_path):
-    teacher = tiny_model(any_family)
-    if any_family not in ENCODERS:
+def test_tied_weights_stay_tied_and_the_generation_config_stays(form, tmp_path):
+    teacher = tiny_model(form)
+    if form not in ENCODERS:
         teacher.generation_config.repetition_penalty = 1.3
     student = cut_by_hand(teacher, (0, 2), (40, 16))
     student.save_pretrained(tmp_path)
     shared = len(list(teacher.named_parameters(remove_duplicate=False))) - len(list(teacher.named_parameters()))
-    for model in (student, load_student(tmp_path), padded(student)):
+    for model in (student, load_student(tmp_path), pad_to_largest(student)):
         named = dict(model.named_parameters(remove_duplicate=False))
         assert len(named) - len(dict(model.named_parameters())) == shared
-        if any_family not in ENCODERS:
+        if form not in ENCODERS:
             assert model.generation_config.repetition_penalty == 1.3
 
 
-def test_the_attention_implementation_is_the_teachers_and_reaches_every_layer(any_family, tmp_path):
-    teacher = tiny_model(any_family)
+def test_the_attention_implementation_is_the_teachers_and_reaches_every_layer(form, tmp_path):
+    teacher = tiny_model(form)
     cut_by_hand(teacher, (0, 2), (40, 16)).save_pretrained(tmp_path)
     if teacher._can_set_attn_implementation():
         teacher.set_attn_implementation("eager")
@@ -185,13 +192,13 @@ def test_the_attention_implementation_is_the_teachers_and_reaches_every_layer(an
     }
 
 
-def test_zero_neurons_make_widths_equal_and_leave_logits(any_family, tmp_path):
-    student = cut_by_hand(tiny_model(any_family), (0, 2), (40, 16))
-    wide = padded(student)
+def test_zero_neurons_make_widths_equal_and_leave_logits(form, tmp_path):
+    student = cut_by_hand(tiny_model(form), (0, 2), (40, 16))
+    wide = pad_to_largest(student)
     assert not is_unequal(wide.config)
     assert_close(wide, student, atol=1e-6)
     wide.save_pretrained(tmp_path)
-    again = getattr(transformers, PREDICTION_KINDS[any_family]).from_pretrained(tmp_path)
+    again = getattr(transformers, PREDICTION_KINDS[form]).from_pretrained(tmp_path)
     assert torch.equal(logits(again), logits(wide))
 
 
@@ -237,7 +244,7 @@ def test_a_family_without_a_row_is_found_by_its_structure(family, tmp_path):
     assert torch.equal(logits(loaded), logits(student))
     assert torch.equal(generate(loaded), generate(loaded, use_cache=False))
     assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
-    assert_close(padded(student), student, atol=1e-6)
+    assert_close(pad_to_largest(student), student, atol=1e-6)
     outs = {*WRITES_TO_THE_STREAM, layout_of(teacher).main.mlps[0].out.rpartition(".")[2]}
     with torch.no_grad():
         for index in (0, 3):  # these are pre-norm families
@@ -273,12 +280,22 @@ def test_an_encoder_decoder_without_a_row_is_refused():
         layers_of(model)
 
 
-def test_a_recipe_is_checked_against_the_sizes_in_any_config(any_family, tmp_path):
-    model = tiny_model(any_family)
-    model.config.save_pretrained(tmp_path)
-    size = teacher_size(tmp_path)
-    assert (size.layers, size.width) == (len(layers_of(model)), mlps_of(model)[0].width)
-
-
 def test_all_rows_of_the_layout_are_tested():
     assert {family.removesuffix("-gated") for family in DECODERS + ENCODERS + SEQ2SEQ} == set(LAYOUTS)
+
+
+def test_units_of_several_entries_are_kept_padded_summed_and_spread_by_hand():
+    # Two groups of three units of two entries each: a0 a0 a1 a1 a2 a2 | b0 b0 b1 b1 b2 b2.
+    rows = torch.tensor([1.0, 2, 3, 4, 5, 6, 10, 20, 30, 40, 50, 60])
+    place, tensor = UnitDim(1, fused=2, block=2), torch.stack([rows, -rows])
+    kept = keep_units(tensor, place, torch.tensor([0, 2]))
+    assert kept[0].tolist() == [1, 2, 5, 6, 10, 20, 50, 60] and torch.equal(kept[1], -kept[0])
+    assert pad_units(kept, place, 3)[0].tolist() == [1, 2, 5, 6, 0, 0, 10, 20, 50, 60, 0, 0]
+    assert sum_per_unit(tensor[:1], place, per_expert=False).tolist() == [33, 77, 121]
+    assert sum_per_unit(tensor, place, per_expert=True).tolist() == [[33, 77, 121], [-33, -77, -121]]
+    spread = spread_units(torch.tensor([True, False, True]), place, tensor.shape)
+    assert spread.tolist() == [[True, True, False, False, True, True] * 2] * 2
+    each = spread_units(torch.tensor([[1, 0, 0], [0, 0, 1]]), place, tensor.shape)
+    assert each.tolist() == [[1, 1, 0, 0, 0, 0] * 2, [0, 0, 0, 0, 1, 1] * 2]
+    experts = keep_units(tensor, place, torch.tensor([[1], [2]]))
+    assert experts.tolist() == [[3, 4, 30, 40], [-5, -6, -50, -60]]

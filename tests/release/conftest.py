@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from distill.models.plan import Choice, LayerPlan, StudentPlan
+from distill.models.plan import KeptUnits, LayerPlan, Outcome, StudentPlan
 from distill.recipe.schema import Recipe
 from distill.release.evidence import Evidence
 
@@ -46,10 +46,11 @@ def recipe(**release: Any) -> Recipe:
 
 
 def plan() -> StudentPlan:
-    layers = [LayerPlan(teacher_layer=i, width=768, teacher_width=1536) for i in (0, 2, 5)]
-    choices = {
-        "student.layers.keep": Choice(asked="3", got="0, 2, 5"),
-        "student.mlp.keep": Choice(asked="800", got="768", reason="rounded down to a multiple of 64"),
+    half = KeptUnits(of=1536, units=list(range(768)))
+    layers = [LayerPlan(teacher_layer=i, kept={"mlp": half}) for i in (0, 2, 5)]
+    outcomes = {
+        "student.layers.keep": Outcome(asked="3", got="0, 2, 5"),
+        "student.mlp.keep": Outcome(asked="800", got="768", reason="rounded down to a multiple of 64"),
     }
     return StudentPlan(
         model_type="bert",
@@ -58,7 +59,7 @@ def plan() -> StudentPlan:
         layer_policy="even",
         mlp_score="activation",
         mlp_allocation="uniform",
-        choices=choices,
+        outcomes=outcomes,
     )
 
 
@@ -192,7 +193,7 @@ def bare(evidence: Evidence) -> Evidence:
     return replace(
         evidence,
         recipe=recipe(license=None, language=None),
-        plan=evidence.plan.model_copy(update={"choices": {}}),
+        plan=evidence.plan.model_copy(update={"outcomes": {}}),
         evaluation=evaluation,
         metrics=[],
         control_metrics=[],
@@ -219,7 +220,7 @@ def hostile(evidence: Evidence) -> Evidence:
         evidence,
         recipe_text=HOSTILE,
         plan=evidence.plan.model_copy(
-            update={"layer_policy": HOSTILE, "choices": {HOSTILE: Choice(asked=HOSTILE, got=HOSTILE, reason=HOSTILE)}}
+            update={"layer_policy": HOSTILE, "outcomes": {HOSTILE: Outcome(asked=HOSTILE, got=HOSTILE, reason=HOSTILE)}}
         ),
         evaluation=evaluation
         | {

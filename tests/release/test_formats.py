@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, dynamic_module_ut
 from distill import load_student
 from distill.errors import InputError, RunError
 from distill.models.mlp import mlps_of
-from distill.models.widths import padded
+from distill.models.widths import pad_to_largest
 from distill.release.export import check_padding, check_release, write_release
 from distill.release.formats import MODELLING_FILE, format_of, write_modelling
 
@@ -99,7 +99,7 @@ def test_a_format_that_cannot_hold_the_student_is_refused(family, asked, words):
 
 def test_padding_that_changes_logits_does_not_pass():
     student = student_of("bert")
-    wide = padded(student)
+    wide = pad_to_largest(student)
     check_padding(student, wide, tiny_inputs(student))
     with torch.no_grad():
         mlps_of(wide)[1].weight_out[:, 30].normal_()  # a neuron of the padding that speaks

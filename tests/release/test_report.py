@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from distill.models.plan import LayerPlan
+from distill.models.plan import KeptUnits, LayerPlan
 from distill.release import charts
 from distill.release.evidence import Evidence, measured
 from distill.release.report import held_out, loss_curves, points, render_report
@@ -128,7 +128,9 @@ def test_long_runs_make_small_pages(evidence: Evidence) -> None:
 
 
 def test_deep_teachers_fit(evidence: Evidence) -> None:
-    layers = [LayerPlan(teacher_layer=i, width=128 * (1 + i % 8), teacher_width=1024) for i in range(0, 120, 2)]
+    widths = {i: 128 * (1 + i % 8) for i in range(0, 120, 2)}
+    kept = {i: KeptUnits(of=1024, units=list(range(width))) for i, width in widths.items()}
+    layers = [LayerPlan(teacher_layer=i, kept={"mlp": units}) for i, units in kept.items()]
     plan = evidence.plan.model_copy(update={"teacher_layers": 120, "layers": layers})
     html = render_report(replace(evidence, plan=plan))
     assert "60 of 120 layers kept" in html

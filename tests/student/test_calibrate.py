@@ -19,7 +19,7 @@ from distill.models.forward import first_tensor, layer_input
 from distill.models.mlp import mlps_of
 from distill.recipe.schema import Layers
 from distill.student import Statistics, StatisticsRequest, calibrate
-from distill.student.calibration.sample import content_seed, drawn_classes, examples, padded_right
+from distill.student.calibration.sample import content_seed, draw_classes, examples, pad_right
 
 EVERYTHING = StatisticsRequest(gram=True, gradients=True)
 
@@ -85,8 +85,8 @@ def expected_figures(each):
     return mean, absolute, square, square - mean.square(), sequences, x.T @ x / max(1, len(x))
 
 
-def test_every_sum_is_that_of_a_plain_loop(any_family):
-    model = tiny_model(any_family)
+def test_every_sum_is_that_of_a_plain_loop(form):
+    model = tiny_model(form)
     batch = tiny_inputs(model)
     statistics, seen = calibrate(model, [batch], StatisticsRequest(gram=True)), slow_statistics(model, batch)
     for side in layout_of(model).sides:
@@ -114,7 +114,7 @@ def test_gates_have_the_gradient_of_a_plain_loop():
     batch = labelled(model)
     statistics = calibrate(model, [batch], EVERYTHING, loss_of(model))
     absolute, square, drawn = 0.0, 0.0, 0.0
-    for example in examples(padded_right(batch)):
+    for example in examples(pad_right(batch)):
         for kind in ("task", "kl"):
             found = {}
 
@@ -126,7 +126,7 @@ def test_gates_have_the_gradient_of_a_plain_loop():
             logits = model(input_ids=example["input_ids"], attention_mask=example["attention_mask"]).logits[0]
             handle.remove()
             labels = (
-                example["labels"][0, 1:] if kind == "task" else drawn_classes(logits.detach(), content_seed(example))
+                example["labels"][0, 1:] if kind == "task" else draw_classes(logits.detach(), content_seed(example))
             )
             loss = functional.cross_entropy(logits[: len(labels)], labels, reduction="sum")
             (c,) = torch.autograd.grad(loss, found["gate"])
@@ -155,7 +155,7 @@ def test_the_gate_gradient_holds_for_every_form_of_weight(name):
         with torch.no_grad():
             return model(**batch).logits.flatten(0, -2).double()
 
-    classes, weight = drawn_classes(logits().float(), content_seed(batch)), mlps_of(model)[0].weight_out.data
+    classes, weight = draw_classes(logits().float(), content_seed(batch)), mlps_of(model)[0].weight_out.data
     column = weight[0, :, neuron] if weight.ndim == 3 else weight[:, neuron]
     original, losses = column.clone(), []
     for factor in (1 + h, 1 - h):
@@ -174,16 +174,28 @@ def padded_left(batch):
     return moved
 
 
-def test_statistics_do_not_depend_on_batching_order_or_padding(any_family):
-    model = tiny_model(any_family)
+def test_statistics_do_not_depend_on_batching_order_or_padding(form):
+    model = tiny_model(form)
     together = tiny_inputs(model, rows=4)
     whole = calibrate(model, [together])
     rows = [{name: tensor[i : i + 1] for name, tensor in together.items()} for i in range(4)]
-    parts = calibrate(model, rows[:1]).merged(calibrate(model, rows[1:]))
-    for other in (calibrate(model, rows[::-1]), parts, calibrate(model, [padded_left(together)])):
+    for other in (calibrate(model, rows[::-1]), calibrate(model, [padded_left(together)])):
         assert other.sums.keys() == whole.sums.keys()
         for name, total in whole.sums.items():
             torch.testing.assert_close(other.sums[name], total, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_entries_that_no_model_reads_are_left_out_and_token_types_are_read():
+    model = tiny_model("bert")
+    batch = labelled(model)
+    wanted = StatisticsRequest(False, True, ("main",))
+    plain = calibrate(model, [batch], wanted, loss_of(model))
+    extra = {**batch, "document_ids": torch.zeros_like(batch["input_ids"])}
+    assert calibrate(model, [extra], wanted, loss_of(model)).fingerprint == plain.fingerprint
+    pairs = {**batch, "token_type_ids": torch.ones_like(batch["input_ids"])}
+    typed = calibrate(model, [pairs], wanted, loss_of(model))
+    for name in ("main.0.sum", "main.0.kl_square", "main.without"):
+        assert not torch.allclose(typed.sums[name], plain.sums[name])
 
 
 def test_gradient_statistics_do_not_depend_on_batching():
@@ -299,17 +311,10 @@ def test_a_calibration_file_round_trips_and_another_one_is_refused(tmp_path):
             Statistics.load(path)
 
 
-def test_calibrations_with_different_figures_cannot_be_merged():
-    model = tiny_model("bert")
-    plain, full = calibrate(model, [tiny_batch()]), calibrate(model, [tiny_batch()], StatisticsRequest(gram=True))
-    with pytest.raises(InputError, match="merged"):
-        plain.merged(full)
-
-
 @given(st.integers(0, 2**40))
 @settings(max_examples=20, deadline=None)
 def test_classes_are_drawn_from_the_softmax(seed):
     logits = torch.log(torch.tensor([0.0, 0.7, 0.3, 0.0])).repeat(4000, 1)
-    drawn = drawn_classes(logits, seed)
-    assert torch.equal(drawn, drawn_classes(logits, seed)) and set(drawn.tolist()) == {1, 2}
+    drawn = draw_classes(logits, seed)
+    assert torch.equal(drawn, draw_classes(logits, seed)) and set(drawn.tolist()) == {1, 2}
     assert abs(float((drawn == 1).float().mean()) - 0.7) < 0.05

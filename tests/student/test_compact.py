@@ -7,8 +7,9 @@ import torch
 from tiny import LAYERS, WIDTH, tiny_inputs, tiny_model
 
 from distill import load_student
+from distill.models.family import layout_of
 from distill.models.mlp import mlps_of
-from distill.models.widths import all_mlps, is_unequal
+from distill.models.widths import is_unequal
 from distill.recipe.schema import Mask
 from distill.student.masks.compact import compact, constant_of
 from distill.student.masks.masks import Masks
@@ -32,11 +33,12 @@ def silence(model, layer, neurons, *, rows=True, column=False, biases=False):
 
 
 @pytest.mark.parametrize("uniform", [True, False])
-def test_a_masked_model_and_its_compact_form_are_the_same(any_family, uniform):
-    model = tiny_model(any_family)
+def test_a_masked_model_and_its_compact_form_are_the_same(form, uniform):
+    model = tiny_model(form)
     Masks(model, Mask(per="neuron", sparsity=0.25), 1).after_step(0)
     Masks(model, Mask(per="neuron", sparsity=1 / 3, only=["*.2.*"]), 1).after_step(0)  # more in one layer
-    mlps, before = all_mlps(model), logits(model)
+    mlps = [mlp for side in layout_of(model).sides for mlp in mlps_of(model, side)]
+    before = logits(model)
     old = [mlp.width for mlp in mlps]
     gone = compact(model, uniform=uniform, multiple_of=4)  # experts are multiplied in blocks of 16 bytes
     torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-6)
@@ -147,8 +149,8 @@ def test_widths_are_rounded_up_to_a_multiple_and_never_to_nothing():
     torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-6)
 
 
-def test_a_model_without_dead_neurons_is_left_as_it_is(any_family):
-    model = tiny_model(any_family)
+def test_a_model_without_dead_neurons_is_left_as_it_is(form):
+    model = tiny_model(form)
     before, config = logits(model), model.config.to_dict()
     assert compact(model) == 0
     assert torch.equal(logits(model), before) and model.config.to_dict() == config

@@ -13,7 +13,7 @@ from distill.errors import InputError
 from distill.models.family import layout_of
 from distill.models.mlp import mlps_of
 from distill.registry import literal_in
-from distill.student import SCORES, Statistics, StatisticsRequest, calibrate, importance
+from distill.student import SCORES, Statistics, StatisticsRequest, calibrate, scores
 from distill.student.calibration.sums import CHUNK, column_products, column_sums
 from distill.student.scores import NEEDS, MlpLayer, magnitude, output_change
 
@@ -84,8 +84,8 @@ def test_neurons_that_undo_each_other_are_removed_together():
     assert output_change(MlpLayer(0, [], torch.tensor([[1.0, 1.2, -1.0]])), Statistics(sums)).tolist() == [1, 2, 0]
 
 
-def test_every_score_ranks_the_neurons_of_every_family(any_family):
-    model = tiny_model(any_family)
+def test_every_score_ranks_the_neurons_of_every_family(form):
+    model = tiny_model(form)
     statistics = calibrate(model, [tiny_inputs(model)], StatisticsRequest(gram=True, gradients=True))
     for side in layout_of(model).sides:
         for index, mlp in enumerate(mlps_of(model, side)):
@@ -119,7 +119,7 @@ def test_scores_that_read_statistics_are_those_of_the_table():
                 score(LAYER, None)
         else:
             assert score(LAYER, None).shape == (2,)
-    assert literal_in("distill.student.scores", "NEEDS") == importance.NEEDS
+    assert literal_in("distill.student.scores", "NEEDS") == scores.NEEDS
 
 
 @pytest.mark.parametrize("shape", list(itertools.product((1, 7), (1, 5))))

@@ -74,8 +74,8 @@ def test_the_threshold_by_hand():
     assert half[0].tolist() == [True, False, False, False] and not half[1].any()
 
 
-def test_the_smallest_weights_of_each_layer_are_masked_and_nothing_else_changes(family):
-    before, (model, masks) = tiny_model(family), masked(family, sparsity=0.3)
+def test_the_smallest_weights_of_each_layer_are_masked_and_nothing_else_changes(form):
+    before, (model, masks) = tiny_model(form), masked(form, sparsity=0.3)
     for old, new in zip(mlp_weights(before), mlp_weights(model), strict=True):
         old_flat, new_flat = (torch.cat([weight.flatten() for weight in own]) for own in (old, new))
         gone = new_flat == 0
@@ -87,8 +87,8 @@ def test_the_smallest_weights_of_each_layer_are_masked_and_nothing_else_changes(
     assert masks.figures()["sparsity"] == pytest.approx(0.3, abs=1e-3)
 
 
-def test_whole_neurons_go_with_rows_biases_and_column(family):
-    before, (model, _) = tiny_model(family), masked(family, per="neuron", sparsity=0.25)
+def test_whole_neurons_go_with_rows_biases_and_column(form):
+    before, (model, _) = tiny_model(form), masked(form, per="neuron", sparsity=0.25)
     for old, new in zip(mlps_of(before), mlps_of(model), strict=True):
         norms = torch.stack([w.square().sum(-1) for w in old.weights_in]).sum(0) + old.weight_out.square().sum(-2)
         expected = norms.argsort(dim=-1)[..., : WIDTH // 4].sort(dim=-1).values

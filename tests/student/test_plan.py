@@ -27,8 +27,8 @@ def depth(model, side="main"):
     return len(mlps_of(model, side))
 
 
-def test_a_threshold_takes_out_what_is_dead_and_nothing_else(any_family):
-    teacher = tiny_model(any_family)
+def test_a_threshold_takes_out_what_is_dead_and_nothing_else(form):
+    teacher = tiny_model(form)
     batch, alive = tiny_inputs(teacher, padded=False), {}
     with torch.no_grad():
         for side in layout_of(teacher).sides:
@@ -40,9 +40,7 @@ def test_a_threshold_takes_out_what_is_dead_and_nothing_else(any_family):
     for side in layout_of(teacher).sides:
         for index, layer in enumerate(plan.stack(side)):
             # The ReLU of two families leaves other neurons at zero on the whole sample, too.
-            assert layer.width == alive[side, index] or (
-                any_family in ("opt", "t5") and layer.width < alive[side, index]
-            )
+            assert layer.width == alive[side, index] or (form in ("opt", "t5") and layer.width < alive[side, index])
     student = build_student(teacher, plan)
     torch.testing.assert_close(logits(student, batch), logits(teacher, batch), rtol=0, atol=5e-6)
 
@@ -79,7 +77,7 @@ def test_the_encoder_is_cut_by_its_own_policy():
     own = spec(0.5, {"keep": [0, 3]}, {"keep": 1, "choose": "block_influence", "protect_last": 1})
     plan = plan_student(teacher, own, calibrate(teacher, [tiny_inputs(teacher)]))
     assert plan.kept_layers == [0, 3] and [layer.teacher_layer for layer in plan.encoder_layers] == [3]
-    assert plan.choices["student.encoder_layers.keep"].got == "3"
+    assert plan.outcomes["student.encoder_layers.keep"].got == "3"
     assert set(plan.layer_scores) == {"block_influence", "encoder_block_influence"}
     student = build_student(teacher, plan)
     assert (student.config.encoder_layers, student.config.decoder_layers) == (1, 2)
@@ -92,7 +90,7 @@ def test_only_encoder_decoders_have_an_encoder_to_cut():
 
 def test_widths_are_reported_layer_by_layer_where_they_differ():
     plan = plan_student(tiny_model("bert"), spec([0.5, 16, 15, 1.0], score="magnitude"))
-    choice = plan.choices["student.mlp.keep"]
+    choice = plan.outcomes["student.mlp.keep"]
     assert choice.asked == "[0.5, 16, 15, 1.0]" and choice.reason == "rounded down to a multiple of 8"
     assert choice.got == "24 of 48 in layer 0, 16 of 48 in layer 1, 8 of 48 in layer 2, 48 of 48 in layer 3"
     assert plan.mlp_allocation == "explicit"
@@ -101,7 +99,7 @@ def test_widths_are_reported_layer_by_layer_where_they_differ():
 def test_protected_layers_keep_all_their_neurons():
     plan = plan_student(tiny_model("bert"), spec(0.5, protect=[1, 2], score="magnitude"))
     assert plan.widths == [24, 48, 48, 24] and plan.layers[1].neurons is None
-    assert plan.choices["student.mlp.keep"].reason == ""
+    assert plan.outcomes["student.mlp.keep"].reason == ""
 
 
 @pytest.mark.parametrize(

@@ -6,22 +6,23 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import DECODERS, LAYERS, WIDTH, tiny_batch, tiny_model
+from tiny import FORMS, LAYERS, SEQ2SEQ, WIDTH, tiny_batch, tiny_model
 
 from distill.errors import InputError
 from distill.models.family import layers_of
 from distill.models.forward import Capture, capture
 from distill.models.layout import LAYOUTS
 from distill.models.mlp import mlps_of
-from distill.models.plan import LayerPlan, StudentPlan
+from distill.models.plan import KeptUnits, LayerPlan, StudentPlan
 from distill.recipe.schema import Repair
 from distill.student import build_student
-from distill.student.repair.moments import Moments, correction, groups
+from distill.student.repair.moments import Moments, solve_ridge, split_groups
 from distill.student.repair.refit import Output, fit_bias, fit_refit, squared_error
 from distill.student.repair.steps import check_repair, repair_student
 
 EVERY = ("llama", "bert", "gpt2", "opt", "phi3", "mixtral")
-PRE_NORM = tuple(name for name in DECODERS if not LAYOUTS[name].main.normed_after or name == "opt")
+ONE_STACK = tuple(form for form in FORMS if form not in SEQ2SEQ)
+PRE_NORM = (*(form for form in ONE_STACK if not LAYOUTS[form].main.normed_after), "opt", "granite")
 
 
 def model_of(family, **changes):
@@ -47,8 +48,8 @@ def cut(teacher, keep=(0, 2), width=0.5, neurons=None):
     layers = []
     for index in keep:
         own = [chosen() for _ in range(experts)] if experts else chosen()
-        kept = own if count < WIDTH else None
-        layers.append(LayerPlan(teacher_layer=index, width=count, teacher_width=WIDTH, neurons=kept))
+        kept = KeptUnits(of=WIDTH, units=own if count < WIDTH else None)
+        layers.append(LayerPlan(teacher_layer=index, kept={"mlp": kept}))
     names = {"layer_policy": "explicit", "mlp_score": "random", "mlp_allocation": "uniform"}
     plan = StudentPlan(model_type=teacher.config.model_type, teacher_layers=LAYERS, layers=layers, **names)
     return plan, build_student(teacher, plan)
@@ -71,6 +72,7 @@ def seen(teacher, layer, batches=BATCHES):
     return torch.cat(rows).double()
 
 
+@pytest.mark.parametrize("family", ONE_STACK)
 def test_a_refit_is_better_on_the_sample_and_leaves_the_teacher_alone(family):
     teacher = model_of(family)
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
@@ -105,6 +107,22 @@ def real_logits(model, batch=BATCHES[0]):
     with torch.no_grad():
         logits = model(**batch).logits
     return logits[batch["attention_mask"].bool()] if logits.ndim == 3 else logits
+
+
+@torch.no_grad()
+def test_the_repair_of_a_model_of_sentence_pairs_reads_their_token_types():
+    teacher = model_of("bert")
+    types = teacher.base_model.embeddings.token_type_embeddings.weight
+    types[1] = 10 * types[1]
+    pairs = [{**batch, "token_type_ids": (torch.arange(20) > 7).long().expand(6, 20)} for batch in BATCHES]
+    plan, student = cut(teacher)
+    (step,) = repaired(teacher, plan, student, pairs, bias=True)
+    for layer in step.layers:
+        x, kept = seen(teacher, layer.teacher_layer, pairs), plan.layers[layer.student_layer].neurons
+        full, own = mlps_of(teacher)[layer.teacher_layer], mlps_of(student)[layer.student_layer]
+        removed = [i for i in range(WIDTH) if i not in kept]
+        expected = full.bias_out + full.weight_out[:, removed] @ x[:, removed].mean(dim=0).float()
+        torch.testing.assert_close(own.bias_out, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", EVERY)
@@ -307,12 +325,12 @@ def test_no_fit_is_worse_than_none_and_an_intercept_leaves_no_mean_error(regress
 def test_a_correction_by_hand():
     # X = [1, 2], Y = [2, 4]: d = XY / (XX + ridge XX) = 10 / (5 + 5 ridge)
     inputs, cross = torch.tensor([[5.0]], dtype=torch.float64), torch.tensor([[10.0]], dtype=torch.float64)
-    assert correction(inputs, cross, 0.0).item() == pytest.approx(2.0)
-    assert correction(inputs, cross, 1.0).item() == pytest.approx(1.0)
+    assert solve_ridge(inputs, cross, 0.0).item() == pytest.approx(2.0)
+    assert solve_ridge(inputs, cross, 1.0).item() == pytest.approx(1.0)
     nothing = torch.zeros(2, 2, dtype=torch.float64)
-    assert correction(nothing, nothing[:, :1], 0.5).tolist() == [[0.0], [0.0]]
+    assert solve_ridge(nothing, nothing[:, :1], 0.5).tolist() == [[0.0], [0.0]]
 
 
 def test_groups_fill_up_to_the_limit_in_order():
-    assert list(groups([3, 3, 4, 9, 1], lambda size: size, 7)) == [[3, 3], [4], [9], [1]]
-    assert list(groups([], lambda size: size, 7)) == []
+    assert list(split_groups([3, 3, 4, 9, 1], lambda size: size, 7)) == [[3, 3], [4], [9], [1]]
+    assert list(split_groups([], lambda size: size, 7)) == []

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -7,16 +8,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import DECODERS, LAYERS, WIDTH, tiny_batch, tiny_model
+from tiny import LAYERS, WIDTH, tiny_batch, tiny_model
 
 from distill import load_student
 from distill.errors import InputError
 from distill.models.family import layers_of
-from distill.models.mlp import mlps_of
-from distill.models.plan import StudentPlan
+from distill.models.plan import KeptUnits, StudentPlan
 from distill.recipe.schema import Student
 from distill.student import build_student, calibrate, plan_student
-from distill.student.plan import top_neurons
+from distill.student.plan import top_units
 
 
 def spec(keep=2, width=0.5, **mlp):
@@ -29,62 +29,11 @@ def logits(model, batch=None):
         return model(**(batch or tiny_batch())).logits
 
 
-def test_keeping_everything_gives_the_same_logits_to_the_last_bit(family):
-    teacher = tiny_model(family)
+def test_a_plan_that_keeps_everything_names_no_neuron():
+    teacher = tiny_model("bert")
     plan = plan_student(teacher, spec(list(range(LAYERS)), 1.0, score="magnitude"))
-    student = build_student(teacher, plan)
-    assert torch.equal(logits(student), logits(teacher))
-    changed = {**student.config.to_dict(), "dtype": None} == {**teacher.config.to_dict(), "dtype": None}
-    assert changed, "the config must be the teacher's"
-    assert plan.layers[0].neurons is None
-
-
-def test_a_cut_student_reloads_with_stock_loaders_and_equal_logits(family, tmp_path):
-    teacher = tiny_model(family)
-    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
-    plan = plan_student(teacher, spec([0, 2]), calibrate(teacher, [tiny_batch()]))
-    student = build_student(teacher, plan)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
-    assert [mlp.width for mlp in mlps_of(student)] == [WIDTH // 2] * 2
-    student.save_pretrained(tmp_path)
-    assert torch.equal(logits(type(teacher).from_pretrained(tmp_path)), logits(student))
-    assert torch.equal(logits(load_student(tmp_path)), logits(student))
-
-
-@pytest.mark.parametrize("family", DECODERS)
-def test_a_cut_decoder_generates_the_same_with_and_without_cache(family):
-    teacher = tiny_model(family)
-    student = build_student(teacher, plan_student(teacher, spec([1, 3], score="magnitude")))
-    prompt = tiny_batch(padded=False)
-    with_cache, without = (
-        student.generate(**prompt, max_new_tokens=8, min_new_tokens=8, do_sample=False, use_cache=use)
-        for use in (True, False)
-    )
-    assert torch.equal(with_cache, without)
-
-
-def test_dropping_layers_is_the_teacher_with_those_layers_silenced():
-    teacher = tiny_model("llama")
-    student = build_student(teacher, plan_student(teacher, spec([0, 3], 1.0, score="magnitude")))
-    with torch.no_grad():
-        for index in (1, 2):  # pre-norm: a layer that adds nothing to the residual stream is not there
-            layers_of(teacher)[index].self_attn.o_proj.weight.zero_()
-            layers_of(teacher)[index].mlp.down_proj.weight.zero_()
-    torch.testing.assert_close(logits(student), logits(teacher), rtol=0, atol=1e-6)
-
-
-def test_removing_dead_neurons_leaves_logits_equal(family):
-    teacher, sample = tiny_model(family), tiny_batch(padded=False)
-    dead = torch.arange(0, WIDTH, 2)
-    with torch.no_grad():
-        for mlp in mlps_of(teacher):
-            mlp.weight_out[..., dead] = 0
-    scores = {"score": "output_norm"}
-    plan = plan_student(teacher, spec(list(range(LAYERS)), 0.5, **scores), calibrate(teacher, [sample]))
-    odd = list(range(1, WIDTH, 2))
-    if family != "opt":  # its ReLU leaves other neurons at zero on the whole sample, too
-        assert all(layer.neurons in (odd, [odd] * 4) for layer in plan.layers)
-    torch.testing.assert_close(logits(build_student(teacher, plan), sample), logits(teacher, sample), rtol=0, atol=2e-6)
+    assert [layer.neurons for layer in plan.layers] == [None] * LAYERS and plan.widths == [WIDTH] * LAYERS
+    assert torch.equal(logits(build_student(teacher, plan)), logits(teacher))
 
 
 def test_tied_embeddings_stay_tied(tmp_path):
@@ -121,7 +70,7 @@ def test_block_influence_reads_raw_layer_outputs():
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=30), st.data())
 def test_ties_keep_the_lower_neuron(values, data):
     width = data.draw(st.integers(1, len(values)))
-    kept = top_neurons(torch.tensor(values, dtype=torch.float64), width) or list(range(len(values)))
+    kept = top_units(torch.tensor(values, dtype=torch.float64), width) or list(range(len(values)))
     assert kept == sorted(sorted(range(len(values)), key=lambda i: (-values[i], i))[:width])
 
 
@@ -135,9 +84,65 @@ def test_plan_round_trips_as_json_and_maps_layers(tmp_path):
         StudentPlan.load(tmp_path / "plan.json")
 
 
+PLAN_1 = {
+    "format": "distill.plan/1",
+    "model_type": "bert",
+    "teacher_layers": 4,
+    "layers": [
+        {"teacher_layer": 1, "width": 48, "teacher_width": 48, "neurons": None},
+        {"teacher_layer": 3, "width": 2, "teacher_width": 48, "neurons": [5, 7]},
+    ],
+    "teacher_encoder_layers": None,
+    "encoder_layers": None,
+    "layer_policy": "even",
+    "mlp_score": "magnitude",
+    "mlp_allocation": "uniform",
+    "calibration": None,
+    "choices": {"student.layers.keep": {"asked": "2", "got": "1, 3", "reason": ""}},
+    "layer_scores": {"block_influence": [0.1, 0.2, 0.3, 0.4]},
+}
+
+
+def test_a_plan_of_format_1_is_read_as_one_of_format_2(tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(PLAN_1))
+    plan = StudentPlan.load(path)
+    assert plan.format == "distill.plan/2" and plan.kept_layers == [1, 3] and plan.widths == [48, 2]
+    assert plan.layers[1].kept == {"mlp": KeptUnits(of=48, units=[5, 7])} and plan.layers[0].neurons is None
+    assert plan.outcomes["student.layers.keep"].got == "1, 3" and plan.layer_scores["block_influence"][2] == 0.3
+    teacher = tiny_model("bert")
+    student = build_student(teacher, plan)
+    rows = layers_of(teacher)[3].intermediate.dense.weight[[5, 7]]
+    assert torch.equal(layers_of(student)[1].intermediate.dense.weight, rows)
+    path.write_text(plan.to_json())
+    assert "choices" not in path.read_text() and StudentPlan.load(path) == plan
+    experts = {"teacher_layer": 0, "width": 2, "teacher_width": 4, "neurons": [[0, 1], [2, 3]]}
+    path.write_text(json.dumps({**PLAN_1, "encoder_layers": [experts]}))
+    assert StudentPlan.load(path).encoder_layers[0].kept["mlp"].units == [[0, 1], [2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"neurons": [5, 7, 9]}, "width of 2 and 3 neurons"),
+        ({"neurons": [7, 5]}, "ascending indices below 48"),
+        ({"neurons": [5, 48]}, "ascending indices below 48"),
+        ({"neurons": []}, "ascending indices below 48"),
+        ({"neurons": [[5, 7], [6]]}, "equally many for each expert"),
+        ({"neurons": None}, "width of 2 and 48 neurons"),
+        ({"heads": 4}, "a layer of format 1 has the keys"),
+    ],
+)
+def test_a_plan_that_contradicts_itself_is_refused(change, words, tmp_path):
+    layers = [PLAN_1["layers"][0], PLAN_1["layers"][1] | change]
+    (tmp_path / "plan.json").write_text(json.dumps({**PLAN_1, "layers": layers}))
+    with pytest.raises(InputError, match=words):
+        StudentPlan.load(tmp_path / "plan.json")
+
+
 def test_rounding_is_reported_as_asked_and_got():
     plan = plan_student(tiny_model("bert"), spec(2, 0.45, score="magnitude"))
-    choice = plan.choices["student.mlp.keep"]
+    choice = plan.outcomes["student.mlp.keep"]
     assert (choice.asked, choice.got) == ("0.45 of 48", "16 of 48") and "multiple of 8" in choice.reason
 
 

@@ -8,7 +8,7 @@ from tiny import tiny_inputs, tiny_model
 
 from distill.errors import InputError
 from distill.evaluation.efficiency import flops
-from distill.models.cost import example, flops_by_module
+from distill.models.cost import flops_by_module, random_example
 from distill.models.family import layers_of, layout_of
 from distill.recipe.schema import Mlp, Student, Target
 from distill.student import build_student, calibrate, check_target, plan_student
@@ -24,15 +24,15 @@ def parameters(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_costs_are_those_of_the_built_student(any_family):
-    teacher = tiny_model(any_family)
+def test_costs_are_those_of_the_built_student(form):
+    teacher = tiny_model(form)
     own = {"layers": {"keep": [0, 2]}, "mlp": {"keep": 16, "score": "random", "multiple_of": 8}}
     plan = plan_student(teacher, Student.model_validate(own))
     student = build_student(teacher, plan)
     places = [(side, layer.teacher_layer) for side in layout_of(teacher).sides for layer in plan.stack(side)]
     widths = [layer.width for side in layout_of(teacher).sides for layer in plan.stack(side)]
     assert costs_of(teacher, Target(parameters=0.5)).of(places, widths) == parameters(student)
-    counted, _ = flops_by_module(student, example(student, 12))
+    counted, _ = flops_by_module(student, random_example(student, 12))
     assert costs_of(teacher, Target(flops=0.5, length=12)).of(places, widths) == pytest.approx(counted[student])
 
 
@@ -46,15 +46,17 @@ def test_the_student_is_the_largest_within_the_target(kind, allocate):
     student = build_student(teacher, plan)
 
     def cost(model):
-        return parameters(model) if kind == "parameters" else flops_by_module(model, example(model, 64))[0][model]
+        return (
+            parameters(model) if kind == "parameters" else flops_by_module(model, random_example(model, 64))[0][model]
+        )
 
     share = cost(student) / cost(teacher)
     multiple = 8 * (2 if allocate == "uniform" else 1)  # uniform widens both layers at once
     next_share = share + multiple * 3 * 32 * (1 if kind == "parameters" else 2 * 64) / cost(teacher)
     assert share <= asked < next_share
-    choice = plan.choices[f"student.target.{kind}"]
+    choice = plan.outcomes[f"student.target.{kind}"]
     assert "(0.4200 of the teacher's)" in choice.asked and f"({share:.4f} of the teacher's)" in choice.got
-    assert "(from student.target)" in plan.choices["student.mlp.keep"].asked
+    assert "(from student.target)" in plan.outcomes["student.mlp.keep"].asked
 
 
 def test_a_count_of_parameters_is_a_target_too():
@@ -62,7 +64,7 @@ def test_a_count_of_parameters_is_a_target_too():
     own = {"layers": {"keep": 2}, "mlp": {"keep": 24, "score": "random", "multiple_of": 8}}
     half = build_student(teacher, plan_student(teacher, Student.model_validate(own)))
     plan = plan_student(teacher, spec({"parameters": parameters(half)}))
-    assert plan.widths == [24, 24] and plan.choices["student.target.parameters"].reason == ""
+    assert plan.widths == [24, 24] and plan.outcomes["student.target.parameters"].reason == ""
 
 
 @pytest.mark.parametrize("target", [{"parameters": 0.05}, {"parameters": 0.99}, {"parameters": 10}, {"flops": 0.9}])
@@ -84,7 +86,7 @@ def test_latency_is_measured_and_reported():
     own = {"keep": [0, 1, 2, 3], "multiple_of": 512}
     plan = plan_student(teacher, spec({"latency": 0.6, "length": 64}, **own))
     assert 512 <= plan.widths[0] < 4096
-    assert float(plan.choices["student.target.latency"].got.split()[0]) <= 0.6
+    assert float(plan.outcomes["student.target.latency"].got.split()[0]) <= 0.6
     with pytest.raises(InputError, match=r"student\.target\.latency: 0\.0010 of the teacher's cannot be reached"):
         plan_student(teacher, spec({"latency": 0.001, "length": 64}, **own))
 
@@ -128,13 +130,13 @@ def test_bisection_finds_the_largest_cost_within_the_target(costs, asked):
 
 def test_the_work_of_experts_is_counted():
     model = tiny_model("mixtral")
-    counts, _ = flops_by_module(model, example(model, 12))
+    counts, _ = flops_by_module(model, random_example(model, 12))
     experts = layers_of(model)[0].get_submodule("mlp.experts")
     assert counts[experts] == 12 * 2 * (2 * 3 * 32 * 48)  # 12 tokens, 2 experts each, 3 matrices of 32 x 48
 
 
 def test_the_efficiency_table_counts_flops_the_same_way():
     model = tiny_model("llama")
-    inputs = example(model, 12)
+    inputs = random_example(model, 12)
     counts, _ = flops_by_module(model, inputs)
     assert flops(model, layers_of, inputs["input_ids"])["flops_per_example"] == counts[model]

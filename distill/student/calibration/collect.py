@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from math import pi
 from typing import Any
 
@@ -18,13 +19,13 @@ from torch.utils.hooks import RemovableHandle
 
 from distill.errors import InputError, RunError
 from distill.models.family import layers_of, layout_of
-from distill.models.forward import UNLABELLED, Batch, first_tensor, layer_input
+from distill.models.forward import UNLABELLED, Batch, first_tensor, layer_input, run_base
 from distill.models.layout import StackName
-from distill.models.mlp import Mlp, mlps_of
+from distill.models.mlp import mlps_of
 from distill.recipe.schema import Layers
 from distill.student.calibration.gradients import gradient_sums
 from distill.student.calibration.removal import LabelLoss, greedy_removals, losses_without
-from distill.student.calibration.sample import padded_right, real_positions, without_labels
+from distill.student.calibration.sample import pad_right, real_positions
 from distill.student.calibration.statistics import Statistics
 
 __all__ = ["Statistics", "StatisticsRequest", "calibrate"]
@@ -35,7 +36,7 @@ Reduce = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class StatisticsRequest:
-    """What to collect beyond what every calibration has."""
+    """Statistics to collect beyond those of every calibration."""
 
     gram: bool = False
     """Products of each two neurons: F² numbers per layer."""
@@ -59,7 +60,7 @@ def calibrate(
     Args:
         model: A transformers model of a known family.
         batches: As `distill.student.calibration.sample` describes them; with labels where a loss is asked for.
-        wanted: What to collect beyond the sums that one forward pass gives.
+        wanted: Statistics beyond the sums that one forward pass gives.
         loss: (logits, batch) -> the labels' loss summed over valid positions, and their number.
         reduce: With several processes, each with its own batches: adds a tensor up over them.
 
@@ -68,20 +69,20 @@ def calibrate(
         InputError: A loss is asked for and no example has a label.
     """
     wanted = wanted or StatisticsRequest()
-    sample = [padded_right(batch) for batch in batches]
+    sample = [pad_right(batch) for batch in batches]
     with _frozen(model):
         collectors = [_Collector(model, side, wanted.gram) for side in layout_of(model).sides]
-        _forward(model, sample, collectors)
+        _run(model, sample, collectors)
         sums = {name: total for collector in collectors for name, total in collector.sums.items()}
         if wanted.gradients:
             sums |= gradient_sums(model, sample, loss)
         decisions: dict[str, Tensor] = {}
         if wanted.losses_without or wanted.removals:
-            checked = _checked(loss, sample, reduce, model.device)
+            label_loss = _require_labels(loss, sample, reduce, model.device)
             for side in wanted.losses_without:
-                sums |= losses_without(model, side, sample, checked)
+                sums |= losses_without(model, side, sample, label_loss)
             for side, removals in wanted.removals.items():
-                order = greedy_removals(model, side, sample, checked, removals, reduce)
+                order = greedy_removals(model, side, sample, label_loss, removals, reduce)
                 decisions[f"{side}.removals"] = torch.tensor(order, dtype=torch.int64)
         sums = {name: reduce(total) for name, total in sorted(sums.items())} | decisions
     statistics = Statistics({name: total.cpu() for name, total in sums.items()})
@@ -92,7 +93,7 @@ def calibrate(
     return statistics
 
 
-def _checked(loss: LabelLoss | None, sample: list[Batch], reduce: Reduce, device: torch.device) -> LabelLoss:
+def _require_labels(loss: LabelLoss | None, sample: list[Batch], reduce: Reduce, device: torch.device) -> LabelLoss:
     labelled = sum(int((batch["labels"] != UNLABELLED).sum()) for batch in sample if "labels" in batch)
     if loss is None or reduce(torch.tensor(float(labelled), device=device)) == 0:
         raise InputError(
@@ -104,7 +105,7 @@ def _checked(loss: LabelLoss | None, sample: list[Batch], reduce: Reduce, device
 
 @contextmanager
 def _frozen(model: Any) -> Iterator[None]:
-    """Evaluation mode and no parameter that asks for a gradient; afterwards every one as it was."""
+    """Put a model into evaluation mode without gradients for the block; afterwards all is as it was."""
     training = {module: module.training for module in model.modules()}
     learning = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
@@ -117,21 +118,12 @@ def _frozen(model: Any) -> Iterator[None]:
             parameter.requires_grad_(learns)
 
 
-@torch.no_grad()
-def _forward(model: Any, sample: list[Batch], collectors: list[_Collector]) -> None:
-    handles = [handle for collector in collectors for handle in collector.watch()]
-    try:
-        for cpu_batch in sample:
-            batch = {name: tensor.to(model.device) for name, tensor in cpu_batch.items()}
-            for collector in collectors:
-                collector.given = real_positions(batch, collector.side)
-            # The base model is enough: the head's output is not looked at.
-            model.base_model(**without_labels(batch))
-            for collector in collectors:
-                collector.add_angles()
-    finally:
-        for handle in handles:
-            handle.remove()
+def _run(model: Any, sample: list[Batch], collectors: list[_Collector]) -> None:
+    def note_masks(batch: Batch) -> None:
+        for collector in collectors:
+            collector.given = real_positions(batch, collector.side)
+
+    run_base(model, sample, [handle for collector in collectors for handle in collector.watch()], note_masks)
 
 
 class _Collector:
@@ -140,34 +132,29 @@ class _Collector:
     def __init__(self, model: Any, side: StackName, gram: bool):
         self.side, self.layers, self.mlps = side, layers_of(model, side), mlps_of(model, side)
         self.given: Tensor | None = None
+        """Mask of the batch as given; None: every position is real."""
         self.mask = torch.empty(0)
         """Boolean [B, L], known once the first layer is reached."""
         self.ends: list[Tensor] = []
         """[B, D] each: the last real position's state before the first layer and after each."""
-        self.device = next(model.parameters()).device
-        self.sums: dict[str, Tensor] = {}
-        for name, shape in (
-            *(("tokens", ()), ("sequences", ()), ("cosine", (len(self.layers),))),
-            ("angles", (len(self.layers) + 1,) * 2),
-        ):
-            self._new(f"{side}.{name}", *shape)
+        depth = len(self.layers)
+        shapes: dict[str, tuple[int, ...]] = {"tokens": (), "sequences": ()}
+        shapes |= {"cosine": (depth,), "angles": (depth + 1, depth + 1)}
         for index, mlp in enumerate(self.mlps):
-            experts = mlp.weight_out.shape[:-2]
-            self._new(f"{side}.{index}.tokens", *experts)
-            for name in ("sum", "abs", "square", "sequence_square"):
-                self._new(f"{side}.{index}.{name}", *experts, mlp.width)
+            experts = tuple(mlp.weight_out.shape[:-2])
+            shapes[f"{index}.tokens"] = experts
+            shapes |= {f"{index}.{name}": (*experts, mlp.width) for name in ("sum", "abs", "square", "sequence_square")}
             if gram:
-                self._new(f"{side}.{index}.gram", *experts, mlp.width, mlp.width)
-
-    def _new(self, name: str, *shape: int) -> None:
-        self.sums[name] = torch.zeros(shape, dtype=torch.float64, device=self.device)
+                shapes[f"{index}.gram"] = (*experts, mlp.width, mlp.width)
+        zeros = partial(torch.zeros, dtype=torch.float64, device=next(model.parameters()).device)
+        self.sums: dict[str, Tensor] = {f"{side}.{name}": zeros(shape) for name, shape in shapes.items()}
 
     def watch(self) -> list[RemovableHandle]:
         """Attach the hooks."""
         handles = [self.layers[0].register_forward_pre_hook(self._begin, with_kwargs=True)]
         for index, (layer, mlp) in enumerate(zip(self.layers, self.mlps, strict=True)):
-            handles.append(layer.register_forward_hook(self._layer_hook(index), with_kwargs=True))
-            handles.append(mlp.watch(self._mlp_hook(index, mlp)))
+            handles.append(layer.register_forward_hook(partial(self._on_layer, index), with_kwargs=True))
+            handles.append(mlp.watch(partial(self._on_neurons, f"{self.side}.{index}", mlp.experts is not None)))
         return handles
 
     def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -184,48 +171,47 @@ class _Collector:
         last = self.mask.sum(dim=1).sub(1).clamp(min=0)
         return states[torch.arange(len(states), device=states.device), last][self.mask.any(dim=1)].double()
 
-    def _layer_hook(self, index: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            # Raw outputs, from hooks: the last entry of `hidden_states` would be after the final norm.
-            before, after = layer_input(args, kwargs), first_tensor(output)
-            before_TD, after_TD = before[self.mask].double(), after[self.mask].double()
-            cosines = nn.functional.cosine_similarity(before_TD, after_TD, dim=-1)
-            self.sums[f"{self.side}.cosine"][index] += cosines.sum()
-            self.ends.append(self._end(after))
+    def _on_layer(
+        self, index: int, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        # Raw outputs, from hooks: the last entry of `hidden_states` would be after the final norm.
+        before, after = layer_input(args, kwargs), first_tensor(output)
+        before_TD, after_TD = before[self.mask].double(), after[self.mask].double()
+        cosines = nn.functional.cosine_similarity(before_TD, after_TD, dim=-1)
+        self.sums[f"{self.side}.cosine"][index] += cosines.sum()
+        self.ends.append(self._end(after))
+        if len(self.ends) > len(self.layers):
+            self._add_angles()
 
-        return hook
-
-    def add_angles(self) -> None:
-        """Take in the angles between the states that this batch's layers have left."""
+    def _add_angles(self) -> None:
+        """Add the angles between the states before and after this batch's layers."""
         states_BND = nn.functional.normalize(torch.stack(self.ends, dim=1), dim=-1)
         cosines = (states_BND @ states_BND.mT).clamp(-1, 1)
         angles = cosines.arccos() / pi
         angles.diagonal(dim1=-2, dim2=-1).zero_()  # arccos is steep at 1: rounding would show as an angle
         self.sums[f"{self.side}.angles"] += angles.sum(dim=0)
 
-    def _mlp_hook(self, index: int, mlp: Mlp) -> Callable[[Tensor, Tensor | None, int], None]:
-        def see(neurons: Tensor, positions: Tensor | None, expert: int) -> None:
-            real = self.mask.flatten()
-            where = real.nonzero().squeeze(-1) if positions is None else positions[real[positions]]
-            values = (neurons if positions is None else neurons[real[positions]]).float()
-            if positions is None:
-                values = values[where]
-            self._add(f"{self.side}.{index}", () if mlp.experts is None else expert, values, where)
-
-        return see
-
-    def _add(self, place: str, own: Any, values_TF: Tensor, where: Tensor) -> None:
-        """Take in the neurons of T positions; `where` [T] are their places in the flat batch."""
+    def _on_neurons(
+        self, prefix: str, per_expert: bool, neurons: Tensor, positions: Tensor | None, expert: int
+    ) -> None:
+        """Add the neurons of T real positions; `where` [T] are their indices in the flat batch."""
         rows, length = self.mask.shape
-        absolute = values_TF.abs()
-        sequence = where // length
+        real = self.mask.flatten()
+        if positions is None:
+            positions = torch.arange(len(real), device=real.device)
+        where, values_TF = positions[real[positions]], neurons[real[positions]].float()
+        absolute, sequence = values_TF.abs(), where // length
         by_sequence = torch.zeros(rows, values_TF.shape[1], device=values_TF.device).index_add_(0, sequence, absolute)
         lengths = torch.bincount(sequence, minlength=rows).clamp(min=1).double()
-        self.sums[f"{place}.tokens"][own] += len(values_TF)
-        self.sums[f"{place}.sum"][own] += values_TF.sum(dim=0, dtype=torch.float64)
-        self.sums[f"{place}.abs"][own] += absolute.sum(dim=0, dtype=torch.float64)
-        self.sums[f"{place}.square"][own] += values_TF.square().sum(dim=0, dtype=torch.float64)
-        self.sums[f"{place}.sequence_square"][own] += (by_sequence.double() / lengths[:, None]).square().sum(dim=0)
-        if f"{place}.gram" in self.sums:
+        totals = {
+            "tokens": torch.tensor(len(values_TF)),
+            "sum": values_TF.sum(dim=0, dtype=torch.float64),
+            "abs": absolute.sum(dim=0, dtype=torch.float64),
+            "square": values_TF.square().sum(dim=0, dtype=torch.float64),
+            "sequence_square": (by_sequence.double() / lengths[:, None]).square().sum(dim=0),
+        }
+        if f"{prefix}.gram" in self.sums:
             wide = values_TF.double()
-            self.sums[f"{place}.gram"][own] += wide.T @ wide
+            totals["gram"] = wide.T @ wide
+        for name, total in totals.items():
+            self.sums[f"{prefix}.{name}"][expert if per_expert else ()] += total

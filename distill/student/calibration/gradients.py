@@ -13,19 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from distill.errors import InputError
-from distill.models.family import layout_of
-from distill.models.forward import Batch
+from distill.models.forward import Batch, Capture, forward, to_device
 from distill.models.layout import StackName
-from distill.models.mlp import Mlp, mlps_of
+from distill.models.mlp import Mlp, placed_mlps
 from distill.student.calibration.removal import LabelLoss
-from distill.student.calibration.sample import content_seed, drawn_classes, examples, real_positions, without_labels
+from distill.student.calibration.sample import content_seed, draw_classes, examples, real_positions
 from distill.student.calibration.sums import column_sums
 
 Gate = tuple[StackName, int, Mlp]
 
 
 def gradient_sums(model: Any, sample: list[Batch], loss: LabelLoss | None) -> dict[str, Tensor]:
-    """Sums over examples of |c| and c² for the labels' loss, and of c² for labels drawn from the teacher.
+    """Sum over examples |c| and c² for the labels' loss, and of c² for labels drawn from the teacher.
 
     The second kind is about KL(teacher ‖ pruned). At the teacher itself this KL is at its minimum, 0, and so is its
     gradient: the first-order Taylor term vanishes. The leading term of closing a gate is ½ · E[c²] over labels drawn
@@ -35,26 +34,19 @@ def gradient_sums(model: Any, sample: list[Batch], loss: LabelLoss | None) -> di
     Raises:
         InputError: The model gives no logits.
     """
-    gates = [(side, index, mlp) for side in layout_of(model).sides for index, mlp in enumerate(mlps_of(model, side))]
-    weights = [output_parameter(mlp) for _, _, mlp in gates]
+    gates = placed_mlps(model)
+    weights = [mlp.parameter_out for _, _, mlp in gates]
     sums = _empty_sums(gates, weights[0].device)
     for weight in weights:
         weight.requires_grad_(True)
     try:
         for batch in sample:
             for example in examples(batch):
-                on_device = {name: tensor.to(model.device) for name, tensor in example.items()}
-                _add_example(model, on_device, loss, gates, weights, sums)
+                _add_example(model, to_device(example, model.device), loss, gates, weights, sums)
     finally:
         for weight in weights:
             weight.requires_grad_(False)
     return sums
-
-
-def output_parameter(mlp: Mlp) -> nn.Parameter:
-    """The parameter that reads the neurons, as it lies in the layer."""
-    path = mlp.layout.out
-    return mlp.layer.get_parameter(path if mlp.layout.form == "experts" else f"{path}.weight")
 
 
 def _empty_sums(gates: list[Gate], device: torch.device) -> dict[str, Tensor]:
@@ -75,17 +67,17 @@ def _add_example(
     sums: dict[str, Tensor],
 ) -> None:
     with torch.enable_grad():
-        logits = getattr(model(**without_labels(example)), "logits", None)
+        logits = forward(model, example, Capture()).logits
         if logits is None or logits.shape[-1] < 2:
             raise InputError("gradient statistics need a head that gives logits over two or more classes")
-        losses = {"kl": _drawn_loss(logits, example)}
+        losses = {"kl": _loss_of_draw(logits, example)}
         if loss is not None and "labels" in example:
             value, count = loss(logits, example)
             losses |= {"task": value} if count else {}
     for kind, value in losses.items():
-        found = torch.autograd.grad(value, weights, retain_graph=kind == "kl" and "task" in losses)
-        for (side, index, mlp), gradient in zip(gates, found, strict=True):
-            upright = gradient.mT if mlp.layout.form == "conv1d" else gradient
+        gradients = torch.autograd.grad(value, weights, retain_graph=kind == "kl" and "task" in losses)
+        for (side, index, mlp), gradient in zip(gates, gradients, strict=True):
+            upright = gradient.mT if mlp.layout.storage == "conv1d" else gradient
             gate = column_sums(torch.mul, mlp.weight_out.detach(), upright)
             sums[f"{side}.{index}.{kind}_square"] += gate.square()
             if kind == "task":
@@ -94,12 +86,12 @@ def _add_example(
             sums[f"{side}.{kind}_examples"] += 1
 
 
-def _drawn_loss(logits: Tensor, example: Batch) -> Tensor:
-    """-log p of one drawn class at every real position, summed."""
+def _loss_of_draw(logits: Tensor, example: Batch) -> Tensor:
+    """Draw one class at every real position and sum -log p of them."""
     rows = logits.flatten(0, -2)
     if logits.ndim == 3:
         mask = real_positions(example, "main")
         rows = rows if mask is None else rows[mask.flatten()]
-    classes = drawn_classes(rows.detach(), content_seed(example))
+    classes = draw_classes(rows.detach(), content_seed(example))
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
     return nn.functional.cross_entropy(wide, classes, reduction="sum")

@@ -1,4 +1,4 @@
-"""What the loss of the labels becomes when layers are taken out; nothing is rebuilt, hooks hand their input on."""
+"""Task loss with layers skipped. A hook makes each skipped layer return its input, so no model is rebuilt."""
 
 from __future__ import annotations
 
@@ -9,19 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill.models.family import layers_of, layout_of
-from distill.models.forward import Batch, layer_input
+from distill.models.family import layers_of, protected_layers
+from distill.models.forward import Batch, Capture, forward, layer_input, to_device
 from distill.models.layout import StackName
 from distill.recipe.schema import Layers
-from distill.student.calibration.sample import without_labels
-from distill.student.layers import protected_layers
 
 LabelLoss = Callable[[Tensor, Batch], tuple[Tensor, int]]
 """(logits, batch) -> the labels' loss summed over valid positions, and how many there are."""
 
 
 def losses_without(model: Any, side: StackName, sample: list[Batch], loss: LabelLoss) -> dict[str, Tensor]:
-    """Summed loss after removing each layer of one stack alone, and the number of valid positions."""
+    """Sum the loss after removing each layer of one stack alone, and count the valid positions."""
     depth = len(layers_of(model, side))
     totals = [_loss_without(model, side, {layer}, sample, loss) for layer in range(depth)]
     return {
@@ -38,7 +36,7 @@ def greedy_removals(
     wanted: Layers,
     reduce: Callable[[Tensor], Tensor],
 ) -> list[int]:
-    """Layers in the order of removal: each time the one without which the loss is lowest, given those removed before.
+    """Order layers by removal: each time the one without which the loss is lowest, given those removed before.
 
     Of equal ones the later is removed. Source: SLEB (Song et al. 2024, arXiv 2402.09025).
 
@@ -46,7 +44,7 @@ def greedy_removals(
         InputError: Fewer layers may be removed than have to be.
     """
     depth = len(layers_of(model, side))
-    stay = protected_layers(depth, wanted, bool(layout_of(model).stack(side).keep_first))
+    stay = protected_layers(model, side, wanted)
     order: list[int] = []
     assert isinstance(wanted.keep, int), "a list of layers is not a policy"
     while len(order) < depth - wanted.keep:
@@ -61,21 +59,23 @@ def greedy_removals(
 def _loss_without(
     model: Any, side: StackName, gone: Iterable[int], sample: list[Batch], loss: LabelLoss
 ) -> tuple[Tensor, Tensor]:
-    """Summed loss and valid positions, [] each in float64."""
+    """Sum the loss and count valid positions without some layers, [] each in float64."""
     total = torch.zeros((), dtype=torch.float64, device=model.device)
     positions = torch.zeros_like(total)
-    with _skipped([layers_of(model, side)[layer] for layer in gone]):
+    with _skip([layers_of(model, side)[layer] for layer in gone]):
         for cpu_batch in sample:
-            batch = {name: tensor.to(model.device) for name, tensor in cpu_batch.items()}
-            value, count = loss(model(**without_labels(batch)).logits, batch)
+            batch = to_device(cpu_batch, model.device)
+            logits = forward(model, batch, Capture()).logits
+            assert logits is not None, "the capture does not stop at the head"
+            value, count = loss(logits, batch)
             total += value.double()
             positions += count
     return total, positions
 
 
 @contextmanager
-def _skipped(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Layers that return their input. They still run: what they hand on beside the hidden states stays what it was."""
+def _skip(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Make layers return their input. They still run: what they return beside the hidden states stays what it was."""
 
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         states = layer_input(args, kwargs)

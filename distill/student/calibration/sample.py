@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from distill.models.forward import Batch
+from distill.models.forward import Batch, model_inputs, row_count
 from distill.models.layout import StackName
 
 
@@ -23,13 +23,8 @@ def real_positions(batch: Batch, side: StackName) -> Tensor | None:
     return None if mask is None else mask.bool()
 
 
-def without_labels(batch: Batch) -> Batch:
-    """What a model's forward takes."""
-    return {name: tensor for name, tensor in batch.items() if name != "labels"}
-
-
-def padded_right(batch: Batch) -> Batch:
-    """The batch with each row's real positions first.
+def pad_right(batch: Batch) -> Batch:
+    """Move each row's real positions to its front.
 
     Models with absolute positions see other positions behind padding on the left. Statistics are of the text alone.
     """
@@ -42,8 +37,8 @@ def padded_right(batch: Batch) -> Batch:
 
 
 def examples(batch: Batch) -> Iterator[Batch]:
-    """Each row alone, without its padding (which `padded_right` has put last)."""
-    for row in range(len(next(iter(batch.values())))):
+    """Yield each row alone, without its padding (which `pad_right` has moved to the end)."""
+    for row in range(row_count(batch)):
         single = {name: tensor[row : row + 1] for name, tensor in batch.items()}
         for mask, names in list(_by_mask(single)):
             single |= {name: single[name][:, : int(mask.sum())] for name in names}
@@ -51,16 +46,16 @@ def examples(batch: Batch) -> Iterator[Batch]:
 
 
 def content_seed(example: Batch) -> int:
-    """A seed that follows from what the model reads, whatever batch or process the example is in."""
+    """Derive a seed from what the model reads, the same whatever batch or process the example is in."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(without_labels(example).items()):
+    for name, tensor in sorted(model_inputs(example).items()):
         digest.update(f"{name}:{list(tensor.shape)}".encode())
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
     return int.from_bytes(digest.digest()[:7])
 
 
-def drawn_classes(logits: Tensor, seed: int) -> Tensor:
-    """One class per row of logits [N, V], drawn from their softmax; the same on every device up to rounding."""
+def draw_classes(logits: Tensor, seed: int) -> Tensor:
+    """Draw one class per row of logits [N, V] from their softmax; the same on every device up to rounding."""
     cumulated = torch.softmax(logits.float(), dim=-1).cumsum(dim=-1)
     uniform = torch.rand(len(logits), generator=torch.Generator().manual_seed(seed)).to(logits.device)
     chosen = torch.searchsorted(cumulated, (uniform * cumulated[:, -1])[:, None], right=True).squeeze(-1)
@@ -68,7 +63,7 @@ def drawn_classes(logits: Tensor, seed: int) -> Tensor:
 
 
 def _by_mask(batch: Batch) -> Iterator[tuple[Tensor, list[str]]]:
-    """Each mask with the names of what has its shape and is of its side."""
+    """Yield each mask with the names of the tensors that have its shape and belong to its side."""
     two_sided = "decoder_input_ids" in batch
     for prefix in ("decoder_", ""):
         mask = batch.get(f"{prefix}attention_mask")

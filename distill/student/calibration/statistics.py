@@ -1,4 +1,4 @@
-"""What one calibration pass knows about a teacher. Every figure is a sum, so that parts of a sample add up.
+"""The statistics of a teacher that one calibration pass collects. Every figure is a sum, so that processes add up.
 
 F width of a layer's MLP ([E, F] where it has E experts), N layers. A stack of layers is a `StackName`; methods that
 take a layer speak of the stack that `of` chose, the main one at first.
@@ -10,7 +10,6 @@ import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -25,7 +24,7 @@ MISSING = {
     "without": "losses after removing each layer; they are collected where `loss_drop` is the recipe's policy",
     "removals": "layers in the order of their removal; it is collected where `greedy_loss` is the recipe's policy",
 }
-"""Group of figures that not every calibration has -> what it is and how to get it."""
+"""Group of figures that not every calibration has -> its meaning and the key that collects it."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Statistics:
     side: StackName = "main"
 
     def of(self, side: StackName) -> Statistics:
-        """The same figures, speaking of another stack."""
+        """Select the figures of a stack."""
         return replace(self, side=side)
 
     @property
@@ -106,21 +105,6 @@ class Statistics:
         order: list[int] = self._sum("removals").tolist()
         return order
 
-    def merged(self, *others: Statistics) -> Statistics:
-        """The statistics of several samples together. Raises InputError when they hold different figures."""
-        for other in others:
-            same = other.sums.keys() == self.sums.keys() and all(
-                torch.equal(own, other.sums[name]) for name, own in self.sums.items() if not own.is_floating_point()
-            )
-            if not same:
-                raise InputError("calibrations with different figures cannot be merged")
-        parts = [self, *others]
-        totals = {
-            name: torch.stack([part.sums[name] for part in parts]).sum(dim=0) if own.is_floating_point() else own
-            for name, own in self.sums.items()
-        }
-        return replace(self, sums=totals)
-
     @property
     def fingerprint(self) -> str:
         """Sha256 over the names, shapes and values of all figures."""
@@ -160,3 +144,10 @@ class Statistics:
             what = MISSING.get(name.partition("_")[0], f"the figure {key}; was it made for another model?")
             raise InputError(f"the calibration does not hold {what}")
         return self.sums[key]
+
+
+def require(statistics: Statistics | None, strategy: str) -> Statistics:
+    """Return the statistics; raises InputError when there are none for a score or policy of this name."""
+    if statistics is None:
+        raise InputError(f"student: `{strategy}` needs calibration data; pass the Statistics of a calibration")
+    return statistics

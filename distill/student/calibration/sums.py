@@ -12,7 +12,7 @@ CHUNK = 2**22
 
 
 def column_sums(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """[..., F] in float64: the sum over D of function(*tensors), computed in fp32.
+    """Sum function(*tensors), computed in fp32, over D; [..., F] in float64.
 
     Args:
         function: Element by element.
@@ -29,7 +29,7 @@ def column_sums(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
 
 
 def column_products(weight: Tensor) -> Tensor:
-    """[F, F] in float64: WᵀW of a weight [D, F], whose entries are the inner products of its columns."""
+    """Multiply WᵀW of a weight [D, F], the inner products of its columns; [F, F] in float64."""
     step = max(1, CHUNK // weight.shape[1])
     total = torch.zeros((weight.shape[1],) * 2, dtype=torch.float64, device=weight.device)
     for start in range(0, len(weight), step):

@@ -1,4 +1,4 @@
-"""Zeros in the MLPs that stay zero through training, and what `student.mask` means for a run."""
+"""Zeros in the MLPs that stay zero through training, as the recipe's `student.mask` asks for them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def check_score(recipe: Recipe) -> None:
 
 
 def masks_for(recipe: Recipe, model: Any, steps: int) -> Masks | None:
-    """The masks of a training of the student that lasts so many steps; None when the recipe has none.
+    """Make the masks of a training of the student of so many steps; None when the recipe has none.
 
     Raises:
         InputError: A name pattern of the mask, or of what is frozen, matches nothing.
@@ -35,14 +35,14 @@ def masks_for(recipe: Recipe, model: Any, steps: int) -> Masks | None:
 
 
 def mask_untrained(recipe: Recipe, model: Any, steps: int) -> None:
-    """Mask a student as its training would before the first step: what an arm that is not trained has to be."""
+    """Mask a student as its training would before the first step, for arms that are not trained."""
     masks = masks_for(recipe, model, steps)
     if masks is not None:
         masks.after_step(0)
 
 
 def compact_trained(recipe: Recipe, model: Any, say: Callable[[str], None]) -> None:
-    """Take dead neurons out of a trained student, where the recipe says so."""
+    """Remove dead neurons from a trained student, where the recipe says so."""
     spec = recipe.student.mask
     if spec is not None and spec.compact:
         gone = compact(model, uniform=spec.compact == "uniform", multiple_of=recipe.student.mlp.multiple_of)
@@ -50,7 +50,7 @@ def compact_trained(recipe: Recipe, model: Any, say: Callable[[str], None]) -> N
 
 
 def sparsity_table(recipe: Recipe, model: Any) -> dict[str, Any] | None:
-    """For evaluation.json: share of zeros over all MLPs, width of each, zeros of each matrix; None without a mask."""
+    """Tabulate the share of zeros over all MLPs, their widths, and the zeros of each matrix; None without a mask."""
     if recipe.student.mask is None:
         return None
     rows = sparsity(model)
@@ -62,7 +62,7 @@ def sparsity_table(recipe: Recipe, model: Any) -> dict[str, Any] | None:
 
 
 def mask_settings(recipe: Recipe) -> dict[str, Any] | None:
-    """What of the recipe decides which weights a training masks; None without a mask."""
+    """Select the keys of the recipe that decide which weights a training masks; None without a mask."""
     mask = recipe.student.mask
     # `multiple_of` says how far `compact` may go.
     return {**mask.model_dump(mode="json"), "multiple_of": recipe.student.mlp.multiple_of} if mask else None

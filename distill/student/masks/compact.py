@@ -1,4 +1,4 @@
-"""Take out the MLP neurons that have no effect, so that what a mask has emptied is really gone.
+"""Remove the MLP neurons that have no effect, so that masked neurons are really gone.
 
 With h_i = act(gate_i) * up_i (act(in_i) without a gate) and out = W_out h + b_out, a neuron has no effect on what
 depends on the input when its column of W_out is zero, or when h_i is constant because its rows are. A constant h_i that
@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.models.family import layout_of
-from distill.models.mlp import Mlp, keep_neurons, mlps_of
-from distill.models.widths import forget_widths, narrow, widest
+from distill.models.axes import keep_units
+from distill.models.mlp import Mlp, placed_mlps
+from distill.models.widths import resize_layers
 
 ACTIVATIONS = ("act_fn", "activation_fn", "act", "activation", "intermediate_act_fn")
-"""What the families call the activation of their MLPs."""
+"""Names of the MLP's activation in the families."""
 
 
 @torch.no_grad()
 def compact(model: Any, *, uniform: bool = False, multiple_of: int = 1) -> int:
-    """Take dead neurons out of the model in place; its outputs stay the same up to rounding.
+    """Remove dead neurons from the model in place; its outputs stay the same up to rounding.
 
     All experts of a layer lose as many as the one with the fewest dead can.
 
@@ -34,21 +34,19 @@ def compact(model: Any, *, uniform: bool = False, multiple_of: int = 1) -> int:
         multiple_of: New widths are rounded up to a multiple of this.
 
     Returns:
-        How many neurons are gone, those of all experts counted.
+        Number of removed neurons, those of all experts counted.
     """
-    sides = layout_of(model).sides
-    stacks = {side: mlps_of(model, side) for side in sides}
-    mlps = [mlp for side in sides for mlp in stacks[side]]
+    placed = placed_mlps(model)
+    mlps = [mlp for _, _, mlp in placed]
     constants = [constant_of(mlp) for mlp in mlps]
-    widths = [_width(mlp, constant, multiple_of) for mlp, constant in zip(mlps, constants, strict=True)]
+    widths = [_live_width(mlp, constant, multiple_of) for mlp, constant in zip(mlps, constants, strict=True)]
     if uniform:
-        common = widest(mlps, widths)
-        widths = [common[mlp.layout.width_key] for mlp in mlps]
+        by_key = [(mlp.axis.config_key, width) for mlp, width in zip(mlps, widths, strict=True)]
+        widths = [max(width for other, width in by_key if other == key) for key, _ in by_key]
     gone = sum((mlp.width - width) * (mlp.experts or 1) for mlp, width in zip(mlps, widths, strict=True))
-    kept = [_without(*each) for each in zip(mlps, constants, widths, strict=True)]
-    _resize(model, mlps, widths)
-    left = iter(widths)
-    narrow(model, {side: [next(left) for _ in stacks[side]] for side in sides})
+    kept = [_cut(*each) for each in zip(mlps, constants, widths, strict=True)]
+    width_of = {(side, index): width for (side, index, _), width in zip(placed, widths, strict=True)}
+    resize_layers(model, lambda side, index, _axis: width_of[side, index])
     for mlp, tensors in zip(mlps, kept, strict=True):
         for name, tensor in tensors.items():
             mlp.layer.get_parameter(name).copy_(tensor)
@@ -56,7 +54,7 @@ def compact(model: Any, *, uniform: bool = False, multiple_of: int = 1) -> int:
 
 
 def constant_of(mlp: Mlp) -> Tensor:
-    """[F] or [E, F], float64: what the neuron adds to every input's h_i; NaN for a neuron that has an effect.
+    """Compute the constant that each neuron adds to h_i, [F] or [E, F] in float64; NaN for a neuron that has an effect.
 
     0 also stands for a neuron whose column of W_out is zero.
     """
@@ -76,7 +74,7 @@ def constant_of(mlp: Mlp) -> Tensor:
 
 
 def _activation(mlp: Mlp) -> Callable[[Tensor], Tensor] | None:
-    """The activation of an MLP, from the module nearest to its first weight that has one."""
+    """Find the activation of an MLP in the module nearest to its first weight that has one."""
     parents = mlp.layout.ins[0].split(".")[:-1]
     for depth in range(len(parents), -1, -1):
         module = mlp.layer.get_submodule(".".join(parents[:depth]))
@@ -86,33 +84,19 @@ def _activation(mlp: Mlp) -> Callable[[Tensor], Tensor] | None:
     return None
 
 
-def _width(mlp: Mlp, constant: Tensor, multiple_of: int) -> int:
-    """The smallest width that holds every live neuron of each expert."""
+def _live_width(mlp: Mlp, constant: Tensor, multiple_of: int) -> int:
+    """Find the smallest width that holds every live neuron of each expert."""
     live = max(1, int(constant.isnan().sum(-1).max()))
     return min(mlp.width, -(-live // multiple_of) * multiple_of)
 
 
-def _without(mlp: Mlp, constant: Tensor, width: int) -> dict[str, Tensor]:
-    """The MLP's tensors with `width` neurons: the live ones, and the first dead ones where there is room for more."""
+def _cut(mlp: Mlp, constant: Tensor, width: int) -> dict[str, Tensor]:
+    """Cut the MLP's tensors to `width` neurons: the live ones, and the first dead ones where there is room for more."""
     dead = ~constant.isnan()
     neurons = dead.int().argsort(dim=-1, stable=True)[..., :width].sort(dim=-1).values
-    tensors = dict(mlp.layer.named_parameters())
-    places = {name: place for name, place in mlp.layout.axes().items() if name in tensors}
-    cut = {name: keep_neurons(tensors[name].detach(), *place, neurons) for name, place in places.items()}
+    cut = {name: keep_units(old.detach(), mlp.axis.tensors[name], neurons) for name, old in mlp.tensors.items()}
     if mlp.bias_out is not None:
         lost = dead.scatter(-1, neurons, False)
         added = mlp.weight_out.double() @ constant.where(lost, 0.0)
         cut[f"{mlp.layout.out}.bias"] = (mlp.bias_out.double() + added).to(mlp.bias_out.dtype)
     return cut
-
-
-def _resize(model: Any, mlps: list[Mlp], widths: list[int]) -> None:
-    """Give all MLPs, and the config, the widest of the new widths; `narrow` does the rest."""
-    forget_widths(model.config)
-    before = widest(mlps, [mlp.width for mlp in mlps])
-    after = widest(mlps, widths)
-    for key, width in after.items():
-        if width != before[key]:
-            setattr(model.config, key, width)
-    for mlp in mlps:
-        mlp.resize(after[mlp.layout.width_key])

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from distill.errors import InputError
+from distill.models.axes import spread_units, sum_per_unit
 from distill.models.dtensor import full_tensor, local_shard, shard_like
 from distill.models.family import layers_prefix, layout_of
-from distill.models.mlp import mlps_of
+from distill.models.layout import UnitDim
+from distill.models.mlp import placed_mlps
 from distill.recipe.schema import Mask
 from distill.registry import bind, find
-from distill.student.masks.sparsity import per_neuron
 
 
 def magnitude(weights: list[Tensor], _layer: int) -> list[Tensor]:
@@ -41,7 +42,7 @@ SCORES: dict[str, Callable[..., list[Tensor]]] = {"magnitude": magnitude, "rando
 
 
 def progress(spec: Mask, step: int, steps: int) -> float | None:
-    """How much of the mask is due after `step` of `steps` steps, from 0 to 1; None when nothing is chosen then.
+    """Compute the share of the mask that is due after `step` of `steps` steps; None when nothing is chosen then.
 
     `cubic` is 1 - (1 - t)^3 (Zhu & Gupta 2017, arXiv 1710.01878, from sparsity 0): many weights go while there are
     many, few when there are few, none after `end`.
@@ -55,7 +56,7 @@ def progress(spec: Mask, step: int, steps: int) -> float | None:
 
 
 def lowest(scores: Tensor, count: int) -> Tensor:
-    """Bool, shape of `scores`: exactly its `count` lowest entries, ties to the lower index."""
+    """Select exactly the `count` lowest entries, bool in the shape of `scores`, ties to the lower index."""
     flat = scores.flatten()
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
@@ -67,13 +68,13 @@ def lowest(scores: Tensor, count: int) -> Tensor:
 
 
 def choose(scores: Sequence[Tensor], taken: Sequence[Tensor], spec: Mask, share: float) -> list[Tensor]:
-    """Bool, one for each of `scores`: which entries are masked. What is `taken` stays so and comes first.
+    """Choose the entries to mask, bool for each of `scores`. What is `taken` stays masked and comes first.
 
     Args:
         scores: At least 0 each; `sparsity` counts over all of them together.
-        taken: Bool of the same shapes: what is masked already.
+        taken: Bool of the same shapes: True where it is masked already.
         spec: `sparsity` or `threshold`.
-        share: How much of that is due, from 0 to 1.
+        share: Part of that which is due, from 0 to 1.
     """
     flat = torch.cat([score.flatten().float() for score in scores])
     old = torch.cat([mask.flatten() for mask in taken])
@@ -90,51 +91,34 @@ def choose(scores: Sequence[Tensor], taken: Sequence[Tensor], spec: Mask, share:
 
 
 @dataclass(frozen=True)
-class Part:
+class MaskedTensor:
     """One tensor of an MLP that may be masked."""
 
     name: str
     """Name of the parameter in the model."""
     parameter: nn.Parameter
-    axis: int
-    """Axis along which its neurons lie."""
-    parts: int
-    """How often each neuron occurs along it."""
-    experts: bool
-    """Whether axis 0 counts experts."""
-
-    def per_neuron(self, values: Tensor) -> Tensor:
-        """[F] or [E, F]: sum of squares of what belongs to each neuron, for values in the parameter's shape."""
-        return per_neuron(values.float().square(), self.axis, self.parts, self.experts)
-
-    def spread(self, neurons: Tensor) -> Tensor:
-        """Bool in the parameter's shape from bool [F] or [E, F]."""
-        shape = [1] * self.parameter.ndim
-        shape[self.axis] = self.parts * neurons.shape[-1]
-        if self.experts:
-            shape[0] = neurons.shape[0]
-        return neurons.tile(self.parts).view(shape).expand(self.parameter.shape).contiguous()
+    dim: UnitDim
+    """The dimension of its neurons."""
+    per_expert: bool
 
 
-def maskable(model: Any, spec: Mask) -> list[list[Part]]:
+def maskable(model: Any, spec: Mask) -> list[list[MaskedTensor]]:
     """Per layer, the tensors of its MLP that may be masked: chosen by name, and learning.
 
     Raises:
         InputError: A pattern matches no tensor of an MLP, or all that match are frozen.
     """
-    named = dict(model.named_parameters(remove_duplicate=False))
+    prefixes = {side: layers_prefix(model, side) for side in layout_of(model).sides}
     layers = [
         [
-            Part(name, named[name], *place, mlp.layout.form == "experts")
-            for inner, place in mlp.layout.axes().items()
-            if (name := f"{layers_prefix(model, side)}.{index}.{inner}") in named
+            MaskedTensor(f"{prefixes[side]}.{index}.{name}", parameter, mlp.axis.tensors[name], mlp.axis.per_expert)
+            for name, parameter in mlp.tensors.items()
         ]
-        for side in layout_of(model).sides
-        for index, mlp in enumerate(mlps_of(model, side))
+        for side, index, mlp in placed_mlps(model)
     ]
     if spec.per == "weight":  # biases are few and cost nothing; a whole neuron takes its own along
-        layers = [[part for part in parts if part.parameter.ndim > 1] for parts in layers]
-    names = [part.name for parts in layers for part in parts]
+        layers = [[tensor for tensor in tensors if tensor.parameter.ndim > 1] for tensors in layers]
+    names = [tensor.name for tensors in layers for tensor in tensors]
     for pattern in spec.only:
         if not fnmatch.filter(names, pattern):
             raise InputError(
@@ -143,13 +127,13 @@ def maskable(model: Any, spec: Mask) -> list[list[Part]]:
             )
     chosen = [
         [
-            part
-            for part in parts
-            if part.parameter.requires_grad and any(fnmatch.fnmatchcase(part.name, own) for own in spec.only)
+            tensor
+            for tensor in tensors
+            if tensor.parameter.requires_grad and any(fnmatch.fnmatchcase(tensor.name, own) for own in spec.only)
         ]
-        for parts in layers
+        for tensors in layers
     ]
-    if not any(part.parameter.ndim > 1 for parts in chosen for part in parts):
+    if not any(tensor.parameter.ndim > 1 for tensors in chosen for tensor in tensors):
         raise InputError("student.mask: every weight that it may choose is frozen by training.freeze or training.only")
     return chosen
 
@@ -182,73 +166,76 @@ class Masks:
     def follow(self, model: Any) -> None:
         """Mask the parameters of `model` instead: the first one, or a copy of it, whose parameters may be sharded."""
         named = dict(model.named_parameters(remove_duplicate=False))
-        self.layers = [[replace(part, parameter=named[part.name]) for part in parts] for parts in self.layers]
+        self.layers = [[replace(tensor, parameter=named[tensor.name]) for tensor in tensors] for tensors in self.layers]
 
     def before_step(self) -> None:
         """Take masked weights out of the gradients."""
-        for part in self._masked():
-            if part.parameter.grad is not None:
-                local_shard(part.parameter.grad).masked_fill_(local_shard(self.masks[part.name]), 0)
+        for tensor in self._masked():
+            if tensor.parameter.grad is not None:
+                local_shard(tensor.parameter.grad).masked_fill_(local_shard(self.masks[tensor.name]), 0)
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
-        """Zero what is masked, and what is to be masked after so many steps (0: before the first)."""
+        """Zero the masked weights, and choose those due after so many steps (0: before the first)."""
         self.apply()
         share = progress(self.spec, step, self.steps)
         if share is not None:
-            for layer, parts in enumerate(self.layers):
-                self._choose(layer, parts, share)
+            for layer, tensors in enumerate(self.layers):
+                self._choose(layer, tensors, share)
             self.apply()
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Zero what is masked."""
-        for part in self._masked():
-            local_shard(part.parameter).masked_fill_(local_shard(self.masks[part.name]), 0)
+        """Zero the masked weights."""
+        for tensor in self._masked():
+            local_shard(tensor.parameter).masked_fill_(local_shard(self.masks[tensor.name]), 0)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint has to hold."""
+        """The masks by name, for a checkpoint."""
         return dict(self.masks)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Continue from what `tensors` gave."""
-        parameters = {part.name: part.parameter for parts in self.layers for part in parts}
-        self.masks = {name: shard_like(tensor, parameters[name]) for name, tensor in tensors.items()}
+        """Continue from the masks of a checkpoint."""
+        parameters = {member.name: member.parameter for layer in self.layers for member in layer}
+        self.masks = {name: shard_like(mask, parameters[name]) for name, mask in tensors.items()}
 
     def figures(self) -> dict[str, float]:
-        """`sparsity`: share of what may be masked that is."""
-        total = sum(part.parameter.numel() for parts in self.layers for part in parts)
+        """Compute `sparsity`, the masked share of all that may be masked, for the log."""
+        total = sum(tensor.parameter.numel() for tensors in self.layers for tensor in tensors)
         return {"sparsity": sum(int(full_tensor(mask.sum())) for mask in self.masks.values()) / total}
 
-    def _masked(self) -> list[Part]:
-        return [part for parts in self.layers for part in parts if part.name in self.masks]
+    def _masked(self) -> list[MaskedTensor]:
+        return [tensor for tensors in self.layers for tensor in tensors if tensor.name in self.masks]
 
-    def _choose(self, layer: int, parts: list[Part], share: float) -> None:
-        weights = [part for part in parts if part.parameter.ndim > 1]
+    def _choose(self, layer: int, tensors: list[MaskedTensor], share: float) -> None:
+        weights = [tensor for tensor in tensors if tensor.parameter.ndim > 1]
         if not weights:
             return
-        tensors = [full_tensor(part.parameter.detach()) for part in weights]
-        scores = self.score(tensors, layer)
-        if [score.shape for score in scores] != [tensor.shape for tensor in tensors]:
+        values = [full_tensor(weight.parameter.detach()) for weight in weights]
+        scores = self.score(values, layer)
+        if [score.shape for score in scores] != [value.shape for value in values]:
             raise InputError(f"student.mask.score: {self.spec.score} must return one score for each weight")
+        masks = [self.masks.get(weight.name) for weight in weights]
         taken = [
-            full_tensor(self.masks[part.name])
-            if part.name in self.masks
-            else torch.zeros_like(tensor, dtype=torch.bool)
-            for part, tensor in zip(weights, tensors, strict=True)
+            torch.zeros_like(value, dtype=torch.bool) if mask is None else full_tensor(mask)
+            for mask, value in zip(masks, values, strict=True)
         ]
         if self.spec.per == "weight":
             self._set(weights, choose(scores, taken, self.spec, share))
             return
-        squares = [part.per_neuron(score) for part, score in zip(weights, scores, strict=True)]
+        squares = [
+            sum_per_unit(score.float().square(), weight.dim, weight.per_expert)
+            for weight, score in zip(weights, scores, strict=True)
+        ]
         norms = torch.stack(squares).sum(0).sqrt()
-        dead = weights[0].per_neuron(taken[0]) > 0
+        dead = sum_per_unit(taken[0].long(), weights[0].dim, weights[0].per_expert) > 0
         # Each expert gives up the same number, so that `compact` can take them out.
         alone = self.spec.sparsity is not None and norms.ndim == 2
         pairs = zip(norms, dead, strict=True) if alone else [(norms, dead)]
-        chosen = [choose([own], [gone], self.spec, share)[0] for own, gone in pairs]
+        chosen = [choose([expert], [gone], self.spec, share)[0] for expert, gone in pairs]
         neurons = torch.stack(chosen) if alone else chosen[0]
-        self._set(parts, [part.spread(neurons) for part in parts])
+        self._set(tensors, [spread_units(neurons, tensor.dim, tensor.parameter.shape) for tensor in tensors])
 
-    def _set(self, parts: Sequence[Part], masks: Sequence[Tensor]) -> None:
-        self.masks |= {part.name: shard_like(mask, part.parameter) for part, mask in zip(parts, masks, strict=True)}
+    def _set(self, tensors: Sequence[MaskedTensor], masks: Sequence[Tensor]) -> None:
+        pairs = zip(tensors, masks, strict=True)
+        self.masks |= {tensor.name: shard_like(mask, tensor.parameter) for tensor, mask in pairs}

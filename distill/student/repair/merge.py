@@ -1,4 +1,4 @@
-"""Let the MLP before a block of dropped layers stand for the block, by a linear map of what it gives.
+"""Fold a linear map into the MLP before each dropped block so that its output approximates the block's (ReplaceMe).
 
 M [N, D] is what the student's MLP gives at the N calibration positions where the teacher's gives M*; H_l and H_m are
 the outputs of that layer and of the last dropped one. The map T minimises ||M T - (M* + H_m - H_l)||², and the output
@@ -22,7 +22,7 @@ from distill.models.family import layers_of, layout_of
 from distill.models.forward import Batch, first_tensor
 from distill.models.mlp import Mlp, mlps_of
 from distill.models.plan import StudentPlan
-from distill.student.repair.moments import LayerError, Moments, Pass, correction, groups, moment_bytes
+from distill.student.repair.moments import LayerError, Moments, Pass, moment_bytes, solve_ridge, split_groups
 
 
 @dataclass(frozen=True)
@@ -44,21 +44,21 @@ class Block:
 def merge_blocks(
     teacher: Any, student: Any, plan: StudentPlan, batches: Sequence[Batch], ridge: float, most: int
 ) -> tuple[list[LayerError], list[str]]:
-    """Merge every block that follows a kept layer; the errors, and what could not be merged.
+    """Merge every block that follows a kept layer; returns the errors, and notes on blocks that could not be merged.
 
     Args:
         teacher: Gives the activations; not changed.
         student: Changed in place; on the teacher's device.
-        plan: What the student was cut by.
+        plan: The plan that the student was cut by.
         batches: The calibration sample; gone through once for each group of blocks.
-        ridge: Pulls each map towards the identity, as in `correction`.
+        ridge: Pulls each map towards the identity, as in `solve_ridge`.
         most: Bytes of moments to hold at a time.
     """
     key = layout_of(teacher).main.scale_key
     scale = float(getattr(teacher.config, key)) if key else 1.0
     blocks = list(_blocks(teacher, student, plan))
     errors = []
-    for group in groups(blocks, lambda block: moment_bytes(2 * teacher.config.hidden_size), most):
+    for group in split_groups(blocks, lambda block: moment_bytes(2 * teacher.config.hidden_size), most):
         for block, moments in zip(group, _block_moments(teacher, group, batches, scale), strict=True):
             before, after = _merge(block.student, moments, ridge)
             values = max(1, moments.count) * (len(moments.total) // 2)
@@ -72,42 +72,42 @@ def _blocks(teacher: Any, student: Any, plan: StudentPlan) -> Iterator[Block]:
     teacher_mlps, student_mlps = mlps_of(teacher), mlps_of(student)
     following = [*plan.kept_layers[1:], plan.teacher_layers]
     for index, (layer, after) in enumerate(zip(plan.layers, following, strict=True)):
-        own = layer.teacher_layer
-        if after - own > 1:
-            narrow = layer.neurons is not None and teacher_mlps[own].experts is None
+        before = layer.teacher_layer
+        if after - before > 1:
+            narrow = layer.neurons is not None and teacher_mlps[before].experts is None
             kept = torch.tensor(layer.neurons, device=teacher.device) if narrow else None
-            yield Block(index, own, after - 1, teacher_mlps[own], student_mlps[index], kept)
+            yield Block(index, before, after - 1, teacher_mlps[before], student_mlps[index], kept)
 
 
 def _block_moments(teacher: Any, group: Sequence[Block], batches: Sequence[Batch], scale: float) -> list[Moments]:
-    """Moments of [M, M* + (H_m - H_l) - M], both [N, D], for each block."""
+    """Collect the moments of [M, M* + (H_m - H_l) - M], both [N, D], for each block."""
     step = Pass(teacher)
-    found: list[Moments] = []
+    by_block: list[Moments] = []
     handles: list[RemovableHandle] = []
     for block in group:
         moments = Moments(2 * block.teacher.weight_out.shape[-2], teacher.device)
-        found.append(moments)
+        by_block.append(moments)
         handles += _watch(block, layers_of(teacher), scale, partial(step.add_real, moments))
     step.run(batches, handles)
-    return found
+    return by_block
 
 
-def _watch(block: Block, layers: Any, scale: float, take: Callable[[Tensor], None]) -> list[RemovableHandle]:
-    """Hooks that hand over [M, M* + (H_m - H_l) - M] of every position, [B * L, 2 D]."""
-    seen: dict[str, Tensor] = {}
+def _watch(block: Block, layers: Any, scale: float, on_values: Callable[[Tensor], None]) -> list[RemovableHandle]:
+    """Attach hooks that compute [M, M* + (H_m - H_l) - M] of every position, [B * L, 2 D]."""
+    states: dict[str, Tensor] = {}
 
     def mlp(_module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
         if block.kept is not None:
             args = (args[0].index_select(-1, block.kept), *args[1:])
-        seen["given"] = block.student.output(*args, **kwargs).flatten(0, -2)
-        seen["missing"] = output.flatten(0, -2).double() - seen["given"].double()
+        states["given"] = block.student.output(*args, **kwargs).flatten(0, -2)
+        states["missing"] = output.flatten(0, -2).double() - states["given"].double()
 
     def before(_module: Any, _args: Any, output: Any) -> None:
-        seen["before"] = first_tensor(output).flatten(0, -2).double()
+        states["before"] = first_tensor(output).flatten(0, -2).double()
 
     def last(_module: Any, _args: Any, output: Any) -> None:
-        passed = (first_tensor(output).flatten(0, -2).double() - seen["before"]) / scale
-        take(torch.cat([seen["given"].double(), seen["missing"] + passed], dim=-1))
+        passed = (first_tensor(output).flatten(0, -2).double() - states["before"]) / scale
+        on_values(torch.cat([states["given"].double(), states["missing"] + passed], dim=-1))
 
     return [
         block.teacher.output.register_forward_hook(mlp, with_kwargs=True),
@@ -117,11 +117,11 @@ def _watch(block: Block, layers: Any, scale: float, take: Callable[[Tensor], Non
 
 
 def _merge(mlp: Mlp, moments: Moments, ridge: float) -> tuple[float, float]:
-    """Multiply the map into the output weights; the squared error over the positions before and after."""
+    """Multiply the map into the output weights; returns the squared error over the positions before and after."""
     width = len(moments.total) // 2
     products = moments.about(centred=mlp.bias_out is not None)
     given, cross = products[:width, :width], products[:width, width:]
-    change = correction(given, cross, ridge)  # T - I, [D, D]
+    change = solve_ridge(given, cross, ridge)  # T - I, [D, D]
     weight = mlp.weight_out.double()
     mlp.weight_out.copy_(weight + change.T @ weight)
     if mlp.bias_out is not None:

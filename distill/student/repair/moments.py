@@ -1,4 +1,4 @@
-"""Second moments over the calibration positions: all that least squares needs to know about a sample.
+"""Second moments over the calibration positions, from which least squares is solved.
 
 Sums run over real tokens in float64. N positions, K numbers per position.
 """
@@ -13,23 +13,23 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from distill.models.forward import Batch
+from distill.models.forward import Batch, run_base
 
 T = TypeVar("T")
 LARGEST = 4 * 2**30
-"""Bytes of moments that are held at a time; what needs more is gathered in several passes over the sample."""
+"""Bytes of moments that are held at a time; more is collected in several passes over the sample."""
 
 
 @dataclass(frozen=True)
 class LayerError:
-    """How far one student layer's MLP is from what it should give, on the calibration sample."""
+    """Mean squared error of one student layer's MLP output on the calibration sample."""
 
     student_layer: int
     teacher_layer: int
     before: float
-    """Mean squared error per value of the output, before the step."""
+    """Per value of the output, before the step."""
     after: float
-    """The same after it."""
+    """After it."""
 
 
 class Moments:
@@ -43,7 +43,7 @@ class Moments:
         """[K, K]"""
 
     def add(self, values: Tensor) -> None:
-        """Take in positions [N, K]."""
+        """Add positions [N, K]."""
         wide = values.double()
         self.count += len(wide)
         self.total += wide.sum(dim=0)
@@ -54,7 +54,7 @@ class Moments:
         return self.total / max(1, self.count)
 
     def about(self, centred: bool) -> Tensor:
-        """[K, K] sums of products, of deviations from the mean when `centred`: what an intercept leaves to fit."""
+        """[K, K] sums of products; when `centred`, of deviations from the mean, for fits with an intercept."""
         return self.products - torch.outer(self.total, self.mean()) if centred else self.products
 
 
@@ -63,8 +63,8 @@ def moment_bytes(size: int) -> int:
     return 8 * size * (size + 1)
 
 
-def groups(items: Iterable[T], cost: Callable[[T], int], most: int) -> Iterator[list[T]]:
-    """The items in order, in groups that cost at most `most` together; one that costs more stands alone."""
+def split_groups(items: Iterable[T], cost: Callable[[T], int], most: int) -> Iterator[list[T]]:
+    """Split the items in order into groups that cost at most `most` together; one that costs more stands alone."""
     group: list[T] = []
     spent = 0
     for item in items:
@@ -78,32 +78,28 @@ def groups(items: Iterable[T], cost: Callable[[T], int], most: int) -> Iterator[
 
 
 class Pass:
-    """One pass of a model over the sample, with whatever hooks its caller attaches."""
+    """One pass of a model over the sample, with the hooks that its caller attaches."""
 
     def __init__(self, model: Any):
         self.model = model
         self.real = torch.empty(0)
-        """Boolean [B * L]: which positions of the current batch are real tokens."""
+        """Boolean [B * L]: True at the real tokens of the current batch."""
 
     def add_real(self, moments: Moments, values: Tensor) -> None:
         """Add the values [B * L, K] of the current batch's real tokens."""
         moments.add(values[self.real])
 
-    @torch.no_grad()
     def run(self, batches: Iterable[Batch], handles: Sequence[RemovableHandle]) -> None:
-        """Run the base model (the head's output is not looked at) over the batches, then remove the hooks."""
-        try:
-            for cpu_batch in batches:
-                batch = {name: cpu_batch[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
-                self.real = batch["attention_mask"].bool().flatten()
-                self.model.base_model(**batch)
-        finally:
-            for handle in handles:
-                handle.remove()
+        """Run the base model over the batches, then remove the hooks."""
+
+        def note_real(batch: Batch) -> None:
+            self.real = batch["attention_mask"].bool().flatten()
+
+        run_base(self.model, batches, handles, note_real)
 
 
-def correction(inputs: Tensor, cross: Tensor, ridge: float) -> Tensor:
-    """[K, M]: the d that minimises ||X d - Y||² + ridge · mean(diag(XᵀX)) · ||d||².
+def solve_ridge(inputs: Tensor, cross: Tensor, ridge: float) -> Tensor:
+    """Solve for the d [K, M] that minimises ||X d - Y||² + ridge · mean(diag(XᵀX)) · ||d||².
 
     Args:
         inputs: XᵀX, [K, K].

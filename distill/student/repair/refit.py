@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from distill.models.forward import Batch
-from distill.models.mlp import Mlp, See, mlps_of
+from distill.models.mlp import Mlp, OnNeurons, mlps_of
 from distill.models.plan import StudentPlan
-from distill.student.repair.moments import LayerError, Moments, Pass, correction, groups, moment_bytes
+from distill.student.repair.moments import LayerError, Moments, Pass, moment_bytes, solve_ridge, split_groups
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Piece:
-    """What is fitted at a time: the neurons of one MLP, or of one of its experts."""
+    """The unit of a fit: the neurons of one MLP, or of one of its experts."""
 
     layer: int
     """Index in the student."""
@@ -42,39 +42,39 @@ class Piece:
     """[F'] indices of the kept neurons."""
 
     def output(self, mlp: Mlp) -> Output:
-        """What the piece has in one of the two models, in float64."""
+        """The piece's output in one of the two models, in float64."""
         weight = mlp.weight_out if self.expert is None else mlp.weight_out[self.expert]
         return Output(weight.double(), None if mlp.bias_out is None else mlp.bias_out.double())
 
 
 def fit_bias(moments: Moments, target: Output, start: Output, kept: Tensor, _ridge: float) -> Output:
-    """The bias b + W[:, removed] E[x_removed]: the mean error becomes 0 (FLAP, An et al. 2024, arXiv 2312.11983)."""
+    """Add W[:, removed] E[x_removed] to the bias: the mean error becomes 0 (FLAP, An et al. 2024, arXiv 2312.11983)."""
     if start.bias is None or target.bias is None:
         return start
     return replace(start, bias=target.bias + _missing(target, start, kept) @ moments.mean())
 
 
 def fit_refit(moments: Moments, target: Output, start: Output, kept: Tensor, ridge: float) -> Output:
-    """W' = W_S + argmin_Δ ||X Wᵀ - X_S (W_S + Δ)ᵀ||² + ridge · mean diagonal · ||Δ||²; about the means with a bias."""
+    """Fit W_S + argmin_Δ ||X Wᵀ - X_S (W_S + Δ)ᵀ||² + ridge · mean diagonal · ||Δ||²; about the means with a bias."""
     products = moments.about(centred=start.bias is not None)
     cross = products[kept] @ _missing(target, start, kept).T
-    change = correction(products[kept][:, kept], cross, ridge)
+    change = solve_ridge(products[kept][:, kept], cross, ridge)
     return fit_bias(moments, target, replace(start, weight=start.weight + change.T), kept, ridge)
 
 
 FITS: dict[str, Callable[[Moments, Output, Output, Tensor, float], Output]] = {"bias": fit_bias, "refit": fit_refit}
-"""In the order in which they are done."""
+"""In the order of the steps."""
 
 
 def _missing(target: Output, start: Output, kept: Tensor) -> Tensor:
-    """[D, F] weights of what the student does not give."""
+    """Subtract the student's output weights from the target's, [D, F]."""
     missing = target.weight.clone()
     missing[:, kept] -= start.weight
     return missing
 
 
 def squared_error(moments: Moments, target: Output, output: Output, kept: Tensor) -> float:
-    """Σ ||X Wᵀ + b - X_S W'ᵀ - b'||² over the positions."""
+    """Sum ||X Wᵀ + b - X_S W'ᵀ - b'||² over the positions."""
     missing = _missing(target, output, kept)
     total = ((missing @ moments.products) * missing).sum()
     if target.bias is not None and output.bias is not None:
@@ -85,7 +85,7 @@ def squared_error(moments: Moments, target: Output, output: Output, kept: Tensor
 
 @dataclass(frozen=True)
 class Fitted:
-    """The new output of a piece, in the student's dtype, and what it is worth."""
+    """The new output of a piece, in the student's dtype, and its error."""
 
     piece: Piece
     output: Output
@@ -96,34 +96,34 @@ class Fitted:
     """The same after it."""
 
 
-def refitted(
+def fit_outputs(
     teacher: Any, student: Any, plan: StudentPlan, batches: Sequence[Batch], ridge: float, asked: list[str], most: int
 ) -> dict[str, list[Fitted]]:
-    """The outputs after each of the asked fits, one after the other; nothing is changed yet.
+    """Compute the outputs after each of the asked fits, one after the other; nothing is changed yet.
 
     Args:
         teacher: Gives the activations and the targets.
         student: On the teacher's device.
-        plan: What the student was cut by.
+        plan: The plan that the student was cut by.
         batches: The calibration sample; gone through once for each group of pieces.
-        ridge: As in `correction`.
+        ridge: As in `solve_ridge`.
         asked: Names from FITS, in the order of the table.
         most: Bytes of moments to hold at a time.
     """
     fitted: list[list[Fitted]] = []
     pieces = _pieces(teacher, student, plan)
-    for group in groups(pieces, lambda piece: moment_bytes(piece.teacher.width), most):
-        found = zip(group, _neuron_moments(teacher, group, batches), strict=True)
-        fitted += [_fit_piece(piece, moments, ridge, asked) for piece, moments in found]
+    for group in split_groups(pieces, lambda piece: moment_bytes(piece.teacher.width), most):
+        pairs = zip(group, _neuron_moments(teacher, group, batches), strict=True)
+        fitted += [_fit_piece(piece, moments, ridge, asked) for piece, moments in pairs]
     return {name: [fits[number] for fits in fitted] for number, name in enumerate(asked)}
 
 
 def _fit_piece(piece: Piece, moments: Moments, ridge: float, asked: list[str]) -> list[Fitted]:
-    """One result for each of the asked fits."""
+    """Fit a piece; one result for each of the asked fits."""
     target, current, fits = piece.output(piece.teacher), piece.output(piece.student), []
     for name in asked:
         before = squared_error(moments, target, current, piece.kept)
-        proposal = _as_stored(FITS[name](moments, target, current, piece.kept, ridge), piece.student)
+        proposal = _round_as_stored(FITS[name](moments, target, current, piece.kept, ridge), piece.student)
         after = squared_error(moments, target, proposal, piece.kept)
         if after > before:  # only the rounding to a narrow dtype can do that
             proposal, after = current, before
@@ -141,16 +141,16 @@ def _pieces(teacher: Any, student: Any, plan: StudentPlan) -> list[Piece]:
             continue
         kept = torch.tensor(layer.neurons, device=teacher.device)
         make = partial(Piece, index, teacher=teacher_mlps[layer.teacher_layer], student=student_mlps[index])
-        experts = [make(expert, kept=own) for expert, own in enumerate(kept)] if kept.ndim == 2 else []
+        experts = [make(expert, kept=neurons) for expert, neurons in enumerate(kept)] if kept.ndim == 2 else []
         pieces += experts or [make(None, kept=kept)]
     return pieces
 
 
 def _neuron_moments(teacher: Any, group: Sequence[Piece], batches: Sequence[Batch]) -> list[Moments]:
     step = Pass(teacher)
-    found = [Moments(piece.teacher.width, teacher.device) for piece in group]
+    by_piece = [Moments(piece.teacher.width, teacher.device) for piece in group]
 
-    def see(wanted: dict[int, Moments]) -> See:
+    def watch_pieces(wanted: dict[int, Moments]) -> OnNeurons:
         def hook(neurons: Tensor, positions: Tensor | None, expert: int) -> None:
             if expert in wanted:
                 wanted[expert].add(neurons[step.real if positions is None else step.real[positions]])
@@ -158,20 +158,20 @@ def _neuron_moments(teacher: Any, group: Sequence[Piece], batches: Sequence[Batc
         return hook
 
     by_layer: dict[int, dict[int, Moments]] = {}
-    for piece, moments in zip(group, found, strict=True):
+    for piece, moments in zip(group, by_piece, strict=True):
         by_layer.setdefault(piece.layer, {})[piece.expert or 0] = moments
     mlps = {piece.layer: piece.teacher for piece in group}
-    step.run(batches, [mlps[layer].watch(see(wanted)) for layer, wanted in by_layer.items()])
-    return found
+    step.run(batches, [mlps[layer].watch(watch_pieces(wanted)) for layer, wanted in by_layer.items()])
+    return by_piece
 
 
-def _as_stored(output: Output, mlp: Mlp) -> Output:
-    """The output after a rounding to the student's dtype."""
+def _round_as_stored(output: Output, mlp: Mlp) -> Output:
+    """Round an output to the student's dtype."""
     dtype = mlp.weight_out.dtype
     return Output(output.weight.to(dtype).double(), None if output.bias is None else output.bias.to(dtype).double())
 
 
-def write(fitted: Fitted) -> None:
+def write_output(fitted: Fitted) -> None:
     """Put a fitted output into the student."""
     piece, output = fitted.piece, fitted.output
     weight = piece.student.weight_out if piece.expert is None else piece.student.weight_out[piece.expert]
@@ -181,11 +181,11 @@ def write(fitted: Fitted) -> None:
 
 
 def layer_errors(plan: StudentPlan, fitted: Sequence[Fitted]) -> list[LayerError]:
-    """The errors of one fit, those of a layer's experts together."""
+    """Add up the errors of one fit by layer, those of a layer's experts together."""
     errors = []
     for index in sorted({fit.piece.layer for fit in fitted}):
-        own = [fit for fit in fitted if fit.piece.layer == index]
-        values = max(1, sum(fit.positions for fit in own)) * own[0].piece.teacher.weight_out.shape[-2]
-        before, after = sum(fit.before for fit in own) / values, sum(fit.after for fit in own) / values
+        fits = [fit for fit in fitted if fit.piece.layer == index]
+        values = max(1, sum(fit.positions for fit in fits)) * fits[0].piece.teacher.weight_out.shape[-2]
+        before, after = sum(fit.before for fit in fits) / values, sum(fit.after for fit in fits) / values
         errors.append(LayerError(index, plan.kept_layers[index], before, after))
     return errors

@@ -16,28 +16,28 @@ from distill.models.plan import StudentPlan
 from distill.recipe.schema import Repair
 from distill.student.repair.merge import merge_blocks
 from distill.student.repair.moments import LARGEST, LayerError
-from distill.student.repair.refit import FITS, layer_errors, refitted, write
+from distill.student.repair.refit import FITS, fit_outputs, layer_errors, write_output
 
 
 @dataclass(frozen=True)
-class Step:
+class RepairStep:
     """One finished step of a repair."""
 
     name: str
     """`bias`, `refit` or `merge`."""
     layers: list[LayerError]
     notes: list[str] = field(default_factory=list)
-    """What could not be done, and why."""
+    """Layers that could not be repaired, with the reason."""
 
     @property
     def left(self) -> float | None:
-        """Share of the squared error before the step that is left after it; None where there was none."""
+        """Squared error after the step as a share of that before it; None where there was none."""
         before = sum(layer.before for layer in self.layers)
         return sum(layer.after for layer in self.layers) / before if before else None
 
 
 def check_repair(model: Any, spec: Repair) -> None:
-    """Refuse what a family cannot have; the model need not have values.
+    """Refuse steps that a family cannot have; the model may be on the meta device.
 
     Raises:
         InputError: An encoder-decoder, `bias` without an output bias, or `merge` where a norm follows the MLP.
@@ -63,15 +63,15 @@ def check_repair(model: Any, spec: Repair) -> None:
 @torch.no_grad()
 def repair_student(
     teacher: Any, student: Any, plan: StudentPlan, batches: Sequence[Batch], spec: Repair, most: int = LARGEST
-) -> Iterator[Step]:
+) -> Iterator[RepairStep]:
     """Correct the student in place, step by step: bias, refit, merge. Each is done when it is yielded.
 
     Args:
         teacher: Gives the activations; not changed.
         student: As cut by `build_student`, on the teacher's device.
-        plan: What it was cut by.
+        plan: The plan that it was cut by.
         batches: The calibration sample; gone through once for each group of layers.
-        spec: Which steps, and how strongly.
+        spec: The steps and the strength of their ridge.
         most: Bytes of moments to hold at a time; a single layer or expert may take more.
 
     Raises:
@@ -79,11 +79,11 @@ def repair_student(
     """
     check_repair(teacher, spec)
     asked = [name for name in FITS if getattr(spec, name)]
-    fitted = refitted(teacher, student, plan, batches, spec.ridge, asked, most) if asked else {}
+    fitted = fit_outputs(teacher, student, plan, batches, spec.ridge, asked, most) if asked else {}
     for name, fits in fitted.items():
         for fit in fits:
-            write(fit)
-        yield Step(name, layer_errors(plan, fits), [] if fits else ["no neuron was removed"])
+            write_output(fit)
+        yield RepairStep(name, layer_errors(plan, fits), [] if fits else ["no neuron was removed"])
     if spec.merge:
         layers, notes = merge_blocks(teacher, student, plan, batches, spec.ridge, most)
-        yield Step("merge", layers, notes)
+        yield RepairStep("merge", layers, notes)
