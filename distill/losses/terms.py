@@ -18,7 +18,7 @@ from distill.losses.logits import LOGITS
 from distill.losses.mapping import LayerMap, Policy
 from distill.losses.relation import ATTENTION, RELATION
 from distill.losses.trial import try_out
-from distill.recipe.checks import USED_KEYS
+from distill.recipe.names import MATCHES
 from distill.recipe.schema import Schedule, Term
 from distill.registry import bind, find
 
@@ -115,7 +115,7 @@ def _refuse_unused_keys(term: Term, where: str) -> None:
     """A key without effect is a misunderstanding: say so instead of training something else than was asked."""
     fields = type(term).model_fields.items()
     changed = {key for key, field in fields if getattr(term, key) != field.get_default(call_default_factory=True)}
-    unused = sorted(changed - USED_KEYS[term.match])
+    unused = sorted(changed - {*MATCHES[term.match].keys, "match", "weight", "schedule"})
     if unused:
         raise InputError(f"{where}: a term that matches {term.match} does not use {', '.join(unused)}; remove it")
 
