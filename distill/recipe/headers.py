@@ -62,9 +62,8 @@ def parameter_names(folder: Path) -> Collection[str]:
     names = {name for file in files for name in read_header(file)}
     if any(".experts." in name for name in names):
         return ()
-    # Older files have other names for the parameters of a norm; a base model's lack the name that is in front of it.
+    # Older files have other names for the parameters of a norm.
     names |= {re.sub("gamma$", "weight", re.sub("beta$", "bias", name)) for name in names}
-    names |= {name.partition(".")[2] for name in names if "." in name}
     return sorted(names) + [f"{head}.{kind}" for head in HEADS for kind in ("weight", "bias")]
 
 

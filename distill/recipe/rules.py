@@ -252,11 +252,12 @@ def patterns_match(
     given = [(("teacher", "fit", key), getattr(fit, key)) for key in ("freeze", "only") if fit]
     given += [(("training", key), getattr(training, key)) for key in ("freeze", "only")]
     given += [(("student", "mask", "only"), mask.only)] if mask else []
+    bare = [name.partition(".")[2] for name in size.tensors]
     for path, patterns in given:
         for position, pattern in enumerate(patterns):
-            # The files of a base model lack the name that is in front of its parameters in a model with a head.
-            forms = {pattern, pattern.partition(".")[2] or pattern}
-            if size.tensors and not any(fnmatch.filter(size.tensors, form) for form in forms):
+            # A base model lacks the name that stands in front of its parameters in a model with a head.
+            found = fnmatch.filter(size.tensors, pattern) or fnmatch.filter(size.tensors, pattern.partition(".")[2])
+            if size.tensors and not found and not fnmatch.filter(bare, pattern):
                 message = f"{pattern!r} matches no parameter of the teacher"
                 yield Mistake((*path, position), message, f"there is e.g. {next(iter(size.tensors))}")
 
