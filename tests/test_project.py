@@ -14,6 +14,7 @@ import sys
 import tomllib
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -27,10 +28,10 @@ from distill.models.forward import forward
 from distill.models.layout import LAYOUTS
 from distill.models.load import load_tokenizer
 from distill.pipeline.folder import RunDir
-from distill.recipe import load_recipe
+from distill.recipe import load_recipe, names
 from distill.recipe.schema import Student, Term
-from distill.registry import names_in
 from distill.student import build_student, calibrate, plan_student
+from distill.training.schedule import SCHEDULES
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "distill").rglob("*.py"))
@@ -154,23 +155,23 @@ def test_the_recipe_in_the_readme_is_the_quickstart():
 
 def test_the_readme_lists_what_is_built_in():
     tables = {
-        "student.layers.choose": names_in("distill.student.layers", "CHOICES"),
-        "student.mlp.score": names_in("distill.student.scores", "SCORES"),
-        "student.mask.score": names_in("distill.student.masks.masks", "SCORES"),
-        "student.mlp.allocate": names_in("distill.student.allocate", "ALLOCATIONS"),
-        "training.optimizer": names_in("distill.training.optim", "OPTIMIZERS"),
-        "training.schedule": names_in("distill.training.schedule", "SCHEDULES"),
-        "data.source": names_in("distill.data.sources", "SOURCES"),
-        "data.task": names_in("distill.data.tasks", "TASKS"),
+        "student.layers.choose": get_args(names.LayerPolicy),
+        "student.mlp.score": get_args(names.Score),
+        "student.mask.score": get_args(names.MaskScore),
+        "student.mlp.allocate": get_args(names.Allocation),
+        "training.optimizer": get_args(names.Optimizer),
+        "training.schedule": SCHEDULES,
+        "data.source": get_args(names.Source),
+        "data.task": get_args(names.TaskName),
         "loss` with `match: logits": LOGITS,
         "loss` with `match: hidden": HIDDEN,
         "loss` with `match: attention": ATTENTION,
         "loss` with `match: relations": RELATION,
-        "evaluation.metrics": names_in("distill.evaluation.metrics", "METRICS"),
+        "evaluation.metrics": get_args(names.Metric),
     }
-    for key, names in tables.items():
+    for key, built_in in tables.items():
         (row,) = re.findall(rf"^\| `{re.escape(key)}` \| (.*) \|$", README, re.MULTILINE)
-        assert re.findall(r"`([\w-]+)`", row) == list(names), key
+        assert re.findall(r"`([\w-]+)`", row) == list(built_in), key
     (families,) = re.findall(r"^- Families: (.*?)\.", README, re.MULTILINE | re.DOTALL)
     assert re.findall(r"`([\w-]+)`", families) == list(LAYOUTS)
 

@@ -85,8 +85,6 @@ class Match:
     """For people, as the model card says it."""
     losses: Mapping[str, Loss]
     """Losses by name, the first is the default; empty: the kind of predictions has its own."""
-    keys: frozenset[str]
-    """Keys of a term that have an effect, beside `match`, `weight` and `schedule`."""
     mask: Mask
     """Which positions count."""
     values: Callable[..., Tensor]
@@ -182,7 +180,6 @@ MATCHES: dict[str, Match] = {
     "labels": Match(
         "predictions with labels",
         losses={},
-        keys=frozenset(),
         mask="labelled",
         values=_compare_labels,
         example=_example_vectors,
@@ -193,7 +190,6 @@ MATCHES: dict[str, Match] = {
     "logits": Match(
         "predictions with the teacher's",
         losses=LOGITS,
-        keys=frozenset({"loss", "params", "temperature", "scale_by_temperature"}),
         mask="predicted",
         values=_compare_logits,
         example=_example_vectors,
@@ -203,7 +199,6 @@ MATCHES: dict[str, Match] = {
     "hidden": Match(
         "outputs of mapped layers",
         losses=HIDDEN,
-        keys=frozenset({"loss", "params", "map"}),
         mask="tokens",
         values=_compare_states,
         example=_example_vectors,
@@ -213,7 +208,6 @@ MATCHES: dict[str, Match] = {
     "embeddings": Match(
         "what goes into the first layer",
         losses=HIDDEN,
-        keys=frozenset({"loss", "params"}),
         mask="tokens",
         values=_compare_states,
         example=_example_vectors,
@@ -224,7 +218,6 @@ MATCHES: dict[str, Match] = {
     "attention": Match(
         "attention probabilities of mapped layers",
         losses=ATTENTION,
-        keys=frozenset({"loss", "params", "map"}),
         mask="tokens",
         values=partial(_compare_attention, "attention"),
         example=_example_attention,
@@ -233,7 +226,6 @@ MATCHES: dict[str, Match] = {
     "relations": Match(
         "queries, keys and values of mapped layers, each with itself",
         losses=RELATION,
-        keys=frozenset({"loss", "params", "map"}),
         mask="tokens",
         values=partial(_compare_attention, "relations"),
         example=_example_relations,
@@ -242,7 +234,6 @@ MATCHES: dict[str, Match] = {
     "output": Match(
         "sentence embeddings",
         losses=HIDDEN,
-        keys=frozenset({"loss", "params"}),
         mask="predicted",
         values=_compare_outputs,
         example=_example_vectors,

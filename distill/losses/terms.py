@@ -16,6 +16,7 @@ from distill.errors import InputError
 from distill.losses.kinds import PREDICTION_KINDS, PredictionKind
 from distill.losses.mapping import LayerMap, Policy
 from distill.losses.matches import EXAMPLE_POSITIONS, MATCHES, Loss, Match, Pair
+from distill.recipe.names import TERM_KEYS
 from distill.recipe.schema import Schedule, Term
 from distill.registry import bind, find, is_reference
 
@@ -71,7 +72,7 @@ class ResolvedTerm:
             weight = move(weight, spec.schedule.weight)
             temperature = move(temperature, spec.schedule.temperature)
             params |= {name: move(params[name], end) for name, end in spec.schedule.params.items()}
-        if "temperature" not in self.match.keys:
+        if "temperature" not in TERM_KEYS[self.spec.match].keys:
             return ScheduledTerm(self, weight, 1.0, partial(self.function, **params))
         scale = temperature**2 if spec.scale_by_temperature else 1.0
         return ScheduledTerm(self, weight, scale, partial(self.function, temperature=temperature, **params))
@@ -98,7 +99,6 @@ def resolve(terms: Sequence[Term], kind: str, maps: Maps | None) -> list[Resolve
     resolved: list[ResolvedTerm] = []
     for index, term in enumerate(terms):
         key, match = f"losses.{index}", MATCHES[term.match]
-        _refuse_unused_keys(term, match, key)
         loss = term.loss or match.default
         problem = match.problem(kind, loss or "")
         if problem:
@@ -108,7 +108,7 @@ def resolve(terms: Sequence[Term], kind: str, maps: Maps | None) -> list[Resolve
             function = _check_loss(term, match, loss, PREDICTION_KINDS[kind], key)
             name += f".{loss.rpartition(':')[2]}"
         pairs = match.pairs
-        if "map" in match.keys:
+        if "map" in TERM_KEYS[term.match].keys:
             if maps is None:
                 raise ValueError(f"{key}: a term on {term.match} needs `maps`, see Objective")
             pairs = maps(term.map).pairs
@@ -117,42 +117,24 @@ def resolve(terms: Sequence[Term], kind: str, maps: Maps | None) -> list[Resolve
     return resolved
 
 
-def _refuse_unused_keys(term: Term, match: Match, where: str) -> None:
-    """A key without effect is a misunderstanding: say so instead of training something else than was asked."""
-    fields = type(term).model_fields.items()
-    changed = {key for key, field in fields if getattr(term, key) != field.get_default(call_default_factory=True)}
-    unused = sorted(changed - match.keys - {"match", "weight", "schedule"})
-    if unused:
-        raise InputError(f"{where}: a term that matches {term.match} does not use {', '.join(unused)}; remove it")
-
-
 def _check_loss(term: Term, match: Match, name: str, kind: PredictionKind, where: str) -> Loss:
     """Find a loss and check its parameters at both ends of their schedules; they are filled in later."""
     function = find(match.losses, name, what="loss")
     ends = [dict(term.params)]
-    if "temperature" in match.keys and "temperature" in term.params:
-        raise InputError(f"{where}.params.temperature: this is a key of the term itself, {where}.temperature")
     if term.schedule is not None:
-        _check_schedule(term.schedule, term, match, function, f"{where}.schedule")
+        _check_schedule(term.schedule, function, f"{where}.schedule")
         if term.schedule.params:
             ends.append({**term.params, **term.schedule.params})
     for params in ends:
-        given = params | ({"temperature": term.temperature} if "temperature" in match.keys else {})
+        given = params | ({"temperature": term.temperature} if "temperature" in TERM_KEYS[term.match].keys else {})
         loss = bind(function, given, where=f"{where}.params")
         if params or is_reference(name):  # tests have called the built-in losses with their own defaults
             _try_out(loss, match, kind, params, where, name)
     return function
 
 
-def _check_schedule(schedule: Schedule, term: Term, match: Match, function: Loss, where: str) -> None:
-    if schedule.start > schedule.end:
-        raise InputError(f"{where}: start {schedule.start} comes after end {schedule.end}")
-    if schedule.temperature is not None and "temperature" not in match.keys:
-        raise InputError(f"{where}.temperature: a term that matches {term.match} has no temperature; remove it")
-    for name, end in schedule.params.items():
-        values = (term.params.get(name), end)
-        if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
-            raise InputError(f"{where}.params.{name}: needs a number here and one to start from in the term's params")
+def _check_schedule(schedule: Schedule, function: Loss, where: str) -> None:
+    for name in schedule.params:
         if _is_whole_number(function, name):
             raise InputError(
                 f"{where}.params.{name}: a whole number has nothing in between; remove it from the schedule"

@@ -3,180 +3,216 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from typing import Any
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from types import NoneType
+from typing import Any, get_args
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
-from distill.recipe.document import Document, Finding, KeyPath, at, dotted
-from distill.recipe.schema import Recipe, json_schema
-from distill.registry import nearest
+from distill.recipe.document import Document, at
+from distill.recipe.fields import KeyPath, Mistake, Section, dotted
+from distill.recipe.foreign import ADVICE, RENAMED, UNSUPPORTED
+from distill.recipe.rules import PARTS
+from distill.recipe.schema import FILE, NAME, SHA256, Recipe, Term
+from distill.registry import REFERENCE, nearest
 
-Node = dict[str, Any]
-"""A node of the recipe's JSON schema, `$ref` resolved."""
-
+SECTIONS: list[KeyPath] = sorted({(), ("student",), *PARTS.values()} - {("losses",)}, key=len)
+"""Every section outside lists, the recipe itself first."""
 _PATTERNS = {
-    "name": "letters, digits, '.', '_' and '-', starting with a letter or digit",
-    "teacher.sha256": "64 hexadecimal digits in lower case",
+    NAME: "letters, digits, '.', '_' and '-', starting with a letter or digit",
+    SHA256: "64 hexadecimal digits in lower case",
+    f"^{REFERENCE}$": "package.module:function",
+    FILE: "./FILE",
 }
-_KINDS = {
-    "string": "text",
-    "boolean": "true or false",
-    "null": "null",
-    "integer": "a whole number",
-    "number": "a number",
-}
+_PLAIN = (
+    ("a valid integer", "a whole number"), ("a valid number", "a number"), ("a finite number", "a number"),
+    ("a valid string", "text"), ("a valid boolean", "true or false"), ("a valid list", "a list"),
+    ("a valid tuple", "a list"), ("a valid dictionary", "a section of names and values"),
+    ("greater than or equal to", "at least"), ("less than or equal to", "at most"), ("greater than", "above"),
+    ("less than", "below"),
+)  # fmt: skip
+"""Pydantic's words -> those of a recipe."""
 _GIVEN = {bool: "", int: "the number ", float: "the number ", str: "the text ", list: "the list ", dict: "the section "}
 
 
-def validate(document: Document) -> tuple[Recipe | None, list[Finding]]:
+def validate(document: Document) -> tuple[Recipe | None, list[Mistake], set[KeyPath]]:
     """Check a document against the schema.
 
-    A misspelt or misplaced key is reported and then put right in the document, so that what it holds is checked too.
+    A misspelt or misplaced key is reported and then put right in the document, so that nothing is said to be missing
+    because of it. The keys inside of a misspelt section are checked; other values of such keys are not judged.
+
+    Returns:
+        The recipe, where there is nothing to report; what is wrong; and the paths whose values are not judged.
     """
-    schema = _Schema()
-    found: list[Finding] = []
-    seen: set[KeyPath] = set()
+    found: list[Mistake] = []
+    moved: set[KeyPath] = set()
     while True:
         try:
-            return Recipe.model_validate(document.data), found
+            return Recipe.model_validate(document.data), found, moved
         except ValidationError as error:
-            errors = [(e["type"], e["loc"]) for e in error.errors(include_url=False, include_input=False)]
-        unknown = [loc for kind, loc in errors if kind == "extra_forbidden" and loc not in seen]
+            errors = error.errors(include_url=False, include_input=False)
+        unknown = [each["loc"] for each in errors if each["type"] == "extra_forbidden"]
         if not unknown:
-            return None, found + _wrong_values(errors, document, schema)
+            return None, found + _explain(errors, document.data), moved
         for path in unknown:
-            seen.add(path)
-            finding, meant = _unknown_key(path, document, schema)
-            found.append(finding)
-            if meant is not None:
+            mistake, meant = _unknown_key(path, document)
+            found.append(mistake)
+            if meant is None:
+                at(document.data, path[:-1]).pop(path[-1])
+            else:
                 document.move(path, meant)
+                moved |= set() if isinstance(at(document.data, meant), dict) else {meant}
 
 
-class _Schema:
-    """Walks the recipe's JSON schema, where types, limits and names are data."""
-
-    def __init__(self) -> None:
-        self.root = json_schema()
-
-    def resolve(self, node: Node) -> Node:
-        reference = node.get("$ref")
-        return self.root["$defs"][reference.rpartition("/")[2]] if reference else node
-
-    def options(self, node: Node) -> list[Node]:
-        """The alternatives of a node, itself when there are none."""
-        node = self.resolve(node)
-        return [option for each in node.get("anyOf", []) for option in self.options(each)] or [node]
-
-    def node(self, path: KeyPath) -> Node:
-        """What the schema says about a key; empty for a key that it does not know."""
-        node = self.root
-        for part in path:
-            steps = [_step(option, part) for option in self.options(node)]
-            node = next((step for step in steps if step), {})
-        return self.resolve(node)
-
-    def keys(self, path: KeyPath) -> list[str]:
-        """The keys of a section, empty when there is no section at `path`."""
-        return [key for option in self.options(self.node(path)) for key in option.get("properties", {})]
-
-    def sections(self, path: KeyPath = ()) -> Iterator[KeyPath]:
-        """Every section outside lists, the recipe itself first."""
-        yield path
-        for key in self.keys(path):
-            if self.keys((*path, key)):
-                yield from self.sections((*path, key))
-
-    def words(self, node: Node, path: KeyPath = ()) -> str:
-        """What is allowed, in words."""
-        return " or ".join(dict.fromkeys(self._words(option, path) for option in self.options(node)))
-
-    def _words(self, node: Node, path: KeyPath) -> str:
-        if "enum" in node or "const" in node:
-            names = node.get("enum", [node.get("const")])
-            return f"one of {', '.join(names)}" if len(names) > 1 else str(names[0])
-        if "properties" in node:
-            return f"a section with the keys {', '.join(node['properties'])}"
-        kind = str(node.get("type", ""))
-        if kind == "object":
-            return "a section of names and values"
-        if kind == "array" and "prefixItems" in node:
-            return f"[{', '.join(self.words(item) for item in node['prefixItems'])}]"
-        if kind == "array":
-            return f"a list, each item {self.words(node['items'])}"
-        if "pattern" in node:
-            return f"text of {_PATTERNS.get(dotted(path), 'the form ' + node['pattern'])}"
-        return _KINDS.get(kind, kind) + _limits(node)
+def valid_parts(data: Any) -> dict[str, Any]:
+    """Return the parts that the rules across sections read, as far as they are right in themselves."""
+    parts: dict[str, Any] = {}
+    for name, path in PARTS.items():
+        field, nothing = _field(path), object()
+        assert field is not None
+        value = at(data, path, nothing)
+        try:
+            if value is not nothing or not field.is_required():
+                given = field.get_default(call_default_factory=True) if value is nothing else value
+                parts[name] = TypeAdapter(field.rebuild_annotation()).validate_python(given)
+        except ValidationError:
+            continue
+    terms = {}
+    for index, value in enumerate(at(data, ("losses",)) or ()):
+        try:
+            terms[index] = Term.model_validate(value)
+        except ValidationError:
+            continue
+    return {**parts, "terms": terms}
 
 
-def _step(node: Node, part: str | int) -> Node:
-    if isinstance(part, str):
-        found = node.get("properties", {}).get(part) or node.get("additionalProperties")
-    else:
-        items = node.get("prefixItems", [])
-        found = items[part] if part < len(items) else node.get("items")
-    return found if isinstance(found, dict) else {}
+def _field(path: KeyPath) -> FieldInfo | None:
+    """Return the field of a key; None for a path that ends in an item of a list or in a dictionary."""
+    section: type[Section] | None = Recipe
+    field = None
+    for key in path:
+        if isinstance(key, str):
+            field = section.model_fields.get(key) if section else None
+            section = next(iter(_sections_in(field.annotation)), None) if field else None
+    return field if isinstance(path[-1], str) else None
 
 
-def _limits(node: Node) -> str:
-    names = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
-    limits = [f"{words} {node[key]:g}" for key, words in names.items() if key in node]
-    return f" {' and '.join(limits)}" if limits else ""
+def _keys(path: KeyPath) -> list[str]:
+    """Return the keys of a section; of a list of sections, those of its items."""
+    names = [key for key in path if isinstance(key, str)]
+    field = _field(tuple(names)) if names else None
+    return list(_sections_in(field.annotation if field else Recipe)[0].model_fields)
 
 
-def _unknown_key(path: KeyPath, document: Document, schema: _Schema) -> tuple[Finding, KeyPath | None]:
-    """The finding for an unknown key, and where it should be when that is clear and free."""
+def _sections_in(annotation: Any) -> list[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [section for each in get_args(annotation) for section in _sections_in(each)]
+
+
+def _unknown_key(path: KeyPath, document: Document) -> tuple[Mistake, KeyPath | None]:
+    """The mistake for an unknown key, and where it should be when that is clear and free."""
     section, key = path[:-1], str(path[-1])
-    siblings = schema.keys(section)
-    elsewhere = sorted((other for other in schema.sections() if key in schema.keys(other)), key=len)
+    # The location is noted now: once the key is moved, the document knows it under its new path only.
+    mistake = Mistake(path, "unknown key", at="key", location=document.keys.get(path))
+    plain, value = key.lower().replace("-", "_"), at(document.data, path)
+    siblings = _keys(section)
+    if plain in UNSUPPORTED:
+        return replace(mistake, message="not supported", fix="remove it"), None
+    if plain in ADVICE:
+        return replace(mistake, fix=ADVICE[plain]), None
+    wanted = RENAMED.get(plain, key)
+    elsewhere = [other for other in SECTIONS if wanted in _keys(other) and other != section]
+    elsewhere = [other for other in elsewhere if _fits(value, (*other, wanted))]
     # A close spelling beats a key of another section, which beats a distant spelling.
-    close = nearest(key, siblings, 0.8) or (None if elsewhere else nearest(key, siblings))
-    meant: KeyPath | None = None
-    fix = ""
+    close = wanted if wanted in siblings else None if plain in RENAMED else nearest(key, siblings, 0.8)
+    close = close or (None if elsewhere or plain in RENAMED else nearest(key, siblings))
     if close:
-        fix, meant = f"did you mean {close!r}?", (*section, close)
-    elif elsewhere:
-        fix, meant = f"belongs {_under(elsewhere)}", (*elsewhere[0], key)
-    elif key in schema.keys(("losses", 0)):
-        fix = "belongs in an item of losses:"
-    else:
-        fix = f"remove it; {_name(section)} has {', '.join(siblings)}"
-    if meant and at(document.data, meant, default=meant) is not meant:
-        fix, meant = f"{fix} It is given as well: remove one of them" if close else fix, None
-    if meant and not isinstance(at(document.data, meant[:-1]), dict):
-        meant = None
-    # The place is noted now: once the key is moved, the document knows it under its new path only.
-    return Finding(path, "unknown key", fix, at="key", place=document.keys.get(path)), meant
+        meant: KeyPath = (*section, close)
+        fix = f"did you mean {close!r}?" if _fits(value, meant) else _list_keys(section, siblings)
+        if close in at(document.data, section):
+            return replace(mistake, fix=f"{fix} It is given as well: remove one of them"), None
+        return replace(mistake, fix=fix), meant
+    if elsewhere:
+        return _misplaced(mistake, wanted, elsewhere, document)
+    if wanted in Term.model_fields:
+        return replace(mistake, fix="belongs in an item of losses:"), None
+    return replace(mistake, fix=_list_keys(section, siblings)), None
 
 
-def _under(sections: list[KeyPath]) -> str:
-    names = [f"under {dotted(section)}:" if section else "at the top of the recipe" for section in sections]
-    return " or ".join(names)
+def _misplaced(
+    mistake: Mistake, wanted: str, elsewhere: Sequence[KeyPath], document: Document
+) -> tuple[Mistake, KeyPath | None]:
+    """The mistake for a key of other sections; one that stands there with nothing in it was meant to hold the key."""
+    empty = [section for section in elsewhere if section and at(document.data, section, document) is None]
+    target = (*empty, *elsewhere)[0]
+    names = [f"under {dotted(section)}:" if section else "at the top of the recipe" for section in elsewhere]
+    renamed = "" if wanted == mistake.path[-1] else f" as {wanted}:"
+    mistake = replace(mistake, fix=f"belongs {' or '.join(names)}{renamed}")
+    if empty:
+        fix = f"put spaces in front of it, so that it belongs to {dotted(target)}:"
+        mistake = replace(mistake, message=f"indented wrongly: {dotted(target)}: has nothing in it", fix=fix)
+    elif not target and _sections_in(Recipe.model_fields[wanted].annotation):
+        fix = f"move it to the left; it {mistake.fix}"
+        mistake = replace(
+            mistake, message=f"indented wrongly: {wanted}: is no key of {dotted(mistake.path[:-1])}:", fix=fix
+        )
+    around = at(document.data, target[:-1])
+    if target and isinstance(around, dict) and around.get(target[-1]) is None:
+        around[target[-1]] = {}
+    section = at(document.data, target)
+    free = isinstance(section, dict) and section.get(wanted) is None
+    return mistake, (*target, wanted) if free else None
 
 
-def _name(section: KeyPath) -> str:
-    return f"{dotted(section)}:" if section else "a recipe"
+def _list_keys(section: KeyPath, keys: list[str]) -> str:
+    return f"remove it; {f'{dotted(section)}:' if section else 'a recipe'} has {', '.join(keys)}"
 
 
-def _wrong_values(errors: list[tuple[str, KeyPath]], document: Document, schema: _Schema) -> list[Finding]:
-    missing, wrong = [], []
-    for kind, loc in errors:
-        path = _real_path(loc, document.data)
+def _fits(value: Any, path: KeyPath) -> bool:
+    """Tell whether a value is of a kind that a key takes, limits and spelling aside."""
+    field = _field(path)
+    if field and _sections_in(field.annotation) and (value is None or isinstance(value, dict)):
+        return True
+    kinds = [each["type"] for each in _errors(value, path)]
+    wrong = [kind.endswith(("_type", "_parsing", "_from_float")) for kind in kinds]
+    return not kinds or (not all(wrong) and not (set(kinds) == {"literal_error"} and not isinstance(value, str)))
+
+
+def _errors(value: Any, path: KeyPath) -> list[ErrorDetails]:
+    """What pydantic says about a value for a key."""
+    field = _field(path)
+    assert field is not None
+    try:
+        TypeAdapter(field.rebuild_annotation()).validate_python(value)
+    except ValidationError as error:
+        return error.errors(include_url=False, include_input=False)
+    return []
+
+
+def _explain(errors: list[ErrorDetails], data: Any) -> list[Mistake]:
+    """Turn what pydantic says into mistakes: broken rules, missing keys, wrong values."""
+    found: list[Mistake] = []
+    wrong: dict[KeyPath, list[ErrorDetails]] = {}
+    for each in errors:
+        path = _real_path(each["loc"], data)
         # In a pair such as betas, pydantic calls an absent item missing: there the pair is what is wrong.
-        if kind == "missing" and isinstance(loc[-1], str):
-            missing.append((*path, loc[-1]))
-        elif kind != "extra_forbidden":
-            wrong.append(path)
-    # Where several forms are allowed, each complains; the deepest complaint is about the form that was meant.
-    wrong = [path for path in dict.fromkeys(wrong) if not any(_inside(other, path) for other in wrong)]
-    return [
-        *(Finding(path, f"missing; give {schema.words(schema.node(path), path)}", at="key") for path in missing),
-        *(_wrong_value(path, at(document.data, path), schema) for path in wrong),
-    ]
-
-
-def _inside(path: KeyPath, outer: KeyPath) -> bool:
-    return len(path) > len(outer) and path[: len(outer)] == outer
+        if each["type"] == "missing" and isinstance(each["loc"][-1], str):
+            path = (*path, each["loc"][-1])
+            found.append(Mistake(path, f"missing; give {_allowed(_errors(object(), path), path)[0]}", at="key"))
+        elif each["type"] != "mistakes":
+            wrong.setdefault(path, []).append(each)
+        elif path:  # those of the recipe itself are between sections
+            found += [replace(own, path=(*path, *own.path)) for own in each["ctx"]["mistakes"]]
+    for path, own in wrong.items():
+        # Where several forms are allowed, each complains; the deepest complaint is about the form that was meant.
+        if not any(len(other) > len(path) and other[: len(path)] == path for other in wrong):
+            found.append(_wrong_value(path, at(data, path), own))
+    return found
 
 
 def _real_path(loc: KeyPath, data: Any) -> KeyPath:
@@ -188,36 +224,57 @@ def _real_path(loc: KeyPath, data: Any) -> KeyPath:
     return path
 
 
-def _wrong_value(path: KeyPath, value: Any, schema: _Schema) -> Finding:
-    node = schema.node(path)
-    allowed = schema.words(node, path)
-    if "minItems" in node and value == []:
-        allowed += f", at least {node['minItems']}"
-    return Finding(path, f"expected {allowed}, got {shown(value)}", _value_fix(value, schema.options(node)))
+def _allowed(errors: list[ErrorDetails], path: KeyPath) -> tuple[str, list[str]]:
+    """What pydantic expected, in words, and the names among it."""
+    names: list[str] = []
+    words: list[str] = []
+    for each in errors:
+        context = each.get("ctx", {})
+        if each["type"] == "literal_error":
+            names += re.findall(r"'([^']+)'", context["expected"])
+        elif each["type"] == "model_type":
+            words.append(f"a section with the keys {', '.join(_keys(path))}")
+        elif each["type"] == "string_pattern_mismatch":
+            words.append(_PATTERNS[context["pattern"]])
+        elif each["type"] in ("missing", "too_short", "too_long"):
+            words.append("more items" if each["type"] != "too_long" else "fewer items")
+        else:
+            text = each["msg"].removeprefix("Input should be ").partition(",")[0]
+            for theirs, ours in _PLAIN:
+                text = text.replace(theirs, ours)
+            words.append(text)
+    options = f"one of {', '.join(names)}" if len(names) > 1 else "".join(names)
+    field = _field(path)
+    nullable = ["null"] if field is not None and NoneType in get_args(field.annotation) else []
+    return " or ".join(dict.fromkeys(filter(None, [options, *words, *nullable]))), names
 
 
-def shown(value: Any) -> str:
+def _wrong_value(path: KeyPath, value: Any, errors: list[ErrorDetails]) -> Mistake:
+    allowed, names = _allowed(errors, path)
+    kinds = {each["type"] for each in errors}
+    patterns = {each.get("ctx", {}).get("pattern") for each in errors}
+    fix = ""
+    if isinstance(value, str):
+        close = nearest(value, names)
+        if FILE in patterns and re.search(r"\.(jsonl?|csv|parquet|txt)$", value):
+            fix = f"write ./{value}"
+        elif close:
+            fix = f"did you mean {close!r}?"
+        elif "bool_type" in kinds and value.lower() in {"yes", "on", "no", "off"}:
+            fix = f"write {'true' if value.lower() in {'yes', 'on'} else 'false'}"
+        elif "int_type" in kinds and value.strip().lstrip("+-").isdecimal():
+            fix = "remove the quotes"
+    elif "string_type" in kinds and type(value) in (int, float):
+        fix = "put it in quotes"
+    elif "int_type" in kinds and isinstance(value, float) and value.is_integer():
+        fix = f"write {int(value)}"
+    return Mistake(path, f"expected {allowed}, got {format_value(value)}", fix)
+
+
+def format_value(value: Any) -> str:
     """A value as the user wrote it, with its kind where that is the point, cut to fit a line."""
     if value is None:
         return "null (nothing)"
     # Not finite numbers are written as in YAML.
     text = json.dumps(value, ensure_ascii=False).replace("Infinity", ".inf").replace("NaN", ".nan")
     return _GIVEN[type(value)] + (text if len(text) <= 60 else f"{text[:60]}…")
-
-
-def _value_fix(value: Any, options: list[Node]) -> str:
-    kinds = {str(option.get("type")) for option in options}
-    if isinstance(value, str):
-        names = [name for option in options for name in option.get("enum", [option.get("const")]) if name]
-        close = nearest(value, names)
-        if close:
-            return f"did you mean {close!r}?"
-        if "boolean" in kinds and value.lower() in {"yes", "on", "no", "off"}:
-            return f"write {'true' if value.lower() in {'yes', 'on'} else 'false'}"
-        if "integer" in kinds and value.strip().lstrip("+-").isdecimal():
-            return "remove the quotes"
-    if isinstance(value, int | float) and not isinstance(value, bool) and "string" in kinds:
-        return "put it in quotes"
-    if isinstance(value, float) and "integer" in kinds and value.is_integer():
-        return f"write {int(value)}"
-    return ""

@@ -16,15 +16,13 @@ from ruamel.yaml.representer import RoundTripRepresenter
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from distill.errors import Problem, RecipeError
-from distill.recipe.checks import CHECKS, View
-from distill.recipe.document import Document, KeyPath, Place, at
-from distill.recipe.explain import validate
+from distill.recipe.document import Document, at
+from distill.recipe.explain import valid_parts, validate
+from distill.recipe.fields import KeyPath, Location
+from distill.recipe.headers import look_at_data, look_at_teacher
 from distill.recipe.locate import teacher_folder
-from distill.recipe.mask_checks import MASK_CHECKS
+from distill.recipe.rules import check_together, parts_of
 from distill.recipe.schema import Recipe
-from distill.recipe.strategies import names_are_known
-from distill.recipe.student_checks import STUDENT_CHECKS
-from distill.recipe.training_checks import TRAINING_CHECKS
 from distill.recipe.yaml import read_file, read_text, scalar
 
 __all__ = ["dump", "fingerprint", "load_recipe", "teacher_folder"]
@@ -47,12 +45,16 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         place = document.values[()].text
         raise RecipeError([Problem(place, "recipe", "a recipe is a section of keys", "start with `name: …`")])
     ranked = _override(document, overrides)
-    recipe, findings = validate(document)
-    reported = {finding.path for finding in findings}
-    view = View(document.data, path.absolute().parent)
-    for check in (*CHECKS, *STUDENT_CHECKS, *MASK_CHECKS, *TRAINING_CHECKS, names_are_known):
-        findings += [finding for finding in check(view) if finding.path not in reported]
-    ranked += [document.problem(finding) for finding in document.findings + findings]
+    recipe, mistakes, moved = validate(document)
+    parts = parts_of(recipe) if recipe else valid_parts(document.data)
+    base = path.absolute().parent
+    size, of_teacher = look_at_teacher(parts.get("teacher"), base)
+    of_data = look_at_data(parts.get("data"), base)
+    reported = {mistake.path for mistake in mistakes}
+    for mistake in (*of_teacher, *of_data, *check_together(parts, size)):
+        mistakes += [] if mistake.path in reported else [mistake]
+    mistakes = [each for each in mistakes if not any(each.path[: len(own)] == own for own in moved)]
+    ranked += [document.problem(mistake) for mistake in document.mistakes + mistakes]
     if recipe is None or ranked:
         raise RecipeError([problem for _, problem in sorted(ranked, key=lambda entry: entry[0])])
     return recipe
@@ -93,7 +95,7 @@ def _override(document: Document, overrides: Sequence[str]) -> list[tuple[tuple[
     """Set the overrides' values in the document; the problems of those that cannot be set."""
     problems = []
     for number, text in enumerate(overrides):
-        place = Place((1, number, 0), f"override {text!r}")
+        place = Location((1, number, 0), f"override {text!r}")
         key, equals, value = text.partition("=")
         try:
             if not equals or not all(key.split(".")):
@@ -128,14 +130,14 @@ def _value(text: str) -> Any:
     except RecipeError as error:
         problem = error.problems[0]
         raise _NotSet(problem.message, problem.fix) from error
-    if document.findings:
-        raise _NotSet(document.findings[0].message, document.findings[0].fix)
+    if document.mistakes:
+        raise _NotSet(document.mistakes[0].message, document.mistakes[0].fix)
     if isinstance(document.data, dict | list) and text.strip()[0] not in "{[":
         raise _NotSet("the value must be a plain value, or a collection in {…} or […]", "put quotes around text")
     return document.data
 
 
-def _set(document: Document, key: str, value: Any, place: Place) -> None:
+def _set(document: Document, key: str, value: Any, place: Location) -> None:
     """Put a value at a dotted key, making the sections on the way."""
     path: KeyPath = ()
     parts = key.split(".")

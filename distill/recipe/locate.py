@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,19 +26,29 @@ WIDTH_KEYS = (
 )
 """What configs call the width of an MLP."""
 _POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len")
+_LIMITS = {
+    **dict.fromkeys(LAYER_KEYS, 10_000),
+    **dict.fromkeys((*WIDTH_KEYS, "hidden_size", "d_model", "n_embd", "embedding_size"), 1_000_000),
+    "vocab_size": 10_000_000,
+}
+"""Far beyond any model; larger numbers would only fill the memory."""
+MAX_CONFIG = 100_000_000
+"""Bytes of a JSON file that is read."""
 
 
 @dataclass(frozen=True)
 class TeacherSize:
     """What a model's config.json says about its size; None where it says nothing."""
 
-    layers: int | None
-    width: int | None
+    layers: int | None = None
+    width: int | None = None
     """Width of each layer's MLP."""
     positions: int | None = None
     """Longest sequence it was made for."""
     encoder_layers: int | None = None
     """Layers of the encoder of an encoder-decoder."""
+    tensors: Collection[str] = ()
+    """Names that its parameters may have; empty where its files do not tell."""
 
 
 def is_path(name: str) -> bool:
@@ -78,15 +89,23 @@ def ambiguous_folder(model: str, base: Path) -> str | None:
     return str(Path(model).absolute()) if os.path.isdir(model) else None
 
 
-def teacher_size(folder: Path) -> TeacherSize:
-    """Layers, MLP width and positions from the folder's config.json. Raises InputError when there is none."""
+def teacher_size(folder: Path, tensors: Collection[str] = ()) -> TeacherSize:
+    """Layers, MLP width and positions from the folder's config.json.
+
+    Raises:
+        InputError: There is no config.json, its weights are quantized, or its sizes are those of no model.
+    """
     path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{path} is not the configuration of a model")
+    config = read_json(path)
+    quantized = config.get("quantization_config")
+    if quantized:
+        method = quantized.get("quant_method", "something") if isinstance(quantized, dict) else "something"
+        message = f"{path} says quantized with {method}; such weights cannot be cut"
+        raise InputError(f"{message}, name the original model instead")
+    for key, limit in _LIMITS.items():
+        value = config.get(key)
+        if isinstance(value, int | float) and value > limit:
+            raise InputError(f"{path} says {key} {value:,}; no model is larger than {limit:,}")
     width = _first_count(config, WIDTH_KEYS)
     if width is None:
         embedding = _first_count(config, ("n_embd",))  # GPT-2: null, or no key, stands for four times the model width
@@ -94,7 +113,22 @@ def teacher_size(folder: Path) -> TeacherSize:
     encoder = None
     if config.get("is_encoder_decoder"):
         encoder = _first_count(config, ("encoder_layers", "num_layers"))
-    return TeacherSize(_first_count(config, LAYER_KEYS), width, _first_count(config, _POSITION_KEYS), encoder)
+    return TeacherSize(_first_count(config, LAYER_KEYS), width, _first_count(config, _POSITION_KEYS), encoder, tensors)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises InputError when it cannot be read, is huge or holds anything else."""
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is not a regular file")
+        with path.open("rb") as file:
+            content = file.read(MAX_CONFIG + 1)
+        data = json.loads(content) if len(content) <= MAX_CONFIG else None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{path} is not the configuration of a model")
+    return data
 
 
 def _in_package(model: str) -> Path:

@@ -8,18 +8,22 @@ these keys is the keyword-only signature of its function and is given under `par
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, StrictBool, StrictStr
 
-from distill.recipe.fields import Count, Fraction, Index, NonNegative, NotASwitch, Params, Positive, Section
+from distill.recipe.fields import Count, Fraction, Index, Mistake, NonNegative, NotASwitch, Params, Positive, Section
+from distill.recipe.locate import is_path
+from distill.recipe.names import TERM_KEYS, AnyLoss, Metric, Optimizer, Reference, Source, TaskName
+from distill.recipe.rules import check_together, parts_of
 from distill.recipe.student import Calibration, Layers, Mask, Mlp, Repair, Student, Target
+from distill.registry import is_reference, nearest
 
 __all__ = [
     "Calibration",
     "Data",
     "Evaluation",
-    "Fit",
     "Layers",
     "Mask",
     "Mlp",
@@ -36,11 +40,20 @@ __all__ = [
 ]
 
 Format = Literal["uniform", "native", "padded"]
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+SHA256 = "^[0-9a-f]{64}$"
+FILE = r"^(\.{1,2}|~)?/."
+"""A path with its start: `./x`, `../x`, `/x` or `~/x`."""
 Arm = Literal["teacher", "cut", "repaired", "distilled", "labels_only"]
 
 
+LENGTHS = ("epochs", "steps", "tokens")
+ONLY_WITH = (("decay", "schedule", "wsd"), ("betas", "optimizer", "adamw"))
+"""(key, the key that it depends on, the value of that key with which it means something)."""
+
+
 class Optimization(Section):
-    """How long and how fast a model learns; shared by `training` and `teacher.fit`."""
+    """How long and how fast a model learns: `teacher.fit`, and the larger part of `training`."""
 
     epochs: Positive | None = None
     """Passes over the training examples. Give one of `epochs`, `steps` and `tokens`."""
@@ -61,9 +74,8 @@ class Optimization(Section):
     """Below 1: share of the steps; 1 or more: steps."""
     decay: NonNegative = 0.2
     """`wsd`: how long the way down is, counted as `warmup` is."""
-    optimizer: StrictStr = "adamw"
-    """A name from `distill.training.optim.OPTIMIZERS` or `package.module:function`, called with parameter groups
-    and `lr`."""
+    optimizer: Optimizer | Reference = "adamw"
+    """A built-in optimizer or `package.module:function`, called with parameter groups and `lr`."""
     optimizer_params: Params = {}
     """Keyword arguments of the optimizer, e.g. `{eps: 1e-6}`."""
     weight_decay: NonNegative = 0.01
@@ -99,9 +111,32 @@ class Optimization(Section):
     save_every: Index = 50
     """Publish a checkpoint every so many steps; 0: only at the end."""
 
-
-class Fit(Optimization):
-    """Teacher correction: fine-tune the teacher on the recipe's own labels before anything else."""
+    def mistakes(self) -> Iterator[Mistake]:
+        """Refuse two lengths or none, broken batches, and keys without effect."""
+        given = [key for key in LENGTHS if getattr(self, key) is not None]
+        if not given:
+            message = "how long is not said: none of epochs, steps and tokens is given"
+            yield Mistake((), message, "add one of them", at="key")
+        if len(given) > 1:
+            message = f"{' and '.join(given)} are both given, and only one can hold"
+            yield Mistake((given[-1],), message, "remove one, or set it to null", at="key")
+        if self.steps is not None and self.warmup > self.steps:
+            message = f"a warmup of {self.warmup:g} steps is longer than the training of {self.steps}"
+            yield Mistake(("warmup",), message, "give fewer steps, or a share below 1")
+        batch, micro = self.batch_size, self.micro_batch_size
+        if micro and batch % micro:
+            fits = next(size for size in range(min(micro, batch), 0, -1) if batch % size == 0)
+            message = f"batch_size {batch} is not a multiple of micro_batch_size {micro}"
+            yield Mistake(("micro_batch_size",), message, f"for example {fits}")
+        for key, other, value in ONLY_WITH:
+            if getattr(self, other) != value:
+                fix = f"remove it; it is for {other}: {value}"
+                yield from self.without_effect((key,), f" with {other}: {getattr(self, other)}", fix)
+        if self.ema_release and self.ema is None:
+            message = "there is no average to hand on: ema is not given"
+            yield Mistake(("ema_release",), message, "add ema: 0.999, or remove this", at="key")
+        reserved = {"lr": "lr", "betas": "betas"}
+        yield from self.wrong_params("optimizer", self.optimizer, "optimizer_params", reserved)
 
 
 class Teacher(Section):
@@ -112,7 +147,7 @@ class Teacher(Section):
     or a hub id `ORG/NAME`."""
     revision: StrictStr | None = None
     """Commit of a hub id."""
-    sha256: Annotated[StrictStr, Field(pattern="^[0-9a-f]{64}$")] | None = None
+    sha256: Annotated[StrictStr, Field(pattern=SHA256)] | None = None
     """Refuse the weights unless model.safetensors has this sha256."""
     init: Literal["pretrained", "random"] = "pretrained"
     """`random`: the folder holds a config and a tokenizer only; weights are drawn from `seed`. Needs `fit`."""
@@ -122,17 +157,31 @@ class Teacher(Section):
     device: Literal["same", "cpu", "sharded"] = "same"
     """Where it is while the student is trained: beside the student, in main memory, or (under FSDP) spread over the
     processes."""
-    fit: Fit | None = None
-    """Fine-tune the teacher on this recipe's data first; needed where the task's head has no trained weights."""
+    fit: Optimization | None = None
+    """Fine-tune the teacher on this recipe's own labels first; needed where the task's head has no trained weights."""
+
+    def mistakes(self) -> Iterator[Mistake]:
+        """Refuse random weights that are never fitted, and keys that do not go together."""
+        if self.init == "random" and self.fit is None:
+            message = "a teacher with random weights has nothing to teach"
+            yield Mistake(("init",), message, "add `fit: {epochs: …, lr: …}` under teacher:")
+        if self.init == "random":
+            yield from self.without_effect(("sha256",), " with init: random, which reads no weights")
+        if is_path(self.model) or self.model.startswith("package:"):
+            fix = "remove it; `sha256` pins the weights of a folder"
+            yield from self.without_effect(("revision",), ": only hub ids have revisions", fix)
+        if self.dtype == "int8" and self.device != "same":
+            message = f"int8 needs the GPU that the student is on, not device: {self.device}"
+            yield Mistake(("dtype",), message, "write device: same, or another dtype")
 
 
 class Data(Section):
     """Texts, labels and how they become batches."""
 
-    source: StrictStr
-    """A built-in corpus from `distill.data.sources.SOURCES`, or `./FILE.jsonl`, `.csv`, `.parquet`, `.txt`."""
-    task: StrictStr
-    """What the model predicts: a name from `distill.data.tasks.TASKS`."""
+    source: Source | Reference | Annotated[StrictStr, Field(pattern=FILE)]
+    """A built-in corpus, `package.module:function`, or `./FILE.jsonl`, `.csv`, `.parquet`, `.txt`."""
+    task: TaskName | Reference
+    """What the model predicts."""
     text: StrictStr = "text"
     """Column with the text, for files."""
     label: StrictStr = "label"
@@ -146,6 +195,11 @@ class Data(Section):
     """Share of examples held out, by a hash of their text."""
     limit: Count | None = None
     """Use at most this many examples, for trials."""
+
+    def mistakes(self) -> Iterator[Mistake]:
+        """Refuse columns where there is no file to have them."""
+        if not is_path(self.source):
+            yield from self.without_effect(("text", "label"), ": only files have columns to choose")
 
 
 class Schedule(Section):
@@ -164,6 +218,14 @@ class Schedule(Section):
     shape: Literal["linear", "cosine"] = "linear"
     """The way from the first value to the last."""
 
+    def mistakes(self) -> Iterator[Mistake]:
+        """Refuse a schedule that changes nothing, or ends before it starts."""
+        if self.weight is None and self.temperature is None and not self.params:
+            yield Mistake((), "changes nothing", "give the weight, temperature or params at the end", at="key")
+        if self.start > self.end:
+            message = f"start {self.start:g} comes after end {self.end:g}"
+            yield Mistake(("start",), message, "give shares with start ≤ end")
+
 
 class Term(Section):
     """One term of the training loss."""
@@ -174,10 +236,9 @@ class Term(Section):
     values of mapped layers, or its sentence embedding (`output`)."""
     weight: NonNegative = 1.0
     """Factor of this term's mean."""
-    loss: StrictStr | None = None
-    """`logits`: a name from `distill.losses.LOGITS` (default forward_kl); `hidden`, `embeddings` and `output`: from
-    `HIDDEN` (default mse); `attention`: from `ATTENTION` (default kl); `relations`: from `RELATION` (default qkv); or
-    `package.module:function`."""
+    loss: AnyLoss | None = None
+    """`logits`: forward_kl (null) to adaptive_kl; `hidden`, `embeddings` and `output`: mse (null) to relative_mse;
+    `attention`: kl (null) or mse; `relations`: qkv (null) or values; or `package.module:function`."""
     temperature: Positive = 1.0
     """Softens student and teacher logits."""
     scale_by_temperature: StrictBool = True
@@ -191,6 +252,37 @@ class Term(Section):
     schedule: Schedule | None = None
     """How weight, temperature and parameters change in the course of training; null: they do not."""
 
+    def mistakes(self) -> Iterator[Mistake]:
+        """Refuse keys that mean nothing for what the term matches, and losses and parameters that do not exist."""
+        match = TERM_KEYS[self.match]
+        for key in self.changed(*type(self).model_fields):
+            if key not in (*match.keys, "match", "weight", "schedule"):
+                others = " and ".join(f"match: {other}" for other, row in TERM_KEYS.items() if key in row.keys)
+                yield from self.without_effect((key,), f" with match: {self.match}", f"remove it; it is for {others}")
+        if match.losses:
+            yield from self._wrong_loss(self.loss or match.losses[0], match.losses)
+        if "map" in match.keys and not isinstance(self.map, str):
+            if not self.map:
+                yield Mistake(("map",), "the list maps no layer", "give [student, teacher] pairs, or write plan")
+            yield from self.repeated("map", "the pair {}")
+        if self.schedule and self.schedule.temperature is not None and "temperature" not in match.keys:
+            message, fix = f"has no effect with match: {self.match}", "remove it; it is for match: logits"
+            yield Mistake(("schedule", "temperature"), message, fix, at="key")
+        for name, end in self.schedule.params.items() if self.schedule else ():
+            if not {type(end), type(self.params.get(name))} <= {int, float}:
+                message = "needs a number here, and one to start from in the params of the term"
+                yield Mistake(("schedule", "params", name), message)
+
+    def _wrong_loss(self, loss: str, losses: tuple[str, ...]) -> Iterator[Mistake]:
+        if loss not in losses and not is_reference(loss):
+            close = nearest(loss, losses)
+            hint = f"did you mean {close!r}? " if close else ""
+            message = f"match: {self.match} has no loss {loss!r}"
+            yield Mistake(("loss",), message, f"{hint}The options are {', '.join(losses)}")
+            return
+        reserved = {"temperature": "temperature"} if self.match == "logits" else {}
+        yield from self.wrong_params("loss", loss, reserved=reserved)
+
 
 class Training(Optimization):
     """How the student learns."""
@@ -199,18 +291,25 @@ class Training(Optimization):
     """Measure the held-out split every so many steps; 0: only at the end."""
     log_every: Count = 10
     """Write a line to metrics.jsonl every so many steps."""
-    keep_best: StrictStr | None = None
+    keep_best: Metric | None = None
     """Keep the checkpoint with the best value of this metric in `checkpoints/best` as well; looked at every
     `evaluate_every` steps. Nothing else uses it."""
     trackers: list[Literal["tensorboard", "trackio", "wandb"]] = []
     """Where the records of metrics.jsonl go as well, through Accelerate; each is an extra of the same name."""
 
+    def mistakes(self) -> Iterator[Mistake]:
+        """Refuse, beside the mistakes of every optimization, a best checkpoint that nothing looks for."""
+        yield from super().mistakes()
+        if self.keep_best is not None and self.evaluate_every == 0:
+            message = "nothing is measured during training: evaluate_every is 0"
+            yield Mistake(("keep_best",), message, "give evaluate_every as well", at="key")
+
 
 class Evaluation(Section):
     """What is measured, on which arms."""
 
-    metrics: list[StrictStr] | None = None
-    """Names from `distill.evaluation.metrics.METRICS`; null: the task's own."""
+    metrics: list[Metric | Reference] | None = None
+    """What is computed over the predictions; null: the task's own."""
     arms: list[Arm] = ["teacher", "cut", "repaired", "distilled", "labels_only"]
     """`cut`: the student before repair and training; `repaired`: before training, where `student.repair` asks for
     anything; `labels_only`: the same student trained as long without teacher."""
@@ -218,6 +317,11 @@ class Evaluation(Section):
     """Examples per forward pass."""
     efficiency: StrictBool = True
     """Measure size, FLOPs, latency and throughput of teacher and student."""
+
+    def mistakes(self) -> Iterator[Mistake]:
+        """Refuse an arm or a metric that is listed twice."""
+        yield from self.repeated("arms", "{}")
+        yield from self.repeated("metrics", "{}")
 
 
 class Release(Section):
@@ -236,7 +340,7 @@ class Release(Section):
 class Recipe(Section):
     """Everything about one run. Sections have the names of the packages that do their work."""
 
-    name: Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[StrictStr, Field(pattern=NAME)]
     """Names the run folder `runs/<name>`."""
     seed: Index = 0
     """Every random choice follows from this number."""
@@ -247,6 +351,10 @@ class Recipe(Section):
     training: Training
     evaluation: Evaluation = Evaluation()
     release: Release = Release()
+
+    def mistakes(self) -> Iterator[Mistake]:
+        """Refuse sections that do not go together."""
+        yield from check_together(parts_of(self))
 
 
 def json_schema() -> dict[str, Any]:

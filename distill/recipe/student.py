@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import pairwise
 from typing import Annotated, Literal
 
 from pydantic import Field, StrictBool, StrictStr
 
-from distill.recipe.fields import Count, Fraction, Index, NonNegative, NotASwitch, Params, Positive, Section
+from distill.recipe.fields import Count, Fraction, Index, Mistake, NonNegative, NotASwitch, Params, Positive, Section
+from distill.recipe.names import PROTECTING, Allocation, LayerPolicy, MaskScore, Reference, Score
 
 Width = Count | Annotated[float, Field(gt=0, le=1), NotASwitch]
 """Neurons (integer) or a share of them (0 < share ≤ 1)."""
@@ -17,14 +20,42 @@ class Layers(Section):
 
     keep: Count | list[Index]
     """How many, or the indices themselves (0 is the first layer of the teacher)."""
-    choose: StrictStr = "even"
-    """Policy when `keep` is a number: a name from `distill.student.layers.CHOICES` or `package.module:function`."""
+    choose: LayerPolicy | Reference = "even"
+    """Policy when `keep` is a number: a built-in one or `package.module:function`."""
     params: Params = {}
     """Keyword arguments of the policy."""
     protect_first: Index = 0
     """So many layers at the start are kept whatever a policy says that reads data or chooses at random."""
     protect_last: Index = 0
     """The same at the end."""
+
+    @property
+    def protected(self) -> int:
+        """Number of layers that are kept whatever the policy says."""
+        return self.protect_first + self.protect_last
+
+    def mistakes(self) -> Iterator[Mistake]:
+        """Refuse lists of layers that are not lists of layers, and keys that the policy does not read."""
+        if not isinstance(self.keep, int):
+            keys = ("choose", "params", "protect_first", "protect_last")
+            fix = "remove it, or give `keep` as a number"
+            yield from self.without_effect(keys, ": `keep` names the layers", fix)
+            if not self.keep:
+                yield Mistake(("keep",), "the list names no layer", "name at least one")
+            yield from self.repeated("keep", "layer {}")
+            for position, (before, layer) in enumerate(pairwise(self.keep), start=1):
+                if layer < before and layer not in self.keep[:position]:
+                    message = f"layer {layer} comes after layer {before}, not in ascending order"
+                    yield Mistake(("keep", position), message, f"write {sorted(set(self.keep))}")
+            return
+        given = self.changed("protect_first", "protect_last")
+        if given and self.choose not in PROTECTING and ":" not in self.choose:
+            fix = f"remove it; it is for {', '.join(PROTECTING)}"
+            yield from self.without_effect((given[0],), f" with choose: {self.choose}", fix)
+        elif given and self.protected > self.keep:
+            message = f"{self.protected} layers are protected, and only {self.keep} are kept"
+            yield Mistake((given[0],), message, "protect fewer, or keep more")
+        yield from self.wrong_params("layer policy", self.choose, reserved={"protected": "protect_first"})
 
 
 class Mlp(Section):
@@ -33,11 +64,10 @@ class Mlp(Section):
     keep: Width | list[Width] = 1.0
     """Neurons per layer (integer) or the share of them (0 < share ≤ 1); or a list with one of these for each kept
     layer, those of an encoder before those of its decoder."""
-    score: StrictStr = "activation"
-    """How neurons are ranked: a name from `distill.student.scores.SCORES` or `package.module:function`."""
-    allocate: StrictStr = "uniform"
-    """How the budget is spread over layers: a name from `distill.student.allocate.ALLOCATIONS` or
-    `package.module:function`."""
+    score: Score | Reference = "activation"
+    """How neurons are ranked: a built-in score or `package.module:function`."""
+    allocate: Allocation | Reference = "uniform"
+    """How the budget is spread over layers: a built-in allocation or `package.module:function`."""
     allocate_params: Params = {}
     """Keyword arguments of the allocation."""
     multiple_of: Count = 64
@@ -48,6 +78,20 @@ class Mlp(Section):
     """Layers of the teacher whose MLP keeps all its neurons; they are not part of the budget."""
     params: Params = {}
     """Keyword arguments of the score."""
+
+    def mistakes(self) -> Iterator[Mistake]:
+        """Refuse keys that contradict `keep`, and an allocation by threshold without its one rule."""
+        if isinstance(self.keep, list):
+            keys, fix = ("allocate", "allocate_params", "protect"), "remove it, or give `keep` as one number"
+            yield from self.without_effect(keys, ": `keep` lists a width for each layer", fix)
+        yield from self.repeated("protect", "layer {}")
+        if self.allocate == "threshold":
+            if sum(self.allocate_params.get(key) is not None for key in ("threshold", "mass")) != 1:
+                message = "allocate: threshold needs `threshold` or `mass`, one of them"
+                yield Mistake(("allocate_params",), message, "for example allocate_params: {mass: 0.9}", at="key")
+            yield from self.without_effect(("keep",), ": the threshold says how many neurons are kept")
+        yield from self.wrong_params("score", self.score)
+        yield from self.wrong_params("allocation", self.allocate, "allocate_params")
 
 
 class Mask(Section):
@@ -60,9 +104,9 @@ class Mask(Section):
     down to whole ones. Give `sparsity` or `threshold`."""
     threshold: Positive | None = None
     """Zero is what scores below so many times its layer's mean score, zeros included."""
-    score: StrictStr = "magnitude"
-    """How single weights are ranked: a name from `distill.student.masks.masks.SCORES` or `package.module:function`.
-    A neuron has the 2-norm of the scores of its weights."""
+    score: MaskScore | Reference = "magnitude"
+    """How single weights are ranked: a built-in score or `package.module:function`. A neuron has the 2-norm of the
+    scores of its weights."""
     params: Params = {}
     """Keyword arguments of the score."""
     only: list[StrictStr] = ["*"]
@@ -79,6 +123,24 @@ class Mask(Section):
     compact: StrictBool | Literal["uniform"] = False
     """After training, take out neurons that have no effect any more. true: each layer its own, so that widths may
     differ; `uniform`: the same number in every layer. Widths are multiples of `mlp.multiple_of`."""
+
+    def mistakes(self) -> Iterator[Mistake]:
+        """Refuse two amounts or none, and keys that the schedule or the score gives no meaning."""
+        if self.sparsity is None and self.threshold is None:
+            yield Mistake((), "how much is not said: neither sparsity nor threshold is given", "add one", at="key")
+        if self.sparsity is not None and self.threshold is not None:
+            message = "sparsity and threshold are both given, and only one can hold"
+            yield Mistake(("threshold",), message, "remove one, or set it to null", at="key")
+        if self.threshold is not None and self.score == "random":
+            message = "has no meaning with score: random, whose scores have no size"
+            yield Mistake(("threshold",), message, "give sparsity", at="key")
+        if self.schedule == "one_shot":
+            fix = "remove it, or write schedule: cubic"
+            yield from self.without_effect(("end", "every"), " with schedule: one_shot", fix)
+        elif self.begin >= self.end:
+            message = f"begins at {self.begin:g} of the steps, the end is at {self.end:g}"
+            yield Mistake(("begin",), message, "begin before the end")
+        yield from self.wrong_params("mask score", self.score)
 
 
 class Calibration(Section):
@@ -112,6 +174,16 @@ class Target(Section):
         """Which of the three is given."""
         return "parameters" if self.parameters is not None else "flops" if self.flops is not None else "latency"
 
+    def mistakes(self) -> Iterator[Mistake]:
+        """Refuse two sizes or none, and a length that plays no part."""
+        given = self.changed("parameters", "flops", "latency")
+        if not given:
+            yield Mistake((), "no size is given", "add parameters, flops or latency", at="key")
+        for key in given[1:]:
+            yield Mistake((key,), f"{given[0]} is given as well, and only one can hold", "remove one", at="key")
+        if given == ["parameters"]:
+            yield from self.without_effect(("length",), " on parameters")
+
 
 class Repair(Section):
     """Corrections of the cut student in closed form over the calibration sample, before it is trained; all are off.
@@ -136,6 +208,13 @@ class Repair(Section):
     def wanted(self) -> bool:
         """Whether there is anything to do."""
         return self.bias or self.refit or self.merge
+
+    def mistakes(self) -> Iterator[Mistake]:
+        """Refuse settings of steps that are not taken."""
+        for key, steps in (("ridge", ("refit", "merge")), ("held_out", ("bias", "refit", "merge"))):
+            if not self.changed(*steps):
+                fix = f"remove it, or set {' or '.join(steps)} to true"
+                yield from self.without_effect((key,), ": no step is asked for that uses it", fix)
 
 
 class Student(Section):

@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from distill.losses import MATCHES
+from distill.recipe.names import TERM_KEYS
 from distill.recipe.schema import Schedule
 from distill.release.evidence import (
     MISSING,
@@ -264,10 +265,10 @@ def losses_table(evidence: Evidence) -> Table:
     rows = []
     for term in evidence.recipe.losses:
         match, ends, settings = MATCHES[term.match], term.schedule or Schedule(), []
-        if "temperature" in match.keys:
+        if "temperature" in TERM_KEYS[term.match].keys:
             scaled = "" if term.scale_by_temperature else ", not multiplied by temperature²"
             settings.append(f"temperature {format_change(term.temperature, ends.temperature)}{scaled}")
-        if "map" in match.keys:
+        if "map" in TERM_KEYS[term.match].keys:
             settings.append(f"map {term.map if isinstance(term.map, str) else [list(pair) for pair in term.map]}")
         settings += [f"{key} {format_change(value, ends.params.get(key))}" for key, value in term.params.items()]
         if term.schedule:

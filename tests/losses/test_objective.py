@@ -255,15 +255,7 @@ def test_each_kind_of_term_says_what_it_needs(match, teacher):
 @pytest.mark.parametrize(
     ("term", "message"),
     [
-        (Term(match="logits", loss="foward_kl"), "forward_kl"),
-        (Term(match="hidden", loss="mze", map="last"), "mse"),
-        (Term(match="logits", params={"betta": 0.5}), "betta"),
         (Term(match="logits", loss="jsd", params={"beta": 1.5}), r"losses\.0\.params: beta must be between 0 and 1"),
-        (Term(match="logits", loss="jsd", params={"beta": "half"}), r"losses\.0\.params"),
-        (Term(match="logits", params={"temperature": 2.0}), r"losses\.0\.temperature"),
-        (Term(match="labels", loss="jsd", temperature=2.0), "labels does not use loss, temperature"),
-        (Term(match="hidden", map="last", temperature=2.0), "hidden does not use temperature"),
-        (Term(match="logits", map="last"), "logits does not use map"),
     ],
 )
 def test_a_wrong_term_is_refused_before_any_work(term, message):
@@ -313,14 +305,10 @@ def test_weight_temperature_and_parameters_follow_the_progress_of_the_training()
 @pytest.mark.parametrize(
     ("term", "message"),
     [
-        (Term(match="hidden", map="last", schedule={"temperature": 2.0}), "schedule.temperature: .* no temperature"),
-        (Term(match="logits", schedule={"weight": 0, "start": 0.9, "end": 0.1}), "start 0.9 comes after end 0.1"),
-        (Term(match="logits", loss="jsd", schedule={"params": {"beta": 0.9}}), "schedule.params.beta: needs a number"),
         (
             Term(match="logits", loss="jsd", params={"beta": 0.5}, schedule={"params": {"beta": 1.5}}),
             "beta must be between 0 and 1",
         ),
-        (Term(match="logits", loss="jsd", params={"beta": 0.5}, schedule={"params": {"bta": 0.5}}), "bta"),
     ],
 )
 def test_a_schedule_that_cannot_be_followed_is_refused(term, message):

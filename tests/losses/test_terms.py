@@ -10,6 +10,7 @@ from tiny import RECIPE, tiny_project
 from distill.errors import RecipeError
 from distill.losses import MATCHES
 from distill.recipe import load_recipe
+from distill.recipe.names import TERM_KEYS
 from distill.recipe.schema import Term
 
 CHANGED = {
@@ -32,4 +33,4 @@ def test_a_recipe_accepts_the_keys_that_a_match_uses_and_no_others(match, tmp_pa
     with pytest.raises(RecipeError) as found:
         load_recipe(recipe)
     unused = {key for key in CHANGED if f"losses.0.{key}: " in str(found.value)}
-    assert unused == CHANGED.keys() - MATCHES[match].keys
+    assert unused == CHANGED.keys() - set(TERM_KEYS[match].keys)

@@ -85,7 +85,7 @@ def test_a_loss_that_cannot_teach_is_one_error_with_its_key_and_name(match, loss
 
 @pytest.mark.parametrize(
     ("params", "message"),
-    [({"heads": 0}, "heads must be 1 or more"), ({"heads": -2}, "heads must be 1 or more"), ({"heads": 1.5}, "whole")],
+    [({"heads": 0}, "heads must be 1 or more"), ({"heads": -2}, "heads must be 1 or more")],
 )
 def test_a_wrong_number_of_relation_heads_is_refused(params, message):
     with pytest.raises(InputError, match=rf"losses\.1\.params.*{message}"):

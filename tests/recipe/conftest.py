@@ -18,6 +18,7 @@ def folder(tmp_path: Path) -> Path:
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "config.json").write_text(config)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "texts.csv").write_text("body,label\nhello,a\n")
     return tmp_path
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 
 from distill.errors import InputError
-from distill.registry import bind, find, is_reference, names_in, nearest
+from distill.registry import bind, find, is_reference, nearest
 
 
 def scale(value: float, *, factor: float = 2.0, times: int = 1, name: str | None = None, flip: bool = False) -> float:
@@ -35,21 +34,7 @@ def test_an_unknown_name_lists_the_options_and_the_closest() -> None:
 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Name of a user's module with a function, a constant and a table."""
-    source = """
-        import math
-        import no_such_module_to_parse_only
-
-        LIMIT = 3
-        def plain(a, b, *, beta: float = 0.5, gamma=1): ...
-        def loose(a, **own): ...
-        class Shape: ...
-        TABLE: dict[str, object] = {"plain": plain, "loose": loose, "root": math.sqrt, "shape": Shape, "l": lambda x: x}
-        SPREAD = {**TABLE}
-        COMPUTED = dict(plain=plain)
-        def huber(a): return a
-    """
-    (tmp_path / "users_strategies.py").write_text(textwrap.dedent(source))
+    """Name of a user's module with a function and a constant."""
     (tmp_path / "users_losses.py").write_text("LIMIT = 3\ndef huber(a): return a\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     return "users_losses"
@@ -105,39 +90,6 @@ def test_parameters_are_bound() -> None:
 def test_wrong_parameters_are_refused(params: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
         bind(scale, params, "losses.0.params")
-
-
-@pytest.mark.usefixtures("module")
-def test_a_table_is_read_without_importing_its_module() -> None:
-    assert names_in("users_strategies", "TABLE") == {
-        "plain": ["beta", "gamma"],
-        "loose": None,
-        "root": None,
-        "shape": None,
-        "l": None,
-    }
-
-
-@pytest.mark.parametrize(
-    ("name", "table", "words"),
-    [
-        ("users_strategies", "OTHER", "no literal table OTHER"),
-        ("users_strategies", "COMPUTED", "not a literal table"),
-        ("users_strategies", "SPREAD", "not a literal table"),
-        ("users_strategies.sub", "TABLE", "has no source file"),
-        ("no_such_module", "TABLE", "has no source file"),
-    ],
-)
-@pytest.mark.usefixtures("module")
-def test_a_table_that_is_not_there_is_our_own_mistake(name: str, table: str, words: str) -> None:
-    with pytest.raises(LookupError, match=words):
-        names_in(name, table)
-
-
-def test_the_losses_of_distill_are_read() -> None:
-    rows = names_in("distill.losses.logits", "LOGITS")
-    assert rows["jsd"] == ["temperature", "beta"]
-    assert "mse" in names_in("distill.losses.hidden", "HIDDEN")
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,7 @@ from tiny import tiny_inputs, tiny_model
 from distill.errors import InputError
 from distill.models.family import layout_of
 from distill.models.mlp import mlps_of
-from distill.registry import literal_in
-from distill.student import SCORES, Statistics, StatisticsRequest, calibrate, scores
+from distill.student import SCORES, Statistics, StatisticsRequest, calibrate
 from distill.student.calibration.sums import CHUNK, column_products, column_sums
 from distill.student.scores import NEEDS, MlpLayer, magnitude, output_change
 
@@ -119,7 +118,6 @@ def test_scores_that_read_statistics_are_those_of_the_table():
                 score(LAYER, None)
         else:
             assert score(LAYER, None).shape == (2,)
-    assert literal_in("distill.student.scores", "NEEDS") == scores.NEEDS
 
 
 @pytest.mark.parametrize("shape", list(itertools.product((1, 7), (1, 5))))

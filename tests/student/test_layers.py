@@ -100,9 +100,6 @@ def test_policies_that_read_statistics_are_those_of_the_table():
     [
         ({"keep": 5}, "the teacher has 4"),
         ({"keep": [0, 4]}, "layer 4 does not exist"),
-        ({"keep": [2, 0]}, "ascending"),
-        ({"keep": 2, "choose": "last", "protect_first": 1}, "no effect on the policy last"),
-        ({"keep": 2, "choose": "random", "protect_first": 2, "protect_last": 1}, "3 of 4 layers are protected"),
     ],
 )
 def test_an_impossible_request_is_one_clear_error(layers, words):

@@ -1,0 +1,95 @@
+"""Built-in names that a recipe may give and the parameters of each, known without importing what they stand for.
+
+Each list repeats the keys of a table of functions, and each row of `PARAMS` the keyword-only parameters of a function,
+so that an editor completes the names and a recipe is checked in milliseconds; one test holds them together.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, NamedTuple, get_args
+
+from pydantic import Field, StrictStr, TypeAdapter, WithJsonSchema
+
+from distill.registry import REFERENCE
+
+Reference = Annotated[StrictStr, Field(pattern=f"^{REFERENCE}$")]
+"""A function of the user's own: `package.module:function`."""
+LayerPolicy = Literal[
+    "even", "even_rounded", "every", "first", "last", "random", "block_influence", "angular", "loss_drop", "greedy_loss"
+]
+Score = Literal[
+    "activation", "activation_l2", "output_norm", "wanda", "magnitude", "taylor", "taylor_kl", "fisher", "fluctuation",
+    "output_change", "random",
+]  # fmt: skip
+MaskScore = Literal["magnitude", "random"]
+Allocation = Literal["uniform", "threshold", "global", "sensitivity"]
+Optimizer = Literal["adamw"]
+Source = Literal["stdlib-docstrings", "pydoc-topics", "stdlib-sources"]
+TaskName = Literal["classification", "causal_lm"]
+Metric = Literal["accuracy", "f1_macro", "agreement", "perplexity", "token_accuracy", "kl", "loss"]
+LogitLoss = Literal[
+    "forward_kl", "reverse_kl", "symmetric_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation",
+    "soft_cross_entropy", "logit_mse", "adaptive_kl",
+]  # fmt: skip
+HiddenLoss = Literal["mse", "cosine", "normalized_mse", "relative_mse"]
+AttentionLoss = Literal["kl", "mse"]
+RelationLoss = Literal["qkv", "values"]
+AnyLoss = Annotated[
+    StrictStr,
+    WithJsonSchema(TypeAdapter(LogitLoss | HiddenLoss | AttentionLoss | RelationLoss | Reference).json_schema()),
+]
+"""A loss; which ones there are depends on what a term matches, see `TERM_KEYS`."""
+
+PARAMS: dict[str, dict[str, dict[str, str]]] = {
+    "layer policy": {"random": {"seed": "int"}},
+    "score": {"magnitude": {"norm": "int"}, "random": {"seed": "int"}},
+    "mask score": {"random": {"seed": "int"}},
+    "allocation": {
+        "threshold": {"threshold": "float | None", "mass": "float | None"},
+        "sensitivity": {"strength": "float"},
+    },
+    "optimizer": {"adamw": {"eps": "float"}},
+    "loss": {
+        "jsd": {"beta": "float"},
+        **{name: {"alpha": "float"} for name in ("skew_forward_kl", "skew_reverse_kl")},
+        "adaptive_kl": {"head": "float"},
+        **{name: {"heads": "int"} for name in ("qkv", "values")},
+    },
+}
+"""Kind of strategy -> name -> parameter -> type; what is not here has no parameters."""
+PROTECTING: tuple[LayerPolicy, ...] = ("random", "block_influence", "angular", "loss_drop", "greedy_loss")
+"""Layer policies that know protected layers."""
+READS: dict[Score, str] = {
+    **dict.fromkeys(("taylor", "taylor_kl", "fisher"), "gradients"),
+    "output_change": "gram",
+}
+"""Scores that read what `student.calibration` can switch off -> the key that does so."""
+TASK_METRICS: dict[TaskName, tuple[Metric, ...]] = {
+    "classification": ("accuracy", "f1_macro", "loss"),
+    "causal_lm": ("perplexity", "token_accuracy", "loss"),
+}
+"""What each task measures by itself, in training too."""
+TEACHER_METRICS: tuple[Metric, ...] = ("agreement", "kl")
+"""Metrics that compare with the teacher; every task has them, after training."""
+
+
+class TermKeys(NamedTuple):
+    """What a loss term may say beside `match`, `weight` and `schedule`."""
+
+    keys: tuple[str, ...]
+    losses: tuple[str, ...] = ()
+    """Built-in losses; the first is the default."""
+    tasks: tuple[str, ...] = get_args(TaskName)
+    """Tasks whose head has what is compared."""
+
+
+TERM_KEYS = {
+    "labels": TermKeys(()),
+    "logits": TermKeys(("loss", "temperature", "scale_by_temperature", "params"), get_args(LogitLoss)),
+    "hidden": TermKeys(("loss", "map", "params"), get_args(HiddenLoss)),
+    "embeddings": TermKeys(("loss", "params"), get_args(HiddenLoss)),
+    "attention": TermKeys(("loss", "map", "params"), get_args(AttentionLoss)),
+    "relations": TermKeys(("loss", "map", "params"), get_args(RelationLoss)),
+    "output": TermKeys(("loss", "params"), get_args(HiddenLoss), tasks=()),
+}
+"""What a term may match."""

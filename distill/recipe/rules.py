@@ -1,0 +1,281 @@
+"""Rules across sections, on typed sections and on what the teacher's files say about its size.
+
+A rule asks for the parts of a recipe that it reads by the names of its parameters, and is left out where one of them is
+wrong in itself, so that it speaks although other sections are wrong. Paths start at the top of the recipe.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from distill.recipe.fields import KeyPath, Mistake
+from distill.recipe.locate import TeacherSize
+from distill.recipe.names import READS, TASK_METRICS, TEACHER_METRICS, TERM_KEYS
+
+if TYPE_CHECKING:
+    from distill.recipe.schema import Data, Evaluation, Optimization, Recipe, Release, Term, Training
+    from distill.recipe.student import Calibration, Layers, Mask, Mlp, Repair, Target
+
+PARTS: dict[str, KeyPath] = {
+    **{name: (name,) for name in ("teacher", "data", "losses", "training", "evaluation", "release")},
+    **{
+        name: ("student", name)
+        for name in ("layers", "encoder_layers", "mlp", "mask", "target", "calibration", "repair")
+    },
+    "fit": ("teacher", "fit"),
+}
+"""What a rule may ask for; beside these `terms`, the loss terms that are right in themselves, by position, and `size`.
+"""
+MLP: KeyPath = ("student", "mlp")
+STACKS: tuple[KeyPath, KeyPath] = (("student", "layers"), ("student", "encoder_layers"))
+
+
+def parts_of(recipe: Recipe) -> dict[str, Any]:
+    """Return the parts of a whole recipe."""
+    parts = {name: recipe for name in PARTS}
+    for name, path in PARTS.items():
+        for key in path:
+            parts[name] = getattr(parts[name], str(key), None)  # type: ignore[assignment]
+    return {**parts, "terms": dict(enumerate(recipe.losses))}
+
+
+def check_together(parts: Mapping[str, Any], size: TeacherSize | None = None) -> Iterator[Mistake]:
+    """Yield what is wrong between parts; without `size`, only what holds for every teacher."""
+    known = {**parts, "size": size or TeacherSize()}
+    for rule in RULES:
+        wanted = inspect.signature(rule).parameters
+        if wanted.keys() <= known.keys():
+            yield from rule(**{name: known[name] for name in wanted})
+
+
+def layers_exist(layers: Layers, encoder_layers: Layers | None, size: TeacherSize) -> Iterator[Mistake]:
+    """The student's layers are layers of the teacher, and `every` divides them."""
+    if encoder_layers is not None and size.layers is not None and size.encoder_layers is None:
+        message = "has no effect: the teacher is not an encoder-decoder"
+        yield Mistake(STACKS[1], message, "remove it; its depth is student.layers", at="key")
+    stacks = zip(STACKS, (layers, encoder_layers), (size.layers, size.encoder_layers), strict=True)
+    for path, own, have in stacks:
+        if own is None or have is None:
+            continue
+        if isinstance(own.keep, list):
+            for position, layer in enumerate(own.keep):
+                if layer >= have and layer not in own.keep[:position]:
+                    yield Mistake(
+                        (*path, "keep", position), f"the teacher has no layer {layer}", f"use 0 to {have - 1}"
+                    )
+        elif own.keep > have:
+            yield Mistake((*path, "keep"), f"keeps {own.keep} layers, the teacher has {have}", f"use 1 to {have}")
+        elif own.choose == "every" and have % own.keep:
+            fits = ", ".join(str(number) for number in range(1, have + 1) if have % number == 0)
+            message = f"`every` needs a number that divides the teacher's {have} layers; {own.keep} does not"
+            yield Mistake((*path, "keep"), message, f"use one of {fits}, or choose: even")
+
+
+def widths_can_be_had(layers: Layers, encoder_layers: Layers | None, mlp: Mlp, size: TeacherSize) -> Iterator[Mistake]:
+    """The MLPs are not wider than the teacher's, and not nothing after rounding down."""
+    path: KeyPath = (*MLP, "keep")
+    if not isinstance(mlp.keep, list):
+        yield from _wrong_width(path, mlp.keep, mlp, size.width)
+        return
+    depths = [_depth(stack) for stack in (layers, encoder_layers) if stack is not None]
+    depths += [size.encoder_layers] if size.encoder_layers and encoder_layers is None else []
+    # Of a teacher that is not known, e.g. a hub id, nobody knows whether it has an encoder, too.
+    if size.layers is not None and len(mlp.keep) != sum(depths):
+        yield Mistake(path, f"{len(mlp.keep)} widths for {sum(depths)} kept layers", "give one for each kept layer")
+    for position, width in enumerate(mlp.keep):
+        yield from _wrong_width((*path, position), width, mlp, size.width)
+
+
+def _depth(layers: Layers) -> int:
+    return layers.keep if isinstance(layers.keep, int) else len(layers.keep)
+
+
+def _wrong_width(path: KeyPath, keep: float, mlp: Mlp, have: int | None) -> Iterator[Mistake]:
+    if have is None:
+        return
+    multiple, wanted = mlp.multiple_of, _neurons(keep, have)
+    least = min(have, -(-max(1, _neurons(mlp.floor or 1, have)) // multiple) * multiple)
+    if wanted > have:
+        yield Mistake(path, f"keeps {wanted} neurons, the teacher's MLP has {have}", f"use 1 to {have}, or a share")
+    elif wanted < min(multiple, have):  # all of them is always a width that can be had
+        message = f"{wanted} of {have} neurons, rounded down to a multiple of {multiple} (multiple_of), leaves none"
+        yield Mistake(path, message, f"keep at least {min(multiple, have)}, or lower multiple_of")
+    elif wanted < least:
+        message = f"{wanted} of {have} neurons is less than the floor of {least} (mlp.floor, rounded up to multiple_of)"
+        yield Mistake(path, message, "keep more, or lower the floor")
+
+
+def _neurons(width: float, have: int) -> int:
+    return width if isinstance(width, int) else int(width * have + 1e-9)  # as distill.student.allocate
+
+
+def protected_layers_are_kept(layers: Layers, mlp: Mlp, size: TeacherSize) -> Iterator[Mistake]:
+    """Layers whose MLP stays whole are layers that the student may keep."""
+    for position, layer in enumerate(mlp.protect):
+        path = (*MLP, "protect", position)
+        if size.layers is not None and layer >= size.layers:
+            yield Mistake(path, f"the teacher has no layer {layer}", f"use 0 to {size.layers - 1}")
+        elif isinstance(layers.keep, list) and layer not in layers.keep:
+            yield Mistake(path, f"layer {layer} is not among the kept layers", f"remove it; {layers.keep} are kept")
+
+
+def one_width_for_stock_loaders(
+    mlp: Mlp, mask: Mask | None, target: Target | None, release: Release, size: TeacherSize
+) -> Iterator[Mistake]:
+    """The uniform release format has one width for all layers."""
+    if release.format != "uniform":
+        return
+    fix = "set release.format to native or padded, or make the widths equal"
+    if isinstance(mlp.keep, list):
+        # An encoder and its decoder may have a width each; whether they do is seen when the student is built.
+        decoder_only = size.width is not None and size.encoder_layers is None
+        if decoder_only and len({_neurons(width, size.width or 0) for width in mlp.keep}) > 1:
+            yield Mistake((*MLP, "keep"), "different widths, and release.format: uniform has one for all layers", fix)
+    elif mlp.allocate != "uniform" and ":" not in mlp.allocate:
+        message = f"{mlp.allocate} gives layers different widths, and release.format: uniform has one for all"
+        yield Mistake((*MLP, "allocate"), message, fix)
+    elif mlp.protect and (_narrows(mlp) or target is not None):
+        message = "protected layers keep more than others, and release.format: uniform has one width for all"
+        yield Mistake((*MLP, "protect"), message, fix)
+    if mask and mask.compact is True:
+        message = "layers may lose different numbers of neurons, and release.format uniform holds one width"
+        fix = "write compact: uniform, or choose another release.format"
+        yield Mistake(("student", "mask", "compact"), message, fix)
+
+
+def _narrows(mlp: Mlp) -> bool:
+    return type(mlp.keep) is not float or mlp.keep != 1.0
+
+
+def target_decides_alone(mlp: Mlp, target: Target | None) -> Iterator[Mistake]:
+    """Where there is a target, nothing else says how wide the MLPs are."""
+    if target is not None and mlp.changed("keep"):
+        message = "student.target says how much is kept, and only one can hold"
+        yield Mistake((*MLP, "keep"), message, "remove one of them", at="key")
+    elif target is not None and mlp.allocate == "threshold":
+        message = "a threshold keeps what it keeps; it cannot meet student.target"
+        yield Mistake((*MLP, "allocate"), message, "use uniform, global or sensitivity")
+
+
+def scores_are_fed(mlp: Mlp, calibration: Calibration) -> Iterator[Mistake]:
+    """What the score reads is not switched off."""
+    key = READS.get(mlp.score)  # type: ignore[call-overload]
+    if key and getattr(calibration, key) is False:
+        message = f"score: {mlp.score} reads what this switches off"
+        yield Mistake(("student", "calibration", key), message, "remove it, or choose another score")
+
+
+def repair_has_work(
+    layers: Layers, mlp: Mlp, target: Target | None, repair: Repair, size: TeacherSize
+) -> Iterator[Mistake]:
+    """Each step of the repair has something to put right."""
+    path: KeyPath = ("student", "repair")
+    for step in repair.changed("bias", "refit"):
+        if not _narrows(mlp) and mlp.allocate != "threshold" and target is None:
+            message = "has no effect: student.mlp.keep is 1.0, so no neuron is removed"
+            yield Mistake((*path, step), message, "remove it, or keep less", at="key")
+    if repair.merge and _depth(layers) == size.layers:
+        message = "has no effect: student.layers.keep drops no layer"
+        yield Mistake((*path, "merge"), message, "remove it, or keep fewer layers", at="key")
+
+
+def repaired_arm_is_repaired(repair: Repair, evaluation: Evaluation) -> Iterator[Mistake]:
+    """An arm that the recipe asks for by name exists."""
+    if evaluation.changed("arms") and "repaired" in evaluation.arms and not repair.wanted:
+        path: KeyPath = ("evaluation", "arms", evaluation.arms.index("repaired"))
+        yield Mistake(path, "nothing is repaired", "remove it, or ask for student.repair")
+
+
+def some_term_counts(losses: list[Term]) -> Iterator[Mistake]:
+    """The loss is not zero whatever the student does."""
+    if not any(term.weight or (term.schedule and term.schedule.weight) for term in losses):
+        yield Mistake(("losses",), "no loss term has a weight above zero", "give one a weight", at="key")
+
+
+def mapped_layers_exist(terms: Mapping[int, Term], layers: Layers, size: TeacherSize) -> Iterator[Mistake]:
+    """Explicit [student, teacher] pairs name layers of both models."""
+    sides = (("student", _depth(layers)), ("teacher", size.layers))
+    for index, term in terms.items():
+        for position, pair in enumerate(() if isinstance(term.map, str) else term.map):
+            for layer, (side, have) in zip(pair, sides, strict=True):
+                if have and layer >= have:
+                    message = f"the {side} has no layer {layer} (pairs are [student, teacher])"
+                    yield Mistake(("losses", index, "map", position), message, f"use 0 to {have - 1}")
+
+
+def terms_fit_the_task(terms: Mapping[int, Term], data: Data) -> Iterator[Mistake]:
+    """The head of the task has what a term compares."""
+    for index, term in terms.items():
+        if ":" not in data.task and data.task not in TERM_KEYS[term.match].tasks:
+            message = f"match: {term.match} compares sentence embeddings, and task: {data.task} makes none"
+            yield Mistake(("losses", index, "match"), message, "write match: logits or match: hidden")
+
+
+def metrics_fit_the_task(data: Data, evaluation: Evaluation, training: Training) -> Iterator[Mistake]:
+    """Metrics are those of the task, or the user's own."""
+    own = TASK_METRICS.get(data.task)  # type: ignore[call-overload]
+    if own is None:
+        return
+    message = f"task: {data.task} has no such metric"
+    for position, metric in enumerate(evaluation.metrics or []):
+        if metric not in (*own, *TEACHER_METRICS) and ":" not in metric:
+            fix = f"use {', '.join((*own, *TEACHER_METRICS))}"
+            yield Mistake(("evaluation", "metrics", position), f"{message} as {metric}", fix)
+    if training.keep_best not in (None, *own):
+        fix = f"use {', '.join(own)}"
+        yield Mistake(("training", "keep_best"), f"{message} as {training.keep_best} during training", fix)
+
+
+def compiled_layers_are_not_read(terms: Mapping[int, Term], training: Training) -> Iterator[Mistake]:
+    """What happens inside a compiled layer cannot be read."""
+    for index, term in terms.items():
+        if training.compile and term.match in ("attention", "relations"):
+            message = f"match: {term.match} reads inside of layers, which training.compile closes"
+            yield Mistake(("losses", index, "match"), message, "remove training.compile")
+
+
+def examples_fit(data: Data, size: TeacherSize) -> Iterator[Mistake]:
+    """No example is longer than the teacher has positions for."""
+    if size.positions and data.max_length > size.positions:
+        message = f"{data.max_length} tokens per example, the teacher has {size.positions} positions"
+        yield Mistake(("data", "max_length"), message, f"use at most {size.positions}")
+
+
+def patterns_match(
+    fit: Optimization | None, training: Training, mask: Mask | None, size: TeacherSize
+) -> Iterator[Mistake]:
+    """Patterns over parameter names match something, as far as the names in the files tell."""
+    given: list[tuple[KeyPath, list[str]]]
+    given = [(("teacher", "fit", key), getattr(fit, key)) for key in ("freeze", "only") if fit]
+    given += [(("training", key), getattr(training, key)) for key in ("freeze", "only")]
+    given += [(("student", "mask", "only"), mask.only)] if mask else []
+    bare = [name.partition(".")[2] for name in size.tensors]
+    for path, patterns in given:
+        for position, pattern in enumerate(patterns):
+            # A base model lacks the name that stands in front of its parameters in a model with a head.
+            found = fnmatch.filter(size.tensors, pattern) or fnmatch.filter(size.tensors, pattern.partition(".")[2])
+            if size.tensors and not found and not fnmatch.filter(bare, pattern):
+                message = f"{pattern!r} matches no parameter of the teacher"
+                yield Mistake((*path, position), message, f"there is e.g. {next(iter(size.tensors))}")
+
+
+RULES = (
+    layers_exist,
+    widths_can_be_had,
+    protected_layers_are_kept,
+    one_width_for_stock_loaders,
+    target_decides_alone,
+    scores_are_fed,
+    repair_has_work,
+    repaired_arm_is_repaired,
+    some_term_counts,
+    mapped_layers_exist,
+    terms_fit_the_task,
+    metrics_fit_the_task,
+    compiled_layers_are_not_read,
+    examples_fit,
+    patterns_match,
+)

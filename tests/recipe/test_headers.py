@@ -1,0 +1,244 @@
+"""What `validate` learns from the first bytes of the files that a recipe names."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from bad_recipes import GOOD
+
+from distill.errors import InputError, Problem, RecipeError
+from distill.recipe import load_recipe
+from distill.recipe.schema import json_schema
+from distill.recipe.yaml import read_text
+
+Write = Callable[..., Path]
+ROOT = Path(__file__).parents[2]
+SHIPPED = sorted((ROOT / "recipes").glob("*/recipe.yaml"))
+
+
+def problems(path: Path) -> list[Problem]:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    return caught.value.problems
+
+
+def one(path: Path) -> tuple[str, str]:
+    (problem,) = problems(path)
+    return problem.key, f"{problem.message} {problem.fix}"
+
+
+def weights(names: list[str], data: bytes | None = None) -> bytes:
+    """A safetensors file with a tensor of one float for each name."""
+    tensors = {name: {"dtype": "F32", "shape": [1], "data_offsets": [4 * i, 4 * i + 4]} for i, name in enumerate(names)}
+    header = json.dumps({"__metadata__": {"format": "pt"}, **tensors}).encode()
+    return len(header).to_bytes(8, "little") + header + (bytes(4 * len(names)) if data is None else data)
+
+
+BERT = [
+    "embeddings.word_embeddings.weight",
+    "encoder.layer.0.output.LayerNorm.gamma",
+    "encoder.layer.0.output.dense.bias",
+]
+HEADED = ["bert." + name for name in BERT] + ["classifier.weight"]
+
+
+@pytest.mark.parametrize("stored", [BERT, HEADED], ids=["base model", "with a head"])
+@pytest.mark.parametrize(
+    "pattern",
+    ["*.embeddings.*", "bert.embeddings.*", "*.LayerNorm.weight", "*.dense.*", "classifier.*", "*embeddings*", "*"],
+)
+def test_a_pattern_that_matches_a_parameter_is_accepted(
+    pattern: str, stored: list[str], write: Write, folder: Path
+) -> None:
+    (folder / "teacher/model.safetensors").write_bytes(weights(stored))
+    load_recipe(write(GOOD.replace("  lr: 3e-4", f"  freeze: ['{pattern}']")))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "key"),
+    [
+        ("  lr: 3e-4", "  freeze: ['*.embeddings.*', '*.embedings.*']", "training.freeze.1"),
+        ("  lr: 3e-4", "  only: ['*.mpl.*']", "training.only.0"),
+        ("lr: 2e-4}", "freeze: ['*.attention.*']}", "teacher.fit.freeze.0"),
+        ("multiple_of: 64}", "multiple_of: 64}\n  mask: {sparsity: 0.5, only: ['*.up_proj.*']}", "student.mask.only.0"),
+    ],
+)
+@pytest.mark.parametrize("stored", [BERT, HEADED], ids=["base model", "with a head"])
+def test_a_pattern_that_matches_nothing_is_named(
+    old: str, new: str, key: str, stored: list[str], write: Write, folder: Path
+) -> None:
+    (folder / "teacher/model.safetensors").write_bytes(weights(stored))
+    found, message = one(write(GOOD.replace(old, new)))
+    assert found == key and "matches no parameter of the teacher" in message
+
+
+def test_experts_are_computed_together_so_their_names_say_nothing(write: Write, folder: Path) -> None:
+    (folder / "teacher/model.safetensors").write_bytes(weights(["model.layers.0.mlp.experts.0.up_proj.weight"]))
+    load_recipe(write(GOOD.replace("  lr: 3e-4", "  freeze: ['*.experts.gate_up_proj']")))
+
+
+def test_names_are_read_from_every_shard(write: Write, folder: Path) -> None:
+    shards = {"a.weight": "one.safetensors", "b.weight": "two.safetensors"}
+    for name, file in shards.items():
+        (folder / "teacher" / file).write_bytes(weights([name]))
+    (folder / "teacher/model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    text = GOOD.replace("  lr: 3e-4", "  freeze: [b.weight, c.weight]")
+    assert one(write(text))[0] == "training.freeze.1"
+    (folder / "teacher/two.safetensors").unlink()
+    key, message = one(write(text))
+    assert key == "teacher.model" and "two.safetensors is not a file" in message
+    outside = {"weight_map": {"a.weight": "../one.safetensors"}}
+    (folder / "teacher/model.safetensors.index.json").write_text(json.dumps(outside))
+    assert "weight_map of files in its folder" in one(write(text))[1]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is empty"),
+        (b"\x01\x02", "is empty"),
+        ((1 << 60).to_bytes(8, "little") + b"{}", "asks for a header of 1,152,921,504,606,846,976 bytes and has 10"),
+        ((2).to_bytes(8, "little") + b"{", "it is broken or was not copied whole"),
+        ((2).to_bytes(8, "little") + b"{x", "its header is not that of a safetensors file"),
+        ((2).to_bytes(8, "little") + b"[]", "its header is not that of a safetensors file"),
+        ((7).to_bytes(8, "little") + b'{"a":1}', "its header is not that of a safetensors file"),
+        ((50_000).to_bytes(8, "little") + b"[" * 50_000, "its header is not that of a safetensors file"),
+        (weights(BERT, data=b"1234"), "it was not copied whole"),
+    ],
+)
+def test_broken_weights_are_refused_before_anything_is_loaded(
+    content: bytes, words: str, write: Write, folder: Path
+) -> None:
+    (folder / "teacher/model.safetensors").write_bytes(content)
+    key, message = one(write())
+    assert key == "teacher.model" and words in message
+    load_recipe(write(GOOD.replace("fit: {", "init: random\n  fit: {")))  # where no weights are read
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            "says quantized with gptq; such weights cannot be cut",
+        ),
+        ({"num_hidden_layers": 10_000_000}, "num_hidden_layers 10,000,000; no model is larger than 10,000"),
+        ({"vocab_size": 10**12}, "vocab_size 1,000,000,000,000"),
+        ({"hidden_size": 2e9}, "hidden_size"),
+        ({"intermediate_size": 10**9}, "intermediate_size"),
+    ],
+)
+def test_a_config_that_cannot_be_worked_with_is_refused(
+    change: dict[str, Any], words: str, write: Write, folder: Path
+) -> None:
+    path = folder / "teacher/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    key, message = one(write())
+    assert key == "teacher.model" and words in message
+
+
+DATA = GOOD.replace("source: stdlib-docstrings", "source: ./dataENDING")
+
+
+@pytest.mark.parametrize(
+    ("ending", "content", "key", "words"),
+    [
+        (".csv", None, "data.source", "there is no file"),
+        (".xlsx", "x", "data.source", "none of the known endings .jsonl"),
+        (".csv", "", "data.source", "is empty"),
+        (".csv", "body,label\nhello,a\n", "data.text", "no column 'text'; it has body, label"),
+        (".csv", '\ufeff"text",class\nhello,a\n', "data.label", "no column 'label'; it has text, class"),
+        (
+            ".jsonl",
+            '{"text": "a", "class": "b"}\n\n{"text": "a"}\n',
+            "data.label",
+            "no column 'label'; it has text, class",
+        ),
+        (".jsonl", '{"text": "a"\n', "data.source", "cannot read"),
+        (".jsonl", "3\n", "data.source", "line 1 is not an object"),
+        (".txt", "one\ntwo\n", "data.label", "no column 'label'; it has text"),
+        (".parquet", "text,label\n", "data.source", "not a parquet file"),
+        (".csv", b"text,l\xffbel\n", "data.source", "cannot read"),
+    ],
+)
+def test_a_data_file_is_looked_at(
+    ending: str, content: str | bytes | None, key: str, words: str, write: Write, folder: Path
+) -> None:
+    if content is not None:
+        (folder / f"data{ending}").write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert one(write(DATA.replace("ENDING", ending)))[0] == key
+    assert words in one(write(DATA.replace("ENDING", ending)))[1]
+
+
+@pytest.mark.parametrize(
+    ("ending", "content"),
+    [
+        (".csv", "id,text,label\n1,hello,a\n"),
+        (".jsonl", '{"text": "unlabelled"}\n' * 50 + '{"text": "a", "label": "b"}\n'),
+        (".json", '[{"text": "a", "label": "b"}]'),
+        (".parquet", "PAR1"),
+    ],
+)
+def test_a_data_file_with_its_columns_is_accepted(ending: str, content: str, write: Write, folder: Path) -> None:
+    (folder / f"data{ending}").write_text(content)
+    load_recipe(write(DATA.replace("ENDING", ending)))
+
+
+def test_a_language_model_needs_no_labels(write: Write, folder: Path) -> None:
+    (folder / "data.txt").write_text("one\ntwo\n")
+    text = DATA.replace("task: classification\n  labelled: 160", "task: causal_lm").replace(
+        "accuracy, f1_macro", "perplexity"
+    )
+    load_recipe(write(text.replace("ENDING", ".txt")))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "key", "words"),
+    [
+        ("f1_macro", "perplexity", "evaluation.metrics.1", "task: classification has no such metric as perplexity"),
+        ("  lr: 3e-4", "  keep_best: kl\n  evaluate_every: 5", "training.keep_best", "as kl during training"),
+        ("match: hidden, loss: mse, map: plan", "match: output", "losses.2.match", "makes none"),
+        (
+            "  lr: 3e-4",
+            "  warmup: 50\n  steps: 40\n  epochs: null",
+            "training.warmup",
+            "longer than the training of 40",
+        ),
+        ("{epochs: 2,", "{steps: 20, warmup: 21,", "teacher.fit.warmup", "longer than the training of 20"),
+    ],
+)
+def test_what_the_task_or_the_training_does_not_have(old: str, new: str, key: str, words: str, write: Write) -> None:
+    text = GOOD.replace("  epochs: 3\n", "") if "epochs: null" in new else GOOD
+    found, message = one(write(text.replace(old, new)))
+    assert found == key and words in message
+
+
+def test_a_pipe_is_no_recipe_and_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "recipe.yaml")
+    code = "import sys; from distill.cli import main; sys.exit(main(['validate', sys.argv[1]]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "recipe.yaml")],
+        capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2 and "not a regular file" in done.stderr
+    with pytest.raises(InputError, match="not a regular file"):
+        load_recipe(tmp_path / "recipe.yaml")
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.parent.name)
+def test_shipped_recipes_point_to_the_schema_and_read_alike_everywhere(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("# yaml-language-server: $schema=../recipe.schema.json\n")
+    assert yaml.safe_load(text) == read_text(text, "here").data
+
+
+def test_the_shipped_schema_is_what_the_command_prints() -> None:
+    assert json.loads((ROOT / "recipes/recipe.schema.json").read_text(encoding="utf-8")) == json_schema()
