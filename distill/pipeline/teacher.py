@@ -20,7 +20,7 @@ def work(session: Session) -> None:
     if session.recipe.teacher.init == "random":
         model = random_model(session.source, session.head, seed, code)
     else:
-        model = load_model(session.source, session.head, new_head=True, random_seed=seed, remote_code=code)
+        model = load_model(session.source, session.head, allow_untrained_head=True, random_seed=seed, remote_code=code)
     check_target(model, session.recipe.student)
     job = Job("teacher", spec, session.run.fit, seed, identity(inputs(session)))
     train_model(session, job, model, Objective(LABELS_ONLY, session.corpus.task.head), None)

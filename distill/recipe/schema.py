@@ -113,7 +113,7 @@ class Teacher(Section):
     revision: StrictStr | None = None
     """Commit of a hub id."""
     sha256: Annotated[StrictStr, Field(pattern="^[0-9a-f]{64}$")] | None = None
-    """Refuse the weights unless model.safetensors has this sha256."""
+    """Refuse the weights unless they have this sha256; of several files, that of the lines that `sha256sum` prints."""
     init: Literal["pretrained", "random"] = "pretrained"
     """`random`: the folder holds a config and a tokenizer only; weights are drawn from `seed`. Needs `fit`."""
     dtype: Literal["stored", "fp32", "bf16", "fp16", "int8"] = "stored"
