@@ -198,7 +198,7 @@ def _run(verb: str, path: Path, overrides: list[str] | None, out: Path | None, r
     session = Session(recipe, base, RunDir(folder.absolute()), say, remote_code)
     with leaving_in_time():
         check_stages(session, STORY)
-        run_stages(session, VERBS[verb])
+        run_stages(session, VERBS[verb], STORY)
     if main_process and verb in ("evaluate", "release", "run"):
         _print_table(json.loads(session.run.evaluation.read_text(encoding="utf-8")))
     if main_process and verb in ("release", "run"):

@@ -28,17 +28,16 @@ WORTH = (Term(match="labels"), Term(match="logits"))
 
 
 def check(session: Session) -> None:
-    """Refuse a repair that the teacher's family or the size of the data does not allow, before anything is done.
-
-    Raises:
-        InputError: The family cannot have a step, or the calibration sample leaves no example to measure it with.
-    """
+    """Refuse a repair that the teacher's family does not allow, before anything is done."""
     spec = session.recipe.student
-    if not spec.repair.wanted:
-        return
-    check_repair(hollow_model(session.source, session.remote_code), spec.repair)
-    have = len(session.corpus.train)
-    if spec.calibration.examples >= have:
+    if spec.repair.wanted:
+        check_repair(hollow_model(session.source, session.remote_code), spec.repair)
+
+
+def check_data(session: Session) -> None:
+    """Refuse a calibration sample that leaves no example to measure a repair with."""
+    spec, have = session.recipe.student, len(session.corpus.train)
+    if spec.repair.wanted and spec.calibration.examples >= have:
         raise InputError(
             f"student.calibration.examples: {spec.calibration.examples} takes all {have} training examples, and a "
             f"repair is measured on others; use less than {have}"
@@ -144,4 +143,5 @@ STAGE = Stage(
     results(lambda run: run.repaired, lambda run: run.repair),
     wanted=lambda recipe: recipe.student.repair.wanted,
     check=check,
+    check_data=check_data,
 )

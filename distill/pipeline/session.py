@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from datetime import timedelta
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from distill.data import Corpus, Texts, read_texts, tokenise
-from distill.errors import InputError
+from distill.data import TASKS, Corpus, load_corpus
+from distill.data.tasks import Task
 from distill.evaluation.arms import AGAINST_TEACHER
-from distill.models.load import ModelHead, load_model, load_tokenizer, teacher_path, trained_labels
+from distill.models.load import ModelHead, load_model, load_tokenizer, teacher_path
 from distill.pipeline.folder import RunDir
 from distill.recipe.schema import Recipe
-
-PATIENCE = timedelta(days=30)
-"""How long processes wait for the main one. The launcher ends them when it dies."""
+from distill.registry import find
 
 
 @dataclass(frozen=True)
@@ -48,42 +45,31 @@ class Session:
         """The teacher's tokenizer."""
         return load_tokenizer(self.source, self.remote_code)
 
-    @cached_property
-    def texts(self) -> Texts:
-        """The split texts."""
-        texts = read_texts(self.recipe.data, self.recipe.seed, self.base)
-        if self.recipe.teacher.fit or not texts.classes:
-            return texts
-        # A teacher that is already trained keeps its own order of classes.
-        order = trained_labels(self.source)
-        unknown = sorted(set(texts.classes) - set(order))
-        if unknown:
-            raise InputError(
-                f"the data has the classes {', '.join(unknown)}, the teacher knows {', '.join(order)}: rename them, "
-                f"or add `fit` under `teacher:` to train it on these classes"
-            )
-        return replace(texts, classes=tuple(order))
+    @property
+    def task(self) -> Task:
+        """What the model predicts."""
+        return find(TASKS, self.recipe.data.task, "task")()
 
     @cached_property
     def corpus(self) -> Corpus:
-        """The split token ids."""
-        return tokenise(self.texts, self.recipe.data, self.tokenizer)
+        """The split token ids, as the stage `data` left them in the run folder."""
+        return load_corpus(self.run.corpus, self.task)
 
     @cached_property
     def head(self) -> ModelHead:
         """The task's model class and class names."""
-        return ModelHead(self.corpus.task.auto_class, self.corpus.classes, self.corpus.padding)
+        return ModelHead(self.task.auto_class, self.corpus.classes, self.corpus.padding)
 
     @property
     def metrics(self) -> list[str]:
         """Metrics of every arm, the headline first."""
-        asked = self.recipe.evaluation.metrics or self.corpus.task.metrics
+        asked = self.recipe.evaluation.metrics or self.task.metrics
         return list(dict.fromkeys([*asked, *AGAINST_TEACHER]))
 
     @property
     def vocabulary(self) -> int | None:
         """Entries of the vocabulary that are tokens; heads are often padded beyond. None for class heads."""
-        return len(self.tokenizer) if self.corpus.task.head == "next_token" else None
+        return len(self.tokenizer) if self.task.head == "next_token" else None
 
     @property
     def start(self) -> Path:

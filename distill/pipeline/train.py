@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
-from distill.data import TASKS, TrainingBatches, evaluation_batches
+from distill.data import TrainingBatches, evaluation_batches
 from distill.data.tasks import Task
 from distill.errors import InputError
 from distill.evaluation.arms import measured
@@ -30,7 +30,6 @@ from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage, identity, results, settings_of
 from distill.ranks import process_state
 from distill.recipe.schema import Optimization, Recipe, Term, Training
-from distill.registry import find
 from distill.student.masks import check_score, compact_trained, mask_settings, masks_for
 from distill.teacher import LiveTeacher
 from distill.training import Job, TrainDir, make_accelerator, train
@@ -218,14 +217,12 @@ def check(session: Session) -> None:
     """Find every loss, optimizer and tracker that the recipe names, and what they need, before hours are spent.
 
     Raises:
-        InputError: A name leads nowhere, its params do not fit, a package is missing, or there are no labels for what
-            learns from them.
+        InputError: A name leads nowhere, its params do not fit, or a package is missing.
     """
-    recipe, task = session.recipe, find(TASKS, session.recipe.data.task, "task")()
+    recipe, task = session.recipe, session.task
     check_score(recipe)
     Objective(recipe.losses, task.head, lambda _policy: LayerMap(((0, 0),)))
     check_training(recipe, task)
-    check_labels(session)
     check_relation_heads(session)
 
 
@@ -235,8 +232,8 @@ def check_labels(session: Session) -> None:
     Raises:
         InputError: With everything in the recipe that learns from labels.
     """
-    recipe, texts = session.recipe, session.texts
-    if texts.task.head == "next_token" or any(label is not None for _, label in texts.train):
+    recipe = session.recipe
+    if session.corpus.labelled:
         return
     learners = ["teacher.fit"] if recipe.teacher.fit else []
     terms = [index for index, term in enumerate(recipe.losses) if term.match == "labels"]
@@ -270,7 +267,15 @@ def check_relation_heads(session: Session) -> None:
                 raise InputError(f"{key}: {heads} does not divide {width}, a width of the teacher's attention")
 
 
-STAGE = Stage("train", distil, training_inputs, results(lambda run: run.distilled), together=True, check=check)
+STAGE = Stage(
+    "train",
+    distil,
+    training_inputs,
+    results(lambda run: run.distilled),
+    together=True,
+    check=check,
+    check_data=check_labels,
+)
 CONTROL = Stage(
     "control",
     train_control,

@@ -87,7 +87,7 @@ def test_pickled_weights_are_refused(folder):
     model = tiny_model("bert")
     (folder / "model.safetensors").unlink()
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
-    with pytest.raises(InputError, match="neither model.safetensors nor"):
+    with pytest.raises(InputError, match=r"neither model\.safetensors nor"):
         load_model(folder, ModelHead(CLASSIFIER))
 
 
@@ -234,7 +234,7 @@ def test_weights_that_are_not_safetensors_of_the_folder_itself_are_refused(folde
         index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(weights), names[way])}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
         weights.unlink()
-    with pytest.raises(InputError, match="only safetensors weights are read|does not lie in the folder itself"):
+    with pytest.raises(InputError, match=r"only safetensors weights are read|does not lie in the folder itself"):
         load_model(folder, ModelHead(CLASSIFIER))
     with pytest.raises(InputError, match=str(folder)):
         teacher_path(Teacher(model="./model", sha256="0" * 64), tmp_path)
