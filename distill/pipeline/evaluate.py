@@ -20,16 +20,15 @@ from distill.ranks import process_state
 from distill.registry import find
 from distill.release.export import without_folders
 from distill.student.masks import mask_settings, mask_untrained, sparsity_table
-from distill.teacher import LiveTeacher
 
 
 def work(session: Session) -> None:
     """Measure all arms on the held-out split, and teacher and student against the clock."""
     recipe, corpus = session.recipe, session.corpus
-    teacher = LiveTeacher(session.load(session.teacher), Capture(stop_at_head=True), process_state().device)
+    teacher = session.live_teacher(Capture(stop_at_head=True), whole=True)
     rows, horizon = [], steps_of(session, recipe.training)
     for arm in session.arms:
-        model = session.load(session.arm_folder(arm)).to(teacher.model.device)
+        model = session.load(session.arm_folder(arm)).to(process_state().device)
         steps = 0 if arm in ("teacher", "cut", "repaired") else horizon
         if not steps and arm != "teacher":
             mask_untrained(recipe, model, horizon)
@@ -67,7 +66,7 @@ def inputs(session: Session) -> dict[str, Any]:
     spec, training = session.recipe.evaluation, session.recipe.training
     return {
         "arms": {arm: folder_fingerprint(session.arm_folder(arm)) for arm in session.arms},
-        "teacher": folder_fingerprint(session.teacher),
+        "teacher": session.teacher_inputs(),
         "data": session.corpus.fingerprint,
         "student": folder_fingerprint(session.run.distilled),
         "mask": [mask_settings(session.recipe), settings_of(training)] if session.recipe.student.mask else None,

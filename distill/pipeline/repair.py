@@ -18,10 +18,8 @@ from distill.models.plan import StudentPlan
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage, results
 from distill.pipeline.train import save_model
-from distill.ranks import process_state
 from distill.recipe.schema import Term
 from distill.student.repair.steps import Step, check_repair, repair_student
-from distill.teacher import LiveTeacher
 
 WORTH = (Term(match="labels"), Term(match="logits"))
 """What is measured of a repaired student: the task's loss, and KL(teacher || student)."""
@@ -46,12 +44,12 @@ def check_data(session: Session) -> None:
 
 def work(session: Session) -> None:
     """Repair the student, and record what was found out about each step."""
-    spec, corpus, device = session.recipe.student, session.corpus, process_state().device
+    spec, corpus = session.recipe.student, session.corpus
     decided = StudentPlan.load(session.run.plan)
-    student = session.load(session.run.student).to(device)
     end = spec.calibration.examples + spec.repair.held_out
     held_out = range(spec.calibration.examples, min(end, len(corpus.train)))
-    worth = Worth(session, session.load(session.teacher), held_out)
+    worth = Worth(session, held_out)
+    student = session.load(session.run.student).to(worth.teacher.device)
     steps: list[dict[str, Any]] = [{"name": "cut", "layers": [], "notes": [], "held_out": worth(student)}]
     sample = _batches(session, range(spec.calibration.examples), spec.calibration.batch_size)
     for step in repair_student(worth.teacher.model, student, decided, sample, spec.repair):
@@ -71,7 +69,7 @@ def inputs(session: Session) -> dict[str, Any]:
     """Student and teacher, the plan between them, both samples, and the steps."""
     spec = session.recipe.student
     return {
-        "teacher": folder_fingerprint(session.teacher),
+        "teacher": session.teacher_inputs(),
         "data": session.corpus.fingerprint,
         "student": folder_fingerprint(session.run.student),
         "plan": content_of(session.run.plan),
@@ -83,10 +81,10 @@ def inputs(session: Session) -> dict[str, Any]:
 class Worth:
     """Task loss and KL to the teacher on training examples outside the calibration sample."""
 
-    def __init__(self, session: Session, teacher: Any, examples: range):
+    def __init__(self, session: Session, examples: range):
         self.batches = _batches(session, examples, session.recipe.evaluation.batch_size)
         self.objective = Objective(WORTH, session.corpus.task.head, None, session.vocabulary)
-        self.teacher = LiveTeacher(teacher, self.objective.teacher, process_state().device)
+        self.teacher = session.live_teacher(self.objective.teacher, whole=True)
 
     @cached_property
     def counts(self) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,17 @@ import torch
 from distill.data import TASKS, Corpus, load_corpus
 from distill.data.tasks import Task
 from distill.evaluation.arms import AGAINST_TEACHER
-from distill.models.load import ModelHead, load_model, load_tokenizer, teacher_path
+from distill.models.family import layers_of
+from distill.models.forward import Capture
+from distill.models.load import ModelHead, folder_fingerprint, load_model, load_tokenizer, teacher_path
 from distill.pipeline.folder import RunDir
+from distill.ranks import process_state
 from distill.recipe.schema import Recipe
 from distill.registry import find
+from distill.teacher import LiveTeacher, shard
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+NOTHING = Capture()
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,7 @@ class Session:
     run: RunDir
     say: Callable[[str], None]
     remote_code: bool = False
+    _said: set[str] = field(default_factory=set, repr=False)
 
     @cached_property
     def source(self) -> Path:
@@ -93,5 +101,38 @@ class Session:
         return own[arm] if arm in own else self.run.control_model(arm)
 
     def load(self, folder: Path, int8_on: torch.device | None = None) -> Any:
-        """A model with the task's head and all its weights; in 8 bits, on a device, where that is given."""
-        return load_model(folder, self.head, remote_code=self.remote_code, int8_on=int8_on)
+        """Load a model with the task's head and all its weights; in 8 bits, on a device, where that is given."""
+        return load_model(folder, self.head, remote_code=self.remote_code, int8_on=int8_on, say=self.say_once)
+
+    def say_once(self, line: str) -> None:
+        """Say what several stages find out again."""
+        if line not in self._said:
+            self._said.add(line)
+            self.say(line)
+
+    def live_teacher(self, capture: Capture = NOTHING, *, whole: bool = False) -> LiveTeacher:
+        """Load the teacher, frozen, where `teacher.device` says and in `teacher.dtype`.
+
+        Args:
+            capture: What each of its forward passes hands on.
+            whole: This process alone uses it, or reads its weights. A sharded teacher then lies in main memory, and one
+                in 8 bits keeps the dtype that it is stored in; a line says so.
+        """
+        spec, device = self.recipe.teacher, process_state().device
+        on_cpu = spec.device == "cpu" or (whole and spec.device == "sharded")
+        if whole and (spec.device == "sharded" or spec.dtype == "int8"):
+            place = "main memory" if on_cpu else "the device"
+            dtype = "the dtype that it is stored in" if spec.dtype == "int8" else spec.dtype
+            self.say(f"  the whole teacher is needed here, not shards or 8 bits: it is in {place}, in {dtype}")
+        if spec.dtype == "int8" and not whole:
+            model = self.load(self.teacher, int8_on=device)
+        else:
+            model = self.load(self.teacher)
+            model.to(DTYPES.get(spec.dtype, model.dtype))
+        if spec.device == "sharded" and not whole:
+            model = shard(model.requires_grad_(False).to(device), layers_of(model))
+        return LiveTeacher(model, capture, torch.device("cpu") if on_cpu else device)
+
+    def teacher_inputs(self) -> dict[str, str]:
+        """Return what the results of a stage that runs the teacher depend on: its weights, and what it computes in."""
+        return {"weights": folder_fingerprint(self.teacher), "dtype": self.recipe.teacher.dtype}

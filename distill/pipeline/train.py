@@ -10,7 +10,6 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import gather_object
 
 from distill.data import TrainingBatches, evaluation_batches
@@ -26,7 +25,7 @@ from distill.models.cost import matmul_rate, training_flops
 from distill.models.family import layers_of
 from distill.models.load import folder_fingerprint, hollow_model
 from distill.models.plan import StudentPlan
-from distill.pipeline.session import Session
+from distill.pipeline.session import DTYPES, Session
 from distill.pipeline.stage import Stage, identity, results, settings_of
 from distill.ranks import process_state
 from distill.recipe.schema import Optimization, Recipe, Term, Training
@@ -35,7 +34,6 @@ from distill.teacher import LiveTeacher
 from distill.training import Job, TrainDir, make_accelerator, train
 from distill.training.optim import find_optimizer
 from distill.training.setup import horizon
-from distill.training.sharding import shard
 from distill.training.tracking import check_trackers
 
 LABELS_ONLY = (Term(match="labels"),)
@@ -79,9 +77,6 @@ def control_inputs(session: Session) -> dict[str, Any]:
     }
 
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
 def check_training(recipe: Recipe, task: Task) -> None:
     """Find what the trainings of a recipe need, before hours are spent.
 
@@ -101,19 +96,6 @@ def check_training(recipe: Recipe, task: Task) -> None:
             raise InputError("teacher.dtype: int8 needs a GPU; use bf16")
     if recipe.teacher.device == "sharded" and process_state().num_processes == 1:
         raise InputError("teacher.device: sharded spreads the teacher over several processes, and there is one")
-
-
-def placed_teacher(session: Session, objective: Objective) -> LiveTeacher:
-    """The teacher where and in what the recipe wants it."""
-    spec, device = session.recipe.teacher, process_state().device
-    if spec.dtype == "int8":
-        model = session.load(session.teacher, int8_on=device)
-    else:
-        model = session.load(session.teacher)
-        model.to(DTYPES.get(spec.dtype, model.dtype))
-    if spec.device == "sharded":
-        model = shard(model.requires_grad_(False).to(device), layers_of(model))
-    return LiveTeacher(model, objective.teacher, torch.device("cpu") if spec.device == "cpu" else device)
 
 
 def job_for(recipe: Recipe, title: str, spec: Training, folder: TrainDir, inputs: str) -> Job:
@@ -138,7 +120,7 @@ def train_arm(session: Session, job: Job, terms: Sequence[Term], result: Path) -
     objective = Objective(terms, session.corpus.task.head, maps, session.vocabulary)
     teacher, model = None, session.load(session.start)
     if objective.needs_teacher:
-        teacher = placed_teacher(session, objective)
+        teacher = session.live_teacher(objective.teacher)
         objective.project(model.config.hidden_size, teacher.model.config.hidden_size)
         for each in (model, teacher.model) if objective.student.attention else ():
             each.set_attn_implementation("eager")  # the only one that keeps the probabilities
