@@ -1,4 +1,4 @@
-"""Where texts come from: built-in corpora that every Python brings along, and files.
+"""Sources of texts: built-in corpora that every Python brings along, and files.
 
 A source returns a `datasets.Dataset` with the columns `text` (str) and `label` (str, or None where unlabelled).
 """
@@ -30,7 +30,7 @@ READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parque
 
 
 def stdlib_docstrings(*, packages: int = 12, shortest: int = 20) -> Any:
-    """First paragraphs of the standard library's docstrings, labelled with the package they document.
+    """Read the first paragraphs of the standard library's docstrings, labelled with the package they document.
 
     The text differs a little between Python versions; the corpus fingerprint in every result says which one it was.
 
@@ -61,7 +61,7 @@ def _first_paragraphs(path: Path) -> list[str]:
 
 
 def pydoc_topics() -> Any:
-    """English prose: the topics of Python's own help (`pydoc_data.topics`), one text per topic, unlabelled."""
+    """Read English prose: the topics of Python's own help (`pydoc_data.topics`), one text per topic, unlabelled."""
     from pydoc_data.topics import topics
 
     texts = [str(text) for _, text in sorted(topics.items())]
@@ -69,7 +69,7 @@ def pydoc_topics() -> Any:
 
 
 def stdlib_sources(*, largest: int = 200_000) -> Any:
-    """Python: the files of the installed standard library, tests left out, one text per file, unlabelled.
+    """Read Python code: the files of the installed standard library, tests left out, one text per file, unlabelled.
 
     The text differs a little between Python versions; the corpus fingerprint in every result says which one it was.
 

@@ -1,4 +1,4 @@
-"""What a model predicts: one function per task returns a `Task`, one row of `TASKS` names it."""
+"""Tasks, i.e. kinds of predictions: one function per task returns a `Task`, one row of `TASKS` names it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Task:
-    """How text becomes tokens, which head predicts, and what is measured."""
+    """One kind of prediction: its tokens, its head and its metrics."""
 
     name: str
     head: Literal["sequence", "next_token"]
@@ -47,7 +47,7 @@ def causal_lm() -> Task:
 
 
 def encode_each(texts: Sequence[str], tokenizer: Any, max_length: int) -> list[np.ndarray]:
-    """Each text on its own, cut to `max_length` tokens, special tokens included."""
+    """Encode each text on its own, cut to `max_length` tokens, special tokens included."""
     encoded = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
     return [np.array(ids, dtype=np.int32) for ids in encoded]
 

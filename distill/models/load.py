@@ -30,7 +30,7 @@ HUB_FILES = [*SMALL_FILES, "*.safetensors"]
 
 @dataclass(frozen=True)
 class ModelHead:
-    """What the task asks of the model class."""
+    """The model class of a task, and what its config must say."""
 
     auto_class: str
     """Name of the transformers Auto class, e.g. `AutoModelForSequenceClassification`."""

@@ -32,7 +32,7 @@ HALF_ROUNDING = 0.03
 
 
 def work(session: Session) -> None:
-    """Build the student that the plan describes."""
+    """Build the student that the plan describes, once a student that keeps everything is the teacher."""
     teacher, corpus = session.load(session.teacher), session.corpus
     size, free = sum(tensor.nbytes for tensor in teacher.state_dict().values()), _free_memory()
     if size < free:
@@ -109,7 +109,7 @@ def _free_memory() -> int:
 
 
 def inputs(session: Session) -> dict[str, Any]:
-    """Teacher and plan."""
+    """List teacher and plan."""
     return {"teacher": folder_fingerprint(session.teacher), "plan": content_of(session.run.plan)}
 
 

@@ -41,7 +41,7 @@ def work(session: Session) -> None:
 
 
 def inputs(session: Session) -> dict[str, Any]:
-    """Teacher, data, sample size and what is collected."""
+    """List teacher, data, sample size and what is collected."""
     student = session.recipe.student
     return {
         "teacher": session.teacher_inputs(),

@@ -53,7 +53,7 @@ def _check_vocabulary(session: Session, corpus: Corpus) -> None:
 
 
 def inputs(session: Session) -> dict[str, Any]:
-    """Content of the source, tokenizer and config of the teacher, and how the texts are split and labelled."""
+    """List the content of the source, tokenizer and config of the teacher, and how the texts are split and labelled."""
     recipe = session.recipe
     return {
         "source": source_fingerprint(recipe.data.source, session.base),

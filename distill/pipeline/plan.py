@@ -22,7 +22,7 @@ def work(session: Session) -> None:
 
 
 def inputs(session: Session) -> dict[str, Any]:
-    """Teacher, statistics and policies."""
+    """List teacher, statistics and policies."""
     return {
         "teacher": session.teacher_inputs(),
         "calibration": content_of(session.run.calibration),

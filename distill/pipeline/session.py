@@ -91,7 +91,7 @@ class Session:
         return [arm for arm in self.recipe.evaluation.arms if arm != "repaired" or wanted]
 
     def arm_folder(self, arm: str) -> Path:
-        """The model of one arm of the evaluation."""
+        """Return the model folder of one arm of the evaluation."""
         own = {
             "teacher": self.teacher,
             "cut": self.run.student,
@@ -105,7 +105,7 @@ class Session:
         return load_model(folder, self.head, remote_code=self.remote_code, int8_on=int8_on, say=self.say_once)
 
     def say_once(self, line: str) -> None:
-        """Say what several stages find out again."""
+        """Say a line that several stages would repeat."""
         if line not in self._said:
             self._said.add(line)
             self.say(line)
@@ -122,7 +122,7 @@ class Session:
         on_cpu = spec.device == "cpu" or (whole and spec.device == "sharded")
         if whole and (spec.device == "sharded" or spec.dtype == "int8"):
             place = "main memory" if on_cpu else "the device"
-            dtype = "the dtype that it is stored in" if spec.dtype == "int8" else spec.dtype
+            dtype = "its stored dtype" if spec.dtype in ("int8", "stored") else spec.dtype
             self.say(f"  the whole teacher is needed here, not shards or 8 bits: it is in {place}, in {dtype}")
         if spec.dtype == "int8" and not whole:
             model = self.load(self.teacher, int8_on=device)
@@ -134,5 +134,5 @@ class Session:
         return LiveTeacher(model, capture, torch.device("cpu") if on_cpu else device)
 
     def teacher_inputs(self) -> dict[str, str]:
-        """Return what the results of a stage that runs the teacher depend on: its weights, and what it computes in."""
+        """Return the teacher's fingerprint and dtype, on which every stage that runs it depends."""
         return {"weights": folder_fingerprint(self.teacher), "dtype": self.recipe.teacher.dtype}

@@ -21,22 +21,22 @@ class LiveTeacher:
     trainable parameters.
     """
 
-    def __init__(self, model: Any, wanted: Capture, device: torch.device):
+    def __init__(self, model: Any, capture: Capture, device: torch.device):
         self.model = model.requires_grad_(False).eval()
         if self.model.device != device:  # 8-bit models cannot be moved
             self.model = self.model.to(device)
-        self.device, self.wanted = device, wanted
+        self.device, self.capture = device, capture
         self._head: OutputHead | None = None
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Outputs:
         """Run one forward pass without gradient; what is wanted of it comes back on the device of the batch."""
-        found, there = forward(self.model, to_device(batch, self.device), self.wanted), batch["input_ids"].device
-        if there == self.device:
-            return found
+        outputs, origin = forward(self.model, to_device(batch, self.device), self.capture), batch["input_ids"].device
+        if origin == self.device:
+            return outputs
         if self._head is None:  # it is large, and always the same
-            self._head = to_device(found.head, there)
-        return replace(to_device(replace(found, head=None), there), head=self._head)
+            self._head = to_device(outputs.head, origin)
+        return replace(to_device(replace(outputs, head=None), origin), head=self._head)
 
 
 def shard(model: Any, layers: Iterable[nn.Module]) -> Any:
