@@ -42,9 +42,9 @@ def work(session: Session) -> None:
             f"  not checked that keeping everything gives the teacher's logits: a second copy of the teacher "
             f"({size / 1e9:.1f} GB) does not fit into the free memory ({free / 1e9:.1f} GB)"
         )
-    student = build_student(teacher, StudentPlan.load(session.run.plan))
+    student = build_student(teacher, StudentPlan.load(session.folder.plan))
     format_of(student, session.recipe.release.format)  # refused before it is trained
-    save_model(session, student, session.run.student)
+    save_model(session, student, session.folder.student)
 
 
 def plan_of_all(teacher: Any) -> StudentPlan:
@@ -110,7 +110,7 @@ def _free_memory() -> int:
 
 def inputs(session: Session) -> dict[str, Any]:
     """List teacher and plan."""
-    return {"teacher": folder_fingerprint(session.teacher), "plan": content_of(session.run.plan)}
+    return {"teacher": folder_fingerprint(session.teacher), "plan": content_of(session.folder.plan)}
 
 
 STAGE = Stage("build", work, inputs, results(lambda run: run.student))

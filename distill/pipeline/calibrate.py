@@ -37,7 +37,7 @@ def work(session: Session) -> None:
     check_target(teacher, student)
     statistics = calibrate(teacher, batches, wanted, label_loss(corpus.task.head), add_over_ranks)
     if state.is_main_process:
-        statistics.save(session.run.calibration)
+        statistics.save(session.folder.calibration)
 
 
 def inputs(session: Session) -> dict[str, Any]:

@@ -22,8 +22,8 @@ def work(session: Session) -> None:
         texts = _in_trained_order(session, texts)
     corpus = tokenise(texts, recipe.data, session.tokenizer)
     _check_vocabulary(session, corpus)
-    with fresh_folder(session.run.data) as folder:
-        save_corpus(corpus, folder / session.run.corpus.name)
+    with fresh_folder(session.folder.data) as folder:
+        save_corpus(corpus, folder / session.folder.corpus.name)
 
 
 def _in_trained_order(session: Session, texts: Texts) -> Texts:

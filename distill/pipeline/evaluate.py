@@ -36,7 +36,7 @@ def work(session: Session) -> None:
         columns = predict(model, batches, corpus.task.head, teacher, session.vocabulary)
         metrics = compute(session.metrics, columns)
         rows.append(arm_row(arm, steps, measured(metrics)))
-    efficiency, student = None, session.load(session.run.distilled)
+    efficiency, student = None, session.load(session.folder.distilled)
     if recipe.evaluation.efficiency:
         efficiency = measure_efficiency(
             {"teacher": teacher.model, "student": student.to(teacher.model.device)},
@@ -46,7 +46,7 @@ def work(session: Session) -> None:
             vocabulary=len(session.tokenizer),
             device=teacher.model.device,
         )
-        add_disk_bytes(efficiency, {"teacher": session.teacher, "student": session.run.distilled})
+        add_disk_bytes(efficiency, {"teacher": session.teacher, "student": session.folder.distilled})
     data = {"source": without_folders(recipe.data.source), "split": "test", "examples": len(corpus.test)}
     data |= {"train_examples": len(corpus.train), "labelled": len(corpus.labelled), "fingerprint": corpus.fingerprint}
     table = {
@@ -58,7 +58,7 @@ def work(session: Session) -> None:
         "efficiency": efficiency,
         "sparsity": sparsity_table(recipe, student),
     }
-    write_json(session.run.evaluation, table)
+    write_json(session.folder.evaluation, table)
 
 
 def inputs(session: Session) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def inputs(session: Session) -> dict[str, Any]:
         "arms": {arm: folder_fingerprint(session.arm_folder(arm)) for arm in session.arms},
         "teacher": session.teacher_inputs(),
         "data": session.corpus.fingerprint,
-        "student": folder_fingerprint(session.run.distilled),
+        "student": folder_fingerprint(session.folder.distilled),
         "mask": [mask_settings(session.recipe), settings_of(training)] if session.recipe.student.mask else None,
         "max_length": session.recipe.data.max_length,
         "evaluation": spec.model_dump(mode="json"),

@@ -12,10 +12,10 @@ from distill.student import Statistics, check_strategies, plan_student
 
 def work(session: Session) -> None:
     """Plan the student from the calibration's statistics, and say what was asked and what was got."""
-    statistics = Statistics.load(session.run.calibration)
+    statistics = Statistics.load(session.folder.calibration)
     teacher = session.live_teacher(whole=True)
     decided = plan_student(teacher.model, session.recipe.student, statistics)
-    write_text(session.run.plan, decided.to_json())
+    write_text(session.folder.plan, decided.to_json())
     for key, choice in decided.choices.items():
         reason = f" ({choice.reason})" if choice.reason else ""
         session.say(f"  {key}: asked {choice.asked}, got {choice.got}{reason}")
@@ -25,7 +25,7 @@ def inputs(session: Session) -> dict[str, Any]:
     """List teacher, statistics and policies."""
     return {
         "teacher": session.teacher_inputs(),
-        "calibration": content_of(session.run.calibration),
+        "calibration": content_of(session.folder.calibration),
         "student": session.recipe.student.model_dump(mode="json", exclude={"calibration", "repair", "mask"}),
     }
 

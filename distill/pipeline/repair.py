@@ -45,11 +45,11 @@ def check_data(session: Session) -> None:
 def work(session: Session) -> None:
     """Repair the student, and record what was found out about each step."""
     spec, corpus = session.recipe.student, session.corpus
-    decided = StudentPlan.load(session.run.plan)
+    decided = StudentPlan.load(session.folder.plan)
     end = spec.calibration.examples + spec.repair.held_out
     held_out = range(spec.calibration.examples, min(end, len(corpus.train)))
     worth = Worth(session, held_out)
-    student = session.load(session.run.student).to(worth.teacher.device)
+    student = session.load(session.folder.student).to(worth.teacher.device)
     steps: list[dict[str, Any]] = [{"name": "cut", "layers": [], "notes": [], "held_out": worth(student)}]
     sample = _batches(session, range(spec.calibration.examples), spec.calibration.batch_size)
     for step in repair_student(worth.teacher.model, student, decided, sample, spec.repair):
@@ -61,8 +61,8 @@ def work(session: Session) -> None:
         "held_out": {"split": "train", "examples": len(held_out), "labelled": int(worth.counts[0])},
         "steps": steps,
     }
-    write_json(session.run.repair, found)
-    save_model(session, student.cpu(), session.run.repaired)
+    write_json(session.folder.repair, found)
+    save_model(session, student.cpu(), session.folder.repaired)
 
 
 def inputs(session: Session) -> dict[str, Any]:
@@ -71,8 +71,8 @@ def inputs(session: Session) -> dict[str, Any]:
     return {
         "teacher": session.teacher_inputs(),
         "data": session.corpus.fingerprint,
-        "student": folder_fingerprint(session.run.student),
-        "plan": content_of(session.run.plan),
+        "student": folder_fingerprint(session.folder.student),
+        "plan": content_of(session.folder.plan),
         "examples": spec.calibration.examples,
         "repair": spec.repair.model_dump(mode="json"),
     }

@@ -33,7 +33,7 @@ class Session:
     recipe: Recipe
     base: Path
     """Folder that the recipe's relative paths start from."""
-    run: RunDir
+    folder: RunDir
     say: Callable[[str], None]
     remote_code: bool = False
     _said: set[str] = field(default_factory=set, repr=False)
@@ -46,7 +46,7 @@ class Session:
     @property
     def teacher(self) -> Path:
         """Local folder of the teacher that distils: fitted, or as the recipe names it."""
-        return self.run.teacher if self.recipe.teacher.fit else self.source
+        return self.folder.teacher if self.recipe.teacher.fit else self.source
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -61,7 +61,7 @@ class Session:
     @cached_property
     def corpus(self) -> Corpus:
         """The split token ids, as the stage `data` left them in the run folder."""
-        return load_corpus(self.run.corpus, self.task)
+        return load_corpus(self.folder.corpus, self.task)
 
     @cached_property
     def head(self) -> ModelHead:
@@ -82,7 +82,7 @@ class Session:
     @property
     def start(self) -> Path:
         """The model that training starts from: the student as cut, or repaired where the recipe asks for it."""
-        return self.run.repaired if self.recipe.student.repair.wanted else self.run.student
+        return self.folder.repaired if self.recipe.student.repair.wanted else self.folder.student
 
     @property
     def arms(self) -> list[str]:
@@ -94,11 +94,11 @@ class Session:
         """Return the model folder of one arm of the evaluation."""
         own = {
             "teacher": self.teacher,
-            "cut": self.run.student,
-            "repaired": self.run.repaired,
-            "distilled": self.run.distilled,
+            "cut": self.folder.student,
+            "repaired": self.folder.repaired,
+            "distilled": self.folder.distilled,
         }
-        return own[arm] if arm in own else self.run.control_model(arm)
+        return own[arm] if arm in own else self.folder.control_model(arm)
 
     def load(self, folder: Path, int8_on: torch.device | None = None) -> Any:
         """Load a model with the task's head and all its weights; in 8 bits, on a device, where that is given."""

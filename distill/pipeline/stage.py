@@ -102,8 +102,8 @@ def run_stages(session: Session, stages: Sequence[Stage], story: Sequence[Stage]
     if not state.is_main_process:
         _run_all(session, stages, story, wait)
         return
-    with session.run.locked():
-        write_text(session.run.recipe, dump(with_absolute_paths(session.recipe, session.base)))
+    with session.folder.locked():
+        write_text(session.folder.recipe, dump(with_absolute_paths(session.recipe, session.base)))
         _run_all(session, stages, story, wait)
 
 
@@ -148,7 +148,7 @@ def _run(session: Session, stage: Stage, wait: Callable[[], Any]) -> None:
     due = [True]
     if state.is_main_process:
         made_from = fingerprint({"distill": __version__, "stage": stage.name, "from": stage.made_from(session)})
-        due[0] = not _finished(session.run, stage, made_from)
+        due[0] = not _finished(session.folder, stage, made_from)
     wait()  # to read large folders takes long as well
     if state.num_processes > 1:
         broadcast_object_list(due)
@@ -158,14 +158,16 @@ def _run(session: Session, stage: Stage, wait: Callable[[], Any]) -> None:
     start = time.monotonic()
     session.say(f"{stage.name}: started")
     if state.is_main_process:
-        session.run.stamp(stage.name).unlink(missing_ok=True)
+        session.folder.stamp(stage.name).unlink(missing_ok=True)
     if stage.together or state.is_main_process:
         stage.work(session)
     wait()
     if state.is_main_process:
-        results = {str(path.relative_to(session.run.root)): content_of(path) for path in stage.results(session.run)}
+        results = {
+            str(path.relative_to(session.folder.root)): content_of(path) for path in stage.results(session.folder)
+        }
         seconds = round(time.monotonic() - start, 1)
-        write_json(session.run.stamp(stage.name), {"made_from": made_from, "results": results, "seconds": seconds})
+        write_json(session.folder.stamp(stage.name), {"made_from": made_from, "results": results, "seconds": seconds})
         session.say(f"{stage.name}: done in {seconds} s")
     wait()
 

@@ -29,9 +29,9 @@ def work(session: Session) -> None:
             say=session.say_once,
         )
     check_target(model, session.recipe.student)
-    job = Job("teacher", spec, session.run.fit, seed, identity(inputs(session)))
+    job = Job("teacher", spec, session.folder.fit, seed, identity(inputs(session)))
     train_model(session, job, model, Objective(LABELS_ONLY, session.corpus.task.head), None)
-    save_model(session, model, session.run.teacher)
+    save_model(session, model, session.folder.teacher)
 
 
 def inputs(session: Session) -> dict[str, Any]:

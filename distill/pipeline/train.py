@@ -42,8 +42,8 @@ LABELS_ONLY = (Term(match="labels"),)
 def distil(session: Session) -> None:
     """Train the student on everything that the recipe's loss asks for."""
     recipe, inputs = session.recipe, identity(training_inputs(session))
-    job = job_for(recipe, "distilled", recipe.training, session.run.training, inputs)
-    train_arm(session, job, recipe.losses, session.run.distilled)
+    job = job_for(recipe, "distilled", recipe.training, session.folder.training, inputs)
+    train_arm(session, job, recipe.losses, session.folder.distilled)
 
 
 def train_control(session: Session) -> None:
@@ -51,8 +51,8 @@ def train_control(session: Session) -> None:
     recipe, arm, spec = session.recipe, "labels_only", session.recipe.training
     if spec.steps is None:  # fewer examples carry a label, so the same epochs would be fewer steps
         spec = spec.model_copy(update={"epochs": None, "tokens": None, "steps": steps_of(session, spec)})
-    job = job_for(recipe, arm, spec, session.run.control(arm), identity(control_inputs(session)))
-    train_arm(session, job, LABELS_ONLY, session.run.control_model(arm))
+    job = job_for(recipe, arm, spec, session.folder.control(arm), identity(control_inputs(session)))
+    train_arm(session, job, LABELS_ONLY, session.folder.control_model(arm))
 
 
 def training_inputs(session: Session) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def training_inputs(session: Session) -> dict[str, Any]:
     return {
         **control_inputs(session),
         "teacher": folder_fingerprint(session.teacher),
-        "plan": content_of(session.run.plan),
+        "plan": content_of(session.folder.plan),
         "losses": [term.model_dump(mode="json") for term in session.recipe.losses],
         "teacher_dtype": session.recipe.teacher.dtype,
     }
@@ -115,7 +115,7 @@ def job_for(recipe: Recipe, title: str, spec: Training, folder: TrainDir, inputs
 
 def train_arm(session: Session, job: Job, terms: Sequence[Term], result: Path) -> None:
     """Train the student on some terms, and save it as `result`."""
-    decided = StudentPlan.load(session.run.plan)
+    decided = StudentPlan.load(session.folder.plan)
     maps = partial(layer_map, plan=decided, student_layers=len(decided.layers), teacher_layers=decided.teacher_layers)
     objective = Objective(terms, session.corpus.task.head, maps, session.vocabulary)
     teacher, model = None, session.load(session.start)
