@@ -198,9 +198,9 @@ def _run(verb: str, path: Path, overrides: list[str] | None, out: Path | None, r
     session = Session(recipe, base, run, say, remote_code)
     with leaving_in_time():
         check_stages(session, STORY)
-        run_stages(session, VERBS[verb])
+        run_stages(session, VERBS[verb], STORY)
     if main_process and verb in ("evaluate", "release", "run"):
-        _print_table(json.loads(session.run.evaluation.read_text(encoding="utf-8")))
+        _print_table(json.loads(session.folder.evaluation.read_text(encoding="utf-8")))
     if main_process and verb in ("release", "run"):
         say(f"released: {folder / 'release'}   report: {folder / 'report.html'}")
 

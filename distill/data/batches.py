@@ -1,4 +1,4 @@
-"""Which examples a step sees, and how they become tensors.
+"""The examples of each step, and their tensors.
 
 The order is a pure function of (seed, step): nothing about it has to be saved, a resumed run continues exactly, and it
 does not depend on how many processes share the work.
@@ -19,12 +19,12 @@ from torch.utils.data import DataLoader
 from distill.data.corpus import Corpus, Examples
 from distill.models.forward import UNLABELLED, Batch
 
-PATIENCE = 45
+WORKER_TIMEOUT = 45
 """Seconds after which a loader worker that gives no batch is taken for dead."""
 
 
 def step_indices(pool: Sequence[int], batch_size: int, seed: int, step: int) -> list[int]:
-    """The examples of one optimizer step (0 is the first).
+    """Choose the examples of one optimizer step (0 is the first).
 
     Examples stream through endless epochs, each a fresh permutation of `pool`; every step takes the next `batch_size`,
     so all steps are full and each epoch visits every example exactly once.
@@ -50,7 +50,7 @@ def micro_batches(indices: Sequence[int], lengths: np.ndarray, size: int) -> lis
 
 
 def collate(corpus: Corpus, examples: Examples, indices: Sequence[int]) -> Batch:
-    """Right-padded tensors for some examples: input_ids, attention_mask [B, L]; labels [B] or [B, L]."""
+    """Pad some examples on the right: input_ids, attention_mask [B, L]; labels [B] or [B, L]."""
     longest = max(len(examples.tokens[index]) for index in indices)
     ids = np.full((len(indices), longest), corpus.padding, dtype=np.int64)
     mask = np.zeros((len(indices), longest), dtype=np.int64)
@@ -71,7 +71,7 @@ def collate(corpus: Corpus, examples: Examples, indices: Sequence[int]) -> Batch
 
 @dataclass(frozen=True)
 class TrainingBatches:
-    """The micro-batches of every step, dealt out to processes."""
+    """The micro-batches of every step, dealt out to ranks."""
 
     corpus: Corpus
     pool: Sequence[int]
@@ -81,15 +81,15 @@ class TrainingBatches:
     seed: int
 
     def micro_batches_per_step(self) -> int:
-        """Forward passes per optimizer step over all processes."""
+        """Count the forward passes per optimizer step over all ranks."""
         return -(-self.batch_size // self.micro_batch_size)
 
     def steps_for(self, epochs: float) -> int:
-        """Optimizer steps in so many passes over the pool, rounded up."""
+        """Count the optimizer steps in so many passes over the pool, rounded up."""
         return max(1, int(np.ceil(epochs * len(self.pool) / self.batch_size - 1e-9)))
 
     def steps_for_tokens(self, tokens: int) -> int:
-        """Optimizer steps until so many tokens have been seen, padding not counted."""
+        """Count the optimizer steps until so many tokens have been seen, padding not counted."""
         lengths = self.corpus.train.lengths
         size = len(self.pool)
         epochs, rest = divmod(tokens, int(sum(lengths[index] for index in self.pool)))
@@ -99,13 +99,13 @@ class TrainingBatches:
         return max(1, -(-examples // self.batch_size))
 
     def epoch_at(self, step: int) -> float:
-        """Passes over the pool done after `step` steps."""
+        """Count the passes over the pool done after `step` steps."""
         return step * self.batch_size / len(self.pool)
 
     def stream(
         self, start: int, stop: int, rank: int, world: int, workers: int = 0
     ) -> Iterator[list[tuple[int, Batch]]]:
-        """For each step in [start, stop): this process's micro-batches, each with its number within the step.
+        """Yield, for each step in [start, stop), this rank's micro-batches, each with its number within the step.
 
         Args:
             start: First step.
@@ -118,10 +118,10 @@ class TrainingBatches:
         loader: DataLoader[Batch] = DataLoader(
             _TrainingSet(self.corpus),  # type: ignore[arg-type]
             batch_sampler=self._indices(start, stop, numbers),
-            collate_fn=_as_it_is,
+            collate_fn=_identity,
             num_workers=workers,
-            timeout=PATIENCE if workers else 0,
-            worker_init_fn=_leave_signals_to_training if workers else None,
+            timeout=WORKER_TIMEOUT if workers else 0,
+            worker_init_fn=_ignore_signals if workers else None,
         )
         batches = iter(loader)
         for _ in range(start, stop):
@@ -134,11 +134,11 @@ class TrainingBatches:
             yield from (groups[number] for number in numbers)
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch
 
 
-def _leave_signals_to_training(_worker: int) -> None:
+def _ignore_signals(_worker: int) -> None:
     # They come to the whole group of processes; a worker that ends before the step would take training with it.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
@@ -160,7 +160,7 @@ class _TrainingSet:
 def evaluation_batches(
     corpus: Corpus, examples: Examples, batch_size: int, rank: int = 0, world: int = 1
 ) -> Iterator[Batch]:
-    """Every example exactly once over all processes, like lengths together."""
+    """Yield every example exactly once over all ranks, like lengths together."""
     groups = micro_batches(range(len(examples)), examples.lengths, batch_size)
     for indices in groups[rank::world]:
         yield collate(corpus, examples, indices)

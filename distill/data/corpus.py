@@ -1,6 +1,7 @@
 """From a source to two fixed sets of token ids: train and test, with few or all labels kept.
 
-The split and the choice of labelled examples depend on the texts' hashes, never on their order in a file.
+The split and the choice of labelled examples depend on the texts' hashes, never on their order in a file. A corpus is
+saved once and read back memory-mapped.
 """
 
 from __future__ import annotations
@@ -9,24 +10,48 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
-from distill.data.sources import SOURCES, read_file
+from distill.data.sources import SOURCES, data_file, read_file
 from distill.data.tasks import TASKS, Task
 from distill.errors import InputError
 from distill.models.forward import UNLABELLED
+from distill.models.weights import as_input_error
 from distill.recipe.schema import Data
 from distill.registry import find
+
+SPLITS = ("train", "test")
+
+
+@dataclass(frozen=True)
+class TokenRows(Sequence[np.ndarray]):
+    """Rows of token ids of different lengths in one array, which may lie in a file."""
+
+    flat: np.ndarray
+    """int32 [Σ L_i], row after row."""
+    offsets: np.ndarray
+    """int64 [n + 1], where each row begins; the last is where the last one ends."""
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self.flat[self.offsets[index] : self.offsets[index + 1]]
 
 
 @dataclass(frozen=True)
 class Examples:
     """Token ids and labels of one split."""
 
-    tokens: list[np.ndarray]
+    tokens: Sequence[np.ndarray]
     """int32 [L_i] per example, special tokens included."""
     labels: np.ndarray
     """int64 [n] class per example, -100 where unlabelled; for token tasks the tokens are their own labels."""
@@ -34,9 +59,11 @@ class Examples:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
         """int64 [n] tokens per example."""
+        if isinstance(self.tokens, TokenRows):
+            return np.diff(self.tokens.offsets)
         return np.array([len(tokens) for tokens in self.tokens], dtype=np.int64)
 
 
@@ -55,10 +82,10 @@ class Corpus:
     """sha256 over every token id, label and the split."""
 
     @property
-    def labelled(self) -> list[int]:
+    def labelled(self) -> Sequence[int]:
         """Training examples that have a label."""
         if self.task.head == "next_token":
-            return list(range(len(self.train)))
+            return range(len(self.train))
         return np.flatnonzero(self.train.labels != UNLABELLED).tolist()
 
 
@@ -103,11 +130,8 @@ def read_texts(spec: Data, seed: int, base: Path) -> Texts:
 
 
 def _rows(spec: Data, base: Path) -> list[tuple[str, str | None]]:
-    if spec.source.startswith(("./", "../", "/", "~")):
-        path = Path(spec.source).expanduser()
-        dataset = read_file(path if path.is_absolute() else base / path, spec.text, spec.label)
-    else:
-        dataset = find(SOURCES, spec.source, "data source")()
+    file = data_file(spec.source, base)
+    dataset = read_file(file, spec.text, spec.label) if file else find(SOURCES, spec.source, "data source")()
     rows = dict(zip(reversed(dataset["text"]), reversed(dataset["label"]), strict=True))  # the first of equals wins
     ordered = sorted(rows.items(), key=lambda row: _hash(row[0]))
     return ordered[: spec.limit]
@@ -135,13 +159,14 @@ def _hide_labels(
 
 
 def tokenise(texts: Texts, spec: Data, tokenizer: Any) -> Corpus:
-    """Token ids for both splits. Raises InputError when nothing is left."""
+    """Turn both splits into token ids. Raises InputError when nothing is left, or the tokenizer fails."""
     limit = tokenizer.model_max_length
     if spec.max_length > limit:
         raise InputError(f"data.max_length: {spec.max_length} is more than the tokenizer's {limit} positions")
     splits = {}
     for name, rows in (("train", texts.train), ("test", texts.test)):
-        tokens = texts.task.encode([text for text, _ in rows], tokenizer, spec.max_length)
+        with as_input_error(f"the tokenizer cannot read the {name} split"):
+            tokens = texts.task.encode([text for text, _ in rows], tokenizer, spec.max_length)
         index = {label: number for number, label in enumerate(texts.classes)}
         labels = [UNLABELLED if label is None else index[label] for _, label in rows] if texts.classes else []
         if not tokens:
@@ -166,3 +191,35 @@ def _fingerprint(splits: dict[str, Examples], classes: Sequence[str]) -> str:
         for tokens in examples.tokens:
             digest.update(tokens.tobytes())
     return digest.hexdigest()
+
+
+def save_corpus(corpus: Corpus, path: Path) -> None:
+    """Write a corpus as one safetensors file; what is no array stands in its header."""
+    arrays: dict[str, np.ndarray] = {}
+    for name in SPLITS:
+        examples: Examples = getattr(corpus, name)
+        offsets = np.concatenate([[0], np.cumsum(examples.lengths)]).astype(np.int64)
+        arrays |= {f"{name}.flat": np.concatenate(examples.tokens), f"{name}.offsets": offsets}
+        arrays[f"{name}.labels"] = examples.labels
+    facts = {"classes": corpus.classes, "padding": corpus.padding, "fingerprint": corpus.fingerprint}
+    save_file(arrays, path, metadata={"corpus": json.dumps(facts)})
+
+
+def load_corpus(path: Path, task: Task) -> Corpus:
+    """Read what `save_corpus` wrote; token ids stay in the file until they are looked at.
+
+    Raises:
+        InputError: The file is not a corpus.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:  # maps the file into memory
+            facts = json.loads(file.metadata()["corpus"])
+            arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
+        splits = {
+            name: Examples(TokenRows(arrays[f"{name}.flat"], arrays[f"{name}.offsets"]), arrays[f"{name}.labels"])
+            for name in SPLITS
+        }
+        classes, padding, fingerprint = tuple(facts["classes"]), facts["padding"], facts["fingerprint"]
+        return Corpus(task, splits["train"], splits["test"], classes, padding, fingerprint)
+    except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+        raise InputError(f"{path} is not a tokenised corpus: {error}") from error

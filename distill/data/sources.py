@@ -1,4 +1,4 @@
-"""Where texts come from: built-in corpora that every Python brings along, and files.
+"""Sources of texts: built-in corpora that every Python brings along, and files.
 
 A source returns a `datasets.Dataset` with the columns `text` (str) and `label` (str, or None where unlabelled).
 """
@@ -6,13 +6,22 @@ A source returns a `datasets.Dataset` with the columns `text` (str) and `label` 
 from __future__ import annotations
 
 import ast
+import hashlib
+import json
+import os
+import sys
 import sysconfig
+import tempfile
 from collections import Counter
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from distill.errors import InputError
+from distill.files import sha256_of
+from distill.recipe.locate import is_path
+from distill.registry import find
 
 NOT_LIBRARY = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
 """Folders of the standard library that are tests, applications or not the library at all."""
@@ -21,7 +30,7 @@ READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parque
 
 
 def stdlib_docstrings(*, packages: int = 12, shortest: int = 20) -> Any:
-    """First paragraphs of the standard library's docstrings, labelled with the package they document.
+    """Read the first paragraphs of the standard library's docstrings, labelled with the package they document.
 
     The text differs a little between Python versions; the corpus fingerprint in every result says which one it was.
 
@@ -31,12 +40,11 @@ def stdlib_docstrings(*, packages: int = 12, shortest: int = 20) -> Any:
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     package_of: dict[str, str] = {}  # keyed by text, which removes duplicates; the first package in path order wins
-    for path in sorted(root.glob("*/**/*.py")):
+    for path in _library_files(root):
         parts = path.relative_to(root).parts
-        if NOT_LIBRARY.isdisjoint(parts):
-            for text in _first_paragraphs(path):
-                if len(text) >= shortest:
-                    package_of.setdefault(text, parts[0])
+        for text in _first_paragraphs(path) if len(parts) > 1 else ():
+            if len(text) >= shortest:
+                package_of.setdefault(text, parts[0])
     largest = [name for name, _ in Counter(package_of.values()).most_common(packages)]
     rows = [(text, package) for text, package in package_of.items() if package in largest]
     return _dataset([text for text, _ in rows], [package for _, package in rows])
@@ -53,7 +61,7 @@ def _first_paragraphs(path: Path) -> list[str]:
 
 
 def pydoc_topics() -> Any:
-    """English prose: the topics of Python's own help (`pydoc_data.topics`), one text per topic, unlabelled."""
+    """Read English prose: the topics of Python's own help (`pydoc_data.topics`), one text per topic, unlabelled."""
     from pydoc_data.topics import topics
 
     texts = [str(text) for _, text in sorted(topics.items())]
@@ -61,7 +69,7 @@ def pydoc_topics() -> Any:
 
 
 def stdlib_sources(*, largest: int = 200_000) -> Any:
-    """Python: the files of the installed standard library, tests left out, one text per file, unlabelled.
+    """Read Python code: the files of the installed standard library, tests left out, one text per file, unlabelled.
 
     The text differs a little between Python versions; the corpus fingerprint in every result says which one it was.
 
@@ -69,23 +77,67 @@ def stdlib_sources(*, largest: int = 200_000) -> Any:
         largest: Files with more bytes, which are tables of data, are left out.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    paths = [path for path in sorted(root.rglob("*.py")) if NOT_LIBRARY.isdisjoint(path.relative_to(root).parts)]
-    texts = [path.read_text(encoding="utf-8") for path in paths if 0 < path.stat().st_size <= largest]
+    texts = [path.read_text(encoding="utf-8") for path in _library_files(root) if 0 < path.stat().st_size <= largest]
     return _dataset(texts, [None] * len(texts))
 
 
-def read_file(path: Path, text: str, label: str) -> Any:
-    """Texts and labels of a .jsonl, .json, .csv, .parquet or .txt file.
+def data_file(source: str, base: Path) -> Path | None:
+    """Return the file that `data.source` names, None for a built-in corpus or the user's own function.
 
     Raises:
-        InputError: The file is missing, empty, broken or lacks the column; the message names file and line.
+        InputError: The file is missing, empty or of an unknown kind.
     """
+    if not is_path(source):
+        return None
+    path = base / Path(source).expanduser()
     if path.suffix not in READERS:
         raise InputError(f"data.source: {path} has none of the known endings {', '.join(sorted(READERS))}")
     if not path.is_file():
         raise InputError(f"data.source: {path} does not exist")
     if path.stat().st_size == 0:
         raise InputError(f"data.source: {path} is empty")
+    return path
+
+
+def source_fingerprint(source: str, base: Path) -> str:
+    """Return a sha256 of what a source is made from, without reading texts from it where that can be.
+
+    Of a file its content decides, never its time. A built-in corpus follows from the Python version and the content of
+    its standard library. What the user's own function reads is not known, so it is called, and its rows are hashed.
+    """
+    file = data_file(source, base)
+    if file is not None:
+        return sha256_of(file)
+    if source in SOURCES:
+        return _library_fingerprint()
+    rows = find(SOURCES, source, "data source")()
+    return hashlib.sha256(json.dumps([list(rows["text"]), list(rows["label"])]).encode()).hexdigest()
+
+
+@lru_cache(maxsize=1)
+def _library_fingerprint() -> str:
+    root, digest = Path(sysconfig.get_paths()["stdlib"]), hashlib.sha256(sys.version.encode())
+    for path in _library_files(root):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(root)}:{len(content)}:".encode() + content)
+    return digest.hexdigest()
+
+
+def _library_files(root: Path) -> list[Path]:
+    """List the modules of the standard library, in the order of their paths."""
+    found = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in NOT_LIBRARY]
+        found += [Path(folder, name) for name in names if name.endswith(".py")]
+    return sorted(found)
+
+
+def read_file(path: Path, text: str, label: str) -> Any:
+    """Read texts and labels from a file that `data_file` gave.
+
+    Raises:
+        InputError: The file is broken or lacks the column; the message names file and line.
+    """
     rows = _read(path)
     column = "text" if path.suffix == ".txt" else text
     if column not in rows.column_names:
@@ -102,7 +154,12 @@ def _read(path: Path) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train")
+        # A cache of its own, which goes with the block: the library's would take an edited file for the old one, and
+        # keep the user's texts in the home folder.
+        with tempfile.TemporaryDirectory(prefix="distill-") as cache:
+            return datasets.load_dataset(
+                READERS[path.suffix], data_files=str(path), split="train", cache_dir=cache, keep_in_memory=True
+            )
     except (datasets.exceptions.DatasetGenerationError, StopIteration, OSError, ValueError) as error:
         # The library's own message names neither the file nor the line; its cause usually names the line.
         cause = error.__cause__ or error

@@ -1,4 +1,4 @@
-"""What a model predicts: one function per task returns a `Task`, one row of `TASKS` names it."""
+"""Tasks, i.e. kinds of predictions: one function per task returns a `Task`, one row of `TASKS` names it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Task:
-    """How text becomes tokens, which head predicts, and what is measured."""
+    """One kind of prediction: its tokens, its head and its metrics."""
 
     name: str
     head: Literal["sequence", "next_token"]
@@ -47,18 +47,36 @@ def causal_lm() -> Task:
 
 
 def encode_each(texts: Sequence[str], tokenizer: Any, max_length: int) -> list[np.ndarray]:
-    """Each text on its own, cut to `max_length` tokens, special tokens included."""
+    """Encode each text on its own, cut to `max_length` tokens, special tokens included."""
     encoded = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
     return [np.array(ids, dtype=np.int32) for ids in encoded]
 
 
 def encode_packed(texts: Sequence[str], tokenizer: Any, max_length: int) -> list[np.ndarray]:
-    """All texts in one stream, an end-of-text token after each, cut into blocks of exactly `max_length`."""
-    encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    stream = np.concatenate([np.array([*ids, *end], dtype=np.int32) for ids in encoded])
+    """Put all texts into one stream, in their order, and cut it into blocks of exactly `max_length`.
+
+    Each text stands there as the tokenizer writes it, with its start token where there is one, and with an end-of-text
+    token behind it. Neither is doubled, also where a text brings its own.
+    """
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    documents: list[list[int]] = []
+    for ids in tokenizer(list(texts))["input_ids"]:
+        document = _as_document(ids, start, end)
+        # One token may be both: the end of a text is the start of the next one then.
+        documents.append(document[1:] if documents and start == end and document[:1] == [end] else document)
+    stream = np.concatenate([np.array(document, dtype=np.int32) for document in documents])
     blocks = len(stream) // max_length
     return list(stream[: blocks * max_length].reshape(blocks, max_length))
+
+
+def _as_document(ids: Sequence[int], start: int | None, end: int | None) -> list[int]:
+    """Give one text one start token, where it begins with any, and one end token, where the tokenizer has one."""
+    ids = list(ids)
+    while start is not None and ids[:2] == [start, start]:
+        del ids[0]
+    while end is not None and ids[-2:] == [end, end]:
+        del ids[-1]
+    return ids if end is None or ids[-1:] == [end] else [*ids, end]
 
 
 TASKS: dict[str, Callable[[], Task]] = {

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,19 @@ from transformers import AutoConfig, AutoTokenizer
 
 from distill.errors import InputError
 from distill.files import sha256_of
+from distill.models.report import check_loaded, untie_config
+from distill.models.weights import as_input_error, check_links, read_object, weight_files, weights_sha256
 from distill.models.widths import as_stock, is_unequal, with_widths
 from distill.recipe.load import teacher_folder
 from distill.recipe.schema import Teacher
 
-HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
+HUB_FILES = [*SMALL_FILES, "*.safetensors"]
 
 
 @dataclass(frozen=True)
 class ModelHead:
-    """What the task asks of the model class."""
+    """The model class of a task, and what its config must say."""
 
     auto_class: str
     """Name of the transformers Auto class, e.g. `AutoModelForSequenceClassification`."""
@@ -38,7 +41,7 @@ class ModelHead:
 
 
 def teacher_path(teacher: Teacher, base: Path, remote_code: bool = False) -> Path:
-    """The local folder of a teacher; downloads a hub id (safetensors, config and tokenizer files only).
+    """Find the local folder of a teacher; downloads a hub id (safetensors, config and tokenizer files only).
 
     Args:
         teacher: The recipe's section.
@@ -46,16 +49,15 @@ def teacher_path(teacher: Teacher, base: Path, remote_code: bool = False) -> Pat
         remote_code: Download the modelling code that comes with a hub id, too.
 
     Raises:
-        InputError: The folder, package or hub id cannot be had, or the weights do not have the given sha256.
+        InputError: The folder, package or hub id cannot be had, a link in it leads elsewhere, or the weights do not
+            have the given sha256.
     """
     folder = teacher_folder(teacher.model, base)
     if folder is None:
         folder = _from_hub(teacher.model, teacher.revision, ["*.py"] if remote_code else [])
-    if teacher.sha256 is not None:
-        weights = folder / "model.safetensors"
-        actual = sha256_of(weights) if weights.is_file() else "missing"
-        if actual != teacher.sha256:
-            raise InputError(f"teacher.sha256: {weights.name} of {teacher.model} is {actual}, not {teacher.sha256}")
+    check_links(folder)
+    if teacher.sha256 is not None and (actual := weights_sha256(folder)) != teacher.sha256:
+        raise InputError(f"teacher.sha256: the weights of {teacher.model} have {actual}, not {teacher.sha256}")
     return folder
 
 
@@ -69,18 +71,26 @@ def _from_hub(model: str, revision: str | None, code: list[str]) -> Path:
 
 
 def folder_fingerprint(folder: Path) -> str:
-    """One sha256 over the names and contents of a model folder's config, weights and tokenizer files."""
-    files = sorted({file for pattern in HUB_FILES for file in folder.glob(pattern)})
-    listing = {file.name: sha256_of(file) for file in files}
+    """Return one sha256 over the names and contents of a model folder's config, weights and tokenizer files."""
+    return _fingerprint(folder, HUB_FILES)
+
+
+def tokenizer_fingerprint(folder: Path) -> str:
+    """Return one sha256 over the names and contents of a model folder's config and tokenizer files."""
+    return _fingerprint(folder, SMALL_FILES)
+
+
+def _fingerprint(folder: Path, patterns: Sequence[str]) -> str:
+    files = {file for pattern in patterns for file in folder.glob(pattern)}
+    files |= {*folder.glob("additional_chat_templates/*.jinja")}
+    listing = {str(file.relative_to(folder)): sha256_of(file) for file in sorted(files)}
     return hashlib.sha256(json.dumps(listing, sort_keys=True).encode()).hexdigest()
 
 
 def load_tokenizer(folder: Path, remote_code: bool = False) -> Any:
-    """The folder's tokenizer. Raises InputError when there is none."""
-    try:
+    """Load the folder's tokenizer. Raises InputError when there is none that works."""
+    with as_input_error(f"{folder} has no usable tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder} has no usable tokenizer: {error}") from error
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise InputError(f"the tokenizer in {folder} has neither a padding nor an end-of-text token")
@@ -92,32 +102,37 @@ def load_model(
     folder: Path,
     head: ModelHead,
     *,
-    new_head: bool = False,
+    allow_untrained_head: bool = False,
     random_seed: int | None = None,
     remote_code: bool = False,
     int8_on: torch.device | None = None,
+    say: Callable[[str], None] = lambda _line: None,
 ) -> Any:
     """Load a model with the task's head, in the dtype it was saved in; widths per layer need no code of the folder.
 
     Args:
         folder: Local folder.
         head: The Auto class and class names.
-        new_head: Accept a head without trained weights (the caller is about to fit it); drawn from `random_seed`.
-        random_seed: With `new_head`, seeds what has to be drawn.
+        allow_untrained_head: Draw a head (and a pooler) without trained weights from `random_seed`: it is about to be
+            fitted.
+        random_seed: With `allow_untrained_head`, seeds what has to be drawn.
         remote_code: Run modelling code found in the folder.
         int8_on: Quantise linear layers to 8 bits with bitsandbytes, on this device.
+        say: Gets a line about tensors that are drawn, left out or not tied.
 
     Raises:
         InputError: The folder cannot be loaded, or weights are missing that nobody is going to train.
     """
-    config = _config(folder, head, remote_code)
+    config = load_config(folder, head, remote_code)
+    weight_files(folder)  # refused here where transformers would follow them out of the folder
     unequal = is_unequal(config)
-    loader = with_widths(_class_of(head, config)) if unequal else getattr(transformers, head.auto_class)
+    named = None if remote_code else _class_of(head, config)
+    loader = with_widths(named or _class_of(head, config)) if unequal else getattr(transformers, head.auto_class)
     torch.manual_seed(random_seed or 0)
     extra: dict[str, Any] = {}
     if int8_on is not None:
         extra = {"quantization_config": transformers.BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": int8_on}}
-    try:
+    with as_input_error(f"cannot load {folder} as {head.auto_class}"):
         model, info = loader.from_pretrained(
             folder,
             config=config,
@@ -125,57 +140,59 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=remote_code,
             output_loading_info=True,
-            ignore_mismatched_sizes=new_head,
+            ignore_mismatched_sizes=True,  # judged below, with what is missing
             **extra,
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"cannot load {folder} as {head.auto_class}: {error}") from error
-    missing = sorted(info["missing_keys"]) + sorted(str(entry[0]) for entry in info["mismatched_keys"])
-    if missing and not new_head:
-        raise InputError(
-            f"{folder} has no trained weights for {', '.join(missing[:4])}: "
-            f"add `fit: {{epochs: …, lr: …}}` under `teacher:` to train them on the recipe's labels first"
-        )
+    check_loaded(folder, model, info, allow_untrained_head, say)
+    untie_config(model, say)
     return (as_stock(model) if unequal else model).eval()
 
 
-def _class_of(head: ModelHead, config: Any) -> type[Any]:
-    """The stock class that the Auto class stands for; a head may also name it itself."""
+def _class_of(head: ModelHead, config: Any) -> Any:
+    """Find the stock class that the Auto class stands for; a head may also name it itself."""
     named = getattr(transformers, head.auto_class)
     mapping = getattr(named, "_model_mapping", None)
     try:
-        found = named if mapping is None else mapping[type(config)]
+        return named if mapping is None else mapping[type(config)]
     except KeyError as error:
         raise InputError(f"{head.auto_class} has no class for a {config.model_type}") from error
-    assert isinstance(found, type), "families with several base classes have no widths per layer"
-    return found
 
 
 def random_model(folder: Path, head: ModelHead, seed: int, remote_code: bool = False) -> Any:
-    """A model with random weights from the folder's config (`teacher.init: random`)."""
-    config = _config(folder, head, remote_code)
+    """Build a model with random weights from the folder's config (`teacher.init: random`)."""
+    config = load_config(folder, head, remote_code)
     torch.manual_seed(seed)
-    return getattr(transformers, head.auto_class).from_config(config, trust_remote_code=remote_code).eval()
+    with as_input_error(f"cannot build {head.auto_class} from the config.json of {folder}"):
+        return getattr(transformers, head.auto_class).from_config(config, trust_remote_code=remote_code).eval()
 
 
 def hollow_model(folder: Path, remote_code: bool = False) -> Any:
-    """The folder's model without values (on the meta device) and without a head: to look at its structure for free."""
-    config = _config(folder, ModelHead(""), remote_code)
-    with torch.device("meta"):
+    """Build the base model on the meta device, without weights, to inspect its structure."""
+    config = load_config(folder, ModelHead(""), remote_code)
+    with torch.device("meta"), as_input_error(f"cannot build a model from the config.json of {folder}"):
         return transformers.AutoModel.from_config(config, trust_remote_code=remote_code).eval()
 
 
 def trained_labels(folder: Path) -> list[str]:
-    """Class names of a model that is already trained for classes, in the order of its outputs."""
-    names: dict[int, str] = _config(folder, ModelHead(""), remote_code=False).id2label
+    """Return the class names of a model that is already trained for classes, in the order of its outputs."""
+    names: dict[int, str] = load_config(folder, ModelHead(""), remote_code=False).id2label
     return [names[index] for index in sorted(names)]
 
 
-def _config(folder: Path, head: ModelHead, remote_code: bool) -> Any:
-    try:
+def load_config(folder: Path, head: ModelHead, remote_code: bool = False) -> Any:
+    """Load the folder's config, with the task's classes and padding.
+
+    Raises:
+        InputError: There is none that transformers takes, or its weights are stored quantized and cannot be cut.
+    """
+    with as_input_error(f"{folder} has no usable config.json"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=remote_code)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder} has no usable config.json: {error}") from error
+    if quantized := getattr(config, "quantization_config", None):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else None
+        raise InputError(
+            f"{folder}: config.json says quantized with {method or 'an unnamed method'}; such weights cannot be cut, "
+            f"name the original model instead"
+        )
     if head.padding is not None and getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = head.padding
     if head.labels:
@@ -192,11 +209,12 @@ def load_student(folder: str | Path) -> Any:
     """
     folder = Path(folder)
     try:
-        architecture = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
-    except (OSError, ValueError, LookupError) as error:
+        architecture = read_object(folder / "config.json")["architectures"][0]
+    except (InputError, LookupError, TypeError) as error:
         raise InputError(
             f"{folder} is not a student folder: its config.json names no architecture ({error})"
         ) from error
-    if not hasattr(transformers, str(architecture)):
+    named = getattr(transformers, str(architecture), None)
+    if not (isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)):
         raise InputError(f"{folder}: transformers {transformers.__version__} has no model class {architecture!r}")
     return load_model(folder, ModelHead(architecture))

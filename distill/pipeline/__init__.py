@@ -1,11 +1,12 @@
 """The only package that knows a whole recipe: one file per stage, in the order of the work."""
 
-from distill.pipeline import build, calibrate, evaluate, plan, release, repair, teacher, train
+from distill.pipeline import build, calibrate, data, evaluate, plan, release, repair, teacher, train
 from distill.pipeline.folder import RunDir
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage, check_stages, local_inputs, run_stages
 
 STORY = (
+    data.STAGE,
     teacher.STAGE,
     calibrate.STAGE,
     plan.STAGE,

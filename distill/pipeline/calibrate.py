@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
+import torch
 from accelerate.utils import reduce
 
 from distill.data import collate
 from distill.losses import label_loss
-from distill.models.load import folder_fingerprint
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage, results
 from distill.ranks import process_state
@@ -17,25 +16,35 @@ from distill.student import calibrate, check_target, wanted_statistics
 
 
 def work(session: Session) -> None:
-    """Collect the statistics over the sample, shared out over the processes."""
+    """Collect the statistics over the sample, shared out over the ranks.
+
+    A sharded teacher would have to run equally often on every rank; the main one alone runs the whole of it instead.
+    """
     student, corpus, state = session.recipe.student, session.corpus, process_state()
-    spec = student.calibration
+    spec, wanted = student.calibration, wanted_statistics(student)
+    alone = session.recipe.teacher.device == "sharded"
+    if alone and not state.is_main_process:
+        return
+    rank, world = (0, 1) if alone else (state.process_index, state.num_processes)
+
+    def add_over_ranks(total: torch.Tensor) -> torch.Tensor:
+        return total if alone else reduce(total.to(state.device), reduction="sum")
+
     sample = range(min(spec.examples, len(corpus.train)))
-    starts = sample[:: spec.batch_size][state.process_index :: state.num_processes]
+    starts = sample[:: spec.batch_size][rank::world]
     batches = (collate(corpus, corpus.train, sample[start : start + spec.batch_size]) for start in starts)
-    teacher = session.load(session.teacher).to(state.device)
+    teacher = session.live_teacher(whole=alone or wanted.gradients).model
     check_target(teacher, student)
-    added = partial(reduce, reduction="sum")
-    statistics = calibrate(teacher, batches, wanted_statistics(student), label_loss(corpus.task.head), added)
+    statistics = calibrate(teacher, batches, wanted, label_loss(corpus.task.head), add_over_ranks)
     if state.is_main_process:
-        statistics.save(session.run.calibration)
+        statistics.save(session.folder.calibration)
 
 
 def inputs(session: Session) -> dict[str, Any]:
-    """Teacher, data, sample size and what is collected."""
+    """List teacher, data, sample size and what is collected."""
     student = session.recipe.student
     return {
-        "teacher": folder_fingerprint(session.teacher),
+        "teacher": session.teacher_inputs(),
         "data": session.corpus.fingerprint,
         "examples": student.calibration.examples,
         "collected": vars(wanted_statistics(student)),

@@ -20,16 +20,15 @@ from distill.ranks import process_state
 from distill.registry import find
 from distill.release.export import without_folders
 from distill.student.masks import mask_settings, mask_untrained, sparsity_table
-from distill.teacher import LiveTeacher
 
 
 def work(session: Session) -> None:
     """Measure all arms on the held-out split, and teacher and student against the clock."""
     recipe, corpus = session.recipe, session.corpus
-    teacher = LiveTeacher(session.load(session.teacher), Capture(stop_at_head=True), process_state().device)
+    teacher = session.live_teacher(Capture(stop_at_head=True), whole=True)
     rows, horizon = [], steps_of(session, recipe.training)
     for arm in session.arms:
-        model = session.load(session.arm_folder(arm)).to(teacher.model.device)
+        model = session.load(session.arm_folder(arm)).to(process_state().device)
         steps = 0 if arm in ("teacher", "cut", "repaired") else horizon
         if not steps and arm != "teacher":
             mask_untrained(recipe, model, horizon)
@@ -37,7 +36,7 @@ def work(session: Session) -> None:
         columns = predict(model, batches, corpus.task.head, teacher, session.vocabulary)
         metrics = compute(session.metrics, columns)
         rows.append(arm_row(arm, steps, measured(metrics)))
-    efficiency, student = None, session.load(session.run.distilled)
+    efficiency, student = None, session.load(session.folder.distilled)
     if recipe.evaluation.efficiency:
         efficiency = measure_efficiency(
             {"teacher": teacher.model, "student": student.to(teacher.model.device)},
@@ -47,7 +46,7 @@ def work(session: Session) -> None:
             vocabulary=len(session.tokenizer),
             device=teacher.model.device,
         )
-        add_disk_bytes(efficiency, {"teacher": session.teacher, "student": session.run.distilled})
+        add_disk_bytes(efficiency, {"teacher": session.teacher, "student": session.folder.distilled})
     data = {"source": without_folders(recipe.data.source), "split": "test", "examples": len(corpus.test)}
     data |= {"train_examples": len(corpus.train), "labelled": len(corpus.labelled), "fingerprint": corpus.fingerprint}
     table = {
@@ -59,7 +58,7 @@ def work(session: Session) -> None:
         "efficiency": efficiency,
         "sparsity": sparsity_table(recipe, student),
     }
-    write_json(session.run.evaluation, table)
+    write_json(session.folder.evaluation, table)
 
 
 def inputs(session: Session) -> dict[str, Any]:
@@ -67,9 +66,9 @@ def inputs(session: Session) -> dict[str, Any]:
     spec, training = session.recipe.evaluation, session.recipe.training
     return {
         "arms": {arm: folder_fingerprint(session.arm_folder(arm)) for arm in session.arms},
-        "teacher": folder_fingerprint(session.teacher),
+        "teacher": session.teacher_inputs(),
         "data": session.corpus.fingerprint,
-        "student": folder_fingerprint(session.run.distilled),
+        "student": folder_fingerprint(session.folder.distilled),
         "mask": [mask_settings(session.recipe), settings_of(training)] if session.recipe.student.mask else None,
         "max_length": session.recipe.data.max_length,
         "evaluation": spec.model_dump(mode="json"),

@@ -58,6 +58,16 @@ class RunDir:
         self.root = root
 
     @property
+    def data(self) -> Path:
+        """The tokenised texts."""
+        return self.root / "data"
+
+    @property
+    def corpus(self) -> Path:
+        """The token ids and labels of both splits."""
+        return self.root / "data" / "corpus.safetensors"
+
+    @property
     def fit(self) -> TrainDir:
         """Training of the teacher."""
         return TrainDir(self.root / "fit")

@@ -5,29 +5,27 @@ from __future__ import annotations
 from typing import Any
 
 from distill.files import content_of, write_text
-from distill.models.load import folder_fingerprint
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage, results
-from distill.ranks import process_state
 from distill.student import Statistics, check_strategies, plan_student
 
 
 def work(session: Session) -> None:
     """Plan the student from the calibration's statistics, and say what was asked and what was got."""
-    statistics = Statistics.load(session.run.calibration)
-    teacher = session.load(session.teacher).to(process_state().device)
-    decided = plan_student(teacher, session.recipe.student, statistics)
-    write_text(session.run.plan, decided.to_json())
+    statistics = Statistics.load(session.folder.calibration)
+    teacher = session.live_teacher(whole=True)
+    decided = plan_student(teacher.model, session.recipe.student, statistics)
+    write_text(session.folder.plan, decided.to_json())
     for key, outcome in decided.outcomes.items():
         reason = f" ({outcome.reason})" if outcome.reason else ""
         session.say(f"  {key}: asked {outcome.asked}, got {outcome.got}{reason}")
 
 
 def inputs(session: Session) -> dict[str, Any]:
-    """Teacher, statistics and policies."""
+    """List teacher, statistics and policies."""
     return {
-        "teacher": folder_fingerprint(session.teacher),
-        "calibration": content_of(session.run.calibration),
+        "teacher": session.teacher_inputs(),
+        "calibration": content_of(session.folder.calibration),
         "student": session.recipe.student.model_dump(mode="json", exclude={"calibration", "repair", "mask"}),
     }
 

@@ -28,7 +28,7 @@ from distill.training import read_records
 
 def work(session: Session) -> None:
     """Write the folder that is handed out, and prove that whoever loads it gets the same model."""
-    model = session.load(session.run.distilled)
+    model = session.load(session.folder.distilled)
     evidence = _evidence(session, format_of(model, session.recipe.release.format))
     report = render_report(evidence)
     texts = {
@@ -36,15 +36,15 @@ def work(session: Session) -> None:
         "report.html": report,
         "plan.json": evidence.plan.to_json(),
         "recipe.yaml": evidence.recipe_text,
-        "evaluation.json": session.run.evaluation.read_text(encoding="utf-8"),
+        "evaluation.json": session.folder.evaluation.read_text(encoding="utf-8"),
     }
     probe = collate(session.corpus, session.corpus.test, range(min(8, len(session.corpus.test))))
     probe.pop("labels")
-    with fresh_folder(session.run.release) as folder:
+    with fresh_folder(session.folder.release) as folder:
         written = write_release(folder, model, session.tokenizer, texts, evidence.auto_class, evidence.form)
         check_release(folder, written, evidence.auto_class, probe, evidence.form)
         check_padding(model, written, probe)
-    write_text(session.run.report, report)
+    write_text(session.folder.report, report)
 
 
 def _evidence(session: Session, form: Format) -> Evidence:
@@ -53,16 +53,16 @@ def _evidence(session: Session, form: Format) -> Evidence:
     return Evidence(
         recipe=recipe,
         recipe_text=releasable_recipe(recipe),
-        plan=StudentPlan.load(session.run.plan),
-        repair=json.loads(session.run.repair.read_text(encoding="utf-8")) if recipe.student.repair.wanted else None,
-        evaluation=json.loads(session.run.evaluation.read_text(encoding="utf-8")),
-        metrics=read_records(session.run.training.metrics),
-        control_metrics=read_records(session.run.control("labels_only").metrics) if control else [],
+        plan=StudentPlan.load(session.folder.plan),
+        repair=json.loads(session.folder.repair.read_text(encoding="utf-8")) if recipe.student.repair.wanted else None,
+        evaluation=json.loads(session.folder.evaluation.read_text(encoding="utf-8")),
+        metrics=read_records(session.folder.training.metrics),
+        control_metrics=read_records(session.folder.control("labels_only").metrics) if control else [],
         teacher={
             "model": without_folders(spec.model),
             "revision": spec.revision,
             "sha256": spec.sha256,
-            "model_type": StudentPlan.load(session.run.plan).model_type,
+            "model_type": StudentPlan.load(session.folder.plan).model_type,
             "fitted": spec.fit is not None,
         },
         environment={
@@ -81,7 +81,7 @@ def _evidence(session: Session, form: Format) -> Evidence:
 
 def inputs(session: Session) -> dict[str, Any]:
     """The distilled student, its evidence and the recipe."""
-    run = session.run
+    run = session.folder
     files = [run.distilled, run.plan, run.evaluation, run.training.metrics, run.control("labels_only").metrics]
     files += [run.repair] if session.recipe.student.repair.wanted else []
     return {"files": [content_of(path) for path in files], "recipe": session.recipe.model_dump(mode="json")}

@@ -19,27 +19,24 @@ from distill.models.plan import StudentPlan
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage, results
 from distill.pipeline.train import save_model
-from distill.ranks import process_state
 from distill.recipe.schema import Term
 from distill.student.repair.steps import RepairStep, check_repair, repair_student
-from distill.teacher import LiveTeacher
 
 HELD_OUT_TERMS = {"loss": Term(match="labels"), "kl": Term(match="logits")}
 """Measured of a repaired student: the task's loss, and KL(teacher || student)."""
 
 
 def check(session: Session) -> None:
-    """Refuse a repair that the teacher's family or the size of the data does not allow, before anything is done.
-
-    Raises:
-        InputError: The family cannot have a step, or the calibration sample leaves no example to measure it with.
-    """
+    """Refuse a repair that the teacher's family does not allow, before anything is done."""
     spec = session.recipe.student
-    if not spec.repair.wanted:
-        return
-    check_repair(hollow_model(session.source, session.remote_code), spec.repair)
-    have = len(session.corpus.train)
-    if spec.calibration.examples >= have:
+    if spec.repair.wanted:
+        check_repair(hollow_model(session.source, session.remote_code), spec.repair)
+
+
+def check_data(session: Session) -> None:
+    """Refuse a calibration sample that leaves no example to measure a repair with."""
+    spec, have = session.recipe.student, len(session.corpus.train)
+    if spec.repair.wanted and spec.calibration.examples >= have:
         raise InputError(
             f"student.calibration.examples: {spec.calibration.examples} takes all {have} training examples, and a "
             f"repair is measured on others; use less than {have}"
@@ -48,12 +45,12 @@ def check(session: Session) -> None:
 
 def work(session: Session) -> None:
     """Repair the student, and record the errors before and after each step."""
-    spec, corpus, device = session.recipe.student, session.corpus, process_state().device
-    decided = StudentPlan.load(session.run.plan)
-    student = session.load(session.run.student).to(device)
+    spec, corpus = session.recipe.student, session.corpus
+    decided = StudentPlan.load(session.folder.plan)
     end = spec.calibration.examples + spec.repair.held_out
     held_out = range(spec.calibration.examples, min(end, len(corpus.train)))
-    loss_and_kl = HeldOutLoss(session, session.load(session.teacher), held_out)
+    loss_and_kl = HeldOutLoss(session, held_out)
+    student = session.load(session.folder.student).to(loss_and_kl.teacher.device)
     steps: list[dict[str, Any]] = [{"name": "cut", "layers": [], "notes": [], "held_out": loss_and_kl(student)}]
     sample = _batches(session, range(spec.calibration.examples), spec.calibration.batch_size)
     for step in repair_student(loss_and_kl.teacher.model, student, decided, sample, spec.repair):
@@ -65,18 +62,18 @@ def work(session: Session) -> None:
         "held_out": {"split": "train", "examples": len(held_out), "labelled": int(loss_and_kl.counts[0])},
         "steps": steps,
     }
-    write_json(session.run.repair, found)
-    save_model(session, student.cpu(), session.run.repaired)
+    write_json(session.folder.repair, found)
+    save_model(session, student.cpu(), session.folder.repaired)
 
 
 def inputs(session: Session) -> dict[str, Any]:
     """Student and teacher, the plan between them, both samples, and the steps."""
     spec = session.recipe.student
     return {
-        "teacher": folder_fingerprint(session.teacher),
+        "teacher": session.teacher_inputs(),
         "data": session.corpus.fingerprint,
-        "student": folder_fingerprint(session.run.student),
-        "plan": content_of(session.run.plan),
+        "student": folder_fingerprint(session.folder.student),
+        "plan": content_of(session.folder.plan),
         "examples": spec.calibration.examples,
         "repair": spec.repair.model_dump(mode="json"),
     }
@@ -85,10 +82,10 @@ def inputs(session: Session) -> dict[str, Any]:
 class HeldOutLoss:
     """Task loss and KL to the teacher on training examples outside the calibration sample."""
 
-    def __init__(self, session: Session, teacher: Any, examples: range):
+    def __init__(self, session: Session, examples: range):
         self.batches = _batches(session, examples, session.recipe.evaluation.batch_size)
         self.objective = Objective(tuple(HELD_OUT_TERMS.values()), session.corpus.task.head, None, session.vocabulary)
-        self.teacher = LiveTeacher(teacher, self.objective.teacher, process_state().device)
+        self.teacher = session.live_teacher(self.objective.teacher, whole=True)
 
     @cached_property
     def counts(self) -> torch.Tensor:
@@ -143,4 +140,5 @@ STAGE = Stage(
     results(lambda run: run.repaired, lambda run: run.repair),
     wanted=lambda recipe: recipe.student.repair.wanted,
     check=check,
+    check_data=check_data,
 )

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from datetime import timedelta
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from distill.data import Corpus, Texts, read_texts, tokenise
-from distill.errors import InputError
+from distill.data import TASKS, Corpus, load_corpus
+from distill.data.tasks import Task
 from distill.evaluation.arms import AGAINST_TEACHER
-from distill.models.load import ModelHead, load_model, load_tokenizer, teacher_path, trained_labels
+from distill.models.family import layers_of
+from distill.models.forward import Capture
+from distill.models.load import ModelHead, folder_fingerprint, load_model, load_tokenizer, teacher_path
 from distill.pipeline.folder import RunDir
+from distill.ranks import process_state
 from distill.recipe.schema import Recipe
+from distill.registry import find
+from distill.teacher import LiveTeacher, shard
 
-PATIENCE = timedelta(days=30)
-"""How long processes wait for the main one. The launcher ends them when it dies."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+NOTHING = Capture()
 
 
 @dataclass(frozen=True)
@@ -29,9 +33,10 @@ class Session:
     recipe: Recipe
     base: Path
     """Folder that the recipe's relative paths start from."""
-    run: RunDir
+    folder: RunDir
     say: Callable[[str], None]
     remote_code: bool = False
+    _said: set[str] = field(default_factory=set, repr=False)
 
     @cached_property
     def source(self) -> Path:
@@ -41,54 +46,43 @@ class Session:
     @property
     def teacher(self) -> Path:
         """Local folder of the teacher that distils: fitted, or as the recipe names it."""
-        return self.run.teacher if self.recipe.teacher.fit else self.source
+        return self.folder.teacher if self.recipe.teacher.fit else self.source
 
     @cached_property
     def tokenizer(self) -> Any:
         """The teacher's tokenizer."""
         return load_tokenizer(self.source, self.remote_code)
 
-    @cached_property
-    def texts(self) -> Texts:
-        """The split texts."""
-        texts = read_texts(self.recipe.data, self.recipe.seed, self.base)
-        if self.recipe.teacher.fit or not texts.classes:
-            return texts
-        # A teacher that is already trained keeps its own order of classes.
-        order = trained_labels(self.source)
-        unknown = sorted(set(texts.classes) - set(order))
-        if unknown:
-            raise InputError(
-                f"the data has the classes {', '.join(unknown)}, the teacher knows {', '.join(order)}: rename them, "
-                f"or add `fit` under `teacher:` to train it on these classes"
-            )
-        return replace(texts, classes=tuple(order))
+    @property
+    def task(self) -> Task:
+        """What the model predicts."""
+        return find(TASKS, self.recipe.data.task, "task")()
 
     @cached_property
     def corpus(self) -> Corpus:
-        """The split token ids."""
-        return tokenise(self.texts, self.recipe.data, self.tokenizer)
+        """The split token ids, as the stage `data` left them in the run folder."""
+        return load_corpus(self.folder.corpus, self.task)
 
     @cached_property
     def head(self) -> ModelHead:
         """The task's model class and class names."""
-        return ModelHead(self.corpus.task.auto_class, self.corpus.classes, self.corpus.padding)
+        return ModelHead(self.task.auto_class, self.corpus.classes, self.corpus.padding)
 
     @property
     def metrics(self) -> list[str]:
         """Metrics of every arm, the headline first."""
-        asked = self.recipe.evaluation.metrics or self.corpus.task.metrics
+        asked = self.recipe.evaluation.metrics or self.task.metrics
         return list(dict.fromkeys([*asked, *AGAINST_TEACHER]))
 
     @property
     def vocabulary(self) -> int | None:
         """Entries of the vocabulary that are tokens; heads are often padded beyond. None for class heads."""
-        return len(self.tokenizer) if self.corpus.task.head == "next_token" else None
+        return len(self.tokenizer) if self.task.head == "next_token" else None
 
     @property
     def start(self) -> Path:
         """The model that training starts from: the student as cut, or repaired where the recipe asks for it."""
-        return self.run.repaired if self.recipe.student.repair.wanted else self.run.student
+        return self.folder.repaired if self.recipe.student.repair.wanted else self.folder.student
 
     @property
     def arms(self) -> list[str]:
@@ -97,15 +91,48 @@ class Session:
         return [arm for arm in self.recipe.evaluation.arms if arm != "repaired" or wanted]
 
     def arm_folder(self, arm: str) -> Path:
-        """The model of one arm of the evaluation."""
+        """Return the model folder of one arm of the evaluation."""
         own = {
             "teacher": self.teacher,
-            "cut": self.run.student,
-            "repaired": self.run.repaired,
-            "distilled": self.run.distilled,
+            "cut": self.folder.student,
+            "repaired": self.folder.repaired,
+            "distilled": self.folder.distilled,
         }
-        return own[arm] if arm in own else self.run.control_model(arm)
+        return own[arm] if arm in own else self.folder.control_model(arm)
 
     def load(self, folder: Path, int8_on: torch.device | None = None) -> Any:
-        """A model with the task's head and all its weights; in 8 bits, on a device, where that is given."""
-        return load_model(folder, self.head, remote_code=self.remote_code, int8_on=int8_on)
+        """Load a model with the task's head and all its weights; in 8 bits, on a device, where that is given."""
+        return load_model(folder, self.head, remote_code=self.remote_code, int8_on=int8_on, say=self.say_once)
+
+    def say_once(self, line: str) -> None:
+        """Say a line that several stages would repeat."""
+        if line not in self._said:
+            self._said.add(line)
+            self.say(line)
+
+    def live_teacher(self, capture: Capture = NOTHING, *, whole: bool = False) -> LiveTeacher:
+        """Load the teacher, frozen, where `teacher.device` says and in `teacher.dtype`.
+
+        Args:
+            capture: What each of its forward passes hands on.
+            whole: This process alone uses it, or reads its weights. A sharded teacher then lies in main memory, and one
+                in 8 bits keeps the dtype that it is stored in; a line says so.
+        """
+        spec, device = self.recipe.teacher, process_state().device
+        on_cpu = spec.device == "cpu" or (whole and spec.device == "sharded")
+        if whole and (spec.device == "sharded" or spec.dtype == "int8"):
+            place = "main memory" if on_cpu else "the device"
+            dtype = "its stored dtype" if spec.dtype in ("int8", "stored") else spec.dtype
+            self.say(f"  the whole teacher is needed here, not shards or 8 bits: it is in {place}, in {dtype}")
+        if spec.dtype == "int8" and not whole:
+            model = self.load(self.teacher, int8_on=device)
+        else:
+            model = self.load(self.teacher)
+            model.to(DTYPES.get(spec.dtype, model.dtype))
+        if spec.device == "sharded" and not whole:
+            model = shard(model.requires_grad_(False).to(device), layers_of(model))
+        return LiveTeacher(model, capture, torch.device("cpu") if on_cpu else device)
+
+    def teacher_inputs(self) -> dict[str, str]:
+        """Return the teacher's fingerprint and dtype, on which every stage that runs it depends."""
+        return {"weights": folder_fingerprint(self.teacher), "dtype": self.recipe.teacher.dtype}

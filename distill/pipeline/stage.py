@@ -71,6 +71,8 @@ class Stage:
     """Every process takes part; other stages are done by the main one while the rest wait."""
     check: Callable[[Session], None] = no_check
     """Raises InputError before anything is done, when the recipe asks for something that this stage cannot do."""
+    check_data: Callable[[Session], None] = no_check
+    """The same for what the data must have; runs once the first stage has prepared them."""
 
 
 def check_stages(session: Session, stages: Sequence[Stage]) -> None:
@@ -83,23 +85,33 @@ def check_stages(session: Session, stages: Sequence[Stage]) -> None:
         stage.check(session)
 
 
-def run_stages(session: Session, stages: Sequence[Stage]) -> None:
+def run_stages(session: Session, stages: Sequence[Stage], story: Sequence[Stage] = ()) -> None:
     """Run each stage that the recipe asks for and whose inputs or results changed.
 
+    Args:
+        session: The recipe at work.
+        stages: The stages to bring up to date; the first prepares the data.
+        story: Stages whose demands on the data are checked, also where a later command runs them.
+
     Raises:
-        InputError: The run folder is in use.
+        InputError: The run folder is in use, or the data lack what a stage needs.
     """
     state = process_state()
     check_launch(state.num_processes, state.device.type)
     wait = _patient_wait(state)
     if not state.is_main_process:
-        for stage in stages:
-            _run(session, stage, wait)
+        _run_all(session, stages, story, wait)
         return
-    with session.run.locked():
-        write_text(session.run.recipe, dump(with_absolute_paths(session.recipe, session.base)))
-        for stage in stages:
-            _run(session, stage, wait)
+    with session.folder.locked():
+        write_text(session.folder.recipe, dump(with_absolute_paths(session.recipe, session.base)))
+        _run_all(session, stages, story, wait)
+
+
+def _run_all(session: Session, stages: Sequence[Stage], story: Sequence[Stage], wait: Callable[[], Any]) -> None:
+    for number, stage in enumerate(stages):
+        _run(session, stage, wait)
+        for each in (story or stages) if number == 0 else ():
+            each.check_data(session)
 
 
 def _patient_wait(state: PartialState) -> Callable[[], Any]:
@@ -144,7 +156,7 @@ def _run(session: Session, stage: Stage, wait: Callable[[], Any]) -> None:
     due = [True]
     if state.is_main_process:
         made_from = fingerprint({"distill": __version__, "stage": stage.name, "from": stage.made_from(session)})
-        due[0] = not _finished(session.run, stage, made_from)
+        due[0] = not _finished(session.folder, stage, made_from)
     wait()  # to read large folders takes long as well
     if state.num_processes > 1:
         broadcast_object_list(due)
@@ -154,14 +166,16 @@ def _run(session: Session, stage: Stage, wait: Callable[[], Any]) -> None:
     start = time.monotonic()
     session.say(f"{stage.name}: started")
     if state.is_main_process:
-        session.run.stamp(stage.name).unlink(missing_ok=True)
+        session.folder.stamp(stage.name).unlink(missing_ok=True)
     if stage.together or state.is_main_process:
         stage.work(session)
     wait()
     if state.is_main_process:
-        results = {str(path.relative_to(session.run.root)): content_of(path) for path in stage.results(session.run)}
+        results = {
+            str(path.relative_to(session.folder.root)): content_of(path) for path in stage.results(session.folder)
+        }
         seconds = round(time.monotonic() - start, 1)
-        write_json(session.run.stamp(stage.name), {"made_from": made_from, "results": results, "seconds": seconds})
+        write_json(session.folder.stamp(stage.name), {"made_from": made_from, "results": results, "seconds": seconds})
         session.say(f"{stage.name}: done in {seconds} s")
     wait()
 

@@ -20,15 +20,22 @@ def work(session: Session) -> None:
     if session.recipe.teacher.init == "random":
         model = random_model(session.source, session.head, seed, code)
     else:
-        model = load_model(session.source, session.head, new_head=True, random_seed=seed, remote_code=code)
+        model = load_model(
+            session.source,
+            session.head,
+            allow_untrained_head=True,
+            random_seed=seed,
+            remote_code=code,
+            say=session.say_once,
+        )
     check_target(model, session.recipe.student)
-    job = Job("teacher", spec, session.run.fit, seed, identity(inputs(session)))
+    job = Job("teacher", spec, session.folder.fit, seed, identity(inputs(session)))
     train_model(session, job, model, Objective(LABELS_ONLY, session.corpus.task.head), None)
-    save_model(session, model, session.run.teacher)
+    save_model(session, model, session.folder.teacher)
 
 
 def inputs(session: Session) -> dict[str, Any]:
-    """Source weights, data, and how they are fitted."""
+    """List source weights, data, and the settings of the fit."""
     spec = session.recipe.teacher
     return {
         "source": folder_fingerprint(session.source),

@@ -10,10 +10,9 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import gather_object
 
-from distill.data import TASKS, TrainingBatches, evaluation_batches
+from distill.data import TrainingBatches, evaluation_batches
 from distill.data.tasks import Task
 from distill.errors import InputError
 from distill.evaluation.arms import measured
@@ -26,17 +25,15 @@ from distill.models.family import layers_of
 from distill.models.forward import relation_widths
 from distill.models.load import folder_fingerprint, hollow_model
 from distill.models.plan import StudentPlan
-from distill.pipeline.session import Session
+from distill.pipeline.session import DTYPES, Session
 from distill.pipeline.stage import Stage, identity, results, settings_of
 from distill.ranks import process_state
 from distill.recipe.schema import Optimization, Recipe, Term, Training
-from distill.registry import find
 from distill.student.masks import check_score, compact_trained, mask_settings, masks_for
 from distill.teacher import LiveTeacher
 from distill.training import Job, TrainDir, make_accelerator, train
 from distill.training.optim import find_optimizer
 from distill.training.setup import horizon
-from distill.training.sharding import shard
 from distill.training.tracking import check_trackers
 
 LABELS_ONLY = (Term(match="labels"),)
@@ -45,8 +42,8 @@ LABELS_ONLY = (Term(match="labels"),)
 def distil(session: Session) -> None:
     """Train the student on everything that the recipe's loss asks for."""
     recipe, inputs = session.recipe, identity(training_inputs(session))
-    job = job_for(recipe, "distilled", recipe.training, session.run.training, inputs)
-    train_arm(session, job, recipe.losses, session.run.distilled)
+    job = job_for(recipe, "distilled", recipe.training, session.folder.training, inputs)
+    train_arm(session, job, recipe.losses, session.folder.distilled)
 
 
 def train_control(session: Session) -> None:
@@ -54,8 +51,8 @@ def train_control(session: Session) -> None:
     recipe, arm, spec = session.recipe, "labels_only", session.recipe.training
     if spec.steps is None:  # fewer examples carry a label, so the same epochs would be fewer steps
         spec = spec.model_copy(update={"epochs": None, "tokens": None, "steps": steps_of(session, spec)})
-    job = job_for(recipe, arm, spec, session.run.control(arm), identity(control_inputs(session)))
-    train_arm(session, job, LABELS_ONLY, session.run.control_model(arm))
+    job = job_for(recipe, arm, spec, session.folder.control(arm), identity(control_inputs(session)))
+    train_arm(session, job, LABELS_ONLY, session.folder.control_model(arm))
 
 
 def training_inputs(session: Session) -> dict[str, Any]:
@@ -63,7 +60,7 @@ def training_inputs(session: Session) -> dict[str, Any]:
     return {
         **control_inputs(session),
         "teacher": folder_fingerprint(session.teacher),
-        "plan": content_of(session.run.plan),
+        "plan": content_of(session.folder.plan),
         "losses": [term.model_dump(mode="json") for term in session.recipe.losses],
         "teacher_dtype": session.recipe.teacher.dtype,
     }
@@ -78,9 +75,6 @@ def control_inputs(session: Session) -> dict[str, Any]:
         "training": settings_of(session.recipe.training),
         "seed": session.recipe.seed,
     }
-
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def check_training(recipe: Recipe, task: Task) -> None:
@@ -104,19 +98,6 @@ def check_training(recipe: Recipe, task: Task) -> None:
         raise InputError("teacher.device: sharded spreads the teacher over several processes, and there is one")
 
 
-def placed_teacher(session: Session, objective: Objective) -> LiveTeacher:
-    """The teacher where and in what the recipe wants it."""
-    spec, device = session.recipe.teacher, process_state().device
-    if spec.dtype == "int8":
-        model = session.load(session.teacher, int8_on=device)
-    else:
-        model = session.load(session.teacher)
-        model.to(DTYPES.get(spec.dtype, model.dtype))
-    if spec.device == "sharded":
-        model = shard(model.requires_grad_(False).to(device), layers_of(model))
-    return LiveTeacher(model, objective.teacher, torch.device("cpu") if spec.device == "cpu" else device)
-
-
 def job_for(recipe: Recipe, title: str, spec: Training, folder: TrainDir, inputs: str) -> Job:
     """The training of a student."""
     return Job(
@@ -134,12 +115,12 @@ def job_for(recipe: Recipe, title: str, spec: Training, folder: TrainDir, inputs
 
 def train_arm(session: Session, job: Job, terms: Sequence[Term], result: Path) -> None:
     """Train the student on some terms, and save it as `result`."""
-    decided = StudentPlan.load(session.run.plan)
+    decided = StudentPlan.load(session.folder.plan)
     maps = partial(layer_map, plan=decided, student_layers=len(decided.layers), teacher_layers=decided.teacher_layers)
     objective = Objective(terms, session.corpus.task.head, maps, session.vocabulary)
     teacher, model = None, session.load(session.start)
     if objective.needs_teacher:
-        teacher = placed_teacher(session, objective)
+        teacher = session.live_teacher(objective.teacher)
         objective.project(model.config.hidden_size, teacher.model.config.hidden_size)
         for each in (model, teacher.model) if objective.student.attention else ():
             each.set_attn_implementation("eager")  # the only one that keeps the probabilities
@@ -218,14 +199,12 @@ def check(session: Session) -> None:
     """Find every loss, optimizer and tracker that the recipe names, and what they need, before hours are spent.
 
     Raises:
-        InputError: A name leads nowhere, its params do not fit, a package is missing, or there are no labels for what
-            learns from them.
+        InputError: A name leads nowhere, its params do not fit, or a package is missing.
     """
-    recipe, task = session.recipe, find(TASKS, session.recipe.data.task, "task")()
+    recipe, task = session.recipe, session.task
     check_score(recipe)
     Objective(recipe.losses, task.head, lambda _policy: LayerMap(((0, 0),)))
     check_training(recipe, task)
-    check_labels(session)
     check_relation_heads(session)
 
 
@@ -235,8 +214,8 @@ def check_labels(session: Session) -> None:
     Raises:
         InputError: With everything in the recipe that learns from labels.
     """
-    recipe, texts = session.recipe, session.texts
-    if texts.task.head == "next_token" or any(label is not None for _, label in texts.train):
+    recipe = session.recipe
+    if session.corpus.labelled:
         return
     learners = ["teacher.fit"] if recipe.teacher.fit else []
     terms = [index for index, term in enumerate(recipe.losses) if term.match == "labels"]
@@ -270,7 +249,15 @@ def check_relation_heads(session: Session) -> None:
                 raise InputError(f"{key}: {heads} does not divide {width}, a width of the teacher's attention")
 
 
-STAGE = Stage("train", distil, training_inputs, results(lambda run: run.distilled), together=True, check=check)
+STAGE = Stage(
+    "train",
+    distil,
+    training_inputs,
+    results(lambda run: run.distilled),
+    together=True,
+    check=check,
+    check_data=check_labels,
+)
 CONTROL = Stage(
     "control",
     train_control,

@@ -148,15 +148,15 @@ class Teacher(Section):
     revision: StrictStr | None = None
     """Commit of a hub id."""
     sha256: Annotated[StrictStr, Field(pattern=SHA256)] | None = None
-    """Refuse the weights unless model.safetensors has this sha256."""
+    """Refuse the weights unless they have this sha256; of several files, that of the lines that `sha256sum` prints."""
     init: Literal["pretrained", "random"] = "pretrained"
     """`random`: the folder holds a config and a tokenizer only; weights are drawn from `seed`. Needs `fit`."""
     dtype: Literal["stored", "fp32", "bf16", "fp16", "int8"] = "stored"
-    """What the teacher computes in while the student is trained; `stored`: as its weights were saved. `int8` needs a
-    GPU and bitsandbytes."""
+    """What the teacher computes in; `stored`: as its weights were saved. `int8` needs a GPU and bitsandbytes; stages
+    that read its weights take the stored ones then."""
     device: Literal["same", "cpu", "sharded"] = "same"
-    """Where it is while the student is trained: beside the student, in main memory, or (under FSDP) spread over the
-    processes."""
+    """Where it is: beside the student, in main memory, or (under FSDP) spread over the processes while the student is
+    trained and in main memory for stages that need the whole of it."""
     fit: Optimization | None = None
     """Fine-tune the teacher on this recipe's own labels first; needed where the task's head has no trained weights."""
 

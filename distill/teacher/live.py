@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from distill.models.forward import Batch, Capture, Outputs, device_of, forward, to_device
 from distill.models.head import OutputHead
@@ -18,19 +21,35 @@ class LiveTeacher:
     trainable parameters.
     """
 
-    def __init__(self, model: Any, wanted: Capture, device: torch.device):
+    def __init__(self, model: Any, capture: Capture, device: torch.device):
         self.model = model.requires_grad_(False).eval()
         if self.model.device != device:  # 8-bit models cannot be moved
             self.model = self.model.to(device)
-        self.device, self.wanted = device, wanted
+        self.device, self.capture = device, capture
         self._head: OutputHead | None = None
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Outputs:
-        """What is wanted of one forward pass, without gradient, on the device of the batch."""
-        found, there = forward(self.model, to_device(batch, self.device), self.wanted), device_of(batch)
-        if there == self.device:
-            return found
+        """Run one forward pass without gradient; what is wanted of it comes back on the device of the batch."""
+        outputs, origin = forward(self.model, to_device(batch, self.device), self.capture), device_of(batch)
+        if origin == self.device:
+            return outputs
         if self._head is None:  # it is large, and always the same
-            self._head = to_device(found.head, there)
-        return replace(to_device(replace(found, head=None), there), head=self._head)
+            self._head = to_device(outputs.head, origin)
+        return replace(to_device(replace(outputs, head=None), origin), head=self._head)
+
+
+def shard(model: Any, layers: Iterable[nn.Module]) -> Any:
+    """Leave each process a shard of every layer's weights; they are put together when the layer runs (FSDP2).
+
+    By hand and not through Accelerate, which prepares a model for training, together with an optimizer, and would put
+    it into every checkpoint.
+
+    Args:
+        model: Frozen, on the device of this process; every process calls it equally often.
+        layers: Its repeated parts.
+    """
+    for layer in layers:
+        fully_shard(layer)
+    fully_shard(model)
+    return model

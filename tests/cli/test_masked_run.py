@@ -87,7 +87,7 @@ def test_the_cut_arm_is_the_masked_student(finished):
     teacher = LiveTeacher(session.load(session.teacher), Capture(), torch.device("cpu"))
     measured = {}
     for masked in (True, False):
-        model = session.load(session.run.student)
+        model = session.load(session.folder.student)
         if masked:
             mask_untrained(session.recipe, model, 12)
         batches = evaluation_batches(session.corpus, session.corpus.test, 16)

@@ -130,7 +130,7 @@ def test_the_same_command_again_skips_everything(finished):
     recipe, run, _ = finished
     before = (run / "evaluation.json").read_bytes()
     again = distill("run", recipe, "--out", run)
-    assert again.stderr.count("unchanged, skipped") == 8 and "started" not in again.stderr
+    assert again.stderr.count("unchanged, skipped") == 9 and "started" not in again.stderr
     assert (run / "evaluation.json").read_bytes() == before
 
 

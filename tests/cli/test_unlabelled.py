@@ -1,4 +1,4 @@
-"""A corpus of which no training example has a label: what needs labels is named before anything is done."""
+"""A corpus of which no training example has a label: what needs labels is named once the data are read."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_needs_labels_is_named_before_anything_is_done(case, tmp_path, capsys):
+def test_what_needs_labels_is_named_once_the_data_are_read_and_before_anything_else(case, tmp_path, capsys):
     recipe, overrides, needed = CASES[case]
     path = unlabelled_project(tmp_path, recipe)
     assert main(["run", str(path), *overrides, "--out", str(tmp_path / "run")]) == 2
     said = capsys.readouterr().err
     assert f"no training example has a label, and these learn from labels: {needed}; " in said and "leave" in said
-    assert not (tmp_path / "run").exists()
+    assert [stamp.name for stamp in (tmp_path / "run/stages").iterdir()] == ["data.json"]
 
 
 @pytest.mark.slow

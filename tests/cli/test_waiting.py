@@ -31,7 +31,7 @@ def slow(session):
     time.sleep(6)
     if end == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
-    write_json(session.run.evaluation, {})
+    write_json(session.folder.evaluation, {})
 
 def inputs(session):
     time.sleep(6)  # as where large folders are read to see whether they have changed

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,10 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_project
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
-from distill.data import TrainingBatches, collate, evaluation_batches, read_texts, tokenise
+from distill.data import TrainingBatches, collate, evaluation_batches, load_corpus, read_texts, save_corpus, tokenise
 from distill.data.batches import micro_batches, step_indices
-from distill.data.sources import pydoc_topics, read_file, stdlib_docstrings
+from distill.data.sources import data_file, pydoc_topics, read_file, source_fingerprint, stdlib_docstrings
 from distill.data.tasks import encode_packed
 from distill.errors import InputError
 from distill.models.load import load_tokenizer
@@ -111,6 +115,93 @@ def test_packing_loses_nothing_but_the_last_short_block(project):
     assert [block.tolist() for block in blocks] == [[*ids[0], end], ids[1]]
 
 
+BOTH, NO_END, ONE = ("<s>", "</s>"), ("<s>", None), ("|", "|")
+
+
+@pytest.mark.parametrize(
+    ("names", "written", "stream"),
+    [
+        (BOTH, "$A", "red cat </s> <s> red </s> cat </s>"),
+        (BOTH, "<s> $A", "<s> red cat </s> <s> red </s> <s> cat </s>"),
+        (BOTH, "<s> $A </s>", "<s> red cat </s> <s> red </s> <s> cat </s>"),
+        (BOTH, "$A </s>", "red cat </s> <s> red </s> cat </s>"),
+        (NO_END, "$A", "red cat <s> red"),
+        (NO_END, "<s> $A", "<s> red cat <s> red"),
+        (ONE, "$A", "red cat | red | cat |"),
+        (ONE, "| $A", "| red cat | red | cat |"),
+        (ONE, "| $A |", "| red cat | red | cat |"),
+    ],
+)
+def test_texts_stand_in_the_stream_as_the_tokenizer_writes_them_with_one_end_each(names, written, stream):
+    start, end = names
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["red", "cat", *sorted({start, end or start})])}))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    ids = [(token, words.token_to_id(token)) for token in {start, end or start}]
+    words.post_processor = processors.TemplateProcessing(single=written, special_tokens=ids)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token=start, eos_token=end)
+    texts = ["red cat", f"{start} red", *([f"cat {end}"] if end else [])]  # some texts bring a token of their own
+    ids = np.concatenate(encode_packed(texts, tokenizer, 1)).tolist()
+    assert " ".join(tokenizer.convert_ids_to_tokens(ids)) == stream
+
+
+def test_a_corpus_is_the_same_from_its_file_and_stays_there(project, tmp_path):
+    corpus = corpus_of(project)
+    save_corpus(corpus, tmp_path / "corpus.safetensors")
+    read = load_corpus(tmp_path / "corpus.safetensors", corpus.task)
+    assert (read.classes, read.padding, read.fingerprint) == (corpus.classes, corpus.padding, corpus.fingerprint)
+    for split in ("train", "test"):
+        one, other = getattr(corpus, split), getattr(read, split)
+        assert [tokens.tolist() for tokens in one.tokens] == [tokens.tolist() for tokens in other.tokens]
+        assert one.labels.tolist() == other.labels.tolist() and one.lengths.tolist() == other.lengths.tolist()
+    assert list(read.labelled) == list(corpus.labelled)
+    assert str(tmp_path / "corpus.safetensors") in Path("/proc/self/maps").read_text()
+    (tmp_path / "corpus.safetensors").write_bytes(b"x")
+    with pytest.raises(InputError, match="is not a tokenised corpus"):
+        load_corpus(tmp_path / "corpus.safetensors", corpus.task)
+
+
+def test_a_file_is_read_without_a_cache_of_other_times(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "home")
+    path, before = tmp_path / "a.jsonl", None
+    for word in ("red", "blu"):
+        path.write_text(json.dumps({"text": word, "label": "x"}) + "\n")
+        before = before or path.stat()
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert read_file(path, "text", "label")["text"][:] == [word]
+    assert not (tmp_path / "home").exists()
+
+
+def rows():
+    """A source of the user's own, which counts its calls."""
+    import datasets
+
+    return datasets.Dataset.from_dict({"text": ["a", Path(os.environ["OWN_TEXT"]).read_text()], "label": ["x", None]})
+
+
+def test_what_a_source_is_made_from_is_its_content(tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    path.write_text("one")
+    monkeypatch.setenv("OWN_TEXT", str(path))
+    names = ("./a.jsonl", "test_data:rows", "pydoc-topics")
+    before = [source_fingerprint(name, tmp_path) for name in names]
+    assert [source_fingerprint(name, tmp_path) for name in names] == before
+    old = path.stat()
+    path.write_text("two")
+    os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns))
+    after = [source_fingerprint(name, tmp_path) for name in names]
+    assert [one == other for one, other in zip(before, after, strict=True)] == [False, False, True]
+
+
+def test_a_tokenizer_that_raises_gives_one_message(project):
+    folder, spec, _ = project
+    words = Tokenizer(models.WordLevel({"red": 0}))  # no token for unknown words
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="red", model_max_length=64)
+    with pytest.raises(InputError, match="the tokenizer cannot read the train split"):
+        tokenise(read_texts(spec, 0, folder), spec, tokenizer)
+
+
 def test_built_in_sources_have_text_and_labels():
     docstrings = stdlib_docstrings()
     assert len(docstrings) > 2000 and len(set(docstrings["label"])) == 12
@@ -133,7 +224,7 @@ def test_a_broken_file_is_named_with_what_is_wrong(tmp_path, name, content, word
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(InputError, match=words) as caught:
-        read_file(tmp_path / name, "text", "label")
+        read_file(data_file(f"./{name}", tmp_path), "text", "label")
     assert name in str(caught.value)
 
 

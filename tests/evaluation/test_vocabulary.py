@@ -31,9 +31,9 @@ def test_what_a_padded_head_says_beyond_the_vocabulary_is_no_prediction(session)
     with torch.no_grad():
         student.lm_head.weight[17:] *= 3
     teacher.save_pretrained(session.teacher)
-    save_model(session, student, session.run.distilled)
+    save_model(session, student, session.folder.distilled)
     evaluate(session)
-    arms = {arm["name"]: arm["metrics"] for arm in json.loads(session.run.evaluation.read_text())["arms"]}
+    arms = {arm["name"]: arm["metrics"] for arm in json.loads(session.folder.evaluation.read_text())["arms"]}
     assert arms["distilled"]["kl"] == 0 and arms["distilled"]["agreement"] == 1
     assert arms["distilled"]["token_accuracy"] == arms["teacher"]["token_accuracy"] > 0
     in_training = held_out(session, student, lambda: False)

@@ -35,9 +35,9 @@ from distill.ranks import process_state
 from distill.recipe import load_recipe
 from distill.recipe.schema import Mask
 from distill.student.masks.masks import Masks
+from distill.teacher import shard
 from distill.training import make_accelerator
 from distill.training.setup import configure_deepspeed
-from distill.training.sharding import shard
 
 MASK = Mask(sparsity=0.6, schedule="cubic", end=0.4, every=5)
 """No choice so late that rounding has made one process's weights other than two's."""

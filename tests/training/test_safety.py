@@ -210,7 +210,7 @@ def test_a_dead_loader_worker_ends_the_run_with_a_message(corpus, tmp_path):
 
 
 def test_a_hanging_loader_worker_ends_the_run_with_a_message(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(batches, "PATIENCE", 1)
+    monkeypatch.setattr(batches, "WORKER_TIMEOUT", 1)
     monkeypatch.setattr(batches, "collate", lambda *_: time.sleep(60))
     with pytest.raises(RunError, match="hangs: DataLoader timed out"):
         run(corpus, tmp_path, loader_workers=1)

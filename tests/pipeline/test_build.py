@@ -1,0 +1,40 @@
+"""The stage `build` on the run's own data: what the knife does not know about is found before anything is trained."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import RECIPE, tiny_batch, tiny_inputs, tiny_model, tiny_project
+
+from distill.cli import main
+from distill.errors import InputError
+from distill.models.layout import LAYOUTS
+from distill.pipeline.build import check_keeps_all
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "qwen3_moe", "t5"])
+def test_a_known_family_keeps_its_logits(family, dtype):
+    model = tiny_model(family).to(dtype)
+    check_keeps_all(model, tiny_inputs(model))
+
+
+def test_what_no_tensor_holds_is_found():
+    model = tiny_model("llama")
+    model.model.layers[2].register_forward_hook(lambda _layer, _given, output: output * 1.01)
+    with pytest.raises(InputError, match=r"of this llama does not give the teacher's logits .* cannot be cut"):
+        check_keeps_all(model, tiny_batch())
+
+
+def test_a_layout_that_takes_a_tensor_from_the_wrong_layer_ends_the_run_with_code_2(tmp_path, monkeypatch, capsys):
+    row = LAYOUTS["bert"]
+    broken = replace(row, main=replace(row.main, first_only=("attention.self.query.weight",)))
+    recipe = str(tiny_project(tmp_path, RECIPE.replace("keep: 2", "keep: 4")))
+    monkeypatch.setitem(LAYOUTS, "bert", broken)
+    assert main(["build", recipe, "--out", str(tmp_path / "run")]) == 2
+    assert "a student that keeps every layer and neuron of this bert" in capsys.readouterr().err
+    assert not (tmp_path / "run/student").exists()
+    assert json.loads((tmp_path / "run/plan.json").read_text())["model_type"] == "bert"

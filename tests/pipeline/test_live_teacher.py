@@ -1,0 +1,64 @@
+"""The teacher in every stage: in the dtype and the place that the recipe asks for."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tiny import RECIPE, tiny_project
+
+from distill.cli import main
+from distill.pipeline import RunDir, Session, calibrate, evaluate, plan, repair
+from distill.recipe import load_recipe
+
+REPAIRED = RECIPE.replace("  calibration:", "  repair: {bias: true, refit: true}\n  calibration:")
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("planned")
+    recipe = str(tiny_project(folder, REPAIRED))
+    assert main(["plan", recipe, "--out", str(folder / "run")]) == 0
+    return folder
+
+
+def session_of(folder, *overrides):
+    lines = []
+    return Session(load_recipe(folder / "recipe.yaml", overrides), folder, RunDir(folder / "run"), lines.append), lines
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize(("asked", "dtype"), [("stored", torch.float32), ("bf16", torch.bfloat16)])
+def test_the_teacher_has_the_dtype_that_the_recipe_asks_for(planned, whole, asked, dtype):
+    session, lines = session_of(planned, f"teacher.dtype={asked}", "teacher.device=cpu")
+    teacher = session.live_teacher(whole=whole)
+    assert teacher.model.dtype == dtype and teacher.device.type == "cpu" and not lines
+    assert not teacher.model.training and not any(tensor.requires_grad for tensor in teacher.model.parameters())
+
+
+def test_a_stage_that_reads_weights_says_that_it_takes_a_sharded_teacher_whole(planned):
+    session, lines = session_of(planned, "teacher.device=sharded", "teacher.dtype=fp16")
+    teacher = session.live_teacher(whole=True)
+    assert teacher.model.dtype == torch.float16 and type(teacher.model.classifier.weight) is torch.nn.Parameter
+    assert lines == ["  the whole teacher is needed here, not shards or 8 bits: it is in main memory, in fp16"]
+
+
+@pytest.mark.parametrize("stage", [calibrate, plan, repair, evaluate])
+def test_another_dtype_makes_every_stage_that_runs_the_teacher_due(planned, stage):
+    inputs = [stage.inputs(session_of(planned, f"teacher.dtype={name}")[0]) for name in ("stored", "bf16")]
+    assert inputs[0] != inputs[1]
+
+
+def test_a_run_with_a_teacher_in_bf16_in_main_memory_repairs_and_measures(planned, tmp_path):
+    arguments = [
+        "teacher.dtype=bf16",
+        "teacher.device=cpu",
+        "evaluation.efficiency=false",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    assert main(["evaluate", str(planned / "recipe.yaml"), *arguments]) == 0
+    arms = json.loads((tmp_path / "run/evaluation.json").read_text())["arms"]
+    assert [arm["name"] for arm in arms] == ["teacher", "cut", "repaired", "distilled", "labels_only"]
+    assert arms[0]["metrics"]["kl"] < 0.01  # the stored teacher beside the one in bf16
