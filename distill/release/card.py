@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from distill.losses.terms import MAPPED, TABLES
 from distill.release.evidence import (
     MISSING,
     Evidence,
@@ -261,9 +262,9 @@ def losses_table(evidence: Evidence) -> Table:
     """The terms of the training loss."""
     rows = []
     for term in evidence.recipe.losses:
-        default = {"labels": "the task's own", "logits": "forward_kl", "hidden": "mse"}[term.match]
+        default = "the task's own" if term.match == "labels" else next(iter(TABLES[term.match]))
         details = [f"temperature {number(term.temperature)}"] if term.match == "logits" else []
-        details += [f"map {term.map}"] if term.match == "hidden" else []
+        details += [f"map {term.map}"] if term.match in MAPPED else []
         details += [f"{key} {value}" for key, value in term.params.items()]
         rows.append((term.match, term.loss or default, ", ".join(details) or MISSING, number(term.weight)))
     return Table(("match", "loss", "settings", "weight"), rows, text_columns=3)
