@@ -34,7 +34,6 @@ from distill.recipe.schema import Recipe
 from distill.student import ALLOCATIONS, CHOICES, SCORES
 from distill.student.masks.masks import SCORES as MASK_SCORES
 from distill.training.optim import OPTIMIZERS
-from distill.training.schedule import SCHEDULES
 
 TABLES = {
     "Layers.choose": CHOICES,
@@ -48,7 +47,6 @@ TABLES = {
     "Term.loss (attention)": ATTENTION,
     "Term.loss (relations)": RELATION,
     "Optimization.optimizer": OPTIMIZERS,
-    "Optimization.schedule": SCHEDULES,
     "Evaluation.metrics": METRICS,
 }
 """Key of a recipe -> the table that its names come from."""
@@ -374,7 +372,7 @@ def test_every_choice_passes_through_a_run_to_a_release_that_stock_transformers_
     assert (found["efficiency"] is not None) == asked.evaluation.efficiency
     card = (run / "release/README.md").read_text()
     for term in asked.losses:
-        assert f"| {term.match} | {term.loss or ''}" in card
+        assert re.search(rf"^\| {term.match} \| .*{term.loss or ''}", card, re.MULTILINE)
     if asked.training.trackers:
         assert list(run.rglob("events.out.tfevents*"))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 import json
 import os
@@ -150,42 +149,6 @@ def test_a_result_that_was_damaged_is_made_again(finished, tmp_path):
     done = distill("plan", recipe, "--out", tmp_path / "run")
     assert "plan: started" in done.stderr and "teacher: unchanged, skipped" in done.stderr
     assert (tmp_path / "run/plan.json").read_bytes() == (run / "plan.json").read_bytes()
-
-
-HALTING = """
-import os, signal
-from torch.nn import functional
-
-calls, halt_at = 0, 0
-
-
-def mse(student, teacher, *, temperature=1.0):
-    global calls
-    calls += 1
-    if calls == halt_at:
-        os.kill(os.getpid(), signal.SIGTERM)
-    return functional.mse_loss(student, teacher, reduction="none").mean(-1)
-"""
-
-
-def test_a_signal_within_a_step_saves_a_checkpoint_and_the_same_command_ends_at_the_same_weights(
-    finished, tmp_path, monkeypatch
-):
-    recipe, run, _ = finished
-    (tmp_path / "halting.py").write_text(HALTING)
-    monkeypatch.syspath_prepend(tmp_path)
-    own = ["losses=[{match: logits, loss: 'halting:mse'}]", "training.save_every=0", "--out"]
-    for name in ("straight", "halted"):
-        shutil.copytree(run, tmp_path / name)
-    distill("train", recipe, *own, tmp_path / "straight")
-    halting, checkpoints = importlib.import_module("halting"), tmp_path / "halted/checkpoints"
-    shutil.rmtree(checkpoints)
-    halting.halt_at = halting.calls + 12  # of 12 steps with two calls each, and a trial or two before
-    stopped = distill("train", recipe, *own, tmp_path / "halted", code=75)
-    assert "the same command continues" in stopped.stderr and len(list(checkpoints.glob("step-*"))) == 1
-    assert "continuing after step" in distill("train", recipe, *own, tmp_path / "halted").stderr
-    assert same(weights(tmp_path / "halted/distilled"), weights(tmp_path / "straight/distilled"))
-    del sys.modules["halting"]
 
 
 @pytest.mark.slow
