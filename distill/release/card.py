@@ -32,6 +32,7 @@ from distill.release.evidence import (
 )
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+DEFAULTS = {"labels": "the task's own", "logits": "forward_kl", "attention": "kl", "relations": "qkv"}
 ARMS = {
     "teacher": "teacher",
     "cut": "cut (student before training)",
@@ -260,11 +261,15 @@ def repair_table(evidence: Evidence) -> Table:
     return Table(("step", "not done", "calibration error left", "held-out KL", "held-out loss"), rows, text_columns=2)
 
 
+UNSCHEDULED = Schedule(weight=0.0).model_copy(update={"weight": None})
+"""A schedule that changes nothing."""
+
+
 def losses_table(evidence: Evidence) -> Table:
     """The terms of the training loss, with what their schedules change."""
     rows = []
     for term in evidence.recipe.losses:
-        match, ends, settings = MATCHES[term.match], term.schedule or Schedule(), []
+        match, ends, settings = MATCHES[term.match], term.schedule or UNSCHEDULED, []
         if "temperature" in TERM_KEYS[term.match].keys:
             scaled = "" if term.scale_by_temperature else ", not multiplied by temperature²"
             settings.append(f"temperature {format_change(term.temperature, ends.temperature)}{scaled}")
@@ -287,7 +292,6 @@ def format_change(start: Any, end: Any) -> str:
 def training_rows(evidence: Evidence) -> list[tuple[str, ...]]:
     """How long, how fast and on what the student learned."""
     training, data, teacher = evidence.recipe.training, evidence.evaluation["data"], evidence.teacher
-    labelled = data.get("labelled")
     fitted = ", fitted on this data first" if teacher.get("fitted") else ""
     rows = {
         "teacher": f"{teacher['model']} ({teacher['model_type']}{fitted})",
@@ -301,7 +305,7 @@ def training_rows(evidence: Evidence) -> list[tuple[str, ...]]:
         **mask_rows(evidence),
         "seed": evidence.recipe.seed,
         "data": f"{data['source']}, fingerprint {data['fingerprint']}",
-        "training examples": f"{data['train_examples']}, labelled: {'all' if labelled is None else labelled}",
+        "training examples": f"{data['train_examples']}, labelled: {data.get('labelled', 'all')}",
         "test examples": data["examples"],
     }
     return [(key, str(value)) for key, value in rows.items() if value is not None]
