@@ -68,8 +68,15 @@ def all_mlps(model):
     return [mlp for side in layout_of(model).sides for mlp in mlps_of(model, side)]
 
 
-def assert_numbered(student):
-    """Layers are numbered from 0, and lists with one entry per layer are as long as the layers."""
+def assert_consistent(student):
+    """Layers are numbered from 0, lists have an entry per layer, and modules know the sizes of their weights."""
+    for mlp in all_mlps(student):
+        for module in mlp.layer.modules():
+            if isinstance(module, torch.nn.Linear):
+                assert (module.out_features, module.in_features) == tuple(module.weight.shape)
+            if hasattr(module, "nx"):
+                assert (module.nx, module.nf) == tuple(module.weight.shape)
+        assert mlp.experts is None or mlp.output.intermediate_dim == mlp.width
     for side in layout_of(student).sides:
         for index, layer in enumerate(layers_of(student, side)):
             found = {module.layer_idx for module in layer.modules() if hasattr(module, "layer_idx")}
@@ -88,7 +95,7 @@ def test_a_cut_student_trains_saves_loads_and_works(any_family, widths, tmp_path
     student = cut_by_hand(teacher, (0, 2), widths)
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
     assert type(student) is type(teacher) and [mlp.width for mlp in mlps_of(student)] == list(widths)
-    assert_numbered(student)
+    assert_consistent(student)
     untrained = logits(student)
     train_one_step(student)
     assert not torch.equal(logits(student), untrained)

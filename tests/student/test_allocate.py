@@ -28,8 +28,9 @@ def test_widths_are_never_above_what_was_asked(full, share, multiple):
     assert got[0] == full or got[0] % multiple == 0
 
 
-def test_seven_tenths_of_ten_is_seven():
+def test_shares_that_floating_point_rounds_down_are_not_a_neuron_short():
     assert widths([[0.0] * 10], 0.7) == [7]
+    assert int(0.29 * 100) == 28 and widths([[0.0] * 100], 0.29) == [29]
 
 
 def test_a_list_gives_each_layer_its_own():

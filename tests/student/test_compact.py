@@ -93,6 +93,14 @@ def test_the_folded_constant_by_hand():
     torch.testing.assert_close(mlps_of(model)[0].bias_out, expected)
 
 
+def test_a_dead_neuron_that_stays_to_fill_a_multiple_is_not_folded_as_well():
+    model = tiny_model("bert")
+    silence(model, 1, list(range(6)))  # 42 live ones, so two of the six stay and emit what they emitted
+    before = logits(model)
+    assert compact(model, multiple_of=4) == 4 and mlps_of(model)[1].width == 44
+    torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-6)
+
+
 def test_a_glu_with_biases_folds_gate_times_up_and_needs_an_output_bias():
     model = tiny_model("llama", mlp_bias=True)
     silence(model, 0, [4, 7])
