@@ -18,8 +18,8 @@ from distill.losses.logits import LOGITS
 from distill.losses.mapping import LayerMap, Policy
 from distill.losses.relation import ATTENTION, RELATION
 from distill.losses.trial import try_out
-from distill.recipe.names import MATCHES
 from distill.recipe.schema import Schedule, Term
+from distill.recipe.terms import MATCHES
 from distill.registry import bind, find
 
 TABLES: dict[str, dict[str, Callable[..., Any]]] = {

@@ -81,8 +81,8 @@ def valid_parts(data: Any) -> dict[str, Any]:
                 parts[name] = TypeAdapter(field.rebuild_annotation()).validate_python(given)
         except ValidationError:
             continue
-    terms = {}
-    for index, value in enumerate(at(data, ("losses",)) or ()):
+    losses, terms = at(data, ("losses",)), {}
+    for index, value in enumerate(losses if isinstance(losses, list) else []):
         try:
             terms[index] = Term.model_validate(value)
         except ValidationError:

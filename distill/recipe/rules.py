@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from distill.recipe.fields import KeyPath, Mistake
 from distill.recipe.locate import TeacherSize
-from distill.recipe.names import MATCHES, READS, TASK_METRICS, TEACHER_METRICS
+from distill.recipe.names import READS, TASK_METRICS, TEACHER_METRICS
+from distill.recipe.terms import MATCHES
 
 if TYPE_CHECKING:
     from distill.recipe.schema import Data, Evaluation, Optimization, Recipe, Release, Term, Training

@@ -11,9 +11,9 @@ from bad_recipes import GOOD, MLP, Bad, says
 from distill.errors import Problem, RecipeError
 from distill.recipe import load_recipe
 from distill.recipe.foreign import ADVICE, RENAMED, UNSUPPORTED
-from distill.recipe.names import MATCHES
 from distill.recipe.schema import Data, Evaluation, Optimization, Recipe, Teacher, Term, Training
 from distill.recipe.student import Layers, Mlp, Student
+from distill.recipe.terms import MATCHES
 
 Write = Callable[..., Path]
 

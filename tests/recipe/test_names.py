@@ -14,6 +14,7 @@ from distill.evaluation.metrics import METRICS
 from distill.losses import ATTENTION, HIDDEN, LOGITS, RELATION
 from distill.recipe import names
 from distill.recipe.schema import Optimization, json_schema
+from distill.recipe.terms import MATCHES
 from distill.student.allocate import ALLOCATIONS
 from distill.student.layers import CHOICES
 from distill.student.masks.masks import SCORES as MASK_SCORES
@@ -90,7 +91,7 @@ def test_tasks_measure_what_they_say() -> None:
 def test_each_match_has_the_losses_of_its_table() -> None:
     tables = {"logits": LOGITS, "hidden": HIDDEN, "embeddings": HIDDEN, "output": HIDDEN}
     tables |= {"attention": ATTENTION, "relations": RELATION}
-    assert {match: row.losses for match, row in names.MATCHES.items() if row.losses} == {
+    assert {match: row.losses for match, row in MATCHES.items() if row.losses} == {
         match: tuple(table) for match, table in tables.items()
     }
 
