@@ -16,8 +16,8 @@ from distill.errors import InputError
 from distill.losses.kinds import PREDICTION_KINDS, PredictionKind
 from distill.losses.mapping import LayerMap, Policy
 from distill.losses.matches import EXAMPLE_POSITIONS, MATCHES, Loss, Match, Pair
-from distill.recipe.names import TERM_KEYS
 from distill.recipe.schema import Schedule, Term
+from distill.recipe.terms import TERM_KEYS
 from distill.registry import bind, find, is_reference
 
 Maps = Callable[[Policy], LayerMap]

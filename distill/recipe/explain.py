@@ -20,7 +20,7 @@ from distill.recipe.rules import PARTS
 from distill.recipe.schema import FILE, NAME, SHA256, Recipe, Term
 from distill.registry import REFERENCE, nearest
 
-SECTIONS: list[KeyPath] = sorted({(), ("student",), *PARTS.values()} - {("losses",)}, key=len)
+SECTIONS = sorted([(), ("student",), *(path for name, path in PARTS.items() if name != "losses")], key=len)
 """Every section outside lists, the recipe itself first."""
 _PATTERNS = {
     NAME: "letters, digits, '.', '_' and '-', starting with a letter or digit",
@@ -59,7 +59,7 @@ def validate(document: Document) -> tuple[Recipe | None, list[Mistake], set[KeyP
         if not unknown:
             return None, found + _explain(errors, document.data), moved
         for path in unknown:
-            mistake, meant = _unknown_key(path, document)
+            mistake, meant = _unknown_key(path, document, moved)
             found.append(mistake)
             if meant is None:
                 at(document.data, path[:-1]).pop(path[-1])
@@ -81,8 +81,8 @@ def valid_parts(data: Any) -> dict[str, Any]:
                 parts[name] = TypeAdapter(field.rebuild_annotation()).validate_python(given)
         except ValidationError:
             continue
-    terms = {}
-    for index, value in enumerate(at(data, ("losses",)) or ()):
+    losses, terms = at(data, ("losses",)), {}
+    for index, value in enumerate(losses if isinstance(losses, list) else []):
         try:
             terms[index] = Term.model_validate(value)
         except ValidationError:
@@ -114,7 +114,7 @@ def _sections_in(annotation: Any) -> list[type[Section]]:
     return [section for each in get_args(annotation) for section in _sections_in(each)]
 
 
-def _unknown_key(path: KeyPath, document: Document) -> tuple[Mistake, KeyPath | None]:
+def _unknown_key(path: KeyPath, document: Document, moved: set[KeyPath]) -> tuple[Mistake, KeyPath | None]:
     """The mistake for an unknown key, and where it should be when that is clear and free."""
     section, key = path[:-1], str(path[-1])
     # The location is noted now: once the key is moved, the document knows it under its new path only.
@@ -138,23 +138,26 @@ def _unknown_key(path: KeyPath, document: Document) -> tuple[Mistake, KeyPath | 
             return replace(mistake, fix=f"{fix} It is given as well: remove one of them"), None
         return replace(mistake, fix=fix), meant
     if elsewhere:
-        return _misplaced(mistake, wanted, elsewhere, document)
+        return _misplaced(mistake, wanted, elsewhere, document, moved)
     if wanted in Term.model_fields:
         return replace(mistake, fix="belongs in an item of losses:"), None
     return replace(mistake, fix=_list_keys(section, siblings)), None
 
 
 def _misplaced(
-    mistake: Mistake, wanted: str, elsewhere: Sequence[KeyPath], document: Document
+    mistake: Mistake, wanted: str, elsewhere: Sequence[KeyPath], document: Document, moved: set[KeyPath]
 ) -> tuple[Mistake, KeyPath | None]:
     """The mistake for a key of other sections; one that stands there with nothing in it was meant to hold the key."""
-    empty = [section for section in elsewhere if section and at(document.data, section, document) is None]
+    written = [section for section in elsewhere if section and section in document.keys]
+    empty = [
+        section for section in written if all((*section, key) in moved for key in at(document.data, section) or ())
+    ]
     target = (*empty, *elsewhere)[0]
     names = [f"under {dotted(section)}:" if section else "at the top of the recipe" for section in elsewhere]
     renamed = "" if wanted == mistake.path[-1] else f" as {wanted}:"
     mistake = replace(mistake, fix=f"belongs {' or '.join(names)}{renamed}")
     if empty:
-        fix = f"put spaces in front of it, so that it belongs to {dotted(target)}:"
+        fix = f"put spaces in front of it, so that it belongs to {dotted(target)}:{renamed}"
         mistake = replace(mistake, message=f"indented wrongly: {dotted(target)}: has nothing in it", fix=fix)
     elif not target and _sections_in(Recipe.model_fields[wanted].annotation):
         fix = f"move it to the left; it {mistake.fix}"

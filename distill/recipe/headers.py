@@ -20,8 +20,11 @@ MAX_HEADER = 100_000_000
 MAX_LINE = 1_000_000
 MAX_LINES = 100_000
 """Bytes of a line, and lines, that are read in search of a column; what comes later is seen when the data is read."""
-HEADS = ("classifier", "score", "lm_head", "pre_classifier", "classifier.dense", "classifier.out_proj", "pooler.dense")
-"""Modules that a model may have although its file does not: they are made anew, or tied."""
+NOT_STORED = (
+    *("classifier", "score", "lm_head", "pre_classifier", "classifier.dense", "classifier.out_proj", "pooler.dense"),
+    *("head.dense", "head.norm", "encoder.embed_positions", "decoder.embed_positions"),
+)
+"""Modules that a model may have although its file does not: they are made anew, tied or computed."""
 
 
 def look_at_teacher(teacher: Teacher | None, base: Path) -> tuple[TeacherSize, list[Mistake]]:
@@ -64,7 +67,7 @@ def parameter_names(folder: Path) -> Collection[str]:
         return ()
     # Older files have other names for the parameters of a norm.
     names |= {re.sub("gamma$", "weight", re.sub("beta$", "bias", name)) for name in names}
-    return sorted(names) + [f"{head}.{kind}" for head in HEADS for kind in ("weight", "bias")]
+    return sorted(names) + [f"{head}.{kind}" for head in NOT_STORED for kind in ("weight", "bias")]
 
 
 def read_header(path: Path) -> dict[str, Any]:

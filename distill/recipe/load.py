@@ -102,7 +102,7 @@ def _override(document: Document, overrides: Sequence[str]) -> list[tuple[tuple[
                 raise _NotSet("expected key.path=value", "for example training.lr=3e-4")
             _set(document, key, _value(value), place)
         except _NotSet as error:
-            problems.append((place.order, Problem(place.text, key, error.message, error.fix)))
+            problems.append((place.order, Problem(place.text, key, *error.args)))
     return problems
 
 
@@ -114,11 +114,7 @@ _Writer.add_representer(type(None), lambda writer, _: writer.represent_scalar("t
 
 
 class _NotSet(Exception):
-    """An override cannot be set."""
-
-    def __init__(self, message: str, fix: str = ""):
-        super().__init__(message)
-        self.message, self.fix = message, fix
+    """An override cannot be set; the message and the fix."""
 
 
 def _value(text: str) -> Any:

@@ -6,7 +6,7 @@ so that an editor completes the names and a recipe is checked in milliseconds; o
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, NamedTuple, get_args
+from typing import Annotated, Literal
 
 from pydantic import Field, StrictStr, TypeAdapter, WithJsonSchema
 
@@ -71,25 +71,3 @@ TASK_METRICS: dict[TaskName, tuple[Metric, ...]] = {
 """What each task measures by itself, in training too."""
 TEACHER_METRICS: tuple[Metric, ...] = ("agreement", "kl")
 """Metrics that compare with the teacher; every task has them, after training."""
-
-
-class TermKeys(NamedTuple):
-    """What a loss term may say beside `match`, `weight` and `schedule`."""
-
-    keys: tuple[str, ...]
-    losses: tuple[str, ...] = ()
-    """Built-in losses; the first is the default."""
-    tasks: tuple[str, ...] = get_args(TaskName)
-    """Tasks whose head has what is compared."""
-
-
-TERM_KEYS = {
-    "labels": TermKeys(()),
-    "logits": TermKeys(("loss", "temperature", "scale_by_temperature", "params"), get_args(LogitLoss)),
-    "hidden": TermKeys(("loss", "map", "params"), get_args(HiddenLoss)),
-    "embeddings": TermKeys(("loss", "params"), get_args(HiddenLoss)),
-    "attention": TermKeys(("loss", "map", "params"), get_args(AttentionLoss)),
-    "relations": TermKeys(("loss", "map", "params"), get_args(RelationLoss)),
-    "output": TermKeys(("loss", "params"), get_args(HiddenLoss), tasks=()),
-}
-"""What a term may match."""

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from distill.recipe.fields import KeyPath, Mistake
 from distill.recipe.locate import TeacherSize
-from distill.recipe.names import READS, TASK_METRICS, TEACHER_METRICS, TERM_KEYS
+from distill.recipe.names import READS, TASK_METRICS, TEACHER_METRICS
+from distill.recipe.terms import TERM_KEYS
 
 if TYPE_CHECKING:
     from distill.recipe.schema import Data, Evaluation, Optimization, Recipe, Release, Term, Training

@@ -72,6 +72,8 @@ def read_text(text: str, source: str) -> Document:
         elif error.problem == "mapping values are not allowed here":
             reason = "a `:` is not allowed here"
             fix = "check the indentation, or put quotes around text that holds `: `"
+        elif (error.problem or "").startswith("expected <block end>"):
+            reason, fix = "this line is indented unlike those above", "indent it as the section that it belongs to"
         _refuse(f"{source}:{mark.line + 1}:{mark.column + 1}", f"not valid YAML: {reason}", fix)
     except (YAMLError, ValueError, OverflowError) as error:
         # Escapes of characters that do not exist ("\ud800") break inside the parser, without a position.

@@ -12,8 +12,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from distill.losses import MATCHES
-from distill.recipe.names import TERM_KEYS
 from distill.recipe.schema import Schedule
+from distill.recipe.terms import TERM_KEYS
 from distill.release.evidence import (
     MISSING,
     Evidence,

@@ -10,8 +10,8 @@ from tiny import RECIPE, tiny_project
 from distill.errors import RecipeError
 from distill.losses import MATCHES
 from distill.recipe import load_recipe
-from distill.recipe.names import TERM_KEYS
 from distill.recipe.schema import Term
+from distill.recipe.terms import TERM_KEYS
 
 CHANGED = {
     "loss": "my_losses:huber",

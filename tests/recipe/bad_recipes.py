@@ -353,6 +353,8 @@ SYNTAX = [
     Bad("seed: 0", "seed:\t0\n\tx: 1", 2, "recipe", "a tab spaces"),
     Bad("  epochs: 3", "\tepochs: 3", 18, "recipe", "a tab spaces"),
     Bad("seed: 0", "seed: a: b", 2, "recipe", "not valid YAML quotes"),
+    Bad("training:", "    training:", 17, "recipe", "indented unlike those above section"),
+    Bad("  batch_size: 32", "   batch_size: 32", 19, "recipe", "not valid YAML indentation"),
     Bad("{license: apache-2.0}", "{license: apache-2.0", 25, "recipe", "not valid YAML"),
     Bad("name: tiny", "name: 'tiny", 25, "recipe", "not valid YAML"),
     Bad("name: tiny", "name: @tiny", 1, "recipe", "not valid YAML"),

@@ -13,10 +13,14 @@ from typing import Any
 import pytest
 import yaml
 from bad_recipes import GOOD
+from tiny import tiny_model
 
 from distill.errors import InputError, Problem, RecipeError
 from distill.recipe import load_recipe
-from distill.recipe.schema import json_schema
+from distill.recipe.headers import parameter_names
+from distill.recipe.locate import TeacherSize
+from distill.recipe.rules import patterns_match
+from distill.recipe.schema import Training, json_schema
 from distill.recipe.yaml import read_text
 
 Write = Callable[..., Path]
@@ -51,33 +55,43 @@ HEADED = ["bert." + name for name in BERT] + ["classifier.weight"]
 
 
 @pytest.mark.parametrize("stored", [BERT, HEADED], ids=["base model", "with a head"])
-@pytest.mark.parametrize(
-    "pattern",
-    ["*.embeddings.*", "bert.embeddings.*", "*.LayerNorm.weight", "*.dense.*", "classifier.*", "*embeddings*", "*"],
-)
-def test_a_pattern_that_matches_a_parameter_is_accepted(
-    pattern: str, stored: list[str], write: Write, folder: Path
-) -> None:
+def test_patterns_that_match_a_parameter_are_accepted(stored: list[str], write: Write, folder: Path) -> None:
     (folder / "teacher/model.safetensors").write_bytes(weights(stored))
-    load_recipe(write(GOOD.replace("  lr: 3e-4", f"  freeze: ['{pattern}']")))
+    patterns = [
+        "*.embeddings.*",
+        "bert.embeddings.*",
+        "*.LayerNorm.weight",
+        "*.dense.*",
+        "classifier.*",
+        "*embed*",
+        "*",
+    ]
+    load_recipe(write(GOOD.replace("  lr: 3e-4", f"  freeze: {patterns}")))
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "key"),
-    [
-        ("  lr: 3e-4", "  freeze: ['*.embeddings.*', '*.embedings.*']", "training.freeze.1"),
-        ("  lr: 3e-4", "  only: ['*.mpl.*']", "training.only.0"),
-        ("lr: 2e-4}", "freeze: ['*.attention.*']}", "teacher.fit.freeze.0"),
-        ("multiple_of: 64}", "multiple_of: 64}\n  mask: {sparsity: 0.5, only: ['*.up_proj.*']}", "student.mask.only.0"),
-    ],
-)
 @pytest.mark.parametrize("stored", [BERT, HEADED], ids=["base model", "with a head"])
-def test_a_pattern_that_matches_nothing_is_named(
-    old: str, new: str, key: str, stored: list[str], write: Write, folder: Path
-) -> None:
+def test_patterns_that_match_nothing_are_named(stored: list[str], write: Write, folder: Path) -> None:
     (folder / "teacher/model.safetensors").write_bytes(weights(stored))
-    found, message = one(write(GOOD.replace(old, new)))
-    assert found == key and "matches no parameter of the teacher" in message
+    text = GOOD.replace("lr: 2e-4}", "freeze: ['*.attention.*']}")
+    text = text.replace("multiple_of: 64}", "multiple_of: 64}\n  mask: {sparsity: 0.5, only: ['*.up_proj.*']}")
+    text = text.replace("  lr: 3e-4", "  freeze: ['*.embeddings.*', '*.embedings.*']\n  only: ['*.mpl.*']")
+    found = problems(write(text))
+    keys = ["teacher.fit.freeze.0", "student.mask.only.0", "training.freeze.1", "training.only.0"]
+    assert [problem.key for problem in found] == keys
+    assert all("matches no parameter of the teacher" in problem.message for problem in found)
+
+
+FAMILIES = ["bert", "distilbert", "modernbert", "gpt2", "llama", "mixtral", "t5", "marian", "whisper"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_parameter_of_a_model_is_found_in_its_file_and_in_that_of_its_base(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    spec = Training(steps=1, freeze=[name for name, _ in model.named_parameters()])
+    for part, folder in ((model, tmp_path / "whole"), (model.base_model, tmp_path / "base")):
+        part.save_pretrained(folder)
+        size = TeacherSize(tensors=parameter_names(folder))
+        assert [mistake.message for mistake in patterns_match(None, spec, None, size)] == []
 
 
 def test_experts_are_computed_together_so_their_names_say_nothing(write: Write, folder: Path) -> None:

@@ -11,9 +11,9 @@ from bad_recipes import GOOD, MLP, Bad, says
 from distill.errors import Problem, RecipeError
 from distill.recipe import load_recipe
 from distill.recipe.foreign import ADVICE, RENAMED, UNSUPPORTED
-from distill.recipe.names import TERM_KEYS
 from distill.recipe.schema import Data, Evaluation, Optimization, Recipe, Teacher, Term, Training
 from distill.recipe.student import Layers, Mlp, Student
+from distill.recipe.terms import TERM_KEYS
 
 Write = Callable[..., Path]
 
@@ -112,7 +112,8 @@ def test_keys_of_an_empty_section_were_meant_to_be_in_it(write: Write) -> None:
         ("batch_size", "19"),
         ("lr", "20"),
     ]
-    assert says(f"{found[0].message} {found[0].fix}", "indented wrongly training: has nothing in it spaces")
+    for problem in found:
+        assert says(f"{problem.message} {problem.fix}", "indented wrongly training: has nothing in it spaces")
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def test_tasks_measure_what_they_say() -> None:
 def test_each_match_has_the_losses_of_its_table() -> None:
     tables = {"logits": LOGITS, "hidden": HIDDEN, "embeddings": HIDDEN, "output": HIDDEN}
     tables |= {"attention": ATTENTION, "relations": RELATION}
-    assert {match: row.losses for match, row in names.TERM_KEYS.items() if row.losses} == {
+    assert {match: row.losses for match, row in TERM_KEYS.items() if row.losses} == {
         match: tuple(table) for match, table in tables.items()
     }
 
