@@ -41,15 +41,11 @@ class MicroBatch:
     def __init__(
         self, kind: PredictionKind, batch: Batch, student: Outputs, teacher: Outputs | None, projections: nn.ModuleDict
     ):
-        self.kind, self.batch, self.student, self.projections = kind, batch, student, projections
-        self._teacher = teacher
+        self.kind, self.batch, self.projections = kind, batch, projections
+        self.student: Any = student
+        self.teacher: Any = teacher
+        """None where no term reads it."""
         self._found: dict[Callable[[Batch], Tensor], Positions] = {}
-
-    @property
-    def teacher(self) -> Outputs:
-        """The teacher's outputs; the objective has made sure that there are some where a term reads them."""
-        assert self._teacher is not None
-        return self._teacher
 
     def positions(self, mask: Mask) -> Positions:
         """Find the positions of a mask."""
@@ -66,7 +62,7 @@ class MicroBatch:
 
     @cached_property
     def visible(self) -> Tensor:
-        """Which keys (last axis) a query (second axis) may attend to, boolean [B, L, L]."""
+        """Mask of the keys (last axis) that a query (second axis) may attend to, boolean [B, L, L]."""
         real = self.kind.tokens(self.batch)
         visible = real[:, None, :] & real[:, :, None]
         if self.kind.causal:
@@ -77,6 +73,10 @@ class MicroBatch:
         return visible
 
 
+def _example_vectors(draw: Callable[..., Tensor], columns: int) -> tuple[Any, ...]:
+    return draw(EXAMPLE_POSITIONS, columns), draw(EXAMPLE_POSITIONS, columns)
+
+
 @dataclass(frozen=True)
 class Match:
     """One thing that a term can compare."""
@@ -85,12 +85,12 @@ class Match:
     """For people, as the model card says it."""
     losses: Mapping[str, Loss]
     """Losses by name, the first is the default; empty: the kind of predictions has its own."""
-    mask: Mask
-    """Which positions count."""
     values: Callable[..., Tensor]
     """(loss, micro-batch, valid positions, pair) -> [N]; with `on_logits` (loss, student's logits [n, V], teacher's
     logits or None, labels [n], real classes) -> [n]."""
-    example: Callable[[Callable[..., Tensor], int], tuple[Any, ...]]
+    mask: Mask
+    """Which positions count."""
+    example: Callable[[Callable[..., Tensor], int], tuple[Any, ...]] = _example_vectors
     """(function that draws normal numbers of a shape, columns) -> arguments for a loss at `EXAMPLE_POSITIONS`, the
     student's first; the last has one row per position."""
     on_logits: bool = False
@@ -141,12 +141,7 @@ def _compare_attention(field: str, loss: Loss, micro: MicroBatch, valid: Positio
 
 
 def _compare_outputs(loss: Loss, micro: MicroBatch, valid: Positions, _pair: Pair) -> Tensor:
-    assert micro.student.logits is not None and micro.teacher.logits is not None
     return loss(micro.student.logits[valid], micro.teacher.logits[valid].detach())
-
-
-def _example_vectors(draw: Callable[..., Tensor], columns: int) -> tuple[Any, ...]:
-    return draw(EXAMPLE_POSITIONS, columns), draw(EXAMPLE_POSITIONS, columns)
 
 
 def _example_attention(draw: Callable[..., Tensor], _columns: int) -> tuple[Any, ...]:
@@ -178,66 +173,32 @@ def _without_embedding(kind: str, _loss: str) -> str | None:
 
 MATCHES: dict[str, Match] = {
     "labels": Match(
-        "predictions with labels",
-        losses={},
-        mask="labelled",
-        values=_compare_labels,
-        example=_example_vectors,
-        on_logits=True,
-        needs_teacher=False,
-        problem=_without_labels,
+        "predictions with labels", {}, _compare_labels, "labelled",
+        on_logits=True, needs_teacher=False, problem=_without_labels,
     ),
     "logits": Match(
-        "predictions with the teacher's",
-        losses=LOGITS,
-        mask="predicted",
-        values=_compare_logits,
-        example=_example_vectors,
-        on_logits=True,
-        problem=_without_distribution,
+        "predictions with the teacher's", LOGITS, _compare_logits,
+        "predicted", on_logits=True, problem=_without_distribution,
     ),
     "hidden": Match(
-        "outputs of mapped layers",
-        losses=HIDDEN,
-        mask="tokens",
-        values=_compare_states,
-        example=_example_vectors,
-        capture="hidden",
-        projected=True,
+        "outputs of mapped layers", HIDDEN, _compare_states, "tokens",
+        capture="hidden", projected=True,
     ),
     "embeddings": Match(
-        "what goes into the first layer",
-        losses=HIDDEN,
-        mask="tokens",
-        values=_compare_states,
-        example=_example_vectors,
-        capture="hidden",
-        pairs=((-1, -1),),
-        projected=True,
+        "what goes into the first layer", HIDDEN, _compare_states, "tokens",
+        capture="hidden", pairs=((-1, -1),), projected=True,
     ),
     "attention": Match(
-        "attention probabilities of mapped layers",
-        losses=ATTENTION,
-        mask="tokens",
-        values=partial(_compare_attention, "attention"),
-        example=_example_attention,
-        capture="attention",
+        "attention probabilities of mapped layers", ATTENTION,
+        partial(_compare_attention, "attention"), "tokens", _example_attention, capture="attention",
     ),
     "relations": Match(
-        "queries, keys and values of mapped layers, each with itself",
-        losses=RELATION,
-        mask="tokens",
-        values=partial(_compare_attention, "relations"),
-        example=_example_relations,
-        capture="relations",
+        "queries, keys and values of mapped layers, each with itself", RELATION,
+        partial(_compare_attention, "relations"), "tokens", _example_relations, capture="relations",
     ),
     "output": Match(
-        "sentence embeddings",
-        losses=HIDDEN,
-        mask="predicted",
-        values=_compare_outputs,
-        example=_example_vectors,
-        pairs=((0, 0),),  # one comparison; there is no layer to name
-        problem=_without_embedding,
+        # The pair stands for the one comparison; there is no layer to name.
+        "sentence embeddings", HIDDEN, _compare_outputs, "predicted",
+        pairs=((0, 0),), problem=_without_embedding,
     ),
-}
+}  # fmt: skip

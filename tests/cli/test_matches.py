@@ -51,7 +51,7 @@ RUNS = {
     "embeddings": (
         "{match: embeddings, loss: cosine, weight: 0.5}, {match: labels, weight: 0}",
         ["what goes into the first layer", "cosine", "\N{EN DASH}", "0.5"],
-        None,  # the student's are the teacher's, and stay it
+        None,  # the student begins with the teacher's
     ),
     "attention": (
         "{match: attention, map: last, weight: 0.25}",
@@ -121,6 +121,8 @@ def test_every_match_and_schedule_is_followed_to_its_end_and_told_by_the_card_of
     values = [next(iter(record["parts"].values())) for record in steps]
     if weights:
         assert [record["loss"] / value for record, value in zip(steps, values, strict=True)] == pytest.approx(weights)
+    else:
+        assert values[0] == 0
     if match == "logits":  # a student that was taught by itself would begin at 0
         assert values[0] == pytest.approx(divergence(project, run), rel=0.2)
 

@@ -80,7 +80,7 @@ def test_chunks_give_the_loss_and_every_gradient_of_the_plain_form(kind, loss, h
     terms = [Term(match="labels", weight=0.3), Term(match="logits", loss=loss, temperature=1.7)]
     student, teacher = (
         side(0, vocabulary=V + 3, **HEADS[head]),
-        side(1, width=D + 2, **HEADS[head]),
+        side(1, width=D + 2, vocabulary=V + 5, **HEADS[head]),
     )
     expected = learn(Objective(terms, kind, vocabulary=V), student, teacher, batch_of(), plain=True)
     found = learn(Objective(terms, kind, vocabulary=V, chunk=chunk), student, teacher, batch_of())

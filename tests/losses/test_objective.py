@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from distill.errors import InputError
 from distill.losses import Objective, layer_map
-from distill.models.forward import Outputs
+from distill.models.forward import Capture, Outputs
 from distill.recipe.schema import Term
 
 B, L, V, D = 6, 5, 7, 4
@@ -244,6 +244,16 @@ def test_names_are_unique_and_needs_are_known_before_the_first_step():
     assert objective.names == ["labels", "logits.forward_kl", "hidden.mse", "hidden.mse.2", "hidden.cosine"]
     assert (objective.student.hidden, objective.teacher.hidden) == ([0, 1], [3])
     assert objective.needs_teacher
+
+
+def test_each_match_captures_the_layers_that_it_compares():
+    pairs = [(0, 1), (1, 3)]
+    states = [Term(match="hidden", map=pairs), Term(match="embeddings")]
+    attention = [Term(match="attention", map=pairs[:1]), Term(match="relations", map=pairs[1:])]
+    objective = Objective([Term(match="labels"), *states, *attention], "next_token", maps)
+    assert objective.student == Capture([-1, 0, 1], attention=[0], relations=[1], stop_at_head=True)
+    assert objective.teacher == Capture([-1, 1, 3], attention=[1], relations=[3], stop_at_head=True)
+    assert Objective([Term(match="output")], "embedding").student == Capture()
 
 
 @pytest.mark.parametrize(("match", "teacher"), [("labels", False), ("logits", True), ("hidden", True)])

@@ -1,5 +1,6 @@
 """Attention maps and Q/K/V relations: numbers by hand, and what is captured of each family."""
 
+from dataclasses import replace
 from math import exp, log
 
 import pytest
@@ -8,9 +9,10 @@ from language_models import FAMILIES, SEQ2SEQ, language_model
 from tiny import tiny_batch, tiny_model
 
 from distill.errors import InputError
-from distill.losses import ATTENTION, RELATION
-from distill.models.forward import Capture, forward, relation_widths
+from distill.losses import ATTENTION, RELATION, LayerMap, Objective
+from distill.models.forward import Capture, Outputs, forward, relation_widths
 from distill.models.layout import LAYOUTS
+from distill.recipe.schema import Term
 
 VISIBLE = torch.ones(1, 2, 2, dtype=torch.bool)
 # one head, two positions; only the first row differs
@@ -79,6 +81,37 @@ def test_gradients_are_derivatives_whatever_is_visible(visible):
 def test_maps_of_another_number_of_heads_are_refused():
     with pytest.raises(ValueError, match="match relations"):
         ATTENTION["kl"](STUDENT, TEACHER.expand(1, 2, 2, 2), VISIBLE)
+
+
+@pytest.mark.parametrize(
+    ("kind", "visible"),
+    [
+        # The second text has one token less than the first; a query of a causal model sees no key after itself.
+        ("sequence", [[[1, 1, 1], [1, 1, 1], [1, 1, 1]], [[1, 1, 0], [1, 1, 0], [0, 0, 0]]]),
+        ("next_token", [[[1, 0, 0], [1, 1, 0], [1, 1, 1]], [[1, 0, 0], [1, 1, 0], [0, 0, 0]]]),
+        ("documents", [[[1, 0, 0], [0, 1, 1], [0, 1, 1]], [[1, 0, 0], [0, 1, 0], [0, 0, 0]]]),
+    ],
+)
+def test_a_term_compares_what_real_tokens_attend_to(kind, visible):
+    draw = torch.Generator().manual_seed(0)
+    vectors = torch.randn(2, 3, 2, 3, 4, generator=draw)
+    maps = torch.randn(2, 2, 1, 3, 3, generator=draw).softmax(-1)
+    sides = [
+        Outputs(torch.zeros(2, 4), attention={0: m}, relations={0: [*v]}) for v, m in zip(vectors, maps, strict=True)
+    ]
+    batch = {"attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]]), "labels": torch.zeros(2, dtype=torch.int64)}
+    if kind == "documents":
+        kind, batch["document_ids"] = "sequence", torch.tensor([[0, 1, 1], [0, 1, 1]])
+    terms = [Term(match="attention"), Term(match="attention", loss="mse"), Term(match="relations")]
+    visible, real = torch.tensor(visible).bool(), batch["attention_mask"].bool()
+    if kind == "next_token":
+        sides = [replace(side, logits=torch.zeros(2, 3, 4)) for side in sides]
+        batch["labels"] = torch.zeros(2, 3, dtype=torch.int64)
+    objective = Objective(terms, kind, lambda _policy: LayerMap(((0, 0),)))
+    _, sums = objective(*sides, batch, objective.counts([batch]))
+    expected = [ATTENTION[name](*maps, visible)[real].sum() for name in ("kl", "mse")]
+    expected.append(RELATION["qkv"](*vectors, visible)[real].sum())
+    torch.testing.assert_close(sums, torch.stack(expected))
 
 
 def test_every_family_has_its_attention():

@@ -14,6 +14,7 @@ from distill.evaluation.metrics import METRICS
 from distill.losses import ATTENTION, HIDDEN, LOGITS, RELATION
 from distill.recipe import names
 from distill.recipe.schema import Optimization, json_schema
+from distill.recipe.terms import TERM_KEYS
 from distill.student.allocate import ALLOCATIONS
 from distill.student.layers import CHOICES
 from distill.student.masks.masks import SCORES as MASK_SCORES
