@@ -79,6 +79,16 @@ class RunDir:
         return self.root / "controls" / arm / "model"
 
     @property
+    def control_models(self) -> list[Path]:
+        """Every control arm that was trained."""
+        return sorted(self.root.glob("controls/*/model"))
+
+    @property
+    def predictions(self) -> Path:
+        """What each arm says about the test split, one row per example, in `ARM.safetensors`."""
+        return self.root / "predictions"
+
+    @property
     def evaluation(self) -> Path:
         """All arms, measured."""
         return self.root / "evaluation.json"

@@ -13,10 +13,12 @@ import torch
 
 from distill.data import Corpus, Texts, read_texts, tokenise
 from distill.errors import InputError
-from distill.evaluation.arms import AGAINST_TEACHER
+from distill.evaluation.arms import ARMS, controls
+from distill.evaluation.metrics import AGAINST_TEACHER
 from distill.models.load import ModelHead, load_model, load_tokenizer, teacher_path, trained_labels
 from distill.pipeline.folder import RunDir
 from distill.recipe.schema import Recipe
+from distill.training import TrainDir
 
 PATIENCE = timedelta(days=30)
 """How long processes wait for the main one. The launcher ends them when it dies."""
@@ -94,17 +96,27 @@ class Session:
     def arms(self) -> list[str]:
         """The arms that this recipe makes, of those that it measures."""
         wanted = self.recipe.student.repair.wanted
-        return [arm for arm in self.recipe.evaluation.arms if arm != "repaired" or wanted]
+        return [arm for arm in self.recipe.evaluation.arms if ARMS[arm].start != "repaired" or wanted]
+
+    @property
+    def trained_arms(self) -> list[str]:
+        """`distilled`, whether it is measured or not, and its controls."""
+        return ["distilled", *controls(self.recipe)]
+
+    def arm_start(self, arm: str) -> Path:
+        """The model that an arm starts from."""
+        start = ARMS[arm].start
+        return {"teacher": self.teacher, "cut": self.run.student, "repaired": self.run.repaired}.get(start, self.start)
 
     def arm_folder(self, arm: str) -> Path:
-        """The model of one arm of the evaluation."""
-        own = {
-            "teacher": self.teacher,
-            "cut": self.run.student,
-            "repaired": self.run.repaired,
-            "distilled": self.run.distilled,
-        }
-        return own[arm] if arm in own else self.run.control_model(arm)
+        """The finished model of an arm."""
+        if ARMS[arm].terms is None:
+            return self.arm_start(arm)
+        return self.run.distilled if arm == "distilled" else self.run.control_model(arm)
+
+    def train_folder(self, arm: str) -> TrainDir:
+        """Checkpoints and metrics of a trained arm."""
+        return self.run.training if arm == "distilled" else self.run.control(arm)
 
     def load(self, folder: Path, int8_on: torch.device | None = None) -> Any:
         """A model with the task's head and all its weights; in 8 bits, on a device, where that is given."""
