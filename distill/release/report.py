@@ -160,7 +160,7 @@ def held_out_figure(evidence: Evidence) -> Figure:
         charts.Series(arm, points(records, "evaluate", "metrics", metric), style_of(evidence, arm))
         for arm, records in evidence.records.items()
     ]
-    levels = score_bars(evidence, [arm for arm in evidence.arms if arm not in evidence.records])
+    levels = score_bars(evidence, [name for name, arm in evidence.arms.items() if not arm.get("steps")])
     values = [value for line in lines for _, value in line.points] + [level.value for level in levels]
     caption = f"{metric} on the held-out split; teacher and untrained student as horizontal lines where measured."
     picture = charts.line_chart(
