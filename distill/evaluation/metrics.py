@@ -103,16 +103,16 @@ def compute(names: Sequence[str], columns: Mapping[str, Column]) -> dict[str, fl
     Values are plain floats, not always finite: an overflowing perplexity is inf, a mean over no tokens nan.
 
     Raises:
-        InputError: an unknown metric, or a column that is missing, empty, not 1-D or as long as the metric's others.
+        InputError: An unknown metric, or a column that is missing, empty, or as long as no other.
     """
     functions = {name: find_metric(name, columns) for name in names}
-    read = {name: _read(name, function, columns) for name, function in functions.items()}
+    read = {column: columns[column] for function in functions.values() for column in columns_of(function)}
+    lengths = {column: len(values) for column, values in read.items()}
+    if len(set(lengths.values())) > 1 or 0 in lengths.values():
+        raise InputError(f"metrics need columns with one row per example, at least one: the rows are {lengths}")
     with tempfile.TemporaryDirectory() as folder:  # evaluate would keep files in the user's cache
-        metrics = {
-            name: metric_class(name, functions[name], own)(keep_in_memory=True, cache_dir=folder)
-            for name, own in read.items()
-        }
-        return {name: float(metrics[name].compute(**own)[name]) for name, own in read.items()}
+        metric = metric_class(functions, read)(keep_in_memory=True, cache_dir=folder)
+        return dict(metric.compute(**read))
 
 
 def find_metric(name: str, columns: Collection[str]) -> Function:
@@ -129,8 +129,8 @@ def find_metric(name: str, columns: Collection[str]) -> Function:
     return function
 
 
-def metric_class(name: str, function: Function, columns: Mapping[str, Column]) -> Any:
-    """Wrap a metric function in an `evaluate.Metric`, whose result is called `name`.
+def metric_class(functions: Mapping[str, Function], columns: Mapping[str, Column]) -> Any:
+    """Wrap metric functions, by the name of their result, in an `evaluate.Metric` that reads these columns.
 
     It lives in this package because `evaluate.load` needs the hub and runs a file of that name in the working folder.
     """
@@ -138,37 +138,25 @@ def metric_class(name: str, function: Function, columns: Mapping[str, Column]) -
     import evaluate
     import numpy as np
 
-    features = {column: datasets.Value(_ARROW_TYPES[values.dtype.kind]) for column, values in columns.items()}
-    about = {"description": inspect.getdoc(function) or name, "citation": "", "inputs_description": ""}
+    types = {"b": "int64", "i": "int64", "u": "int64", "f": "float64", "U": "string"}  # by kind of a numpy type
+    features = datasets.Features(
+        {column: datasets.Value(types[values.dtype.kind]) for column, values in columns.items()}
+    )
 
-    class FunctionMetric(evaluate.Metric):  # type: ignore[misc]  # evaluate has no types
+    class FunctionMetrics(evaluate.Metric):  # type: ignore[misc]  # evaluate has no types
         def _info(self) -> Any:
-            return evaluate.MetricInfo(features=datasets.Features(features), **about)
+            about = {"description": ", ".join(functions), "citation": "", "inputs_description": ""}
+            return evaluate.MetricInfo(features=features, **about)
 
         def _compute(self, **rows: Any) -> dict[str, float]:
             # They arrive as lists: the "numpy" format of datasets would round float64 to float32.
-            return {name: float(function(*(np.asarray(rows[column]) for column in features)))}
+            arrays = {column: np.asarray(values) for column, values in rows.items()}
+            return {
+                name: float(function(*(arrays[column] for column in columns_of(function))))
+                for name, function in functions.items()
+            }
 
-    return FunctionMetric
-
-
-_ARROW_TYPES = {"b": "int64", "i": "int64", "u": "int64", "f": "float64", "U": "string"}
-"""Kind of a numpy type -> type in which `evaluate` keeps it."""
-
-
-def _read(name: str, function: Function, columns: Mapping[str, Column]) -> dict[str, Column]:
-    """Pick the columns of one metric, and check that they are columns of the same examples."""
-    own = {column: columns[column] for column in columns_of(function)}
-    for column, values in own.items():
-        if values.ndim != 1 or values.dtype.kind not in _ARROW_TYPES:
-            got = f"shape {values.shape} of {values.dtype}"
-            raise InputError(f"metric {name!r}: column {column} must be one number or text per example, got {got}")
-    lengths = {column: len(values) for column, values in own.items()}
-    if set(lengths.values()) == {0}:
-        raise InputError(f"metric {name!r}: there are no examples to measure (empty {', '.join(own)})")
-    if len(set(lengths.values())) > 1:
-        raise InputError(f"metric {name!r}: its columns have different lengths: {lengths}")
-    return own
+    return FunctionMetrics
 
 
 METRICS: dict[str, Function] = {

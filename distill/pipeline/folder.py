@@ -78,9 +78,8 @@ class RunDir:
         """A control arm after training."""
         return self.root / "controls" / arm / "model"
 
-    @property
-    def control_models(self) -> list[Path]:
-        """Every control arm that was trained."""
+    def trained_controls(self) -> list[Path]:
+        """List the models of all control arms that were trained."""
         return sorted(self.root.glob("controls/*/model"))
 
     @property

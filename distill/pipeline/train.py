@@ -285,7 +285,7 @@ CONTROL = Stage(
     "control",
     train_controls,
     lambda session: {arm: arm_inputs(session, arm) for arm in controls(session.recipe)},
-    lambda run: run.control_models,
+    lambda run: run.trained_controls(),
     wanted=lambda recipe: bool(controls(recipe)),
     together=True,
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -149,8 +149,7 @@ def loss_figure(evidence: Evidence) -> Figure:
         lines.append(charts.Series(part, points(records, "train", "parts", part), f"c{index % 6}"))
     wide = is_wide(value for line in lines for _, value in line.points)
     caption = f"Training loss and its parts{', logarithmic scale' if wide else ''}."
-    picture = charts.line_chart(lines, title="Training loss", description=caption, log=wide)
-    return Figure("Training loss", picture, caption)
+    return line_figure("Training loss", caption, lines, log=wide)
 
 
 def held_out_figure(evidence: Evidence) -> Figure:
@@ -163,20 +162,8 @@ def held_out_figure(evidence: Evidence) -> Figure:
     levels = score_bars(evidence, [name for name, arm in evidence.arms.items() if not arm.get("steps")])
     values = [value for line in lines for _, value in line.points] + [level.value for level in levels]
     caption = f"{metric} on the held-out split; teacher and untrained student as horizontal lines where measured."
-    picture = charts.line_chart(
-        lines,
-        title=f"Held-out {metric}",
-        description=caption,
-        levels=levels,
-        log=is_wide(values),
-        write=round_percent if is_share(metric) else format_number,
-    )
-    return Figure(f"Held-out {metric}", picture, caption)
-
-
-def round_percent(value: float) -> str:
-    """Write a percentage of an axis, which is round."""
-    return f"{100 * value:g} %"
+    write = round_percent if is_share(metric) else format_number
+    return line_figure(f"Held-out {metric}", caption, lines, levels=levels, log=is_wide(values), write=write)
 
 
 def rate_figure(evidence: Evidence) -> Figure:
@@ -184,7 +171,17 @@ def rate_figure(evidence: Evidence) -> Figure:
     line = charts.Series("lr", points(evidence.records.get("distilled", []), "train", "lr"), "total")
     training = evidence.recipe.training
     caption = f"Learning rate: {training.schedule}, peak {format_number(training.lr)}."
-    return Figure("Learning rate", charts.line_chart([line], title="Learning rate", description=caption), caption)
+    return line_figure("Learning rate", caption, [line])
+
+
+def line_figure(title: str, caption: str, lines: Sequence[charts.Series], **options: Any) -> Figure:
+    """Draw a line chart with the caption as its description."""
+    return Figure(title, charts.line_chart(lines, title=title, description=caption, **options), caption)
+
+
+def round_percent(value: float) -> str:
+    """Write a percentage of an axis, which is round."""
+    return f"{100 * value:g} %"
 
 
 def arms_figure(evidence: Evidence) -> Figure:
