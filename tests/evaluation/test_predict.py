@@ -115,3 +115,16 @@ def test_a_recorded_teacher_runs_once_per_batch_and_every_arm_gets_what_it_said(
     assert len(calls) == 2 and not folder.exists()
     for own, other in zip(rows, expected, strict=True):
         assert all((own[name] == other[name]).all() for name in other) and own["kl_sum"].sum() > 0
+
+
+def test_a_batch_of_several_chunks_gives_the_rows_of_its_texts_one_by_one():
+    model, other = (tiny_model("llama", seed=seed) for seed in (0, 1))
+    ids = tiny_batch(rows=14, length=60)  # 826 positions; a chunk has 512
+    labels = ids["input_ids"].masked_fill(ids["attention_mask"] == 0, -100)
+    batch = {**ids, "labels": labels, "examples": torch.arange(14)}
+    whole = predict(model, [batch], "next_token", as_teacher(other))
+    single = [{name: tensor[row : row + 1] for name, tensor in batch.items()} for row in range(14)]
+    rows = predict(model, single, "next_token", as_teacher(other))
+    assert whole["tokens"].sum() > 512
+    for name, values in whole.items():
+        assert values == pytest.approx(rows[name], rel=1e-5), name
