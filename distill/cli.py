@@ -10,7 +10,7 @@ import errno
 import json
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,10 +22,11 @@ from rich.text import Text
 
 from distill import __version__
 from distill.errors import DistillError, InputError, Stopped
+from distill.release.wording import one_line, printable
 
 if TYPE_CHECKING:
+    from distill.pipeline.inspect import Inspection
     from distill.recipe.schema import Recipe
-    from distill.release.report import Section
 
 app = typer.Typer(
     name="distill",
@@ -50,7 +51,7 @@ RemoteCode = Annotated[
 def validate(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Check a recipe and say everything that is wrong with it; needs no torch and no network."""
     loaded = _load(recipe, overrides)
-    console.print(f"{recipe}: fine ({loaded.name})")
+    _say(f"{recipe}: fine ({loaded.name})")
 
 
 @app.command()
@@ -102,58 +103,28 @@ def inspect(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, package:NAME/SUBFOLDER, or hub id ORG/NAME.")],
     calibration: Annotated[Path | None, typer.Option(help="Statistics of an earlier run's calibration.")] = None,
     data: Annotated[str | None, typer.Option(help="Gather statistics over a built-in corpus or a file.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Write the report, with pictures, to this file as well.")] = None,
     keep_layers: Annotated[int | None, typer.Option(min=1, help="Layers to keep (default: half).")] = None,
-    keep_mlp: Annotated[
-        str, typer.Option(help="Neurons of each MLP to keep: a number, or a share with a point.")
-    ] = "0.5",
     examples: Annotated[int, typer.Option(min=1, help="Texts to read with --data.")] = 256,
     max_length: Annotated[int, typer.Option(min=1, help="Tokens per text with --data.")] = 128,
 ) -> None:
-    """Show what is in a model: norms, zeros, redundancy, and what each policy and score would remove."""
+    """Show what is in a model: norms, zeros, redundancy, scores, and the layers that each policy would drop."""
     if calibration is not None and data is not None:
         raise InputError("--calibration and --data: give one of them")
-    if html is not None and not html.absolute().parent.is_dir():
-        raise InputError(f"--html: there is no folder {html.absolute().parent}")
     _quiet_libraries()
-    from distill.files import write_text
-    from distill.pipeline.inspect import Question, gather_statistics, inspect_model, open_model, read_statistics
-    from distill.release.report import render_inspection
+    from distill.pipeline.inspect import gather_statistics, inspect_model, open_model, read_statistics
 
-    question = Question(keep_layers, _share_or_count(keep_mlp))
     opened, statistics = open_model(model), None
     if calibration is not None:
         statistics = read_statistics(calibration, opened)
     elif data is not None:
         statistics = gather_statistics(model, opened, data, examples, max_length)
-    sections = inspect_model(opened, statistics, question)
-    _print_sections(sections)
-    if html is not None:
-        lead = f"A {opened.config.model_type} of {opened.num_parameters():,} parameters, without or before any cut."
-        write_text(html.absolute(), render_inspection(model, lead, sections))
-        console.print(f"written: {html}", markup=False)
+    _print_inspections(inspect_model(opened, statistics, keep_layers))
 
 
-def _print_sections(sections: Sequence[Section]) -> None:
-    output = Console(highlight=False, markup=False, width=max(100, console.width))
-    for section in sections:
-        table = Table(title=section.title)
-        for index, name in enumerate(section.table.head):
-            table.add_column(name, justify="left" if index < section.table.text_columns else "right")
-        for row in section.table.rows:
-            table.add_row(*map(Text, row))
-        output.print(table)
-        output.print(section.note, "")
-
-
-def _share_or_count(text: str) -> int | float:
-    try:
-        value = float(text) if "." in text else int(text)
-    except ValueError:
-        value = 0
-    if not 0 < value <= (1 if "." in text else float("inf")):
-        raise InputError(f"--keep-mlp: {text} is neither a number of neurons nor a share above 0 and up to 1.0")
-    return value
+def _print_inspections(inspections: Sequence[Inspection]) -> None:
+    for title, table, note in inspections:
+        _print_table(title, table.head, table.rows, table.text_columns)
+        _wide_console().print(printable(note), "")
 
 
 def _version(show: bool) -> None:
@@ -191,7 +162,7 @@ def _run(verb: str, path: Path, overrides: list[str] | None, out: Path | None, r
 
     def say(message: str) -> None:
         if main_process:
-            console.print(message, markup=False, soft_wrap=True)
+            _say(message)
 
     base, run = path.absolute().parent, RunDir(folder.absolute())
     run.check({"the recipe": path, **local_inputs(recipe, base)})
@@ -200,7 +171,7 @@ def _run(verb: str, path: Path, overrides: list[str] | None, out: Path | None, r
         check_stages(session, STORY)
         run_stages(session, VERBS[verb], STORY)
     if main_process and verb in ("evaluate", "release", "run"):
-        _print_table(json.loads(session.folder.evaluation.read_text(encoding="utf-8")))
+        _print_evaluation(json.loads(session.folder.evaluation.read_text(encoding="utf-8")))
     if main_process and verb in ("release", "run"):
         say(f"released: {folder / 'release'}   report: {folder / 'report.html'}")
 
@@ -216,31 +187,42 @@ def _quiet_libraries() -> None:
     datasets.disable_progress_bars()
 
 
-def _print_table(evaluation: dict[str, Any]) -> None:
-    metrics = evaluation["metrics"]
-    table = Table(title=f"{evaluation['data']['examples']} held-out examples of {evaluation['data']['source']}")
-    table.add_column("arm")
-    for name in [*metrics, "retained", "steps"]:
-        table.add_column(name, justify="right")
+def _say(message: str) -> None:
+    """Print a message, which may name classes, columns and files of strangers, on standard error."""
+    console.print(printable(message), markup=False, soft_wrap=True)
+
+
+def _wide_console() -> Console:
+    return Console(highlight=False, markup=False, width=max(100, console.width))  # else rich cuts columns at 80
+
+
+def _print_table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> None:
+    table = Table(title=one_line(title))
+    for index, name in enumerate(head):
+        table.add_column(one_line(name), justify="left" if index < text_columns else "right")
+    for row in rows:
+        table.add_row(*(Text(one_line(cell)) for cell in row))
+    _wide_console().print(table)
+
+
+def _print_evaluation(evaluation: dict[str, Any]) -> None:
+    metrics, rows = evaluation["metrics"], []
     for arm in evaluation["arms"]:
         retained = arm["retained"].get(evaluation["primary"])
         share = "" if retained is None else f"{100 * retained:.1f} %"
         values = [arm["metrics"][name] for name in metrics]
         cells = ["not finite" if value is None else f"{value:.4f}" for value in values]
-        table.add_row(arm["name"], *cells, share, str(arm["steps"]))
-    output = Console(highlight=False, width=max(100, console.width))  # off a terminal rich would cut columns at 80
-    output.print(table)
+        rows.append([arm["name"], *cells, share, str(arm["steps"])])
+    title = f"{evaluation['data']['examples']} held-out examples of {evaluation['data']['source']}"
+    _print_table(title, ["arm", *metrics, "retained", "steps"], rows)
     if evaluation["efficiency"]:
-        output.print(_efficiency_table(evaluation["efficiency"]))
+        _print_efficiency(evaluation["efficiency"])
 
 
-def _efficiency_table(efficiency: dict[str, Any]) -> Table:
-    table = Table(title="size and speed, student against teacher, measured in one run")
-    for name in ("", "teacher", "student", "ratio"):
-        table.add_column(name, justify="left" if not name else "right")
+def _print_efficiency(efficiency: dict[str, Any]) -> None:
     teacher, student = (efficiency["models"][name] for name in ("teacher", "student"))
     ratios = efficiency["ratios"]["student"]
-    rows = [
+    figures = [
         ("parameters", teacher["parameters"], student["parameters"], ratios["parameters"]),
         ("parameters in layers", teacher["layer_parameters"], student["layer_parameters"], ratios["layer_parameters"]),
         ("bytes on disk", teacher["disk_bytes"], student["disk_bytes"], ratios["disk_bytes"]),
@@ -248,11 +230,13 @@ def _efficiency_table(efficiency: dict[str, Any]) -> Table:
         ("latency ms, batch 1", teacher["latency_ms"]["p50"], student["latency_ms"]["p50"], ratios["latency"]),
         ("examples per second", teacher["throughput"], student["throughput"], ratios["throughput"]),
     ]
-    for name, before, after, ratio in rows:
+    rows = []
+    for name, before, after, ratio in figures:
         median = ratio["median"] if isinstance(ratio, dict) else ratio
-        table.add_row(name, f"{before:,.4g}" if isinstance(before, float) else f"{before:,}",
-                      f"{after:,.4g}" if isinstance(after, float) else f"{after:,}", f"{median:.3f}")  # fmt: skip
-    return table
+        cells = [f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" for value in (before, after)]
+        rows.append([name, *cells, f"{median:.3f}"])
+    title = "size and speed, student against teacher, measured in one run"
+    _print_table(title, ["", "teacher", "student", "ratio"], rows)
 
 
 def _stop(number: int, _frame: FrameType | None) -> None:
@@ -269,11 +253,11 @@ def main(arguments: list[str] | None = None) -> int:
     except typer.Exit as exit_:
         return exit_.exit_code
     except DistillError as error:
-        console.print(f"{'stopped' if error.exit_code == 75 else 'error'}: {error}", markup=False, soft_wrap=True)
+        _say(f"{'stopped' if error.exit_code == 75 else 'error'}: {error}")
         return error.exit_code
     except Exception as error:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # click's usage errors
-            console.print(f"error: {error.format_message() or 'a verb is missing; see distill --help'}", markup=False)
+            _say(f"error: {error.format_message() or 'a verb is missing; see distill --help'}")
             return 2
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
             console.print(

@@ -160,7 +160,7 @@ class _TrainingSet:
 def evaluation_batches(
     corpus: Corpus, examples: Examples, batch_size: int, rank: int = 0, world: int = 1
 ) -> Iterator[Batch]:
-    """Yield every example exactly once over all ranks, like lengths together."""
+    """Every example exactly once over all processes, like lengths together; `examples` [B] numbers them."""
     groups = micro_batches(range(len(examples)), examples.lengths, batch_size)
     for indices in groups[rank::world]:
-        yield collate(corpus, examples, indices)
+        yield collate(corpus, examples, indices) | {"examples": torch.tensor(indices)}

@@ -1,35 +1,69 @@
-"""The evaluation table: teacher, student as cut, distilled student and the labels-only control, measured alike."""
+"""Arms of the evaluation, one row each: everything else that speaks of arms reads these rows."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from distill.evaluation.metrics import HIGHER_IS_BETTER
+from distill.recipe.schema import Recipe, Term
+from distill.student.masks import mask_untrained
 
-AGAINST_TEACHER = ("agreement", "kl")
-"""Measured for every arm, whatever the recipe asks for."""
-
-
-def measured(metrics: Mapping[str, float]) -> dict[str, float | None]:
-    """Metrics as JSON can hold them: None where a value is not finite, e.g. the perplexity of a broken student."""
-    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+LABELS_ONLY = (Term(match="labels"),)
 
 
-def arm_row(name: str, steps: int, metrics: Mapping[str, float | None]) -> dict[str, Any]:
-    """One row of the table, before `retained` is known."""
-    return {"name": name, "steps": steps, "metrics": dict(metrics)}
+def _unchanged(_recipe: Recipe, model: Any, _steps: int) -> Any:
+    return model
 
 
-def with_retained(arms: Sequence[dict[str, Any]], metrics: Sequence[str]) -> list[dict[str, Any]]:
-    """Add to each row the share of the teacher's score that it keeps, for metrics where more is better."""
-    teacher = next((arm["metrics"] for arm in arms if arm["name"] == "teacher"), None)
-    if teacher is None:
-        return [{**arm, "retained": {}} for arm in arms]
-    shared = [name for name in metrics if HIGHER_IS_BETTER.get(name, True) and teacher.get(name)]
-    return [{**arm, "retained": _shares(arm["metrics"], teacher, shared)} for arm in arms]
+def _masked(recipe: Recipe, model: Any, steps: int) -> Any:
+    mask_untrained(recipe, model, steps)
+    return model
 
 
-def _shares(own: Mapping[str, Any], teacher: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:
-    return {name: own[name] / teacher[name] for name in names if own[name] is not None}
+@dataclass(frozen=True)
+class Arm:
+    """A model that is measured: where it comes from, what it learns from, and the words for it."""
+
+    title: str
+    """Words for tables."""
+    start: Literal["teacher", "cut", "repaired", "student"]
+    """The model it starts from; `student` is the one that training starts from: repaired where the recipe asks for
+    it, else as cut."""
+    terms: Callable[[Recipe], Sequence[Term]] | None = None
+    """The loss that it is trained on, for as many steps as `distilled`; None: it is not trained."""
+    prepare: Callable[[Recipe, Any, int], Any] = _unchanged
+    """(recipe, start model, steps of the training) -> the model that is trained, or measured if nothing is."""
+    rival: str = ""
+    """What the distilled student has to beat by it, in words; empty: nothing."""
+
+
+ARMS: dict[str, Arm] = {
+    "teacher": Arm("teacher", "teacher"),
+    "cut": Arm("cut (student before training)", "cut", prepare=_masked, rival="the student before training"),
+    "repaired": Arm(
+        "repaired (cut student after repair, before training)",
+        "repaired",
+        prepare=_masked,
+        rival="the student after its repair, before training",
+    ),
+    "distilled": Arm("distilled (this model)", "student", terms=lambda recipe: recipe.losses),
+    "labels_only": Arm(
+        "labels_only (same student, no teacher)",
+        "student",
+        terms=lambda _recipe: LABELS_ONLY,
+        rival="the same student trained for the same steps without the teacher",
+    ),
+}
+
+
+def controls(recipe: Recipe) -> list[str]:
+    """List the arms of a recipe that are trained beside `distilled`."""
+    return [arm for arm in recipe.evaluation.arms if ARMS[arm].terms is not None and arm != "distilled"]
+
+
+def rivals(recipe: Recipe) -> dict[str, str]:
+    """Map each arm that the distilled student has to beat to its words, trained ones first; also those not measured."""
+    made = {name: arm for name, arm in ARMS.items() if arm.start != "repaired" or recipe.student.repair.wanted}
+    ordered = sorted(made, key=lambda name: made[name].terms is None)
+    return {name: made[name].rival for name in ordered if made[name].rival}

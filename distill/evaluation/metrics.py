@@ -1,10 +1,12 @@
 """Metrics: one plain function per row of the table at the foot; its positional parameters name the columns it reads.
 
-A column is a 1-D array with one entry per example or, for language models, per text or token:
+A column is a 1-D array with one entry per example (a text, or a block of a language model):
 
-    predictions, references, teacher_predictions   class (integer, or its name)
-    nll, tokens, correct     sum of negative log-likelihoods in nats, scored tokens, tokens predicted right
-    kl_sum, positions        sum of KL(teacher || student) in nats, compared positions
+    example                  its number within the split
+    predictions, references, teacher_predictions   class, where an example has one label
+    nll, tokens, correct     sum of negative log-likelihoods in nats, scored labels, labels predicted right
+    agreed, kl_sum, positions   positions with the teacher's prediction, sum of KL(teacher || student) in nats, compared
+                             positions
 
 The metrics of language models are ratios of totals: a mean of per-batch means would weigh short texts too much.
 A recipe may name a function of its own, `package.module:function`, written the same way.
@@ -15,7 +17,7 @@ from __future__ import annotations
 import inspect
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from distill.errors import InputError
@@ -51,9 +53,9 @@ def f1_macro(predictions: Column, references: Column) -> float:
     return float((2 * hits / np.bincount(codes, minlength=len(classes))).mean())
 
 
-def agreement(predictions: Column, teacher_predictions: Column) -> float:
-    """Share of the examples where student and teacher predict the same class, right or wrong."""
-    return float((predictions == teacher_predictions).mean())
+def agreement(agreed: Column, positions: Column) -> float:
+    """Share of the compared positions where student and teacher predict the same, right or wrong; nan without any."""
+    return _per(agreed, positions)
 
 
 def loss(nll: Column, tokens: Column) -> float:
@@ -86,7 +88,7 @@ def _per(amount: Column, count: Column) -> float:
 
 
 def columns_of(function: Function) -> tuple[str, ...]:
-    """Names of the columns that a metric reads: its positional parameters (keyword-only ones are options).
+    """List the columns that a metric reads: its positional parameters (keyword-only ones are options).
 
     >>> columns_of(perplexity)
     ('nll', 'tokens')
@@ -96,66 +98,26 @@ def columns_of(function: Function) -> tuple[str, ...]:
 
 
 def compute(names: Sequence[str], columns: Mapping[str, Column]) -> dict[str, float]:
-    """The named metrics over all examples, on one process (gather first); columns that no metric reads are ignored.
+    """Compute the named metrics over all examples (of all ranks: gather first); a column that none reads is ignored.
 
     Values are plain floats, not always finite: an overflowing perplexity is inf, a mean over no tokens nan.
 
     Raises:
-        InputError: an unknown metric, or a column that is missing, empty, not 1-D or as long as the metric's others.
+        InputError: An unknown metric, or a column that is missing, empty, or as long as no other.
     """
-    import numpy as np
-
-    functions: dict[str, Function] = {name: find(METRICS, name, "metric") for name in names}
-    read: dict[str, Column] = {}
-    for name, function in functions.items():
-        read |= _checked(name, function, {column: np.asarray(values) for column, values in columns.items()})
-    import evaluate
-
-    # evaluate makes a folder per metric in its cache, also for metrics that keep everything in memory.
-    with tempfile.TemporaryDirectory() as folder:
-        metrics = {
-            name: metric_class(name, function, read)(keep_in_memory=True, cache_dir=folder)
-            for name, function in functions.items()
-        }
-        scores = evaluate.combine(metrics).compute(**read)
-    return {name: float(scores[name]) for name in functions}
+    functions = {name: find_metric(name, columns) for name in names}
+    read = {column: columns[column] for function in functions.values() for column in columns_of(function)}
+    lengths = {column: len(values) for column, values in read.items()}
+    if len(set(lengths.values())) > 1 or 0 in lengths.values():
+        raise InputError(f"metrics need columns with one row per example, at least one: the rows are {lengths}")
+    with tempfile.TemporaryDirectory() as folder:  # evaluate would keep files in the user's cache
+        metric = metric_class(functions, read)(keep_in_memory=True, cache_dir=folder)
+        return dict(metric.compute(**read))
 
 
-def metric_class(name: str, function: Function, columns: Mapping[str, Column]) -> Any:
-    """The `evaluate.Metric` subclass around a metric function, whose result it calls `name`.
-
-    It lives in this package because `evaluate.load` needs the hub and runs a file of that name in the working folder.
-    `columns` give the types; `evaluate` needs them before the first example.
-    """
-    import datasets
-    import evaluate
-    import numpy as np
-
-    features = {column: datasets.Value(_ARROW_TYPES[columns[column].dtype.kind]) for column in columns_of(function)}
-
-    class FunctionMetric(evaluate.Metric):  # type: ignore[misc]  # evaluate has no types
-        def _info(self) -> Any:
-            return evaluate.MetricInfo(
-                description=inspect.getdoc(function) or name,
-                citation="",
-                inputs_description="",
-                features=datasets.Features(features),
-            )
-
-        def _compute(self, **batch: Any) -> dict[str, float]:
-            # The columns of other metrics come along under `combine`. They arrive as lists: the "numpy" format of
-            # datasets would round float64 to float32.
-            return {name: float(function(*(np.asarray(batch[column]) for column in features)))}
-
-    return FunctionMetric
-
-
-_ARROW_TYPES = {"b": "int64", "i": "int64", "u": "int64", "f": "float64", "U": "string"}
-"""Kind of a numpy type -> type in which `evaluate` keeps it."""
-
-
-def _checked(name: str, function: Function, columns: Mapping[str, Column]) -> dict[str, Column]:
-    """The columns that one metric reads."""
+def find_metric(name: str, columns: Collection[str]) -> Function:
+    """Find the function of a metric. Raises InputError when there is none, or it reads other columns than there are."""
+    function: Function = find(METRICS, name, "metric")
     wanted = columns_of(function)
     if not wanted:
         raise InputError(f"metric {name!r} has no positional parameter; each one names a column, e.g. predictions")
@@ -164,17 +126,37 @@ def _checked(name: str, function: Function, columns: Mapping[str, Column]) -> di
             f"metric {name!r} needs the columns {', '.join(wanted)}; there is no {', '.join(missing)} "
             f"(there are: {', '.join(sorted(columns)) or 'none'})"
         )
-    own = {column: columns[column] for column in wanted}
-    for column, values in own.items():
-        if values.ndim != 1 or values.dtype.kind not in _ARROW_TYPES:
-            got = f"shape {values.shape} of {values.dtype}"
-            raise InputError(f"metric {name!r}: column {column} must be one number or text per example, got {got}")
-    lengths = {column: len(values) for column, values in own.items()}
-    if set(lengths.values()) == {0}:
-        raise InputError(f"metric {name!r}: there are no examples to measure (empty {', '.join(wanted)})")
-    if len(set(lengths.values())) > 1:
-        raise InputError(f"metric {name!r}: its columns have different lengths: {lengths}")
-    return own
+    return function
+
+
+def metric_class(functions: Mapping[str, Function], columns: Mapping[str, Column]) -> Any:
+    """Wrap metric functions, by the name of their result, in an `evaluate.Metric` that reads these columns.
+
+    It lives in this package because `evaluate.load` needs the hub and runs a file of that name in the working folder.
+    """
+    import datasets
+    import evaluate
+    import numpy as np
+
+    types = {"b": "int64", "i": "int64", "u": "int64", "f": "float64", "U": "string"}  # by kind of a numpy type
+    features = datasets.Features(
+        {column: datasets.Value(types[values.dtype.kind]) for column, values in columns.items()}
+    )
+
+    class FunctionMetrics(evaluate.Metric):  # type: ignore[misc]  # evaluate has no types
+        def _info(self) -> Any:
+            about = {"description": ", ".join(functions), "citation": "", "inputs_description": ""}
+            return evaluate.MetricInfo(features=features, **about)
+
+        def _compute(self, **rows: Any) -> dict[str, float]:
+            # They arrive as lists: the "numpy" format of datasets would round float64 to float32.
+            arrays = {column: np.asarray(values) for column, values in rows.items()}
+            return {
+                name: float(function(*(arrays[column] for column in columns_of(function))))
+                for name, function in functions.items()
+            }
+
+    return FunctionMetrics
 
 
 METRICS: dict[str, Function] = {
@@ -186,6 +168,9 @@ METRICS: dict[str, Function] = {
     "kl": kl,
     "loss": loss,
 }
+
+AGAINST_TEACHER = ("agreement", "kl")
+"""Measured for every arm, whatever the recipe asks for."""
 
 HIGHER_IS_BETTER: dict[str, bool] = {
     "accuracy": True,

@@ -1,11 +1,12 @@
-"""One pass over a split: what a model predicts, how sure it is of the truth, and how far it is from the teacher.
+"""Run models over a split and sum what the metrics need: one row per example.
 
-B examples, L positions, N valid positions, V classes or vocabulary.
+B examples, L positions, N labelled positions, V classes or vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,66 +16,101 @@ from torch.nn import functional
 
 from distill.losses import LOGITS, PREDICTION_KINDS
 from distill.losses.chunked import chunks
-from distill.models.forward import UNLABELLED, Batch, Capture, Outputs, forward
+from distill.models.forward import UNLABELLED, Batch, Capture, Outputs, forward, to_device
 
-Columns = dict[str, np.ndarray]
+Rows = dict[str, np.ndarray]
+"""Column -> one value per example [n]; `distill.evaluation.metrics` says what the columns are."""
+
+Ask = Callable[[Batch], Outputs]
+
+SUMS = ("example", "nll", "tokens", "correct", "agreed", "kl_sum", "positions")
+CLASSES = ("predictions", "references", "teacher_predictions")
+"""Columns where an example has one label."""
+ONE_LABEL = ("sequence",)
+"""Kinds of predictions with one label per example."""
 
 
-@torch.no_grad()
+def column_names(head: str) -> tuple[str, ...]:
+    """List the columns that an evaluation against the teacher gives."""
+    return (*SUMS, *CLASSES) if head in ONE_LABEL else SUMS
+
+
 def predict(
-    model: Any,
-    batches: Iterable[Batch],
-    head: str,
-    teacher: Callable[[Batch], Outputs] | None = None,
-    vocabulary: int | None = None,
-) -> Columns:
-    """Columns that the metrics read, one entry per labelled position.
+    model: Any, batches: Iterable[Batch], head: str, teacher: Ask | None = None, vocabulary: int | None = None
+) -> Rows:
+    """Compare a model's predictions with the labels, and with the teacher's where there is one.
 
     Args:
         model: A transformers model; must be in eval mode.
-        batches: Batches with labels.
-        head: The kind of head, a name from `distill.losses.PREDICTION_KINDS`.
+        batches: Batches with labels, and with `examples` [B], their numbers within the split.
+        head: The kind of predictions, a name from `distill.losses.PREDICTION_KINDS`.
         teacher: Where the divergence from the teacher is wanted.
         vocabulary: Number of real classes; what a padded output head has beyond is neither predicted nor compared, as
             in the objective. As there, the likelihood of a label is that among all rows, which is the model's own loss
             for whoever loads it.
 
     Returns:
-        `predictions`, `references`, `nll`, `tokens` (ones), `correct`; with a teacher also `teacher_predictions`,
-        `kl_sum` (KL(teacher || model) in nats) and `positions` (ones).
+        A row for each example with a label, by `example`; without teacher there are no columns about it.
     """
-    kind, device = PREDICTION_KINDS[head], next(model.parameters()).device
-    pieces: list[dict[str, Tensor]] = []
+    ask = partial(forward, model, wanted=Capture(stop_at_head=True))
+    return compare(ask, next(model.parameters()).device, batches, head, teacher, vocabulary)
+
+
+@torch.no_grad()
+def compare(
+    ask: Ask,
+    device: torch.device,
+    batches: Iterable[Batch],
+    head: str,
+    teacher: Ask | None = None,
+    vocabulary: int | None = None,
+) -> Rows:
+    """Do what `predict` does for anything that answers a batch on a device with outputs."""
+    kind, parts = PREDICTION_KINDS[head], []
     for cpu_batch in batches:
-        batch = {name: tensor.to(device) for name, tensor in cpu_batch.items()}
+        batch = to_device(cpu_batch, device)
         labels = kind.labels(batch)
         labelled = (labels != UNLABELLED).nonzero(as_tuple=True)
-        outputs = [forward(model, batch, Capture(stop_at_head=True)), *([teacher(batch)] if teacher else [])]
-        sides = [kind.select(side, batch, labelled) for side in outputs]
+        sides = [kind.select(each(batch), batch, labelled) for each in (ask, teacher) if each]
+        owner = labelled[0].cpu()  # row of the batch that each labelled position belongs to
+        totals: dict[str, Tensor] = {}
         for part, logits in chunks(sides):
-            piece = _columns(labels[labelled][part], slice(vocabulary), *logits)
-            pieces.append({name: values.cpu() for name, values in piece.items()})
-    return {name: torch.cat([piece[name] for piece in pieces]).numpy() for name in pieces[0]} if pieces else {}
+            for name, values in _score(labels[labelled][part], slice(vocabulary), *logits).items():
+                exact = torch.float64 if values.is_floating_point() else torch.int64
+                total = totals.setdefault(name, torch.zeros(len(labels), dtype=exact))
+                total.index_add_(0, owner[part], values.cpu().to(exact))
+        if totals:
+            has_label = totals["tokens"] > 0
+            columns = {"example": cpu_batch["examples"], **totals}
+            names = [name for name in column_names(head) if name in columns]
+            parts.append({name: columns[name][has_label].numpy() for name in names})
+    return merge_rows(parts)
 
 
-def _columns(labels: Tensor, classes: slice, logits: Tensor, teacher_logits: Tensor | None = None) -> dict[str, Tensor]:
+def _score(labels: Tensor, classes: slice, logits: Tensor, teacher_logits: Tensor | None = None) -> dict[str, Tensor]:
+    """Compute the columns of single positions [N]; those about classes are sums of one value where there is one."""
     predicted = logits[..., classes].argmax(dim=-1)
     columns = {
         "predictions": predicted,
         "references": labels,
         "nll": functional.cross_entropy(logits.float(), labels, reduction="none"),
         "tokens": torch.ones_like(labels),
-        "correct": (predicted == labels).long(),
+        "correct": predicted == labels,
     }
     if teacher_logits is not None:
         teacher_logits = teacher_logits[..., classes]
-        columns["teacher_predictions"] = teacher_logits.argmax(dim=-1)
+        taught = teacher_logits.argmax(dim=-1)
+        columns["teacher_predictions"] = taught
+        columns["agreed"] = predicted == taught
         columns["kl_sum"] = LOGITS["forward_kl"](logits[..., classes], teacher_logits)
         columns["positions"] = torch.ones_like(labels)
     return columns
 
 
-def gathered(columns: Columns, gather: Callable[[list[Columns]], list[Columns]]) -> Columns:
-    """The columns of all processes, one after another; a process without examples adds nothing."""
-    parts = [part for part in gather([columns]) if part]
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
+def merge_rows(parts: Iterable[Rows]) -> Rows:
+    """Join the rows of batches or ranks in the order of the split; empty parts add nothing."""
+    filled = [part for part in parts if part]
+    if not filled:
+        return {}
+    order = np.argsort(np.concatenate([part["example"] for part in filled]), kind="stable")
+    return {name: np.concatenate([part[name] for part in filled])[order] for name in filled[0]}

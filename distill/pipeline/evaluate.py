@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-from distill.data import evaluation_batches
-from distill.evaluation.arms import arm_row, measured, with_retained
+from accelerate.utils import gather_object
+from safetensors.numpy import save_file
+
+from distill.data import TASKS, evaluation_batches
+from distill.evaluation.arms import ARMS, rivals
 from distill.evaluation.efficiency import add_disk_bytes, measure_efficiency
-from distill.evaluation.metrics import HIGHER_IS_BETTER, METRICS, compute
-from distill.evaluation.predict import predict
-from distill.files import write_json
+from distill.evaluation.metrics import HIGHER_IS_BETTER, find_metric
+from distill.evaluation.predict import Rows, column_names, compare, merge_rows, predict
+from distill.evaluation.recorded import recorded
+from distill.evaluation.table import tabulate_arms
+from distill.files import fresh_folder, write_json
 from distill.models.family import layers_of
 from distill.models.forward import Capture
 from distill.models.load import folder_fingerprint
@@ -19,50 +25,76 @@ from distill.pipeline.train import steps_of
 from distill.ranks import process_state
 from distill.registry import find
 from distill.release.export import without_folders
-from distill.student.masks import mask_settings, mask_untrained, sparsity_table
+from distill.student.masks import mask_settings, sparsity_table
+from distill.teacher import LiveTeacher
 
 
 def work(session: Session) -> None:
-    """Measure all arms on the held-out split, and teacher and student against the clock."""
-    recipe, corpus = session.recipe, session.corpus
+    """Predict on every rank; measure, time and write on the main one."""
     teacher = session.live_teacher(Capture(stop_at_head=True), whole=True)
-    rows, horizon = [], steps_of(session, recipe.training)
-    for arm in session.arms:
-        model = session.load(session.arm_folder(arm)).to(process_state().device)
-        steps = 0 if arm in ("teacher", "cut", "repaired") else horizon
-        if not steps and arm != "teacher":
-            mask_untrained(recipe, model, horizon)
-        batches = evaluation_batches(corpus, corpus.test, recipe.evaluation.batch_size)
-        columns = predict(model, batches, corpus.task.head, teacher, session.vocabulary)
-        metrics = compute(session.metrics, columns)
-        rows.append(arm_row(arm, steps, measured(metrics)))
-    efficiency, student = None, session.load(session.folder.distilled)
-    if recipe.evaluation.efficiency:
-        efficiency = measure_efficiency(
-            {"teacher": teacher.model, "student": student.to(teacher.model.device)},
-            layers_of,
-            kind=corpus.task.head,
-            length=recipe.data.max_length,
-            vocabulary=len(session.tokenizer),
-            device=teacher.model.device,
-        )
-        add_disk_bytes(efficiency, {"teacher": session.teacher, "student": session.folder.distilled})
+    steps = steps_of(session, session.recipe.training)
+    rows = predict_arms(session, teacher, steps)
+    if not process_state().is_main_process:
+        return
+    with fresh_folder(session.folder.predictions) as folder:
+        for arm, columns in rows.items():
+            save_file(columns, folder / f"{arm}.safetensors", {"data": session.corpus.fingerprint})
+    recipe, corpus, names = session.recipe, session.corpus, session.metrics
+    student = session.load(session.folder.distilled)
     data = {"source": without_folders(recipe.data.source), "split": "test", "examples": len(corpus.test)}
     data |= {"train_examples": len(corpus.train), "labelled": len(corpus.labelled), "fingerprint": corpus.fingerprint}
     table = {
         "data": data,
-        "metrics": session.metrics,
-        "primary": session.metrics[0],
-        "higher_is_better": {name: HIGHER_IS_BETTER.get(name, True) for name in session.metrics},
-        "arms": with_retained(rows, session.metrics),
-        "efficiency": efficiency,
+        "metrics": names,
+        "primary": names[0],
+        "higher_is_better": {name: HIGHER_IS_BETTER.get(name, True) for name in names},
+        "arms": tabulate_arms(rows, names, steps),
+        "rivals": rivals(recipe),
+        "efficiency": compare_speed(session, teacher.model, student) if recipe.evaluation.efficiency else None,
         "sparsity": sparsity_table(recipe, student),
     }
     write_json(session.folder.evaluation, table)
 
 
+def predict_arms(session: Session, teacher: LiveTeacher, steps: int) -> dict[str, Rows]:
+    """Predict the test split with every arm, batches shared out over the ranks; every rank gets all rows.
+
+    Args:
+        session: The recipe at work.
+        teacher: Runs once over the split, for all arms.
+        steps: Length of the training, which decides how an untrained arm is masked.
+    """
+    corpus, state = session.corpus, process_state()
+    size, ranks = session.recipe.evaluation.batch_size, (state.process_index, state.num_processes)
+    rows: dict[str, Rows] = {}
+    with recorded(teacher, session.folder.root / f".teacher-{state.process_index}") as recording:
+        for arm in session.arms:
+            if arm == "teacher":
+                ask = partial(compare, recording, teacher.device)
+            else:
+                model = session.load(session.arm_folder(arm)).to(teacher.device)
+                ask = partial(predict, model if ARMS[arm].terms else ARMS[arm].prepare(session.recipe, model, steps))
+            batches = evaluation_batches(corpus, corpus.test, size, *ranks)
+            rows[arm] = merge_rows(gather_object([ask(batches, corpus.task.head, recording, session.vocabulary)]))
+    return rows
+
+
+def compare_speed(session: Session, teacher: Any, student: Any) -> dict[str, Any]:
+    """Measure size and speed of student and teacher on this rank's device; the others wait at the end of the stage."""
+    found = measure_efficiency(
+        {"teacher": teacher, "student": student.to(teacher.device)},
+        layers_of,
+        kind=session.corpus.task.head,
+        length=session.recipe.data.max_length,
+        vocabulary=len(session.tokenizer),
+        device=teacher.device,
+    )
+    add_disk_bytes(found, {"teacher": session.teacher, "student": session.folder.distilled})
+    return found
+
+
 def inputs(session: Session) -> dict[str, Any]:
-    """Every arm's weights, the data and what is measured."""
+    """List every arm's weights, the data and what is measured."""
     spec, training = session.recipe.evaluation, session.recipe.training
     return {
         "arms": {arm: folder_fingerprint(session.arm_folder(arm)) for arm in session.arms},
@@ -76,9 +108,21 @@ def inputs(session: Session) -> dict[str, Any]:
 
 
 def check(session: Session) -> None:
-    """Find every metric that the recipe names, the user's own included."""
+    """Find every metric that the recipe names, the user's own included, and the columns that it reads.
+
+    Raises:
+        InputError: There is no such metric, or the task does not give its columns.
+    """
+    task = find(TASKS, session.recipe.data.task, "task")()
     for name in session.recipe.evaluation.metrics or ():
-        find(METRICS, name, "metric")
+        find_metric(name, column_names(task.head))
 
 
-STAGE = Stage("evaluate", work, inputs, results(lambda run: run.evaluation), check=check)
+STAGE = Stage(
+    "evaluate",
+    work,
+    inputs,
+    results(lambda run: run.evaluation, lambda run: run.predictions),
+    together=True,
+    check=check,
+)

@@ -33,6 +33,10 @@ class RunDir:
 
     recipe = _Inside("recipe.yaml")
     """The resolved recipe, every default written out."""
+    data = _Inside("data")
+    """The tokenised texts."""
+    corpus = _Inside("data/corpus.safetensors")
+    """The token ids and labels of both splits."""
     teacher = _Inside("teacher")
     """The fitted teacher."""
     calibration = _Inside("calibration.safetensors")
@@ -47,6 +51,8 @@ class RunDir:
     """What each step of the repair was worth."""
     distilled = _Inside("distilled")
     """The student after training."""
+    predictions = _Inside("predictions")
+    """What each arm says about the test split, one row per example, in `ARM.safetensors`."""
     evaluation = _Inside("evaluation.json")
     """All arms, measured."""
     report = _Inside("report.html")
@@ -56,16 +62,6 @@ class RunDir:
 
     def __init__(self, root: Path):
         self.root = root
-
-    @property
-    def data(self) -> Path:
-        """The tokenised texts."""
-        return self.root / "data"
-
-    @property
-    def corpus(self) -> Path:
-        """The token ids and labels of both splits."""
-        return self.root / "data" / "corpus.safetensors"
 
     @property
     def fit(self) -> TrainDir:
@@ -84,6 +80,10 @@ class RunDir:
     def control_model(self, arm: str) -> Path:
         """Return the model of a control arm after training."""
         return self.root / "controls" / arm / "model"
+
+    def trained_controls(self) -> list[Path]:
+        """List the models of all control arms that were trained."""
+        return sorted(self.root.glob("controls/*/model"))
 
     def stamp(self, stage: str) -> Path:
         """Return the file that says what a finished stage was made from."""
@@ -121,9 +121,9 @@ class RunDir:
         """Everything in the run folder that a run writes itself, trackers aside."""
         names = [entry.relative for entry in vars(type(self)).values() if isinstance(entry, _Inside)]
         names += [LOCK, "fit", "controls", "stages", "checkpoints", "metrics.jsonl", "halvings"]
-        for name in names:
-            yield self.root / name
-            yield from (self.root / f".{name}{ending}" for ending in (".tmp", ".old"))
+        for path in (self.root / name for name in names):
+            yield path
+            yield from (path.with_name(f".{path.name}{ending}") for ending in (".tmp", ".old"))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -149,7 +149,15 @@ class RunDir:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
-            for folder in (self.teacher, self.student, self.repaired, self.distilled, self.release):
+            for folder in (
+                self.data,
+                self.teacher,
+                self.predictions,
+                self.student,
+                self.repaired,
+                self.distilled,
+                self.release,
+            ):
                 put_back(folder)
             yield
 

@@ -1,73 +1,64 @@
-"""What is in a model before anything is cut: norms, zeros, redundancy of layers and neurons, and what would go.
+"""Inspect a model before anything is cut: norms, zeros, redundancy of layers, spread of scores, and what would go.
 
-Nothing here knows a score, a policy or an allocation by name: each row of their tables is tried, and one that cannot
-work on what is there is listed with its reason. `N` layers, `F` neurons of an MLP.
+Nothing here knows a score or a policy by name: each row of their tables is tried, and one that cannot work on what is
+there is listed with its reason.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from distill.data import collate, read_texts
-from distill.data.corpus import Corpus, Examples
-from distill.data.tasks import causal_lm, encode_each
+from distill.data import read_texts
 from distill.errors import InputError
 from distill.models.family import layers_of, layout_of
-from distill.models.forward import UNLABELLED
 from distill.models.layout import StackName
 from distill.models.load import load_student, load_tokenizer, teacher_path
 from distill.models.mlp import Mlp, mlps_of
 from distill.models.plan import StudentPlan
 from distill.ranks import process_state
 from distill.recipe.schema import Data, Student, Teacher
-from distill.release import charts
 from distill.release.card import Table
-from distill.release.evidence import MISSING, number, percent
-from distill.release.report import Figure, Section, is_wide
-from distill.student import ALLOCATIONS, CHOICES, SCORES, MlpLayer, Statistics, calibrate
+from distill.release.wording import MISSING, format_number, format_percent
+from distill.student import CHOICES, SCORES, MlpLayer, Statistics, calibrate
 from distill.student.plan import plan_student
 
-QUANTILES = {"lowest": 0.0, "5 %": 0.05, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "95 %": 0.95, "highest": 1.0}
-DRAWN = {"5 %": "c0", "median": "total", "95 %": "c1"}
-"""Quantiles in the pictures -> class of the stylesheet."""
+QUANTILES = {"lowest": 0.0, "5 %": 0.05, "median": 0.5, "95 %": 0.95, "highest": 1.0}
 BATCH = 16
 """Examples per forward pass; does not change the statistics."""
 
 
-@dataclass(frozen=True)
-class Question:
-    """What the student would keep, for the parts that ask what would be removed."""
+class Inspection(NamedTuple):
+    """One printed table."""
 
-    layers: int | None = None
-    """How many layers; None: half of them, rounded up."""
-    mlp: int | float = 0.5
-    """Neurons of each MLP, or the share of them."""
-    multiple_of: int = 1
+    title: str
+    table: Table
+    note: str
+    """What its columns mean."""
 
 
 def open_model(name: str) -> Any:
-    """The model in a folder, an installed package or on the hub, with the class that its config names.
+    """Load the model in a folder, an installed package or on the hub, with the class that its config names.
 
     Raises:
         InputError: There is no such model, or its family is not known.
     """
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        folder = teacher_path(Teacher(model=name), Path.cwd())
-    model = load_student(folder)
+    model = load_student(_folder(name))
     layout_of(model)
     return model
 
 
+def _folder(name: str) -> Path:
+    folder = Path(name).expanduser()
+    return folder if folder.is_dir() else teacher_path(Teacher(model=name), Path.cwd())
+
+
 def read_statistics(path: Path, model: Any) -> Statistics:
-    """Statistics of an earlier calibration. Raises InputError when they are not those of a model of this shape."""
+    """Read those of an earlier calibration. Raises InputError when they are not those of a model of this shape."""
     statistics = Statistics.load(path)
     for side in layout_of(model).sides:
         own, mlps = statistics.of(side), mlps_of(model, side)
@@ -79,82 +70,58 @@ def read_statistics(path: Path, model: Any) -> Statistics:
 
 
 def gather_statistics(name: str, model: Any, source: str, examples: int, max_length: int) -> Statistics:
-    """One pass over texts of a source: a built-in corpus, or a file.
+    """Calibrate over texts of a source: a built-in corpus, or a file.
 
     Raises:
         InputError: The source cannot be read, or the model is an encoder-decoder.
     """
     if layout_of(model).encoder is not None:
         raise InputError("--data: an encoder-decoder cannot be calibrated yet; leave the option out")
-    folder = Path(name).expanduser()
-    tokenizer = load_tokenizer(folder if folder.is_dir() else teacher_path(Teacher(model=name), Path.cwd()))
+    tokenizer = load_tokenizer(_folder(name))
     given = f"./{source}" if Path(source).expanduser().is_file() and not source.startswith(("/", "~", ".")) else source
-    texts = read_texts(Data(source=given, task="causal_lm"), 0, Path.cwd())
-    chosen = [text for text, _ in texts.train][:examples]
-    sample = Examples(encode_each(chosen, tokenizer, max_length), np.full(len(chosen), UNLABELLED))
-    corpus = Corpus(causal_lm(), sample, sample, (), int(tokenizer.pad_token_id), "")
-    starts = range(0, len(chosen), BATCH)
-    batches = (collate(corpus, sample, range(start, min(start + BATCH, len(chosen)))) for start in starts)
+    texts = [text for text, _ in read_texts(Data(source=given, task="causal_lm"), 0, Path.cwd()).train][:examples]
+    settings = {"truncation": True, "max_length": max_length, "padding": True, "padding_side": "right"}
+    batches = (
+        dict(tokenizer(texts[start : start + BATCH], return_tensors="pt", **settings))
+        for start in range(0, len(texts), BATCH)
+    )
     return calibrate(model.to(process_state().device), batches)
 
 
-def inspect_model(model: Any, statistics: Statistics | None, question: Question) -> list[Section]:
-    """Every part of the report, each a table with its pictures.
+def inspect_model(model: Any, statistics: Statistics | None, keep_layers: int | None = None) -> list[Inspection]:
+    """Tabulate everything that is known about a model; `keep_layers` None: half of them, rounded up.
 
     Raises:
-        InputError: `question` asks for more layers than there are.
+        InputError: More layers are asked for than there are.
     """
     model = model.cpu()
     depth = len(layers_of(model))
-    keep = question.layers or -(-depth // 2)
+    keep = keep_layers or -(-depth // 2)
     if keep > depth:
         raise InputError(f"--keep-layers: {keep} layers asked, the model has {depth}")
-    weights = [weight_section(model, side) for side in layout_of(model).sides]
-    scores = [score_section(name, model, statistics) for name in SCORES]
-    missing = [section for section in scores if isinstance(section, tuple)]
-    shown = [section for section in scores if isinstance(section, Section)]
-    return [
-        *weights,
-        *redundancy_sections(model, statistics),
-        policy_section(model, statistics, keep),
-        *shown,
-        *([missing_section(missing)] if missing else []),
-        width_section(model, statistics, question),
-    ]
+    weights = [tabulate_weights(model, side) for side in layout_of(model).sides]
+    redundancy = [] if statistics is None else tabulate_redundancy(model, statistics)
+    return [*weights, *redundancy, tabulate_policies(model, statistics, keep), *tabulate_scores(model, statistics)]
 
 
-# --- weights ----------------------------------------------------------------------------------------------------------
-
-
-def weight_section(model: Any, side: StackName) -> Section:
-    """Norms and zeros of attention and MLP in each layer of one stack."""
-    mlps = mlps_of(model, side)
-    facts = [_weight_facts(mlp) for mlp in mlps]
-    rows = [
-        (str(i), number(f["attention"]), number(f["mlp"]), percent(f["zeros"]), percent(f["mlp zeros"]), _silent(mlp))
-        for i, (f, mlp) in enumerate(zip(facts, mlps, strict=True))
-    ]
+def tabulate_weights(model: Any, side: StackName) -> Inspection:
+    """Tabulate norms and zeros of attention and MLP in each layer of one stack."""
     head = ("layer", "norm of attention", "norm of MLP", "zeros in attention", "zeros in MLP", "silent neurons")
-    return Section(
-        f"Weights{_prefix(side, ' of the encoder')}",
+    rows = []
+    for index, mlp in enumerate(mlps_of(model, side)):
+        names = set(mlp.axis.tensors)
+        matrices = {name: tensor.detach() for name, tensor in mlp.layer.named_parameters() if tensor.ndim > 1}
+        inside = [tensor for name, tensor in matrices.items() if name in names]
+        outside = [tensor for name, tensor in matrices.items() if name not in names]
+        norms = [format_number(_norm(tensors)) for tensors in (outside, inside)]
+        zeros = [format_percent(_zeros(tensors)) for tensors in (outside, inside)]
+        rows.append((str(index), *norms, *zeros, _silent(mlp)))
+    return Inspection(
+        "Weights" + (" of the encoder" if side == "encoder" else ""),
         Table(head, rows, 0),
         "Norms are 2-norms over all weights; attention means everything in a layer but its MLP and its vectors (biases "
         "and norms). Zeros: share of weights that are exactly 0. Silent: neurons whose outgoing weights are all 0.",
-        (
-            _figure("Norms", {"attention": [f["attention"] for f in facts], "MLP": [f["mlp"] for f in facts]}),
-            _figure("Zeros", {"attention": [f["zeros"] for f in facts], "MLP": [f["mlp zeros"] for f in facts]}),
-        ),
     )
-
-
-def _weight_facts(mlp: Mlp) -> dict[str, float]:
-    own = set(mlp.axis.tensors)
-    tensors = {name: tensor.detach() for name, tensor in mlp.layer.named_parameters() if tensor.ndim > 1}
-    inside = [tensor for name, tensor in tensors.items() if name in own]
-    outside = [tensor for name, tensor in tensors.items() if name not in own]
-    return {
-        "attention": _norm(outside), "mlp": _norm(inside), "zeros": _zeros(outside), "mlp zeros": _zeros(inside)
-    }  # fmt: skip
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:
@@ -170,14 +137,9 @@ def _silent(mlp: Mlp) -> str:
     return f"{int(silent.sum())} of {silent.numel()}"
 
 
-# --- layers -----------------------------------------------------------------------------------------------------------
-
-
-def redundancy_sections(model: Any, statistics: Statistics | None) -> list[Section]:
-    """What the statistics say about single layers, and about blocks of them; none without statistics."""
-    if statistics is None:
-        return []
-    figures = dict(_plan(model, statistics, {"keep": len(layers_of(model)), "choose": "first"}).layer_scores)
+def tabulate_redundancy(model: Any, statistics: Statistics) -> list[Inspection]:
+    """Tabulate what the statistics say about single layers, and about blocks of them."""
+    figures = dict(_plan(model, statistics, len(layers_of(model)), "first").layer_scores)
     blocks = []
     for side in layout_of(model).sides:
         distances, prefix = statistics.of(side).angular_distance(), _prefix(side)
@@ -185,25 +147,21 @@ def redundancy_sections(model: Any, statistics: Statistics | None) -> list[Secti
         for length in range(1, len(distances) - 1):
             steps = distances.diagonal(offset=length)
             start = int(steps.argmin())
-            last = start + length - 1
-            blocks.append(
-                (f"{prefix}{length}", f"{start} to {last}" if length > 1 else str(start), number(float(steps.min())))
-            )
-    named = {name.replace("_", " "): values for name, values in figures.items()}
-    deepest = max(map(len, named.values()))
+            block = str(start) if length == 1 else f"{start} to {start + length - 1}"
+            blocks.append((f"{prefix}{length}", block, format_number(float(steps.min()))))
+    deepest = max(map(len, figures.values()))
     rows = [
-        (str(i), *(number(values[i]) if i < len(values) else MISSING for values in named.values()))
+        (str(i), *(format_number(values[i]) if i < len(values) else MISSING for values in figures.values()))
         for i in range(deepest)
     ]
     return [
-        Section(
+        Inspection(
             "Redundancy of layers",
-            Table(("layer", *named), rows, 0),
+            Table(("layer", *(name.replace("_", " ") for name in figures)), rows, 0),
             "Over the calibration sample. A layer with a low figure changes what passes through it little. The angular "
             "distance, arccos(cos) / π, is that between a layer's input and output at the last token of each text.",
-            [_figure(name, {name: values}) for name, values in named.items()],
         ),
-        Section(
+        Inspection(
             "Redundancy of blocks",
             Table(("layers in a row", "nearest to nothing", "angular distance"), blocks, 2),
             "For each length, the block whose output is nearest to its input.",
@@ -211,116 +169,53 @@ def redundancy_sections(model: Any, statistics: Statistics | None) -> list[Secti
     ]
 
 
-def policy_section(model: Any, statistics: Statistics | None, keep: int) -> Section:
-    """Which layers each policy would keep and drop."""
+def tabulate_policies(model: Any, statistics: Statistics | None, keep: int) -> Inspection:
+    """Tabulate which layers each policy would keep and drop."""
     depth, rows = len(layers_of(model)), []
     for name in CHOICES:
         try:
-            kept = _plan(model, statistics, {"keep": keep, "choose": name}).kept_layers
+            kept = _plan(model, statistics, keep, name).kept_layers
         except ValueError as error:
             rows.append((name, MISSING, MISSING, str(error)))
             continue
         dropped = [index for index in range(depth) if index not in kept]
         rows.append((name, _listed(kept), _listed(dropped), ""))
     title = f"Which layers would go, keeping {keep} of {depth}"
-    return Section(title, Table(("policy", "keeps", "drops", "not possible"), rows, 4), "`student.layers.choose`")
+    return Inspection(title, Table(("policy", "keeps", "drops", "not possible"), rows, 4), "`student.layers.choose`")
 
 
-# --- neurons ----------------------------------------------------------------------------------------------------------
+def tabulate_scores(model: Any, statistics: Statistics | None) -> list[Inspection]:
+    """Tabulate how each score spreads over the neurons of a layer, and why others cannot be had."""
+    shares, found, missing = torch.tensor(list(QUANTILES.values()), dtype=torch.float64), [], []
+    for name, score in SCORES.items():
+        rows = []
+        try:
+            for side in layout_of(model).sides:
+                for index, mlp in enumerate(mlps_of(model, side)):
+                    weights_in = [weight.detach() for weight in mlp.weights_in]
+                    layer = MlpLayer(index, weights_in, mlp.weight_out.detach(), side)
+                    values = score(layer, statistics and statistics.of(side)).double().cpu().flatten()
+                    rows.append((f"{_prefix(side)}{index}", *map(format_number, values.quantile(shares).tolist())))
+        except ValueError as error:
+            missing.append((name, str(error)))
+            continue
+        note = f"Quantiles over the neurons of each layer. `student.mlp.score: {name}` keeps the highest."
+        found.append(Inspection(f"Score {name}", Table(("layer", *QUANTILES), rows, 0), note))
+    if missing:
+        found.append(Inspection("Scores that need more", Table(("score", "why"), missing, 2), "`student.mlp.score`"))
+    return found
 
 
-def score_section(name: str, model: Any, statistics: Statistics | None) -> Section | tuple[str, str]:
-    """How one score is spread within each layer; or its name and why it cannot be had."""
-    rows, figures, shares = [], [], torch.tensor(list(QUANTILES.values()), dtype=torch.float64)
-    for side in layout_of(model).sides:
-        own, lines = statistics and statistics.of(side), []
-        for index, mlp in enumerate(mlps_of(model, side)):
-            weights_in = [weight.detach() for weight in mlp.weights_in]
-            try:
-                values = SCORES[name](MlpLayer(index, weights_in, mlp.weight_out.detach(), side), own)
-            except ValueError as error:
-                return name, str(error)
-            lines.append(values.double().cpu().flatten().quantile(shares).tolist())
-            rows.append((f"{_prefix(side)}{index}", *map(number, lines[-1])))
-        spread = dict(zip(QUANTILES, map(list, zip(*lines, strict=True)), strict=True))
-        drawn = {quantile: spread[quantile] for quantile in DRAWN}
-        figures.append(_figure(f"Score {name}{_prefix(side, ' of the encoder')}", drawn, DRAWN))
-    return Section(
-        f"Score {name}",
-        Table(("layer", *QUANTILES), rows, 0),
-        f"Quantiles over the neurons of each layer. `student.mlp.score: {name}` keeps the highest.",
-        figures,
-    )
+def _plan(model: Any, statistics: Statistics | None, keep: int, policy: str) -> StudentPlan:
+    # All neurons are kept, for which the cheapest score will do.
+    settings = {"layers": {"keep": keep, "choose": policy}, "mlp": {"score": "random"}}
+    return plan_student(model, Student.model_validate(settings), statistics)
 
 
-def missing_section(missing: Sequence[tuple[str, str]]) -> Section:
-    """Scores that cannot be had."""
-    return Section("Scores that need more", Table(("score", "why"), missing, 2), "`student.mlp.score`")
-
-
-def width_section(model: Any, statistics: Statistics | None, question: Question) -> Section:
-    """The widths that each score and allocation would give, all layers kept."""
-    rows = []
-    layers = {"keep": list(range(len(layers_of(model))))}
-    sides = layout_of(model).sides
-    full = sum(mlp.width for side in sides for mlp in mlps_of(model, side))
-    for allocation in ALLOCATIONS:
-        for score in SCORES:
-            mlp = {"keep": question.mlp, "multiple_of": question.multiple_of, "score": score, "allocate": allocation}
-            try:
-                plan = _plan(model, statistics, layers, mlp)
-            except ValueError as error:
-                rows.append((allocation, score, MISSING, MISSING, str(error)))
-                continue
-            widths = {side: [layer.width for layer in plan.stack(side)] for side in sides}
-            kept = sum(width for own in widths.values() for width in own)
-            shown = "; ".join(f"{_prefix(side)}{_runs(own)}" for side, own in widths.items())
-            rows.append((allocation, score, percent(1 - kept / full), shown, ""))
-    head = ("allocation", "score", "removed", "widths, first layer to last", "not possible")
-    title = f"Which neurons would go, keeping {question.mlp} of each MLP's"
-    note = "`student.mlp.allocate` and `student.mlp.score`, with all layers kept. 3 x 64: three layers with 64 neurons."
-    return Section(title, Table(head, rows, 5), note)
-
-
-# --- what they share --------------------------------------------------------------------------------------------------
-
-
-def _plan(
-    model: Any, statistics: Statistics | None, layers: dict[str, Any], mlp: dict[str, Any] | None = None
-) -> StudentPlan:
-    # Without a question about neurons the cheapest score will do: all of them are kept.
-    return plan_student(
-        model, Student.model_validate({"layers": layers, "mlp": mlp or {"score": "random"}}), statistics
-    )
-
-
-def _figure(title: str, lines: dict[str, list[float]], styles: dict[str, str] | None = None) -> Figure:
-    drawn = [
-        charts.Series(name, list(enumerate(values)), (styles or {}).get(name, f"c{index}"))
-        for index, (name, values) in enumerate(lines.items())
-    ]
-    wide = is_wide(value for values in lines.values() for value in values)
-    caption = f"{title} of each layer{', logarithmic scale' if wide else ''}."
-    picture = charts.line_chart(drawn, title=title, description=caption, log=wide, axis="layer")
-    return Figure(title, picture, caption)
-
-
-def _prefix(side: StackName, written: str = "encoder ") -> str:
-    """What tells the encoder of an encoder-decoder from everything else."""
-    return written if side == "encoder" else ""
+def _prefix(side: StackName) -> str:
+    """Tell the encoder of an encoder-decoder from everything else."""
+    return "encoder " if side == "encoder" else ""
 
 
 def _listed(indices: Sequence[int]) -> str:
     return ", ".join(map(str, indices)) or MISSING
-
-
-def _runs(widths: Sequence[int]) -> str:
-    return ", ".join(f"{count} x {width}" if count > 1 else str(width) for count, width in _grouped(widths))
-
-
-def _grouped(widths: Sequence[int]) -> Iterator[tuple[int, int]]:
-    start = 0
-    for index in range(1, len(widths) + 1):
-        if index == len(widths) or widths[index] != widths[start]:
-            yield index - start, widths[start]
-            start = index

@@ -41,28 +41,27 @@ def work(session: Session) -> None:
     probe = collate(session.corpus, session.corpus.test, range(min(8, len(session.corpus.test))))
     probe.pop("labels")
     with fresh_folder(session.folder.release) as folder:
-        written = write_release(folder, model, session.tokenizer, texts, evidence.auto_class, evidence.form)
-        check_release(folder, written, evidence.auto_class, probe, evidence.form)
+        written = write_release(folder, model, session.tokenizer, texts, evidence.auto_class, evidence.release_format)
+        check_release(folder, written, evidence.auto_class, probe, evidence.release_format)
         check_padding(model, written, probe)
     write_text(session.folder.report, report)
 
 
-def _evidence(session: Session, form: Format) -> Evidence:
-    recipe, spec = session.recipe, session.recipe.teacher
-    control = "labels_only" in recipe.evaluation.arms
+def _evidence(session: Session, release_format: Format) -> Evidence:
+    recipe, spec, run = session.recipe, session.recipe.teacher, session.folder
+    plan = StudentPlan.load(run.plan)
     return Evidence(
         recipe=recipe,
         recipe_text=releasable_recipe(recipe),
-        plan=StudentPlan.load(session.folder.plan),
-        repair=json.loads(session.folder.repair.read_text(encoding="utf-8")) if recipe.student.repair.wanted else None,
-        evaluation=json.loads(session.folder.evaluation.read_text(encoding="utf-8")),
-        metrics=read_records(session.folder.training.metrics),
-        control_metrics=read_records(session.folder.control("labels_only").metrics) if control else [],
+        plan=plan,
+        repair=json.loads(run.repair.read_text(encoding="utf-8")) if recipe.student.repair.wanted else None,
+        evaluation=json.loads(run.evaluation.read_text(encoding="utf-8")),
+        records={arm: read_records(session.train_folder(arm).metrics) for arm in session.trained_arms},
         teacher={
             "model": without_folders(spec.model),
             "revision": spec.revision,
             "sha256": spec.sha256,
-            "model_type": StudentPlan.load(session.folder.plan).model_type,
+            "model_type": plan.model_type,
             "fitted": spec.fit is not None,
         },
         environment={
@@ -75,14 +74,15 @@ def _evidence(session: Session, form: Format) -> Evidence:
             "processes": process_state().num_processes,
         },
         auto_class=session.corpus.task.auto_class,
-        form=form,
+        release_format=release_format,
     )
 
 
 def inputs(session: Session) -> dict[str, Any]:
-    """The distilled student, its evidence and the recipe."""
+    """List the distilled student, its evidence and the recipe."""
     run = session.folder
-    files = [run.distilled, run.plan, run.evaluation, run.training.metrics, run.control("labels_only").metrics]
+    files = [run.distilled, run.plan, run.evaluation]
+    files += [session.train_folder(arm).metrics for arm in session.trained_arms]
     files += [run.repair] if session.recipe.student.repair.wanted else []
     return {"files": [content_of(path) for path in files], "recipe": session.recipe.model_dump(mode="json")}
 

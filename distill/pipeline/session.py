@@ -12,7 +12,8 @@ import torch
 
 from distill.data import TASKS, Corpus, load_corpus
 from distill.data.tasks import Task
-from distill.evaluation.arms import AGAINST_TEACHER
+from distill.evaluation.arms import ARMS, controls
+from distill.evaluation.metrics import AGAINST_TEACHER
 from distill.models.family import layers_of
 from distill.models.forward import Capture
 from distill.models.load import ModelHead, folder_fingerprint, load_model, load_tokenizer, teacher_path
@@ -21,6 +22,7 @@ from distill.ranks import process_state
 from distill.recipe.schema import Recipe
 from distill.registry import find
 from distill.teacher import LiveTeacher, shard
+from distill.training import TrainDir
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NOTHING = Capture()
@@ -88,17 +90,29 @@ class Session:
     def arms(self) -> list[str]:
         """The arms that this recipe makes, of those that it measures."""
         wanted = self.recipe.student.repair.wanted
-        return [arm for arm in self.recipe.evaluation.arms if arm != "repaired" or wanted]
+        return [arm for arm in self.recipe.evaluation.arms if ARMS[arm].start != "repaired" or wanted]
+
+    @property
+    def trained_arms(self) -> list[str]:
+        """`distilled`, whether it is measured or not, and its controls."""
+        return ["distilled", *controls(self.recipe)]
+
+    def arm_start(self, arm: str) -> Path:
+        """The model that an arm starts from."""
+        start = ARMS[arm].start
+        return {"teacher": self.teacher, "cut": self.folder.student, "repaired": self.folder.repaired}.get(
+            start, self.start
+        )
 
     def arm_folder(self, arm: str) -> Path:
-        """Return the model folder of one arm of the evaluation."""
-        own = {
-            "teacher": self.teacher,
-            "cut": self.folder.student,
-            "repaired": self.folder.repaired,
-            "distilled": self.folder.distilled,
-        }
-        return own[arm] if arm in own else self.folder.control_model(arm)
+        """The finished model of an arm."""
+        if ARMS[arm].terms is None:
+            return self.arm_start(arm)
+        return self.folder.distilled if arm == "distilled" else self.folder.control_model(arm)
+
+    def train_folder(self, arm: str) -> TrainDir:
+        """Checkpoints and metrics of a trained arm."""
+        return self.folder.training if arm == "distilled" else self.folder.control(arm)
 
     def load(self, folder: Path, int8_on: torch.device | None = None) -> Any:
         """Load a model with the task's head and all its weights; in 8 bits, on a device, where that is given."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from distill.evaluation.arms import LABELS_ONLY
 from distill.losses import Objective
 from distill.models.load import folder_fingerprint, load_model, random_model
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage, identity, results, settings_of
-from distill.pipeline.train import LABELS_ONLY, save_model, train_model
+from distill.pipeline.train import save_model, train_model
 from distill.student import check_target
 from distill.training import Job
 

@@ -15,9 +15,10 @@ from accelerate.utils import gather_object
 from distill.data import TrainingBatches, evaluation_batches
 from distill.data.tasks import Task
 from distill.errors import InputError
-from distill.evaluation.arms import measured
+from distill.evaluation.arms import ARMS, LABELS_ONLY, controls
 from distill.evaluation.metrics import HIGHER_IS_BETTER, compute
-from distill.evaluation.predict import gathered, predict
+from distill.evaluation.predict import merge_rows, predict
+from distill.evaluation.table import finite_or_none
 from distill.files import content_of, fresh_folder
 from distill.losses import LayerMap, Objective, layer_map
 from distill.models.cost import matmul_rate, training_flops
@@ -31,50 +32,53 @@ from distill.ranks import process_state
 from distill.recipe.schema import Optimization, Recipe, Term, Training
 from distill.student.masks import check_score, compact_trained, mask_settings, masks_for
 from distill.teacher import LiveTeacher
-from distill.training import Job, TrainDir, make_accelerator, train
+from distill.training import Job, make_accelerator, train
 from distill.training.optim import find_optimizer
 from distill.training.setup import horizon
 from distill.training.tracking import check_trackers
 
-LABELS_ONLY = (Term(match="labels"),)
-
 
 def distil(session: Session) -> None:
     """Train the student on everything that the recipe's loss asks for."""
-    recipe, inputs = session.recipe, identity(training_inputs(session))
-    job = job_for(recipe, "distilled", recipe.training, session.folder.training, inputs)
-    train_arm(session, job, recipe.losses, session.folder.distilled)
+    job = job_for(session, "distilled", session.recipe.training)
+    train_arm(session, job)
 
 
-def train_control(session: Session) -> None:
-    """Train the same student for the same steps on labels alone: what distillation has to beat."""
-    recipe, arm, spec = session.recipe, "labels_only", session.recipe.training
-    if spec.steps is None:  # fewer examples carry a label, so the same epochs would be fewer steps
+def train_controls(session: Session) -> None:
+    """Train every control arm for as many steps: what distillation has to beat."""
+    spec = session.recipe.training
+    if spec.steps is None:  # fewer examples may carry a label, and then the same epochs would be fewer steps
         spec = spec.model_copy(update={"epochs": None, "tokens": None, "steps": steps_of(session, spec)})
-    job = job_for(recipe, arm, spec, session.folder.control(arm), identity(control_inputs(session)))
-    train_arm(session, job, LABELS_ONLY, session.folder.control_model(arm))
+    for arm in controls(session.recipe):
+        train_arm(session, job_for(session, arm, spec))
 
 
-def training_inputs(session: Session) -> dict[str, Any]:
-    """Student, teacher, data, loss and settings."""
+def arm_inputs(session: Session, arm: str) -> dict[str, Any]:
+    """List what a trained arm is made of: its start, data, settings, and what it learns from the teacher."""
+    recipe, terms = session.recipe, terms_of(session.recipe, arm)
+    own = {
+        "student": folder_fingerprint(session.arm_start(arm)),
+        "mask": mask_settings(recipe),
+        "data": session.corpus.fingerprint,
+        "training": settings_of(recipe.training),
+        "seed": recipe.seed,
+    }
+    if tuple(terms) == LABELS_ONLY:
+        return own  # the teacher has no say
     return {
-        **control_inputs(session),
+        **own,
         "teacher": folder_fingerprint(session.teacher),
         "plan": content_of(session.folder.plan),
-        "losses": [term.model_dump(mode="json") for term in session.recipe.losses],
-        "teacher_dtype": session.recipe.teacher.dtype,
+        "losses": [term.model_dump(mode="json") for term in terms],
+        "teacher_dtype": recipe.teacher.dtype,
     }
 
 
-def control_inputs(session: Session) -> dict[str, Any]:
-    """Student, data and settings; the teacher has no say."""
-    return {
-        "student": folder_fingerprint(session.start),
-        "mask": mask_settings(session.recipe),
-        "data": session.corpus.fingerprint,
-        "training": settings_of(session.recipe.training),
-        "seed": session.recipe.seed,
-    }
+def terms_of(recipe: Recipe, arm: str) -> Sequence[Term]:
+    """Return the loss of a trained arm."""
+    terms = ARMS[arm].terms
+    assert terms is not None, f"{arm} is not trained"
+    return terms(recipe)
 
 
 def check_training(recipe: Recipe, task: Task) -> None:
@@ -100,14 +104,14 @@ def check_training(recipe: Recipe, task: Task) -> None:
         raise InputError("teacher.device: sharded spreads the teacher over several processes, and there is one")
 
 
-def job_for(recipe: Recipe, title: str, spec: Training, folder: TrainDir, inputs: str) -> Job:
-    """The training of a student."""
+def job_for(session: Session, arm: str, spec: Training) -> Job:
+    """Describe the training of an arm."""
     return Job(
-        title,
+        arm,
         spec,
-        folder,
-        recipe.seed,
-        inputs,
+        session.train_folder(arm),
+        session.recipe.seed,
+        identity(arm_inputs(session, arm)),
         spec.log_every,
         spec.evaluate_every,
         keep_best=(spec.keep_best, HIGHER_IS_BETTER.get(spec.keep_best, True)) if spec.keep_best else None,
@@ -115,21 +119,22 @@ def job_for(recipe: Recipe, title: str, spec: Training, folder: TrainDir, inputs
     )
 
 
-def train_arm(session: Session, job: Job, terms: Sequence[Term], result: Path) -> None:
-    """Train the student on some terms, and save it as `result`."""
-    decided = StudentPlan.load(session.folder.plan)
+def train_arm(session: Session, job: Job) -> None:
+    """Train the arm that a job is called after, and save it."""
+    arm, recipe, decided = job.title, session.recipe, StudentPlan.load(session.folder.plan)
     maps = partial(layer_map, plan=decided, student_layers=len(decided.layers), teacher_layers=decided.teacher_layers)
-    objective = Objective(terms, session.corpus.task.head, maps, session.vocabulary)
-    teacher, model = None, session.load(session.start)
+    objective = Objective(terms_of(recipe, arm), session.corpus.task.head, maps, session.vocabulary)
+    steps = steps_of(session, recipe.training)
+    teacher, model = None, ARMS[arm].prepare(recipe, session.load(session.arm_start(arm)), steps)
     if objective.needs_teacher:
         teacher = session.live_teacher(objective.teacher)
         objective.project(model.config.hidden_size, teacher.model.config.hidden_size)
         for each in (model, teacher.model) if objective.student.attention else ():
             each.set_attn_implementation("eager")  # the only one that keeps the probabilities
-    job = replace(job, constraint=masks_for(session.recipe, model, steps_of(session, session.recipe.training)))
+    job = replace(job, constraint=masks_for(recipe, model, steps))
     train_model(session, job, model, objective, teacher)
-    compact_trained(session.recipe, model, session.say)
-    save_model(session, model, result)
+    compact_trained(recipe, model, session.say)
+    save_model(session, model, session.arm_folder(arm))
 
 
 def train_model(session: Session, job: Job, model: Any, objective: Objective, teacher: LiveTeacher | None) -> None:
@@ -181,12 +186,9 @@ def held_out(session: Session, model: Any, stopped: Callable[[], bool]) -> dict[
     size = session.recipe.evaluation.batch_size
     batches = evaluation_batches(corpus, corpus.test, size, state.process_index, state.num_processes)
     wanted = takewhile(lambda _batch: not stopped(), batches)
-    columns = predict(model, wanted, corpus.task.head, vocabulary=session.vocabulary)
-    if state.num_processes > 1:
-        columns = gathered(columns, gather_object)
-    if not columns:
-        return {}
-    return measured(compute(corpus.task.metrics, columns))
+    rows = predict(model, wanted, corpus.task.head, vocabulary=session.vocabulary)
+    columns = merge_rows(gather_object([rows]))
+    return finite_or_none(compute(corpus.task.metrics, columns)) if columns else {}
 
 
 def save_model(session: Session, model: Any, folder: Path) -> None:
@@ -222,7 +224,8 @@ def check_labels(session: Session) -> None:
     learners = ["teacher.fit"] if recipe.teacher.fit else []
     terms = [index for index, term in enumerate(recipe.losses) if term.match == "labels"]
     learners += [f"losses.{index} (match: labels)" for index in terms]
-    learners += ["evaluation.arms (labels_only)"] if "labels_only" in recipe.evaluation.arms else []
+    taught = [arm for arm in controls(recipe) if any(term.match == "labels" for term in terms_of(recipe, arm))]
+    learners += [f"evaluation.arms ({arm})" for arm in taught]
     if learners:
         raise InputError(
             f"data: no training example has a label, and these learn from labels: {', '.join(learners)}; "
@@ -254,7 +257,7 @@ def check_relation_heads(session: Session) -> None:
 STAGE = Stage(
     "train",
     distil,
-    training_inputs,
+    partial(arm_inputs, arm="distilled"),
     results(lambda run: run.distilled),
     together=True,
     check=check,
@@ -262,9 +265,9 @@ STAGE = Stage(
 )
 CONTROL = Stage(
     "control",
-    train_control,
-    control_inputs,
-    results(lambda run: run.control_model("labels_only")),
-    wanted=lambda recipe: "labels_only" in recipe.evaluation.arms,
+    train_controls,
+    lambda session: {arm: arm_inputs(session, arm) for arm in controls(session.recipe)},
+    lambda run: run.trained_controls(),
+    wanted=lambda recipe: bool(controls(recipe)),
     together=True,
 )

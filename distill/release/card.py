@@ -1,4 +1,4 @@
-"""The model card: README.md of a release, and the tables that the report shows too."""
+"""Render the model card (README.md of a release), and the tables that the report shows too."""
 
 from __future__ import annotations
 
@@ -14,32 +14,20 @@ from markupsafe import Markup
 from distill.losses import MATCHES
 from distill.recipe.schema import Schedule
 from distill.recipe.terms import TERM_KEYS
-from distill.release.evidence import (
+from distill.release.evidence import Evidence, get_in, judge, standard_error, summarize
+from distill.release.wording import (
     MISSING,
-    Evidence,
-    dig,
-    findings,
-    finite,
-    measured,
-    megabytes,
-    number,
-    percent,
-    plain,
-    quantity,
-    standard_error,
-    summary,
-    times,
+    as_number,
+    format_count,
+    format_megabytes,
+    format_metric,
+    format_number,
+    format_percent,
+    format_ratio,
+    one_line,
 )
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-DEFAULTS = {"labels": "the task's own", "logits": "forward_kl", "attention": "kl", "relations": "qkv"}
-ARMS = {
-    "teacher": "teacher",
-    "cut": "cut (student before training)",
-    "repaired": "repaired (cut student after repair, before training)",
-    "distilled": "distilled (this model)",
-    "labels_only": "labels_only (same student, no teacher)",
-}
 USES = {
     "AutoModelForSequenceClassification": (
         "text-classification",
@@ -90,7 +78,7 @@ class Table:
 
 
 def render_card(evidence: Evidence) -> str:
-    """README.md of a release: metadata for the hub, then what was done, measured and left unknown."""
+    """Render README.md: metadata for the hub, then what was done, measured and left unknown."""
     # Every value printed by the template passes `inline` first: a name cannot open a tag, a table cell or a heading.
     environment = Environment(
         loader=PackageLoader("distill.release"),
@@ -104,11 +92,11 @@ def render_card(evidence: Evidence) -> str:
     return environment.get_template("card.md.jinja").render(
         evidence=evidence,
         metadata=Markup(metadata(evidence).to_yaml(line_break="\n")),  # noqa: S704 (YAML quotes its own values)
-        summary=summary(evidence),
-        findings=findings(evidence),
+        summary=summarize(evidence),
+        verdicts=judge(evidence),
         tables=tables(evidence),
         caveats=caveats(evidence),
-        loading=Markup(LOADING[evidence.form]),  # noqa: S704 (our own text)
+        loading=Markup(LOADING[evidence.release_format]),  # noqa: S704 (our own text)
         snippet=fence(snippet(evidence), "python"),
         command=fence(evidence.command, "bash"),
         recipe=fence(evidence.recipe_text, "yaml"),
@@ -116,24 +104,24 @@ def render_card(evidence: Evidence) -> str:
 
 
 def inline(value: Any) -> Markup:
-    """Text as Markdown that renders as that text, on one line; Markup is already Markdown."""
+    """Escape text as Markdown that renders as that text, on one line; Markup is already Markdown."""
     if isinstance(value, Markup):
         return value
-    text = re.sub(r"([\\`*\[\]|~$#]|(?<!\w)_|_(?!\w))", r"\\\1", plain(value))
+    text = re.sub(r"([\\`*\[\]|~$#]|(?<!\w)_|_(?!\w))", r"\\\1", one_line(value))
     return Markup(text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))  # noqa: S704
 
 
 def fence(text: str, language: str) -> Markup:
-    """A code block that its content cannot close."""
+    """Write a code block that its content cannot close."""
     marks = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return Markup(f"{marks}{language}\n{text.rstrip()}\n{marks}")  # noqa: S704
 
 
 def snippet(evidence: Evidence) -> str:
-    """Python that loads and uses the student with stock transformers, and the release's own code where it has some."""
-    name = plain(evidence.auto_class)
+    """Write Python that loads and uses the student with transformers, and the release's own code where it has some."""
+    name = one_line(evidence.auto_class)
     _, use = USES.get(name, ("", "output = model(**inputs)"))
-    code = ", trust_remote_code=True" if evidence.form == "native" else ""
+    code = ", trust_remote_code=True" if evidence.release_format == "native" else ""
     text = "Paris is the [MASK] of France." if name == "AutoModelForMaskedLM" else "Some text."
     return f"""from transformers import {name}, AutoTokenizer
 
@@ -145,7 +133,7 @@ inputs = tokenizer("{text}", return_tensors="pt")
 
 
 def metadata(evidence: Evidence) -> ModelCardData:
-    """The YAML head of the card. Built offline: `ModelCard.validate` would ask the hub."""
+    """Collect the YAML head of the card. Built offline: `ModelCard.validate` would ask the hub."""
     release, model = evidence.recipe.release, str(evidence.teacher["model"])
     on_hub = HUB_ID.fullmatch(model) is not None
     task, _ = USES.get(evidence.auto_class, (None, ""))
@@ -165,17 +153,17 @@ def metadata(evidence: Evidence) -> ModelCardData:
 
 
 def eval_results(evidence: Evidence, task: str) -> list[EvalResult]:
-    """The distilled student's own metrics; agreement with the teacher is no result on the data and stays out."""
+    """Collect the distilled student's own metrics for the hub; agreement with the teacher is no result on the data."""
     data = evidence.evaluation["data"]
     values = {name: evidence.score("distilled", name) for name in evidence.evaluation["metrics"]}
     return [
         EvalResult(
-            task_type=plain(task),
-            dataset_type=plain(data["source"]),
-            dataset_name=plain(data["source"]),
-            dataset_split=plain(data["split"]),
-            dataset_args={"examples": data["examples"], "fingerprint": plain(data["fingerprint"])},
-            metric_type=plain(name),
+            task_type=one_line(task),
+            dataset_type=one_line(data["source"]),
+            dataset_name=one_line(data["source"]),
+            dataset_split=one_line(data["split"]),
+            dataset_args={"examples": data["examples"], "fingerprint": one_line(data["fingerprint"])},
+            metric_type=one_line(name),
             metric_value=round(value, 6),
         )
         for name, value in values.items()
@@ -184,7 +172,7 @@ def eval_results(evidence: Evidence, task: str) -> list[EvalResult]:
 
 
 def caveats(evidence: Evidence) -> list[str]:
-    """What the figures do not say."""
+    """List what the figures do not say."""
     data, score = evidence.evaluation["data"], evidence.score("distilled")
     error = None if score is None else standard_error(evidence, score)
     notes = [
@@ -206,7 +194,7 @@ def caveats(evidence: Evidence) -> list[str]:
 
 
 def tables(evidence: Evidence) -> dict[str, Table]:
-    """Every table of the card and of the report, by name."""
+    """Build every table of the card and of the report, by name."""
     plan = evidence.plan
     choices = [(key, choice.asked, choice.got, choice.reason or MISSING) for key, choice in plan.outcomes.items()]
     layers = [
@@ -214,7 +202,7 @@ def tables(evidence: Evidence) -> dict[str, Table]:
             str(i),
             str(layer.teacher_layer),
             f"{layer.teacher_width} → {layer.width}",
-            percent(layer.width / layer.teacher_width),
+            format_percent(layer.width / layer.teacher_width),
         )
         for i, layer in enumerate(plan.layers)
     ]
@@ -231,7 +219,7 @@ def tables(evidence: Evidence) -> dict[str, Table]:
 
 
 def arms_table(evidence: Evidence) -> Table:
-    """All arms and all metrics; in brackets what an arm retains of the teacher's value."""
+    """Tabulate all arms and all metrics; in brackets what an arm retains of the teacher's value."""
     names = evidence.metric_names
     arrows = {True: " ↑", False: " ↓"}
     titles = [name + arrows.get(evidence.evaluation["higher_is_better"].get(name), "") for name in names]
@@ -240,24 +228,24 @@ def arms_table(evidence: Evidence) -> Table:
         cells = []
         for name in names:
             retained = evidence.retained(arm, name)
-            share = "" if retained is None else f" ({percent(retained)})"
-            cells.append(measured(name, record["metrics"].get(name)) + share)
-        rows.append((ARMS.get(arm, arm), str(record.get("steps") or MISSING), *cells))
+            share = "" if retained is None else f" ({format_percent(retained)})"
+            cells.append(format_metric(name, record["metrics"].get(name)) + share)
+        rows.append((evidence.title(arm), str(record.get("steps") or MISSING), *cells))
     return Table(("arm", "steps", *titles), rows)
 
 
 def repair_table(evidence: Evidence) -> Table:
-    """What each step of the repair was worth, on the calibration sample and on held-out training examples."""
+    """Tabulate what each step of the repair gained, on the calibration sample and on held-out training examples."""
     steps = (evidence.repair or {}).get("steps", [])
     rows = []
     for before, step in zip([None, *steps], steps, strict=False):
         cells = []
         for name in ("kl", "loss"):
-            old, new = finite(dig(before, "held_out", name)), finite(dig(step, "held_out", name))
+            old, new = as_number(get_in(before, "held_out", name)), as_number(get_in(step, "held_out", name))
             gained = "" if old is None or new is None else f" ({old - new:+.3g} gained)"
-            cells.append(number(new) + gained)
+            cells.append(format_number(new) + gained)
         notes = ", ".join(step["notes"]) or MISSING
-        rows.append((str(step["name"]), notes, percent(step.get("error_left")), *cells))
+        rows.append((str(step["name"]), notes, format_percent(step.get("error_left")), *cells))
     return Table(("step", "not done", "calibration error left", "held-out KL", "held-out loss"), rows, text_columns=2)
 
 
@@ -277,7 +265,9 @@ def losses_table(evidence: Evidence) -> Table:
             settings.append(f"map {term.map if isinstance(term.map, str) else [list(pair) for pair in term.map]}")
         settings += [f"{key} {format_change(value, ends.params.get(key))}" for key, value in term.params.items()]
         if term.schedule:
-            settings.append(f"{ends.shape} from {percent(ends.start)} to {percent(ends.end)} of the steps")
+            settings.append(
+                f"{ends.shape} from {format_percent(ends.start)} to {format_percent(ends.end)} of the steps"
+            )
         loss, weight = term.loss or match.default or "the task's own", format_change(term.weight, ends.weight)
         rows.append((term.match, match.compares, loss, ", ".join(settings) or MISSING, weight))
     return Table(("match", "compares", "loss", "settings", "weight"), rows, text_columns=4)
@@ -285,22 +275,22 @@ def losses_table(evidence: Evidence) -> Table:
 
 def format_change(start: Any, end: Any) -> str:
     """Format a setting, and the value at the end of its schedule where it has one."""
-    first = number(start) if type(start) is float else str(start)
-    return first if end is None else f"{first} to {number(end)}"
+    first = format_number(start) if type(start) is float else str(start)
+    return first if end is None else f"{first} to {format_number(end)}"
 
 
 def training_rows(evidence: Evidence) -> list[tuple[str, ...]]:
-    """How long, how fast and on what the student learned."""
+    """List how long, how fast and on what the student learned."""
     training, data, teacher = evidence.recipe.training, evidence.evaluation["data"], evidence.teacher
     fitted = ", fitted on this data first" if teacher.get("fitted") else ""
     rows = {
         "teacher": f"{teacher['model']} ({teacher['model_type']}{fitted})",
         "teacher revision": teacher.get("revision"),
         "teacher sha256": teacher.get("sha256"),
-        "steps": dig(evidence.arms, "distilled", "steps") or training.steps,
+        "steps": get_in(evidence.arms, "distilled", "steps") or training.steps,
         "batch size": training.batch_size,
-        "learning rate": f"{number(training.lr)}, {training.schedule}, warmup {number(training.warmup)}",
-        "weight decay": number(training.weight_decay),
+        "learning rate": f"{format_number(training.lr)}, {training.schedule}, warmup {format_number(training.warmup)}",
+        "weight decay": format_number(training.weight_decay),
         "precision": training.precision,
         **mask_rows(evidence),
         "seed": evidence.recipe.seed,
@@ -312,38 +302,44 @@ def training_rows(evidence: Evidence) -> list[tuple[str, ...]]:
 
 
 def mask_rows(evidence: Evidence) -> dict[str, str]:
-    """What was masked, and the zeros and widths that the student has; empty without a mask."""
+    """List what was masked, and the zeros and widths that the student has; empty without a mask."""
     spec, found = evidence.recipe.student.mask, evidence.evaluation.get("sparsity")
     if spec is None or not found:
         return {}
-    amount = f"below {number(spec.threshold)} x the mean" if spec.sparsity is None else percent(spec.sparsity)
-    cubic = f" from {percent(spec.begin)} to {percent(spec.end)} of the steps" if spec.schedule == "cubic" else ""
+    amount = (
+        f"below {format_number(spec.threshold)} x the mean" if spec.sparsity is None else format_percent(spec.sparsity)
+    )
+    cubic = (
+        f" from {format_percent(spec.begin)} to {format_percent(spec.end)} of the steps"
+        if spec.schedule == "cubic"
+        else ""
+    )
     rows = {
         "mask": f"{amount} of each MLP, per {spec.per} by {spec.score}, {spec.schedule}{cubic}",
-        "zeros in the MLPs": percent(found["zeros"]),
+        "zeros in the MLPs": format_percent(found["zeros"]),
     }
     return rows | ({"MLP widths, compacted": ", ".join(map(str, found["widths"]))} if spec.compact else {})
 
 
 def efficiency_table(evidence: Evidence) -> Table:
-    """Size and speed of every measured model; empty when nothing was measured."""
+    """Tabulate size and speed of every measured model; empty when nothing was measured."""
     efficiency = evidence.evaluation.get("efficiency") or {}
     models, ratios = list(efficiency.get("models", {})), list(efficiency.get("ratios", {}))
     rows = [
         (
             label,
             *(write(evidence.efficiency(model, *path)) for model in models),
-            *(times(evidence.ratio(key, model)) for model in ratios),
+            *(format_ratio(evidence.ratio(key, model)) for model in ratios),
         )
         for label, path, key, write in (
-            ("parameters", ("parameters",), "parameters", quantity),
-            ("parameters in layers", ("layer_parameters",), "layer_parameters", quantity),
-            ("weights", ("bytes",), "bytes", megabytes),
-            ("on disk", ("disk_bytes",), "disk_bytes", megabytes),
-            ("FLOPs per example", ("flops_per_example",), "flops", lambda value: quantity(value, "kMGT")),
-            ("latency p50, ms", ("latency_ms", "p50"), "latency", number),
-            ("latency p95, ms", ("latency_ms", "p95"), "", number),
-            ("throughput, examples/s", ("throughput",), "throughput", number),
+            ("parameters", ("parameters",), "parameters", format_count),
+            ("parameters in layers", ("layer_parameters",), "layer_parameters", format_count),
+            ("weights", ("bytes",), "bytes", format_megabytes),
+            ("on disk", ("disk_bytes",), "disk_bytes", format_megabytes),
+            ("FLOPs per example", ("flops_per_example",), "flops", lambda value: format_count(value, "kMGT")),
+            ("latency p50, ms", ("latency_ms", "p50"), "latency", format_number),
+            ("latency p95, ms", ("latency_ms", "p95"), "", format_number),
+            ("throughput, examples/s", ("throughput",), "throughput", format_number),
         )
     ]
     return Table(("", *models, *(f"{model} ÷ teacher" for model in ratios)), rows if models else [])

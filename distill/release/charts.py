@@ -1,4 +1,4 @@
-"""Inline SVG from numbers. Pure functions; every text is escaped, and colours are classes of the page's stylesheet.
+"""Draw inline SVG from numbers. Pure functions; text is escaped, and colours are classes of the page's stylesheet.
 
 A shape with `class="line teacher"` takes its colour from `.teacher { color: … }`, so one rule serves light and dark.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from markupsafe import Markup
 
-from distill.release.evidence import finite, number, plain
+from distill.release.wording import as_number, format_number, one_line
 
 Point = tuple[float, float]
 WIDTH, HEIGHT = 560, 300
@@ -52,37 +52,37 @@ class Scale:
     log: bool = False
 
     def at(self, value: float) -> float:
-        """Pixel of a value."""
+        """Return the pixel of a value."""
         bend = math.log10 if self.log else float
         low, high = bend(self.low), bend(self.high)
         return self.start + (self.end - self.start) * (bend(value) - low) / (high - low)
 
 
 def tag(name: str, *children: str, **attributes: object) -> Markup:
-    """One element. Attribute `class_` is written `class`, and `aria_label` `aria-label`."""
+    """Write one element. Attribute `class_` is written `class`, and `aria_label` `aria-label`."""
     pairs = ((key.rstrip("_").replace("_", "-"), value) for key, value in attributes.items())
-    written = ((key, f"{value:.1f}" if isinstance(value, float) else plain(value)) for key, value in pairs)
-    inside = Markup("").join(child if isinstance(child, Markup) else plain(child) for child in children)
+    written = ((key, f"{value:.1f}" if isinstance(value, float) else one_line(value)) for key, value in pairs)
+    inside = Markup("").join(child if isinstance(child, Markup) else one_line(child) for child in children)
     return Markup("<{0}{1}>{2}</{0}>").format(
         name, Markup("").join(Markup(' {}="{}"').format(*p) for p in written), inside
     )
 
 
 def drawing(width: float, height: float, title: str, description: str, *children: str) -> Markup:
-    """A picture with a name and a description for those who cannot see it."""
+    """Write a picture with a name and a description for those who cannot see it."""
     head = (tag("title", title), tag("desc", description))
     return tag("svg", *head, *children, viewBox=f"0 0 {width:.0f} {height:.0f}", role="img", aria_label=title)
 
 
 def text(x: float, y: float, content: str, style: str = "note", anchor: str = "start") -> Markup:
-    """A label, cut at 28 letters; the whole of it shows when the pointer rests on it."""
-    short = plain(content)
+    """Write a label, cut at 28 letters; the whole of it shows when the pointer rests on it."""
+    short = one_line(content)
     whole = [tag("title", short)] if len(short) > 28 else []
     return tag("text", *whole, short[:27] + "…" if whole else short, x=x, y=y, class_=style, text_anchor=anchor)
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round values that cover [low, high], in steps of 1, 2, 2.5 or 5 times a power of ten.
+    """Choose round values that cover [low, high], in steps of 1, 2, 2.5 or 5 times a power of ten.
 
     >>> nice_ticks(0.13, 0.78)
     [0.0, 0.2, 0.4, 0.6, 0.8]
@@ -98,7 +98,7 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Marks that cover [low, high]: 1, 2 and 5 in each decade of a short range, at most eight decades of a long one.
+    """Choose marks that cover [low, high]: 1, 2 and 5 in each decade of a short range, eight decades of a long one.
 
     >>> log_ticks(0.3, 7)
     [0.2, 0.5, 1.0, 2.0, 5.0, 10.0]
@@ -112,8 +112,8 @@ def log_ticks(low: float, high: float) -> list[float]:
     return [mark for mark in marks if below <= mark <= above]
 
 
-def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Positions near the wanted ones, in the same order and at least `gap` apart, inside [low, high] if they fit."""
+def space_out(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Place near the wanted positions, in the same order and at least `gap` apart, inside [low, high] if they fit."""
     order = sorted(range(len(wanted)), key=lambda index: wanted[index])
     placed = list(wanted)
     floor = low
@@ -128,12 +128,12 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
 
 
 def drawable(value: float, log: bool = False) -> bool:
-    """Whether a value has a place on a scale."""
-    return finite(value) is not None and (value > 0 or not log)
+    """Tell whether a value has a place on a scale."""
+    return as_number(value) is not None and (value > 0 or not log)
 
 
 def clean(points: Iterable[Point], log: bool) -> list[Point]:
-    """The points that can be drawn; long lines become means of equal stretches, so that a page stays small."""
+    """Keep the points that can be drawn; long lines become means of equal stretches, so that a page stays small."""
     known = [(x, y) for x, y in points if drawable(x) and drawable(y, log)]
     size = math.ceil(len(known) / MOST_POINTS)
     parts = [known[start : start + size] for start in range(0, len(known), size)] if size > 1 else [[p] for p in known]
@@ -147,10 +147,9 @@ def line_chart(
     description: str,
     levels: Sequence[Bar] = (),
     log: bool = False,
-    write: Callable[[float], str] = number,
-    axis: str = "step",
+    write: Callable[[float], str] = format_number,
 ) -> Markup:
-    """Values over steps (or what `axis` names), named at their right ends; empty when there is no point to draw."""
+    """Draw values over steps, named at their right ends; empty when there is no point to draw."""
     drawn = [line for line in (replace(line, points=clean(line.points, log)) for line in series) if line.points]
     marks = [mark for mark in levels if drawable(mark.value, log)]
     if not drawn:
@@ -170,8 +169,8 @@ def line_chart(
         description,
         *(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y.at(v), y2=y.at(v), class_="grid") for v in rows),
         *(text(LEFT - 8, y.at(v) + 4, write(v), anchor="end") for v in rows),
-        *(text(x.at(v), HEIGHT - BOTTOM + 20, number(v), anchor="middle") for v in columns),
-        text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 4, axis, anchor="middle"),
+        *(text(x.at(v), HEIGHT - BOTTOM + 20, format_number(v), anchor="middle") for v in columns),
+        text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 4, "step", anchor="middle"),
         *(_level(mark, y) for mark in marks),
         *(part for line in drawn for part in _line(line, x, y)),
         *_end_labels(ends),
@@ -184,7 +183,7 @@ def _level(mark: Bar, y: Scale) -> Markup:
 
 
 def _line(line: Series, x: Scale, y: Scale) -> list[Markup]:
-    """The line, a dot on each point while they are few, and one at the end."""
+    """Draw the line, a dot on each point while they are few, and one at the end."""
     pixels = [(x.at(step), y.at(value)) for step, value in line.points]
     path = "M" + "L".join(f"{left:.1f} {top:.1f}" for left, top in pixels)
     dots = pixels if len(pixels) <= 12 else pixels[-1:]
@@ -193,10 +192,10 @@ def _line(line: Series, x: Scale, y: Scale) -> list[Markup]:
 
 
 def _end_labels(ends: Sequence[Bar]) -> list[Markup]:
-    """Names beside the right ends, pushed apart where they would overlap."""
+    """Write names beside the right ends, pushed apart where they would overlap."""
     edge, wanted = WIDTH - RIGHT, [end.value for end in ends]
     shapes = []
-    for end, start, place in zip(ends, wanted, spread(wanted, 15, TOP, HEIGHT - BOTTOM), strict=True):
+    for end, start, place in zip(ends, wanted, space_out(wanted, 15, TOP, HEIGHT - BOTTOM), strict=True):
         shapes.append(tag("path", d=f"M{edge} {start:.1f}L{edge + 12} {place:.1f}", class_=f"leader {end.style}"))
         shapes.append(text(edge + 16, place + 4, end.name, f"name {end.style}"))
     return shapes
@@ -208,9 +207,9 @@ def bar_chart(
     title: str,
     description: str,
     mark: Bar | None = None,
-    write: Callable[[float], str] = number,
+    write: Callable[[float], str] = format_number,
 ) -> Markup:
-    """Horizontal bars with their values, and a reference as a line through all; empty without values.
+    """Draw horizontal bars with their values, and a reference as a line through all; empty without values.
 
     One value far above the rest is drawn broken, so that the others can still be told apart.
     """
@@ -241,7 +240,7 @@ def bar_chart(
 
 
 def pair(teacher: float, student: float) -> Markup:
-    """Two thin bars to the same scale: how much smaller, faster or better, at a glance. The numbers stand beside it."""
+    """Draw two thin bars to the same scale: how much smaller, faster or better. The numbers stand beside it."""
     most = max(teacher, student)
     bars = [
         tag("rect", x=0, y=y, width=max(200 * value / most, 1.0), height=6, rx=3, class_=f"bar {style}")
@@ -261,7 +260,7 @@ class Kept:
 
 
 def architecture(teacher_layers: int, kept: Sequence[Kept], *, title: str, description: str) -> Markup:
-    """The teacher's layers on the left, the student's on the right, to one scale, and what came from where."""
+    """Draw the teacher's layers on the left, the student's on the right, to one scale, and what came from where."""
     row = max(9.0, min(34.0, 640 / teacher_layers))
     height, thick = row * teacher_layers + 56, row * 0.68
     widest = max(layer.teacher_width for layer in kept)
@@ -283,7 +282,7 @@ def architecture(teacher_layers: int, kept: Sequence[Kept], *, title: str, descr
 
 
 def _teacher_layer(index: int, kept: Kept | None, top: float, thick: float, widest: int) -> list[Markup]:
-    """A bar that ends at the middle: coloured the neurons that live on, pale those that go, dashed a dropped layer."""
+    """Draw a bar that ends at the middle: coloured the neurons kept, pale those pruned, dashed a dropped layer."""
     # The plan knows no width for dropped layers; they are drawn as wide as the widest and carry no number.
     length = BAR * (kept.teacher_width if kept else widest) / widest
     style = "bar pruned" if kept else "dropped"

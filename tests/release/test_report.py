@@ -11,8 +11,9 @@ import pytest
 
 from distill.models.plan import KeptUnits, LayerPlan
 from distill.release import charts
-from distill.release.evidence import Evidence, measured
-from distill.release.report import held_out, loss_curves, points, render_report
+from distill.release.evidence import Evidence
+from distill.release.report import held_out_figure, loss_figure, points, render_report
+from distill.release.wording import format_metric
 
 
 class Page(HTMLParser):
@@ -75,7 +76,7 @@ def test_page_of_a_full_run_shows_all_figures(evidence: Evidence) -> None:
     text = Page(render_report(evidence)).text
     for arm in evidence.evaluation["arms"]:
         for name, value in arm["metrics"].items():
-            assert measured(name, value) in text
+            assert format_metric(name, value) in text
     for figure in ("15.6 M", "22.7 M", "2.47x", "97.3 %", "logits.forward_kl", "c0ffee12", "distill run recipe.yaml"):
         assert figure in text
     assert evidence.recipe_text.strip() in text
@@ -94,26 +95,29 @@ def test_page_of_a_bare_run_says_so(bare: Evidence) -> None:
 
 def test_one_record_is_enough_for_a_picture(evidence: Evidence) -> None:
     record = {"event": "train", "step": 1, "lr": 1e-4, "loss": 2.0, "parts": None}
-    one = replace(evidence, metrics=[record], control_metrics=[])
-    assert "circle" in loss_curves(one).picture
-    assert not held_out(one).picture
+    one = replace(evidence, records={"distilled": [record]})
+    assert "circle" in loss_figure(one).picture
+    assert not held_out_figure(one).picture
     assert render_report(one)
 
 
 def test_control_and_references_are_in_the_held_out_picture(evidence: Evidence) -> None:
     names = {"distilled", "labels_only", "teacher", "cut"}
     for drawn, expected in (
-        (held_out(evidence), names),
-        (held_out(replace(evidence, control_metrics=[])), names - {"labels_only"}),
+        (held_out_figure(evidence), names),
+        (
+            held_out_figure(replace(evidence, records={"distilled": evidence.records["distilled"]})),
+            names - {"labels_only"},
+        ),
     ):
         shown = {text.text for text in ElementTree.fromstring(drawn.picture).iter("text")}
         assert shown & names == expected
 
 
 def test_a_wide_range_of_losses_is_drawn_on_a_logarithmic_scale(evidence: Evidence) -> None:
-    assert "logarithmic" in loss_curves(evidence).caption
-    flat = [record | {"parts": {}} for record in evidence.metrics]
-    assert "logarithmic" not in loss_curves(replace(evidence, metrics=flat)).caption
+    assert "logarithmic" in loss_figure(evidence).caption
+    flat = [record | {"parts": {}} for record in evidence.records["distilled"]]
+    assert "logarithmic" not in loss_figure(replace(evidence, records={"distilled": flat})).caption
 
 
 def test_the_last_record_of_a_step_counts() -> None:
@@ -124,7 +128,7 @@ def test_the_last_record_of_a_step_counts() -> None:
 
 def test_long_runs_make_small_pages(evidence: Evidence) -> None:
     records = [{"event": "train", "step": step, "lr": 1e-4, "loss": 1 / step} for step in range(1, 50_001)]
-    assert len(render_report(replace(evidence, metrics=records))) < 80_000
+    assert len(render_report(replace(evidence, records={"distilled": records}))) < 80_000
 
 
 def test_deep_teachers_fit(evidence: Evidence) -> None:
@@ -181,7 +185,7 @@ def test_logarithmic_ticks_are_few_and_cover_the_range(low: float, high: float) 
 
 
 def test_labels_keep_their_distance_and_their_order() -> None:
-    placed = charts.spread([100, 101, 20, 299], 15, 26, 260)
+    placed = charts.space_out([100, 101, 20, 299], 15, 26, 260)
     assert placed[2] < placed[0] < placed[1] < placed[3]
     assert min(b - a for a, b in zip(sorted(placed), sorted(placed)[1:], strict=False)) >= 15
     assert min(placed) >= 26 and max(placed) <= 260

@@ -1,4 +1,4 @@
-"""A language model whose output head is padded beyond the tokenizer, measured by the stage and within training."""
+"""The stage on a language model: a head padded beyond the tokenizer, and metrics that the task does not have."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import pytest
 import torch
 from tiny import RECIPE, tiny_model, tiny_project
 
+from distill.errors import InputError
+from distill.pipeline.evaluate import check
 from distill.pipeline.evaluate import work as evaluate
 from distill.pipeline.folder import RunDir
 from distill.pipeline.session import Session
@@ -39,3 +41,9 @@ def test_what_a_padded_head_says_beyond_the_vocabulary_is_no_prediction(session)
     in_training = held_out(session, student, lambda: False)
     assert in_training == pytest.approx({name: arms["distilled"][name] for name in in_training})
     assert "token_accuracy" in in_training
+
+
+def test_a_metric_that_the_task_has_no_columns_for_is_refused_before_anything_is_done(tmp_path):
+    recipe = load_recipe(tiny_project(tmp_path, LM, family="llama"), ["evaluation.metrics=[perplexity, f1_macro]"])
+    with pytest.raises(InputError, match="'f1_macro' needs the columns predictions, references"):
+        check(Session(recipe, tmp_path, RunDir(tmp_path / "run"), say=lambda _text: None))

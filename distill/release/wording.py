@@ -1,0 +1,84 @@
+"""Write numbers and untrusted text for people: used by card, report, charts, `inspect` and the terminal. No torch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+MISSING = "\N{EN DASH}"
+SHARES = ("accuracy", "agreement", "exact_match", "f1", "precision", "recall")
+"""Metrics whose name starts like this are shares of 1 and are written as percentages."""
+
+
+def as_number(value: Any) -> float | None:
+    """Convert to a float; None for what is not a number that can be written or drawn."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) and abs(value) < 1e100 else None
+
+
+def printable(value: Any) -> str:
+    """Strip control, format and surrogate characters, which steer a terminal and break XML; line breaks stay."""
+    kept = (" " if letter.isspace() and letter != "\n" else letter for letter in str(value))
+    return "".join(letter for letter in kept if letter == "\n" or letter.isprintable())
+
+
+def one_line(value: Any) -> str:
+    """Strip what `printable` strips and join the lines: text that stays in its cell of a table."""
+    return " ".join(printable(value).split())
+
+
+def format_number(value: Any) -> str:
+    """Write four significant digits, and all digits before the decimal point."""
+    known = as_number(value)
+    if known is None:
+        return MISSING
+    return f"{known:,.0f}" if 1e3 <= abs(known) < 1e15 else f"{known:.4g}"
+
+
+def format_percent(value: Any) -> str:
+    """Write a share of 1 as a percentage."""
+    known = as_number(value)
+    return MISSING if known is None else f"{100 * known:.1f} %"
+
+
+def format_count(value: Any, units: str = "kMBT") -> str:
+    """Write a large count with a unit: 22.7 M; `kMGT` gives the units of FLOPs."""
+    known = as_number(value)
+    if known is None:
+        return MISSING
+    for power, unit in reversed(list(enumerate(units, start=1))):
+        if abs(known) >= 1000**power:
+            return f"{known / 1000**power:.1f} {unit}"
+    return f"{known:.4g}"
+
+
+def format_megabytes(value: Any) -> str:
+    """Write bytes as MB (10⁶)."""
+    known = as_number(value)
+    return MISSING if known is None else f"{known / 1e6:.1f} MB"
+
+
+def format_ratio(value: Any) -> str:
+    """Write a ratio, with its range when it was measured several times ({median, min, max})."""
+    if isinstance(value, dict):
+        low, high = as_number(value.get("min")), as_number(value.get("max"))
+        span = "" if low is None or high is None else f" ({low:.2f} to {high:.2f})"
+        return format_ratio(value.get("median")) + span
+    known = as_number(value)
+    return MISSING if known is None else f"{known:.2f}x"
+
+
+def is_share(metric: str) -> bool:
+    """Tell whether a metric is written as a percentage."""
+    return metric.startswith(SHARES)
+
+
+def format_metric(metric: str, value: Any) -> str:
+    """Write the value of a metric."""
+    return format_percent(value) if is_share(metric) else format_number(value)
+
+
+def format_difference(metric: str, value: float) -> str:
+    """Write the distance between two values of a metric."""
+    return f"{100 * value:.1f} points" if is_share(metric) else format_number(value)
