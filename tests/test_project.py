@@ -159,7 +159,7 @@ def test_the_readme_lists_what_is_built_in():
         "student.mask.score": names_in("distill.student.masks.masks", "SCORES"),
         "student.mlp.allocate": names_in("distill.student.allocate", "ALLOCATIONS"),
         "training.optimizer": names_in("distill.training.optim", "OPTIMIZERS"),
-        "training.schedule": names_in("distill.training.schedule", "SCHEDULES"),
+        "training.schedule": names_in("distill.training.optim", "SCHEDULES"),
         "data.source": names_in("distill.data.sources", "SOURCES"),
         "data.task": names_in("distill.data.tasks", "TASKS"),
         "loss` with `match: logits": LOGITS,

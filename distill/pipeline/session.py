@@ -32,6 +32,8 @@ class Session:
     run: RunDir
     say: Callable[[str], None]
     remote_code: bool = False
+    continue_changed: bool = False
+    """Continue trainings from checkpoints that were made from other inputs as well."""
 
     @cached_property
     def source(self) -> Path:

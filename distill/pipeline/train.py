@@ -23,11 +23,12 @@ from distill.files import content_of, fresh_folder
 from distill.losses import LayerMap, Objective, layer_map
 from distill.models.attention import relation_widths
 from distill.models.cost import matmul_rate, training_flops
+from distill.models.dtensor import shard_model
 from distill.models.family import layers_of
 from distill.models.load import folder_fingerprint, hollow_model
 from distill.models.plan import StudentPlan
 from distill.pipeline.session import Session
-from distill.pipeline.stage import Stage, identity, results, settings_of
+from distill.pipeline.stage import Stage, results, settings_of, with_version
 from distill.ranks import process_state
 from distill.recipe.schema import Optimization, Recipe, Term, Training
 from distill.registry import find
@@ -36,7 +37,6 @@ from distill.teacher import LiveTeacher
 from distill.training import Job, TrainDir, make_accelerator, train
 from distill.training.optim import find_optimizer
 from distill.training.setup import horizon
-from distill.training.sharding import shard
 from distill.training.tracking import check_trackers
 
 LABELS_ONLY = (Term(match="labels"),)
@@ -44,17 +44,17 @@ LABELS_ONLY = (Term(match="labels"),)
 
 def distil(session: Session) -> None:
     """Train the student on everything that the recipe's loss asks for."""
-    recipe, inputs = session.recipe, identity(training_inputs(session))
-    job = job_for(recipe, "distilled", recipe.training, session.run.training, inputs)
-    train_arm(session, job, recipe.losses, session.run.distilled)
+    spec, inputs = session.recipe.training, training_inputs(session)
+    job = job_for(session, "distilled", spec, session.run.training, inputs)
+    train_arm(session, job, session.recipe.losses, session.run.distilled)
 
 
 def train_control(session: Session) -> None:
     """Train the same student for the same steps on labels alone: what distillation has to beat."""
-    recipe, arm, spec = session.recipe, "labels_only", session.recipe.training
+    arm, spec = "labels_only", session.recipe.training
     if spec.steps is None:  # fewer examples carry a label, so the same epochs would be fewer steps
         spec = spec.model_copy(update={"epochs": None, "tokens": None, "steps": steps_of(session, spec)})
-    job = job_for(recipe, arm, spec, session.run.control(arm), identity(control_inputs(session)))
+    job = job_for(session, arm, spec, session.run.control(arm), control_inputs(session))
     train_arm(session, job, LABELS_ONLY, session.run.control_model(arm))
 
 
@@ -113,22 +113,24 @@ def placed_teacher(session: Session, objective: Objective) -> LiveTeacher:
         model = session.load(session.teacher)
         model.to(DTYPES.get(spec.dtype, model.dtype))
     if spec.device == "sharded":
-        model = shard(model.requires_grad_(False).to(device), layers_of(model))
+        model = shard_model(model.requires_grad_(False).to(device), layers_of(model))
     return LiveTeacher(model, objective.teacher, torch.device("cpu") if spec.device == "cpu" else device)
 
 
-def job_for(recipe: Recipe, title: str, spec: Training, folder: TrainDir, inputs: str) -> Job:
-    """The training of a student."""
+def job_for(session: Session, title: str, spec: Training, folder: TrainDir, inputs: dict[str, Any]) -> Job:
+    """Describe the training of a student."""
     return Job(
         title,
         spec,
         folder,
-        recipe.seed,
-        inputs,
+        session.recipe.seed,
+        with_version(inputs),
         spec.log_every,
         spec.evaluate_every,
+        constrain=partial(masks_for, session.recipe, steps=steps_of(session, session.recipe.training)),
         keep_best=(spec.keep_best, HIGHER_IS_BETTER.get(spec.keep_best, True)) if spec.keep_best else None,
         trackers=tuple(spec.trackers),
+        continue_changed=session.continue_changed,
     )
 
 
@@ -143,7 +145,6 @@ def train_arm(session: Session, job: Job, terms: Sequence[Term], result: Path) -
         objective.project(model.config.hidden_size, teacher.model.config.hidden_size)
         for each in (model, teacher.model) if objective.student.attention else ():
             each.set_attn_implementation("eager")  # the only one that keeps the probabilities
-    job = replace(job, constraint=masks_for(session.recipe, model, steps_of(session, session.recipe.training)))
     train_model(session, job, model, objective, teacher)
     compact_trained(session.recipe, model, session.say)
     save_model(session, model, result)
@@ -156,7 +157,7 @@ def train_model(session: Session, job: Job, model: Any, objective: Objective, te
     model.float()  # AdamW's small steps would be lost in half-precision weights; autocast gives the speed
     accelerator = make_accelerator(job.spec, batches, job.trackers, job.folder.root)
     train(
-        replace(job, limit=limit_of(session, job, model, teacher)),
+        replace(job, peak_tokens_per_second=peak_tokens_per_second(session, job, model, teacher)),
         model,
         objective,
         teacher,
@@ -168,8 +169,8 @@ def train_model(session: Session, job: Job, model: Any, objective: Objective, te
     model.to(device="cpu", dtype=dtype)
 
 
-def limit_of(session: Session, job: Job, model: Any, teacher: LiveTeacher | None) -> float | None:
-    """Tokens per second of a training whose time all goes into matrix products; None where they cannot be counted."""
+def peak_tokens_per_second(session: Session, job: Job, model: Any, teacher: LiveTeacher | None) -> float | None:
+    """Compute the speed of a training at an MFU of 1; None where its matrix products cannot be counted."""
     spec = session.recipe.teacher
     if teacher is not None and (spec.dtype == "int8" or spec.device != "same"):
         return None

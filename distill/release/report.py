@@ -171,13 +171,13 @@ def architecture(evidence: Evidence) -> Figure:
 
 
 def loss_curves(evidence: Evidence) -> Figure:
-    """The loss and each of its parts."""
-    parts = dict.fromkeys(part for record in evidence.metrics for part in record.get("parts") or {})
+    """Draw the loss and each of its terms."""
+    terms = dict.fromkeys(term for record in evidence.metrics for term in record.get("terms") or {})
     lines = [charts.Series("loss", points(evidence.metrics, "train", "loss"), "total")]
-    for index, part in enumerate(parts):
-        lines.append(charts.Series(part, points(evidence.metrics, "train", "parts", part), f"c{index % 6}"))
+    for index, term in enumerate(terms):
+        lines.append(charts.Series(term, points(evidence.metrics, "train", "terms", term), f"c{index % 6}"))
     wide = is_wide(value for line in lines for _, value in line.points)
-    caption = f"Training loss and its parts{', logarithmic scale' if wide else ''}."
+    caption = f"Training loss and its terms{', logarithmic scale' if wide else ''}."
     picture = charts.line_chart(lines, title="Training loss", description=caption, log=wide)
     return Figure("Training loss", picture, caption)
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from running import dropped, published, run
+from running import MADE_FROM, dropped, published, run
 from safetensors.torch import load_file
 from tiny import tiny_model
 
@@ -85,29 +85,29 @@ def test_skips_are_the_same_after_a_restart(corpus, tmp_path):
 
 @given(st.lists(st.floats(0.5, 2.0), min_size=WINDOW, max_size=WINDOW), st.floats(5.0, 1e6))
 def test_only_a_norm_beyond_the_factor_is_a_spike_and_a_new_level_is_accepted(norms, jump):
-    health, loss = SkipRule(4.0, torch.device("cpu")), torch.tensor(1.0)
-    assert not any(health.judge(loss, torch.tensor(norm)).item() for norm in norms)
-    judged = [health.judge(loss, torch.tensor(2.0 * jump)).item() for _ in range(WINDOW)]
+    rule, loss = SkipRule(4.0, torch.device("cpu")), torch.tensor(1.0)
+    assert not any(rule.should_skip(loss, torch.tensor(norm)).item() for norm in norms)
+    judged = [rule.should_skip(loss, torch.tensor(2.0 * jump)).item() for _ in range(WINDOW)]
     half = WINDOW // 2 + 1
     assert judged == [1.0] * half + [0.0] * (WINDOW - half)
-    assert health.skipped.tolist() == [half, 0]
+    assert rule.skipped.tolist() == [half, 0]
 
 
 def test_a_factor_of_none_skips_no_finite_norm_and_every_other():
-    health = SkipRule(None, torch.device("cpu"))
-    values = [health.judge(torch.tensor(1.0), torch.tensor(norm)).item() for norm in [1.0] * WINDOW + [1e30]]
+    rule = SkipRule(None, torch.device("cpu"))
+    values = [rule.should_skip(torch.tensor(1.0), torch.tensor(norm)).item() for norm in [1.0] * WINDOW + [1e30]]
     assert not any(values)
-    assert health.judge(torch.tensor(math.nan), torch.tensor(1.0)).item() == 1
-    assert health.judge(torch.tensor(1.0), torch.tensor(math.inf)).item() == 1
+    assert rule.should_skip(torch.tensor(math.nan), torch.tensor(1.0)).item() == 1
+    assert rule.should_skip(torch.tensor(1.0), torch.tensor(math.inf)).item() == 1
 
 
 def test_steps_in_which_nothing_had_a_gradient_make_no_spike_of_the_others():
-    health = SkipRule(30.0, torch.device("cpu"))
+    rule = SkipRule(30.0, torch.device("cpu"))
     for _ in range(3 * WINDOW):
-        assert health.judge(torch.tensor(0.0), torch.tensor(0.0)).item() == 0
+        assert rule.should_skip(torch.tensor(0.0), torch.tensor(0.0)).item() == 0
     for _ in range(WINDOW):
-        assert health.judge(torch.tensor(1.0), torch.tensor(1.0)).item() == 0
-    assert health.judge(torch.tensor(1.0), torch.tensor(31.0)).item() == 1
+        assert rule.should_skip(torch.tensor(1.0), torch.tensor(1.0)).item() == 0
+    assert rule.should_skip(torch.tensor(1.0), torch.tensor(31.0)).item() == 1
 
 
 class SmallMemory:
@@ -171,7 +171,7 @@ def test_the_average_follows_its_formula_and_leaves_out_skipped_steps():
         assert average.values["weight"].item() == pytest.approx(expected)
         average.update(step, yes)
         assert average.values["weight"].item() == pytest.approx(expected)
-    with average.in_place():
+    with average.swapped_in():
         assert model.weight.item() == pytest.approx(expected)
     assert model.weight.item() == 4.0
 
@@ -248,7 +248,7 @@ def test_memory_that_ends_outside_of_a_pass_is_said_in_one_line(corpus, tmp_path
 
 
 def test_weights_that_are_not_finite_are_never_published(tmp_path):
-    shelf = checkpoint.Checkpoints(tmp_path, "identity", print)
+    shelf = checkpoint.Checkpoints(tmp_path, MADE_FROM, print)
     with pytest.raises(RunError, match=r"not finite \(w\): not saved; there is no checkpoint yet"):
         shelf.save(checkpoint.TrainState(step=1), {"model": {"w": torch.tensor([1.0, math.inf])}})
     assert shelf.published() == [] and list(tmp_path.iterdir()) == []
@@ -290,13 +290,13 @@ def test_the_best_checkpoint_by_a_metric_is_kept_apart(corpus, tmp_path):
     }
     run(corpus, tmp_path, steps=8, job=job)
     (best,) = published(tmp_path / "checkpoints/best")
-    assert best.name == "step-00000004" and checkpoint.fault_of(best, "identity") is None
+    assert best.name == "step-00000004" and checkpoint.fault_of(best) is None
     assert json.loads((best / "state.json").read_text())["best"] == 0.9
     assert [path.name for path in published(tmp_path / "checkpoints")] == ["step-00000006", "step-00000008"]
 
 
 def test_the_best_can_be_of_a_lower_step_than_the_one_it_replaces(tmp_path):
-    checkpoints = checkpoint.Checkpoints(tmp_path, "identity", print, keep=1)
+    checkpoints = checkpoint.Checkpoints(tmp_path, MADE_FROM, print, keep=1)
     for step in (6, 4):
         checkpoints.save(checkpoint.TrainState(step=step), {"model": {"w": torch.ones(1)}})
     assert [path.name for path in published(tmp_path)] == ["step-00000004"]

@@ -9,19 +9,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from running import LABELS, dropped, published, run
+from running import LABELS, MADE_FROM, dropped, published, run
 from safetensors.torch import load_file
 from tiny import tiny_model
 
 from distill.data import TrainingBatches
 from distill.errors import InputError, RunError
 from distill.losses import Objective
+from distill.models.trainable import freeze
 from distill.recipe.schema import Training
 from distill.training import TrainState, make_accelerator, read_records, setup
 from distill.training.checkpoint import Checkpoints
 from distill.training.model import DistillModel
-from distill.training.optim import make_optimizer
-from distill.training.schedule import in_steps, lr_factor
+from distill.training.optim import in_steps, lr_factor, make_optimizer
 from distill.training.shards import read
 from distill.training.state import load_model, optimizer_tensors, own_tensors
 from distill.training.tracking import drop_after
@@ -79,10 +79,12 @@ def test_projections_and_schedules_resume_exactly_and_are_not_part_of_the_studen
         assert torch.equal(a, b)
 
 
-def test_another_identity_starts_from_the_beginning_and_says_so(corpus, tmp_path):
+def test_other_inputs_start_from_the_beginning_and_the_message_names_keys_and_option(corpus, tmp_path):
     run(corpus, tmp_path)
-    assert Checkpoints(tmp_path / "checkpoints", "other", (said := []).append).newest_valid() is None
-    assert "another recipe" in said[0]
+    other = {**MADE_FROM, "seed": 1, "training.lr": 0.5}
+    assert Checkpoints(tmp_path / "checkpoints", other, (said := []).append).newest_valid() is None
+    differing = "(seed: 0 → 1, training.lr: absent → 0.5); --continue-from-changed continues from it"
+    assert said[0].endswith(differing)
 
 
 def test_only_the_newest_two_checkpoints_are_kept_and_half_written_ones_are_swept(corpus, tmp_path):
@@ -95,7 +97,7 @@ def test_checkpoints_are_safetensors_and_json_with_tied_tensors_once(tmp_path):
     model = DistillModel(tiny_model("llama", tie_word_embeddings=True), Objective(LABELS, "next_token"))
     optimizer = make_optimizer(model, Training(steps=1))
     parts = {"model": own_tensors(model), "optimizer": optimizer_tensors(model, optimizer)}
-    folder = Checkpoints(tmp_path, "identity", print).save(TrainState(step=1), parts)
+    folder = Checkpoints(tmp_path, MADE_FROM, print).save(TrainState(step=1), parts)
     assert {file.suffix for file in folder.iterdir()} == {".safetensors", ".json"}
     assert not any("lm_head" in name for name in load_file(folder / "model.safetensors"))
     other = DistillModel(tiny_model("llama", seed=5, tie_word_embeddings=True), model.objective)
@@ -124,9 +126,9 @@ def test_frozen_parameters_do_not_move_and_have_no_optimizer_state(corpus, tmp_p
 
 def test_a_freeze_pattern_that_matches_nothing_or_everything_is_refused():
     with pytest.raises(InputError, match="matches no parameter"):
-        setup.freeze(tiny_model("bert"), ["*.embedings.*"])
+        freeze(tiny_model("bert"), ["*.embedings.*"])
     with pytest.raises(InputError, match="no parameter that learns"):
-        setup.freeze(tiny_model("bert"), ["*"])
+        freeze(tiny_model("bert"), ["*"])
 
 
 def test_norms_and_biases_are_not_decayed():
@@ -162,7 +164,7 @@ def test_records_after_the_checkpoint_and_half_lines_are_dropped(tmp_path):
 def test_uneven_shares_are_refused(corpus, monkeypatch):
     batches = TrainingBatches(corpus, corpus.labelled, 8, 3, 0)
     assert batches.micro_batches_per_step() == 3
-    monkeypatch.setattr(setup, "processes", lambda: SimpleNamespace(num_processes=2, device=torch.device("cpu")))
+    monkeypatch.setattr(setup, "process_state", lambda: SimpleNamespace(num_processes=2, device=torch.device("cpu")))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match=r"3 micro-batches.*2 processes cannot share evenly"):
         make_accelerator(Training(steps=1, batch_size=8, micro_batch_size=3), batches)
