@@ -140,7 +140,7 @@ def _run(session: Session, stage: Stage, wait: Callable[[], Any]) -> None:
         reason = _reason_to_run(session.run, stage, made_from)
         due[0] = reason is not None
         if reason:
-            session.say(f"{stage.name}: runs again, changed are {reason}")
+            session.say(f"{stage.name}: runs again ({reason})")
     wait()  # to read large folders takes long as well
     if state.num_processes > 1:
         broadcast_object_list(due)
@@ -171,6 +171,6 @@ def _reason_to_run(run: RunDir, stage: Stage, made_from: dict[str, Any]) -> str 
             return describe_changes(stamp["inputs"], made_from)
         results = {str(path.relative_to(run.root)): content_of(path) for path in stage.results(run)}
         other = [name for name, content in results.items() if not content or content != stamp["results"].get(name)]
-        return ", ".join(other) or None
+        return f"changed or missing: {', '.join(other)}" if other else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return ""

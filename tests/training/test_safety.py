@@ -152,6 +152,40 @@ def test_the_halving_survives_a_restart_bitwise(corpus, tmp_path):
     assert equal(whole, model)
 
 
+def test_halvings_are_forgotten_when_another_micro_batch_size_is_asked_for(corpus, tmp_path):
+    run(corpus, tmp_path, micro=8, teacher=SmallMemory(2))  # halved twice, to 2
+    newest = published(tmp_path / "checkpoints")[-1]
+    state = json.loads((newest / "state.json").read_text())
+    assert (state["micro_batch_size"], state["micro_batch_halvings"]) == (8, 2)
+    shutil.rmtree(newest)
+    sizes = []
+
+    class Seen(SmallMemory):
+        def __call__(self, batch):
+            sizes.append(len(batch["input_ids"]))
+            return super().__call__(batch)
+
+    run(corpus, tmp_path, micro=4, teacher=Seen(4))
+    assert sizes == [4, 4] * 2  # two steps of two micro-batches that fit
+
+
+def test_a_request_for_smaller_micro_batches_holds_for_the_size_that_did_not_fit(corpus, tmp_path):
+    (tmp_path / "micro_batches.json").write_text("[8, 1]")
+    for micro, halvings in ((4, 0), (8, 1)):
+        run(corpus, tmp_path, micro=micro, steps=2)
+        state = json.loads((published(tmp_path / "checkpoints")[-1] / "state.json").read_text())
+        assert (state["micro_batch_size"], state["micro_batch_halvings"]) == (micro, halvings)
+        shutil.rmtree(tmp_path / "checkpoints")
+
+
+def test_another_micro_batch_size_continues_and_says_what_becomes_of_dropout(corpus, tmp_path):
+    run(corpus, tmp_path, micro=4)
+    shutil.rmtree(published(tmp_path / "checkpoints")[-1])
+    _, said = run(corpus, tmp_path, micro=2)
+    assert "continuing after step 4 of 6" in said[0]
+    assert said[1:] == ["test: micro_batch_size is 2 and was 4: dropout falls differently from here on"]
+
+
 def test_a_single_example_that_does_not_fit_ends_the_run(corpus, tmp_path):
     with pytest.raises(RunError, match="single example"):
         run(corpus, tmp_path, teacher=SmallMemory(0))

@@ -5,6 +5,7 @@ import math
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -63,6 +64,21 @@ def test_resuming_from_any_checkpoint_is_bitwise_the_uninterrupted_run(corpus, t
     assert steps == [2, 4, 6]
 
 
+def test_dropout_of_every_micro_batch_follows_from_seed_step_and_number(corpus, tmp_path):
+    model, dropped_at = tiny_model("bert", **dropped(0.1), num_labels=len(corpus.classes)), []
+    model.bert.embeddings.dropout.register_forward_hook(lambda _module, _inputs, output: dropped_at.append(output == 0))
+    run(corpus, tmp_path, model=model, micro=4, steps=3, seed=7)
+    expected = []
+    for zeros, (step, number) in zip(dropped_at, [(s, n) for s in range(3) for n in range(2)], strict=True):
+        # It is the first to draw in a forward pass.
+        torch.manual_seed(int(np.random.SeedSequence((7, step, number)).generate_state(1)[0]))
+        expected.append(torch.nn.functional.dropout(torch.ones(zeros.shape), 0.1) == 0)
+        assert torch.equal(zeros, expected[-1]), (step, number)
+    shared = min(mask.shape[1] for mask in expected)
+    masks = [tuple(mask[:, :shared].flatten().tolist()) for mask in expected]
+    assert len(set(masks)) == len(masks), "two micro-batches have the same dropout"
+
+
 def test_projections_and_schedules_resume_exactly_and_are_not_part_of_the_student(corpus, tmp_path):
     wide = tiny_model("bert", seed=1, hidden_size=48, num_labels=len(corpus.classes))
     whole, _ = run(corpus, tmp_path / "whole", wide=wide)
@@ -104,6 +120,14 @@ def test_checkpoints_are_safetensors_and_json_with_tied_tensors_once(tmp_path):
     load_model(other, read(folder)["model"])
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_weights_of_another_shape_or_name_are_refused():
+    model, other = tiny_model("bert"), own_tensors(tiny_model("bert", num_labels=5))
+    with pytest.raises(RunError, match=r"other tensors than the model: classifier\.bias, classifier\.weight"):
+        load_model(model, other)
+    with pytest.raises(RunError, match=r"other tensors than the model: classifier\.bias"):
+        load_model(model, {name: tensor for name, tensor in own_tensors(model).items() if name != "classifier.bias"})
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_checkpoint(corpus, tmp_path):
