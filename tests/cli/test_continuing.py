@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import signal
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import tiny_model, tiny_project
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from distill.cli import main
+from distill.training.model import DistillModel
 
 RECIPE = """\
 name: continuing
@@ -98,6 +102,27 @@ def test_the_same_command_after_a_stop_is_bitwise_the_whole_training(again, fini
     stop_before_the_end(run)
     said = give("training.loader_workers=1", "training.gradient_checkpointing=true")
     assert "continuing after step 8 of 12" in said and "rounding" not in said
+    assert same(weights(run), weights(finished[1]))
+
+
+def test_a_signal_saves_a_checkpoint_and_the_same_command_ends_at_the_same_weights(again, finished):
+    run, give = again
+    for made_by_training in ("checkpoints", "distilled"):
+        shutil.rmtree(run / made_by_training)
+    passes = iter(range(10**6))
+
+    def interrupt(module, _inputs):
+        if isinstance(module, DistillModel) and next(passes) == 13:  # the second of step 7; it is noticed when step 8 begins
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    hook = register_module_forward_pre_hook(interrupt)
+    try:
+        said = give("training.save_every=0", code=75)
+    finally:
+        hook.remove()
+    assert "after step 8 of 12; a checkpoint is saved, the same command continues" in said
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000008"]
+    assert "continuing after step 8 of 12" in give("training.save_every=0")
     assert same(weights(run), weights(finished[1]))
 
 

@@ -93,7 +93,7 @@ def test_page_of_a_bare_run_says_so(bare: Evidence) -> None:
 
 
 def test_one_record_is_enough_for_a_picture(evidence: Evidence) -> None:
-    record = {"event": "train", "step": 1, "lr": 1e-4, "loss": 2.0, "parts": None}
+    record = {"event": "train", "step": 1, "lr": 1e-4, "loss": 2.0, "terms": None}
     one = replace(evidence, metrics=[record], control_metrics=[])
     assert "circle" in loss_curves(one).picture
     assert not held_out(one).picture
@@ -112,7 +112,7 @@ def test_control_and_references_are_in_the_held_out_picture(evidence: Evidence) 
 
 def test_a_wide_range_of_losses_is_drawn_on_a_logarithmic_scale(evidence: Evidence) -> None:
     assert "logarithmic" in loss_curves(evidence).caption
-    flat = [record | {"parts": {}} for record in evidence.metrics]
+    flat = [record | {"terms": {}} for record in evidence.metrics]
     assert "logarithmic" not in loss_curves(replace(evidence, metrics=flat)).caption
 
 

@@ -37,7 +37,7 @@ def launched(processes, folder, kind="ddp", stop="0:0", *fault, code=0):
     folder.mkdir(parents=True, exist_ok=True)
     several = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"] if processes > 1 else []
     command = [sys.executable, *several, HERE / "launched.py", folder, kind, stop, *fault]
-    done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=1200, check=False)
     assert (done.returncode == 0) == (code == 0), done.stderr
     return done.stdout + done.stderr
 
