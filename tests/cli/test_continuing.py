@@ -111,8 +111,8 @@ def test_a_signal_saves_a_checkpoint_and_the_same_command_ends_at_the_same_weigh
         shutil.rmtree(run / made_by_training)
     passes = iter(range(10**6))
 
-    def interrupt(module, _inputs):
-        if isinstance(module, DistillModel) and next(passes) == 13:  # the second of step 7; it is noticed when step 8 begins
+    def interrupt(module, _inputs):  # in the second pass of step 7, which is noticed when step 8 begins
+        if isinstance(module, DistillModel) and next(passes) == 13:
             os.kill(os.getpid(), signal.SIGTERM)
 
     hook = register_module_forward_pre_hook(interrupt)

@@ -76,11 +76,11 @@ def test_a_file_of_save_state_that_cannot_be_read_makes_its_checkpoint_unusable(
 
 
 @pytest.mark.slow
-def test_a_campaign_of_two_kills_ends_at_the_same_weights(tmp_path):
-    settings = ["training.steps=40", "training.save_every=2", "--kills", "1", "--in-saves", "1"]
+def test_a_campaign_of_one_kill_ends_at_the_same_weights(tmp_path):
+    settings = ["training.save_every=2", "--kills", "1"]
     command = [sys.executable, ROOT / "scripts/kill_campaign.py", tiny_project(tmp_path), *settings]
     done = subprocess.run([*command, "--out", tmp_path / "out"], env=ENV, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     counts = json.loads(done.stdout[done.stdout.index("{") :])
-    assert counts["kills in training"] == counts["kills in saving"] == 1  # those that missed the save are on top
-    assert counts["ended at the same weights"] >= 1 and "newest checkpoint unusable" not in counts
+    assert counts["kills in training"] == 1 and counts["ended at the same weights"] >= 1
+    assert counts.keys() == {"kills in training", "ended at the same weights"}

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from running import LABELS, MADE_FROM, dropped, published, run
 from safetensors.torch import load_file
 from tiny import tiny_model
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from distill.data import TrainingBatches
 from distill.errors import InputError, RunError
@@ -77,6 +78,26 @@ def test_dropout_of_every_micro_batch_follows_from_seed_step_and_number(corpus, 
     shared = min(mask.shape[1] for mask in expected)
     masks = [tuple(mask[:, :shared].flatten().tolist()) for mask in expected]
     assert len(set(masks)) == len(masks), "two micro-batches have the same dropout"
+
+
+def test_rates_progress_and_counters_of_every_step_by_hand(corpus, tmp_path):
+    shares = []
+
+    def look(module, inputs):
+        if isinstance(module, DistillModel):
+            shares.append(inputs[3])
+
+    hook = register_module_forward_pre_hook(look)
+    try:
+        run(corpus, tmp_path, micro=8, schedule="linear", warmup=2, job={"log_every": 1})
+    finally:
+        hook.remove()
+    assert shares == [0, 0.2, 0.4, 0.6, 0.8, 1]  # schedules of losses begin at the first step and end at the last
+    records = read_records(tmp_path / "metrics.jsonl")
+    assert [record["lr"] for record in records] == pytest.approx([5e-4, 1e-3, 1e-3, 7.5e-4, 5e-4, 2.5e-4])
+    assert [record["epoch"] for record in records] == pytest.approx([step / 3 for step in range(1, 7)], abs=1e-4)
+    state = json.loads((published(tmp_path / "checkpoints")[-1] / "state.json").read_text())
+    assert (state["step"], state["examples"], state["tokens"]) == (6, 48, records[-1]["tokens"])
 
 
 def test_projections_and_schedules_resume_exactly_and_are_not_part_of_the_student(corpus, tmp_path):
