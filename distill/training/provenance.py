@@ -38,12 +38,10 @@ def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
 def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Name the keys that differ, from what to what: `training.steps: 40 → 60, data: other content`."""
     keys = changed_keys(before, now)
-    named = [f"{key}: {_change(before.get(key, ABSENT), now.get(key, ABSENT))}" for key in keys[:NAMED]]
+    named = []
+    for key in keys[:NAMED]:
+        old, new = before.get(key, ABSENT), now.get(key, ABSENT)
+        hashes = all(isinstance(value, str) and len(value) == 64 for value in (old, new))
+        named.append(f"{key}: other content" if hashes else f"{key}: {old} → {new}")
     more = [f"{len(keys) - NAMED} more"] if len(keys) > NAMED else []
     return ", ".join(named + more)
-
-
-def _change(before: Any, now: Any) -> str:
-    if all(isinstance(value, str) and len(value) == 64 for value in (before, now)):
-        return "other content"  # both are sha256
-    return f"{before} → {now}"

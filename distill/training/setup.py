@@ -30,7 +30,7 @@ Constrain = Callable[[Any], Constraint | None]
 
 
 class Batches(Protocol):
-    """What the loop needs of the data (`distill.data.TrainingBatches`)."""
+    """Batches as the loop uses them (`distill.data.TrainingBatches`)."""
 
     @property
     def batch_size(self) -> int:

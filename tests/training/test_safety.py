@@ -315,6 +315,15 @@ def test_a_signal_during_an_evaluation_saves_at_once_and_the_evaluation_is_made_
     assert [r["step"] for r in records if r["event"] == "evaluate"] == [3, 6]
 
 
+def test_an_evaluation_that_was_saved_with_its_step_is_not_made_again(corpus, tmp_path):
+    job = {"evaluate": lambda *_: {"accuracy": 0.5}, "evaluate_every": 2}
+    run(corpus, tmp_path, job=job)
+    shutil.rmtree(published(tmp_path / "checkpoints")[-1])
+    run(corpus, tmp_path, job=job)
+    records = read_records(tmp_path / "metrics.jsonl")
+    assert [r["step"] for r in records if r["event"] == "evaluate"] == [2, 4, 6]
+
+
 def test_the_best_checkpoint_by_a_metric_is_kept_apart(corpus, tmp_path):
     values = iter([0.5, 0.9, None, 0.7])
     job = {
