@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
@@ -177,8 +178,9 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             free = shutil.disk_usage(temporary).free
-        need = sum(file.nbytes for file in files.values())
-        return free, need, files["model"].broken() if "model" in files else []
+        need = sum(tensor.nbytes for file in files.values() for tensor in file.tensors.values())
+        weights = files["model"].tensors if "model" in files else {}
+        return free, need, [name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())]
 
     def _check(self, surveys: Sequence[tuple[int, int, list[str]]]) -> None:
         """Refuse to write what does not fit, or what is not worth keeping."""

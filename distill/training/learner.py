@@ -143,13 +143,6 @@ class Learner:
         """Return what the optimizer keeps of each parameter; shards where weights are sharded."""
         return optimizer_tensors(self.wrapper, self.optimizer)
 
-    @property
-    def saves_shards(self) -> bool:
-        """True where each rank writes its own shards (`fsdp_state_dict_type: SHARDED_STATE_DICT`)."""
-        if self.accelerator.distributed_type != DistributedType.FSDP:
-            return False
-        return bool(self.accelerator.state.fsdp_plugin.state_dict_type == StateDictType.SHARDED_STATE_DICT)
-
     def tensors_by_file(self) -> dict[str, dict[str, Tensor]]:
         """Return what a checkpoint holds, gathered unless each rank writes its shards. Collective if sharded."""
         files = {
@@ -160,7 +153,8 @@ class Learner:
             "constraint": self.constraint.tensors() if self.constraint else {},
             "scaler": scaler_tensors(self.accelerator.scaler),
         }
-        if self.saves_shards:
+        fsdp = self.accelerator.distributed_type == DistributedType.FSDP
+        if fsdp and self.accelerator.state.fsdp_plugin.state_dict_type == StateDictType.SHARDED_STATE_DICT:
             return files
         return {name: {key: full_tensor(tensor) for key, tensor in tensors.items()} for name, tensors in files.items()}
 

@@ -177,7 +177,7 @@ class _Run:
                 stopping |= self.step(numbered, state, window, self.stop.requested)
             state.step += 1
             state.examples += self.batches.batch_size
-            self.tracker.advance(state.step)
+            self.tracker.step = state.step
             saving = state.step == self.steps or stopping or _due(job.spec.save_every, state.step)
             if saving or _due(job.log_every, state.step):
                 now = time.monotonic()

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -48,15 +47,6 @@ class OwnFile:
     name: str
     tensors: dict[str, Tensor]
     metadata: dict[str, str] | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
-
-    def broken(self) -> list[str]:
-        """List the tensors that are not finite."""
-        return [name for name, tensor in self.tensors.items() if not bool(torch.isfinite(tensor).all())]
 
 
 def own_files(tensors_by_file: TensorsByFile, rank: int, world: int) -> dict[str, OwnFile]:

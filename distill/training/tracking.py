@@ -65,10 +65,6 @@ class Tracker:
         if self.accelerator.log_with:
             self.accelerator.end_training()
 
-    def advance(self, step: int) -> None:
-        """Note that so many steps are done."""
-        self.step = step
-
     def record(self, record: Mapping[str, Any]) -> None:
         """Append one record and show it."""
         if self.accelerator.log_with:
