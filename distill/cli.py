@@ -45,6 +45,9 @@ Out = Annotated[Path | None, typer.Option(help="Run folder (default: runs/NAME).
 RemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run modelling code that comes with the teacher. Read it first.")
 ]
+Continue = Annotated[
+    bool, typer.Option("--continue-from-changed", help="Continue from a checkpoint that was made from other inputs.")
+]
 
 
 @app.command()
@@ -62,40 +65,27 @@ def schema() -> None:
     typer.echo(json.dumps(json_schema(), indent=1))
 
 
-@app.command()
-def plan(recipe: RecipePath, overrides: Overrides = None, out: Out = None, remote_code: RemoteCode = False) -> None:
-    """Fit the teacher where the recipe says so, calibrate, and decide what the student keeps."""
-    _run("plan", recipe, overrides, out, remote_code)
+def _add_verb(name: str, text: str) -> None:
+    @app.command(name, help=text)
+    def verb(
+        recipe: RecipePath,
+        overrides: Overrides = None,
+        out: Out = None,
+        remote_code: RemoteCode = False,
+        continue_changed: Continue = False,
+    ) -> None:
+        _run(name, recipe, overrides, out, remote_code, continue_changed)
 
 
-@app.command()
-def build(recipe: RecipePath, overrides: Overrides = None, out: Out = None, remote_code: RemoteCode = False) -> None:
-    """Everything up to the student as cut."""
-    _run("build", recipe, overrides, out, remote_code)
-
-
-@app.command()
-def train(recipe: RecipePath, overrides: Overrides = None, out: Out = None, remote_code: RemoteCode = False) -> None:
-    """Everything up to the distilled student; also the door for `accelerate launch scripts/train.py`."""
-    _run("train", recipe, overrides, out, remote_code)
-
-
-@app.command()
-def evaluate(recipe: RecipePath, overrides: Overrides = None, out: Out = None, remote_code: RemoteCode = False) -> None:
-    """Everything up to the measured arms; prints the table."""
-    _run("evaluate", recipe, overrides, out, remote_code)
-
-
-@app.command()
-def release(recipe: RecipePath, overrides: Overrides = None, out: Out = None, remote_code: RemoteCode = False) -> None:
-    """Everything up to the release folder."""
-    _run("release", recipe, overrides, out, remote_code)
-
-
-@app.command()
-def run(recipe: RecipePath, overrides: Overrides = None, out: Out = None, remote_code: RemoteCode = False) -> None:
-    """The whole recipe. Give the same command again after an interruption; finished stages are skipped."""
-    _run("run", recipe, overrides, out, remote_code)
+for _name, _text in {
+    "plan": "Fit the teacher where the recipe says so, calibrate, and decide what the student keeps.",
+    "build": "Everything up to the student as cut.",
+    "train": "Everything up to the distilled student; also the door for `accelerate launch scripts/train.py`.",
+    "evaluate": "Everything up to the measured arms; prints the table.",
+    "release": "Everything up to the release folder.",
+    "run": "The whole recipe. Give the same command again after an interruption; finished stages are skipped.",
+}.items():
+    _add_verb(_name, _text)
 
 
 @app.command()
@@ -148,7 +138,9 @@ def _load(path: Path, overrides: list[str] | None) -> Recipe:
     return load_recipe(path, overrides or ())
 
 
-def _run(verb: str, path: Path, overrides: list[str] | None, out: Path | None, remote_code: bool) -> None:
+def _run(
+    verb: str, path: Path, overrides: list[str] | None, out: Path | None, remote_code: bool, continue_changed: bool
+) -> None:
     recipe = _load(path, overrides)  # before torch: a wrong recipe is answered at once
     _quiet_libraries()
     from distill.pipeline import STORY, VERBS, RunDir, Session, check_stages, local_inputs, run_stages
@@ -166,7 +158,7 @@ def _run(verb: str, path: Path, overrides: list[str] | None, out: Path | None, r
 
     base, run = path.absolute().parent, RunDir(folder.absolute())
     run.check({"the recipe": path, **local_inputs(recipe, base)})
-    session = Session(recipe, base, run, say, remote_code)
+    session = Session(recipe, base, run, say, remote_code, continue_changed)
     with leaving_in_time():
         check_stages(session, STORY)
         run_stages(session, VERBS[verb], STORY)

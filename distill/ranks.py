@@ -16,7 +16,7 @@ SCRIPT = "scripts/train.py RECIPE"
 
 
 def process_state() -> PartialState:
-    """Who this process is among those that were launched together.
+    """Return rank, world size and device of this process.
 
     Raises:
         InputError: DeepSpeed was asked for and is not installed.
@@ -32,7 +32,7 @@ def process_state() -> PartialState:
 
 
 def launched(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether `accelerate launch` or `torchrun` started this process."""
+    """Tell whether `accelerate launch` or `torchrun` started this process."""
     return "ACCELERATE_MIXED_PRECISION" in environment or "TORCHELASTIC_RUN_ID" in environment
 
 
@@ -40,9 +40,9 @@ def check_launch(processes: int, device: str, environment: Mapping[str, str] = o
     """Refuse a launch that does something else than it seems to.
 
     Args:
-        processes: What Accelerate sees.
+        processes: World size that Accelerate sees.
         device: The kind of device that Accelerate trains on, e.g. `cpu`.
-        environment: What the launcher has set.
+        environment: Variables that the launcher has set.
 
     Raises:
         InputError: With the command that does what was meant.
@@ -66,5 +66,5 @@ def check_launch(processes: int, device: str, environment: Mapping[str, str] = o
 
 
 def parse_flag(text: str) -> bool:
-    """A flag as Accelerate's launcher writes it."""
+    """Parse a flag as Accelerate's launcher writes it."""
     return text.lower() in ("1", "true", "yes", "y", "on", "t")

@@ -177,7 +177,8 @@ class Run:
         word, _, seconds = line.strip().partition(" ")
         if word == "saved":
             self.slowest_save = max(self.slowest_save, float(seconds))
-        self.saving = word == "saving"
+        if word in ("saving", "saved"):
+            self.saving = word == "saving"
 
 
 def telling(function: Callable, notify: Notify) -> Callable:
@@ -215,13 +216,7 @@ def usable(folder: Path) -> bool:
     from distill.training.checkpoint import fault_of
 
     newest = max((folder / "checkpoints").glob("step-*"), default=None)
-    if newest is None:
-        return True
-    try:
-        identity = json.loads((newest / "state.json").read_text())["identity"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return False
-    return fault_of(newest, identity) is None
+    return newest is None or fault_of(newest) is None
 
 
 def plain_run(arguments: list[str], notify: Notify) -> int:

@@ -31,7 +31,7 @@ from distill.pipeline.folder import RunDir
 from distill.recipe import load_recipe, names
 from distill.recipe.schema import Student, Term
 from distill.student import build_student, calibrate, plan_student
-from distill.training.schedule import SCHEDULES
+from distill.training.optim import SCHEDULES
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "distill").rglob("*.py"))

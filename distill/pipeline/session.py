@@ -14,6 +14,7 @@ from distill.data import TASKS, Corpus, load_corpus
 from distill.data.tasks import Task
 from distill.evaluation.arms import ARMS, controls
 from distill.evaluation.metrics import AGAINST_TEACHER
+from distill.models.dtensor import shard_model
 from distill.models.family import layers_of
 from distill.models.forward import Capture
 from distill.models.load import ModelHead, folder_fingerprint, load_model, load_tokenizer, teacher_path
@@ -21,7 +22,7 @@ from distill.pipeline.folder import RunDir
 from distill.ranks import process_state
 from distill.recipe.schema import Recipe
 from distill.registry import find
-from distill.teacher import LiveTeacher, shard
+from distill.teacher import LiveTeacher
 from distill.training import TrainDir
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -38,6 +39,8 @@ class Session:
     folder: RunDir
     say: Callable[[str], None]
     remote_code: bool = False
+    continue_changed: bool = False
+    """Continue trainings from checkpoints that were made from other inputs as well."""
     _said: set[str] = field(default_factory=set, repr=False)
 
     @cached_property
@@ -144,7 +147,7 @@ class Session:
             model = self.load(self.teacher)
             model.to(DTYPES.get(spec.dtype, model.dtype))
         if spec.device == "sharded" and not whole:
-            model = shard(model.requires_grad_(False).to(device), layers_of(model))
+            model = shard_model(model.requires_grad_(False).to(device), layers_of(model))
         return LiveTeacher(model, capture, torch.device("cpu") if on_cpu else device)
 
     def teacher_inputs(self) -> dict[str, str]:

@@ -23,6 +23,7 @@ from distill.ranks import check_launch, process_state
 from distill.recipe.load import dump, fingerprint
 from distill.recipe.locate import is_path, teacher_folder
 from distill.recipe.schema import Optimization, Recipe
+from distill.training.provenance import describe_changes, flatten
 from distill.training.signals import StopSignals
 
 if TYPE_CHECKING:
@@ -31,20 +32,20 @@ if TYPE_CHECKING:
 PATIENCE = timedelta(days=30)
 """How long processes wait for the main one. The launcher ends them when it dies."""
 
-CADENCE = {"save_every", "log_every", "evaluate_every", "keep_best", "trackers"}
-MEANS = {"loader_workers", "gradient_checkpointing"}
-"""Keys that say when to look or by what means, not what to compute: changing them neither reruns a stage nor voids a
-checkpoint."""
+WHEN_NOT_WHAT = {"save_every", "log_every", "evaluate_every", "keep_best", "trackers"}
+HOW_NOT_WHAT = {"micro_batch_size", "loader_workers", "gradient_checkpointing", "compile"}
+"""Keys that say when to look, or how to compute the same up to rounding: changing them neither reruns a stage nor voids
+a checkpoint."""
 
 
-def identity(inputs: dict[str, Any]) -> str:
-    """Fingerprint of what a result is made from, this version of distill included."""
-    return fingerprint({"distill": __version__, "from": inputs})
+def with_version(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Flatten what a result is made from to dotted keys, this version of distill included."""
+    return flatten({**inputs, "distill": __version__})
 
 
 def settings_of(spec: Optimization) -> dict[str, Any]:
-    """The keys of a training that decide what it computes."""
-    return spec.model_dump(mode="json", exclude=CADENCE | MEANS)
+    """Select the keys of a training that decide what it computes."""
+    return spec.model_dump(mode="json", exclude=WHEN_NOT_WHAT | HOW_NOT_WHAT)
 
 
 def results(*paths: Callable[[RunDir], Path]) -> Callable[[RunDir], list[Path]]:
@@ -152,11 +153,14 @@ def _run(session: Session, stage: Stage, wait: Callable[[], Any]) -> None:
     if StopSignals.pending:
         raise Stopped("by a signal; the same command continues from the last finished stage")
     state = process_state()
-    made_from = ""
+    made_from: dict[str, Any] = {}
     due = [True]
     if state.is_main_process:
-        made_from = fingerprint({"distill": __version__, "stage": stage.name, "from": stage.made_from(session)})
-        due[0] = not _finished(session.folder, stage, made_from)
+        made_from = with_version(stage.made_from(session))
+        reason = _reason_to_run(session.folder, stage, made_from)
+        due[0] = reason is not None
+        if reason:
+            session.say(f"{stage.name}: runs again ({reason})")
     wait()  # to read large folders takes long as well
     if state.num_processes > 1:
         broadcast_object_list(due)
@@ -175,16 +179,20 @@ def _run(session: Session, stage: Stage, wait: Callable[[], Any]) -> None:
             str(path.relative_to(session.folder.root)): content_of(path) for path in stage.results(session.folder)
         }
         seconds = round(time.monotonic() - start, 1)
-        write_json(session.folder.stamp(stage.name), {"made_from": made_from, "results": results, "seconds": seconds})
+        stamp = {"made_from": fingerprint(made_from), "inputs": made_from, "results": results, "seconds": seconds}
+        write_json(session.folder.stamp(stage.name), stamp)
         session.say(f"{stage.name}: done in {seconds} s")
     wait()
 
 
-def _finished(run: RunDir, stage: Stage, made_from: str) -> bool:
-    """Whether the stamp says the same inputs, and the results still have the content that it recorded."""
+def _reason_to_run(run: RunDir, stage: Stage, made_from: dict[str, Any]) -> str | None:
+    """Name what changed since the stage finished: inputs or results. None: nothing; empty: it has never finished."""
     try:
         stamp = json.loads(run.stamp(stage.name).read_text(encoding="utf-8"))
+        if stamp["made_from"] != fingerprint(made_from):
+            return describe_changes(stamp["inputs"], made_from)
         results = {str(path.relative_to(run.root)): content_of(path) for path in stage.results(run)}
-        return bool(stamp["made_from"] == made_from and stamp["results"] == results and all(results.values()))
-    except (OSError, ValueError, LookupError, TypeError):
-        return False
+        other = [name for name, content in results.items() if not content or content != stamp["results"].get(name)]
+        return f"changed or missing: {', '.join(other)}" if other else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return ""

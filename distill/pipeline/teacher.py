@@ -8,7 +8,7 @@ from distill.evaluation.arms import LABELS_ONLY
 from distill.losses import Objective
 from distill.models.load import folder_fingerprint, load_model, random_model
 from distill.pipeline.session import Session
-from distill.pipeline.stage import Stage, identity, results, settings_of
+from distill.pipeline.stage import Stage, results, settings_of, with_version
 from distill.pipeline.train import save_model, train_model
 from distill.student import check_target
 from distill.training import Job
@@ -30,7 +30,8 @@ def work(session: Session) -> None:
             say=session.say_once,
         )
     check_target(model, session.recipe.student)
-    job = Job("teacher", spec, session.folder.fit, seed, identity(inputs(session)))
+    made_from, changed = with_version(inputs(session)), session.continue_changed
+    job = Job("teacher", spec, session.folder.fit, seed, made_from, continue_changed=changed)
     train_model(session, job, model, Objective(LABELS_ONLY, session.corpus.task.head), None)
     save_model(session, model, session.folder.teacher)
 

@@ -27,7 +27,7 @@ from distill.models.forward import relation_widths
 from distill.models.load import folder_fingerprint, hollow_model
 from distill.models.plan import StudentPlan
 from distill.pipeline.session import DTYPES, Session
-from distill.pipeline.stage import Stage, identity, results, settings_of
+from distill.pipeline.stage import Stage, results, settings_of, with_version
 from distill.ranks import process_state
 from distill.recipe.schema import Optimization, Recipe, Term, Training
 from distill.student.masks import check_score, compact_trained, mask_settings, masks_for
@@ -111,11 +111,13 @@ def job_for(session: Session, arm: str, spec: Training) -> Job:
         spec,
         session.train_folder(arm),
         session.recipe.seed,
-        identity(arm_inputs(session, arm)),
+        with_version(arm_inputs(session, arm)),
         spec.log_every,
         spec.evaluate_every,
+        constrain=partial(masks_for, session.recipe, steps=steps_of(session, session.recipe.training)),
         keep_best=(spec.keep_best, HIGHER_IS_BETTER.get(spec.keep_best, True)) if spec.keep_best else None,
         trackers=tuple(spec.trackers),
+        continue_changed=session.continue_changed,
     )
 
 
@@ -131,7 +133,6 @@ def train_arm(session: Session, job: Job) -> None:
         objective.project(model.config.hidden_size, teacher.model.config.hidden_size)
         for each in (model, teacher.model) if objective.student.attention else ():
             each.set_attn_implementation("eager")  # the only one that keeps the probabilities
-    job = replace(job, constraint=masks_for(recipe, model, steps))
     train_model(session, job, model, objective, teacher)
     compact_trained(recipe, model, session.say)
     save_model(session, model, session.arm_folder(arm))
@@ -144,7 +145,7 @@ def train_model(session: Session, job: Job, model: Any, objective: Objective, te
     model.float()  # AdamW's small steps would be lost in half-precision weights; autocast gives the speed
     accelerator = make_accelerator(job.spec, batches, job.trackers, job.folder.root)
     train(
-        replace(job, limit=limit_of(session, job, model, teacher)),
+        replace(job, peak_tokens_per_second=peak_tokens_per_second(session, job, model, teacher)),
         model,
         objective,
         teacher,
@@ -156,8 +157,8 @@ def train_model(session: Session, job: Job, model: Any, objective: Objective, te
     model.to(device="cpu", dtype=dtype)
 
 
-def limit_of(session: Session, job: Job, model: Any, teacher: LiveTeacher | None) -> float | None:
-    """Tokens per second of a training whose time all goes into matrix products; None where they cannot be counted."""
+def peak_tokens_per_second(session: Session, job: Job, model: Any, teacher: LiveTeacher | None) -> float | None:
+    """Compute the speed of a training at an MFU of 1; None where its matrix products cannot be counted."""
     spec = session.recipe.teacher
     if teacher is not None and (spec.dtype == "int8" or spec.device != "same"):
         return None

@@ -143,12 +143,12 @@ def cut_figure(evidence: Evidence) -> Figure:
 def loss_figure(evidence: Evidence) -> Figure:
     """Draw the distilled student's training loss and each of its terms."""
     records = evidence.records.get("distilled", [])
-    parts = dict.fromkeys(part for record in records for part in record.get("parts") or {})
+    terms = dict.fromkeys(term for record in records for term in record.get("terms") or {})
     lines = [charts.Series("loss", points(records, "train", "loss"), "total")]
-    for index, part in enumerate(parts):
-        lines.append(charts.Series(part, points(records, "train", "parts", part), f"c{index % 6}"))
+    for index, term in enumerate(terms):
+        lines.append(charts.Series(term, points(records, "train", "terms", term), f"c{index % 6}"))
     wide = is_wide(value for line in lines for _, value in line.points)
-    caption = f"Training loss and its parts{', logarithmic scale' if wide else ''}."
+    caption = f"Training loss and its terms{', logarithmic scale' if wide else ''}."
     return line_figure("Training loss", caption, lines, log=wide)
 
 

@@ -1,5 +1,5 @@
 """The teacher behind one callable."""
 
-from distill.teacher.live import LiveTeacher, shard
+from distill.teacher.live import LiveTeacher
 
-__all__ = ["LiveTeacher", "shard"]
+__all__ = ["LiveTeacher"]

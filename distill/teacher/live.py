@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
-from torch.distributed.fsdp import fully_shard
 
 from distill.models.forward import Batch, Capture, Outputs, device_of, forward, to_device
 from distill.models.head import OutputHead
@@ -37,19 +34,3 @@ class LiveTeacher:
         if self._head is None:  # it is large, and always the same
             self._head = to_device(outputs.head, origin)
         return replace(to_device(replace(outputs, head=None), origin), head=self._head)
-
-
-def shard(model: Any, layers: Iterable[nn.Module]) -> Any:
-    """Leave each process a shard of every layer's weights; they are put together when the layer runs (FSDP2).
-
-    By hand and not through Accelerate, which prepares a model for training, together with an optimizer, and would put
-    it into every checkpoint.
-
-    Args:
-        model: Frozen, on the device of this process; every process calls it equally often.
-        layers: Its repeated parts.
-    """
-    for layer in layers:
-        fully_shard(layer)
-    fully_shard(model)
-    return model

@@ -1,34 +1,40 @@
-"""Checkpoints that are either complete or not there.
+"""Atomic checkpoints.
 
 A checkpoint is written into a temporary folder, every file is flushed to the disk, a manifest of sha256 sums is written
 last, and one rename publishes it. Only safetensors and JSON: loading runs no code. The newest two valid ones are kept,
-and a start takes the newest one whose manifest holds, naming those it passes over. Several processes may each write a
-share of the files; the main one writes the manifest of all of them.
+and a start takes the newest one whose manifest holds, naming those it passes over. Several ranks may each write a share
+of the files; rank 0 writes the manifest of all of them.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
-from distill.errors import RunError
+from distill.errors import InputError, RunError
 from distill.files import fsync_folder, sha256_of, write_text
 from distill.ranks import process_state
-from distill.training.shards import OwnFile, Parts, missing, own_files, write
+from distill.recipe.load import fingerprint
+from distill.training.provenance import changed_keys, describe_changes
+from distill.training.shards import OwnFile, TensorsByFile, missing, own_files, write
 
 KEEP = 2
 MANIFEST = "MANIFEST.json"
 STATE = "state.json"
 HEADROOM = 2**20
 """Bytes beside the tensors: headers, JSON, the folder itself."""
+SHAPING = re.compile(r"(training|fit)\.(optimizer|optimizer_params|ema|freeze|only)(\.|$)|mask(\.|$)")
+"""Keys that decide which tensors a checkpoint holds; it cannot be continued with other values of these."""
 
 T = TypeVar("T")
 
@@ -48,7 +54,9 @@ class TrainState:
     """Tokens seen, padding not counted."""
     seconds: float = 0.0
     """Time spent in training, over all restarts."""
-    halvings: int = 0
+    micro_batch_size: int = 0
+    """Examples per forward pass, before halving."""
+    micro_batch_halvings: int = 0
     """How often micro-batches were halved for want of memory."""
     evaluated: int = 0
     """Step of the last evaluation."""
@@ -59,48 +67,89 @@ class TrainState:
 class Checkpoints:
     """The published checkpoints of one training in one folder."""
 
-    def __init__(self, folder: Path, identity: str, say: Callable[[str], None], keep: int = KEEP):
-        """Nothing is read or written yet.
+    def __init__(
+        self,
+        folder: Path,
+        made_from: Mapping[str, Any],
+        say: Callable[[str], None],
+        *,
+        keep: int = KEEP,
+        continue_changed: bool = False,
+    ):
+        """Read and write nothing yet.
 
         Args:
             folder: Holds `step-00000100` folders, also those of trainings with other inputs, which are never touched.
-            identity: Fingerprint of what is being trained; a checkpoint with another one is not continued.
-            say: Where notices go.
-            keep: How many valid ones are kept.
+            made_from: Dotted keys and values of everything that the training depends on (`provenance.flatten`).
+            say: Receives notices.
+            keep: Number of valid checkpoints to keep.
+            continue_changed: Continue from a checkpoint that was made from other inputs as well.
         """
-        self.folder, self.identity, self.say, self.keep = folder, identity, say, keep
+        self.folder, self.made_from, self.say = folder, dict(made_from), say
+        self.keep, self.continue_changed = keep, continue_changed
         self._verified: dict[Path, list[tuple[str, int, int]]] = {}
 
     def published(self) -> list[Path]:
-        """Published checkpoints, oldest first; none of them verified."""
+        """List published checkpoints, oldest first; none of them verified."""
         return sorted(self.folder.glob("step-*")) if self.folder.is_dir() else []
 
-    def newest_valid(self) -> Path | None:
-        """The newest checkpoint that is intact and belongs to this training; every newer one is named."""
+    def newest_valid(self, steps: int | None = None) -> Path | None:
+        """Find the newest intact checkpoint that this training continues from; each newer one is named.
+
+        Args:
+            steps: Length of the training; a checkpoint of a later step is passed over.
+
+        Raises:
+            InputError: `continue_changed`, and it was made from inputs that decide which tensors it holds.
+        """
         for stale in self.folder.glob(".tmp-*"):
-            shutil.rmtree(stale, ignore_errors=True)  # another process of this run may be sweeping too
-        for checkpoint in reversed(self.published()):
-            fault = fault_of(checkpoint, self.identity)
-            if fault is None:
+            shutil.rmtree(stale, ignore_errors=True)  # another rank may be sweeping too
+        for checkpoint in sorted(self.published(), key=lambda one: (one.stem, self._is_own(one)), reverse=True):
+            reason = fault_of(checkpoint) or self._reason_not_to_continue(checkpoint, steps)
+            if reason is None:
                 self._verified[checkpoint] = _signature(checkpoint)
                 return checkpoint
-            self.say(f"checkpoint {checkpoint.name} is passed over: {fault}")
+            self.say(f"checkpoint {checkpoint.name} is passed over: {reason}")
+        return None
+
+    def _is_own(self, checkpoint: Path) -> bool:
+        return origin_of(checkpoint) == self.made_from
+
+    def _reason_not_to_continue(self, checkpoint: Path, steps: int | None) -> str | None:
+        """Compare what an intact checkpoint was made from; names the keys that differ."""
+        origin = origin_of(checkpoint)
+        if origin == self.made_from:
+            return None
+        if origin is None:
+            return "it does not say what it was made from, as those of older versions"
+        differing = describe_changes(origin, self.made_from)
+        if not self.continue_changed:
+            return f"it was made from other inputs ({differing}); --continue-from-changed continues from it"
+        for key in changed_keys(origin, self.made_from):
+            if SHAPING.match(key):
+                raise InputError(
+                    f"checkpoint {checkpoint.name} cannot be continued with another {key} ({differing}): its tensors "
+                    f"depend on it. Leave out --continue-from-changed, or put {key} back"
+                )
+        if steps is not None and state_of(checkpoint).step > steps:
+            return f"it is after step {state_of(checkpoint).step} and this training has {steps}"
+        self.say(f"checkpoint {checkpoint.name} is continued with other inputs ({differing})")
         return None
 
     def last_good(self) -> str:
-        """For messages: where the same command continues."""
+        """Name for messages the checkpoint that the same command continues from."""
         good = [checkpoint for checkpoint in self.published() if self._valid(checkpoint)]
         return f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
 
-    def save(self, state: TrainState, parts: Parts) -> Path:
+    def save(self, state: TrainState, tensors: TensorsByFile) -> Path:
         """Publish `step-00000100`, then remove what is older than the newest valid ones of this training.
 
-        Every process calls it: each writes its own pieces of what is sharded, the main process all else. What fails on
-        one of them is refused on all.
+        Collective: each rank writes its own pieces of what is sharded, rank 0 all else. What fails on one of them is
+        refused on all.
 
         Args:
             state: Where training stands.
-            parts: Tensors by file.
+            tensors: Tensors by file.
 
         Raises:
             RunError: Not enough space, or weights that are not finite; nothing is left of it.
@@ -108,11 +157,11 @@ class Checkpoints:
         final = self.folder / f"step-{state.step:08d}"
         temporary = self.folder / f".tmp-{final.name}"
         main = process_state().is_main_process
-        files = own_files(parts, process_state().process_index, process_state().num_processes)
+        files = own_files(tensors, process_state().process_index, process_state().num_processes)
         try:
-            self._check(_together(lambda: self._survey(temporary if main else None, files)))
-            sums = _together(lambda: write(temporary, files.values()))
-            _together(lambda: self._publish(temporary, final, state, sums) if main else None)
+            self._check(on_all_ranks(lambda: self._survey(temporary if main else None, files)))
+            sums = on_all_ranks(lambda: write(temporary, files.values()))
+            on_all_ranks(lambda: self._publish(temporary, final, state, sums) if main else None)
         except RunError as error:
             if main:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -120,17 +169,18 @@ class Checkpoints:
         return final
 
     def _survey(self, temporary: Path | None, files: Mapping[str, OwnFile]) -> tuple[int, int, list[str]]:
-        """(bytes free, bytes needed, names of weights that are not finite), as this process sees it.
+        """Return (bytes free, bytes needed, names of weights that are not finite) on this rank.
 
-        The process that is given the `temporary` folder makes it, and looks at the disk.
+        The rank that is given the `temporary` folder makes it, and looks at the disk.
         """
         free = 0
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             free = shutil.disk_usage(temporary).free
-        need = sum(file.nbytes for file in files.values())
-        return free, need, files["model"].broken() if "model" in files else []
+        need = sum(tensor.nbytes for file in files.values() for tensor in file.tensors.values())
+        weights = files["model"].tensors if "model" in files else {}
+        return free, need, [name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())]
 
     def _check(self, surveys: Sequence[tuple[int, int, list[str]]]) -> None:
         """Refuse to write what does not fit, or what is not worth keeping."""
@@ -145,8 +195,8 @@ class Checkpoints:
             )
 
     def _publish(self, temporary: Path, final: Path, state: TrainState, sums: Sequence[Mapping[str, str]]) -> None:
-        """Complete the folder with all processes' sums, give it its name, and remove what it makes superfluous."""
-        write_text(temporary / STATE, json.dumps({"identity": self.identity, **asdict(state)}, indent=1))
+        """Complete the folder with all ranks' sums, give it its name, and remove what it makes superfluous."""
+        write_text(temporary / STATE, json.dumps({"made_from": self.made_from, **asdict(state)}, indent=1))
         manifest = {STATE: sha256_of(temporary / STATE)}
         for own in sums:
             manifest |= own
@@ -158,7 +208,7 @@ class Checkpoints:
         self._retire(final)
 
     def _retire(self, final: Path) -> None:
-        own = [found for found in self.published() if _identity_of(found) == self.identity]
+        own = [found for found in self.published() if self._is_own(found)]
         if self.keep == 1:  # the last one written, which is not always that of the highest step
             own = [*(found for found in own if found != final), final]
         good = [found for found in own if self._valid(found)]
@@ -167,27 +217,27 @@ class Checkpoints:
             self._verified.pop(old, None)
 
     def _valid(self, checkpoint: Path) -> bool:
-        """Whether it verifies; what this process has verified before is read again only when it has changed."""
+        """Verify it; what this process has verified before is read again only when it has changed."""
         if self._verified.get(checkpoint) == _signature(checkpoint):
             return True
-        if fault_of(checkpoint, self.identity) is not None:
+        if not self._is_own(checkpoint) or fault_of(checkpoint) is not None:
             return False
         self._verified[checkpoint] = _signature(checkpoint)
         return True
 
     def _make_way(self, final: Path) -> None:
-        """The same step of this training did not verify and is replaced; that of another training is kept beside."""
+        """Remove the same step of this training, which did not verify; keep that of another training beside it."""
         if not final.exists():
             return
-        other = _identity_of(final)
-        if other is None or other == self.identity:
+        origin = origin_of(final)
+        if origin is None or origin == self.made_from:
             shutil.rmtree(final)
         else:
-            os.rename(final, final.with_name(f"{final.name}.{other[:8]}"))
+            os.rename(final, final.with_name(f"{final.name}.{fingerprint(origin)[:8]}"))
 
 
-def fault_of(checkpoint: Path, identity: str) -> str | None:
-    """Why a checkpoint cannot be used, or None. Reads every byte of it."""
+def fault_of(checkpoint: Path) -> str | None:
+    """Verify a checkpoint, every byte of it; returns what is wrong with it, or None."""
     try:
         sums = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         found = {file.name for file in checkpoint.iterdir()} - {MANIFEST}
@@ -199,22 +249,28 @@ def fault_of(checkpoint: Path, identity: str) -> str | None:
             if (checkpoint / name).is_symlink() or sha256_of(checkpoint / name) != expected:
                 return f"{name} does not match its checksum"
         state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-        if state["identity"] != identity:
-            return "it was made from another recipe, teacher or data"
         return None if checkpoint.stem == f"step-{state['step']:08d}" else f"it is of step {state['step']}"
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return f"it is incomplete ({type(error).__name__}: {error})"
 
 
 def state_of(checkpoint: Path) -> TrainState:
-    """Where training stood when a verified checkpoint was written."""
+    """Read where training stood when a verified checkpoint was written."""
     fields = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    fields.pop("identity")
+    fields.pop("made_from")
     return TrainState(**fields)
 
 
-def _together(action: Callable[[], T]) -> list[T]:
-    """What `action` gives on each process, in their order; every process must call this.
+def origin_of(checkpoint: Path) -> dict[str, Any] | None:
+    """Read what a checkpoint was made from; None where it does not say."""
+    try:
+        return dict(json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["made_from"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def on_all_ranks(action: Callable[[], T]) -> list[T]:
+    """Gather what `action` returns on each rank, in their order. Collective.
 
     Raises:
         RunError: Files cannot be written by at least one of them. It is raised on all: none waits in vain.
@@ -233,14 +289,7 @@ def _together(action: Callable[[], T]) -> list[T]:
     return [result for result, _ in outcomes]
 
 
-def _identity_of(checkpoint: Path) -> str | None:
-    try:
-        return str(json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["identity"])
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
-
-
 def _signature(checkpoint: Path) -> list[tuple[str, int, int]]:
-    """Name, size and time of each file: changes when a file does, as far as that shows without reading it."""
+    """List name, size and time of each file: they change when a file does, as far as that shows without reading it."""
     found = [(file.name, file.lstat()) for file in sorted(checkpoint.iterdir())]
     return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]

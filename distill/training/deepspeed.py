@@ -1,35 +1,71 @@
-"""DeepSpeed's ZeRO-2 and ZeRO-3 behind the same learner.
+"""DeepSpeed's ZeRO-2 and ZeRO-3 behind the same learner. Run on CPU processes only, never on a GPU.
 
-The engine flattens what learns and shares it out. For checkpoints, which are those of any other training, and for
-evaluations it is put together here. The engine clips and steps at one go and tells the norm only then, so whether a
-step is left out is decided where the engine calls the optimizer.
+The engine flattens the trainable parameters and shards them. For checkpoints, which are those of any other training,
+and for evaluations they are gathered here. The engine clips and steps at one go and tells the norm only then, so a step
+is skipped where the engine calls the optimizer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import functional
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from distill.errors import InputError
+from distill.recipe.schema import Optimization
 from distill.training.learner import Learner
-from distill.training.shards import Parts
+from distill.training.model import Constraint, DistillModel
+from distill.training.shards import TensorsByFile, read
 from distill.training.skip import SkipRule
-from distill.training.state import NUMBER, group_tensors, load_groups, own_tensors
+from distill.training.state import SCALAR_MARK, group_tensors, load_groups, load_model, own_tensors
+
+
+def configure_deepspeed(accelerator: Accelerator, spec: Optimization, micro: int) -> None:
+    """Give the launch's DeepSpeed plugin what the recipe decides: batch, accumulation and clipping.
+
+    Raises:
+        InputError: The launch or the recipe asks for something that is not done with DeepSpeed.
+    """
+    config = accelerator.deepspeed_plugin.deepspeed_config
+    zero = config["zero_optimization"]
+    if zero["stage"] not in (2, 3):
+        raise InputError(f"zero_stage: {zero['stage']} shares out nothing that DDP does not; use 2 or 3")
+    if any((zero.get(f"offload_{what}") or {}).get("device", "none") != "none" for what in ("optimizer", "param")):
+        raise InputError("DeepSpeed's offloading is not supported: set offload_*_device: none, or use FSDP2")
+    if spec.precision == "fp16":
+        raise InputError("training.precision: fp16 does not go with DeepSpeed, whose loss scale no checkpoint keeps")
+    if spec.ema is not None:
+        raise InputError("training.ema looks at whole weights: launch it with DDP or FSDP2, not with DeepSpeed")
+    config["train_micro_batch_size_per_gpu"] = micro
+    config["gradient_accumulation_steps"] = accelerator.gradient_accumulation_steps
+    config["gradient_clipping"] = spec.max_grad_norm or 0.0
+    # transformers would share out every model that is loaded from here on, teacher and evaluated arms included.
+    unset_hf_deepspeed_config()
 
 
 @dataclass
 class ZeroLearner(Learner):
     """A student whose weights, gradients and moments the engine holds."""
 
+    @staticmethod
+    def before_prepare(wrapper: DistillModel, constraint: Constraint | None, found: Path | None) -> None:
+        """Load the weights of a checkpoint before the engine makes its own copies. Raises InputError with masks."""
+        if constraint is not None:
+            raise InputError("student.mask does not go with DeepSpeed: launch it with DDP or FSDP2")
+        if found is not None:
+            load_model(wrapper, read(found)["model"])
+
     def __post_init__(self) -> None:
         self.engine: Any = self.model
         self.optimizer = cast(torch.optim.Optimizer, self.engine.basic_optimizer)
-        self.gate = _Gate(self.engine, self.health)
+        self.gate = StepGate(self.engine, self.skip_rule)
         self._keep_head()
         self._create_moments()
         self._scalars = self._find_scalars()
@@ -44,18 +80,17 @@ class ZeroLearner(Learner):
 
     def step(self, step: int, loss: Tensor) -> tuple[Tensor, Tensor]:
         """See `Learner`."""
-        return self.gate.passing(self.engine.step, loss)
+        return self.gate.step(self.engine.step, loss)
 
-    def load(self, parts: Parts) -> None:
-        """Continue from what `parts` gave; the weights are there already, as the engine made its copies of them."""
+    def load_weights(self, files: TensorsByFile) -> None:
+        """Restore the moments; the weights are there already, as the engine made its copies of them."""
         trained = dict(self._trained())
-        for name, tensor in load_groups(self.optimizer, parts.get("optimizer", {})).items():
+        for name, tensor in load_groups(self.optimizer, files.get("optimizer", {})).items():
             parameter, moment = name.rsplit("/", 1)
-            if moment.removesuffix(NUMBER) in self._scalars:
+            if moment.removesuffix(SCALAR_MARK) in self._scalars:
                 self._set_scalar(moment, tensor)
             else:
                 self._set_moment(trained[parameter], tensor, moment)
-        self.health.load(parts["health"])
 
     def weights(self) -> dict[str, Tensor]:
         """See `Learner`; what does not learn is what it was."""
@@ -85,7 +120,7 @@ class ZeroLearner(Learner):
                 elif isinstance(value, Tensor):
                     tensors[f"{name}/{moment}"] = value.clone()  # one for all, and a file holds no tensor twice
                 else:
-                    tensors[f"{name}/{moment}{NUMBER}"] = torch.tensor(value, dtype=torch.float64)
+                    tensors[f"{name}/{moment}{SCALAR_MARK}"] = torch.tensor(value, dtype=torch.float64)
         return tensors | group_tensors(self.optimizer)
 
     def _keep_head(self) -> None:
@@ -120,7 +155,7 @@ class ZeroLearner(Learner):
             group["lr"] = rate
 
     def _find_scalars(self) -> set[str]:
-        """The moments that are one number for all, such as how many steps were taken; the others are one per weight."""
+        """Find the moments that are one number for all, such as the step count; the others are one per weight."""
         found = set()
         for flat, state in self.optimizer.state.items():
             for moment, value in state.items():
@@ -133,7 +168,7 @@ class ZeroLearner(Learner):
         return found
 
     def _set_scalar(self, moment: str, value: Tensor) -> None:
-        name = moment.removesuffix(NUMBER)
+        name = moment.removesuffix(SCALAR_MARK)
         for state in self.optimizer.state.values():
             if isinstance(state[name], Tensor):
                 state[name].fill_(value.item())
@@ -153,11 +188,11 @@ class ZeroLearner(Learner):
         safe_set_local_optimizer_state(parameter, padded.narrow(0, size * accelerator.process_index, size), moment)
 
 
-class _Gate:
-    """Stands before the optimizer's step, which the engine takes once per part of the weights."""
+class StepGate:
+    """Decides on skipping before the optimizer's step, which the engine takes once per part of the weights."""
 
-    def __init__(self, engine: Any, health: SkipRule):
-        self.engine, self.health = engine, health
+    def __init__(self, engine: Any, skip_rule: SkipRule):
+        self.engine, self.skip_rule = engine, skip_rule
         self.open = True
         self.loss = torch.zeros(())
         self.verdict: tuple[Tensor, Tensor] | None = None
@@ -165,11 +200,11 @@ class _Gate:
         engine.basic_optimizer.step = self._step
 
     def close(self) -> None:
-        """From here on each step is judged."""
+        """Decide on each step from here on."""
         self.open = False
 
-    def passing(self, step: Any, loss: Tensor) -> tuple[Tensor, Tensor]:
-        """(norm [], 1.0 where the step was left out) of one step of the engine."""
+    def step(self, step: Any, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """Take one step of the engine; returns (norm [], 1.0 where it was skipped [])."""
         self.loss, self.verdict = loss, None
         step()
         # Of a gradient that is not finite the engine knows itself, and does not come here.
@@ -186,4 +221,4 @@ class _Gate:
     def _judge(self, norm: float) -> tuple[Tensor, Tensor]:
         # A negative norm is DeepSpeed's sign for one that is not finite.
         found = torch.tensor(norm if norm >= 0 else float("inf"), device=self.loss.device)
-        return found, self.health.judge(self.loss, found)
+        return found, self.skip_rule.should_skip(self.loss, found)

@@ -1,4 +1,4 @@
-"""A running average of the weights (Polyak & Juditsky 1992), in fp32, of what learns."""
+"""Exponential moving average (EMA) of the trainable weights, in fp32 (Polyak & Juditsky 1992)."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int, skip: Tensor) -> None:
-        """Take in the weights after `step` steps; does nothing where `skip` [] is 1."""
+        """Move towards the weights after `step` steps; does nothing where `skip` [] is 1."""
         share = 1 - min(self.decay, (1 + step) / (10 + step))
         weight = share * (1 - skip)
         for name, parameter in self.parameters.items():
             self.values[name].add_((parameter.detach() - self.values[name]) * weight)
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """The model has the average for its weights inside the block."""
+    def swapped_in(self) -> Iterator[None]:
+        """Give the model the average for its weights inside the block."""
         last = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
-        self.put()
+        self.copy_to_model()
         try:
             yield
         finally:
@@ -40,15 +40,15 @@ class Ema:
                     parameter.copy_(last[name])
 
     @torch.no_grad()
-    def put(self) -> None:
+    def copy_to_model(self) -> None:
         """Give the model the average for good."""
         for name, parameter in self.parameters.items():
             parameter.copy_(self.values[name])
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint has to hold."""
+        """Return what a checkpoint has to hold."""
         return dict(self.values)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Continue from what `tensors` gave."""
+        """Restore what `tensors` gave."""
         self.values = {name: shard_like(tensor, self.parameters[name]) for name, tensor in tensors.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,10 +16,10 @@ from accelerate import Accelerator
 from distill.errors import RunError, Stopped
 from distill.recipe.schema import Optimization
 from distill.training.checkpoint import Checkpoints, TrainState, state_of
-from distill.training.learner import Learner, make_learner
-from distill.training.model import Constraint, Loss
-from distill.training.schedule import lr_factor
-from distill.training.setup import Batches, horizon
+from distill.training.learner import Learner
+from distill.training.model import Loss
+from distill.training.optim import lr_factor
+from distill.training.setup import Batches, Constrain, horizon, make_learner
 from distill.training.signals import StopSignals
 from distill.training.step import Step, Teacher, Window
 from distill.training.tracking import Tracker
@@ -30,7 +31,7 @@ Evaluate = Callable[[Any, Stop], Mapping[str, float | None]]
 
 @dataclass(frozen=True)
 class TrainDir:
-    """What one training leaves behind."""
+    """Paths of one training."""
 
     root: Path
 
@@ -40,6 +41,11 @@ class TrainDir:
         return self.root / "checkpoints"
 
     @property
+    def micro_batches(self) -> Path:
+        """Request for smaller micro-batches after a rank ran out of memory: JSON, [size, halvings]."""
+        return self.root / "micro_batches.json"
+
+    @property
     def metrics(self) -> Path:
         """One JSON record per line."""
         return self.root / "metrics.jsonl"
@@ -47,7 +53,7 @@ class TrainDir:
 
 @dataclass(frozen=True)
 class Job:
-    """One training: how, where and under which name."""
+    """One training: its title, settings and folder."""
 
     title: str
     """Shown beside the progress."""
@@ -57,20 +63,22 @@ class Job:
     """Checkpoints and metrics."""
     seed: int
     """Seeds sample order and dropout."""
-    identity: str
-    """Fingerprint of recipe, teacher and data; a checkpoint with another one is not continued."""
+    made_from: Mapping[str, Any]
+    """Dotted keys and values of recipe, teacher and data; a checkpoint with others is continued only when asked."""
     log_every: int = 10
     """Steps between records."""
     evaluate_every: int = 0
     """Steps between evaluations; 0: only after the last step."""
-    constraint: Constraint | None = None
-    """What must hold of the weights after every step."""
+    constrain: Constrain | None = None
+    """Makes what must hold of the weights after every step."""
     keep_best: tuple[str, bool] | None = None
     """A metric, and whether higher is better: the checkpoint with its best value is kept apart."""
     trackers: tuple[str, ...] = ()
-    """Where records go besides metrics.jsonl."""
-    limit: float | None = None
-    """Tokens per second if all time went into matrix products; records say which share of it is reached."""
+    """Receive the records besides metrics.jsonl."""
+    peak_tokens_per_second: float | None = None
+    """Speed if all time went into matrix products; records give the share of it that is reached (MFU)."""
+    continue_changed: bool = False
+    """Continue from a checkpoint that was made from other inputs as well."""
 
 
 def train(
@@ -87,53 +95,67 @@ def train(
     """Train `student` in place, continuing from the newest checkpoint of the same job.
 
     Args:
-        job: How, where and under which name.
+        job: Its title, settings and folder.
         student: A transformers model on the CPU; left in eval mode, with the final weights.
-        objective: What is minimised.
+        objective: Minimised.
         teacher: A batch in, its outputs out; None where no term needs it.
         batches: The micro-batches of every step.
         accelerator: From `make_accelerator`.
-        evaluate: (model, whether to give up) -> metrics; called on every process.
-        say: Where notices go.
+        evaluate: (model, whether to give up) -> metrics; called on every rank.
+        say: Receives notices.
 
     Raises:
+        InputError: A checkpoint that was made from other inputs was asked for and cannot be continued.
         Stopped: A signal came; the checkpoint of the last step is published.
         RunError: Too many steps in a row had to be left out, memory or disk are too small, or a loader worker died.
     """
     torch.manual_seed(job.seed)
     steps = horizon(job.spec, batches)
-    checkpoints = Checkpoints(job.folder.checkpoints, job.identity, say)
-    # Read before wrapping: DDP then spreads what every process has read from the same files anyway.
-    found = checkpoints.newest_valid()
+    checkpoints = Checkpoints(job.folder.checkpoints, job.made_from, say, continue_changed=job.continue_changed)
+    # Read before wrapping: DDP then spreads what every rank has read from the same files anyway.
+    found = checkpoints.newest_valid(steps)
     accelerator.wait_for_everyone()
-    learner = make_learner(student, objective, job.spec, job.constraint, accelerator, found)
+    learner = make_learner(student, objective, job.spec, job.constrain, accelerator, found)
     state = TrainState() if found is None else state_of(found)
     if found is not None:
         say(f"{job.title}: continuing after step {state.step} of {steps} ({found.name})")
-    halved = job.folder.root / "halvings"
-    if halved.exists():
-        state.halvings = max(state.halvings, int(halved.read_text(encoding="utf-8")))
-    taking = Step(learner, teacher, job.spec, job.seed, steps, halved, say)
+    _set_micro_batches(state, batches.micro_batch_size, job, student, say)
+    step = Step(learner, teacher, job.spec, job.seed, steps, job.folder.micro_batches, say)
     with (
         StopSignals() as stop,
         Tracker(job.folder.metrics, job.title, state.step, steps, accelerator) as tracker,
     ):
         watchdog = Watchdog(say, active=accelerator.num_processes > 1)
-        run = _Run(job, learner, taking, batches, checkpoints, state, steps, stop, tracker, watchdog, say)
-        with _explained(checkpoints):
+        run = _Run(job, learner, step, batches, checkpoints, state, steps, stop, tracker, watchdog, say)
+        with _out_of_resources(checkpoints):
             run.to_the_end(evaluate)
     learner.finish()
     accelerator.free_memory()
     return state
 
 
+def _set_micro_batches(state: TrainState, size: int, job: Job, student: Any, say: Callable[[str], None]) -> None:
+    """Note the size of micro-batches in `state`, and how often they are halved; says what another size changes."""
+    if state.micro_batch_size != size:
+        if state.step:
+            rates = [rate for key, rate in student.config.to_dict().items() if "drop" in key]
+            dropout = any(isinstance(rate, float) and rate > 0 for rate in rates)
+            effect = "dropout falls differently from here on" if dropout else "this changes nothing but rounding"
+            say(f"{job.title}: micro_batch_size is {size} and was {state.micro_batch_size}: {effect}")
+        state.micro_batch_size, state.micro_batch_halvings = size, 0
+    if job.folder.micro_batches.exists():
+        requested, halvings = json.loads(job.folder.micro_batches.read_text(encoding="utf-8"))
+        if requested == size:
+            state.micro_batch_halvings = max(state.micro_batch_halvings, halvings)
+
+
 @dataclass
 class _Run:
-    """One training under way: what the loop holds in its hands."""
+    """One training under way."""
 
     job: Job
     learner: Learner
-    take: Step
+    step: Step
     batches: Batches
     checkpoints: Checkpoints
     state: TrainState
@@ -144,6 +166,7 @@ class _Run:
     say: Callable[[str], None]
 
     def to_the_end(self, evaluate: Evaluate | None) -> None:
+        """Take every step that is left, and log, evaluate and save where due. Raises Stopped after a signal."""
         job, state, accelerator = self.job, self.state, self.learner.accelerator
         window, since = self._window(), time.monotonic()
         stopping = self.measure(evaluate)  # where a start comes after the step and before its evaluation
@@ -151,10 +174,10 @@ class _Run:
         for numbered in self.batches.stream(state.step, self.steps, rank, world, job.spec.loader_workers):
             with self.watchdog.over("step"):
                 rate = self._set_rate()
-                stopping |= self.take(numbered, state, window, self.stop.requested)
+                stopping |= self.step(numbered, state, window, self.stop.requested)
             state.step += 1
             state.examples += self.batches.batch_size
-            self.tracker.advance(state.step)
+            self.tracker.step = state.step
             saving = state.step == self.steps or stopping or _due(job.spec.save_every, state.step)
             if saving or _due(job.log_every, state.step):
                 now = time.monotonic()
@@ -184,30 +207,32 @@ class _Run:
         return rate
 
     def anyone_stopped(self) -> bool:
-        """Whether any process was asked to stop, also during the last step, its evaluation or its save."""
+        """Ask all ranks whether one was told to stop, also during the last step, its evaluation or its save."""
         accelerator = self.learner.accelerator
         flag = torch.tensor([int(self.stop.requested)], device=accelerator.device)
         return bool(accelerator.reduce(flag, "sum").item())
 
     def log(self, window: Window, rate: float, seconds: float) -> None:
-        """Write one record. Raises RunError when too many steps in a row were left out."""
+        """Write one record. Raises RunError when too many steps in a row were skipped."""
         state, learner, job = self.state, self.learner, self.job
         figures = window.read(learner.accelerator, learner.wrapper.objective.names)
-        skipped, in_a_row = learner.health.skipped.tolist()
+        skipped, in_a_row = learner.skip_rule.skipped.tolist()
         tokens = int(window.tokens.item())
         state.tokens += tokens
         state.seconds += seconds
+        seconds = max(seconds, 1e-9)
+        peak = job.peak_tokens_per_second
         record = {
             "event": "train",
             "step": state.step,
             "epoch": round(self.batches.epoch_at(state.step), 4),
             "lr": rate,
             **figures,
-            **(job.constraint.figures() if job.constraint else {}),
+            **(learner.constraint.figures() if learner.constraint else {}),
             "skipped": skipped,
-            "examples_per_s": round(window.steps * self.batches.batch_size / max(seconds, 1e-9), 2),
-            "tokens_per_s": round(tokens / max(seconds, 1e-9), 1),
-            "flop_share": round(tokens / max(seconds, 1e-9) / job.limit, 4) if job.limit else None,
+            "examples_per_s": round(window.steps * self.batches.batch_size / seconds, 2),
+            "tokens_per_s": round(tokens / seconds, 1),
+            "mfu": round(tokens / seconds / peak, 4) if peak else None,
             "tokens": state.tokens,
         }
         self.tracker.record(record)
@@ -218,7 +243,7 @@ class _Run:
             )
 
     def measure(self, evaluate: Evaluate | None) -> bool:
-        """Evaluate and record where that is due; returns whether a process was asked to stop, and nothing was done."""
+        """Evaluate and record where due; returns True, with nothing recorded, where a rank was asked to stop."""
         job, state = self.job, self.state
         due = state.step == self.steps or (state.step > 0 and _due(job.evaluate_every, state.step))
         if evaluate is None or not due or state.evaluated == state.step:
@@ -238,17 +263,18 @@ class _Run:
         if value is not None and (best is None or (value > best if higher else value < best)):
             self.state.best = value
             folder = self.job.folder.checkpoints / "best"
-            self.save(Checkpoints(folder, self.job.identity, self.say, keep=1))
+            self.save(Checkpoints(folder, self.job.made_from, self.say, keep=1))
 
     def save(self, checkpoints: Checkpoints) -> None:
-        """Publish a checkpoint; every process takes part."""
-        asked = self.learner.accelerator.is_main_process or self.learner.sharded
+        """Publish a checkpoint. Collective."""
+        writes = self.learner.accelerator.is_main_process or self.learner.sharded
         with self.watchdog.over("save"):
-            checkpoints.save(self.state, self.learner.parts() if asked else {})
+            checkpoints.save(self.state, self.learner.tensors_by_file() if writes else {})
 
 
 @contextmanager
-def _explained(checkpoints: Checkpoints) -> Iterator[None]:
+def _out_of_resources(checkpoints: Checkpoints) -> Iterator[None]:
+    """Turn an error of memory or of a loader worker into a RunError that names the last good checkpoint."""
     try:
         yield
     except torch.OutOfMemoryError as error:  # not of a forward or backward pass, which are taken again
@@ -261,5 +287,5 @@ def _explained(checkpoints: Checkpoints) -> Iterator[None]:
 
 
 def _due(every: int, step: int) -> bool:
-    """Whether something done every so many steps (0: never) is done after this one."""
+    """Tell whether something done every so many steps (0: never) is done after this one."""
     return every > 0 and step % every == 0

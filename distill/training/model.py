@@ -15,7 +15,7 @@ from distill.models.forward import Batch, Capture, Outputs, forward
 
 
 class Loss(Protocol):
-    """What training needs of an objective (`distill.losses.Objective`)."""
+    """Objective as training uses it (`distill.losses.Objective`)."""
 
     student: Capture
     projections: nn.ModuleDict
@@ -26,37 +26,37 @@ class Loss(Protocol):
         """One name per term."""
 
     def counts(self, batches: Sequence[Batch]) -> Tensor:
-        """Int64 [terms]: how many positions each term has in these batches."""
+        """Count the positions of each term in these batches, int64 [terms]."""
 
     def __call__(
         self, student: Outputs, teacher: Outputs | None, batch: Batch, counts: Tensor, progress: float = 0.0
     ) -> tuple[Tensor, Tensor]:
-        """(loss [], sums [terms]) given the counts of the whole optimizer step and the share of the training done."""
+        """Compute (loss [], sums [terms]) from the counts of the whole step and the share of the training done."""
 
 
 class Constraint(Protocol):
-    """What must hold of the weights after every optimizer step, e.g. masks (`distill.student.masks.masks.Masks`)."""
+    """Condition on the weights after every optimizer step, e.g. masks (`distill.student.masks.masks.Masks`)."""
 
     def follow(self, model: Any) -> None:
-        """The weights to look after are now those of `model`, under the same names; they may be sharded (DTensor)."""
+        """Look after the weights of `model` from here on, under the same names; they may be sharded (DTensor)."""
 
     def before_step(self) -> None:
-        """The gradients are complete and not clipped yet."""
+        """Change the gradients, which are complete and not clipped yet."""
 
     def after_step(self, step: int) -> None:
-        """So many optimizer steps are done; called with 0 before the first."""
+        """Restore the condition after so many optimizer steps; called with 0 before the first."""
 
     def apply(self) -> None:
-        """The weights were replaced; nothing new is chosen."""
+        """Restore the condition on weights that were replaced; choose nothing new."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint has to hold of it."""
+        """Return what a checkpoint has to hold."""
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Continue from what `tensors` gave; called instead of `after_step(0)`."""
+        """Restore what `tensors` gave; called instead of `after_step(0)`."""
 
     def figures(self) -> dict[str, float]:
-        """For the log."""
+        """Return figures for the log."""
 
 
 class DistillModel(nn.Module):
@@ -73,6 +73,6 @@ class DistillModel(nn.Module):
     def forward(
         self, batch: Batch, teacher: Outputs | None, counts: Tensor, progress: float = 0.0
     ) -> tuple[Tensor, Tensor]:
-        """Loss [] of this micro-batch, as its share of the whole step's mean, and sums [terms] for the log."""
+        """Compute this micro-batch's share of the step's mean loss [], and sums [terms] for the log."""
         own = forward(self.student, batch, self.objective.student)
         return self.objective(own, teacher, batch, counts, progress)

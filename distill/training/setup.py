@@ -1,31 +1,47 @@
-"""What a training is set up from: the Accelerator, its length, and what learns."""
+"""Set a training up: its Accelerator, its length and its learner."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from distill.errors import InputError
+from distill.models.family import layers_of
 from distill.models.forward import Batch
+from distill.models.trainable import freeze
 from distill.ranks import check_launch, process_state
 from distill.recipe.schema import Optimization
+from distill.training.deepspeed import ZeroLearner, configure_deepspeed
+from distill.training.ema import Ema
+from distill.training.learner import SHARDING, Learner, gradient_checkpointing
+from distill.training.model import Constraint, DistillModel, Loss
+from distill.training.optim import make_optimizer
+from distill.training.skip import SkipRule
+
+Constrain = Callable[[Any], Constraint | None]
+"""(student, frozen parameters set) -> what must hold of its weights after every step."""
 
 
 class Batches(Protocol):
-    """What the loop needs of the data (`distill.data.TrainingBatches`)."""
+    """Batches as the loop uses them (`distill.data.TrainingBatches`)."""
 
     @property
     def batch_size(self) -> int:
-        """Examples per step over all processes."""
+        """Examples per step over all ranks."""
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Examples per forward pass."""
 
     def micro_batches_per_step(self) -> int:
-        """Forward passes per optimizer step over all processes."""
+        """Forward passes per optimizer step over all ranks."""
 
     def steps_for(self, epochs: float) -> int:
         """Optimizer steps in so many epochs."""
@@ -39,13 +55,13 @@ class Batches(Protocol):
     def stream(
         self, start: int, stop: int, rank: int, world: int, workers: int = 0
     ) -> Iterator[list[tuple[int, Batch]]]:
-        """This process's (number within the step, micro-batch) pairs, step by step."""
+        """Yield this rank's (number within the step, micro-batch) pairs, step by step."""
 
 
 def make_accelerator(
     spec: Optimization, batches: Batches, trackers: Sequence[str] = (), folder: Path | None = None
 ) -> Accelerator:
-    """An Accelerator for one training, which may have been started by `accelerate launch`.
+    """Make the Accelerator of one training, which may have been started by `accelerate launch`.
 
     Args:
         spec: The recipe's section.
@@ -54,7 +70,7 @@ def make_accelerator(
         folder: Where trackers that write files do so.
 
     Raises:
-        InputError: The launch is not what it seems, or the step cannot be dealt out evenly to the processes.
+        InputError: The launch is not what it seems, or the ranks cannot share the step evenly.
     """
     state = process_state()
     check_launch(state.num_processes, state.device.type)
@@ -79,34 +95,57 @@ def make_accelerator(
     return accelerator
 
 
-def configure_deepspeed(accelerator: Accelerator, spec: Optimization, micro: int) -> None:
-    """Give the launch's DeepSpeed plugin what the recipe decides: batch, accumulation and clipping.
-
-    Raises:
-        InputError: The launch or the recipe asks for something that is not done with DeepSpeed.
-    """
-    config = accelerator.deepspeed_plugin.deepspeed_config
-    zero = config["zero_optimization"]
-    if zero["stage"] not in (2, 3):
-        raise InputError(f"zero_stage: {zero['stage']} shares out nothing that DDP does not; use 2 or 3")
-    if any((zero.get(f"offload_{what}") or {}).get("device", "none") != "none" for what in ("optimizer", "param")):
-        raise InputError("DeepSpeed's offloading is not supported: set offload_*_device: none, or use FSDP2")
-    if spec.precision == "fp16":
-        raise InputError("training.precision: fp16 does not go with DeepSpeed, whose loss scale no checkpoint keeps")
-    if spec.ema is not None:
-        raise InputError("training.ema looks at whole weights: launch it with DDP or FSDP2, not with DeepSpeed")
-    config["train_micro_batch_size_per_gpu"] = micro
-    config["gradient_accumulation_steps"] = accelerator.gradient_accumulation_steps
-    config["gradient_clipping"] = spec.max_grad_norm or 0.0
-    # transformers would share out every model that is loaded from here on, teacher and evaluated arms included.
-    unset_hf_deepspeed_config()
-
-
 def horizon(spec: Optimization, batches: Batches) -> int:
-    """Optimizer steps of the whole training."""
+    """Count the optimizer steps of the whole training."""
     if spec.steps is not None:
         return spec.steps
     if spec.tokens is not None:
         return batches.steps_for_tokens(spec.tokens)
     assert spec.epochs is not None, "load_recipe checks that a length is given"
     return batches.steps_for(spec.epochs)
+
+
+def make_learner(
+    student: Any,
+    objective: Loss,
+    spec: Optimization,
+    constrain: Constrain | None,
+    accelerator: Accelerator,
+    found: Path | None = None,
+) -> Learner:
+    """Freeze, wrap and prepare a student.
+
+    Args:
+        student: A transformers model on the CPU.
+        objective: What is minimised.
+        spec: The recipe's section.
+        constrain: Makes what must hold of the weights after every step, from a student whose frozen parameters are set.
+        accelerator: From `make_accelerator`.
+        found: The checkpoint that it continues from; None: it starts with the student's weights.
+
+    Raises:
+        InputError: A name pattern matches nothing.
+    """
+    freeze(student, spec.freeze, spec.only)
+    constraint = constrain(student) if constrain else None
+    kind = ZeroLearner if accelerator.distributed_type == DistributedType.DEEPSPEED else Learner
+    trained = copy.deepcopy(student) if accelerator.distributed_type in SHARDING else student
+    if spec.gradient_checkpointing:
+        gradient_checkpointing(trained, "enable")({"use_reentrant": False})
+    if spec.compile:
+        for layer in layers_of(trained):
+            layer.forward = torch.compile(layer.forward)  # not the module: hooks on it stay outside of the graph
+    wrapper = DistillModel(trained, objective).train()
+    optimizer = make_optimizer(wrapper, spec)
+    kind.before_prepare(wrapper, constraint, found)
+    model, prepared = accelerator.prepare(wrapper, optimizer)
+    if constraint is not None:
+        constraint.follow(wrapper.student)
+        if found is None:
+            constraint.after_step(0)
+    ema = Ema(wrapper, spec.ema) if spec.ema is not None else None
+    skip_rule = SkipRule(spec.skip_spikes, accelerator.device)
+    learner = kind(accelerator, student, model, wrapper, prepared, optimizer, skip_rule, ema, constraint, spec)
+    if found is not None:
+        learner.load(found)
+    return learner

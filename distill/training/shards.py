@@ -1,9 +1,9 @@
-"""The tensor files of a checkpoint, also where each process writes what it holds itself.
+"""The tensor files of a checkpoint, whole or in shards.
 
-A part (weights, moments, ...) is one file that the main process writes, `model.safetensors`. A part of which a tensor
-is sharded is one file per process, `model-00000-of-00002.safetensors`: the pieces that this process holds. The header
-of such a file has `pieces`, JSON: name -> [shape of the whole tensor, offset of the piece in it]. Any number of
-processes can read either, each no more than the slices that it needs.
+The tensors of one name (`model`, `optimizer`, ...) are one file that rank 0 writes, `model.safetensors`; where one of
+them is sharded, one file per rank, `model-00000-of-00002.safetensors`: the pieces that this rank holds. The header of
+such a file has `pieces`, JSON: name -> [shape of the whole tensor, offset of the piece in it]. Any number of ranks can
+read either, each no more than the slices that it needs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -30,43 +29,34 @@ from distill.errors import RunError
 from distill.files import sha256_of
 from distill.models.dtensor import local_shard
 
-Parts = Mapping[str, Mapping[str, Tensor]]
-"""Name of a file without its ending -> the tensors in it. A part without tensors has no file."""
+TensorsByFile = Mapping[str, Mapping[str, Tensor]]
+"""Name of a file without its ending -> the tensors in it. One without tensors is not written."""
 
-Place = Callable[[str, str], Tensor | None]
-"""(part, name) -> the parameter that a stored tensor belongs to; one of the same shape is sharded like it."""
+FindParameter = Callable[[str, str], Tensor | None]
+"""(file, name) -> the parameter that a stored tensor belongs to; one of the same shape is sharded like it."""
 
 Shape = tuple[int, ...]
 
-_SHARD = re.compile(r"(?P<part>.+)-(?P<rank>\d{5})-of-(?P<world>\d{5})\.safetensors")
+_SHARD = re.compile(r"(?P<file>.+)-(?P<rank>\d{5})-of-(?P<world>\d{5})\.safetensors")
 
 
 @dataclass(frozen=True)
 class OwnFile:
-    """One file that this process writes."""
+    """One file that this rank writes."""
 
     name: str
     tensors: dict[str, Tensor]
     metadata: dict[str, str] | None = None
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    def broken(self) -> list[str]:
-        """Names of the tensors that are not finite."""
-        return [name for name, tensor in self.tensors.items() if not bool(torch.isfinite(tensor).all())]
-
-
-def own_files(parts: Parts, rank: int, world: int) -> dict[str, OwnFile]:
-    """What this process, `rank` of `world`, has to write of a checkpoint: part -> file."""
+def own_files(tensors_by_file: TensorsByFile, rank: int, world: int) -> dict[str, OwnFile]:
+    """Select what `rank` of `world` has to write of a checkpoint."""
     files = {}
-    for part, tensors in parts.items():
+    for name, tensors in tensors_by_file.items():
         if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
-            files[part] = _pieces(f"{part}-{rank:05d}-of-{world:05d}.safetensors", tensors, rank)
+            files[name] = _pieces(f"{name}-{rank:05d}-of-{world:05d}.safetensors", tensors, rank)
         elif tensors and rank == 0:
-            files[part] = OwnFile(f"{part}.safetensors", dict(tensors))
+            files[name] = OwnFile(f"{name}.safetensors", dict(tensors))
     return files
 
 
@@ -78,7 +68,7 @@ def _pieces(name: str, tensors: Mapping[str, Tensor], rank: int) -> OwnFile:
         first = rank == 0
         if isinstance(tensor, DTensor):
             at: Sequence[int] = tensor.device_mesh.get_coordinate() or ()
-            # Of processes that hold the same piece, one writes it.
+            # Of ranks that hold the same piece, one writes it.
             first = not any(i and p.is_replicate() for i, p in zip(at, tensor.placements, strict=True))
             offset = _share_of(tensor)[1]
         if first:
@@ -87,7 +77,7 @@ def _pieces(name: str, tensors: Mapping[str, Tensor], rank: int) -> OwnFile:
 
 
 def _share_of(tensor: DTensor) -> tuple[Shape, Shape]:
-    """Shape and offset of what this process holds."""
+    """Return shape and offset of what this rank holds."""
     return compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
 
 
@@ -99,8 +89,7 @@ def write(folder: Path, files: Iterable[OwnFile]) -> dict[str, str]:
         save_file(own, folder / file.name, metadata=file.metadata)
         paths.append(folder / file.name)
     with ThreadPoolExecutor(max(1, len(paths))) as pool:  # both wait outside the interpreter's lock
-        for _ in pool.map(_fsync, paths):
-            pass
+        list(pool.map(_fsync, paths))
         return {path.name: digest for path, digest in zip(paths, pool.map(sha256_of, paths), strict=True)}
 
 
@@ -109,35 +98,35 @@ def _fsync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def part_of(name: str) -> str:
-    """Which part a file belongs to."""
+def _file_of(name: str) -> str:
+    """Strip the ending, and the rank of a shard: `model-00000-of-00002.safetensors` -> `model`."""
     found = _SHARD.fullmatch(name)
-    return found["part"] if found else name.removesuffix(".safetensors")
+    return found["file"] if found else name.removesuffix(".safetensors")
 
 
 def missing(names: Iterable[str]) -> set[str]:
-    """Files that must be there beside these: a part is whole, or every process has written its own."""
+    """Find the files that must be there beside these: weights, and of shards those of every rank."""
     names = set(names)
-    needed = set() if any(part_of(name) == "model" for name in names) else {"model.safetensors"}
+    needed = set() if any(_file_of(name) == "model" for name in names) else {"model.safetensors"}
     for name in names:
         if found := _SHARD.fullmatch(name):
             world = int(found["world"])
-            needed |= {f"{found['part']}-{rank:05d}-of-{world:05d}.safetensors" for rank in range(world)}
+            needed |= {f"{found['file']}-{rank:05d}-of-{world:05d}.safetensors" for rank in range(world)}
     return needed - names
 
 
-def read(folder: Path, place: Place = lambda _part, _name: None) -> dict[str, dict[str, Tensor]]:
-    """The tensors of each part of a verified checkpoint, written by any number of processes.
+def read(folder: Path, parameter_of: FindParameter = lambda _file, _name: None) -> dict[str, dict[str, Tensor]]:
+    """Read the tensors of a verified checkpoint, written by any number of ranks.
 
     Args:
         folder: The checkpoint.
-        place: Which parameter a tensor belongs to; of what is sharded, only this process's slices are read.
+        parameter_of: Finds the parameter that a tensor belongs to; of a sharded one only this rank's slice is read.
 
     Raises:
         RunError: The pieces of a tensor are not all there.
     """
     with ExitStack() as stack:
-        parts: dict[str, dict[str, list[_Piece]]] = {}
+        pieces_of: dict[str, dict[str, list[_Piece]]] = {}
         for path in sorted(folder.glob("*.safetensors")):
             file = stack.enter_context(safe_open(path, "pt"))
             stored = json.loads((file.metadata() or {}).get("pieces", "{}"))
@@ -145,10 +134,10 @@ def read(folder: Path, place: Place = lambda _part, _name: None) -> dict[str, di
                 size = tuple(file.get_slice(name).get_shape())
                 shape, offset = stored.get(name, (size, (0,) * len(size)))
                 piece = _Piece(file, name, size, tuple(shape), tuple(offset))
-                parts.setdefault(part_of(path.name), {}).setdefault(name, []).append(piece)
+                pieces_of.setdefault(_file_of(path.name), {}).setdefault(name, []).append(piece)
         return {
-            part: {name: _placed(pieces, place(part, name)) for name, pieces in tensors.items()}
-            for part, tensors in parts.items()
+            file: {name: _load_like(pieces, parameter_of(file, name)) for name, pieces in tensors.items()}
+            for file, tensors in pieces_of.items()
         }
 
 
@@ -163,12 +152,12 @@ class _Piece:
     offset: Shape
 
     def read(self, ranges: Sequence[slice] = (slice(0),)) -> Tensor:
-        """These ranges of it; nothing else is read from the disk."""
+        """Read these ranges of it, and nothing else, from the disk."""
         tensor: Tensor = self.file.get_slice(self.name)[tuple(ranges) if self.size else ...]
         return tensor
 
     def copy_to(self, target: Tensor, offset: Shape) -> int:
-        """Copy what it shares with the part of the whole that begins at `offset`; returns how many numbers that is."""
+        """Copy its overlap with `target`, the part of the whole that begins at `offset`; returns the numbers copied."""
         low = [max(own, other) for own, other in zip(self.offset, offset, strict=True)]
         ends = zip(self.offset, self.size, offset, target.shape, strict=True)
         high = [min(own + size, other + wanted) for own, size, other, wanted in ends]
@@ -181,17 +170,17 @@ class _Piece:
         return math.prod(stop - start for start, stop in zip(low, high, strict=True))
 
 
-def _placed(pieces: Sequence[_Piece], parameter: Tensor | None) -> Tensor:
-    """A tensor of these pieces: whole, or this process's share of it where the parameter is sharded."""
+def _load_like(pieces: Sequence[_Piece], parameter: Tensor | None) -> Tensor:
+    """Put a tensor together: whole, or this rank's shard of it where the parameter is sharded."""
     shape = pieces[0].shape
     if not isinstance(parameter, DTensor) or tuple(parameter.shape) != shape:
-        return _assembled(pieces, shape, (0,) * len(shape))
-    own = _assembled(pieces, *_share_of(parameter)).to(parameter.device)
+        return _assemble(pieces, shape, (0,) * len(shape))
+    own = _assemble(pieces, *_share_of(parameter)).to(parameter.device)
     mesh, placements = parameter.device_mesh, parameter.placements
     return DTensor.from_local(own, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride())
 
 
-def _assembled(pieces: Sequence[_Piece], wanted: Shape, offset: Shape) -> Tensor:
+def _assemble(pieces: Sequence[_Piece], wanted: Shape, offset: Shape) -> Tensor:
     tensor = pieces[0].read().new_empty(wanted)
     if sum(piece.copy_to(tensor, offset) for piece in pieces) != math.prod(wanted):
         raise RunError(f"pieces of {pieces[0].name} are missing in the checkpoint, or of another shape")

@@ -21,9 +21,9 @@ class StopSignals:
     """While active, SIGTERM and SIGINT set `requested` instead of ending the process; the loop stops after its step."""
 
     active = False
-    """Whether a training is under way in this process."""
+    """True while a training is under way in this process."""
     pending = False
-    """Whether a signal came outside of training; libraries may have swallowed the exception that it raised."""
+    """True after a signal outside of training; libraries may have swallowed the exception that it raised."""
 
     def __init__(self) -> None:
         self.requested = StopSignals.pending
@@ -43,7 +43,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def asked(self) -> bool:
-        """Whether a signal has come."""
+        """Tell whether a signal has come."""
         return self.requested
 
     def _note(self, _number: int, _frame: FrameType | None) -> None:

@@ -1,6 +1,6 @@
-"""Steps that are left out: a loss or gradient that is not finite, or a gradient far larger than the ones before.
+"""Skip steps whose loss or gradient is not finite, or whose gradient is far larger than the ones before.
 
-The decision is made of tensors that are the same on every process, and stays on the device: the host does not wait.
+The decision is made of tensors that are the same on every rank, and stays on the device: the host does not wait.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ WINDOW = 31
 
 
 class SkipRule:
-    """What has been seen of gradient norms, and how many steps were left out."""
+    """Recent gradient norms, and how many steps were skipped."""
 
     def __init__(self, factor: float | None, device: torch.device):
         """Start without a history.
@@ -28,10 +28,10 @@ class SkipRule:
         self.factor = math.inf if factor is None else factor
         self.norms = torch.full((WINDOW,), math.inf, device=device)
         self.skipped = torch.zeros(2, dtype=torch.int64, device=device)
-        """Steps left out: in all, and in a row up to now."""
+        """Steps skipped: in all, and in a row up to now."""
 
-    def judge(self, loss: Tensor, norm: Tensor) -> Tensor:
-        """1.0 where the step must be left out, else 0.0; both arguments are of the whole step, shape [].
+    def should_skip(self, loss: Tensor, norm: Tensor) -> Tensor:
+        """Return 1.0 where the step must be skipped, else 0.0; both arguments are of the whole step, shape [].
 
         A spike enters the history, a norm that is not finite does not: a gradient that stays large is the new normal
         after half a window, and training goes on. Nor does 0, of a step in which nothing had a label or a weight: next
@@ -44,10 +44,10 @@ class SkipRule:
         return bad.float()
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint has to hold."""
+        """Return what a checkpoint has to hold."""
         return {"norms": self.norms, "skipped": self.skipped}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Continue from what `tensors` gave."""
+        """Restore what `tensors` gave."""
         self.norms = tensors["norms"].to(self.norms.device)
         self.skipped = tensors["skipped"].to(self.skipped.device)

@@ -1,7 +1,8 @@
-"""One optimizer step over every micro-batch of every process; each term is a mean over its own global count."""
+"""One optimizer step over the micro-batches of all ranks; each term is a mean over its own global count."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ Teacher = Callable[[Batch], Outputs]
 
 
 class Window:
-    """Sums since the last record; they stay on the device until they are read."""
+    """Sums since the last record, which stay on the device until they are read."""
 
     def __init__(self, terms: int, device: torch.device):
         self.loss = torch.zeros((), device=device)
@@ -35,22 +36,22 @@ class Window:
         self.steps = 0
 
     def add(self, loss: Tensor, sums: Tensor, counts: Tensor, norm: Tensor, bad: Tensor) -> None:
-        """Take in one step; of one that was left out, only that it was there."""
-        left_out = bad > 0
-        self.loss += torch.where(left_out, 0, loss)
-        self.sums += torch.where(left_out, 0, sums)
-        self.counts += torch.where(left_out, 0, counts)
+        """Add one step; of a skipped one only that it was there."""
+        skipped = bad > 0
+        self.loss += torch.where(skipped, 0, loss)
+        self.sums += torch.where(skipped, 0, sums)
+        self.counts += torch.where(skipped, 0, counts)
         self.used += 1 - bad
         self.grad_norm = norm
         self.steps += 1
 
     def read(self, accelerator: Accelerator, names: Sequence[str]) -> dict[str, Any]:
-        """Mean loss per step, mean of each term over its own positions, over all processes; null without any."""
+        """Average the loss per step, and each term over its positions on all ranks; null without any. Collective."""
         sums = accelerator.reduce(self.sums, "sum").tolist()
         counts, used, norm = self.counts.tolist(), self.used.item(), self.grad_norm.item()
-        parts = {name: total / count if count else None for name, total, count in zip(names, sums, counts, strict=True)}
+        terms = {name: total / count if count else None for name, total, count in zip(names, sums, counts, strict=True)}
         loss = self.loss.item() / used if used else None
-        return {"loss": loss, "parts": parts, "grad_norm": norm if np.isfinite(norm) else None}
+        return {"loss": loss, "terms": terms, "grad_norm": norm if np.isfinite(norm) else None}
 
 
 @dataclass
@@ -63,34 +64,34 @@ class Step:
     seed: int
     steps: int
     """Length of the training."""
-    halved: Path
-    """Where processes that cannot agree on smaller micro-batches leave that wish for the next start."""
+    request: Path
+    """File in which a rank that ran out of memory asks the next start for smaller micro-batches."""
     say: Callable[[str], None]
 
     def __call__(self, numbered: Sequence[tuple[int, Batch]], state: TrainState, window: Window, stop: bool) -> bool:
-        """Take one step; returns whether any process was asked to stop.
+        """Take one step; returns whether any rank was asked to stop. Collective.
 
         Args:
-            numbered: This process's micro-batches, each with its number within the step.
-            state: Where training stands; moves on by one step.
-            window: Where the figures go.
-            stop: Whether this process was asked to.
+            numbered: This rank's micro-batches, each with its number within the step.
+            state: Where training stands.
+            window: Receives the figures.
+            stop: Whether this rank was asked to stop.
 
         Raises:
-            RunError: Memory is too small for a single example, or for one process among several.
+            RunError: Memory is too small for a single example, or for one rank among several.
         """
         learner, accelerator = self.learner, self.learner.accelerator
         own = [batch for _, batch in numbered]
         counts = learner.wrapper.objective.counts(own)
-        # The stop flag rides on the count's all-reduce, so that all processes leave at the same step.
+        # The stop flag rides on the count's all-reduce, so that all ranks leave at the same step.
         extra = torch.tensor([sum(map(token_count, own)), int(stop)])
         totals = accelerator.reduce(torch.cat([counts, extra]).to(accelerator.device), "sum")
-        counts, tokens, stopped = totals[:-2], totals[-2], _Ahead(totals[-1])
+        counts, tokens, stopped = totals[:-2], totals[-2], _AsyncScalar(totals[-1])
         loss, sums = self._until_it_fits(numbered, counts, state)
         norm, bad = learner.step(state.step + 1, loss)
         window.add(loss, sums, counts, norm, bad)
         window.tokens += tokens
-        # With one process the local flag says it all, and the device is not waited for.
+        # With one rank the local flag says it all, and the device is not waited for.
         return bool(stopped.item()) if accelerator.num_processes > 1 else stop
 
     def _until_it_fits(
@@ -98,15 +99,19 @@ class Step:
     ) -> tuple[Tensor, Tensor]:
         while True:
             try:
-                return self._gradients(list(_split(numbered, 2**state.halvings)), counts, state.step)
+                return self._gradients(list(_split(numbered, 2**state.micro_batch_halvings)), counts, state.step)
             except torch.OutOfMemoryError as error:
                 self.learner.prepared.zero_grad()
-                largest = math.ceil(max(row_count(batch) for _, batch in numbered) / 2**state.halvings)
-                state.halvings += 1
+                largest = math.ceil(max(row_count(batch) for _, batch in numbered) / 2**state.micro_batch_halvings)
+                state.micro_batch_halvings += 1
                 if largest < 2:
                     raise RunError(f"out of memory with a single example in step {state.step + 1}: {error}") from error
                 if self.learner.accelerator.num_processes > 1:
-                    self._leave_a_wish(state, largest, error)
+                    self._request_smaller_micro_batches(state)
+                    raise RunError(
+                        f"out of memory in step {state.step + 1} with micro-batches of up to {largest} examples, and "
+                        f"the other processes cannot wait: give the same command again; it halves them from the start"
+                    ) from error
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             self.say(
@@ -114,19 +119,15 @@ class Step:
                 f"here on; the batch of a step stays what it is"
             )
 
-    def _leave_a_wish(self, state: TrainState, largest: int, error: Exception) -> None:
-        # The others wait in a collective operation for gradients that this process cannot give.
-        self.halved.parent.mkdir(parents=True, exist_ok=True)
-        self.halved.write_text(str(state.halvings), encoding="utf-8")
-        raise RunError(
-            f"out of memory in step {state.step + 1} with micro-batches of up to {largest} examples, and the other "
-            f"processes cannot wait: give the same command again; it halves them from the start"
-        ) from error
+    def _request_smaller_micro_batches(self, state: TrainState) -> None:
+        # The others wait in a collective operation for gradients that this rank cannot give.
+        self.request.parent.mkdir(parents=True, exist_ok=True)
+        self.request.write_text(json.dumps([state.micro_batch_size, state.micro_batch_halvings]), encoding="utf-8")
 
     def _gradients(
         self, micro: Sequence[tuple[tuple[int, ...], Batch]], counts: Tensor, step: int
     ) -> tuple[Tensor, Tensor]:
-        """Make the gradients; returns the loss of the step over all processes [] and this process's sums [terms]."""
+        """Accumulate gradients; returns the loss of the step over all ranks [] and this rank's sums [terms]."""
         learner, accelerator = self.learner, self.learner.accelerator
         accelerator.step, accelerator.gradient_accumulation_steps = 0, len(micro)
         progress = step / max(1, self.steps - 1)
@@ -135,15 +136,15 @@ class Step:
             batch = to_device(cpu_batch, accelerator.device)
             torch.manual_seed(seed_of(self.seed, step, *number))
             with accelerator.accumulate(learner.model):
-                share, parts = learner.model(batch, self.teacher(batch) if self.teacher else None, counts, progress)
+                share, per_term = learner.model(batch, self.teacher(batch) if self.teacher else None, counts, progress)
                 learner.backward(share)
             loss += share.detach()
-            sums += parts
+            sums += per_term
         return accelerator.reduce(loss, "sum"), sums
 
 
-class _Ahead:
-    """A number on its way from the device to the host; reading it does not wait for what was queued after it."""
+class _AsyncScalar:
+    """A number being copied from the device to the host; reading it does not wait for work queued after the copy."""
 
     def __init__(self, tensor: Tensor):
         self.value = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
@@ -157,16 +158,15 @@ class _Ahead:
 
 
 def _split(numbered: Sequence[tuple[int, Batch]], pieces: int) -> Iterator[tuple[tuple[int, ...], Batch]]:
-    """Each micro-batch in so many pieces, as far as its examples go round, with what its dropout is seeded from."""
+    """Split each micro-batch into so many pieces, one example at least; yields (numbers to seed its dropout, piece)."""
     for number, batch in numbered:
         if pieces == 1:
             yield (number,), batch
             continue
         for piece in range(min(pieces, row_count(batch))):
-            parts = {name: tensor.tensor_split(pieces)[piece] for name, tensor in batch.items()}
-            yield (number, piece), parts
+            yield (number, piece), {name: tensor.tensor_split(pieces)[piece] for name, tensor in batch.items()}
 
 
 def seed_of(*numbers: int) -> int:
-    """A seed for the dropout of one micro-batch: the same whichever process computes it, and after any restart."""
+    """Derive the dropout seed of one micro-batch: the same on whichever rank computes it, and after any restart."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])

@@ -1,4 +1,4 @@
-"""What a training tells: a line of JSON per interval for machines, a live block or a rare line for people."""
+"""Training logs: metrics.jsonl, optional trackers, and a progress display."""
 
 from __future__ import annotations
 
@@ -65,10 +65,6 @@ class Tracker:
         if self.accelerator.log_with:
             self.accelerator.end_training()
 
-    def advance(self, step: int) -> None:
-        """So many steps are done."""
-        self.step = step
-
     def record(self, record: Mapping[str, Any]) -> None:
         """Append one record and show it."""
         if self.accelerator.log_with:
@@ -84,7 +80,7 @@ class Tracker:
             self.console.print(line, markup=False, soft_wrap=True)
 
     def _block(self) -> Table:
-        """What a terminal shows: progress and time, the loss, speed and memory, the last evaluation."""
+        """Draw what a terminal shows: progress and time, the loss, speed and memory, the last evaluation."""
         table = Table.grid(padding=(0, 2))
         done = self.step - self.start
         left = (time.monotonic() - self.began) / done * (self.steps - self.step) if done else None
@@ -99,21 +95,21 @@ class Tracker:
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raises InputError when the package of a tracker is not installed."""
+    """Raise InputError when the package of a tracker is not installed."""
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise InputError(f"training.trackers: {name} is not installed: pip install 'distill[{name}]'")
 
 
 def memory_gb() -> float:
-    """Peak memory of this process so far, in 10^9 bytes: of the GPU where there is one, resident otherwise."""
+    """Measure peak memory of this process so far, in 10^9 bytes: of the GPU where there is one, resident otherwise."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def numbers_in(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """`a/b` -> value for each number in a record."""
+    """Flatten a record to its numbers: `a/b` -> value."""
     for key, value in record.items():
         if isinstance(value, Mapping):
             yield from numbers_in(value, f"{prefix}{key}/")
@@ -122,7 +118,7 @@ def numbers_in(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
 
 
 def drop_after(path: Path, step: int) -> None:
-    """Forget records of steps that a resumed run is going to do again, and a half-written last line."""
+    """Drop records of steps that a resumed run is going to do again, and a half-written last line."""
     if not path.exists():
         return
     kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
@@ -130,7 +126,7 @@ def drop_after(path: Path, step: int) -> None:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """All records of a metrics.jsonl; none when there is no file."""
+    """Read all records of a metrics.jsonl; none when there is no file."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -144,15 +140,15 @@ def _step_of(line: str) -> float:
 
 
 def summary(record: Mapping[str, Any]) -> str:
-    """A record in one line."""
+    """Format a record as one line."""
     if record["event"] == "evaluate":
         return "held out: " + "  ".join(f"{name} {_short(value)}" for name, value in record["metrics"].items())
-    parts = "  ".join(f"{name} {_short(value)}" for name, value in record["parts"].items())
+    terms = "  ".join(f"{name} {_short(value)}" for name, value in record["terms"].items())
     skipped = f"  {record['skipped']} skipped" if record["skipped"] else ""
     speed = f"{record['tokens_per_s']:,.0f} tokens/s"
-    if record["flop_share"] is not None:
-        speed += f" ({record['flop_share']:.0%} of the FLOP limit)"
-    return f"loss {_short(record['loss'])} ({parts})  lr {record['lr']:.2e}  {speed}{skipped}"
+    if record["mfu"] is not None:
+        speed += f" (MFU {record['mfu']:.0%})"
+    return f"loss {_short(record['loss'])} ({terms})  lr {record['lr']:.2e}  {speed}{skipped}"
 
 
 def _short(value: float | None) -> str:

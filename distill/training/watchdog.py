@@ -9,15 +9,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 PATIENCE = 45.0
-"""Seconds that a step may take before the other processes are given up; more where steps have taken long."""
+"""Seconds that a step may take before the other ranks are given up; more where steps have taken long."""
 FIRST_PATIENCE = 900.0
 """Seconds for the first step, which may have to compile, the first evaluation and the first save."""
 
 
 class Watchdog:
-    """Ends this process when a step, evaluation or save takes so long that another process must be dead or hang.
+    """Ends this process when a step, evaluation or save takes so long that another rank must be dead or hang.
 
-    A collective operation with a process that hangs would wait for half an hour or for ever, and cannot be interrupted.
+    A collective operation with a rank that hangs would wait for half an hour or for ever, and cannot be interrupted.
     """
 
     def __init__(self, say: Callable[[str], None], *, active: bool):

@@ -41,7 +41,7 @@ WARM = 2
 class Prepared:
     """Batches that are ready, and the CPU time at which each step asked for its own."""
 
-    batch_size = MICRO * PER_STEP
+    batch_size, micro_batch_size = MICRO * PER_STEP, MICRO
 
     def __init__(self, steps: int):
         generator = torch.Generator().manual_seed(0)
@@ -124,7 +124,7 @@ def main() -> int:
         theirs.append(statistics.median(batches.seconds()))
         with tempfile.TemporaryDirectory() as folder:
             saving = Timed()
-            job = Job("overhead", spec, TrainDir(Path(folder)), 0, "overhead")
+            job = Job("overhead", spec, TrainDir(Path(folder)), 0, {})
             accelerator = make_accelerator(spec, batches)
             train(job, copy.deepcopy(small), objective, teacher, batches, accelerator, say=lambda _text: None)
         ours.append(statistics.median(batches.seconds()[:-1]))  # the last one saves
@@ -152,8 +152,8 @@ class Timed:
 
     def __init__(self):
         self.cpu = self.clock = 0.0
-        self.plain = Learner.parts, checkpoint.Checkpoints.save
-        Learner.parts, checkpoint.Checkpoints.save = (self._timed(function) for function in self.plain)
+        self.plain = Learner.tensors_by_file, checkpoint.Checkpoints.save
+        Learner.tensors_by_file, checkpoint.Checkpoints.save = (self._timed(function) for function in self.plain)
 
     def _timed(self, function):
         def wrapped(*arguments):
@@ -167,7 +167,7 @@ class Timed:
 
     def end(self) -> tuple[float, float]:
         """Both times; takes itself out."""
-        Learner.parts, checkpoint.Checkpoints.save = self.plain
+        Learner.tensors_by_file, checkpoint.Checkpoints.save = self.plain
         return self.cpu, self.clock
 
 

@@ -1,16 +1,25 @@
-"""What the fault campaign counts: kills that were inside a save, and checkpoints that cannot be read."""
+"""What the fault campaign counts: kills that were inside a save, and checkpoints that cannot be read.
+
+The campaign itself is a step of `.ci/run`.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from test_faults import ENV, ROOT
+from tiny import tiny_project
+
+ROOT = Path(__file__).parents[2]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 
 KILLS = """
 import json, sys, time
+FOREVER = 10**6
 from pathlib import Path
 sys.path.insert(0, "scripts")
 from kill_campaign import Run, telling
@@ -18,19 +27,20 @@ from kill_campaign import Run, telling
 def saves(notify, *seconds):
     for duration in seconds:
         telling(time.sleep, notify)(duration)
-    time.sleep(20)
+    notify("over")
+    time.sleep(FOREVER)
     return 0
 
 found = []
-for seconds in ([20], [0, 20], [0, 0, 0]):
+for seconds in ([FOREVER], [0, FOREVER], [0, 0, 0]):
     run = Run(lambda notify: saves(notify, *seconds), Path(sys.argv[1]) / "log")
     assert run.wait_for("saving", skip=len(seconds) - 1)
-    time.sleep(0.5)
+    assert seconds[-1] or run.wait_for("over")
     assert run.kill()
     found.append(run.saving)
 print(json.dumps(found))
 """
-UNREADABLE = {"missing": None, "empty": "", "cut": '{"identity', "not an object": "[]", "without identity": "{}"}
+UNREADABLE = {"missing": None, "empty": "", "cut": '{"made_from', "not an object": "[]", "an empty object": "{}"}
 
 
 def test_a_kill_after_the_save_is_not_one_inside_it(tmp_path):
@@ -63,3 +73,14 @@ def test_a_file_of_save_state_that_cannot_be_read_makes_its_checkpoint_unusable(
     assert campaign.plain_usable(tmp_path)
     (tmp_path / "plain/checkpoints/checkpoint_0").mkdir(parents=True)
     assert not campaign.plain_usable(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_campaign_of_one_kill_ends_at_the_same_weights(tmp_path):
+    settings = ["training.save_every=2", "--kills", "1"]
+    command = [sys.executable, ROOT / "scripts/kill_campaign.py", tiny_project(tmp_path), *settings]
+    done = subprocess.run([*command, "--out", tmp_path / "out"], env=ENV, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    counts = json.loads(done.stdout[done.stdout.index("{") :])
+    assert counts["kills in training"] == 1 and counts["ended at the same weights"] >= 1
+    assert counts.keys() == {"kills in training", "ended at the same weights"}

@@ -110,7 +110,7 @@ def test_the_control_trains_for_the_same_steps_without_the_teacher(finished):
     assert list(arms) == ["teacher", "cut", "distilled", "labels_only"]
     assert arms["distilled"]["steps"] == arms["labels_only"]["steps"] == 12
     records = [json.loads(line) for line in (run / "controls/labels_only/metrics.jsonl").read_text().splitlines()]
-    assert all(set(record["parts"]) == {"labels"} for record in records if record["event"] == "train")
+    assert all(set(record["terms"]) == {"labels"} for record in records if record["event"] == "train")
     assert not same(weights(run / "distilled"), weights(run / "controls/labels_only/model"))
     assert arms["teacher"]["metrics"]["kl"] == 0 and arms["teacher"]["metrics"]["agreement"] == 1
 
@@ -120,7 +120,7 @@ def test_metrics_hold_every_part_and_the_evaluations(finished):
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     train = [record for record in records if record["event"] == "train"]
     assert [record["step"] for record in train] == [2, 4, 6, 8, 10, 12]
-    assert set(train[0]["parts"]) == {"labels", "logits.forward_kl", "hidden.mse"}
+    assert set(train[0]["terms"]) == {"labels", "logits.forward_kl", "hidden.mse"}
     assert [record["step"] for record in records if record["event"] == "evaluate"] == [6, 12]
 
 
@@ -172,7 +172,7 @@ def test_two_processes_compute_what_one_computes(finished, tmp_path):
     second = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     for a, b in zip(first, second, strict=True):
         if a["event"] == "train":
-            assert b["loss"] == pytest.approx(a["loss"], rel=1e-5) and b["parts"] == pytest.approx(a["parts"], rel=1e-5)
+            assert b["loss"] == pytest.approx(a["loss"], rel=1e-5) and b["terms"] == pytest.approx(a["terms"], rel=1e-5)
         else:
             assert b["metrics"] == pytest.approx(a["metrics"], rel=1e-5)
 

@@ -19,8 +19,7 @@ from distill.student.allocate import ALLOCATIONS
 from distill.student.layers import CHOICES
 from distill.student.masks.masks import SCORES as MASK_SCORES
 from distill.student.scores import NEEDS, SCORES
-from distill.training.optim import OPTIMIZERS
-from distill.training.schedule import SCHEDULES
+from distill.training.optim import OPTIMIZERS, SCHEDULES
 
 Table = Mapping[str, Callable[..., Any]]
 LITERALS: list[tuple[Any, Table]] = [

@@ -115,7 +115,7 @@ def train_record(step: int) -> dict[str, Any]:
         "epoch": step / 100,
         "lr": lr,
         "loss": loss,
-        "parts": parts,
+        "terms": parts,
         "grad_norm": 1.0,
     }
 
@@ -215,7 +215,7 @@ def hostile(evidence: Evidence) -> Evidence:
     ]
     data = evaluation["data"] | {"source": HOSTILE, "fingerprint": HOSTILE}
     protocol = {HOSTILE: HOSTILE}
-    train = {"event": "train", "step": 1, "lr": 1e-4, "loss": 1.0, "parts": {HOSTILE: 0.5}}
+    train = {"event": "train", "step": 1, "lr": 1e-4, "loss": 1.0, "terms": {HOSTILE: 0.5}}
     return replace(
         evidence,
         recipe_text=HOSTILE,

@@ -94,7 +94,7 @@ def test_page_of_a_bare_run_says_so(bare: Evidence) -> None:
 
 
 def test_one_record_is_enough_for_a_picture(evidence: Evidence) -> None:
-    record = {"event": "train", "step": 1, "lr": 1e-4, "loss": 2.0, "parts": None}
+    record = {"event": "train", "step": 1, "lr": 1e-4, "loss": 2.0, "terms": None}
     one = replace(evidence, records={"distilled": [record]})
     assert "circle" in loss_figure(one).picture
     assert not held_out_figure(one).picture
@@ -116,7 +116,7 @@ def test_control_and_references_are_in_the_held_out_picture(evidence: Evidence) 
 
 def test_a_wide_range_of_losses_is_drawn_on_a_logarithmic_scale(evidence: Evidence) -> None:
     assert "logarithmic" in loss_figure(evidence).caption
-    flat = [record | {"parts": {}} for record in evidence.records["distilled"]]
+    flat = [record | {"terms": {}} for record in evidence.records["distilled"]]
     assert "logarithmic" not in loss_figure(replace(evidence, records={"distilled": flat})).caption
 
 

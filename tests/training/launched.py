@@ -28,6 +28,7 @@ from tiny import tiny_model, tiny_project
 
 from distill.data import read_texts, tokenise
 from distill.errors import DistillError
+from distill.models.dtensor import shard_model
 from distill.models.family import layers_of
 from distill.models.forward import Outputs
 from distill.models.load import load_tokenizer
@@ -35,9 +36,8 @@ from distill.ranks import process_state
 from distill.recipe import load_recipe
 from distill.recipe.schema import Mask
 from distill.student.masks.masks import Masks
-from distill.teacher import shard
 from distill.training import make_accelerator
-from distill.training.setup import configure_deepspeed
+from distill.training.deepspeed import configure_deepspeed
 
 MASK = Mask(sparsity=0.6, schedule="cubic", end=0.4, every=5)
 """No choice so late that rounding has made one process's weights other than two's."""
@@ -86,7 +86,7 @@ class Teacher:
     def __init__(self, sharded, fails):
         self.model, self.fails = tiny_model("bert").requires_grad_(False), fails
         if sharded:
-            shard(self.model, layers_of(self.model))
+            shard_model(self.model, layers_of(self.model))
 
     @torch.no_grad()
     def __call__(self, batch):
@@ -150,8 +150,15 @@ def main():
     if "nan" in fault and rank == 1:
         break_a_gradient(model)
     wide = tiny_model("bert", seed=1, hidden_size=48, num_labels=len(corpus.classes)) if "wide" in options else None
-    masks = Masks(model, MASK, 50) if "masks" in options else None
-    job = {"evaluate": evaluate, "evaluate_every": every, "log_every": 1, "constraint": masks}
+    masks = []
+
+    def constrain(student):
+        masks.append(Masks(student, MASK, 50))
+        return masks[0]
+
+    job = {"evaluate": evaluate, "evaluate_every": every, "log_every": 1}
+    if "masks" in options:
+        job["constrain"] = constrain
     try:
         model, said = running.run(
             corpus,
@@ -173,7 +180,7 @@ def main():
         tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
         save_file(tensors, folder / "final.safetensors")
         if masks:
-            save_file({name: model.get_parameter(name) == 0 for name in masks.masks}, folder / "zeros.safetensors")
+            save_file({name: model.get_parameter(name) == 0 for name in masks[0].masks}, folder / "zeros.safetensors")
         model.save_pretrained(folder / "exported")
 
 

@@ -19,8 +19,12 @@ HIDDEN = [
 ]
 
 
+MADE_FROM = {"data": "a tiny corpus", "seed": 0}
+"""What every training here says it is made from."""
+
+
 def published(folder):
-    return Checkpoints(folder, "identity", print).published()
+    return Checkpoints(folder, MADE_FROM, print).published()
 
 
 def dropped(rate):
@@ -40,7 +44,7 @@ def run(
     batches = TrainingBatches(corpus, corpus.labelled or range(len(corpus.train)), spec.batch_size, micro, seed)
     extra = dict(job or {})
     evaluate = extra.pop("evaluate", None)
-    job = Job("test", spec, TrainDir(folder), seed, "identity", **{"log_every": 2} | extra)
+    job = Job("test", spec, TrainDir(folder), seed, MADE_FROM, **{"log_every": 2} | extra)
     said: list[str] = []
     objective, accelerator = Objective(LABELS, head), make_accelerator(spec, batches)
     if wide is not None:

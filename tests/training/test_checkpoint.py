@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from running import published, run
+from running import MADE_FROM, published, run
 
 from distill.training.checkpoint import Checkpoints, TrainState, fault_of
 
@@ -52,9 +52,9 @@ def shelf(pristine, tmp_path):
     return tmp_path / "checkpoints"
 
 
-def chosen(folder, identity="identity"):
+def chosen(folder, made_from=MADE_FROM):
     said: list[str] = []
-    return Checkpoints(folder, identity, said.append).newest_valid(), said
+    return Checkpoints(folder, made_from, said.append).newest_valid(), said
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -74,20 +74,20 @@ def test_files_of_one_checkpoint_swapped_with_each_other_are_noticed(shelf):
         one, two = newer / f"{first}.safetensors", newer / f"{second}.safetensors"
         contents = one.read_bytes(), two.read_bytes()
         one.write_bytes(contents[1]), two.write_bytes(contents[0])
-        assert "checksum" in fault_of(newer, "identity")
+        assert "checksum" in fault_of(newer)
         one.write_bytes(contents[0]), two.write_bytes(contents[1])
-        assert fault_of(newer, "identity") is None
+        assert fault_of(newer) is None
 
 
 def test_an_extra_file_and_a_link_are_noticed(shelf):
     newer = published(shelf)[-1]
     (newer / "extra.safetensors").write_bytes(b"")
-    assert "not those of its manifest: extra.safetensors" in fault_of(newer, "identity")
+    assert "not those of its manifest: extra.safetensors" in fault_of(newer)
     (newer / "extra.safetensors").unlink()
     (shelf / "elsewhere").write_bytes((newer / "model.safetensors").read_bytes())
     (newer / "model.safetensors").unlink()
     (newer / "model.safetensors").symlink_to(shelf / "elsewhere")
-    assert "model.safetensors" in fault_of(newer, "identity")
+    assert "model.safetensors" in fault_of(newer)
 
 
 def test_a_manifest_or_a_whole_checkpoint_of_another_run_is_noticed(shelf, pristine):
@@ -98,7 +98,7 @@ def test_a_manifest_or_a_whole_checkpoint_of_another_run_is_noticed(shelf, prist
     shutil.rmtree(newer)
     shutil.copytree(other, newer)
     state = json.loads((newer / "state.json").read_text())
-    assert "another recipe" in fault_of(newer, "another") and state["step"] == 4
+    assert chosen(shelf, {"seed": 2})[0] is None and state["step"] == 4
 
 
 def test_a_renamed_checkpoint_is_noticed(shelf):
@@ -120,13 +120,13 @@ def test_training_goes_on_from_the_one_before_and_replaces_what_was_damaged(corp
     (newer / "model.safetensors").write_bytes(b"")
     _, said = run(corpus, shelf.parent, steps=4, ema=0.9)
     assert "passed over" in said[0] and "continuing after step 2" in said[1]
-    assert fault_of(newer, "identity") is None
+    assert fault_of(newer) is None
 
 
 def test_there_are_never_fewer_than_two_valid_ones(corpus, shelf):
     """The newest is damaged while training runs: the oldest valid one must stay until there are two again."""
     older, newer = published(shelf)
-    checkpoints = Checkpoints(shelf, "identity", print)
+    checkpoints = Checkpoints(shelf, MADE_FROM, print)
     assert checkpoints.newest_valid() == newer
     (newer / "optimizer.safetensors").write_bytes(b"damaged")
     parts = {"model": {}, "optimizer": {}}
@@ -135,17 +135,17 @@ def test_there_are_never_fewer_than_two_valid_ones(corpus, shelf):
     third = checkpoints.save(TrainState(step=6), parts)
     assert published(shelf) == [older, newer, third]
     fourth = checkpoints.save(TrainState(step=8), parts)
-    assert [path for path in published(shelf) if fault_of(path, "identity") is None] == [third, fourth]
+    assert [path for path in published(shelf) if fault_of(path) is None] == [third, fourth]
     assert older not in published(shelf)
 
 
 def test_another_training_in_the_same_folder_is_not_touched(corpus, shelf):
     before = [path.name for path in published(shelf)]
 
-    mine = Checkpoints(shelf, "mine", print)
+    mine = Checkpoints(shelf, {"seed": 2}, print)
     for step in (2, 4, 6):
         mine.save(TrainState(step=step), {"model": {"w": torch.zeros(1)}})
-    kept = {path.name.split(".")[0]: fault_of(path, "identity") for path in published(shelf) if "." in path.name}
+    kept = {path.name.split(".")[0]: fault_of(path) for path in published(shelf) if "." in path.name}
     assert kept == dict.fromkeys(before)
     found, _ = chosen(shelf)
     assert found is not None and found.name.startswith("step-00000004.")

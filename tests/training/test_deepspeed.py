@@ -19,8 +19,9 @@ from distill.ranks import check_launch
 from distill.recipe.schema import Term, Training
 from distill.training import read_records
 from distill.training.checkpoint import fault_of
-from distill.training.learner import SHARDING, make_learner
-from distill.training.setup import configure_deepspeed
+from distill.training.deepspeed import configure_deepspeed
+from distill.training.learner import SHARDING
+from distill.training.setup import make_learner
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="pip install -e '.[deepspeed]'")
 
@@ -39,7 +40,7 @@ def test_zero3_trains_saves_resumes_and_hands_over_the_same_student(one, tmp_pat
     folder = tmp_path / "run"
     launched(2, folder, "zero3", "20:0", code=75)
     (newest,) = sorted((folder / "checkpoints").glob("step-*"))[-1:]
-    assert newest.name == "step-00000020" and fault_of(newest, "identity") is None
+    assert newest.name == "step-00000020" and fault_of(newest) is None
     shutil.copytree(folder, tmp_path / "on one")
     assert "continuing after step 20" in launched(2, folder, "zero3")
     assert_close(folder, one)
@@ -107,7 +108,8 @@ def test_masks_do_not_go_with_deepspeed():
     objective = Objective([Term(match="labels")], "sequence")
     accelerator = SimpleNamespace(distributed_type=SHARDING[1])
     with pytest.raises(InputError, match=r"student\.mask"):
-        make_learner(tiny_model("bert"), objective, Training(steps=1, batch_size=8, lr=1e-3), object(), accelerator)
+        spec = Training(steps=1, batch_size=8, lr=1e-3)
+        make_learner(tiny_model("bert"), objective, spec, lambda _student: object(), accelerator)
 
 
 def test_deepspeed_on_a_cpu_is_refused():

@@ -12,6 +12,8 @@ from distill.errors import InputError
 from distill.ranks import check_launch
 from distill.training.signals import StopSignals
 
+HANG = 600
+"""Seconds after which something is taken to hang, however busy the machine is."""
 RIGHT = "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 scripts/train.py RECIPE"
 ONE = {"ACCELERATE_MIXED_PRECISION": "no"}
 REFUSED = {
@@ -64,9 +66,8 @@ with leaving_in_time(1.0):
 def test_a_process_that_does_not_come_to_its_handler_is_gone_in_time():
     process = subprocess.Popen([sys.executable, "-c", STUCK], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
-    start = time.monotonic()
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=20) == 75 and time.monotonic() - start < 10
+    assert process.wait(timeout=HANG) == 75
     process.stdout.close()
 
 
@@ -78,21 +79,25 @@ dog = watchdog.Watchdog(lambda text: print(text, flush=True), active=True)
 for what, seconds in {sequence}:
     with dog.over(what):
         time.sleep(seconds)
-print("done")
+    print("done", what, flush=True)
 """
+FOREVER = 10**6
+
+
+def watched(*sequence):
+    code = HANGING.replace("{sequence}", repr(sequence))
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG, check=False)
 
 
 @pytest.mark.parametrize("what", ["step", "evaluation", "save"])
 def test_a_step_that_waits_for_others_in_vain_ends_the_process_with_a_message(what):
-    start = time.monotonic()
-    code = HANGING.replace("{sequence}", repr([(what, 0.1), (what, 0.1), (what, 60)]))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and "do not answer" in done.stdout and time.monotonic() - start < 30
+    done = watched((what, 0.1), (what, 0.1), (what, FOREVER))
+    assert done.returncode == 1 and "do not answer" in done.stdout
 
 
 def test_the_first_step_may_take_its_time_and_says_nothing_about_the_others():
-    code = HANGING.replace("{sequence}", repr([("step", 2.0), ("step", 0.1), ("evaluation", 2.0), ("step", 3.0)]))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = watched(("step", 3.0), ("step", 0.0), ("evaluation", 3.0), ("step", FOREVER))
+    assert done.stdout.splitlines()[:3] == ["done step", "done step", "done evaluation"]
     assert done.returncode == 1 and "do not answer" in done.stdout
 
 
@@ -103,12 +108,12 @@ import time
 from distill.training.signals import die_with_parent
 die_with_parent()
 print("up", flush=True)
-time.sleep(60)
+time.sleep(10**6)
 '''
 process = subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE, text=True)
 process.stdout.readline()
 print(process.pid, flush=True)
-time.sleep(60)
+time.sleep(10**6)
 """
 
 
@@ -126,7 +131,7 @@ def test_a_process_is_told_when_its_parent_dies():
     child = int(parent.stdout.readline())
     parent.kill()
     parent.wait()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + HANG
     while alive(child) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not alive(child)

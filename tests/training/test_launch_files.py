@@ -11,7 +11,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
 
 from distill.recipe.schema import Training
-from distill.training.setup import configure_deepspeed
+from distill.training.deepspeed import configure_deepspeed
 
 FOLDER = Path(__file__).parents[2] / "recipes/accelerate"
 EXPECTED = {

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import published
+from running import MADE_FROM, published
 from safetensors.torch import load_file
 from tiny import tiny_model, tiny_project
 
@@ -19,7 +19,6 @@ from distill.data import TrainingBatches, read_texts, tokenise
 from distill.errors import Stopped
 from distill.losses import Objective
 from distill.models.load import load_tokenizer
-from distill.models.trainable import freeze
 from distill.recipe import load_recipe
 from distill.recipe.schema import Mask, Term, Training
 from distill.student.masks.masks import Masks
@@ -45,13 +44,17 @@ def run(corpus, folder, mask, *, micro=4, dropout=0.1, kind=Masks, look=None, **
     settings = Training(steps=STEPS, batch_size=8, micro_batch_size=micro, **{"save_every": 2, **HARSH, **spec})
     rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     model = tiny_model("bert", **rates, num_labels=len(corpus.classes))
-    freeze(model, settings.freeze, settings.only)
-    masks = kind(model, mask, STEPS)
+    made = []
+
+    def constrain(model):
+        made.append(kind(model, mask, STEPS))
+        return made[0]
+
     batches = TrainingBatches(corpus, corpus.labelled, 8, micro, 0)
-    job = Job("test", settings, TrainDir(folder), 0, "identity", 2, 4 if look else 0, masks)
+    job = Job("test", settings, TrainDir(folder), 0, MADE_FROM, 2, 4 if look else 0, constrain)
     objective, accelerator = Objective([Term(match="labels")], "sequence"), make_accelerator(settings, batches)
     train(job, model, objective, None, batches, accelerator, evaluate=look, say=lambda _text: None)
-    return model, masks
+    return model, made[0]
 
 
 def alive(model, masks):
@@ -147,7 +150,7 @@ def test_a_checkpoint_whose_masks_are_damaged_is_passed_over(corpus, tmp_path, d
     file.unlink()
     if damage == "flipped":
         file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    found = Checkpoints(tmp_path / "checkpoints", "identity", (said := []).append).newest_valid()
+    found = Checkpoints(tmp_path / "checkpoints", MADE_FROM, (said := []).append).newest_valid()
     assert found == older and newer.name in said[0]
 
 

@@ -12,7 +12,7 @@ import torch
 from accelerate.tracking import GeneralTracker
 from hypothesis import given
 from hypothesis import strategies as st
-from running import LABELS, dropped, published, run
+from running import LABELS, MADE_FROM, dropped, published, run
 from safetensors.torch import load_file
 from tiny import tiny_batch, tiny_model
 
@@ -23,8 +23,7 @@ from distill.models.forward import Capture, Outputs, to_device
 from distill.recipe.schema import Training
 from distill.teacher import LiveTeacher
 from distill.training import Job, TrainDir, make_accelerator, read_records, tracking, train
-from distill.training.optim import make_optimizer
-from distill.training.schedule import lr_factor
+from distill.training.optim import lr_factor, make_optimizer
 from distill.training.setup import horizon
 from distill.training.tracking import check_trackers, numbers_in, summary
 
@@ -213,21 +212,21 @@ def test_records_reach_the_trackers_of_accelerate(corpus, tmp_path):
     spec = Training(steps=4, batch_size=8, micro_batch_size=4)
     batches = TrainingBatches(corpus, corpus.labelled, 8, 4, 0)
     accelerator = make_accelerator(spec, batches, [recorder], tmp_path)
-    job = Job("test", spec, TrainDir(tmp_path), 0, "identity", log_every=2)
+    job = Job("test", spec, TrainDir(tmp_path), 0, MADE_FROM, log_every=2)
     model = tiny_model("bert", num_labels=len(corpus.classes))
     objective = Objective(LABELS, "sequence")
     measured = {"accuracy": 0.5, "kl": None}
     train(job, model, objective, None, batches, accelerator, evaluate=lambda *_: measured, say=print)
     assert [step for step, _ in recorder.records] == [2, 4, 4] and recorder.ended
     first, last = recorder.records[0][1], recorder.records[-1][1]
-    assert {"loss", "parts/labels", "lr", "grad_norm", "tokens_per_s", "skipped"} <= first.keys()
+    assert {"loss", "terms/labels", "lr", "grad_norm", "tokens_per_s", "skipped"} <= first.keys()
     assert last == {"step": 4, "metrics/accuracy": 0.5}
 
 
 def test_tensorboard_writes_its_files(corpus, tmp_path):
     spec = Training(steps=2, batch_size=8, micro_batch_size=4)
     batches = TrainingBatches(corpus, corpus.labelled, 8, 4, 0)
-    job = Job("test", spec, TrainDir(tmp_path / "run"), 0, "identity", log_every=1, trackers=("tensorboard",))
+    job = Job("test", spec, TrainDir(tmp_path / "run"), 0, MADE_FROM, log_every=1, trackers=("tensorboard",))
     model, objective = tiny_model("bert", num_labels=len(corpus.classes)), Objective(LABELS, "sequence")
     accelerator = make_accelerator(spec, batches, ["tensorboard"], job.folder.root)
     train(job, model, objective, None, batches, accelerator, say=print)
@@ -242,20 +241,20 @@ def test_a_tracker_that_is_not_installed_is_named_with_its_extra(monkeypatch):
 
 def test_a_record_becomes_flat_numbers_and_one_line():
     record = {
-        "event": "train", "step": 3, "loss": None, "parts": {"labels": 1.5, "kl": None}, "lr": 1e-4,
-        "tokens_per_s": 1234.5, "flop_share": 0.417, "skipped": 2,
+        "event": "train", "step": 3, "loss": None, "terms": {"labels": 1.5, "kl": None}, "lr": 1e-4,
+        "tokens_per_s": 1234.5, "mfu": 0.417, "skipped": 2,
     }  # fmt: skip
     assert dict(numbers_in(record)) == {
         "step": 3,
-        "parts/labels": 1.5,
+        "terms/labels": 1.5,
         "lr": 1e-4,
         "tokens_per_s": 1234.5,
-        "flop_share": 0.417,
+        "mfu": 0.417,
         "skipped": 2,
     }
     line = "loss - (labels 1.5  kl -)  lr 1.00e-04  1,234 tokens/s"
-    assert summary(record) == f"{line} (42% of the FLOP limit)  2 skipped"
-    assert summary(record | {"flop_share": None}) == f"{line}  2 skipped"
+    assert summary(record) == f"{line} (MFU 42%)  2 skipped"
+    assert summary(record | {"mfu": None}) == f"{line}  2 skipped"
 
 
 def test_a_terminal_shows_one_live_block(corpus, tmp_path, monkeypatch):
@@ -265,7 +264,7 @@ def test_a_terminal_shows_one_live_block(corpus, tmp_path, monkeypatch):
 
     screen = io.StringIO()
     monkeypatch.setattr(tracking, "Console", lambda stderr: Console(file=screen, force_terminal=True, width=120))
-    run(corpus, tmp_path, job={"evaluate": lambda *_: {"accuracy": 0.25}, "limit": 1e6})
+    run(corpus, tmp_path, job={"evaluate": lambda *_: {"accuracy": 0.25}, "peak_tokens_per_second": 1e6})
     text = screen.getvalue()
-    for words in ("6/6", "left", "GB", "loss", "tokens/s", "% of the FLOP limit", "held out: accuracy 0.25", "\x1b["):
+    for words in ("6/6", "left", "GB", "loss", "tokens/s", "(MFU ", "held out: accuracy 0.25", "\x1b["):
         assert words in text, words

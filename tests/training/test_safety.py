@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from running import dropped, published, run
+from running import MADE_FROM, dropped, published, run
 from safetensors.torch import load_file
 from tiny import tiny_model
 
@@ -85,29 +85,29 @@ def test_skips_are_the_same_after_a_restart(corpus, tmp_path):
 
 @given(st.lists(st.floats(0.5, 2.0), min_size=WINDOW, max_size=WINDOW), st.floats(5.0, 1e6))
 def test_only_a_norm_beyond_the_factor_is_a_spike_and_a_new_level_is_accepted(norms, jump):
-    health, loss = SkipRule(4.0, torch.device("cpu")), torch.tensor(1.0)
-    assert not any(health.judge(loss, torch.tensor(norm)).item() for norm in norms)
-    judged = [health.judge(loss, torch.tensor(2.0 * jump)).item() for _ in range(WINDOW)]
+    rule, loss = SkipRule(4.0, torch.device("cpu")), torch.tensor(1.0)
+    assert not any(rule.should_skip(loss, torch.tensor(norm)).item() for norm in norms)
+    judged = [rule.should_skip(loss, torch.tensor(2.0 * jump)).item() for _ in range(WINDOW)]
     half = WINDOW // 2 + 1
     assert judged == [1.0] * half + [0.0] * (WINDOW - half)
-    assert health.skipped.tolist() == [half, 0]
+    assert rule.skipped.tolist() == [half, 0]
 
 
 def test_a_factor_of_none_skips_no_finite_norm_and_every_other():
-    health = SkipRule(None, torch.device("cpu"))
-    values = [health.judge(torch.tensor(1.0), torch.tensor(norm)).item() for norm in [1.0] * WINDOW + [1e30]]
+    rule = SkipRule(None, torch.device("cpu"))
+    values = [rule.should_skip(torch.tensor(1.0), torch.tensor(norm)).item() for norm in [1.0] * WINDOW + [1e30]]
     assert not any(values)
-    assert health.judge(torch.tensor(math.nan), torch.tensor(1.0)).item() == 1
-    assert health.judge(torch.tensor(1.0), torch.tensor(math.inf)).item() == 1
+    assert rule.should_skip(torch.tensor(math.nan), torch.tensor(1.0)).item() == 1
+    assert rule.should_skip(torch.tensor(1.0), torch.tensor(math.inf)).item() == 1
 
 
 def test_steps_in_which_nothing_had_a_gradient_make_no_spike_of_the_others():
-    health = SkipRule(30.0, torch.device("cpu"))
+    rule = SkipRule(30.0, torch.device("cpu"))
     for _ in range(3 * WINDOW):
-        assert health.judge(torch.tensor(0.0), torch.tensor(0.0)).item() == 0
+        assert rule.should_skip(torch.tensor(0.0), torch.tensor(0.0)).item() == 0
     for _ in range(WINDOW):
-        assert health.judge(torch.tensor(1.0), torch.tensor(1.0)).item() == 0
-    assert health.judge(torch.tensor(1.0), torch.tensor(31.0)).item() == 1
+        assert rule.should_skip(torch.tensor(1.0), torch.tensor(1.0)).item() == 0
+    assert rule.should_skip(torch.tensor(1.0), torch.tensor(31.0)).item() == 1
 
 
 class SmallMemory:
@@ -152,6 +152,40 @@ def test_the_halving_survives_a_restart_bitwise(corpus, tmp_path):
     assert equal(whole, model)
 
 
+def test_halvings_are_forgotten_when_another_micro_batch_size_is_asked_for(corpus, tmp_path):
+    run(corpus, tmp_path, micro=8, teacher=SmallMemory(2))  # halved twice, to 2
+    newest = published(tmp_path / "checkpoints")[-1]
+    state = json.loads((newest / "state.json").read_text())
+    assert (state["micro_batch_size"], state["micro_batch_halvings"]) == (8, 2)
+    shutil.rmtree(newest)
+    sizes = []
+
+    class Seen(SmallMemory):
+        def __call__(self, batch):
+            sizes.append(len(batch["input_ids"]))
+            return super().__call__(batch)
+
+    run(corpus, tmp_path, micro=4, teacher=Seen(4))
+    assert sizes == [4, 4] * 2  # two steps of two micro-batches that fit
+
+
+def test_a_request_for_smaller_micro_batches_holds_for_the_size_that_did_not_fit(corpus, tmp_path):
+    (tmp_path / "micro_batches.json").write_text("[8, 1]")
+    for micro, halvings in ((4, 0), (8, 1)):
+        run(corpus, tmp_path, micro=micro, steps=2)
+        state = json.loads((published(tmp_path / "checkpoints")[-1] / "state.json").read_text())
+        assert (state["micro_batch_size"], state["micro_batch_halvings"]) == (micro, halvings)
+        shutil.rmtree(tmp_path / "checkpoints")
+
+
+def test_another_micro_batch_size_continues_and_says_what_becomes_of_dropout(corpus, tmp_path):
+    run(corpus, tmp_path, micro=4)
+    shutil.rmtree(published(tmp_path / "checkpoints")[-1])
+    _, said = run(corpus, tmp_path, micro=2)
+    assert "continuing after step 4 of 6" in said[0]
+    assert said[1:] == ["test: micro_batch_size is 2 and was 4: dropout falls differently from here on"]
+
+
 def test_a_single_example_that_does_not_fit_ends_the_run(corpus, tmp_path):
     with pytest.raises(RunError, match="single example"):
         run(corpus, tmp_path, teacher=SmallMemory(0))
@@ -171,7 +205,7 @@ def test_the_average_follows_its_formula_and_leaves_out_skipped_steps():
         assert average.values["weight"].item() == pytest.approx(expected)
         average.update(step, yes)
         assert average.values["weight"].item() == pytest.approx(expected)
-    with average.in_place():
+    with average.swapped_in():
         assert model.weight.item() == pytest.approx(expected)
     assert model.weight.item() == 4.0
 
@@ -248,7 +282,7 @@ def test_memory_that_ends_outside_of_a_pass_is_said_in_one_line(corpus, tmp_path
 
 
 def test_weights_that_are_not_finite_are_never_published(tmp_path):
-    shelf = checkpoint.Checkpoints(tmp_path, "identity", print)
+    shelf = checkpoint.Checkpoints(tmp_path, MADE_FROM, print)
     with pytest.raises(RunError, match=r"not finite \(w\): not saved; there is no checkpoint yet"):
         shelf.save(checkpoint.TrainState(step=1), {"model": {"w": torch.tensor([1.0, math.inf])}})
     assert shelf.published() == [] and list(tmp_path.iterdir()) == []
@@ -281,6 +315,15 @@ def test_a_signal_during_an_evaluation_saves_at_once_and_the_evaluation_is_made_
     assert [r["step"] for r in records if r["event"] == "evaluate"] == [3, 6]
 
 
+def test_an_evaluation_that_was_saved_with_its_step_is_not_made_again(corpus, tmp_path):
+    job = {"evaluate": lambda *_: {"accuracy": 0.5}, "evaluate_every": 2}
+    run(corpus, tmp_path, job=job)
+    shutil.rmtree(published(tmp_path / "checkpoints")[-1])
+    run(corpus, tmp_path, job=job)
+    records = read_records(tmp_path / "metrics.jsonl")
+    assert [r["step"] for r in records if r["event"] == "evaluate"] == [2, 4, 6]
+
+
 def test_the_best_checkpoint_by_a_metric_is_kept_apart(corpus, tmp_path):
     values = iter([0.5, 0.9, None, 0.7])
     job = {
@@ -290,13 +333,13 @@ def test_the_best_checkpoint_by_a_metric_is_kept_apart(corpus, tmp_path):
     }
     run(corpus, tmp_path, steps=8, job=job)
     (best,) = published(tmp_path / "checkpoints/best")
-    assert best.name == "step-00000004" and checkpoint.fault_of(best, "identity") is None
+    assert best.name == "step-00000004" and checkpoint.fault_of(best) is None
     assert json.loads((best / "state.json").read_text())["best"] == 0.9
     assert [path.name for path in published(tmp_path / "checkpoints")] == ["step-00000006", "step-00000008"]
 
 
 def test_the_best_can_be_of_a_lower_step_than_the_one_it_replaces(tmp_path):
-    checkpoints = checkpoint.Checkpoints(tmp_path, "identity", print, keep=1)
+    checkpoints = checkpoint.Checkpoints(tmp_path, MADE_FROM, print, keep=1)
     for step in (6, 4):
         checkpoints.save(checkpoint.TrainState(step=step), {"model": {"w": torch.ones(1)}})
     assert [path.name for path in published(tmp_path)] == ["step-00000004"]

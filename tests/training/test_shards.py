@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from running import MADE_FROM
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -29,7 +30,7 @@ WORKER = """
 import sys
 from pathlib import Path
 import torch
-from test_shards import PARAMETERS
+from test_shards import MADE_FROM, PARAMETERS
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from distill.errors import RunError
@@ -48,7 +49,7 @@ columns = spread(flat, Shard(-1))
 said = []
 for name, model in (("rows", rows), ("replicas", replicas)):
     parts = {"model": {**model, "buffer": torch.tensor(7)}, "health": {"skipped": torch.tensor([1, 2])}}
-    saved = Checkpoints(folder / name, "identity", said.append).save(TrainState(step=3), parts)
+    saved = Checkpoints(folder / name, MADE_FROM, said.append).save(TrainState(step=3), parts)
     for other in (rows, replicas, columns):
         found = read(saved, lambda part, key: other.get(key))["model"]
         for key, tensor in other.items():
@@ -60,7 +61,7 @@ broken = {**rows, "even": distribute_tensor(PARAMETERS["even"].clone(), flat, [S
 if rank == 1:
     broken["even"].to_local().fill_(float("nan"))
 try:
-    Checkpoints(folder / "broken", "identity", print).save(TrainState(step=1), {"model": broken})
+    Checkpoints(folder / "broken", MADE_FROM, print).save(TrainState(step=1), {"model": broken})
 except RunError as error:
     (folder / f"refused-{rank}").write_text(str(error))
 """
@@ -88,7 +89,7 @@ def made(tmp_path_factory):
 @pytest.mark.parametrize("name", ["rows", "replicas"])
 def test_one_process_reads_the_whole_of_what_two_have_written(made, name):
     saved = made / name / "step-00000003"
-    assert fault_of(saved, "identity") is None
+    assert fault_of(saved) is None
     state, parts = state_of(saved), read(saved)
     assert state == TrainState(step=3) and parts["health"]["skipped"].tolist() == [1, 2]
     assert parts["model"].pop("buffer").item() == 7 and parts["model"].keys() == PARAMETERS.keys()
@@ -119,10 +120,10 @@ def test_a_missing_file_is_noticed_also_where_the_manifest_does_not_know_it(made
     saved = shutil.copytree(made / "rows/step-00000003", tmp_path / "step-00000003")
     (saved / "model-00000-of-00002.safetensors").unlink()
     sums = json.loads((saved / "MANIFEST.json").read_text())
-    assert "model-00000-of-00002" in fault_of(saved, "identity")
+    assert "model-00000-of-00002" in fault_of(saved)
     del sums["model-00000-of-00002.safetensors"]
     (saved / "MANIFEST.json").write_text(json.dumps(sums))
-    assert fault_of(saved, "identity") == "its manifest is incomplete"
+    assert fault_of(saved) == "its manifest is incomplete"
     with pytest.raises(RunError, match=r"pieces of .* are missing"):
         read(saved, lambda _part, _name: None)
 
@@ -133,12 +134,12 @@ def test_files_of_two_processes_swapped_with_each_other_are_noticed(made, tmp_pa
     content = one.read_bytes()
     shutil.copy(two, one)
     two.write_bytes(content)
-    assert "does not match its checksum" in fault_of(saved, "identity")
+    assert "does not match its checksum" in fault_of(saved)
 
 
 def test_shards_give_way_to_newer_ones_like_any_checkpoint(made, tmp_path):
     shutil.copytree(made / "rows", tmp_path / "checkpoints")
-    shelf = Checkpoints(tmp_path / "checkpoints", "identity", print)
+    shelf = Checkpoints(tmp_path / "checkpoints", MADE_FROM, print)
     assert shelf.newest_valid() == tmp_path / "checkpoints/step-00000003"
     for step in (4, 5):
         shelf.save(TrainState(step=step), {"model": {"w": torch.zeros(1)}})

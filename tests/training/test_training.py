@@ -5,23 +5,25 @@ import math
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from running import LABELS, dropped, published, run
+from running import LABELS, MADE_FROM, dropped, published, run
 from safetensors.torch import load_file
 from tiny import tiny_model
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from distill.data import TrainingBatches
 from distill.errors import InputError, RunError
 from distill.losses import Objective
+from distill.models.trainable import freeze
 from distill.recipe.schema import Training
 from distill.training import TrainState, make_accelerator, read_records, setup
 from distill.training.checkpoint import Checkpoints
 from distill.training.model import DistillModel
-from distill.training.optim import make_optimizer
-from distill.training.schedule import in_steps, lr_factor
+from distill.training.optim import in_steps, lr_factor, make_optimizer
 from distill.training.shards import read
 from distill.training.state import load_model, optimizer_tensors, own_tensors
 from distill.training.tracking import drop_after
@@ -63,6 +65,41 @@ def test_resuming_from_any_checkpoint_is_bitwise_the_uninterrupted_run(corpus, t
     assert steps == [2, 4, 6]
 
 
+def test_dropout_of_every_micro_batch_follows_from_seed_step_and_number(corpus, tmp_path):
+    model, dropped_at = tiny_model("bert", **dropped(0.1), num_labels=len(corpus.classes)), []
+    model.bert.embeddings.dropout.register_forward_hook(lambda _module, _inputs, output: dropped_at.append(output == 0))
+    run(corpus, tmp_path, model=model, micro=4, steps=3, seed=7)
+    expected = []
+    for zeros, (step, number) in zip(dropped_at, [(s, n) for s in range(3) for n in range(2)], strict=True):
+        # It is the first to draw in a forward pass.
+        torch.manual_seed(int(np.random.SeedSequence((7, step, number)).generate_state(1)[0]))
+        expected.append(torch.nn.functional.dropout(torch.ones(zeros.shape), 0.1) == 0)
+        assert torch.equal(zeros, expected[-1]), (step, number)
+    shared = min(mask.shape[1] for mask in expected)
+    masks = [tuple(mask[:, :shared].flatten().tolist()) for mask in expected]
+    assert len(set(masks)) == len(masks), "two micro-batches have the same dropout"
+
+
+def test_rates_progress_and_counters_of_every_step_by_hand(corpus, tmp_path):
+    shares = []
+
+    def look(module, inputs):
+        if isinstance(module, DistillModel):
+            shares.append(inputs[3])
+
+    hook = register_module_forward_pre_hook(look)
+    try:
+        run(corpus, tmp_path, micro=8, schedule="linear", warmup=2, job={"log_every": 1})
+    finally:
+        hook.remove()
+    assert shares == [0, 0.2, 0.4, 0.6, 0.8, 1]  # schedules of losses begin at the first step and end at the last
+    records = read_records(tmp_path / "metrics.jsonl")
+    assert [record["lr"] for record in records] == pytest.approx([5e-4, 1e-3, 1e-3, 7.5e-4, 5e-4, 2.5e-4])
+    assert [record["epoch"] for record in records] == pytest.approx([step / 3 for step in range(1, 7)], abs=1e-4)
+    state = json.loads((published(tmp_path / "checkpoints")[-1] / "state.json").read_text())
+    assert (state["step"], state["examples"], state["tokens"]) == (6, 48, records[-1]["tokens"])
+
+
 def test_projections_and_schedules_resume_exactly_and_are_not_part_of_the_student(corpus, tmp_path):
     wide = tiny_model("bert", seed=1, hidden_size=48, num_labels=len(corpus.classes))
     whole, _ = run(corpus, tmp_path / "whole", wide=wide)
@@ -79,10 +116,12 @@ def test_projections_and_schedules_resume_exactly_and_are_not_part_of_the_studen
         assert torch.equal(a, b)
 
 
-def test_another_identity_starts_from_the_beginning_and_says_so(corpus, tmp_path):
+def test_other_inputs_start_from_the_beginning_and_the_message_names_keys_and_option(corpus, tmp_path):
     run(corpus, tmp_path)
-    assert Checkpoints(tmp_path / "checkpoints", "other", (said := []).append).newest_valid() is None
-    assert "another recipe" in said[0]
+    other = {**MADE_FROM, "seed": 1, "training.lr": 0.5}
+    assert Checkpoints(tmp_path / "checkpoints", other, (said := []).append).newest_valid() is None
+    differing = "(seed: 0 → 1, training.lr: absent → 0.5); --continue-from-changed continues from it"
+    assert said[0].endswith(differing)
 
 
 def test_only_the_newest_two_checkpoints_are_kept_and_half_written_ones_are_swept(corpus, tmp_path):
@@ -95,13 +134,21 @@ def test_checkpoints_are_safetensors_and_json_with_tied_tensors_once(tmp_path):
     model = DistillModel(tiny_model("llama", tie_word_embeddings=True), Objective(LABELS, "next_token"))
     optimizer = make_optimizer(model, Training(steps=1))
     parts = {"model": own_tensors(model), "optimizer": optimizer_tensors(model, optimizer)}
-    folder = Checkpoints(tmp_path, "identity", print).save(TrainState(step=1), parts)
+    folder = Checkpoints(tmp_path, MADE_FROM, print).save(TrainState(step=1), parts)
     assert {file.suffix for file in folder.iterdir()} == {".safetensors", ".json"}
     assert not any("lm_head" in name for name in load_file(folder / "model.safetensors"))
     other = DistillModel(tiny_model("llama", seed=5, tie_word_embeddings=True), model.objective)
     load_model(other, read(folder)["model"])
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_weights_of_another_shape_or_name_are_refused():
+    model, other = tiny_model("bert"), own_tensors(tiny_model("bert", num_labels=5))
+    with pytest.raises(RunError, match=r"other tensors than the model: classifier\.bias, classifier\.weight"):
+        load_model(model, other)
+    with pytest.raises(RunError, match=r"other tensors than the model: classifier\.bias"):
+        load_model(model, {name: tensor for name, tensor in own_tensors(model).items() if name != "classifier.bias"})
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_checkpoint(corpus, tmp_path):
@@ -124,9 +171,9 @@ def test_frozen_parameters_do_not_move_and_have_no_optimizer_state(corpus, tmp_p
 
 def test_a_freeze_pattern_that_matches_nothing_or_everything_is_refused():
     with pytest.raises(InputError, match="matches no parameter"):
-        setup.freeze(tiny_model("bert"), ["*.embedings.*"])
+        freeze(tiny_model("bert"), ["*.embedings.*"])
     with pytest.raises(InputError, match="no parameter that learns"):
-        setup.freeze(tiny_model("bert"), ["*"])
+        freeze(tiny_model("bert"), ["*"])
 
 
 def test_norms_and_biases_are_not_decayed():
@@ -162,7 +209,7 @@ def test_records_after_the_checkpoint_and_half_lines_are_dropped(tmp_path):
 def test_uneven_shares_are_refused(corpus, monkeypatch):
     batches = TrainingBatches(corpus, corpus.labelled, 8, 3, 0)
     assert batches.micro_batches_per_step() == 3
-    monkeypatch.setattr(setup, "processes", lambda: SimpleNamespace(num_processes=2, device=torch.device("cpu")))
+    monkeypatch.setattr(setup, "process_state", lambda: SimpleNamespace(num_processes=2, device=torch.device("cpu")))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match=r"3 micro-batches.*2 processes cannot share evenly"):
         make_accelerator(Training(steps=1, batch_size=8, micro_batch_size=3), batches)

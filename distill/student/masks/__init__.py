@@ -23,22 +23,21 @@ def check_score(recipe: Recipe) -> None:
 
 
 def masks_for(recipe: Recipe, model: Any, steps: int) -> Masks | None:
-    """Make the masks of a training of the student of so many steps; None when the recipe has none.
+    """Make the masks of a training of the student that lasts so many steps; None when the recipe has none.
+
+    Frozen parameters, which masks leave alone, must be set already.
 
     Raises:
-        InputError: A name pattern of the mask, or of what is frozen, matches nothing.
+        InputError: A name pattern of the mask matches nothing.
     """
-    if recipe.student.mask is None:
-        return None
-    freeze(model, recipe.training.freeze, recipe.training.only)  # masks leave alone what does not learn
-    return Masks(model, recipe.student.mask, steps)
+    return None if recipe.student.mask is None else Masks(model, recipe.student.mask, steps)
 
 
 def mask_untrained(recipe: Recipe, model: Any, steps: int) -> None:
-    """Mask a student as its training would before the first step, for arms that are not trained."""
-    masks = masks_for(recipe, model, steps)
-    if masks is not None:
-        masks.after_step(0)
+    """Mask a student as its training would before the first step: what an arm that is not trained has to be."""
+    if recipe.student.mask is not None:
+        freeze(model, recipe.training.freeze, recipe.training.only)
+        Masks(model, recipe.student.mask, steps).after_step(0)
 
 
 def compact_trained(recipe: Recipe, model: Any, say: Callable[[str], None]) -> None:
