@@ -23,8 +23,9 @@ from distill.recipe.schema import Student
 from distill.release.formats import format_of
 from distill.student import build_student, plan_student
 
-PROBES = 4
-"""Training examples on which the student that keeps everything is compared with the teacher."""
+PROBES, PROBE_LENGTH = 4, 64
+"""Training examples on which the student that keeps everything is compared with the teacher, and tokens of each; the
+logits of a few long texts over a large vocabulary would take gigabytes."""
 ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-10}
 """Largest gap of logits, as a share of the largest logit, that another order of sums explains."""
 HALF_ROUNDING = 0.03
@@ -36,7 +37,8 @@ def work(session: Session) -> None:
     teacher, corpus = session.load(session.teacher), session.corpus
     size, free = sum(tensor.nbytes for tensor in teacher.state_dict().values()), _free_memory()
     if size < free:
-        check_keeps_all(teacher, collate(corpus, corpus.train, range(min(PROBES, len(corpus.train)))))
+        batch = collate(corpus, corpus.train, range(min(PROBES, len(corpus.train))))
+        check_keeps_all(teacher, {name: batch[name][:, :PROBE_LENGTH] for name in batch if name != "labels"})
     else:
         session.say(
             f"  not checked that keeping everything gives the teacher's logits: a second copy of the teacher "

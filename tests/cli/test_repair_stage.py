@@ -84,14 +84,15 @@ def test_a_language_model_is_refitted_and_merged(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("family", "recipe", "words"),
+    ("family", "recipe", "words", "made"),
     [
-        ("llama", TEXTS.replace("refit: true, merge", "bias: true, merge"), "MLPs of llama have no output bias"),
-        ("bert", REPAIR.replace("bias: true", "merge: true"), "no linear map of that output stands for"),
-        ("bert", REPAIR.replace("examples: 16", "examples: 512"), "takes all 117 training examples"),
+        ("llama", TEXTS.replace("refit: true, merge", "bias: true, merge"), "MLPs of llama have no output bias", []),
+        ("bert", REPAIR.replace("bias: true", "merge: true"), "no linear map of that output stands for", []),
+        ("bert", REPAIR.replace("examples: 16", "examples: 512"), "takes all 117 training examples", ["data.json"]),
     ],
 )
-def test_what_cannot_be_had_is_said_before_anything_is_done(family, recipe, words, tmp_path, capsys):
+def test_what_cannot_be_had_is_said_before_anything_is_done(family, recipe, words, made, tmp_path, capsys):
     path = tiny_project(tmp_path, recipe, family)
     assert main(["run", str(path), "--out", str(tmp_path / "run")]) == 2
-    assert words in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert words in capsys.readouterr().err
+    assert [stamp.name for stamp in (tmp_path / "run/stages").glob("*")] == made

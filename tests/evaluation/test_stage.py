@@ -9,6 +9,7 @@ import torch
 from tiny import RECIPE, tiny_model, tiny_project
 
 from distill.errors import InputError
+from distill.pipeline.data import work as prepare_data
 from distill.pipeline.evaluate import check
 from distill.pipeline.evaluate import work as evaluate
 from distill.pipeline.folder import RunDir
@@ -33,6 +34,7 @@ def test_what_a_padded_head_says_beyond_the_vocabulary_is_no_prediction(session)
     with torch.no_grad():
         student.lm_head.weight[17:] *= 3
     teacher.save_pretrained(session.teacher)
+    prepare_data(session)
     save_model(session, student, session.folder.distilled)
     evaluate(session)
     arms = {arm["name"]: arm["metrics"] for arm in json.loads(session.folder.evaluation.read_text())["arms"]}
