@@ -29,6 +29,7 @@ from distill.release.evidence import (
 )
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+DEFAULTS = {"labels": "the task's own", "logits": "forward_kl", "attention": "kl", "relations": "qkv"}
 ARMS = {
     "teacher": "teacher",
     "cut": "cut (student before training)",
@@ -261,9 +262,9 @@ def losses_table(evidence: Evidence) -> Table:
     """The terms of the training loss."""
     rows = []
     for term in evidence.recipe.losses:
-        default = {"labels": "the task's own", "logits": "forward_kl", "hidden": "mse"}[term.match]
+        default = DEFAULTS.get(term.match, "mse")
         details = [f"temperature {number(term.temperature)}"] if term.match == "logits" else []
-        details += [f"map {term.map}"] if term.match == "hidden" else []
+        details += [f"map {term.map}"] if term.match in ("hidden", "attention", "relations") else []
         details += [f"{key} {value}" for key, value in term.params.items()]
         rows.append((term.match, term.loss or default, ", ".join(details) or MISSING, number(term.weight)))
     return Table(("match", "loss", "settings", "weight"), rows, text_columns=3)
@@ -272,7 +273,6 @@ def losses_table(evidence: Evidence) -> Table:
 def training_rows(evidence: Evidence) -> list[tuple[str, ...]]:
     """How long, how fast and on what the student learned."""
     training, data, teacher = evidence.recipe.training, evidence.evaluation["data"], evidence.teacher
-    labelled = data.get("labelled")
     fitted = ", fitted on this data first" if teacher.get("fitted") else ""
     rows = {
         "teacher": f"{teacher['model']} ({teacher['model_type']}{fitted})",
@@ -286,7 +286,7 @@ def training_rows(evidence: Evidence) -> list[tuple[str, ...]]:
         **mask_rows(evidence),
         "seed": evidence.recipe.seed,
         "data": f"{data['source']}, fingerprint {data['fingerprint']}",
-        "training examples": f"{data['train_examples']}, labelled: {'all' if labelled is None else labelled}",
+        "training examples": f"{data['train_examples']}, labelled: {data.get('labelled', 'all')}",
         "test examples": data["examples"],
     }
     return [(key, str(value)) for key, value in rows.items() if value is not None]
