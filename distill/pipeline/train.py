@@ -89,9 +89,11 @@ def check_training(recipe: Recipe, task: Task) -> None:
     Raises:
         InputError: Something is not installed, or there is no such thing.
     """
-    for spec in (recipe.training, recipe.teacher.fit):
+    for key, spec in (("training", recipe.training), ("teacher.fit", recipe.teacher.fit)):
         if spec is not None:
             find_optimizer(spec)
+            if spec.precision == "fp16" and process_state().device.type == "cpu":
+                raise InputError(f"{key}.precision: fp16 needs a GPU; use bf16 or fp32")
     check_trackers(recipe.training.trackers)
     if recipe.training.keep_best not in (None, *task.metrics):
         raise InputError(f"training.keep_best: {recipe.training.keep_best} is not one of {', '.join(task.metrics)}")
