@@ -29,10 +29,18 @@ WARM_UP = 2
 
 
 def random_ids(vocabulary: int, shape: tuple[int, int], model: nn.Module) -> Tensor:
-    """The same ids [B, L] on every call, none of them the model's padding id (which would turn into real padding)."""
-    padding = getattr(getattr(model, "config", None), "pad_token_id", None)
-    ids = torch.randint(vocabulary - 1, shape, generator=torch.Generator().manual_seed(0))
-    return ids if padding is None else ids + (ids >= padding)
+    """Draw the same ids [B, L] on every call; the only special one is the end token that each row closes with.
+
+    Padding would turn into real padding, and the class head of BART reads every row at its end token.
+    """
+    config = getattr(model, "config", None)
+    padding, ends = getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None)
+    ends = ends if isinstance(ends, list) else [ends]
+    plain = torch.tensor([token for token in range(vocabulary) if token not in (padding, *ends)])
+    ids = plain[torch.randint(len(plain), shape, generator=torch.Generator().manual_seed(0))]
+    if ends[0] not in (None, padding) and ends[0] < vocabulary:
+        ids[:, -1] = ends[0]
+    return ids
 
 
 def example(model: Any, length: int) -> dict[str, Tensor]:
