@@ -152,7 +152,8 @@ def test_layers_that_lost_different_numbers_are_released_padded_and_native(finis
     recipe = project(tmp_path, "{per: neuron, sparsity: 0.4, only: ['*.layer.1.*'], compact: true}")
     text = recipe.read_text().replace("multiple_of: 8", "multiple_of: 2")
     recipe.write_text(text.replace("license: apache-2.0", "license: apache-2.0, format: padded"))
-    distill("run", recipe, *trained, "evaluation.arms=[cut,distilled]", "--out", tmp_path / "run")
+    own = ["evaluation.arms=[cut,distilled]", "evaluation.efficiency=false", "--out", tmp_path / "run"]
+    distill("run", recipe, *trained, *own)
     student = load_student(tmp_path / "run/distilled")
     assert [mlp.width for mlp in mlps_of(student)] == [24, 16]  # 24 - int(0.4 * 24) = 15, up to a multiple of 2
     released = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run/release")
@@ -160,8 +161,7 @@ def test_layers_that_lost_different_numbers_are_released_padded_and_native(finis
     batch = {name: tensor % 17 for name, tensor in tiny_batch().items()}
     with torch.no_grad():
         torch.testing.assert_close(released(**batch).logits, student(**batch).logits, rtol=0, atol=1e-6)
-    arms = ["evaluation.arms=[cut,distilled]", "release.format=native"]
-    distill("release", recipe, *trained, *arms, "--out", tmp_path / "run")
+    distill("release", recipe, *trained, "release.format=native", *own)
     config = json.loads((tmp_path / "run/release/config.json").read_text())
     assert config["per_layer_config"] and torch.equal(
         load_student(tmp_path / "run/release")(**batch).logits, student(**batch).logits

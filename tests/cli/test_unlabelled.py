@@ -47,5 +47,6 @@ def test_what_needs_labels_is_named_before_anything_is_done(case, tmp_path, caps
 @pytest.mark.slow
 def test_without_anything_that_needs_labels_the_whole_story_is_told(tmp_path):
     path, arms = unlabelled_project(tmp_path, UNTAUGHT), "evaluation.arms=[teacher, cut, distilled]"
-    assert main(["run", str(path), *READY, arms, "--out", str(tmp_path / "run")]) == 0
+    own = [*READY, arms, "evaluation.efficiency=false"]
+    assert main(["run", str(path), *own, "--out", str(tmp_path / "run")]) == 0
     assert (tmp_path / "run/release/model.safetensors").exists()
