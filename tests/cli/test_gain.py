@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ def seen(tmp_path, monkeypatch):
     (tmp_path / "probe.py").write_text(PROBE)
     monkeypatch.syspath_prepend(tmp_path)
     yield importlib.import_module("probe").seen
-    del importlib.sys.modules["probe"]
+    del sys.modules["probe"]
 
 
 def test_the_student_is_shown_the_fitted_teacher_at_rest_and_not_itself(seen, tmp_path):
@@ -107,8 +108,9 @@ def test_the_smoke_recipe_gives_the_figures_that_it_always_gave(smoke):
 
 @pytest.mark.slow
 def test_a_student_that_only_the_teacher_taught_is_far_nearer_to_it_than_before_and_than_its_control(smoke):
-    # `losses=[{match: logits}, {match: hidden, loss: cosine, weight: 0.5}] seed=N`, KL to the teacher for N = 0 to 4:
-    # SPREAD
+    # The smoke recipe with these losses and `seed=0` to `seed=4`, KL to the teacher:
+    # cut 0.046 0.055 0.088 0.088 0.071, distilled 0.0026 0.0050 0.0017 0.0045 0.0046 (standard deviation 0.0014),
+    # labels_only 0.27 0.24 0.33 0.20 0.24: the least that is gained is 30 of these deviations.
     folder, _, _ = smoke
     taught = "losses=[{match: logits}, {match: hidden, loss: cosine, weight: 0.5}]"
     kl = {arm: metrics["kl"] for arm, metrics in evaluated(folder, taught)[0].items()}
