@@ -22,7 +22,7 @@ from distill.models.mlp import Mlp, mlps_of
 from distill.models.plan import StudentPlan
 from distill.ranks import process_state
 from distill.recipe.schema import Data, Student, Teacher
-from distill.release.card import Table
+from distill.release.tables import Table
 from distill.release.wording import MISSING, format_number, format_percent
 from distill.student import CHOICES, SCORES, MlpLayer, Statistics, calibrate
 from distill.student.plan import plan_student

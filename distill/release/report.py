@@ -11,8 +11,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from distill.release import charts
-from distill.release.card import caveats, tables
+from distill.release.card import caveats
 from distill.release.evidence import Evidence, get_in, judge, summarize
+from distill.release.tables import tables
 from distill.release.wording import (
     as_number,
     format_count,

@@ -1,0 +1,184 @@
+"""Every table of the model card and of the report, as rows of finished text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from distill.losses import MATCHES
+from distill.recipe.schema import Schedule
+from distill.recipe.terms import TERM_KEYS
+from distill.release.evidence import Evidence, get_in
+from distill.release.wording import (
+    MISSING,
+    as_number,
+    format_count,
+    format_megabytes,
+    format_metric,
+    format_number,
+    format_percent,
+    format_ratio,
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of finished text."""
+
+    head: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    text_columns: int = 1
+    """The first columns hold text, the others numbers."""
+
+
+def tables(evidence: Evidence) -> dict[str, Table]:
+    """Build every table of the card and of the report, by name."""
+    plan = evidence.plan
+    choices = [(key, choice.asked, choice.got, choice.reason or MISSING) for key, choice in plan.outcomes.items()]
+    layers = [
+        (
+            str(i),
+            str(layer.teacher_layer),
+            f"{layer.teacher_width} → {layer.width}",
+            format_percent(layer.width / layer.teacher_width),
+        )
+        for i, layer in enumerate(plan.layers)
+    ]
+    return {
+        "arms": arms_table(evidence),
+        "choices": Table(("what", "asked", "got", "why they differ"), choices, text_columns=4),
+        "layers": Table(("student layer", "from teacher layer", "MLP width", "neurons kept"), layers, text_columns=0),
+        "repair": repair_table(evidence),
+        "losses": losses_table(evidence),
+        "training": Table(("setting", "value"), training_rows(evidence), text_columns=2),
+        "efficiency": efficiency_table(evidence),
+        "versions": Table(("", "version"), [(key, str(value)) for key, value in evidence.environment.items()], 2),
+    }
+
+
+def arms_table(evidence: Evidence) -> Table:
+    """Tabulate all arms and all metrics; in brackets what an arm retains of the teacher's value."""
+    names = evidence.metric_names
+    arrows = {True: " ↑", False: " ↓"}
+    titles = [name + arrows.get(evidence.evaluation["higher_is_better"].get(name), "") for name in names]
+    rows = []
+    for arm, record in evidence.arms.items():
+        cells = []
+        for name in names:
+            retained = evidence.retained(arm, name)
+            share = "" if retained is None else f" ({format_percent(retained)})"
+            cells.append(format_metric(name, record["metrics"].get(name)) + share)
+        rows.append((evidence.title(arm), str(record.get("steps") or MISSING), *cells))
+    return Table(("arm", "steps", *titles), rows)
+
+
+def repair_table(evidence: Evidence) -> Table:
+    """Tabulate what each step of the repair gained, on the calibration sample and on held-out training examples."""
+    steps = (evidence.repair or {}).get("steps", [])
+    rows = []
+    for before, step in zip([None, *steps], steps, strict=False):
+        cells = []
+        for name in ("kl", "loss"):
+            old, new = as_number(get_in(before, "held_out", name)), as_number(get_in(step, "held_out", name))
+            gained = "" if old is None or new is None else f" ({old - new:+.3g} gained)"
+            cells.append(format_number(new) + gained)
+        notes = ", ".join(step["notes"]) or MISSING
+        rows.append((str(step["name"]), notes, format_percent(step.get("error_left")), *cells))
+    return Table(("step", "not done", "calibration error left", "held-out KL", "held-out loss"), rows, text_columns=2)
+
+
+UNSCHEDULED = Schedule(weight=0.0).model_copy(update={"weight": None})
+"""A schedule that changes nothing."""
+
+
+def losses_table(evidence: Evidence) -> Table:
+    """The terms of the training loss, with what their schedules change."""
+    rows = []
+    for term in evidence.recipe.losses:
+        match, ends, settings = MATCHES[term.match], term.schedule or UNSCHEDULED, []
+        if "temperature" in TERM_KEYS[term.match].keys:
+            scaled = "" if term.scale_by_temperature else ", not multiplied by temperature²"
+            settings.append(f"temperature {format_change(term.temperature, ends.temperature)}{scaled}")
+        if "map" in TERM_KEYS[term.match].keys:
+            settings.append(f"map {term.map if isinstance(term.map, str) else [list(pair) for pair in term.map]}")
+        settings += [f"{key} {format_change(value, ends.params.get(key))}" for key, value in term.params.items()]
+        if term.schedule:
+            settings.append(
+                f"{ends.shape} from {format_percent(ends.start)} to {format_percent(ends.end)} of the steps"
+            )
+        loss, weight = term.loss or match.default or "the task's own", format_change(term.weight, ends.weight)
+        rows.append((term.match, match.compares, loss, ", ".join(settings) or MISSING, weight))
+    return Table(("match", "compares", "loss", "settings", "weight"), rows, text_columns=4)
+
+
+def format_change(start: Any, end: Any) -> str:
+    """Format a setting, and the value at the end of its schedule where it has one."""
+    first = format_number(start) if type(start) is float else str(start)
+    return first if end is None else f"{first} to {format_number(end)}"
+
+
+def training_rows(evidence: Evidence) -> list[tuple[str, ...]]:
+    """List how long, how fast and on what the student learned."""
+    training, data, teacher = evidence.recipe.training, evidence.evaluation["data"], evidence.teacher
+    fitted = ", fitted on this data first" if teacher.get("fitted") else ""
+    rows = {
+        "teacher": f"{teacher['model']} ({teacher['model_type']}{fitted})",
+        "teacher revision": teacher.get("revision"),
+        "teacher sha256": teacher.get("sha256"),
+        "steps": get_in(evidence.arms, "distilled", "steps") or training.steps,
+        "batch size": training.batch_size,
+        "learning rate": f"{format_number(training.lr)}, {training.schedule}, warmup {format_number(training.warmup)}",
+        "weight decay": format_number(training.weight_decay),
+        "precision": training.precision,
+        **mask_rows(evidence),
+        "seed": evidence.recipe.seed,
+        "data": f"{data['source']}, fingerprint {data['fingerprint']}",
+        "training examples": f"{data['train_examples']}, labelled: {data.get('labelled', 'all')}",
+        "test examples": data["examples"],
+    }
+    return [(key, str(value)) for key, value in rows.items() if value is not None]
+
+
+def mask_rows(evidence: Evidence) -> dict[str, str]:
+    """List what was masked, and the zeros and widths that the student has; empty without a mask."""
+    spec, found = evidence.recipe.student.mask, evidence.evaluation.get("sparsity")
+    if spec is None or not found:
+        return {}
+    amount = (
+        f"below {format_number(spec.threshold)} x the mean" if spec.sparsity is None else format_percent(spec.sparsity)
+    )
+    cubic = (
+        f" from {format_percent(spec.begin)} to {format_percent(spec.end)} of the steps"
+        if spec.schedule == "cubic"
+        else ""
+    )
+    rows = {
+        "mask": f"{amount} of each MLP, per {spec.per} by {spec.score}, {spec.schedule}{cubic}",
+        "zeros in the MLPs": format_percent(found["zeros"]),
+    }
+    return rows | ({"MLP widths, compacted": ", ".join(map(str, found["widths"]))} if spec.compact else {})
+
+
+def efficiency_table(evidence: Evidence) -> Table:
+    """Tabulate size and speed of every measured model; empty when nothing was measured."""
+    efficiency = evidence.evaluation.get("efficiency") or {}
+    models, ratios = list(efficiency.get("models", {})), list(efficiency.get("ratios", {}))
+    rows = [
+        (
+            label,
+            *(write(evidence.efficiency(model, *path)) for model in models),
+            *(format_ratio(evidence.ratio(key, model)) for model in ratios),
+        )
+        for label, path, key, write in (
+            ("parameters", ("parameters",), "parameters", format_count),
+            ("parameters in layers", ("layer_parameters",), "layer_parameters", format_count),
+            ("weights", ("bytes",), "bytes", format_megabytes),
+            ("on disk", ("disk_bytes",), "disk_bytes", format_megabytes),
+            ("FLOPs per example", ("flops_per_example",), "flops", lambda value: format_count(value, "kMGT")),
+            ("latency p50, ms", ("latency_ms", "p50"), "latency", format_number),
+            ("latency p95, ms", ("latency_ms", "p95"), "", format_number),
+            ("throughput, examples/s", ("throughput",), "throughput", format_number),
+        )
+    ]
+    return Table(("", *models, *(f"{model} ÷ teacher" for model in ratios)), rows if models else [])
