@@ -147,21 +147,21 @@ def test_rounding_is_reported_as_asked_and_got():
 
 
 @pytest.mark.parametrize(
-    ("request_", "words"),
+    ("layers", "width", "score", "words"),
     [
-        (spec(5, score="magnitude"), "the teacher has 4"),
-        (spec([0, 4], score="magnitude"), "layer 4 does not exist"),
-        (spec([2, 0], score="magnitude"), "ascending"),
-        (spec([1, 1], score="magnitude"), "once each"),
-        (spec(2, 49, score="magnitude"), "the teacher's MLP has 48"),
-        (spec(2, 7, score="magnitude"), "rounds down to 0"),
-        (spec(2, score="activation"), "needs calibration"),
-        (spec(2, score="activatoin"), "activation"),
+        (5, 0.5, "magnitude", "the teacher has 4"),
+        ([0, 4], 0.5, "magnitude", "layer 4 does not exist"),
+        ([2, 0], 0.5, "magnitude", "ascending"),
+        ([1, 1], 0.5, "magnitude", "layer 1"),
+        (2, 49, "magnitude", "the teacher's MLP has 48"),
+        (2, 7, "magnitude", "rounds down to 0"),
+        (2, 0.5, "activation", "needs calibration"),
+        (2, 0.5, "activatoin", "activation"),
     ],
 )
-def test_an_impossible_request_is_one_clear_error(request_, words):
-    with pytest.raises(InputError, match=words):
-        plan_student(tiny_model("bert"), request_)
+def test_an_impossible_request_is_one_clear_error(layers, width, score, words):
+    with pytest.raises(ValueError, match=words):  # of the section, or of the plan
+        plan_student(tiny_model("bert"), spec(layers, width, score=score))
 
 
 def test_a_score_of_ones_own_is_one_function(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ take a layer speak of the stack that `of` chose, the main one at first.
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from distill.errors import InputError
 from distill.models.layout import StackName
 
+FORMAT = "distill.calibration/3"
 MISSING = {
     "gram": "products of neurons; set student.calibration.gram: true",
     "task": "gradients of the labels' loss; set student.calibration.gradients: true and give labelled examples",
@@ -115,8 +117,9 @@ class Statistics:
         return digest.hexdigest()
 
     def save(self, path: Path) -> None:
-        """Write as safetensors."""
-        metadata = {"format": "distill.calibration/2", "fingerprint": self.fingerprint}
+        """Write as safetensors: the same figures are the same bytes."""
+        # One entry: safetensors writes several in any order, and another content would make the plan anew.
+        metadata = {"calibration": json.dumps({"format": FORMAT, "fingerprint": self.fingerprint})}
         save_file({name: tensor.contiguous() for name, tensor in self.sums.items()}, path, metadata=metadata)
 
     @classmethod
@@ -124,13 +127,13 @@ class Statistics:
         """Read what `save` wrote. Raises InputError for any other file, and for one whose figures have changed."""
         try:
             with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
+                metadata = json.loads((file.metadata() or {}).get("calibration", "{}"))
                 found = cls({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (not a mapping)
         except Exception as error:
-            if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+            if isinstance(error, OSError | ValueError) or type(error).__name__ == "SafetensorError":
                 raise InputError(f"{path} is not a calibration file: {error}") from error
             raise
-        if metadata.get("format") != "distill.calibration/2" or metadata.get("fingerprint") != found.fingerprint:
+        if metadata.get("format") != FORMAT or metadata.get("fingerprint") != found.fingerprint:
             raise InputError(f"{path} is not a calibration file, or not as it was written; calibrate again")
         return found
 
