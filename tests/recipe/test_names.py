@@ -39,7 +39,7 @@ LITERALS: list[tuple[Any, Table]] = [
 ]
 
 
-@pytest.mark.parametrize(("literal", "table"), LITERALS, ids=lambda value: str(value)[:60])
+@pytest.mark.parametrize(("literal", "table"), LITERALS, ids=[",".join(table)[:40] for _, table in LITERALS])
 def test_a_literal_lists_its_table(literal: Any, table: Table) -> None:
     assert get_args(literal) == tuple(table)
 
