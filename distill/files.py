@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,20 @@ def sha256_of(path: Path) -> str:
     """Return the hex sha256 of a file's content; a file that has not changed is read once per process."""
     stat = path.stat()
     # The change time is the kernel's own: `os.utime` cannot set it, so an edited file never passes for the old one.
-    return _sha256(path, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    return _sha256(_Content(path, (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)))
+
+
+@dataclass(frozen=True)
+class _Content:
+    """A file as it is now, also after it or its folder was renamed."""
+
+    path: Path = field(compare=False)
+    signature: tuple[int, ...]
 
 
 @lru_cache(maxsize=4096)
-def _sha256(path: Path, *_signature: int) -> str:
-    with path.open("rb") as file:
+def _sha256(content: _Content) -> str:
+    with content.path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -87,7 +87,6 @@ class Checkpoints:
         """
         self.folder, self.made_from, self.say = folder, dict(made_from), say
         self.keep, self.continue_changed = keep, continue_changed
-        self._verified: dict[Path, list[tuple[str, int, int]]] = {}
 
     def published(self) -> list[Path]:
         """List published checkpoints, oldest first; none of them verified."""
@@ -107,7 +106,6 @@ class Checkpoints:
         for checkpoint in sorted(self.published(), key=lambda one: (one.stem, self._is_own(one)), reverse=True):
             reason = fault_of(checkpoint) or self._reason_not_to_continue(checkpoint, steps)
             if reason is None:
-                self._verified[checkpoint] = _signature(checkpoint)
                 return checkpoint
             self.say(f"checkpoint {checkpoint.name} is passed over: {reason}")
         return None
@@ -120,8 +118,6 @@ class Checkpoints:
         origin = origin_of(checkpoint)
         if origin == self.made_from:
             return None
-        if origin is None:
-            return "it does not say what it was made from, as those of older versions"
         differing = describe_changes(origin, self.made_from)
         if not self.continue_changed:
             return f"it was made from other inputs ({differing}); --continue-from-changed continues from it"
@@ -138,7 +134,7 @@ class Checkpoints:
 
     def last_good(self) -> str:
         """Name for messages the checkpoint that the same command continues from."""
-        good = [checkpoint for checkpoint in self.published() if self._valid(checkpoint)]
+        good = [found for found in self.published() if self._is_own(found) and fault_of(found) is None]
         return f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
 
     def save(self, state: TrainState, tensors: TensorsByFile) -> Path:
@@ -195,7 +191,7 @@ class Checkpoints:
             )
 
     def _publish(self, temporary: Path, final: Path, state: TrainState, sums: Sequence[Mapping[str, str]]) -> None:
-        """Complete the folder with all ranks' sums, give it its name, and remove what it makes superfluous."""
+        """Complete the folder with all ranks' sums, give it its name, and remove what is older than the newest valid ones."""
         write_text(temporary / STATE, json.dumps({"made_from": self.made_from, **asdict(state)}, indent=1))
         manifest = {STATE: sha256_of(temporary / STATE)}
         for own in sums:
@@ -204,33 +200,18 @@ class Checkpoints:
         self._make_way(final)
         os.rename(temporary, final)
         fsync_folder(self.folder)
-        self._verified[final] = _signature(final)
-        self._retire(final)
-
-    def _retire(self, final: Path) -> None:
-        own = [found for found in self.published() if self._is_own(found)]
-        if self.keep == 1:  # the last one written, which is not always that of the highest step
-            own = [*(found for found in own if found != final), final]
-        good = [found for found in own if self._valid(found)]
+        # The best one so far is not always that of the highest step.
+        own = sorted(filter(self._is_own, self.published()), key=lambda found: found == final)
+        good = [found for found in own if fault_of(found) is None]
         for old in own[: own.index(good[-self.keep])] if len(good) >= self.keep else []:
             shutil.rmtree(old)
-            self._verified.pop(old, None)
-
-    def _valid(self, checkpoint: Path) -> bool:
-        """Verify it; what this process has verified before is read again only when it has changed."""
-        if self._verified.get(checkpoint) == _signature(checkpoint):
-            return True
-        if not self._is_own(checkpoint) or fault_of(checkpoint) is not None:
-            return False
-        self._verified[checkpoint] = _signature(checkpoint)
-        return True
 
     def _make_way(self, final: Path) -> None:
         """Remove the same step of this training, which did not verify; keep that of another training beside it."""
         if not final.exists():
             return
         origin = origin_of(final)
-        if origin is None or origin == self.made_from:
+        if origin in ({}, self.made_from):
             shutil.rmtree(final)
         else:
             os.rename(final, final.with_name(f"{final.name}.{fingerprint(origin)[:8]}"))
@@ -249,6 +230,8 @@ def fault_of(checkpoint: Path) -> str | None:
             if (checkpoint / name).is_symlink() or sha256_of(checkpoint / name) != expected:
                 return f"{name} does not match its checksum"
         state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        if "made_from" not in state:
+            return "it does not say what it was made from, as those of older versions"
         return None if checkpoint.stem == f"step-{state['step']:08d}" else f"it is of step {state['step']}"
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return f"it is incomplete ({type(error).__name__}: {error})"
@@ -261,12 +244,12 @@ def state_of(checkpoint: Path) -> TrainState:
     return TrainState(**fields)
 
 
-def origin_of(checkpoint: Path) -> dict[str, Any] | None:
-    """Read what a checkpoint was made from; None where it does not say."""
+def origin_of(checkpoint: Path) -> dict[str, Any]:
+    """Read what a checkpoint was made from; nothing where it does not say."""
     try:
         return dict(json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["made_from"])
     except (OSError, ValueError, LookupError, TypeError):
-        return None
+        return {}
 
 
 def on_all_ranks(action: Callable[[], T]) -> list[T]:
@@ -288,8 +271,3 @@ def on_all_ranks(action: Callable[[], T]) -> list[T]:
         raise RunError(f"a checkpoint cannot be written: {'; '.join(dict.fromkeys(said))}") from failure
     return [result for result, _ in outcomes]
 
-
-def _signature(checkpoint: Path) -> list[tuple[str, int, int]]:
-    """List name, size and time of each file: they change when a file does, as far as that shows without reading it."""
-    found = [(file.name, file.lstat()) for file in sorted(checkpoint.iterdir())]
-    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
