@@ -51,11 +51,11 @@ def micro_batches(indices: Sequence[int], lengths: np.ndarray, size: int) -> lis
 
 def collate(corpus: Corpus, examples: Examples, indices: Sequence[int]) -> Batch:
     """Pad some examples on the right: input_ids, attention_mask [B, L]; labels [B] or [B, L]."""
-    longest = max(len(examples.tokens[index]) for index in indices)
+    longest = int(examples.lengths[list(indices)].max())
     ids = np.full((len(indices), longest), corpus.padding, dtype=np.int64)
     mask = np.zeros((len(indices), longest), dtype=np.int64)
     for row, index in enumerate(indices):
-        tokens = examples.tokens[index]
+        tokens = examples[index]
         ids[row, : len(tokens)] = tokens
         mask[row, : len(tokens)] = 1
     if corpus.task.head == "next_token":
@@ -90,12 +90,10 @@ class TrainingBatches:
 
     def steps_for_tokens(self, tokens: int) -> int:
         """Count the optimizer steps until so many tokens have been seen, padding not counted."""
-        lengths = self.corpus.train.lengths
-        size = len(self.pool)
-        epochs, rest = divmod(tokens, int(sum(lengths[index] for index in self.pool)))
-        order = _permutation(self.seed, epochs, size)
-        seen = np.cumsum([lengths[self.pool[position]] for position in order])
-        examples = epochs * size + (int(np.searchsorted(seen, rest)) + 1 if rest else 0)
+        lengths = self.corpus.train.lengths[list(self.pool)]
+        epochs, rest = divmod(tokens, int(lengths.sum()))
+        seen = np.cumsum(lengths[_permutation(self.seed, epochs, len(lengths))])
+        examples = epochs * len(lengths) + (int(np.searchsorted(seen, rest)) + 1 if rest else 0)
         return max(1, -(-examples // self.batch_size))
 
     def epoch_at(self, step: int) -> float:

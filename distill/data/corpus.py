@@ -18,7 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from distill.data.sources import SOURCES, data_file, read_file
+from distill.data.sources import SOURCES, data_file, read_rows
 from distill.data.tasks import TASKS, Task
 from distill.errors import InputError
 from distill.models.forward import UNLABELLED
@@ -27,44 +27,31 @@ from distill.recipe.schema import Data
 from distill.registry import find
 
 SPLITS = ("train", "test")
-
-
-@dataclass(frozen=True)
-class TokenRows(Sequence[np.ndarray]):
-    """Rows of token ids of different lengths in one array, which may lie in a file."""
-
-    flat: np.ndarray
-    """int32 [Σ L_i], row after row."""
-    offsets: np.ndarray
-    """int64 [n + 1], where each row begins; the last is where the last one ends."""
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, index: Any) -> Any:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        return self.flat[self.offsets[index] : self.offsets[index + 1]]
+ARRAYS = ("flat", "offsets", "labels")
+"""Fields of `Examples`, in their order, as a saved corpus names them."""
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Token ids and labels of one split."""
+    """Token ids and labels of one split; `examples[i]` are the ids of one example, int32 [L_i]."""
 
-    tokens: Sequence[np.ndarray]
-    """int32 [L_i] per example, special tokens included."""
+    flat: np.ndarray
+    """int32 [Σ L_i] token ids, special tokens included, example after example; they may lie in a file."""
+    offsets: np.ndarray
+    """int64 [n + 1], where each example begins; the last is where the last one ends."""
     labels: np.ndarray
     """int64 [n] class per example, -100 where unlabelled; for token tasks the tokens are their own labels."""
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.flat[self.offsets[index] : self.offsets[index + 1]]
 
     @cached_property
     def lengths(self) -> np.ndarray:
         """int64 [n] tokens per example."""
-        if isinstance(self.tokens, TokenRows):
-            return np.diff(self.tokens.offsets)
-        return np.array([len(tokens) for tokens in self.tokens], dtype=np.int64)
+        return np.diff(self.offsets)
 
 
 @dataclass(frozen=True)
@@ -131,7 +118,7 @@ def read_texts(spec: Data, seed: int, base: Path) -> Texts:
 
 def _rows(spec: Data, base: Path) -> list[tuple[str, str | None]]:
     file = data_file(spec.source, base)
-    dataset = read_file(file, spec.text, spec.label) if file else find(SOURCES, spec.source, "data source")()
+    dataset = read_rows(file, spec.text, spec.label) if file else find(SOURCES, spec.source, "data source")()
     rows = dict(zip(reversed(dataset["text"]), reversed(dataset["label"]), strict=True))  # the first of equals wins
     ordered = sorted(rows.items(), key=lambda row: _hash(row[0]))
     return ordered[: spec.limit]
@@ -163,44 +150,31 @@ def tokenise(texts: Texts, spec: Data, tokenizer: Any) -> Corpus:
     limit = tokenizer.model_max_length
     if spec.max_length > limit:
         raise InputError(f"data.max_length: {spec.max_length} is more than the tokenizer's {limit} positions")
-    splits = {}
+    splits: dict[str, Examples] = {}
+    index = dict(zip([None, *texts.classes], [UNLABELLED, *range(len(texts.classes))], strict=True))
     for name, rows in (("train", texts.train), ("test", texts.test)):
         with as_input_error(f"the tokenizer cannot read the {name} split"):
             tokens = texts.task.encode([text for text, _ in rows], tokenizer, spec.max_length)
-        index = {label: number for number, label in enumerate(texts.classes)}
-        labels = [UNLABELLED if label is None else index[label] for _, label in rows] if texts.classes else []
         if not tokens:
             raise InputError(f"data.max_length: the {name} split has less text than one block of {spec.max_length}")
-        padded = labels or [UNLABELLED] * len(tokens)
-        splits[name] = Examples(tokens, np.array(padded, dtype=np.int64))
-    return Corpus(
-        task=texts.task,
-        train=splits["train"],
-        test=splits["test"],
-        classes=texts.classes,
-        padding=int(tokenizer.pad_token_id),
-        fingerprint=_fingerprint(splits, texts.classes),
-    )
+        labels = [index[label] for _, label in rows] if texts.classes else [UNLABELLED] * len(tokens)
+        offsets = np.cumsum([0, *map(len, tokens)], dtype=np.int64)
+        splits[name] = Examples(np.concatenate(tokens), offsets, np.array(labels, dtype=np.int64))
+    padding, fingerprint = int(tokenizer.pad_token_id), _corpus_fingerprint(splits, texts.classes)
+    return Corpus(texts.task, splits["train"], splits["test"], texts.classes, padding, fingerprint)
 
 
-def _fingerprint(splits: dict[str, Examples], classes: Sequence[str]) -> str:
+def _corpus_fingerprint(splits: dict[str, Examples], classes: Sequence[str]) -> str:
     digest = hashlib.sha256(json.dumps([*classes]).encode())
     for name, examples in sorted(splits.items()):
         digest.update(f"{name}:{len(examples)}".encode())
-        digest.update(examples.lengths.tobytes() + examples.labels.tobytes())
-        for tokens in examples.tokens:
-            digest.update(tokens.tobytes())
+        digest.update(examples.lengths.tobytes() + examples.labels.tobytes() + examples.flat.tobytes())
     return digest.hexdigest()
 
 
 def save_corpus(corpus: Corpus, path: Path) -> None:
     """Write a corpus as one safetensors file; what is no array stands in its header."""
-    arrays: dict[str, np.ndarray] = {}
-    for name in SPLITS:
-        examples: Examples = getattr(corpus, name)
-        offsets = np.concatenate([[0], np.cumsum(examples.lengths)]).astype(np.int64)
-        arrays |= {f"{name}.flat": np.concatenate(examples.tokens), f"{name}.offsets": offsets}
-        arrays[f"{name}.labels"] = examples.labels
+    arrays = {f"{split}.{name}": getattr(getattr(corpus, split), name) for split in SPLITS for name in ARRAYS}
     facts = {"classes": corpus.classes, "padding": corpus.padding, "fingerprint": corpus.fingerprint}
     save_file(arrays, path, metadata={"corpus": json.dumps(facts)})
 
@@ -215,11 +189,7 @@ def load_corpus(path: Path, task: Task) -> Corpus:
         with safe_open(path, framework="pt") as file:  # maps the file into memory
             facts = json.loads(file.metadata()["corpus"])
             arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
-        splits = {
-            name: Examples(TokenRows(arrays[f"{name}.flat"], arrays[f"{name}.offsets"]), arrays[f"{name}.labels"])
-            for name in SPLITS
-        }
-        classes, padding, fingerprint = tuple(facts["classes"]), facts["padding"], facts["fingerprint"]
-        return Corpus(task, splits["train"], splits["test"], classes, padding, fingerprint)
+        train, test = (Examples(*(arrays[f"{split}.{name}"] for name in ARRAYS)) for split in SPLITS)
+        return Corpus(task, train, test, tuple(facts["classes"]), facts["padding"], facts["fingerprint"])
     except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
         raise InputError(f"{path} is not a tokenised corpus: {error}") from error

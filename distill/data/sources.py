@@ -132,7 +132,7 @@ def _library_files(root: Path) -> list[Path]:
     return sorted(found)
 
 
-def read_file(path: Path, text: str, label: str) -> Any:
+def read_rows(path: Path, text: str, label: str) -> Any:
     """Read texts and labels from a file that `data_file` gave.
 
     Raises:

@@ -42,7 +42,7 @@ def _check_vocabulary(session: Session, corpus: Corpus) -> None:
     """Refuse a tokenizer that writes tokens for which the teacher has no embedding."""
     config = load_config(session.source, ModelHead(""), session.remote_code)
     known = getattr(config.get_text_config(), "vocab_size", None)
-    highest = max(int(tokens.max()) for split in (corpus.train, corpus.test) for tokens in split.tokens if len(tokens))
+    highest = int(max(split.flat.max() for split in (corpus.train, corpus.test)))
     if corpus.task.head == "sequence":  # blocks of a language model are never padded
         highest = max(highest, corpus.padding)
     if known is not None and highest >= known:

@@ -12,7 +12,7 @@ from typing import Any
 
 from distill.errors import InputError
 from distill.files import put_back
-from distill.training import TrainDir
+from distill.training.loop import CHECKPOINTS, METRICS, MICRO_BATCHES
 
 LOCK = ".lock"
 """Every run folder holds it, which is how one is told from a folder of the user's."""
@@ -37,6 +37,8 @@ class RunDir:
     """The tokenised texts."""
     corpus = _Inside("data/corpus.safetensors")
     """The token ids and labels of both splits."""
+    fit = _Inside("fit")
+    """Checkpoints and metrics of the teacher's training."""
     teacher = _Inside("teacher")
     """The fitted teacher."""
     calibration = _Inside("calibration.safetensors")
@@ -63,19 +65,9 @@ class RunDir:
     def __init__(self, root: Path):
         self.root = root
 
-    @property
-    def fit(self) -> TrainDir:
-        """Training of the teacher."""
-        return TrainDir(self.root / "fit")
-
-    @property
-    def training(self) -> TrainDir:
-        """Training of the student; its checkpoints and metrics lie in the run folder itself."""
-        return TrainDir(self.root)
-
-    def control(self, arm: str) -> TrainDir:
-        """Return the training of a control arm."""
-        return TrainDir(self.root / "controls" / arm)
+    def control(self, arm: str) -> Path:
+        """Return the folder of the training of a control arm."""
+        return self.root / "controls" / arm
 
     def control_model(self, arm: str) -> Path:
         """Return the model of a control arm after training."""
@@ -120,7 +112,7 @@ class RunDir:
     def _own(self) -> Iterator[Path]:
         """Everything in the run folder that a run writes itself, trackers aside."""
         names = [entry.relative for entry in vars(type(self)).values() if isinstance(entry, _Inside)]
-        names += [LOCK, "fit", "controls", "stages", "checkpoints", "metrics.jsonl", "halvings"]
+        names += [LOCK, "controls", "stages", CHECKPOINTS, METRICS, MICRO_BATCHES]
         for path in (self.root / name for name in names):
             yield path
             yield from (path.with_name(f".{path.name}{ending}") for ending in (".tmp", ".old"))

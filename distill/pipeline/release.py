@@ -24,6 +24,7 @@ from distill.release.export import check_padding, check_release, releasable_reci
 from distill.release.formats import format_of
 from distill.release.report import render_report
 from distill.training import read_records
+from distill.training.loop import METRICS
 
 
 def work(session: Session) -> None:
@@ -56,7 +57,7 @@ def _evidence(session: Session, release_format: Format) -> Evidence:
         plan=plan,
         repair=json.loads(run.repair.read_text(encoding="utf-8")) if recipe.student.repair.wanted else None,
         evaluation=json.loads(run.evaluation.read_text(encoding="utf-8")),
-        records={arm: read_records(session.train_folder(arm).metrics) for arm in session.trained_arms},
+        records={arm: read_records(session.train_folder(arm) / METRICS) for arm in session.trained_arms},
         teacher={
             "model": without_folders(spec.model),
             "revision": spec.revision,
@@ -82,7 +83,7 @@ def inputs(session: Session) -> dict[str, Any]:
     """List the distilled student, its evidence and the recipe."""
     run = session.folder
     files = [run.distilled, run.plan, run.evaluation]
-    files += [session.train_folder(arm).metrics for arm in session.trained_arms]
+    files += [session.train_folder(arm) / METRICS for arm in session.trained_arms]
     files += [run.repair] if session.recipe.student.repair.wanted else []
     return {"files": [content_of(path) for path in files], "recipe": session.recipe.model_dump(mode="json")}
 

@@ -23,7 +23,6 @@ from distill.ranks import process_state
 from distill.recipe.schema import Recipe
 from distill.registry import find
 from distill.teacher import LiveTeacher
-from distill.training import TrainDir
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NOTHING = Capture()
@@ -113,9 +112,9 @@ class Session:
             return self.arm_start(arm)
         return self.folder.distilled if arm == "distilled" else self.folder.control_model(arm)
 
-    def train_folder(self, arm: str) -> TrainDir:
-        """Checkpoints and metrics of a trained arm."""
-        return self.folder.training if arm == "distilled" else self.folder.control(arm)
+    def train_folder(self, arm: str) -> Path:
+        """Checkpoints and metrics of a trained arm; those of the student lie in the run folder itself."""
+        return self.folder.root if arm == "distilled" else self.folder.control(arm)
 
     def load(self, folder: Path, int8_on: torch.device | None = None) -> Any:
         """Load a model with the task's head and all its weights; in 8 bits, on a device, where that is given."""

@@ -34,7 +34,7 @@ from distill.student.masks import check_score, compact_trained, mask_settings, m
 from distill.teacher import LiveTeacher
 from distill.training import Job, make_accelerator, train
 from distill.training.optim import find_optimizer
-from distill.training.setup import horizon
+from distill.training.setup import deal_out, horizon
 from distill.training.tracking import check_trackers
 
 
@@ -90,6 +90,7 @@ def check_training(recipe: Recipe, task: Task) -> None:
     for key, spec in (("training", recipe.training), ("teacher.fit", recipe.teacher.fit)):
         if spec is not None:
             find_optimizer(spec)
+            deal_out(spec, key)
             if spec.precision == "fp16" and process_state().device.type == "cpu":
                 raise InputError(f"{key}.precision: fp16 needs a GPU; use bf16 or fp32")
     check_trackers(recipe.training.trackers)
@@ -112,11 +113,8 @@ def job_for(session: Session, arm: str, spec: Training) -> Job:
         session.train_folder(arm),
         session.recipe.seed,
         with_version(arm_inputs(session, arm)),
-        spec.log_every,
-        spec.evaluate_every,
         constrain=partial(masks_for, session.recipe, steps=steps_of(session, session.recipe.training)),
-        keep_best=(spec.keep_best, HIGHER_IS_BETTER.get(spec.keep_best, True)) if spec.keep_best else None,
-        trackers=tuple(spec.trackers),
+        higher_is_better=HIGHER_IS_BETTER.get(spec.keep_best or "", True),
         continue_changed=session.continue_changed,
     )
 
@@ -143,7 +141,7 @@ def train_model(session: Session, job: Job, model: Any, objective: Objective, te
     batches = batches_for(session, job.spec, labelled=not objective.needs_teacher)
     dtype = model.dtype
     model.float()  # AdamW's small steps would be lost in half-precision weights; autocast gives the speed
-    accelerator = make_accelerator(job.spec, batches, job.trackers, job.folder.root)
+    accelerator = make_accelerator(job.spec, job.spec.trackers, job.folder)
     train(
         replace(job, peak_tokens_per_second=peak_tokens_per_second(session, job, model, teacher)),
         model,
@@ -171,8 +169,7 @@ def batches_for(session: Session, spec: Optimization, *, labelled: bool) -> Trai
     corpus = session.corpus
     # Without teacher terms an unlabelled example would be a wasted forward pass.
     pool = corpus.labelled if labelled else range(len(corpus.train))
-    micro = spec.micro_batch_size or max(1, spec.batch_size // process_state().num_processes)
-    return TrainingBatches(corpus, pool, spec.batch_size, micro, session.recipe.seed)
+    return TrainingBatches(corpus, pool, spec.batch_size, deal_out(spec)[0], session.recipe.seed)
 
 
 def steps_of(session: Session, spec: Optimization) -> int:

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +27,7 @@ from distill.ranks import process_state
 from distill.recipe.load import fingerprint
 from distill.training.provenance import changed_keys, describe_changes
 from distill.training.shards import OwnFile, TensorsByFile, missing, own_files, write
+from distill.training.state import Numbers
 
 KEEP = 2
 MANIFEST = "MANIFEST.json"
@@ -62,6 +63,8 @@ class TrainState:
     """Step of the last evaluation."""
     best: float | None = None
     """Best value of the metric of `keep_best` so far."""
+    numbers: Numbers = field(default_factory=dict)
+    """Plain numbers of the optimizer and the loss scale, when it was saved."""
 
 
 class Checkpoints:
@@ -191,7 +194,7 @@ class Checkpoints:
             )
 
     def _publish(self, temporary: Path, final: Path, state: TrainState, sums: Sequence[Mapping[str, str]]) -> None:
-        """Complete the folder with all ranks' sums, give it its name, and remove what is older than the newest valid ones."""
+        """Complete the folder with all ranks' sums, give it its name, and remove older ones than `keep` says."""
         write_text(temporary / STATE, json.dumps({"made_from": self.made_from, **asdict(state)}, indent=1))
         manifest = {STATE: sha256_of(temporary / STATE)}
         for own in sums:
@@ -201,9 +204,9 @@ class Checkpoints:
         os.rename(temporary, final)
         fsync_folder(self.folder)
         # The best one so far is not always that of the highest step.
-        own = sorted(filter(self._is_own, self.published()), key=lambda found: found == final)
-        good = [found for found in own if fault_of(found) is None]
-        for old in own[: own.index(good[-self.keep])] if len(good) >= self.keep else []:
+        mine = sorted(filter(self._is_own, self.published()), key=lambda found: found == final)
+        good = [found for found in mine if fault_of(found) is None]
+        for old in mine[: mine.index(good[-self.keep])] if len(good) >= self.keep else []:
             shutil.rmtree(old)
 
     def _make_way(self, final: Path) -> None:
@@ -230,8 +233,8 @@ def fault_of(checkpoint: Path) -> str | None:
             if (checkpoint / name).is_symlink() or sha256_of(checkpoint / name) != expected:
                 return f"{name} does not match its checksum"
         state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-        if "made_from" not in state:
-            return "it does not say what it was made from, as those of older versions"
+        if absent := {"made_from", "numbers"} - state.keys():
+            return f"it was written by an older version, without {', '.join(sorted(absent))}"
         return None if checkpoint.stem == f"step-{state['step']:08d}" else f"it is of step {state['step']}"
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return f"it is incomplete ({type(error).__name__}: {error})"
@@ -270,4 +273,3 @@ def on_all_ranks(action: Callable[[], T]) -> list[T]:
     if said:
         raise RunError(f"a checkpoint cannot be written: {'; '.join(dict.fromkeys(said))}") from failure
     return [result for result, _ in outcomes]
-

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -21,10 +21,12 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from distill.errors import InputError
 from distill.recipe.schema import Optimization
 from distill.training.learner import Learner
-from distill.training.model import Constraint, DistillModel
+from distill.training.model import DistillModel
 from distill.training.shards import TensorsByFile, read
-from distill.training.skip import SkipRule
-from distill.training.state import SCALAR_MARK, group_tensors, load_groups, load_model, own_tensors
+from distill.training.state import Numbers, load_tensors, own_tensors
+
+if TYPE_CHECKING:
+    from distill.student.masks.masks import Masks
 
 
 def configure_deepspeed(accelerator: Accelerator, spec: Optimization, micro: int) -> None:
@@ -55,23 +57,24 @@ class ZeroLearner(Learner):
     """A student whose weights, gradients and moments the engine holds."""
 
     @staticmethod
-    def before_prepare(wrapper: DistillModel, constraint: Constraint | None, found: Path | None) -> None:
+    def before_prepare(wrapper: DistillModel, masks: Masks | None, found: Path | None) -> None:
         """Load the weights of a checkpoint before the engine makes its own copies. Raises InputError with masks."""
-        if constraint is not None:
+        if masks is not None:
             raise InputError("student.mask does not go with DeepSpeed: launch it with DDP or FSDP2")
         if found is not None:
-            load_model(wrapper, read(found)["model"])
+            load_tensors(wrapper, read(found)["model"])
 
     def __post_init__(self) -> None:
         self.engine: Any = self.model
         self.optimizer = cast(torch.optim.Optimizer, self.engine.basic_optimizer)
-        self.gate = StepGate(self.engine, self.skip_rule)
         self._keep_head()
         self._create_moments()
         self._scalars = self._find_scalars()
         for moment in self._scalars:
-            self._set_scalar(moment, torch.zeros(()))
-        self.gate.close()
+            self._set_scalar(moment, 0)
+        self.loss, self.verdict = torch.zeros(()), cast("tuple[Tensor, Tensor] | None", None)
+        self.take_step = self.optimizer.step
+        self.optimizer.step = self._step_unless_skipped  # type: ignore[method-assign]
 
     def backward(self, share: Tensor) -> None:
         """See `Learner`; the engine takes the mean over processes and is told not to divide by anything else."""
@@ -80,17 +83,33 @@ class ZeroLearner(Learner):
 
     def step(self, step: int, loss: Tensor) -> tuple[Tensor, Tensor]:
         """See `Learner`."""
-        return self.gate.step(self.engine.step, loss)
+        self.loss, self.verdict = loss, None
+        self.engine.step()
+        # Of a gradient that is not finite the engine knows itself, and does not call the optimizer.
+        return self.verdict or self._judge(float("inf"))
 
-    def load_weights(self, files: TensorsByFile) -> None:
+    def _step_unless_skipped(self, *arguments: Any, **options: Any) -> Any:
+        """Decide before the optimizer's step, which the engine takes once per part of the weights."""
+        norm = float(self.engine.optimizer._global_grad_norm)
+        _, bad = self.verdict = self.verdict or self._judge(norm)
+        return None if bad.item() else self.take_step(*arguments, **options)
+
+    def _judge(self, norm: float) -> tuple[Tensor, Tensor]:
+        # A negative norm is DeepSpeed's sign for one that is not finite.
+        found = torch.tensor(norm if norm >= 0 else float("inf"), device=self.loss.device)
+        return found, self.skip_rule.should_skip(self.loss, found)
+
+    def load_weights(self, files: TensorsByFile, numbers: Numbers) -> None:
         """Restore the moments; the weights are there already, as the engine made its copies of them."""
         trained = dict(self._trained())
-        for name, tensor in load_groups(self.optimizer, files.get("optimizer", {})).items():
+        for name, value in {**files.get("optimizer", {}), **numbers["moments"]}.items():
             parameter, moment = name.rsplit("/", 1)
-            if moment.removesuffix(SCALAR_MARK) in self._scalars:
-                self._set_scalar(moment, tensor)
+            if moment in self._scalars:
+                self._set_scalar(moment, value)
             else:
-                self._set_moment(trained[parameter], tensor, moment)
+                self._set_moment(trained[parameter], value, moment)
+        for group, own in zip(self.optimizer.param_groups, numbers["groups"], strict=True):
+            group |= own
 
     def weights(self) -> dict[str, Tensor]:
         """See `Learner`; what does not learn is what it was."""
@@ -107,21 +126,19 @@ class ZeroLearner(Learner):
                 tensors[name] = before[name] if name in parameters else tensor
         return tensors
 
-    def moments(self) -> dict[str, Tensor]:
+    def moments(self) -> dict[str, Any]:
         """See `Learner`."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        flat = next(iter(self.optimizer.state.values()))
-        tensors = {}
+        moments: dict[str, Any] = {}
         for name, parameter in self._trained():
-            for moment, value in flat.items():
+            for moment, value in next(iter(self.optimizer.state.values())).items():
                 if moment not in self._scalars:
-                    tensors[f"{name}/{moment}"] = safe_get_full_optimizer_state(parameter, moment).cpu()
+                    value = safe_get_full_optimizer_state(parameter, moment).cpu()
                 elif isinstance(value, Tensor):
-                    tensors[f"{name}/{moment}"] = value.clone()  # one for all, and a file holds no tensor twice
-                else:
-                    tensors[f"{name}/{moment}{SCALAR_MARK}"] = torch.tensor(value, dtype=torch.float64)
-        return tensors | group_tensors(self.optimizer)
+                    value = value.clone()  # one for all, and a file holds no tensor twice
+                moments[f"{name}/{moment}"] = value
+        return moments
 
     def _keep_head(self) -> None:
         """Have ZeRO-3 put the output head together for the whole forward pass: the loss reads it, not the head."""
@@ -137,10 +154,10 @@ class ZeroLearner(Learner):
 
     def _create_moments(self) -> None:
         """Have the optimizer make its state, which it does in its first step: one without gradient at rate 0."""
-        zero, rates = self.engine.optimizer, [group["lr"] for group in self.optimizer.param_groups]
+        zero = self.engine.optimizer
         flats = getattr(zero, "fp32_partitioned_groups_flat", None) or zero.single_partition_of_fp32_groups
         for group in self.optimizer.param_groups:
-            group["lr"] = 0.0
+            group["lr"] = 0.0  # the loop writes it before each step
         for flat in flats:
             flat.grad = torch.zeros_like(flat)
         for number in range(len(flats)):
@@ -151,8 +168,6 @@ class ZeroLearner(Learner):
             zero._lazy_init_hp_params_optimizer_state()
         for flat in flats:
             flat.grad = None
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
 
     def _find_scalars(self) -> set[str]:
         """Find the moments that are one number for all, such as the step count; the others are one per weight."""
@@ -167,13 +182,12 @@ class ZeroLearner(Learner):
                     )
         return found
 
-    def _set_scalar(self, moment: str, value: Tensor) -> None:
-        name = moment.removesuffix(SCALAR_MARK)
+    def _set_scalar(self, moment: str, value: Any) -> None:
         for state in self.optimizer.state.values():
-            if isinstance(state[name], Tensor):
-                state[name].fill_(value.item())
+            if isinstance(state[moment], Tensor):
+                state[moment].fill_(float(value))
             else:
-                state[name] = type(state[name])(value.item())
+                state[moment] = type(state[moment])(value)
 
     def _set_moment(self, parameter: Any, value: Tensor, moment: str) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
@@ -186,39 +200,3 @@ class ZeroLearner(Learner):
         size, accelerator = parameter.ds_tensor.numel(), self.accelerator
         padded = functional.pad(value.flatten(), (0, size * accelerator.num_processes - value.numel()))
         safe_set_local_optimizer_state(parameter, padded.narrow(0, size * accelerator.process_index, size), moment)
-
-
-class StepGate:
-    """Decides on skipping before the optimizer's step, which the engine takes once per part of the weights."""
-
-    def __init__(self, engine: Any, skip_rule: SkipRule):
-        self.engine, self.skip_rule = engine, skip_rule
-        self.open = True
-        self.loss = torch.zeros(())
-        self.verdict: tuple[Tensor, Tensor] | None = None
-        self.take = engine.basic_optimizer.step
-        engine.basic_optimizer.step = self._step
-
-    def close(self) -> None:
-        """Decide on each step from here on."""
-        self.open = False
-
-    def step(self, step: Any, loss: Tensor) -> tuple[Tensor, Tensor]:
-        """Take one step of the engine; returns (norm [], 1.0 where it was skipped [])."""
-        self.loss, self.verdict = loss, None
-        step()
-        # Of a gradient that is not finite the engine knows itself, and does not come here.
-        return self.verdict or self._judge(float("inf"))
-
-    def _step(self, *arguments: Any, **options: Any) -> Any:
-        if not self.open:
-            norm = float(self.engine.optimizer._global_grad_norm)
-            _, bad = self.verdict = self.verdict or self._judge(norm)
-            if bad.item():
-                return None
-        return self.take(*arguments, **options)
-
-    def _judge(self, norm: float) -> tuple[Tensor, Tensor]:
-        # A negative norm is DeepSpeed's sign for one that is not finite.
-        found = torch.tensor(norm if norm >= 0 else float("inf"), device=self.loss.device)
-        return found, self.skip_rule.should_skip(self.loss, found)

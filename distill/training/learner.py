@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -17,18 +17,15 @@ from torch.distributed.fsdp import StateDictType
 from distill.models.dtensor import full_tensor
 from distill.models.family import layers_of
 from distill.recipe.schema import Optimization
+from distill.training.checkpoint import state_of
 from distill.training.ema import Ema
-from distill.training.model import Constraint, DistillModel
+from distill.training.model import DistillModel
 from distill.training.shards import FindParameter, TensorsByFile, read
 from distill.training.skip import SkipRule
-from distill.training.state import (
-    load_model,
-    load_optimizer,
-    load_scaler,
-    optimizer_tensors,
-    own_tensors,
-    scaler_tensors,
-)
+from distill.training.state import Numbers, group_numbers, load_optimizer, load_tensors, named_moments, own_tensors
+
+if TYPE_CHECKING:
+    from distill.student.masks.masks import Masks
 
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 """Where each rank holds a shard of the weights."""
@@ -49,11 +46,11 @@ class Learner:
     optimizer: torch.optim.Optimizer
     skip_rule: SkipRule
     ema: Ema | None
-    constraint: Constraint | None
+    masks: Masks | None
     spec: Optimization
 
     @staticmethod
-    def before_prepare(_wrapper: DistillModel, _constraint: Constraint | None, _found: Path | None) -> None:
+    def before_prepare(_wrapper: DistillModel, _masks: Masks | None, _found: Path | None) -> None:
         """Do what must happen to the module before Accelerate wraps it; nothing here."""
 
     def backward(self, share: Tensor) -> None:
@@ -72,14 +69,14 @@ class Learner:
         Returns:
             Norm of the whole gradient [], and 1.0 where the step was skipped, else 0.0 [].
         """
-        if self.constraint:
-            self.constraint.before_step()
+        if self.masks:
+            self.masks.before_step()
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.spec.max_grad_norm or math.inf)
         norm = full_tensor(norm.detach())
         bad = self.skip_rule.should_skip(loss, norm)
         self._update(bad)
-        if self.constraint:
-            self.constraint.after_step(step)
+        if self.masks:
+            self.masks.after_step(step)
         if self.ema:
             self.ema.update(step, bad)
         return norm, bad
@@ -105,8 +102,8 @@ class Learner:
     def measured(self) -> Iterator[Any]:
         """Put the student into eval mode, with the weights that would be handed on."""
         with self.ema.swapped_in() if self.spec.ema_release and self.ema else nullcontext():
-            if self.spec.ema_release and self.constraint:
-                self.constraint.apply()  # an average keeps traces of what is masked by now
+            if self.spec.ema_release and self.masks:
+                self.masks.apply()  # an average keeps traces of what is masked by now
             self.wrapper.eval()
             if self.sharded:
                 self._fill_student(self.accelerator.device)
@@ -119,8 +116,8 @@ class Learner:
         """Leave the student in eval mode with the final weights."""
         if self.spec.ema_release and self.ema:
             self.ema.copy_to_model()
-            if self.constraint:
-                self.constraint.apply()
+            if self.masks:
+                self.masks.apply()
         self.wrapper.eval()
         if self.sharded:
             self._fill_student(torch.device("cpu"))
@@ -133,30 +130,39 @@ class Learner:
         """Gather the weights into the student itself. Collective."""
         own = {name.removeprefix("student."): full_tensor(tensor) for name, tensor in self.weights().items()}
         expected = own_tensors(self.student)
-        load_model(self.student.to(device).eval(), {name: own[name] for name in expected})
+        load_tensors(self.student.to(device).eval(), {name: own[name] for name in expected})
 
     def weights(self) -> dict[str, Tensor]:
         """Return parameters and buffers of student and projections; shards where weights are sharded."""
         return own_tensors(self.wrapper)
 
-    def moments(self) -> dict[str, Tensor]:
-        """Return what the optimizer keeps of each parameter; shards where weights are sharded."""
-        return optimizer_tensors(self.wrapper, self.optimizer)
+    def moments(self) -> dict[str, Any]:
+        """Return what the optimizer keeps of each parameter, tensors (shards where weights are sharded) and numbers."""
+        return dict(named_moments(self.wrapper, self.optimizer))
 
-    def tensors_by_file(self) -> dict[str, dict[str, Tensor]]:
-        """Return what a checkpoint holds, gathered unless each rank writes its shards. Collective if sharded."""
+    def contents(self) -> tuple[TensorsByFile, Numbers]:
+        """Return what a checkpoint holds: tensors, gathered unless each rank writes its shards, and plain numbers.
+
+        Collective where weights are sharded.
+        """
+        moments, scaler = self.moments(), self.accelerator.scaler
+        numbers = {
+            "moments": {name: value for name, value in moments.items() if not isinstance(value, Tensor)},
+            "groups": group_numbers(self.optimizer),
+            "scaler": scaler.state_dict() if scaler is not None else {},
+        }
         files = {
             "model": self.weights(),
-            "optimizer": self.moments(),
-            "health": self.skip_rule.tensors(),
-            "average": self.ema.tensors() if self.ema else {},
-            "constraint": self.constraint.tensors() if self.constraint else {},
-            "scaler": scaler_tensors(self.accelerator.scaler),
+            "optimizer": {name: value for name, value in moments.items() if isinstance(value, Tensor)},
+            "skip_rule": self.skip_rule.tensors(),
+            "ema": self.ema.tensors() if self.ema else {},
+            "masks": self.masks.tensors() if self.masks else {},
         }
         fsdp = self.accelerator.distributed_type == DistributedType.FSDP
         if fsdp and self.accelerator.state.fsdp_plugin.state_dict_type == StateDictType.SHARDED_STATE_DICT:
-            return files
-        return {name: {key: full_tensor(tensor) for key, tensor in tensors.items()} for name, tensors in files.items()}
+            return files, numbers
+        whole = {name: {key: full_tensor(tensor) for key, tensor in tensors.items()} for name, tensors in files.items()}
+        return whole, numbers
 
     def parameter_of(self) -> FindParameter:
         """Return a function that finds the parameter which a tensor of a checkpoint belongs to and is sharded like."""
@@ -165,25 +171,27 @@ class Learner:
         def find(file: str, name: str) -> Tensor | None:
             if file == "optimizer":
                 name = name.rpartition("/")[0]
-            return named.get(f"student.{name}" if file == "constraint" else name)
+            return named.get(f"student.{name}" if file == "masks" else name)
 
         return find
 
     def load(self, checkpoint: Path) -> None:
         """Continue from a verified checkpoint, written by any number of ranks."""
-        files = read(checkpoint, self.parameter_of())
-        self.load_weights(files)
-        self.skip_rule.load(files["health"])
+        files, numbers = read(checkpoint, self.parameter_of()), state_of(checkpoint).numbers
+        self.load_weights(files, numbers)
+        self.skip_rule.load(files["skip_rule"])
         if self.ema:
-            self.ema.load(files["average"])
-        if self.constraint:
-            self.constraint.load(files.get("constraint", {}))
-        load_scaler(self.accelerator.scaler, files.get("scaler", {}))
+            self.ema.load(files["ema"])
+        if self.masks:
+            self.masks.load(files.get("masks", {}))
+        if self.accelerator.scaler is not None and numbers["scaler"]:
+            self.accelerator.scaler.load_state_dict(numbers["scaler"])
 
-    def load_weights(self, files: TensorsByFile) -> None:
+    def load_weights(self, files: TensorsByFile, numbers: Numbers) -> None:
         """Restore weights and moments."""
-        load_model(self.wrapper, files["model"])
-        load_optimizer(self.wrapper, self.optimizer, files.get("optimizer", {}))
+        load_tensors(self.wrapper, files["model"])
+        moments = {**files.get("optimizer", {}), **numbers["moments"]}
+        load_optimizer(self.wrapper, self.optimizer, moments, numbers["groups"])
 
 
 def gradient_checkpointing(student: Any, switch: str) -> Any:

@@ -8,47 +8,34 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 
 from distill.errors import RunError, Stopped
-from distill.recipe.schema import Optimization
+from distill.recipe.schema import Training
 from distill.training.checkpoint import Checkpoints, TrainState, state_of
 from distill.training.learner import Learner
-from distill.training.model import Loss
 from distill.training.optim import lr_factor
-from distill.training.setup import Batches, Constrain, horizon, make_learner
+from distill.training.setup import Constrain, horizon, make_learner
 from distill.training.signals import StopSignals
 from distill.training.step import Step, Teacher, Window
 from distill.training.tracking import Tracker
 from distill.training.watchdog import Watchdog
 
+if TYPE_CHECKING:
+    from distill.data import TrainingBatches
+    from distill.losses import Objective
+
+CHECKPOINTS = "checkpoints"
+METRICS = "metrics.jsonl"
+MICRO_BATCHES = "micro_batches.json"
+"""In the folder of a training: checkpoints, one record per line, and the request for smaller micro-batches after a rank
+ran out of memory, [size, halvings]."""
+
 Stop = Callable[[], bool]
 Evaluate = Callable[[Any, Stop], Mapping[str, float | None]]
-
-
-@dataclass(frozen=True)
-class TrainDir:
-    """Paths of one training."""
-
-    root: Path
-
-    @property
-    def checkpoints(self) -> Path:
-        """Published checkpoints, `step-00000100` each."""
-        return self.root / "checkpoints"
-
-    @property
-    def micro_batches(self) -> Path:
-        """Request for smaller micro-batches after a rank ran out of memory: JSON, [size, halvings]."""
-        return self.root / "micro_batches.json"
-
-    @property
-    def metrics(self) -> Path:
-        """One JSON record per line."""
-        return self.root / "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -57,24 +44,18 @@ class Job:
 
     title: str
     """Shown beside the progress."""
-    spec: Optimization
-    """Steps, rates and sizes."""
-    folder: TrainDir
+    spec: Training
+    """Steps, rates and sizes, and when to log, evaluate and save."""
+    folder: Path
     """Checkpoints and metrics."""
     seed: int
     """Seeds sample order and dropout."""
     made_from: Mapping[str, Any]
     """Dotted keys and values of recipe, teacher and data; a checkpoint with others is continued only when asked."""
-    log_every: int = 10
-    """Steps between records."""
-    evaluate_every: int = 0
-    """Steps between evaluations; 0: only after the last step."""
     constrain: Constrain | None = None
-    """Makes what must hold of the weights after every step."""
-    keep_best: tuple[str, bool] | None = None
-    """A metric, and whether higher is better: the checkpoint with its best value is kept apart."""
-    trackers: tuple[str, ...] = ()
-    """Receive the records besides metrics.jsonl."""
+    """Makes the masks, where weights are masked."""
+    higher_is_better: bool = True
+    """Direction of the metric `spec.keep_best`."""
     peak_tokens_per_second: float | None = None
     """Speed if all time went into matrix products; records give the share of it that is reached (MFU)."""
     continue_changed: bool = False
@@ -84,14 +65,14 @@ class Job:
 def train(
     job: Job,
     student: Any,
-    objective: Loss,
+    objective: Objective,
     teacher: Teacher | None,
-    batches: Batches,
+    batches: TrainingBatches,
     accelerator: Accelerator,
     *,
     evaluate: Evaluate | None = None,
     say: Callable[[str], None],
-) -> TrainState:
+) -> None:
     """Train `student` in place, continuing from the newest checkpoint of the same job.
 
     Args:
@@ -101,7 +82,7 @@ def train(
         teacher: A batch in, its outputs out; None where no term needs it.
         batches: The micro-batches of every step.
         accelerator: From `make_accelerator`.
-        evaluate: (model, whether to give up) -> metrics; called on every rank.
+        evaluate: (model, function that says when to give up) -> metrics; called on every rank.
         say: Receives notices.
 
     Raises:
@@ -111,7 +92,7 @@ def train(
     """
     torch.manual_seed(job.seed)
     steps = horizon(job.spec, batches)
-    checkpoints = Checkpoints(job.folder.checkpoints, job.made_from, say, continue_changed=job.continue_changed)
+    checkpoints = Checkpoints(job.folder / CHECKPOINTS, job.made_from, say, continue_changed=job.continue_changed)
     # Read before wrapping: DDP then spreads what every rank has read from the same files anyway.
     found = checkpoints.newest_valid(steps)
     accelerator.wait_for_everyone()
@@ -120,18 +101,17 @@ def train(
     if found is not None:
         say(f"{job.title}: continuing after step {state.step} of {steps} ({found.name})")
     _set_micro_batches(state, batches.micro_batch_size, job, student, say)
-    step = Step(learner, teacher, job.spec, job.seed, steps, job.folder.micro_batches, say)
+    step = Step(learner, teacher, job.seed, steps, job.folder / MICRO_BATCHES, say)
+    watchdog = Watchdog(say, active=accelerator.num_processes > 1)
     with (
         StopSignals() as stop,
-        Tracker(job.folder.metrics, job.title, state.step, steps, accelerator) as tracker,
+        Tracker(job.folder / METRICS, job.title, state.step, steps, accelerator) as tracker,
+        _out_of_resources(checkpoints),
     ):
-        watchdog = Watchdog(say, active=accelerator.num_processes > 1)
-        run = _Run(job, learner, step, batches, checkpoints, state, steps, stop, tracker, watchdog, say)
-        with _out_of_resources(checkpoints):
-            run.to_the_end(evaluate)
+        run = _Run(job, learner, step, batches, evaluate, checkpoints, state, steps, stop, tracker, watchdog, say)
+        run.to_the_end()
     learner.finish()
     accelerator.free_memory()
-    return state
 
 
 def _set_micro_batches(state: TrainState, size: int, job: Job, student: Any, say: Callable[[str], None]) -> None:
@@ -143,8 +123,8 @@ def _set_micro_batches(state: TrainState, size: int, job: Job, student: Any, say
             effect = "dropout falls differently from here on" if dropout else "this changes nothing but rounding"
             say(f"{job.title}: micro_batch_size is {size} and was {state.micro_batch_size}: {effect}")
         state.micro_batch_size, state.micro_batch_halvings = size, 0
-    if job.folder.micro_batches.exists():
-        requested, halvings = json.loads(job.folder.micro_batches.read_text(encoding="utf-8"))
+    if (request := job.folder / MICRO_BATCHES).exists():
+        requested, halvings = json.loads(request.read_text(encoding="utf-8"))
         if requested == size:
             state.micro_batch_halvings = max(state.micro_batch_halvings, halvings)
 
@@ -156,7 +136,8 @@ class _Run:
     job: Job
     learner: Learner
     step: Step
-    batches: Batches
+    batches: TrainingBatches
+    evaluate: Evaluate | None
     checkpoints: Checkpoints
     state: TrainState
     steps: int
@@ -165,11 +146,11 @@ class _Run:
     watchdog: Watchdog
     say: Callable[[str], None]
 
-    def to_the_end(self, evaluate: Evaluate | None) -> None:
+    def to_the_end(self) -> None:
         """Take every step that is left, and log, evaluate and save where due. Raises Stopped after a signal."""
         job, state, accelerator = self.job, self.state, self.learner.accelerator
         window, since = self._window(), time.monotonic()
-        stopping = self.measure(evaluate)  # where a start comes after the step and before its evaluation
+        stopping = self.measure()  # where a start comes after the step and before its evaluation
         world, rank = accelerator.num_processes, accelerator.process_index
         for numbered in self.batches.stream(state.step, self.steps, rank, world, job.spec.loader_workers):
             with self.watchdog.over("step"):
@@ -177,15 +158,15 @@ class _Run:
                 stopping |= self.step(numbered, state, window, self.stop.requested)
             state.step += 1
             state.examples += self.batches.batch_size
-            self.tracker.step = state.step
+            self.tracker.advance(state.step)
             saving = state.step == self.steps or stopping or _due(job.spec.save_every, state.step)
-            if saving or _due(job.log_every, state.step):
+            if saving or _due(job.spec.log_every, state.step):
                 now = time.monotonic()
                 self.log(window, rate, now - since)
                 window, since = self._window(), now
             if not stopping:
                 before = time.monotonic()
-                stopping = self.measure(evaluate)
+                stopping = self.measure()
                 since += time.monotonic() - before
             if saving or stopping:
                 self.save(self.checkpoints)
@@ -228,7 +209,7 @@ class _Run:
             "epoch": round(self.batches.epoch_at(state.step), 4),
             "lr": rate,
             **figures,
-            **(learner.constraint.figures() if learner.constraint else {}),
+            **(learner.masks.figures() if learner.masks else {}),
             "skipped": skipped,
             "examples_per_s": round(window.steps * self.batches.batch_size / seconds, 2),
             "tokens_per_s": round(tokens / seconds, 1),
@@ -242,34 +223,34 @@ class _Run:
                 f"gradient is not finite; {self.checkpoints.last_good()}. Lower lr, or check the teacher and the data"
             )
 
-    def measure(self, evaluate: Evaluate | None) -> bool:
+    def measure(self) -> bool:
         """Evaluate and record where due; returns True, with nothing recorded, where a rank was asked to stop."""
         job, state = self.job, self.state
-        due = state.step == self.steps or (state.step > 0 and _due(job.evaluate_every, state.step))
-        if evaluate is None or not due or state.evaluated == state.step:
+        due = state.step == self.steps or (state.step > 0 and _due(job.spec.evaluate_every, state.step))
+        if self.evaluate is None or not due or state.evaluated == state.step:
             return False
         with self.watchdog.over("evaluation"), self.learner.measured() as model:
-            metrics = evaluate(model, self.stop.asked)
+            metrics = self.evaluate(model, self.stop.asked)
         if self.anyone_stopped():
             return True
         state.evaluated = state.step
         self.tracker.record({"event": "evaluate", "step": state.step, "metrics": dict(metrics)})
-        if job.keep_best is not None:
-            self._keep_best(metrics[job.keep_best[0]], job.keep_best[1])
+        if job.spec.keep_best is not None:
+            self._keep_best(metrics[job.spec.keep_best])
         return False
 
-    def _keep_best(self, value: float | None, higher: bool) -> None:
-        best = self.state.best
-        if value is not None and (best is None or (value > best if higher else value < best)):
+    def _keep_best(self, value: float | None) -> None:
+        job, best = self.job, self.state.best
+        if value is not None and (best is None or (value > best if job.higher_is_better else value < best)):
             self.state.best = value
-            folder = self.job.folder.checkpoints / "best"
-            self.save(Checkpoints(folder, self.job.made_from, self.say, keep=1))
+            self.save(Checkpoints(job.folder / CHECKPOINTS / "best", job.made_from, self.say, keep=1))
 
     def save(self, checkpoints: Checkpoints) -> None:
         """Publish a checkpoint. Collective."""
         writes = self.learner.accelerator.is_main_process or self.learner.sharded
         with self.watchdog.over("save"):
-            checkpoints.save(self.state, self.learner.tensors_by_file() if writes else {})
+            tensors, self.state.numbers = self.learner.contents() if writes else ({}, {})
+            checkpoints.save(self.state, tensors)
 
 
 @contextmanager

@@ -6,63 +6,20 @@ silently skip the all-reduce.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from distill.models.forward import Batch, Capture, Outputs, forward
+from distill.models.forward import Batch, Outputs, forward
 
-
-class Loss(Protocol):
-    """Objective as training uses it (`distill.losses.Objective`)."""
-
-    student: Capture
-    projections: nn.ModuleDict
-    """Parameters of its own, trained and checkpointed with the student."""
-
-    @property
-    def names(self) -> list[str]:
-        """One name per term."""
-
-    def counts(self, batches: Sequence[Batch]) -> Tensor:
-        """Count the positions of each term in these batches, int64 [terms]."""
-
-    def __call__(
-        self, student: Outputs, teacher: Outputs | None, batch: Batch, counts: Tensor, progress: float = 0.0
-    ) -> tuple[Tensor, Tensor]:
-        """Compute (loss [], sums [terms]) from the counts of the whole step and the share of the training done."""
-
-
-class Constraint(Protocol):
-    """Condition on the weights after every optimizer step, e.g. masks (`distill.student.masks.masks.Masks`)."""
-
-    def follow(self, model: Any) -> None:
-        """Look after the weights of `model` from here on, under the same names; they may be sharded (DTensor)."""
-
-    def before_step(self) -> None:
-        """Change the gradients, which are complete and not clipped yet."""
-
-    def after_step(self, step: int) -> None:
-        """Restore the condition after so many optimizer steps; called with 0 before the first."""
-
-    def apply(self) -> None:
-        """Restore the condition on weights that were replaced; choose nothing new."""
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return what a checkpoint has to hold."""
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore what `tensors` gave; called instead of `after_step(0)`."""
-
-    def figures(self) -> dict[str, float]:
-        """Return figures for the log."""
+if TYPE_CHECKING:
+    from distill.losses import Objective
 
 
 class DistillModel(nn.Module):
     """Student and objective: (batch, teacher's outputs, global counts, progress) -> (loss, per-term sums)."""
 
-    def __init__(self, student: Any, objective: Loss):
+    def __init__(self, student: Any, objective: Objective):
         super().__init__()
         self.student = student
         self.projections = objective.projections

@@ -56,7 +56,7 @@ def make_optimizer(model: nn.Module, spec: Optimization) -> torch.optim.Optimize
     return optimizer
 
 
-def cosine(progress: float, _decay: float) -> float:
+def half_cosine(progress: float, _decay: float) -> float:
     """Half a cosine from 1 to 0 (Loshchilov & Hutter 2017, SGDR, without restarts)."""
     return 0.5 * (1 + math.cos(math.pi * progress))
 
@@ -77,7 +77,7 @@ def wsd(progress: float, decay: float) -> float:
 
 
 SCHEDULES: dict[str, Callable[[float, float], float]] = {
-    "cosine": cosine,
+    "cosine": half_cosine,
     "linear": linear,
     "constant": constant,
     "wsd": wsd,

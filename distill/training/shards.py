@@ -54,13 +54,13 @@ def own_files(tensors_by_file: TensorsByFile, rank: int, world: int) -> dict[str
     files = {}
     for name, tensors in tensors_by_file.items():
         if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
-            files[name] = _pieces(f"{name}-{rank:05d}-of-{world:05d}.safetensors", tensors, rank)
+            files[name] = _own_pieces(f"{name}-{rank:05d}-of-{world:05d}.safetensors", tensors, rank)
         elif tensors and rank == 0:
             files[name] = OwnFile(f"{name}.safetensors", dict(tensors))
     return files
 
 
-def _pieces(name: str, tensors: Mapping[str, Tensor], rank: int) -> OwnFile:
+def _own_pieces(name: str, tensors: Mapping[str, Tensor], rank: int) -> OwnFile:
     own: dict[str, Tensor] = {}
     where: dict[str, tuple[Shape, Shape]] = {}
     for key, tensor in tensors.items():

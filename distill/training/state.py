@@ -1,8 +1,8 @@
-"""A model, its optimizer and its loss scale as named tensors and back; sharded ones stay sharded."""
+"""A model and its optimizer as named tensors and plain numbers, and back; sharded tensors stay sharded."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from distill.errors import RunError
 from distill.models.dtensor import shard_like
 
-SCALAR_MARK = "#"
-"""Marks optimizer state that is a plain number, so that it becomes one again."""
 DERIVED_GROUP_KEYS = ("lr", "weight_decay")
 """Entries of groups that follow from the recipe and the step."""
+
+Numbers = Mapping[str, Any]
+"""Plain numbers beside the tensors of a checkpoint: `moments`, `groups` and `scaler`."""
 
 
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -29,7 +30,7 @@ def own_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy tensors into the model. Raises RunError when their names or shapes are not the model's."""
     expected = own_tensors(model)
     odd = tensors.keys() ^ expected.keys()
@@ -40,71 +41,38 @@ def load_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         tensor.copy_(shard_like(tensors[name], tensor))
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Name every moment that the optimizer keeps: `PARAMETER/MOMENT` -> tensor."""
-    names = [name for name, _ in _trained(model, optimizer)]
-    tensors: dict[str, Tensor] = {}
-    states: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
-    for index, moments in states.items():
-        for moment, value in moments.items():
-            if isinstance(value, Tensor):
-                tensors[f"{names[index]}/{moment}"] = value
-            elif value is not None:
-                tensors[f"{names[index]}/{moment}{SCALAR_MARK}"] = torch.tensor(value, dtype=torch.float64)
-    return tensors | group_tensors(optimizer)
+def named_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Any]]:
+    """Name all that the optimizer keeps of a parameter, tensors and numbers: `PARAMETER/MOMENT`."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    for parameter, moments in optimizer.state.items():
+        yield from ((f"{names[parameter]}/{moment}", value) for moment, value in moments.items() if value is not None)
 
 
-def group_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Name the numbers that the optimizer keeps for all of a group and has changed itself: `#N/KEY` -> tensor []."""
-    return {
-        f"{SCALAR_MARK}{index}/{key}": torch.tensor(value, dtype=torch.float64)
-        for index, group in enumerate(optimizer.param_groups)
-        for key, value in group.items()
-        if isinstance(value, int | float) and key not in DERIVED_GROUP_KEYS and value != optimizer.defaults.get(key)
-    }
+def group_numbers(optimizer: torch.optim.Optimizer) -> list[dict[str, float]]:
+    """List, group by group, the numbers that the optimizer keeps for all of it and has changed itself."""
+    return [
+        {
+            key: value
+            for key, value in group.items()
+            if isinstance(value, int | float) and key not in DERIVED_GROUP_KEYS and value != optimizer.defaults.get(key)
+        }
+        for group in optimizer.param_groups
+    ]
 
 
-def load_groups(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Restore what `group_tensors` gave; returns the other tensors."""
-    for name, tensor in tensors.items():
-        if name.startswith(SCALAR_MARK):
-            index, key = name.removeprefix(SCALAR_MARK).split("/", 1)
-            group = optimizer.param_groups[int(index)]
-            group[key] = type(group.get(key, 0.0))(tensor.item())
-    return {name: tensor for name, tensor in tensors.items() if not name.startswith(SCALAR_MARK)}
-
-
-def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Restore what `optimizer_tensors` gave."""
-    tensors = load_groups(optimizer, tensors)
-    trained = _trained(model, optimizer)
-    index_of = {name: index for index, (name, _) in enumerate(trained)}
+def load_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, moments: Mapping[str, Any], groups: list[dict[str, float]]
+) -> None:
+    """Restore what `named_moments` and `group_numbers` gave."""
+    named = dict(model.named_parameters())
+    index_of = {p: index for index, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
     states: dict[int, dict[str, Any]] = {}
-    for key, tensor in tensors.items():
+    for key, value in moments.items():
         name, moment = key.rsplit("/", 1)
-        index = index_of[name]
-        parameter = trained[index][1]
-        value = shard_like(tensor, parameter) if tensor.shape == parameter.shape else tensor
-        states.setdefault(index, {})[moment.removesuffix(SCALAR_MARK)] = (
-            tensor.item() if SCALAR_MARK in moment else value
+        like_parameter = isinstance(value, Tensor) and value.shape == named[name].shape
+        states.setdefault(index_of[named[name]], {})[moment] = (
+            shard_like(value, named[name]) if like_parameter else value
         )
+    for group, numbers in zip(optimizer.param_groups, groups, strict=True):
+        group |= numbers
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def scaler_tensors(scaler: Any) -> dict[str, Tensor]:
-    """Name the state of a `torch.amp.GradScaler` (fp16): the scale, how long it has held, how it moves."""
-    state: dict[str, Any] = scaler.state_dict() if scaler is not None else {}
-    return {name: torch.tensor(value, dtype=torch.float64) for name, value in state.items()}
-
-
-def load_scaler(scaler: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Restore what `scaler_tensors` gave; a checkpoint without it leaves the scaler as it is."""
-    if scaler is not None and tensors:
-        kinds = {name: type(value) for name, value in scaler.state_dict().items()}
-        scaler.load_state_dict({name: kinds[name](tensor.item()) for name, tensor in tensors.items()})
-
-
-def _trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
-    """List the optimizer's parameters with their names, in the order of its state."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return [(names[id(parameter)], parameter) for group in optimizer.param_groups for parameter in group["params"]]

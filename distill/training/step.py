@@ -16,7 +16,6 @@ from torch import Tensor
 
 from distill.errors import RunError
 from distill.models.forward import Batch, Outputs, row_count, to_device, token_count
-from distill.recipe.schema import Optimization
 from distill.training.checkpoint import TrainState
 from distill.training.learner import Learner
 
@@ -60,7 +59,6 @@ class Step:
 
     learner: Learner
     teacher: Teacher | None
-    spec: Optimization
     seed: int
     steps: int
     """Length of the training."""
@@ -69,13 +67,13 @@ class Step:
     say: Callable[[str], None]
 
     def __call__(self, numbered: Sequence[tuple[int, Batch]], state: TrainState, window: Window, stop: bool) -> bool:
-        """Take one step; returns whether any rank was asked to stop. Collective.
+        """Take one step; returns True where any rank was asked to stop. Collective.
 
         Args:
             numbered: This rank's micro-batches, each with its number within the step.
             state: Where training stands.
             window: Receives the figures.
-            stop: Whether this rank was asked to stop.
+            stop: This rank was asked to stop.
 
         Raises:
             RunError: Memory is too small for a single example, or for one rank among several.
@@ -107,10 +105,13 @@ class Step:
                 if largest < 2:
                     raise RunError(f"out of memory with a single example in step {state.step + 1}: {error}") from error
                 if self.learner.accelerator.num_processes > 1:
-                    self._request_smaller_micro_batches(state)
+                    # The others wait in a collective operation for gradients that this rank cannot give.
+                    asked = [state.micro_batch_size, state.micro_batch_halvings]
+                    self.request.parent.mkdir(parents=True, exist_ok=True)
+                    self.request.write_text(json.dumps(asked), encoding="utf-8")
                     raise RunError(
                         f"out of memory in step {state.step + 1} with micro-batches of up to {largest} examples, and "
-                        f"the other processes cannot wait: give the same command again; it halves them from the start"
+                        f"the other ranks cannot wait: give the same command again; it halves them from the start"
                     ) from error
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -118,11 +119,6 @@ class Step:
                 f"OUT OF MEMORY in step {state.step + 1}: micro-batches of up to {largest} examples are halved from "
                 f"here on; the batch of a step stays what it is"
             )
-
-    def _request_smaller_micro_batches(self, state: TrainState) -> None:
-        # The others wait in a collective operation for gradients that this rank cannot give.
-        self.request.parent.mkdir(parents=True, exist_ok=True)
-        self.request.write_text(json.dumps([state.micro_batch_size, state.micro_batch_halvings]), encoding="utf-8")
 
     def _gradients(
         self, micro: Sequence[tuple[tuple[int, ...], Batch]], counts: Tensor, step: int

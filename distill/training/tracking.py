@@ -8,90 +8,70 @@ import math
 import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from rich.console import Console
-from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
-from rich.text import Text
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from distill.errors import InputError
 from distill.files import write_text
 
 QUIET_SECONDS = 10.0
-"""Off a terminal, at most one line in so many seconds."""
+"""At most one line in so many seconds, that of the last step aside."""
 
 
 class Tracker:
     """Writes metrics.jsonl, passes records on to trackers, and shows progress; only on the main process."""
 
     def __init__(self, path: Path, title: str, start: int, steps: int, accelerator: Accelerator):
-        self.path, self.title, self.start, self.steps = path, title, start, steps
-        self.accelerator = accelerator
+        self.path, self.title, self.steps, self.accelerator = path, title, steps, accelerator
         self.active = accelerator.is_main_process
-        self.console = Console(stderr=True)
         self.said = -math.inf
-        self.began = time.monotonic()
-        self.step = start
-        self.latest: dict[str, Mapping[str, Any]] = {}
-        self.live = Live(
-            get_renderable=self._block, console=self.console, refresh_per_second=2, auto_refresh=self._on_terminal
+        console = Console(stderr=True)
+        columns = (BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn(), "{task.fields[memory]}")
+        self.progress = Progress(
+            "{task.description}",
+            *columns,
+            console=console,
+            refresh_per_second=2,
+            speed_estimate_period=3600,
+            disable=not (self.active and console.is_terminal),
         )
+        self.task = self.progress.add_task(title, total=steps, completed=start, memory="")
         if self.active:
             path.parent.mkdir(parents=True, exist_ok=True)
             drop_after(path, start)
 
-    @property
-    def _on_terminal(self) -> bool:
-        return self.active and self.console.is_terminal
-
     def __enter__(self) -> Tracker:
         if self.accelerator.log_with:
             self.accelerator.init_trackers(f"{self.path.parent.name}-{self.title}")
-        if self._on_terminal:
-            self.live.start()
+        self.progress.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.live.stop()
+    def __exit__(self, *_error: object) -> None:
+        self.progress.stop()
         if self.accelerator.log_with:
             self.accelerator.end_training()
 
+    def advance(self, step: int) -> None:
+        """Move the progress bar of a terminal."""
+        self.progress.update(self.task, completed=step, memory=f"{memory_gb():.1f} GB")
+
     def record(self, record: Mapping[str, Any]) -> None:
-        """Append one record and show it."""
+        """Append one record, and print it unless another was printed just before."""
         if self.accelerator.log_with:
             self.accelerator.log(dict(numbers_in(record)), step=record["step"])
         if not self.active:
             return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-        self.latest[record["event"]] = record
-        if not self._on_terminal and (time.monotonic() - self.said >= QUIET_SECONDS or record["step"] == self.steps):
+        if time.monotonic() - self.said >= QUIET_SECONDS or record["step"] == self.steps:
             self.said = time.monotonic()
             line = f"{self.title} {record['step']}/{self.steps} {summary(record)}"
-            self.console.print(line, markup=False, soft_wrap=True)
-
-    def _block(self) -> Table:
-        """Draw what a terminal shows: progress and time, the loss, speed and memory, the last evaluation."""
-        table = Table.grid(padding=(0, 2))
-        done = self.step - self.start
-        left = (time.monotonic() - self.began) / done * (self.steps - self.step) if done else None
-        clock = "" if left is None else f"{timedelta(seconds=round(left))} left"
-        bar = ProgressBar(total=self.steps, completed=self.step, width=24)
-        table.add_row(self.title, bar, f"{self.step}/{self.steps}", clock, f"{memory_gb():.1f} GB")
-        block = Table.grid()
-        block.add_row(table)
-        for record in self.latest.values():
-            block.add_row(Text("  " + summary(record)))
-        return block
+            self.progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def check_trackers(names: Sequence[str]) -> None:

@@ -28,7 +28,7 @@ from distill.losses import LayerMap, Objective
 from distill.models.forward import Batch
 from distill.recipe.schema import Term, Training
 from distill.teacher import LiveTeacher
-from distill.training import Job, TrainDir, checkpoint, make_accelerator, train
+from distill.training import Job, checkpoint, make_accelerator, train
 from distill.training.learner import Learner
 from distill.training.model import DistillModel
 from distill.training.optim import make_optimizer
@@ -124,8 +124,8 @@ def main() -> int:
         theirs.append(statistics.median(batches.seconds()))
         with tempfile.TemporaryDirectory() as folder:
             saving = Timed()
-            job = Job("overhead", spec, TrainDir(Path(folder)), 0, {})
-            accelerator = make_accelerator(spec, batches)
+            job = Job("overhead", spec, Path(folder), 0, {})
+            accelerator = make_accelerator(spec)
             train(job, copy.deepcopy(small), objective, teacher, batches, accelerator, say=lambda _text: None)
         ours.append(statistics.median(batches.seconds()[:-1]))  # the last one saves
         saves.append(saving.end())
@@ -152,8 +152,8 @@ class Timed:
 
     def __init__(self):
         self.cpu = self.clock = 0.0
-        self.plain = Learner.tensors_by_file, checkpoint.Checkpoints.save
-        Learner.tensors_by_file, checkpoint.Checkpoints.save = (self._timed(function) for function in self.plain)
+        self.plain = Learner.contents, checkpoint.Checkpoints.save
+        Learner.contents, checkpoint.Checkpoints.save = (self._timed(function) for function in self.plain)
 
     def _timed(self, function):
         def wrapped(*arguments):
@@ -167,7 +167,7 @@ class Timed:
 
     def end(self) -> tuple[float, float]:
         """Both times; takes itself out."""
-        Learner.tensors_by_file, checkpoint.Checkpoints.save = self.plain
+        Learner.contents, checkpoint.Checkpoints.save = self.plain
         return self.cpu, self.clock
 
 

@@ -1,4 +1,4 @@
-"""One distillation step, the same work by several programs: time, share of the FLOP limit, and peak memory.
+"""One distillation step, the same work by several programs: time, MFU and peak memory.
 
     python scripts/benchmarks/step.py
     python scripts/benchmarks/step.py --setting 32k --rounds 3 --arms naive ours
@@ -8,7 +8,7 @@ Every arm runs in a process of its own and is timed by its CPU time, so that oth
 figures little; compare arms of one run only. Peers are measured where they are installed.
 
     time       CPU seconds of a step, the best of all; rel: divided by that of `naive`
-    share      of the FLOP limit: F_t + 3 F_s per token at the rate of a large matrix product in the same process
+    MFU        model FLOPs utilization: F_t + 3 F_s per token at the rate of a large matrix product in the same process
     peak       memory above the models and the optimizer's state, in units of one fp32 [tokens, vocabulary]; from a
                process of its own in which freed memory goes back to the system at once
 """
@@ -51,7 +51,7 @@ def main() -> None:
     for setting in options.setting:
         vocabulary, hidden, ffn, tokens = SETTINGS[setting]
         print(f"\n{setting}: vocabulary {vocabulary}, hidden {hidden}, ffn {ffn}, {tokens} tokens per step")
-        print(f"{'arm':<16}{'time s':>8}{'rel':>7}{'tokens/s':>10}{'share':>7}{'peak':>7}{'loss':>9}", flush=True)
+        print(f"{'arm':<16}{'time s':>8}{'rel':>7}{'tokens/s':>10}{'MFU':>7}{'peak':>7}{'loss':>9}", flush=True)
         rows: dict[str, dict] = {}
         for _ in range(options.rounds):
             for arm in options.arms:
@@ -63,7 +63,7 @@ def main() -> None:
             rel = f"{row['time'] / rows['naive']['time']:.2f}" if "naive" in rows else "-"
             speed = f"{tokens / row['time']:.0f}"
             print(
-                f"{arm:<16}{row['time']:>8.3f}{rel:>7}{speed:>10}{row['share']:>7.2f}{row['peak']:>7.2f}"
+                f"{arm:<16}{row['time']:>8.3f}{rel:>7}{speed:>10}{row['mfu']:>7.2f}{row['peak']:>7.2f}"
                 f"{row['loss']:>9.4f}",
                 flush=True,
             )
@@ -72,7 +72,7 @@ def main() -> None:
 def _best(one: dict, other: dict) -> dict:
     return {
         "time": min(one["time"], other["time"]),
-        "share": max(one["share"], other["share"]),
+        "mfu": max(one["mfu"], other["mfu"]),
         "peak": min(one["peak"], other["peak"]),
         "loss": one["loss"],
     }
@@ -127,7 +127,7 @@ def measure(setting: str, arm: str, steps: int, medium: bool) -> dict:
     flops += 3 * _flops(STUDENT_LAYERS, hidden, ffn, vocabulary)
     return {
         "time": min(times),
-        "share": flops * tokens / rate / min(times),
+        "mfu": flops * tokens / rate / min(times),
         "peak": min(peaks) / (4 * tokens * vocabulary),
         "loss": losses[0],
     }

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from distill.data import TrainingBatches, collate, evaluation_batches, load_corpus, read_texts, save_corpus, tokenise
 from distill.data.batches import micro_batches, step_indices
-from distill.data.sources import data_file, pydoc_topics, read_file, source_fingerprint, stdlib_docstrings
+from distill.data.sources import data_file, pydoc_topics, read_rows, source_fingerprint, stdlib_docstrings
 from distill.data.tasks import encode_packed
 from distill.errors import InputError
 from distill.models.load import load_tokenizer
@@ -76,7 +76,7 @@ def test_the_split_and_the_labels_do_not_depend_on_the_order_of_the_file(project
     first = corpus_of(project)
     second = tokenise(read_texts(spec, 0, tmp_path), spec, tokenizer)
     assert first.fingerprint == second.fingerprint
-    assert not {tuple(t) for t in first.train.tokens} & {tuple(t) for t in first.test.tokens}
+    assert not {tuple(t) for t in first.train} & {tuple(t) for t in first.test}
 
 
 def test_few_labels_are_chosen_by_the_seed_and_the_rest_stay_as_unlabelled_text(project):
@@ -95,14 +95,14 @@ def test_every_test_example_is_seen_once_by_any_number_of_processes(project):
         rows = [batch for rank in range(world) for batch in evaluation_batches(corpus, corpus.test, 4, rank, world)]
         pairs = [pair for b in rows for pair in zip(b["input_ids"], b["attention_mask"], strict=True)]
         seen = sorted(tuple(ids[mask.bool()].tolist()) for ids, mask in pairs)
-        assert seen == sorted(tuple(tokens.tolist()) for tokens in corpus.test.tokens)
+        assert seen == sorted(tuple(tokens.tolist()) for tokens in corpus.test)
 
 
 def test_collate_pads_right_and_hides_padding(project):
     corpus = corpus_of(project)
-    order = sorted(range(len(corpus.train)), key=lambda index: len(corpus.train.tokens[index]))
+    order = sorted(range(len(corpus.train)), key=lambda index: len(corpus.train[index]))
     batch = collate(corpus, corpus.train, [order[0], order[-1]])
-    lengths = [len(corpus.train.tokens[index]) for index in (order[0], order[-1])]
+    lengths = [len(corpus.train[index]) for index in (order[0], order[-1])]
     assert batch["attention_mask"].sum(dim=1).tolist() == lengths
     assert batch["input_ids"].shape == (2, lengths[1])
 
@@ -151,7 +151,7 @@ def test_a_corpus_is_the_same_from_its_file_and_stays_there(project, tmp_path):
     assert (read.classes, read.padding, read.fingerprint) == (corpus.classes, corpus.padding, corpus.fingerprint)
     for split in ("train", "test"):
         one, other = getattr(corpus, split), getattr(read, split)
-        assert [tokens.tolist() for tokens in one.tokens] == [tokens.tolist() for tokens in other.tokens]
+        assert [tokens.tolist() for tokens in one] == [tokens.tolist() for tokens in other]
         assert one.labels.tolist() == other.labels.tolist() and one.lengths.tolist() == other.lengths.tolist()
     assert list(read.labelled) == list(corpus.labelled)
     assert str(tmp_path / "corpus.safetensors") in Path("/proc/self/maps").read_text()
@@ -169,7 +169,7 @@ def test_a_file_is_read_without_a_cache_of_other_times(tmp_path, monkeypatch):
         path.write_text(json.dumps({"text": word, "label": "x"}) + "\n")
         before = before or path.stat()
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-        assert read_file(path, "text", "label")["text"][:] == [word]
+        assert read_rows(path, "text", "label")["text"][:] == [word]
     assert not (tmp_path / "home").exists()
 
 
@@ -224,7 +224,7 @@ def test_a_broken_file_is_named_with_what_is_wrong(tmp_path, name, content, word
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(InputError, match=words) as caught:
-        read_file(data_file(f"./{name}", tmp_path), "text", "label")
+        read_rows(data_file(f"./{name}", tmp_path), "text", "label")
     assert name in str(caught.value)
 
 
@@ -235,7 +235,7 @@ def test_files_are_read_with_unlabelled_rows(tmp_path, suffix):
     rows = datasets.Dataset.from_dict({"body": ["one", "two"], "kind": ["x", None]})
     path = tmp_path / f"a.{suffix}"
     getattr(rows, {"jsonl": "to_json", "csv": "to_csv", "parquet": "to_parquet"}[suffix])(path)
-    read = read_file(path, "body", "kind")
+    read = read_rows(path, "body", "kind")
     assert read["text"][:] == ["one", "two"] and read["label"][:] == ["x", None]
 
 

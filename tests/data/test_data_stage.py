@@ -81,7 +81,7 @@ def test_a_trained_teacher_keeps_its_order_of_classes_and_unknown_ones_are_refus
     assert corpus.classes == ("swimmer", "none", "mammal")
     texts = dict(json.loads(line).values() for line in (tmp_path / "data.jsonl").read_text().splitlines())
     session, _ = session_of(tmp_path)
-    spelt = session.tokenizer.batch_decode([tokens.tolist() for tokens in corpus.test.tokens])
+    spelt = session.tokenizer.batch_decode([tokens.tolist() for tokens in corpus.test])
     assert [corpus.classes[label] for label in corpus.test.labels] == [texts[text] for text in spelt]
     tiny_config("bert", pad_token_id=0, id2label={0: "swimmer", 1: "none"}).save_pretrained(tmp_path / "teacher")
     with pytest.raises(InputError, match="has the classes mammal, the teacher knows swimmer, none"):
@@ -102,7 +102,7 @@ def test_labels_are_asked_for_after_the_data_also_when_a_later_command_needs_the
     corpus, _ = prepared(tmp_path, "data.labelled=null")
     session, _ = session_of(tmp_path)
     decode = session.tokenizer.decode
-    test = {decode(tokens.tolist()) for tokens in corpus.test.tokens}
+    test = {decode(tokens.tolist()) for tokens in corpus.test}
     for row in rows:
         row["label"] = row["label"] if row["text"] in test else None
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

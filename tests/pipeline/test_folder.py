@@ -156,7 +156,16 @@ def test_a_folder_with_files_of_the_users_is_refused_and_a_linked_run_folder_is_
         run.check({})
 
 
-LINKED = [".lock", "checkpoints", "metrics.jsonl", ".recipe.yaml.tmp", "release", ".release.tmp", "stages/plan.json"]
+LINKED = [
+    ".lock",
+    "checkpoints",
+    "metrics.jsonl",
+    "micro_batches.json",
+    ".recipe.yaml.tmp",
+    "release",
+    ".release.tmp",
+    "stages/plan.json",
+]
 
 
 @pytest.mark.parametrize("name", LINKED)

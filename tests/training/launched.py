@@ -57,12 +57,12 @@ def fsdp2_on_cpu(state_dict_type, *arguments):
     return accelerator
 
 
-def deepspeed_on_cpu(stage, spec, batches):
+def deepspeed_on_cpu(stage, spec):
     import deepspeed
 
     for name in deepspeed.ops.__compatible_ops__:
         deepspeed.ops.__compatible_ops__[name] = False  # nothing is compiled
-    accelerator = make_accelerator(spec, batches)
+    accelerator = make_accelerator(spec)
     plugin = DeepSpeedPlugin(zero_stage=stage)
     plugin.set_mixed_precision("no" if spec.precision == "fp32" else spec.precision)
     plugin.select(_from_accelerator_state=True)
@@ -70,7 +70,7 @@ def deepspeed_on_cpu(stage, spec, batches):
         state["distributed_type"] = DistributedType.DEEPSPEED
     accelerator.state.deepspeed_plugins = plugin
     accelerator.deepspeed_engine_wrapped = None
-    configure_deepspeed(accelerator, spec, batches.batch_size // batches.micro_batches_per_step())
+    configure_deepspeed(accelerator, spec, spec.micro_batch_size)
     return accelerator
 
 
@@ -156,7 +156,7 @@ def main():
         masks.append(Masks(student, MASK, 50))
         return masks[0]
 
-    job = {"evaluate": evaluate, "evaluate_every": every, "log_every": 1}
+    job = {"evaluate": evaluate}
     if "masks" in options:
         job["constrain"] = constrain
     try:
@@ -170,6 +170,8 @@ def main():
             job=job,
             ema=0.9 if kind in ("ddp", "fsdp") else None,
             save_every=10,
+            evaluate_every=every,
+            log_every=1,
             model=model,
         )
     except DistillError as error:

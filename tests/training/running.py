@@ -9,7 +9,7 @@ from distill.data import TrainingBatches
 from distill.losses import Objective, layer_map
 from distill.recipe.schema import Term, Training
 from distill.teacher import LiveTeacher
-from distill.training import Job, TrainDir, make_accelerator, train
+from distill.training import Job, make_accelerator, train
 from distill.training.checkpoint import Checkpoints
 
 LABELS = [Term(match="labels")]
@@ -36,17 +36,20 @@ def run(
 ):
     """Train on the labels; returns (model, what was said). `spec` are keys of `training`, `job` fields of Job.
 
+    `evaluate` may be among those of the job.
+
     `wide` is a teacher of another width, whose hidden states are matched through projections instead.
     """
-    spec = Training(**{"steps": steps, "batch_size": 8, "micro_batch_size": micro, "lr": 1e-3, "save_every": 2} | spec)
+    usual = {"steps": steps, "batch_size": 8, "micro_batch_size": micro, "lr": 1e-3, "save_every": 2, "log_every": 2}
+    spec = Training(**usual | spec)
     model = model or tiny_model("bert", **dropped(dropout), num_labels=len(corpus.classes))
     head = corpus.task.head
     batches = TrainingBatches(corpus, corpus.labelled or range(len(corpus.train)), spec.batch_size, micro, seed)
     extra = dict(job or {})
     evaluate = extra.pop("evaluate", None)
-    job = Job("test", spec, TrainDir(folder), seed, MADE_FROM, **{"log_every": 2} | extra)
+    job = Job("test", spec, folder, seed, MADE_FROM, **extra)
     said: list[str] = []
-    objective, accelerator = Objective(LABELS, head), make_accelerator(spec, batches)
+    objective, accelerator = Objective(LABELS, head), make_accelerator(spec)
     if wide is not None:
         objective = Objective(HIDDEN, "sequence", lambda policy: layer_map(policy, None, 4, 4))
         objective.project(model.config.hidden_size, wide.config.hidden_size)

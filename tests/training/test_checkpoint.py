@@ -11,7 +11,7 @@ from running import MADE_FROM, published, run
 
 from distill.training.checkpoint import Checkpoints, TrainState, fault_of
 
-FILES = ("model", "optimizer", "health", "average", "state.json", "MANIFEST.json")
+FILES = ("model", "optimizer", "skip_rule", "ema", "state.json", "MANIFEST.json")
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n"
 
 
@@ -70,7 +70,7 @@ def test_a_damaged_file_is_noticed_and_the_checkpoint_before_is_taken(shelf, nam
 
 def test_files_of_one_checkpoint_swapped_with_each_other_are_noticed(shelf):
     newer = published(shelf)[-1]
-    for first, second in (("model", "optimizer"), ("model", "average"), ("health", "optimizer")):
+    for first, second in (("model", "optimizer"), ("model", "ema"), ("skip_rule", "optimizer")):
         one, two = newer / f"{first}.safetensors", newer / f"{second}.safetensors"
         contents = one.read_bytes(), two.read_bytes()
         one.write_bytes(contents[1]), two.write_bytes(contents[0])

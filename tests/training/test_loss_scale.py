@@ -11,8 +11,7 @@ from running import dropped, published, run
 from tiny import tiny_model
 
 from distill.training import make_accelerator
-from distill.training.shards import read
-from distill.training.state import load_scaler, scaler_tensors
+from distill.training.checkpoint import state_of
 
 FIRST = 2.0**8
 
@@ -29,10 +28,11 @@ def fp16_on_cpu(monkeypatch):
         return made
 
     monkeypatch.setattr(running, "make_accelerator", accelerator)
+    return accelerator
 
 
 def scaler_of(folder):
-    return {name: tensor.item() for name, tensor in read(folder)["scaler"].items()}
+    return state_of(folder).numbers["scaler"]
 
 
 def overflowing(corpus, when):
@@ -61,8 +61,12 @@ def test_a_checkpoint_has_the_scale_and_the_training_goes_on_with_it(corpus, tmp
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), model.parameters(), strict=True))
 
 
-def test_a_checkpoint_without_a_scale_leaves_the_scaler_as_it_is():
-    scaler = torch.amp.GradScaler("cpu", init_scale=FIRST)
-    load_scaler(scaler, {})
-    load_scaler(None, scaler_tensors(scaler))
-    assert scaler.get_scale() == FIRST and scaler_tensors(None) == {}
+def test_a_checkpoint_without_a_scale_leaves_the_scaler_as_it_is(corpus, tmp_path, monkeypatch, fp16_on_cpu):
+    monkeypatch.setattr(running, "make_accelerator", make_accelerator)
+    run(corpus, tmp_path, steps=2)
+    (saved,) = published(tmp_path / "checkpoints")
+    assert scaler_of(saved) == {}
+    monkeypatch.setattr(running, "make_accelerator", fp16_on_cpu)
+    _, said = run(corpus, tmp_path, steps=3)
+    assert "continuing after step 2" in said[-1]
+    assert scaler_of(published(tmp_path / "checkpoints")[-1])["scale"] == FIRST  # it grows after two steps

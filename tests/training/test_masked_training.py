@@ -22,7 +22,7 @@ from distill.models.load import load_tokenizer
 from distill.recipe import load_recipe
 from distill.recipe.schema import Mask, Term, Training
 from distill.student.masks.masks import Masks
-from distill.training import Job, TrainDir, make_accelerator, read_records, train
+from distill.training import Job, make_accelerator, read_records, train
 from distill.training.checkpoint import Checkpoints
 from distill.training.shards import read
 
@@ -41,7 +41,8 @@ def corpus(tmp_path_factory):
 
 def run(corpus, folder, mask, *, micro=4, dropout=0.1, kind=Masks, look=None, **spec):
     """Train a tiny BERT under masks; returns it and them. `look` is called with the model after four steps."""
-    settings = Training(steps=STEPS, batch_size=8, micro_batch_size=micro, **{"save_every": 2, **HARSH, **spec})
+    often = {"save_every": 2, "log_every": 2, "evaluate_every": 4 if look else 0}
+    settings = Training(steps=STEPS, batch_size=8, micro_batch_size=micro, **{**often, **HARSH, **spec})
     rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     model = tiny_model("bert", **rates, num_labels=len(corpus.classes))
     made = []
@@ -51,8 +52,8 @@ def run(corpus, folder, mask, *, micro=4, dropout=0.1, kind=Masks, look=None, **
         return made[0]
 
     batches = TrainingBatches(corpus, corpus.labelled, 8, micro, 0)
-    job = Job("test", settings, TrainDir(folder), 0, MADE_FROM, 2, 4 if look else 0, constrain)
-    objective, accelerator = Objective([Term(match="labels")], "sequence"), make_accelerator(settings, batches)
+    job = Job("test", settings, folder, 0, MADE_FROM, constrain)
+    objective, accelerator = Objective([Term(match="labels")], "sequence"), make_accelerator(settings)
     train(job, model, objective, None, batches, accelerator, evaluate=look, say=lambda _text: None)
     return model, made[0]
 
@@ -135,7 +136,7 @@ def test_a_signal_saves_the_masks_and_the_same_training_continues(corpus, tmp_pa
     with pytest.raises(Stopped, match="a checkpoint is saved"):
         run(corpus, tmp_path / "parts", CUBIC, look=interrupt, save_every=0)
     (saved,) = published(tmp_path / "parts/checkpoints")
-    assert 4 <= int(saved.name[5:]) < STEPS and "constraint" in read(saved)
+    assert 4 <= int(saved.name[5:]) < STEPS and "masks" in read(saved)
     model, masks = run(corpus, tmp_path / "parts", CUBIC, save_every=0)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), model.parameters(), strict=True))
     assert alive(model, masks) == 0
@@ -145,7 +146,7 @@ def test_a_signal_saves_the_masks_and_the_same_training_continues(corpus, tmp_pa
 def test_a_checkpoint_whose_masks_are_damaged_is_passed_over(corpus, tmp_path, damage):
     run(corpus, tmp_path, Mask(sparsity=0.5))
     older, newer = published(tmp_path / "checkpoints")
-    file = newer / "constraint.safetensors"
+    file = newer / "masks.safetensors"
     content = file.read_bytes()
     file.unlink()
     if damage == "flipped":
@@ -157,7 +158,7 @@ def test_a_checkpoint_whose_masks_are_damaged_is_passed_over(corpus, tmp_path, d
 def test_a_checkpoint_holds_no_masks_before_there_are_any(corpus, tmp_path):
     run(corpus, tmp_path, Mask(sparsity=0.5, begin=1.0), save_every=6)
     before, after = published(tmp_path / "checkpoints")
-    assert ["constraint" in read(saved) for saved in (before, after)] == [False, True]
+    assert ["masks" in read(saved) for saved in (before, after)] == [False, True]
 
 
 def test_accumulation_changes_neither_masks_nor_losses(corpus, tmp_path):

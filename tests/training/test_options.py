@@ -22,7 +22,7 @@ from distill.losses import Objective
 from distill.models.forward import Capture, Outputs, to_device
 from distill.recipe.schema import Training
 from distill.teacher import LiveTeacher
-from distill.training import Job, TrainDir, make_accelerator, read_records, tracking, train
+from distill.training import Job, make_accelerator, read_records, tracking, train
 from distill.training.optim import lr_factor, make_optimizer
 from distill.training.setup import horizon
 from distill.training.tracking import check_trackers, numbers_in, summary
@@ -54,7 +54,7 @@ def test_more_tokens_never_take_fewer_steps(corpus, first, second):
 
 
 def test_tokens_are_counted_without_padding(corpus, tmp_path):
-    run(corpus, tmp_path, steps=3, job={"log_every": 1})
+    run(corpus, tmp_path, steps=3, log_every=1)
     expected = 0
     for step, record in zip(
         TrainingBatches(corpus, corpus.labelled, 8, 4, 0).stream(0, 3, 0, 1),
@@ -209,10 +209,10 @@ class Recorder(GeneralTracker):
 
 def test_records_reach_the_trackers_of_accelerate(corpus, tmp_path):
     recorder = Recorder()
-    spec = Training(steps=4, batch_size=8, micro_batch_size=4)
+    spec = Training(steps=4, batch_size=8, micro_batch_size=4, log_every=2)
     batches = TrainingBatches(corpus, corpus.labelled, 8, 4, 0)
-    accelerator = make_accelerator(spec, batches, [recorder], tmp_path)
-    job = Job("test", spec, TrainDir(tmp_path), 0, MADE_FROM, log_every=2)
+    accelerator = make_accelerator(spec, [recorder], tmp_path)
+    job = Job("test", spec, tmp_path, 0, MADE_FROM)
     model = tiny_model("bert", num_labels=len(corpus.classes))
     objective = Objective(LABELS, "sequence")
     measured = {"accuracy": 0.5, "kl": None}
@@ -224,11 +224,11 @@ def test_records_reach_the_trackers_of_accelerate(corpus, tmp_path):
 
 
 def test_tensorboard_writes_its_files(corpus, tmp_path):
-    spec = Training(steps=2, batch_size=8, micro_batch_size=4)
+    spec = Training(steps=2, batch_size=8, micro_batch_size=4, log_every=1, trackers=["tensorboard"])
     batches = TrainingBatches(corpus, corpus.labelled, 8, 4, 0)
-    job = Job("test", spec, TrainDir(tmp_path / "run"), 0, MADE_FROM, log_every=1, trackers=("tensorboard",))
+    job = Job("test", spec, tmp_path / "run", 0, MADE_FROM)
     model, objective = tiny_model("bert", num_labels=len(corpus.classes)), Objective(LABELS, "sequence")
-    accelerator = make_accelerator(spec, batches, ["tensorboard"], job.folder.root)
+    accelerator = make_accelerator(spec, spec.trackers, job.folder)
     train(job, model, objective, None, batches, accelerator, say=print)
     assert list(tmp_path.rglob("events.out.tfevents*"))
 
@@ -266,5 +266,5 @@ def test_a_terminal_shows_one_live_block(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(tracking, "Console", lambda stderr: Console(file=screen, force_terminal=True, width=120))
     run(corpus, tmp_path, job={"evaluate": lambda *_: {"accuracy": 0.25}, "peak_tokens_per_second": 1e6})
     text = screen.getvalue()
-    for words in ("6/6", "left", "GB", "loss", "tokens/s", "(MFU ", "held out: accuracy 0.25", "\x1b["):
+    for words in ("6/6", "0:00:0", "GB", "loss", "tokens/s", "(MFU ", "held out: accuracy 0.25", "\x1b["):
         assert words in text, words

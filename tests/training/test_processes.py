@@ -92,8 +92,8 @@ def test_fsdp2_saves_shards_that_are_checked_and_resumed_by_two_processes_and_by
     launched(2, folder, "fsdp-sharded", "20:0", code=75)
     older, newest = sorted((folder / "checkpoints").glob("step-*"))[-2:]
     assert newest.name == "step-00000020" and fault_of(newest) is None
-    names = {file.name for file in newest.iterdir()} - {"MANIFEST.json", "state.json", "health.safetensors"}
-    parts = ("model", "optimizer", "average")
+    names = {file.name for file in newest.iterdir()} - {"MANIFEST.json", "state.json", "skip_rule.safetensors"}
+    parts = ("model", "optimizer", "ema")
     assert names == {f"{part}-0000{rank}-of-00002.safetensors" for part in parts for rank in (0, 1)}
     sizes = {name: (newest / name).stat().st_size for name in names}
     for part in parts:
@@ -148,7 +148,7 @@ def test_masks_under_fsdp2_are_those_of_one_process_and_are_resumed(tmp_path):
     launched(1, tmp_path / "one", "ddp-masks")
     launched(2, tmp_path / "two", "fsdp-sharded-masks", "10:0", code=75)
     (newest,) = sorted((tmp_path / "two/checkpoints").glob("step-*"))[-1:]
-    assert newest.name == "step-00000010" and len(list(newest.glob("constraint-0000?-of-00002.safetensors"))) == 2
+    assert newest.name == "step-00000010" and len(list(newest.glob("masks-0000?-of-00002.safetensors"))) == 2
     shutil.copytree(tmp_path / "two", tmp_path / "on one")
     assert "continuing after step 10" in launched(2, tmp_path / "two", "fsdp-masks")  # masks are chosen up to step 20
     assert "continuing after step 10" in launched(1, tmp_path / "on one", "ddp-masks")

@@ -42,7 +42,7 @@ def poisoned(corpus, where, value=float("nan"), dropout=0.1):
 
 def test_a_gradient_that_is_not_finite_leaves_out_its_step_alone(corpus, tmp_path):
     model = poisoned(corpus, {2}, dropout=0.0)  # of two micro-batches for each step: the second step
-    run(corpus, tmp_path, model=model, steps=3, log_every=1, job={"log_every": 1}, schedule="constant", warmup=0)
+    run(corpus, tmp_path, model=model, steps=3, log_every=1, schedule="constant", warmup=0)
     records = read_records(tmp_path / "metrics.jsonl")
     assert [record["skipped"] for record in records] == [0, 1, 1]
     assert records[1]["loss"] is None and records[1]["grad_norm"] is None and math.isfinite(records[2]["loss"])
@@ -54,7 +54,7 @@ def test_a_gradient_that_is_not_finite_leaves_out_its_step_alone(corpus, tmp_pat
 
 def test_a_gradient_spike_is_left_out_and_counted(corpus, tmp_path):
     steps = WINDOW
-    run(corpus, tmp_path, model=poisoned(corpus, {2 * steps - 4}, 1e4), steps=steps, job={"log_every": 1})
+    run(corpus, tmp_path, model=poisoned(corpus, {2 * steps - 4}, 1e4), steps=steps, log_every=1)
     skipped = [record["skipped"] for record in read_records(tmp_path / "metrics.jsonl")]
     assert skipped == [0] * (steps - 2) + [1, 1]
 
@@ -70,7 +70,7 @@ def test_an_optimizer_that_cannot_decide_by_itself_leaves_out_the_same_step(corp
 def test_too_many_skipped_steps_end_the_run_and_name_the_last_good_checkpoint(corpus, tmp_path):
     model = poisoned(corpus, set(range(8, 100)))
     with pytest.raises(RunError, match=r"last 3 steps up to step 7 .* the last good checkpoint is .*step-00000006"):
-        run(corpus, tmp_path, model=model, steps=20, max_skipped=3, job={"log_every": 1})
+        run(corpus, tmp_path, model=model, steps=20, max_skipped=3, log_every=1)
 
 
 def test_skips_are_the_same_after_a_restart(corpus, tmp_path):
@@ -217,7 +217,7 @@ def test_the_average_is_resumed_bitwise_and_released_when_asked(corpus, tmp_path
     shutil.rmtree(published(tmp_path / "parts/checkpoints")[-1])
     model, _ = run(corpus, tmp_path / "parts", ema=0.9, ema_release=True)
     assert equal(whole, model) and not equal(whole, last)
-    saved = load_file(published(tmp_path / "whole/checkpoints")[-1] / "average.safetensors")
+    saved = load_file(published(tmp_path / "whole/checkpoints")[-1] / "ema.safetensors")
     for name, parameter in whole.named_parameters():
         assert torch.equal(saved[f"student.{name}"], parameter)
     plain, _ = run(corpus, tmp_path / "plain")
@@ -240,7 +240,7 @@ def test_a_dead_loader_worker_ends_the_run_with_a_message(corpus, tmp_path):
         return {"accuracy": 0.5}
 
     with pytest.raises(RunError, match="loader worker is dead"):
-        run(corpus, tmp_path, steps=500, loader_workers=1, job={"evaluate": evaluate, "evaluate_every": 2})
+        run(corpus, tmp_path, steps=500, loader_workers=1, job={"evaluate": evaluate}, evaluate_every=2)
 
 
 def test_a_hanging_loader_worker_ends_the_run_with_a_message(corpus, tmp_path, monkeypatch):
@@ -278,7 +278,7 @@ def test_memory_that_ends_outside_of_a_pass_is_said_in_one_line(corpus, tmp_path
         raise torch.OutOfMemoryError("no more")
 
     with pytest.raises(RunError, match=r"out of memory: no more; the last good checkpoint is .*step-00000002"):
-        run(corpus, tmp_path, job={"evaluate": evaluate, "evaluate_every": 3})
+        run(corpus, tmp_path, job={"evaluate": evaluate}, evaluate_every=3)
 
 
 def test_weights_that_are_not_finite_are_never_published(tmp_path):
@@ -307,31 +307,27 @@ def test_a_signal_during_an_evaluation_saves_at_once_and_the_evaluation_is_made_
     whole, _ = run(corpus, tmp_path / "whole")
     evaluate = stopping_after(3)
     with pytest.raises(Stopped, match="after step 3 of 6"):
-        run(corpus, tmp_path / "parts", job={"evaluate": evaluate, "evaluate_every": 3})
+        run(corpus, tmp_path / "parts", job={"evaluate": evaluate}, evaluate_every=3)
     assert published(tmp_path / "parts/checkpoints")[-1].name == "step-00000003"
-    model, _ = run(corpus, tmp_path / "parts", job={"evaluate": evaluate, "evaluate_every": 3})
+    model, _ = run(corpus, tmp_path / "parts", job={"evaluate": evaluate}, evaluate_every=3)
     assert equal(whole, model)
     records = read_records(tmp_path / "parts/metrics.jsonl")
     assert [r["step"] for r in records if r["event"] == "evaluate"] == [3, 6]
 
 
 def test_an_evaluation_that_was_saved_with_its_step_is_not_made_again(corpus, tmp_path):
-    job = {"evaluate": lambda *_: {"accuracy": 0.5}, "evaluate_every": 2}
-    run(corpus, tmp_path, job=job)
+    job = {"evaluate": lambda *_: {"accuracy": 0.5}}
+    run(corpus, tmp_path, job=job, evaluate_every=2)
     shutil.rmtree(published(tmp_path / "checkpoints")[-1])
-    run(corpus, tmp_path, job=job)
+    run(corpus, tmp_path, job=job, evaluate_every=2)
     records = read_records(tmp_path / "metrics.jsonl")
     assert [r["step"] for r in records if r["event"] == "evaluate"] == [2, 4, 6]
 
 
 def test_the_best_checkpoint_by_a_metric_is_kept_apart(corpus, tmp_path):
     values = iter([0.5, 0.9, None, 0.7])
-    job = {
-        "evaluate": lambda _model, _stopped: {"accuracy": next(values)},
-        "evaluate_every": 2,
-        "keep_best": ("accuracy", True),
-    }
-    run(corpus, tmp_path, steps=8, job=job)
+    job = {"evaluate": lambda _model, _stopped: {"accuracy": next(values)}}
+    run(corpus, tmp_path, steps=8, job=job, evaluate_every=2, keep_best="accuracy")
     (best,) = published(tmp_path / "checkpoints/best")
     assert best.name == "step-00000004" and checkpoint.fault_of(best) is None
     assert json.loads((best / "state.json").read_text())["best"] == 0.9
@@ -347,6 +343,6 @@ def test_the_best_can_be_of_a_lower_step_than_the_one_it_replaces(tmp_path):
 
 def test_lower_can_be_better(corpus, tmp_path):
     values = iter([3.0, 2.0, 2.5])
-    job = {"evaluate": lambda *_: {"loss": next(values)}, "evaluate_every": 2, "keep_best": ("loss", False)}
-    run(corpus, tmp_path, job=job)
+    job = {"evaluate": lambda *_: {"loss": next(values)}, "higher_is_better": False}
+    run(corpus, tmp_path, job=job, evaluate_every=2, keep_best="loss")
     assert [path.name for path in published(tmp_path / "checkpoints/best")] == ["step-00000004"]

@@ -48,7 +48,7 @@ rows, replicas = spread(flat, Shard(0)), spread(grid, Replicate(), Shard(0))
 columns = spread(flat, Shard(-1))
 said = []
 for name, model in (("rows", rows), ("replicas", replicas)):
-    parts = {"model": {**model, "buffer": torch.tensor(7)}, "health": {"skipped": torch.tensor([1, 2])}}
+    parts = {"model": {**model, "buffer": torch.tensor(7)}, "skip_rule": {"skipped": torch.tensor([1, 2])}}
     saved = Checkpoints(folder / name, MADE_FROM, said.append).save(TrainState(step=3), parts)
     for other in (rows, replicas, columns):
         found = read(saved, lambda part, key: other.get(key))["model"]
@@ -91,7 +91,7 @@ def test_one_process_reads_the_whole_of_what_two_have_written(made, name):
     saved = made / name / "step-00000003"
     assert fault_of(saved) is None
     state, parts = state_of(saved), read(saved)
-    assert state == TrainState(step=3) and parts["health"]["skipped"].tolist() == [1, 2]
+    assert state == TrainState(step=3) and parts["skip_rule"]["skipped"].tolist() == [1, 2]
     assert parts["model"].pop("buffer").item() == 7 and parts["model"].keys() == PARAMETERS.keys()
     assert all(torch.equal(tensor, PARAMETERS[key]) for key, tensor in parts["model"].items())
 

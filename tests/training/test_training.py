@@ -20,12 +20,12 @@ from distill.errors import InputError, RunError
 from distill.losses import Objective
 from distill.models.trainable import freeze
 from distill.recipe.schema import Training
-from distill.training import TrainState, make_accelerator, read_records, setup
+from distill.training import TrainState, read_records, setup
 from distill.training.checkpoint import Checkpoints
 from distill.training.model import DistillModel
 from distill.training.optim import in_steps, lr_factor, make_optimizer
 from distill.training.shards import read
-from distill.training.state import load_model, optimizer_tensors, own_tensors
+from distill.training.state import load_tensors, own_tensors
 from distill.training.tracking import drop_after
 
 
@@ -89,7 +89,7 @@ def test_rates_progress_and_counters_of_every_step_by_hand(corpus, tmp_path):
 
     hook = register_module_forward_pre_hook(look)
     try:
-        run(corpus, tmp_path, micro=8, schedule="linear", warmup=2, job={"log_every": 1})
+        run(corpus, tmp_path, micro=8, schedule="linear", warmup=2, log_every=1)
     finally:
         hook.remove()
     assert shares == [0, 0.2, 0.4, 0.6, 0.8, 1]  # schedules of losses begin at the first step and end at the last
@@ -132,13 +132,11 @@ def test_only_the_newest_two_checkpoints_are_kept_and_half_written_ones_are_swep
 
 def test_checkpoints_are_safetensors_and_json_with_tied_tensors_once(tmp_path):
     model = DistillModel(tiny_model("llama", tie_word_embeddings=True), Objective(LABELS, "next_token"))
-    optimizer = make_optimizer(model, Training(steps=1))
-    parts = {"model": own_tensors(model), "optimizer": optimizer_tensors(model, optimizer)}
-    folder = Checkpoints(tmp_path, MADE_FROM, print).save(TrainState(step=1), parts)
+    folder = Checkpoints(tmp_path, MADE_FROM, print).save(TrainState(step=1), {"model": own_tensors(model)})
     assert {file.suffix for file in folder.iterdir()} == {".safetensors", ".json"}
     assert not any("lm_head" in name for name in load_file(folder / "model.safetensors"))
     other = DistillModel(tiny_model("llama", seed=5, tie_word_embeddings=True), model.objective)
-    load_model(other, read(folder)["model"])
+    load_tensors(other, read(folder)["model"])
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -146,9 +144,9 @@ def test_checkpoints_are_safetensors_and_json_with_tied_tensors_once(tmp_path):
 def test_weights_of_another_shape_or_name_are_refused():
     model, other = tiny_model("bert"), own_tensors(tiny_model("bert", num_labels=5))
     with pytest.raises(RunError, match=r"other tensors than the model: classifier\.bias, classifier\.weight"):
-        load_model(model, other)
+        load_tensors(model, other)
     with pytest.raises(RunError, match=r"other tensors than the model: classifier\.bias"):
-        load_model(model, {name: tensor for name, tensor in own_tensors(model).items() if name != "classifier.bias"})
+        load_tensors(model, {name: tensor for name, tensor in own_tensors(model).items() if name != "classifier.bias"})
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_checkpoint(corpus, tmp_path):
@@ -206,10 +204,17 @@ def test_records_after_the_checkpoint_and_half_lines_are_dropped(tmp_path):
     assert path.read_text() == '{"step": 2}\n{"step": 4}\n'
 
 
-def test_uneven_shares_are_refused(corpus, monkeypatch):
-    batches = TrainingBatches(corpus, corpus.labelled, 8, 3, 0)
-    assert batches.micro_batches_per_step() == 3
-    monkeypatch.setattr(setup, "process_state", lambda: SimpleNamespace(num_processes=2, device=torch.device("cpu")))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match=r"3 micro-batches.*2 processes cannot share evenly"):
-        make_accelerator(Training(steps=1, batch_size=8, micro_batch_size=3), batches)
+@pytest.mark.parametrize(
+    ("ranks", "batch", "micro", "dealt"),
+    [(1, 8, 2, (2, 4)), (2, 8, 2, (2, 2)), (4, 8, 2, (2, 1)), (1, 8, None, (8, 1)), (2, 8, None, (4, 1))],
+)
+def test_a_step_is_dealt_out_evenly(ranks, batch, micro, dealt, monkeypatch):
+    monkeypatch.setattr(setup, "process_state", lambda: SimpleNamespace(num_processes=ranks))
+    assert setup.deal_out(Training(steps=1, batch_size=batch, micro_batch_size=micro)) == dealt
+
+
+@pytest.mark.parametrize(("ranks", "batch", "micro", "count"), [(2, 6, 2, 3), (2, 7, None, 3), (3, 8, None, 4)])
+def test_uneven_shares_are_refused(ranks, batch, micro, count, monkeypatch):
+    monkeypatch.setattr(setup, "process_state", lambda: SimpleNamespace(num_processes=ranks))
+    with pytest.raises(InputError, match=rf"fit: a step has {count} micro-batches.*{ranks} processes cannot share"):
+        setup.deal_out(Training(steps=1, batch_size=batch, micro_batch_size=micro), "teacher.fit")
