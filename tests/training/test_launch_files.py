@@ -42,7 +42,8 @@ def test_accelerate_reads_it_as_meant(name):
 
 
 def test_what_the_launcher_hands_over_for_zero3_is_taken(monkeypatch):
-    arguments = ["--config_file", str(FOLDER / "zero3.yaml"), "scripts/train.py", "RECIPE"]
+    # Any free port: with its own choice the launcher warns where another training runs on this machine.
+    arguments = ["--config_file", str(FOLDER / "zero3.yaml"), "--main_process_port", "0", "scripts/train.py", "RECIPE"]
     read, _, _ = _validate_launch_command(launch_command_parser().parse_args(arguments))
     read.deepspeed_fields_from_accelerate_config = "zero_stage"
     _, environment = prepare_deepspeed_cmd_env(read)
