@@ -104,7 +104,7 @@ class Campaign:
                 self.counts["newest checkpoint unusable"] += 1
 
     def reached(self, run: "Run", moment: str) -> bool:
-        """Whether it came to that moment before its end, of which a random part has passed then."""
+        """Wait until a random part of that moment has passed; False when the run ended before it."""
         saving = moment == "saving"
         if not run.wait_for(moment, self.chooser.randrange(3) if saving else 0):
             return False
@@ -135,7 +135,7 @@ class Run:
         self.reading, writing = os.pipe()
         self.slowest_save = 0.0
         self.saving = False
-        """Whether the last that was told is the start of a save; after `kill`, whether that was inside one."""
+        """True when the last that was told is the start of a save; after `kill`: when that was inside one."""
         self.code: int | None = None
         self.pid = os.fork()
         if self.pid == 0:
@@ -150,7 +150,7 @@ class Run:
         self.lines = os.fdopen(self.reading)
 
     def wait_for(self, moment: str, skip: int = 0) -> bool:
-        """Whether that moment came before the end, after so many that are let through."""
+        """Wait for that moment, after so many that are let through; False when the end came first."""
         for line in self.lines:
             self._note(line)
             if line.strip() == moment:
@@ -212,7 +212,7 @@ def distill_run(arguments: list[str], notify: Notify, verb: str = "train") -> in
 
 
 def usable(folder: Path) -> bool:
-    """Whether the newest published checkpoint is intact, or there is none yet."""
+    """Tell whether the newest published checkpoint is intact, or there is none yet."""
     from distill.training.checkpoint import fault_of
 
     newest = max((folder / "checkpoints").glob("step-*"), default=None)
@@ -253,7 +253,7 @@ def plain_run(arguments: list[str], notify: Notify) -> int:
 
 
 def plain_usable(folder: Path) -> bool:
-    """Whether every file of the newest checkpoint can be read; what torch saved is a zip, whose sums say so."""
+    """Tell whether every file of the newest checkpoint can be read; what torch saved is a zip, whose sums say so."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

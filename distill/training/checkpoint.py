@@ -58,7 +58,7 @@ class TrainState:
     micro_batch_size: int = 0
     """Examples per forward pass, before halving."""
     micro_batch_halvings: int = 0
-    """How often micro-batches were halved for want of memory."""
+    """Times that micro-batches were halved for want of memory."""
     evaluated: int = 0
     """Step of the last evaluation."""
     best: float | None = None

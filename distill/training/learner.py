@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from distill.student.masks.masks import Masks
 
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
-"""Where each rank holds a shard of the weights."""
+"""Kinds of training in which each rank holds a shard of the weights."""
 
 
 @dataclass
@@ -101,12 +101,9 @@ class Learner:
     @contextmanager
     def measured(self) -> Iterator[Any]:
         """Put the student into eval mode, with the weights that would be handed on."""
-        with self.ema.swapped_in() if self.spec.ema_release and self.ema else nullcontext():
-            if self.spec.ema_release and self.masks:
-                self.masks.apply()  # an average keeps traces of what is masked by now
-            self.wrapper.eval()
-            if self.sharded:
-                self._fill_student(self.accelerator.device)
+        ema = self.ema if self.spec.ema_release else None
+        with ema.swapped_in() if ema else nullcontext():
+            self._settle(self.accelerator.device)
             try:
                 yield self.student
             finally:
@@ -116,15 +113,19 @@ class Learner:
         """Leave the student in eval mode with the final weights."""
         if self.spec.ema_release and self.ema:
             self.ema.copy_to_model()
-            if self.masks:
-                self.masks.apply()
-        self.wrapper.eval()
-        if self.sharded:
-            self._fill_student(torch.device("cpu"))
+        self._settle(torch.device("cpu"))
         if self.spec.gradient_checkpointing and not self.sharded:
             gradient_checkpointing(self.student, "disable")()
         for layer in layers_of(self.student):
             vars(layer).pop("forward", None)  # compiled
+
+    def _settle(self, device: torch.device) -> None:
+        """Put the student, masked and with whole weights, into eval mode."""
+        if self.spec.ema_release and self.masks:
+            self.masks.apply()  # an average keeps traces of what is masked by now
+        self.wrapper.eval()
+        if self.sharded:
+            self._fill_student(device)
 
     def _fill_student(self, device: torch.device) -> None:
         """Gather the weights into the student itself. Collective."""

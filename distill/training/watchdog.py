@@ -23,7 +23,7 @@ class Watchdog:
     def __init__(self, say: Callable[[str], None], *, active: bool):
         self.say = say
         self.seen: dict[str, tuple[int, float]] = {}
-        """What -> how often, and seconds of the slowest. The first, which may compile, counts until the second."""
+        """Kind -> (count, seconds of the slowest). The first, which may compile, counts until the second."""
         self.deadline: float | None = None
         if active:
             threading.Thread(target=self._watch, daemon=True).start()

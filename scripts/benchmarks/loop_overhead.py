@@ -1,4 +1,4 @@
-"""What the trainer costs beyond a bare loop over the same model, teacher, objective and batches; and what saving costs.
+"""Measure what the trainer costs beyond a bare loop over the same model, teacher, objective and batches; and saving.
 
     python scripts/benchmarks/loop_overhead.py
     python scripts/benchmarks/loop_overhead.py --rounds 6 --steps 12 --hidden 384

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 LEFT_OUT = shutil.ignore_patterns("fit", "checkpoints", "distilled", "student", "controls", "*.jsonl", ".lock")
-"""What a cell makes for itself, or does not need."""
+"""Files that a cell makes for itself, or does not need."""
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What the fault campaign counts: kills that were inside a save, and checkpoints that cannot be read.
+"""Counts of the fault campaign: kills that were inside a save, and checkpoints that cannot be read.
 
 The campaign itself is a step of `.ci/run`.
 """

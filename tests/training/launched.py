@@ -96,7 +96,7 @@ class Teacher:
 
 
 def shared_out(kind, options):
-    """How the training that follows holds its weights."""
+    """Choose how the training that follows holds its weights."""
     if kind == "fsdp":
         saved = "SHARDED_STATE_DICT" if "sharded" in options else "FULL_STATE_DICT"
         running.make_accelerator = partial(fsdp2_on_cpu, saved)

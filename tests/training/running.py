@@ -20,7 +20,7 @@ HIDDEN = [
 
 
 MADE_FROM = {"data": "a tiny corpus", "seed": 0}
-"""What every training here says it is made from."""
+"""Inputs that every training here says it is made from."""
 
 
 def published(folder):

@@ -59,7 +59,7 @@ def run(corpus, folder, mask, *, micro=4, dropout=0.1, kind=Masks, look=None, **
 
 
 def alive(model, masks):
-    """How many masked weights are not exactly zero."""
+    """Count the masked weights that are not exactly zero."""
     named = dict(model.named_parameters())
     return sum(int((named[name][mask] != 0).sum()) for name, mask in masks.masks.items())
 

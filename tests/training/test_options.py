@@ -1,4 +1,4 @@
-"""What a recipe can choose about a training."""
+"""The choices that a recipe has about a training."""
 
 from __future__ import annotations
 

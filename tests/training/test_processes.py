@@ -113,7 +113,7 @@ def test_fsdp2_saves_shards_that_are_checked_and_resumed_by_two_processes_and_by
 
 
 def fault_when(checkpoint, damage):
-    """What is found wrong when one process's weights are damaged; they are put back."""
+    """Tell whether damage to one rank's weights is found; they are put back."""
     file = checkpoint / "model-00001-of-00002.safetensors"
     content = file.read_bytes()
     damage(file)

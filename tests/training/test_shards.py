@@ -69,7 +69,7 @@ except RunError as error:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """What two processes have written."""
+    """The checkpoints that two ranks have written."""
     folder = tmp_path_factory.mktemp("made")
     (folder / "worker.py").write_text(WORKER)
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
