@@ -11,15 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import MADE_FROM, published
+from running import MADE_FROM, dropped, published
 from safetensors.torch import load_file
 from tiny import tiny_model, tiny_project
 
-from distill.data import TrainingBatches, read_texts, tokenise
+from distill.data import TrainingBatches
 from distill.errors import Stopped
 from distill.losses import Objective
-from distill.models.load import load_tokenizer
-from distill.recipe import load_recipe
 from distill.recipe.schema import Mask, Term, Training
 from distill.student.masks.masks import Masks
 from distill.training import Job, make_accelerator, read_records, train
@@ -32,19 +30,11 @@ HARSH = {"weight_decay": 0.5, "betas": (0.95, 0.99), "lr": 3e-3}
 CUBIC = Mask(sparsity=0.6, schedule="cubic", end=0.75, every=2)
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("masked")
-    spec = load_recipe(tiny_project(folder)).data
-    return tokenise(read_texts(spec, 0, folder), spec, load_tokenizer(folder / "teacher"))
-
-
 def run(corpus, folder, mask, *, micro=4, dropout=0.1, kind=Masks, look=None, **spec):
     """Train a tiny BERT under masks; returns it and them. `look` is called with the model after four steps."""
     often = {"save_every": 2, "log_every": 2, "evaluate_every": 4 if look else 0}
     settings = Training(steps=STEPS, batch_size=8, micro_batch_size=micro, **{**often, **HARSH, **spec})
-    rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-    model = tiny_model("bert", **rates, num_labels=len(corpus.classes))
+    model = tiny_model("bert", **dropped(dropout), num_labels=len(corpus.classes))
     made = []
 
     def constrain(model):
