@@ -11,8 +11,7 @@ from bad_recipes import CROSS_CHECKS, GOOD, MLP, STRATEGIES, STUDENT, TERMS, Bad
 
 from distill.errors import InputError, RecipeError
 from distill.recipe import load_recipe
-from distill.recipe.load import teacher_folder
-from distill.recipe.locate import TeacherSize, teacher_size
+from distill.recipe.locate import TeacherSize, teacher_folder, teacher_size
 
 Write = Callable[..., Path]
 ACCEPTED = [

@@ -8,11 +8,12 @@ from typing import Any, get_args
 
 import pytest
 
-from distill.data.sources import SOURCES
+from distill.data.sources import READERS, SOURCES
 from distill.data.tasks import TASKS
 from distill.evaluation.metrics import METRICS
 from distill.losses import ATTENTION, HIDDEN, LOGITS, RELATION
 from distill.recipe import names
+from distill.recipe.locate import ENDINGS
 from distill.recipe.schema import Optimization, json_schema
 from distill.recipe.terms import TERM_KEYS
 from distill.student.allocate import ALLOCATIONS
@@ -68,6 +69,10 @@ def test_parameters_and_their_types_are_those_of_the_functions(kind: str, table:
 
 def test_every_kind_of_parameters_is_compared_with_functions() -> None:
     assert names.PARAMS.keys() == {kind for kind, _, _ in PARAMS}
+
+
+def test_every_kind_of_data_file_has_a_reader() -> None:
+    assert tuple(READERS) == ENDINGS
 
 
 def test_policies_that_know_protected_layers_take_them() -> None:
