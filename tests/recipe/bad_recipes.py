@@ -250,7 +250,9 @@ STUDENT = [
     Bad("keep: 0.5", "keep: 0.5, allocate: global", 8, "student.mlp.allocate", "global uniform native or padded"),
     Bad(MLP, "allocate: sensitivity", 8, "student.mlp.allocate", "sensitivity different widths native or padded"),
     Bad("activation,", "taylor, params: {norm: 1},", 8, "student.mlp.params.norm", "taylor has no such parameter"),
-    Bad(MLP + "}", "score: wanda}\n  target: {}", 9, "student.target", "none of parameters, flops and latency is given"),
+    Bad(
+        MLP + "}", "score: wanda}\n  target: {}", 9, "student.target", "none of parameters, flops and latency is given"
+    ),
     Bad(MLP + "}", "score: wanda}\n  target: {flops: 1.5}", 9, "student.target.flops", "at most 1"),
     Bad(
         MLP + "}",
