@@ -188,7 +188,7 @@ def _say(message: str) -> None:
 
 
 def _wide_console() -> Console:
-    return Console(highlight=False, markup=False, width=max(100, console.width))  # else rich cuts columns at 80
+    return Console(highlight=False, markup=False, width=max(110, console.width))  # else rich cuts columns at 80
 
 
 def _print_table(title: str, table: Table) -> None:

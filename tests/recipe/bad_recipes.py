@@ -74,7 +74,7 @@ UNKNOWN_KEYS = [
 
 WRONG_VALUES = [
     Bad("name: tiny", "name: -tiny", 1, "name", 'letters, digits starting with got the text "-tiny"'),
-    Bad("name: tiny", "name: 12", 1, "name", "expected text got the number 12 put it in quotes"),
+    Bad("name: tiny", "name: 12", 1, "name", 'expected text got the number 12 write "12"'),
     Bad("name: tiny", "name: runs/tiny", 1, "name", "letters, digits"),
     Bad("name: tiny\n", "", 1, "name", "missing"),
     Bad("seed: 0", "seed: -1", 2, "seed", "at least 0 got the number -1"),
@@ -91,7 +91,7 @@ WRONG_VALUES = [
     Bad("keep: 0.5", "keep: 0", 8, "student.mlp.keep", "got the number 0"),
     Bad("keep: 0.5", "keep: true", 8, "student.mlp.keep", "got true"),
     Bad("multiple_of: 64", "multiple_of: 0", 8, "student.mlp.multiple_of", "at least 1"),
-    Bad("labelled: 160", 'labelled: "160"', 12, "data.labelled", 'got the text "160" remove the quotes'),
+    Bad("labelled: 160", 'labelled: "160"', 12, "data.labelled", 'got the text "160" write 160'),
     Bad("labelled: 160", "labelled: ~\n  max_length: ~", 13, "data.max_length", "got null"),
     Bad("labelled: 160", "test_share: 1.0", 12, "data.test_share", "below 1 got the number 1.0"),
     Bad("labelled: 160", "labelled: 12:30:00", 12, "data.labelled", 'got the text "12:30:00"'),
