@@ -17,11 +17,11 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer
 
 from distill.errors import InputError
-from distill.files import sha256_of
+from distill.files import read_object, sha256_of
 from distill.models.report import check_loaded, untie_config
-from distill.models.weights import as_input_error, check_links, read_object, weight_files, weights_sha256
+from distill.models.weights import as_input_error, check_links, weight_files, weights_sha256
 from distill.models.widths import as_stock, is_unequal, with_widths
-from distill.recipe.load import teacher_folder
+from distill.recipe.locate import teacher_folder
 from distill.recipe.schema import Teacher
 
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]

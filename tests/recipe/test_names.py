@@ -8,12 +8,15 @@ from typing import Any, get_args
 
 import pytest
 
-from distill.data.sources import SOURCES
+from distill.data.sources import READERS, SOURCES
 from distill.data.tasks import TASKS
 from distill.evaluation.metrics import METRICS
 from distill.losses import ATTENTION, HIDDEN, LOGITS, RELATION
+from distill.models.layout import LAYOUTS
 from distill.recipe import names
-from distill.recipe.schema import Optimization, json_schema
+from distill.recipe.locate import ENDINGS, TeacherSize
+from distill.recipe.rules import KEEP_FIRST, first_layer_is_kept
+from distill.recipe.schema import Layers, Optimization, json_schema
 from distill.recipe.terms import TERM_KEYS
 from distill.student.allocate import ALLOCATIONS
 from distill.student.layers import CHOICES
@@ -70,10 +73,29 @@ def test_every_kind_of_parameters_is_compared_with_functions() -> None:
     assert names.PARAMS.keys() == {kind for kind, _, _ in PARAMS}
 
 
+def test_every_kind_of_data_file_has_a_reader() -> None:
+    assert tuple(READERS) == ENDINGS
+
+
 def test_policies_that_know_protected_layers_take_them() -> None:
     assert set(names.PROTECTING) == {
         name for name, policy in CHOICES.items() if "protected" in inspect.signature(policy).parameters
     }
+
+
+def test_families_that_need_their_first_layer_are_those_whose_layout_says_so() -> None:
+    assert set(KEEP_FIRST) == {name for name, layout in LAYOUTS.items() if layout.main.keep_first}
+    assert not any(layout.encoder and layout.encoder.keep_first for layout in LAYOUTS.values())
+
+
+@pytest.mark.parametrize("choose", sorted(set(CHOICES) - set(names.PROTECTING)))
+def test_a_policy_that_drops_a_first_layer_that_must_stay_is_known_to(choose: str) -> None:
+    for layers in range(1, 13):
+        for keep in range(1, layers + 1):
+            if choose != "every" or layers % keep == 0:
+                size = TeacherSize(layers=layers, family=KEEP_FIRST[0])
+                refused = any(first_layer_is_kept(Layers(keep=keep, choose=choose), size))
+                assert refused == (CHOICES[choose](layers, keep, None)[0] != 0), (layers, keep)
 
 
 def test_scores_read_what_they_say() -> None:
