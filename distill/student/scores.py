@@ -17,20 +17,6 @@ from distill.models.layout import StackName
 from distill.student.calibration.statistics import Statistics, require
 from distill.student.calibration.sums import column_products, column_sums
 
-NEEDS = {
-    "activation": "activations",
-    "activation_l2": "activations",
-    "output_norm": "activations",
-    "wanda": "activations",
-    "fluctuation": "activations",
-    "taylor": "gradients",
-    "taylor_kl": "gradients",
-    "fisher": "gradients",
-    "output_change": "gram",
-}
-"""Score -> the statistics that it reads; `activations` are part of every calibration."""
-
-
 POWERS = {1: torch.abs, 2: torch.square}
 
 

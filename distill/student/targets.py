@@ -15,7 +15,7 @@ from distill.models.family import layout_of
 from distill.models.layout import StackName
 from distill.models.plan import Outcome
 from distill.models.widths import axes_of
-from distill.recipe.schema import Layers, Mlp, Student, Target
+from distill.recipe.schema import Mlp, Student, Target
 from distill.student.allocate import SHARES_BUDGET, floor_width, round_down
 
 LayerKey = tuple[StackName, int]
@@ -92,24 +92,18 @@ def check_target(model: Any, spec: Student) -> None:
     costs = costs_of(model, target)
     low = high = costs.fixed
     for side in layout_of(model).sides:
-        own = {index: layer for (stack, index), layer in costs.layers.items() if stack == side}
-        whole = spec.mlp.protect if side == "main" else []
-        floors = {
-            index: layer.width if index in whole else floor_width(spec.mlp, layer.width) for index, layer in own.items()
-        }
         layers = spec.layers if side == "main" else spec.encoder_layers
-        low += sum(_kept({index: layer.at(floors[index]) for index, layer in own.items()}, layers))
-        high += sum(_kept({index: layer.whole for index, layer in own.items()}, layers, dearest=True))
+        listed = layers.keep if layers is not None and isinstance(layers.keep, list) else None
+        number = layers.keep if layers is not None and isinstance(layers.keep, int) else None
+        own = [
+            (layer, layer.width if side == "main" and index in spec.mlp.protect else floor_width(spec.mlp, layer.width))
+            for (stack, index), layer in costs.layers.items()
+            if stack == side and (listed is None or index in listed)
+        ]
+        # Where a policy will choose the layers, these are the cheapest and the dearest.
+        low += sum(sorted(layer.at(least) for layer, least in own)[:number])
+        high += sum(sorted((layer.whole for layer, _ in own), reverse=True)[:number])
     _refuse_outside(target, _target_value(target, costs.total), low, high, costs.total)
-
-
-def _kept(costs: dict[int, float], layers: Layers | None, dearest: bool = False) -> list[float]:
-    """Costs of the layers that are kept; where a policy will choose them, of the cheapest or dearest."""
-    if layers is None:
-        return list(costs.values())
-    if isinstance(layers.keep, list):
-        return [costs[index] for index in layers.keep if index in costs]
-    return sorted(costs.values(), reverse=dearest)[: layers.keep]
 
 
 def shares(mlp: Mlp, widths: Sequence[int]) -> list[float]:
@@ -152,7 +146,7 @@ def solve(
         low, high = (middle, high) if known[steps[middle]] <= asked else (low, middle)
     share, got = steps[low], known[steps[low]]
     reason = "the largest within it that rounding to multiple_of allows" if got < asked else ""
-    return share, Outcome(asked=_words(target, asked, total), got=_words(target, got, total), reason=reason)
+    return share, Outcome(asked=_format_cost(target, asked, total), got=_format_cost(target, got, total), reason=reason)
 
 
 def _target_value(target: Target, total: float) -> float:
@@ -163,11 +157,11 @@ def _target_value(target: Target, total: float) -> float:
 def _refuse_outside(target: Target, asked: float, low: float, high: float, total: float) -> None:
     if asked < low or asked > high * (1 + 1e-9):
         raise InputError(
-            f"student.target.{target.kind}: {_words(target, asked, total)} cannot be reached with these layers; "
-            f"their MLPs alone give {_words(target, low, total)} to {_words(target, high, total)}"
+            f"student.target.{target.kind}: {_format_cost(target, asked, total)} cannot be reached with these layers; "
+            f"their MLPs alone give {_format_cost(target, low, total)} to {_format_cost(target, high, total)}"
         )
 
 
-def _words(target: Target, value: float, total: float) -> str:
+def _format_cost(target: Target, value: float, total: float) -> str:
     share = f"{value / total:.4f} of the teacher's"
     return share if target.kind == "latency" else f"{value:.0f} {target.kind} ({share})"

@@ -16,14 +16,14 @@ from distill.recipe import names
 from distill.recipe.schema import Optimization, json_schema
 from distill.recipe.terms import TERM_KEYS
 from distill.student.allocate import ALLOCATIONS
-from distill.student.layers import CHOICES
-from distill.student.masks.masks import SCORES as MASK_SCORES
-from distill.student.scores import NEEDS, SCORES
+from distill.student.layers import LAYER_POLICIES
+from distill.student.masks.masks import MASK_SCORES
+from distill.student.scores import SCORES
 from distill.training.optim import OPTIMIZERS, SCHEDULES
 
 Table = Mapping[str, Callable[..., Any]]
 LITERALS: list[tuple[Any, Table]] = [
-    (names.LayerPolicy, CHOICES),
+    (names.LayerPolicy, LAYER_POLICIES),
     (names.Score, SCORES),
     (names.MaskScore, MASK_SCORES),
     (names.Allocation, ALLOCATIONS),
@@ -45,7 +45,7 @@ def test_a_literal_lists_its_table(literal: Any, table: Table) -> None:
 
 
 PARAMS: list[tuple[str, Table, set[str]]] = [
-    ("layer policy", CHOICES, {"protected"}),
+    ("layer policy", LAYER_POLICIES, {"protected"}),
     ("score", SCORES, set()),
     ("mask score", MASK_SCORES, set()),
     ("allocation", ALLOCATIONS, set()),
@@ -72,12 +72,8 @@ def test_every_kind_of_parameters_is_compared_with_functions() -> None:
 
 def test_policies_that_know_protected_layers_take_them() -> None:
     assert set(names.PROTECTING) == {
-        name for name, policy in CHOICES.items() if "protected" in inspect.signature(policy).parameters
+        name for name, policy in LAYER_POLICIES.items() if "protected" in inspect.signature(policy).parameters
     }
-
-
-def test_scores_read_what_they_say() -> None:
-    assert {score: need for score, need in NEEDS.items() if need != "activations"} == names.READS
 
 
 def test_tasks_measure_what_they_say() -> None:

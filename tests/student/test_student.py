@@ -150,7 +150,7 @@ def test_rounding_is_reported_as_asked_and_got():
     ("layers", "width", "score", "words"),
     [
         (5, 0.5, "magnitude", "the teacher has 4"),
-        ([0, 4], 0.5, "magnitude", "layer 4 does not exist"),
+        ([0, 4], 0.5, "magnitude", r"student\.layers\.keep\.1: the teacher has no layer 4"),
         ([2, 0], 0.5, "magnitude", "ascending"),
         ([1, 1], 0.5, "magnitude", "layer 1"),
         (2, 49, "magnitude", "the teacher's MLP has 48"),

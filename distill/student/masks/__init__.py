@@ -11,7 +11,7 @@ from distill.models.trainable import freeze
 from distill.recipe.schema import Recipe
 from distill.registry import bind, find
 from distill.student.masks.compact import compact
-from distill.student.masks.masks import SCORES, Masks
+from distill.student.masks.masks import MASK_SCORES, Masks
 from distill.student.masks.sparsity import sparsity, zeros
 
 
@@ -19,7 +19,7 @@ def check_score(recipe: Recipe) -> None:
     """Find the mask's score. Raises InputError when there is none of that name, or its params do not fit."""
     spec = recipe.student.mask
     if spec is not None:
-        bind(find(SCORES, spec.score, "mask score"), spec.params, "student.mask.params")
+        bind(find(MASK_SCORES, spec.score, "mask score"), spec.params, "student.mask.params")
 
 
 def masks_for(recipe: Recipe, model: Any, steps: int) -> Masks | None:

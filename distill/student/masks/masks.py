@@ -37,7 +37,7 @@ def random(weights: list[Tensor], layer: int, *, seed: int = 0) -> list[Tensor]:
     return [torch.rand(weight.shape, generator=generator).to(weight.device) for weight in weights]
 
 
-SCORES: dict[str, Callable[..., list[Tensor]]] = {"magnitude": magnitude, "random": random}
+MASK_SCORES: dict[str, Callable[..., list[Tensor]]] = {"magnitude": magnitude, "random": random}
 """`(weights, layer, *, ...) -> scores`: the chosen weights of one layer, and a value of at least 0 for each of them."""
 
 
@@ -159,7 +159,7 @@ class Masks:
         self.spec = spec
         self.steps = steps
         self.layers = maskable(model, spec)
-        self.score = bind(find(SCORES, spec.score, "mask score"), spec.params, "student.mask.params")
+        self.score = bind(find(MASK_SCORES, spec.score, "mask score"), spec.params, "student.mask.params")
         self.masks: dict[str, Tensor] = {}
         """Bool, True where the parameter of that name is zero; sharded like it."""
 
