@@ -27,6 +27,7 @@ from distill.student.build import build_student
 from distill.student.calibration.collect import StatisticsRequest
 from distill.student.calibration.statistics import Statistics
 from distill.student.layers import LAYER_POLICIES, choose_layers, policy_of
+from distill.student.masks.masks import MASK_SCORES
 from distill.student.scores import SCORES, MlpLayer
 from distill.student.targets import costs_of, shares, solve
 
@@ -140,6 +141,8 @@ def check_strategies(spec: Student) -> None:
             bind(find(LAYER_POLICIES, own.choose, "layer policy"), own.params, f"student.{key}.params")
     bind(find(SCORES, spec.mlp.score, "score"), spec.mlp.params, "student.mlp.params")
     bind(find(ALLOCATIONS, spec.mlp.allocate, "allocation"), spec.mlp.allocate_params, "student.mlp.allocate_params")
+    if spec.mask is not None:
+        bind(find(MASK_SCORES, spec.mask.score, "mask score"), spec.mask.params, "student.mask.params")
 
 
 def _score_layer(mlp: Mlp, index: int, side: StackName, spec: Student, statistics: Statistics | None) -> _Scored:
