@@ -28,7 +28,7 @@ UNLABELLED = -100
 """The label of positions without one, as in torch and transformers."""
 
 
-READ = (
+MODEL_INPUTS = (
     *("input_ids", "input_features", "attention_mask", "token_type_ids", "position_ids"),
     *("decoder_input_ids", "decoder_attention_mask"),
 )
@@ -37,7 +37,7 @@ READ = (
 
 def model_inputs(batch: Batch) -> Batch:
     """Select the entries of a batch that a model reads; every forward pass on data goes through this."""
-    inputs = {name: batch[name] for name in READ if name in batch}
+    inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
     if "position_ids" in inputs:
         # Packed: transformers tells documents apart by positions that start anew, and only where there is no mask.
         inputs.pop("attention_mask", None)

@@ -115,20 +115,25 @@ def stopped_at_head(model: Any) -> Iterator[list[Tensor]]:
     The model's own code runs up to there, final norm, masked-LM transform and scaled decoder outputs included. What it
     returns as logits is then one meaningless number.
     """
-    module, read = model.get_output_embeddings(), []
-    before = module.__dict__.get("forward")
+    read = []
 
     def keep(hidden: Tensor) -> Tensor:
         read.append(hidden)
         return hidden.new_zeros(1, 1, 1)
 
-    module.forward = keep
-    try:
+    with _replaced_forward(model.get_output_embeddings(), keep):
         yield read
+
+
+@contextmanager
+def _replaced_forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
     finally:
-        if before is None:
-            del module.forward
-        else:
+        del module.forward
+        if before is not None:  # somebody else's, set before
             module.forward = before
 
 
@@ -177,11 +182,8 @@ def unrounded_classes(model: Any) -> Iterator[None]:
         with torch.autocast(hidden.device.type, enabled=False):
             return nn.functional.linear(hidden.to(kind), module.weight.to(kind), bias)
 
-    module.forward = widened
-    try:
+    with _replaced_forward(module, widened):
         yield
-    finally:
-        del module.forward
 
 
 SCALES: dict[str, Callable[[float], float]] = {

@@ -7,7 +7,6 @@ files are found by the same rules, and refused where they are not safetensors fi
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from typing import Any
 
 from distill.errors import DistillError, InputError
 from distill.files import sha256_of
+from distill.recipe.locate import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
@@ -37,17 +37,6 @@ def as_input_error(what: str) -> Iterator[None]:
         text = str(error).strip()
         named = text if isinstance(error, OSError | ValueError) and text else f"{type(error).__name__}: {text}"
         raise InputError(f"{what}: {named}") from error
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises InputError when the file does not hold one."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path} holds no JSON object")
-    return found
 
 
 def check_links(folder: Path) -> None:
@@ -76,13 +65,13 @@ def weight_files(folder: Path) -> list[Path]:
         raise InputError(f"{folder} holds parts of a training checkpoint ({distributed.name}); save it as one model")
     if (folder / "adapter_config.json").exists():
         raise InputError(f"{folder} holds an adapter (adapter_config.json); merge it into the weights, or remove it")
-    named = read_object(folder / "config.json").get("transformers_weights")
+    named = read_json(folder / "config.json").get("transformers_weights")
     found = [named] if named is not None else [name for name in (SINGLE, INDEX) if (folder / name).is_file()]
     if not found:
         raise InputError(f"{folder} has no weights that are read: there is neither {SINGLE} nor {INDEX}")
     names, origin = {found[0]}, "config.json: transformers_weights"
     if str(found[0]).endswith(".index.json"):
-        listed = read_object(_checked(folder, found[0], origin, ".json")).get("weight_map")
+        listed = read_json(_checked(folder, found[0], origin, ".json")).get("weight_map")
         if not isinstance(listed, dict) or not listed:
             raise InputError(f"{folder / found[0]} has no weight_map")
         names, origin = set(listed.values()), found[0]

@@ -18,7 +18,7 @@ from distill.errors import InputError
 from distill.models.family import layers_of, layout_of
 from distill.models.layout import StackName
 from distill.models.load import load_student, load_tokenizer, teacher_path
-from distill.models.mlp import Mlp, mlps_of
+from distill.models.mlp import NeuronAxis, mlps_of
 from distill.models.plan import StudentPlan
 from distill.ranks import process_state
 from distill.recipe.schema import Data, Student, Teacher
@@ -132,7 +132,7 @@ def _zeros(tensors: Sequence[Tensor]) -> float:
     return sum(int((tensor == 0).sum()) for tensor in tensors) / max(1, sum(tensor.numel() for tensor in tensors))
 
 
-def _silent(mlp: Mlp) -> str:
+def _silent(mlp: NeuronAxis) -> str:
     silent = (mlp.weight_out == 0).all(dim=-2)
     return f"{int(silent.sum())} of {silent.numel()}"
 

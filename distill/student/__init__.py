@@ -6,7 +6,8 @@ the recipe as `score: package.module:function`. Its keyword-only parameters are 
 
 from distill.student.allocate import ALLOCATIONS
 from distill.student.build import build_student
-from distill.student.calibration.collect import Statistics, StatisticsRequest, calibrate
+from distill.student.calibration.collect import StatisticsRequest, calibrate
+from distill.student.calibration.statistics import Statistics
 from distill.student.layers import LAYER_POLICIES
 from distill.student.plan import check_strategies, plan_student, wanted_statistics
 from distill.student.scores import SCORES, MlpLayer

@@ -14,7 +14,7 @@ from distill.errors import InputError
 from distill.models.cost import latency_ratio
 from distill.models.family import layers_of, layout_of
 from distill.models.layout import StackName
-from distill.models.mlp import Mlp, placed_mlps
+from distill.models.mlp import NeuronAxis, placed_mlps
 from distill.models.plan import KeptUnits, LayerPlan, Outcome, StudentPlan
 from distill.recipe.locate import TeacherSize
 from distill.recipe.names import READS
@@ -145,7 +145,7 @@ def check_strategies(spec: Student) -> None:
         bind(find(MASK_SCORES, spec.mask.score, "mask score"), spec.mask.params, "student.mask.params")
 
 
-def _score_layer(mlp: Mlp, index: int, side: StackName, spec: Student, statistics: Statistics | None) -> _Scored:
+def _score_layer(mlp: NeuronAxis, index: int, side: StackName, spec: Student, statistics: Statistics | None) -> _Scored:
     score = bind(find(SCORES, spec.mlp.score, "score"), spec.mlp.params, "student.mlp.params")
     weights_in = [weight.detach() for weight in mlp.weights_in]
     values = score(MlpLayer(index, weights_in, mlp.weight_out.detach(), side), statistics)
