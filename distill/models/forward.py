@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from distill.errors import InputError
 from distill.models.family import layers_of, layout_of
-from distill.models.head import OutputHead, output_head, stopped_at_head, unrounded_classes
+from distill.models.head import OutputHead, output_head, stop_at_head, widen_class_logits
 from distill.models.layout import AttentionLayout
 
 Batch = dict[str, Tensor]
@@ -103,9 +103,9 @@ def forward(model: Any, batch: Batch, wanted: Capture) -> Outputs:
     inputs = {**model_inputs(batch), **without_cache(model)}
     with capture(model, wanted) as found:
         if head is None:
-            with unrounded_classes(model):
+            with widen_class_logits(model):
                 return replace(found, logits=_logits(model(**inputs)))
-        with stopped_at_head(model) as read:
+        with stop_at_head(model) as read:
             model(**inputs)
     return replace(found, last=read[0], head=head)
 

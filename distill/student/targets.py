@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
-from torch import nn
-
 from distill.errors import InputError
-from distill.models.axes import LayerAxis
 from distill.models.cost import flops_by_module, random_example
 from distill.models.family import layout_of
 from distill.models.layout import StackName
@@ -57,25 +56,19 @@ class Costs:
 
 def costs_of(model: Any, target: Target) -> Costs:
     """Count the parameters or FLOPs, as the target says, of a model and of its layers; nothing is computed."""
-    if target.kind == "parameters":
-        total = sum(parameter.numel() for parameter in model.parameters())
-        return Costs(
-            float(total), {(side, index): _parameters(model, side, axis) for side, index, axis in axes_of(model)}
-        )
-    flops, _ = flops_by_module(model, random_example(model, target.length))
-    return Costs(float(flops[model]), {(side, index): _flops(flops, axis) for side, index, axis in axes_of(model)})
-
-
-def _parameters(model: Any, side: StackName, axis: LayerAxis) -> LayerCost:
-    shared = layout_of(model).stack(side).first_only  # a student has these once, whichever layers it keeps
-    sizes = {name: parameter.numel() for name, parameter in axis.layer.named_parameters() if name not in shared}
-    return LayerCost(sum(sizes.values()), sum(sizes[name] for name in axis.tensors) / axis.units, axis.units)
-
-
-def _flops(flops: dict[nn.Module, int], axis: LayerAxis) -> LayerCost:
-    owners = {name.rpartition(".")[0] for name in axis.tensors}
-    of_units = sum(flops[axis.layer.get_submodule(owner)] for owner in owners)
-    return LayerCost(flops[axis.layer], of_units / axis.units, axis.units)
+    by_parameters, layers = target.kind == "parameters", {}
+    flops = {} if by_parameters else flops_by_module(model, random_example(model, target.length))[0]
+    for side, index, axis in axes_of(model):
+        if by_parameters:
+            shared = layout_of(model).stack(side).first_only  # a student has these once, whichever layers it keeps
+            sizes = {name: tensor.numel() for name, tensor in axis.layer.named_parameters() if name not in shared}
+            whole, of_units = sum(sizes.values()), sum(sizes[name] for name in axis.tensors)
+        else:
+            owners = {name.rpartition(".")[0] for name in axis.tensors}
+            whole, of_units = flops[axis.layer], sum(flops[axis.layer.get_submodule(owner)] for owner in owners)
+        layers[side, index] = LayerCost(whole, of_units / axis.units, axis.units)
+    total = sum(parameter.numel() for parameter in model.parameters()) if by_parameters else flops[model]
+    return Costs(float(total), layers)
 
 
 def check_target(model: Any, spec: Student) -> None:
@@ -123,7 +116,7 @@ def shares(mlp: Mlp, widths: Sequence[int]) -> list[float]:
 def solve(
     target: Target, total: float, steps: Sequence[float], cost: Callable[[float], float]
 ) -> tuple[float, Outcome]:
-    """The largest share of neurons whose cost is within the target, by bisection, and what was asked and got.
+    """Find the largest share of neurons whose cost is within the target, by bisection; also what was asked and got.
 
     Args:
         target: What is asked.
@@ -134,17 +127,10 @@ def solve(
     Raises:
         InputError: Even the smallest share costs more, or keeping everything costs less.
     """
-    asked = _target_value(target, total)
-    known = {step: cost(step) for step in (steps[0], steps[-1])}
-    _refuse_outside(target, asked, known[steps[0]], known[steps[-1]], total)
-    low, high = 0, len(steps) - 1
-    if known[steps[high]] <= asked:
-        low = high
-    while high - low > 1:
-        middle = (low + high) // 2
-        known[steps[middle]] = cost(steps[middle])
-        low, high = (middle, high) if known[steps[middle]] <= asked else (low, middle)
-    share, got = steps[low], known[steps[low]]
+    asked, known = _target_value(target, total), cache(cost)  # a latency is measured once
+    _refuse_outside(target, asked, known(steps[0]), known(steps[-1]), total)
+    share = steps[max(1, bisect_right(steps, asked, key=known)) - 1]
+    got = known(share)
     reason = "the largest within it that rounding to multiple_of allows" if got < asked else ""
     return share, Outcome(asked=_format_cost(target, asked, total), got=_format_cost(target, got, total), reason=reason)
 

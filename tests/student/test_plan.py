@@ -109,8 +109,6 @@ def test_protected_layers_keep_all_their_neurons():
         (spec(layers={"keep": [0, 1]}, protect=[2], score="magnitude"), "layer 2 is not among the kept layers"),
         (spec(layers={"keep": 3, "choose": "every"}, score="magnitude"), "divides the teacher's 4 layers; 3 does not"),
         (spec([0.5], score="magnitude"), "1 widths for 4 kept layers"),
-        (spec(score="taylor"), "`taylor` needs calibration data"),
-        (spec(score="magnitude", layers={"keep": 2, "choose": "angular"}), "`angular` needs calibration data"),
         (spec(score="magnitude", allocate="sensitivity"), "`sensitivity` needs calibration data"),
     ],
 )

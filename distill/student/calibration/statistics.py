@@ -1,4 +1,4 @@
-"""The statistics of a teacher that one calibration pass collects. Every figure is a sum, so that processes add up.
+"""The statistics of a teacher that one calibration pass collects. Every figure is a sum, so that ranks add up.
 
 F width of a layer's MLP ([E, F] where it has E experts), N layers. A stack of layers is a `StackName`; methods that
 take a layer speak of the stack that `of` chose, the main one at first.
