@@ -29,7 +29,7 @@ from distill.student.calibration.statistics import Statistics
 from distill.student.layers import LAYER_POLICIES, choose_layers, policy_of
 from distill.student.masks.masks import MASK_SCORES
 from distill.student.scores import SCORES, MlpLayer
-from distill.student.targets import costs_of, shares, solve
+from distill.student.targets import check_target, costs_of, shares, solve
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,7 @@ def plan_student(model: Any, spec: Student, calibration: Statistics | None = Non
             calibration.
     """
     sides = layout_of(model).sides
-    depths = {side: len(layers_of(model, side)) for side in sides}
-    _check_layers(spec, TeacherSize(depths["main"], encoder_layers=depths.get("encoder")))
+    depths = _check_layers(model, spec)
     asked = {"main": spec.layers, "encoder": spec.encoder_layers}
     kept = {side: choose_layers(model, side, asked[side], calibration) for side in sides}
     scored = [
@@ -108,11 +107,25 @@ def plan_student(model: Any, spec: Student, calibration: Statistics | None = Non
     return plan.model_copy(update={"outcomes": _outcomes(spec, plan, keep) | outcomes})
 
 
-def _check_layers(spec: Student, size: TeacherSize) -> None:
-    """Apply the rules on layers to the model itself: a recipe with a teacher on the hub was read without its size."""
+def check_student(model: Any, spec: Student) -> None:
+    """Refuse, before any work, layers that the teacher does not have and a target that they cannot reach.
+
+    A recipe whose teacher is on the hub was read without knowing its size.
+
+    Raises:
+        InputError: With what is wrong.
+    """
+    _check_layers(model, spec)
+    check_target(model, spec)
+
+
+def _check_layers(model: Any, spec: Student) -> dict[StackName, int]:
+    """Apply the recipe's rules on layers to the model itself; returns its depths."""
+    depths = {side: len(layers_of(model, side)) for side in layout_of(model).sides}
     parts = {"layers": spec.layers, "encoder_layers": spec.encoder_layers, "mlp": spec.mlp}
-    if mistakes := list(check_together(parts, size)):
+    if mistakes := list(check_together(parts, TeacherSize(depths["main"], encoder_layers=depths.get("encoder")))):
         raise InputError("; ".join(map(str, mistakes)))
+    return depths
 
 
 def wanted_statistics(spec: Student) -> StatisticsRequest:
@@ -206,7 +219,7 @@ def top_units(scores: Tensor, width: int) -> list[Any] | None:
 
 
 def _outcomes(spec: Student, plan: StudentPlan, keep: Any) -> dict[str, Outcome]:
-    """Asked against got, by recipe key."""
+    """Write down what was asked and what the plan gives, by recipe key."""
     outcomes = {}
     stacks = {"layers": (spec.layers, plan.layers), "encoder_layers": (spec.encoder_layers, plan.encoder_layers)}
     for key, (own, stack) in stacks.items():
@@ -214,11 +227,11 @@ def _outcomes(spec: Student, plan: StudentPlan, keep: Any) -> dict[str, Outcome]
             got = ", ".join(str(layer.teacher_layer) for layer in stack or [])
             outcomes[f"student.{key}.keep"] = Outcome(asked=str(own.keep), got=got)
     placed = [(side, layer) for side in ("encoder", "main") for layer in plan.stack(side)]
-    sizes = [f"{layer.width} of {layer.teacher_width}" for _, layer in placed]
-    got = sizes[0]
-    if len(set(sizes)) > 1:
-        names = [f"{'encoder ' if side == 'encoder' else ''}layer {layer.teacher_layer}" for side, layer in placed]
-        got = ", ".join(f"{size} in {name}" for size, name in zip(sizes, names, strict=True))
+    names = [f"{'encoder ' if side == 'encoder' else ''}layer {layer.teacher_layer}" for side, layer in placed]
+    sizes = {name: f"{layer.width} of {layer.teacher_width}" for name, (_, layer) in zip(names, placed, strict=True)}
+    got, *others = dict.fromkeys(sizes.values())
+    if others:
+        got = ", ".join(f"{size} in {name}" for name, size in sizes.items())
     free = [layer for side, layer in placed if side == "encoder" or layer.teacher_layer not in spec.mlp.protect]
     each = keep if isinstance(keep, list) else [keep] * len(free)
     pairs = zip(each, free, strict=True)
