@@ -10,14 +10,14 @@ import errno
 import json
 import signal
 import sys
-from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
+import rich.table
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from distill import __version__
@@ -25,8 +25,9 @@ from distill.errors import DistillError, InputError, Stopped
 from distill.release.wording import one_line, printable
 
 if TYPE_CHECKING:
-    from distill.pipeline.inspect import Inspection
+    from distill.pipeline import Session
     from distill.recipe.schema import Recipe
+    from distill.release.tables import Table
 
 app = typer.Typer(
     name="distill",
@@ -53,8 +54,14 @@ Continue = Annotated[
 @app.command()
 def validate(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Check a recipe and say everything that is wrong with it; needs no torch and no network."""
+    from distill.recipe.locate import is_left_behind
+
     loaded = _load(recipe, overrides)
+    names = (loaded.teacher.model, loaded.data.source)
+    absent = " and ".join(name for name in names if is_left_behind(name, recipe.absolute().parent))
     _say(f"{recipe}: fine ({loaded.name})")
+    if absent:
+        _say(f"  {absent}: not in this release, so not looked at")
 
 
 @app.command()
@@ -108,12 +115,8 @@ def inspect(
         statistics = read_statistics(calibration, opened)
     elif data is not None:
         statistics = gather_statistics(model, opened, data, examples, max_length)
-    _print_inspections(inspect_model(opened, statistics, keep_layers))
-
-
-def _print_inspections(inspections: Sequence[Inspection]) -> None:
-    for title, table, note in inspections:
-        _print_table(title, table.head, table.rows, table.text_columns)
+    for title, table, note in inspect_model(opened, statistics, keep_layers):
+        _print_table(title, table)
         _wide_console().print(printable(note), "")
 
 
@@ -163,7 +166,7 @@ def _run(
         check_stages(session, STORY)
         run_stages(session, VERBS[verb], STORY)
     if main_process and verb in ("evaluate", "release", "run"):
-        _print_evaluation(json.loads(session.folder.evaluation.read_text(encoding="utf-8")))
+        _print_evaluation(session)
     if main_process and verb in ("release", "run"):
         say(f"released: {folder / 'release'}   report: {folder / 'report.html'}")
 
@@ -185,50 +188,28 @@ def _say(message: str) -> None:
 
 
 def _wide_console() -> Console:
-    return Console(highlight=False, markup=False, width=max(100, console.width))  # else rich cuts columns at 80
+    return Console(highlight=False, markup=False, width=max(110, console.width))  # else rich cuts columns at 80
 
 
-def _print_table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> None:
-    table = Table(title=one_line(title))
-    for index, name in enumerate(head):
-        table.add_column(one_line(name), justify="left" if index < text_columns else "right")
-    for row in rows:
-        table.add_row(*(Text(one_line(cell)) for cell in row))
-    _wide_console().print(table)
+def _print_table(title: str, table: Table) -> None:
+    printed = rich.table.Table(title=one_line(title))
+    for index, name in enumerate(table.head):
+        printed.add_column(one_line(name), justify="left" if index < table.text_columns else "right")
+    for row in table.rows:
+        printed.add_row(*(Text(one_line(cell)) for cell in row))
+    _wide_console().print(printed)
 
 
-def _print_evaluation(evaluation: dict[str, Any]) -> None:
-    metrics, rows = evaluation["metrics"], []
-    for arm in evaluation["arms"]:
-        retained = arm["retained"].get(evaluation["primary"])
-        share = "" if retained is None else f"{100 * retained:.1f} %"
-        values = [arm["metrics"][name] for name in metrics]
-        cells = ["not finite" if value is None else f"{value:.4f}" for value in values]
-        rows.append([arm["name"], *cells, share, str(arm["steps"])])
-    title = f"{evaluation['data']['examples']} held-out examples of {evaluation['data']['source']}"
-    _print_table(title, ["arm", *metrics, "retained", "steps"], rows)
-    if evaluation["efficiency"]:
-        _print_efficiency(evaluation["efficiency"])
+def _print_evaluation(session: Session) -> None:
+    from distill.pipeline.release import collect_evidence
+    from distill.release.tables import arms_table, efficiency_table
 
-
-def _print_efficiency(efficiency: dict[str, Any]) -> None:
-    teacher, student = (efficiency["models"][name] for name in ("teacher", "student"))
-    ratios = efficiency["ratios"]["student"]
-    figures = [
-        ("parameters", teacher["parameters"], student["parameters"], ratios["parameters"]),
-        ("parameters in layers", teacher["layer_parameters"], student["layer_parameters"], ratios["layer_parameters"]),
-        ("bytes on disk", teacher["disk_bytes"], student["disk_bytes"], ratios["disk_bytes"]),
-        ("FLOPs per example", teacher["flops_per_example"], student["flops_per_example"], ratios["flops"]),
-        ("latency ms, batch 1", teacher["latency_ms"]["p50"], student["latency_ms"]["p50"], ratios["latency"]),
-        ("examples per second", teacher["throughput"], student["throughput"], ratios["throughput"]),
-    ]
-    rows = []
-    for name, before, after, ratio in figures:
-        median = ratio["median"] if isinstance(ratio, dict) else ratio
-        cells = [f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" for value in (before, after)]
-        rows.append([name, *cells, f"{median:.3f}"])
-    title = "size and speed, student against teacher, measured in one run"
-    _print_table(title, ["", "teacher", "student", "ratio"], rows)
+    evidence = collect_evidence(session)
+    data, arms, efficiency = evidence.evaluation["data"], arms_table(evidence), efficiency_table(evidence)
+    rows = [(name, *row[1:]) for name, row in zip(evidence.arms, arms.rows, strict=True)]  # titles are too wide
+    _print_table(f"{data['examples']} held-out examples of {data['source']}", replace(arms, rows=rows))
+    if efficiency.rows:
+        _print_table("size and speed, measured in one run", efficiency)
 
 
 def _stop(number: int, _frame: FrameType | None) -> None:
@@ -252,9 +233,7 @@ def main(arguments: list[str] | None = None) -> int:
             _say(f"error: {error.format_message() or 'a verb is missing; see distill --help'}")
             return 2
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
-            console.print(
-                f"error: the disk is full: {error}; make space, and give the same command again", markup=False
-            )
+            _say(f"error: the disk is full: {error}; make space, and give the same command again")
             return 1
         raise
     finally:

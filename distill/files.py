@@ -13,6 +13,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from distill.errors import InputError
+
+MAX_JSON = 100_000_000
+"""Bytes of a JSON file that is read."""
+
 
 def sha256_of(path: Path) -> str:
     """Return the hex sha256 of a file's content; a file that has not changed is read once per process."""
@@ -61,6 +66,21 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON with `write_text`; refuses NaN, which is not JSON."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises InputError when the file cannot be read, is huge or holds something else."""
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is not a regular file")  # a pipe may never end
+        with path.open("rb") as file:
+            content = file.read(MAX_JSON + 1)
+        found = json.loads(content) if len(content) <= MAX_JSON else None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path} holds no JSON object")
+    return found
 
 
 @contextmanager

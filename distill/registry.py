@@ -25,19 +25,25 @@ _WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false",
 
 
 def nearest(name: str, options: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The option that `name` most likely means, `-` and case aside; None when nothing is close."""
+    """Find the option that `name` most likely means, `-` and case aside; None when nothing is close."""
     spelt = {option.lower().replace("-", "_"): option for option in options}
     close = difflib.get_close_matches(name.lower().replace("-", "_"), spelt, n=1, cutoff=cutoff)
     return spelt[close[0]] if close else None
 
 
+def suggest(name: str, options: Iterable[str], start: str = "") -> str:
+    """Ask "did you mean …? " of the nearest option, with `start` in front of it; empty when nothing is close."""
+    close = nearest(name, options)
+    return f"did you mean {start + close!r}? " if close else ""
+
+
 def is_reference(name: str) -> bool:
-    """Whether `name` has the form `package.module:function`."""
+    """Tell whether `name` has the form `package.module:function`."""
     return re.fullmatch(REFERENCE, name) is not None
 
 
 def find(table: Mapping[str, F], name: str, what: str) -> F:
-    """The function called `name`: a row of `table`, or `package.module:function` from the user's own code.
+    """Find the function called `name`: a row of `table`, or `package.module:function` from the user's own code.
 
     Raises:
         InputError: the table has no such row, or the user's function cannot be imported.
@@ -45,22 +51,18 @@ def find(table: Mapping[str, F], name: str, what: str) -> F:
     if name in table:
         return table[name]
     if is_reference(name):
-        return cast("F", _imported(name, what))  # what it accepts shows in `bind` and in use
-    close = nearest(name, table)
-    hint = f"did you mean {close!r}? " if close else ""
-    raise InputError(
-        f"unknown {what} {name!r}; {hint}The options are {', '.join(table)}, or your own package.module:function."
-    )
+        return cast("F", _import(name, what))  # what it accepts shows in `bind` and in use
+    options = f"{suggest(name, table)}The options are {', '.join(table)}, or your own package.module:function."
+    raise InputError(f"unknown {what} {name!r}; {options}")
 
 
-def bind(function: F, params: Mapping[str, Any], where: str, *, any_name: bool = False) -> F | partial[Any]:
-    """`function` with `params` filled in, each checked against the function's keyword-only parameters.
+def bind(function: F, params: Mapping[str, Any], where: str) -> F | partial[Any]:
+    """Fill `params` into `function`; each must be one that is keyword-only or, as in classes of others, has a default.
 
     Args:
         function: A strategy.
         params: What the recipe gives.
         where: Key of the recipe, for messages.
-        any_name: Take parameters that could be given by position as well: classes of other packages have such.
 
     Raises:
         InputError: the function has no such parameter, or the value is not of the annotated type.
@@ -68,9 +70,8 @@ def bind(function: F, params: Mapping[str, Any], where: str, *, any_name: bool =
     if not params:
         return function
     accepted = inspect.signature(function).parameters
-    kinds = {inspect.Parameter.KEYWORD_ONLY} | ({inspect.Parameter.POSITIONAL_OR_KEYWORD} if any_name else set())
-    own = {name: p for name, p in accepted.items() if p.kind in kinds}
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
+    own = {name: p for name, p in accepted.items() if p.kind is p.KEYWORD_ONLY or p.default is not p.empty}
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
     for name, value in params.items():
         if name in own:
             if mismatch := type_mismatch(own[name].annotation, value):
@@ -83,9 +84,7 @@ def bind(function: F, params: Mapping[str, Any], where: str, *, any_name: bool =
 
 def unknown_param(name: str, accepted: Collection[str]) -> str:
     """Say what to do about a parameter that a function does not have."""
-    close = nearest(name, accepted)
-    hint = f"did you mean {close!r}? " if close else ""
-    return f"{hint}It has {', '.join(accepted)}" if accepted else "remove it; it has none"
+    return f"{suggest(name, accepted)}It has {', '.join(accepted)}" if accepted else "remove it; it has none"
 
 
 def type_mismatch(annotation: Any, value: Any) -> str:
@@ -99,17 +98,16 @@ def type_mismatch(annotation: Any, value: Any) -> str:
     return f"expected {' or '.join(_WORDS[name] for name in names)}, got {value!r}"
 
 
-def _imported(name: str, what: str) -> Any:
+def _import(name: str, what: str) -> Any:
     module_name, _, function_name = name.partition(":")
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise InputError(
-            f"{what} {name!r} cannot be imported: {error}. Install its package, or put its folder on PYTHONPATH."
-        ) from error
+        fix = "Install its package, or put its folder on PYTHONPATH."
+        raise InputError(f"{what} {name!r} cannot be imported: {error}. {fix}") from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        close = nearest(function_name, [key for key, value in vars(module).items() if callable(value)])
-        hint = f"; did you mean {module_name}:{close}?" if close else ""
-        raise InputError(f"{what} {name!r}: {module_name} has no function {function_name!r}{hint}")
+        functions = [key for key, value in vars(module).items() if callable(value)]
+        hint = suggest(function_name, functions, f"{module_name}:")
+        raise InputError(f"{what} {name!r}: {module_name} has no function {function_name!r}; {hint}")
     return function

@@ -18,11 +18,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from distill.data.sources import SOURCES, data_file, read_rows
+from distill.data.sources import SOURCES, read_rows
 from distill.data.tasks import TASKS, Task
 from distill.errors import InputError
 from distill.models.forward import UNLABELLED
 from distill.models.weights import as_input_error
+from distill.recipe.locate import data_file
 from distill.recipe.schema import Data
 from distill.registry import find
 

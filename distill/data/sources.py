@@ -20,7 +20,7 @@ from typing import Any
 
 from distill.errors import InputError
 from distill.files import sha256_of
-from distill.recipe.locate import is_path
+from distill.recipe.locate import data_file
 from distill.registry import find
 
 NOT_LIBRARY = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
@@ -79,24 +79,6 @@ def stdlib_sources(*, largest: int = 200_000) -> Any:
     root = Path(sysconfig.get_paths()["stdlib"])
     texts = [path.read_text(encoding="utf-8") for path in _library_files(root) if 0 < path.stat().st_size <= largest]
     return _dataset(texts, [None] * len(texts))
-
-
-def data_file(source: str, base: Path) -> Path | None:
-    """Return the file that `data.source` names, None for a built-in corpus or the user's own function.
-
-    Raises:
-        InputError: The file is missing, empty or of an unknown kind.
-    """
-    if not is_path(source):
-        return None
-    path = base / Path(source).expanduser()
-    if path.suffix not in READERS:
-        raise InputError(f"data.source: {path} has none of the known endings {', '.join(sorted(READERS))}")
-    if not path.is_file():
-        raise InputError(f"data.source: {path} does not exist")
-    if path.stat().st_size == 0:
-        raise InputError(f"data.source: {path} is empty")
-    return path
 
 
 def source_fingerprint(source: str, base: Path) -> str:

@@ -7,7 +7,6 @@ files are found by the same rules, and refused where they are not safetensors fi
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.errors import DistillError, InputError
-from distill.files import sha256_of
+from distill.files import read_object, sha256_of
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
@@ -37,17 +36,6 @@ def as_input_error(what: str) -> Iterator[None]:
         text = str(error).strip()
         named = text if isinstance(error, OSError | ValueError) and text else f"{type(error).__name__}: {text}"
         raise InputError(f"{what}: {named}") from error
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises InputError when the file does not hold one."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path} holds no JSON object")
-    return found
 
 
 def check_links(folder: Path) -> None:

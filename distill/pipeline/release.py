@@ -30,7 +30,7 @@ from distill.training.loop import METRICS
 def work(session: Session) -> None:
     """Write the folder that is handed out, and prove that whoever loads it gets the same model."""
     model = session.load(session.folder.distilled)
-    evidence = _evidence(session, format_of(model, session.recipe.release.format))
+    evidence = collect_evidence(session, format_of(model, session.recipe.release.format))
     report = render_report(evidence)
     texts = {
         "README.md": render_card(evidence),
@@ -48,7 +48,8 @@ def work(session: Session) -> None:
     write_text(session.folder.report, report)
 
 
-def _evidence(session: Session, release_format: Format) -> Evidence:
+def collect_evidence(session: Session, release_format: Format = "uniform") -> Evidence:
+    """Read the results of a finished run that card, report and the printed tables show."""
     recipe, spec, run = session.recipe, session.recipe.teacher, session.folder
     plan = StudentPlan.load(run.plan)
     return Evidence(
@@ -74,7 +75,7 @@ def _evidence(session: Session, release_format: Format) -> Evidence:
             "device": str(process_state().device.type),
             "processes": process_state().num_processes,
         },
-        auto_class=session.corpus.task.auto_class,
+        auto_class=session.task.auto_class,
         release_format=release_format,
     )
 

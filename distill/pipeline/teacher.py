@@ -11,7 +11,7 @@ from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage, results, settings_of, with_version
 from distill.pipeline.train import save_model, train_model
 from distill.recipe.schema import Training
-from distill.student import check_target
+from distill.student import check_student
 from distill.training import Job
 
 
@@ -30,7 +30,7 @@ def work(session: Session) -> None:
             remote_code=code,
             say=session.say_once,
         )
-    check_target(model, session.recipe.student)
+    check_student(model, session.recipe.student)
     made_from, changed = with_version(inputs(session)), session.continue_changed
     training = Training(**spec.model_dump(exclude_unset=True))
     job = Job("teacher", training, session.folder.fit, seed, made_from, continue_changed=changed)

@@ -10,12 +10,10 @@ from distill.recipe.fields import KeyPath, Location, Mistake, dotted
 
 
 def at(data: Any, path: KeyPath, default: Any = None) -> Any:
-    """The value at `path`, or `default` where the data has no such key or is of another shape."""
+    """Get the value at `path`, or `default` where the data has no such key or is of another shape."""
     for part in path:
-        if isinstance(data, dict):
-            if part not in data:
-                return default
-        elif not (isinstance(data, list) and isinstance(part, int) and 0 <= part < len(data)):
+        is_item = isinstance(data, list) and isinstance(part, int) and 0 <= part < len(data)
+        if not is_item and not (isinstance(data, dict) and part in data):
             return default
         data = data[part]
     return data
@@ -31,7 +29,7 @@ class Document:
     mistakes: list[Mistake] = field(default_factory=list)
 
     def problem(self, mistake: Mistake) -> tuple[tuple[int, int, int], Problem]:
-        """The mistake as the user reads it, with its place in reading order."""
+        """Give the mistake its place, as text for the user and in reading order."""
         location = mistake.location or self._location(mistake)
         return location.order, Problem(location.text, dotted(mistake.path), mistake.message, mistake.fix)
 
@@ -51,11 +49,8 @@ class Document:
                 locations[target + known[len(source) :]] = locations.pop(known)
 
     def _location(self, mistake: Mistake) -> Location:
-        locations = self.keys if mistake.at == "key" else self.values
+        if mistake.at == "value" and mistake.path in self.values:
+            return self.values[mistake.path]
         # What is missing has no location of its own: the section around it has.
-        for length in range(len(mistake.path), -1, -1):
-            path = mistake.path[:length]
-            if path in locations:
-                return locations[path]
-            locations = self.keys
-        raise AssertionError("the document itself has no location")
+        lengths = range(len(mistake.path), -1, -1)
+        return next(self.keys[mistake.path[:length]] for length in lengths if mistake.path[:length] in self.keys)

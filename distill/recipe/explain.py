@@ -1,10 +1,11 @@
-"""The schema's findings in plain English: what was given, what is allowed, what was probably meant."""
+"""Plain English for the findings of the schema: the value given, the values allowed, and the likely intention."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from types import NoneType
 from typing import Any, get_args
@@ -16,9 +17,11 @@ from pydantic_core import ErrorDetails
 from distill.recipe.document import Document, at
 from distill.recipe.fields import KeyPath, Mistake, Section, dotted
 from distill.recipe.foreign import ADVICE, RENAMED, UNSUPPORTED
+from distill.recipe.locate import ENDINGS
 from distill.recipe.rules import PARTS
 from distill.recipe.schema import FILE, NAME, SHA256, Recipe, Term
-from distill.registry import REFERENCE, nearest
+from distill.recipe.yaml import scalar
+from distill.registry import REFERENCE, nearest, suggest
 
 SECTIONS = sorted([(), ("student",), *(path for name, path in PARTS.items() if name != "losses")], key=len)
 """Every section outside lists, the recipe itself first."""
@@ -36,6 +39,8 @@ _PLAIN = (
     ("less than", "below"),
 )  # fmt: skip
 """Pydantic's words -> those of a recipe."""
+SWITCHES = {"yes": True, "on": True, "no": False, "off": False}
+"""Words for true and false that are text in YAML 1.2."""
 _GIVEN = {bool: "", int: "the number ", float: "the number ", str: "the text ", list: "the list ", dict: "the section "}
 
 
@@ -70,24 +75,16 @@ def validate(document: Document) -> tuple[Recipe | None, list[Mistake], set[KeyP
 
 def valid_parts(data: Any) -> dict[str, Any]:
     """Return the parts that the rules across sections read, as far as they are right in themselves."""
-    parts: dict[str, Any] = {}
+    parts: dict[str, Any] = {"terms": {}}
     for name, path in PARTS.items():
-        field, nothing = _field(path), object()
-        assert field is not None
-        value = at(data, path, nothing)
-        try:
-            if value is not nothing or not field.is_required():
-                given = field.get_default(call_default_factory=True) if value is nothing else value
-                parts[name] = TypeAdapter(field.rebuild_annotation()).validate_python(given)
-        except ValidationError:
-            continue
-    losses, terms = at(data, ("losses",)), {}
+        default = _field(path).get_default(call_default_factory=True)  # type: ignore[union-attr]
+        with suppress(ValidationError):
+            parts[name] = _parse(at(data, path, default), path)
+    losses = at(data, ("losses",))
     for index, value in enumerate(losses if isinstance(losses, list) else []):
-        try:
-            terms[index] = Term.model_validate(value)
-        except ValidationError:
-            continue
-    return {**parts, "terms": terms}
+        with suppress(ValidationError):
+            parts["terms"][index] = Term.model_validate(value)
+    return parts
 
 
 def _field(path: KeyPath) -> FieldInfo | None:
@@ -115,7 +112,7 @@ def _sections_in(annotation: Any) -> list[type[Section]]:
 
 
 def _unknown_key(path: KeyPath, document: Document, moved: set[KeyPath]) -> tuple[Mistake, KeyPath | None]:
-    """The mistake for an unknown key, and where it should be when that is clear and free."""
+    """Describe an unknown key, and return where it should be when that is clear and free."""
     section, key = path[:-1], str(path[-1])
     # The location is noted now: once the key is moved, the document knows it under its new path only.
     mistake = Mistake(path, "unknown key", at="key", location=document.keys.get(path))
@@ -147,7 +144,7 @@ def _unknown_key(path: KeyPath, document: Document, moved: set[KeyPath]) -> tupl
 def _misplaced(
     mistake: Mistake, wanted: str, elsewhere: Sequence[KeyPath], document: Document, moved: set[KeyPath]
 ) -> tuple[Mistake, KeyPath | None]:
-    """The mistake for a key of other sections; one that stands there with nothing in it was meant to hold the key."""
+    """Describe a key of other sections; one that stands there with nothing in it was meant to hold the key."""
     written = [section for section in elsewhere if section and section in document.keys]
     empty = [
         section for section in written if all((*section, key) in moved for key in at(document.data, section) or ())
@@ -186,12 +183,16 @@ def _fits(value: Any, path: KeyPath) -> bool:
     return not kinds or (not all(wrong) and not (set(kinds) == {"literal_error"} and not isinstance(value, str)))
 
 
-def _errors(value: Any, path: KeyPath) -> list[ErrorDetails]:
-    """What pydantic says about a value for a key."""
+def _parse(value: Any, path: KeyPath) -> Any:
     field = _field(path)
-    assert field is not None
+    assert field is not None, f"{path} is no key"
+    return TypeAdapter(field.rebuild_annotation()).validate_python(value)
+
+
+def _errors(value: Any, path: KeyPath) -> list[ErrorDetails]:
+    """List what pydantic says about a value for a key."""
     try:
-        TypeAdapter(field.rebuild_annotation()).validate_python(value)
+        _parse(value, path)
     except ValidationError as error:
         return error.errors(include_url=False, include_input=False)
     return []
@@ -219,7 +220,7 @@ def _explain(errors: list[ErrorDetails], data: Any) -> list[Mistake]:
 
 
 def _real_path(loc: KeyPath, data: Any) -> KeyPath:
-    """Pydantic's location without the names of union branches, which are not keys of the data."""
+    """Drop the names of union branches, which are not keys of the data, from pydantic's location."""
     path: KeyPath = ()
     for part in loc:
         if at(data, (*path, part), default=data) is not data:
@@ -228,7 +229,7 @@ def _real_path(loc: KeyPath, data: Any) -> KeyPath:
 
 
 def _allowed(errors: list[ErrorDetails], path: KeyPath) -> tuple[str, list[str]]:
-    """What pydantic expected, in words, and the names among it."""
+    """Put into words what pydantic expected, and list the names among it."""
     names: list[str] = []
     words: list[str] = []
     for each in errors:
@@ -254,28 +255,26 @@ def _allowed(errors: list[ErrorDetails], path: KeyPath) -> tuple[str, list[str]]
 
 def _wrong_value(path: KeyPath, value: Any, errors: list[ErrorDetails]) -> Mistake:
     allowed, names = _allowed(errors, path)
-    kinds = {each["type"] for each in errors}
-    patterns = {each.get("ctx", {}).get("pattern") for each in errors}
-    fix = ""
-    if isinstance(value, str):
-        close = nearest(value, names)
-        if FILE in patterns and re.search(r"\.(jsonl?|csv|parquet|txt)$", value):
-            fix = f"write ./{value}"
-        elif close:
-            fix = f"did you mean {close!r}?"
-        elif "bool_type" in kinds and value.lower() in {"yes", "on", "no", "off"}:
-            fix = f"write {'true' if value.lower() in {'yes', 'on'} else 'false'}"
-        elif "int_type" in kinds and value.strip().lstrip("+-").isdecimal():
-            fix = "remove the quotes"
-    elif "string_type" in kinds and type(value) in (int, float):
-        fix = "put it in quotes"
-    elif "int_type" in kinds and isinstance(value, float) and value.is_integer():
-        fix = f"write {int(value)}"
+    guess = _guess(path, value) if _field(path) else ""
+    fix = guess or (suggest(value, names).strip() if isinstance(value, str) else "")
     return Mistake(path, f"expected {allowed}, got {format_value(value)}", fix)
 
 
+def _guess(path: KeyPath, value: Any) -> str:
+    """Say what to write where another spelling of the value is one that the key takes."""
+    guesses: list[Any] = []
+    if isinstance(value, str):
+        guesses = [scalar(value), *(meant for word, meant in SWITCHES.items() if value.lower() == word)]
+        guesses += [f"./{value}"] if value.endswith(ENDINGS) else []
+    elif type(value) in (int, float):
+        guesses = [*([int(value)] if value == value // 1 else []), str(value)]
+    fitting = [guess for guess in guesses if not _errors(guess, path)]
+    text = fitting and (fitting[0] if fitting[0] == f"./{value}" else json.dumps(fitting[0]))
+    return f"write {text}" if text else ""
+
+
 def format_value(value: Any) -> str:
-    """A value as the user wrote it, with its kind where that is the point, cut to fit a line."""
+    """Write a value as the user did, with its kind where that is the point, cut to fit a line."""
     if value is None:
         return "null (nothing)"
     # Not finite numbers are written as in YAML.

@@ -92,6 +92,16 @@ class Section(BaseModel):
         for key in self.changed(*keys):
             yield Mistake((key,), f"has no effect{why}", fix, at="key")
 
+    def not_one_of(self, *keys: str) -> Iterator[Mistake]:
+        """Yield a mistake unless exactly one of the keys is given."""
+        given = self.changed(*keys)
+        if not given:
+            options = f"{', '.join(keys[:-1])} and {keys[-1]}"
+            yield Mistake((), f"none of {options} is given", "add one of them", at="key")
+        if len(given) > 1:
+            message = f"{' and '.join(given)} are both given, and only one can hold"
+            yield Mistake((given[-1],), message, "remove one, or set it to null", at="key")
+
     def repeated(self, key: str, what: str) -> Iterator[Mistake]:
         """Yield a mistake for each item of a list that stands in it before."""
         items = [list(item) if isinstance(item, tuple) else item for item in getattr(self, key) or ()]
@@ -111,11 +121,13 @@ class Section(BaseModel):
             reserved: Parameter of the function -> the key of the recipe that gives it.
         """
         accepted = PARAMS[kind].get(name, {})
-        for param, value in getattr(self, key).items() if ":" not in name else ():
-            path, taken = (key, param), reserved.get(param)
-            if taken:
-                fix = f"write `{taken}:` beside `{key}:`"
+        for param, value in getattr(self, key).items():
+            path = (key, param)
+            if param in reserved:
+                fix = f"write `{reserved[param]}:` beside `{key}:`"
                 yield Mistake(path, f"{param} is a key of its own, not a parameter", fix, at="key")
+            elif ":" in name:
+                continue
             elif param not in accepted:
                 fix = unknown_param(param, accepted)
                 yield Mistake(path, f"the {kind} {name} has no such parameter", fix, at="key")

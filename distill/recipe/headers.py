@@ -1,4 +1,4 @@
-"""What the files that a recipe names say about themselves, read from their first bytes: no torch, nothing loaded."""
+"""Checks of the first bytes of the files that a recipe names: no torch, nothing loaded."""
 
 from __future__ import annotations
 
@@ -10,13 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from distill.errors import InputError
+from distill.files import MAX_JSON, read_object
 from distill.recipe.fields import KeyPath, Mistake
-from distill.recipe.locate import TeacherSize, ambiguous_folder, is_path, read_json, teacher_folder, teacher_size
+from distill.recipe.locate import (
+    TeacherSize,
+    ambiguous_folder,
+    data_file,
+    is_left_behind,
+    teacher_folder,
+    teacher_size,
+)
 from distill.recipe.schema import Data, Teacher
 
-ENDINGS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
-MAX_HEADER = 100_000_000
-"""Bytes of a safetensors header, as that library has it."""
 MAX_LINE = 1_000_000
 MAX_LINES = 100_000
 """Bytes of a line, and lines, that are read in search of a column; what comes later is seen when the data is read."""
@@ -28,10 +33,10 @@ NOT_STORED = (
 
 
 def look_at_teacher(teacher: Teacher | None, base: Path) -> tuple[TeacherSize, list[Mistake]]:
-    """Size and parameter names of the teacher, as far as its files tell, and what is wrong with them."""
+    """Return size and parameter names of the teacher, as far as its files tell, and what is wrong with them."""
     path: KeyPath = ("teacher", "model")
     size, mistakes = TeacherSize(), []
-    if teacher is None:
+    if teacher is None or is_left_behind(teacher.model, base):
         return size, []
     try:
         folder = teacher_folder(teacher.model, base)
@@ -47,7 +52,7 @@ def look_at_teacher(teacher: Teacher | None, base: Path) -> tuple[TeacherSize, l
 
 
 def parameter_names(folder: Path) -> Collection[str]:
-    """Names of the tensors in a folder's safetensors files, and those that they may have in a model.
+    """List the tensors in a folder's safetensors files, and the names that they may have in a model.
 
     Empty where the files say nothing: other formats, and experts, which are stored one by one and computed together.
 
@@ -56,7 +61,7 @@ def parameter_names(folder: Path) -> Collection[str]:
     """
     files, index = [folder / "model.safetensors"], folder / "model.safetensors.index.json"
     if not files[0].exists() and index.exists():
-        shards = read_json(index).get("weight_map")
+        shards = read_object(index).get("weight_map")
         if not isinstance(shards, dict) or not all(Path(str(name)).name == name for name in shards.values()):
             raise InputError(f"{index} has no weight_map of files in its folder")
         files = [folder / name for name in sorted(set(shards.values()))]
@@ -71,14 +76,14 @@ def parameter_names(folder: Path) -> Collection[str]:
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """The tensors of a safetensors file: name -> dtype, shape and place. Raises InputError when it is not whole."""
+    """Read name -> dtype, shape and place of a safetensors file's tensors. Raises InputError when it is not whole."""
     try:
         if not path.is_file():
             raise InputError(f"{path} is not a file")
         have = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if have < 8 or length > min(have - 8, MAX_HEADER):
+            if have < 8 or length > min(have - 8, MAX_JSON):
                 asked = f"asks for a header of {length:,} bytes and has {have:,}" if have >= 8 else "is empty"
                 raise InputError(f"{path} {asked}: it is broken or was not copied whole")
             header = json.loads(file.read(length))
@@ -95,32 +100,26 @@ def read_header(path: Path) -> dict[str, Any]:
 
 def look_at_data(data: Data | None, base: Path) -> Iterator[Mistake]:
     """Yield what is wrong with the data file: it is not there, of no known kind, or lacks a column."""
-    if data is None or not is_path(data.source):
+    if data is None or is_left_behind(data.source, base):
         return
-    path = base / Path(data.source).expanduser()
-    where: KeyPath = ("data", "source")
-    if path.suffix not in ENDINGS:
-        yield Mistake(where, f"{path} has none of the known endings {', '.join(ENDINGS)}")
-    elif not path.is_file():
-        yield Mistake(where, f"there is no file {path}")
-    elif path.stat().st_size == 0:
-        yield Mistake(where, f"{path} is empty")
-    else:
+    try:
+        path = data_file(data.source, base)
+        if path is None:
+            return
         wanted = {} if path.suffix == ".txt" else {"text": data.text}
         wanted |= {"label": data.label} if data.task == "classification" else {}
-        try:
-            columns = _columns(path, set(wanted.values()))
-        except (OSError, ValueError, RecursionError, csv.Error) as error:
-            yield Mistake(where, f"cannot read {path}: {error}")
-            return
-        for key, column in wanted.items():
-            if columns is not None and column not in columns:
-                message = f"{path.name} has no column {column!r}; it has {', '.join(columns)}"
-                yield Mistake(("data", key), message)
+        columns = _columns(path, set(wanted.values()))
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
+        known = str(error).removeprefix("data.source: ")
+        yield Mistake(("data", "source"), known if isinstance(error, InputError) else f"cannot read the file: {error}")
+        return
+    for key, column in wanted.items():
+        if columns is not None and column not in columns:
+            yield Mistake(("data", key), f"{path.name} has no column {column!r}; it has {', '.join(columns)}")
 
 
 def _columns(path: Path, wanted: set[str]) -> list[str] | None:
-    """The columns of a file, at least until all that are wanted are found; None where that would take long."""
+    """List the columns of a file, at least until all that are wanted are found; None where that would take long."""
     if path.suffix == ".txt":
         return ["text"]
     if path.suffix == ".parquet":

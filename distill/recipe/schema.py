@@ -17,27 +17,10 @@ from distill.recipe.fields import Count, Fraction, Index, Mistake, NonNegative, 
 from distill.recipe.locate import is_path
 from distill.recipe.names import Metric, Optimizer, Reference, Source, TaskName
 from distill.recipe.rules import check_together, parts_of
-from distill.recipe.student import Calibration, Layers, Mask, Mlp, Repair, Student, Target
+from distill.recipe.student import Layers, Mask, Mlp, Repair, Student, Target
 from distill.recipe.terms import Schedule, Term
 
-__all__ = [
-    "Calibration",
-    "Data",
-    "Evaluation",
-    "Layers",
-    "Mask",
-    "Mlp",
-    "Optimization",
-    "Recipe",
-    "Release",
-    "Repair",
-    "Schedule",
-    "Student",
-    "Target",
-    "Teacher",
-    "Term",
-    "Training",
-]
+__all__ = ["Layers", "Mask", "Mlp", "Repair", "Schedule", "Student", "Target", "Term"]  # of the files beside it
 
 Format = Literal["uniform", "native", "padded"]
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -47,7 +30,6 @@ FILE = r"^(\.{1,2}|~)?/."
 Arm = Literal["teacher", "cut", "repaired", "distilled", "labels_only"]
 
 
-LENGTHS = ("epochs", "steps", "tokens")
 ONLY_WITH = (("decay", "schedule", "wsd"), ("betas", "optimizer", "adamw"))
 """(key, the key that it depends on, the value of that key with which it means something)."""
 
@@ -113,13 +95,7 @@ class Optimization(Section):
 
     def mistakes(self) -> Iterator[Mistake]:
         """Refuse two lengths or none, broken batches, and keys without effect."""
-        given = [key for key in LENGTHS if getattr(self, key) is not None]
-        if not given:
-            message = "how long is not said: none of epochs, steps and tokens is given"
-            yield Mistake((), message, "add one of them", at="key")
-        if len(given) > 1:
-            message = f"{' and '.join(given)} are both given, and only one can hold"
-            yield Mistake((given[-1],), message, "remove one, or set it to null", at="key")
+        yield from self.not_one_of("epochs", "steps", "tokens")
         if self.steps is not None and self.warmup > self.steps:
             message = f"a warmup of {self.warmup:g} steps is longer than the training of {self.steps}"
             yield Mistake(("warmup",), message, "give fewer steps, or a share below 1")
@@ -135,8 +111,7 @@ class Optimization(Section):
         if self.ema_release and self.ema is None:
             message = "there is no average to hand on: ema is not given"
             yield Mistake(("ema_release",), message, "add ema: 0.999, or remove this", at="key")
-        reserved = {"lr": "lr", "betas": "betas"}
-        yield from self.wrong_params("optimizer", self.optimizer, "optimizer_params", reserved)
+        yield from self.wrong_params("optimizer", self.optimizer, "optimizer_params", {"lr": "lr"})
 
 
 class Teacher(Section):

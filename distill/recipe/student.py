@@ -126,11 +126,7 @@ class Mask(Section):
 
     def mistakes(self) -> Iterator[Mistake]:
         """Refuse two amounts or none, and keys that the schedule or the score gives no meaning."""
-        if self.sparsity is None and self.threshold is None:
-            yield Mistake((), "how much is not said: neither sparsity nor threshold is given", "add one", at="key")
-        if self.sparsity is not None and self.threshold is not None:
-            message = "sparsity and threshold are both given, and only one can hold"
-            yield Mistake(("threshold",), message, "remove one, or set it to null", at="key")
+        yield from self.not_one_of("sparsity", "threshold")
         if self.threshold is not None and self.score == "random":
             message = "has no meaning with score: random, whose scores have no size"
             yield Mistake(("threshold",), message, "give sparsity", at="key")
@@ -171,17 +167,13 @@ class Target(Section):
 
     @property
     def kind(self) -> Literal["parameters", "flops", "latency"]:
-        """Which of the three is given."""
+        """The one of the three that is given."""
         return "parameters" if self.parameters is not None else "flops" if self.flops is not None else "latency"
 
     def mistakes(self) -> Iterator[Mistake]:
         """Refuse two sizes or none, and a length that plays no part."""
-        given = self.changed("parameters", "flops", "latency")
-        if not given:
-            yield Mistake((), "no size is given", "add parameters, flops or latency", at="key")
-        for key in given[1:]:
-            yield Mistake((key,), f"{given[0]} is given as well, and only one can hold", "remove one", at="key")
-        if given == ["parameters"]:
+        yield from self.not_one_of("parameters", "flops", "latency")
+        if self.parameters is not None:
             yield from self.without_effect(("length",), " on parameters")
 
 
@@ -206,7 +198,7 @@ class Repair(Section):
 
     @property
     def wanted(self) -> bool:
-        """Whether there is anything to do."""
+        """True when any step is asked for."""
         return self.bias or self.refit or self.merge
 
     def mistakes(self) -> Iterator[Mistake]:

@@ -9,7 +9,7 @@ from pydantic import StrictBool
 
 from distill.recipe.fields import Fraction, Index, Mistake, NonNegative, Params, Positive, Section
 from distill.recipe.names import AnyLoss, AttentionLoss, HiddenLoss, LogitLoss, RelationLoss, TaskName
-from distill.registry import is_reference, nearest
+from distill.registry import is_reference, suggest
 
 
 class TermKeys(NamedTuple):
@@ -107,10 +107,8 @@ class Term(Section):
 
     def _wrong_loss(self, loss: str, losses: tuple[str, ...]) -> Iterator[Mistake]:
         if loss not in losses and not is_reference(loss):
-            close = nearest(loss, losses)
-            hint = f"did you mean {close!r}? " if close else ""
-            message = f"match: {self.match} has no loss {loss!r}"
-            yield Mistake(("loss",), message, f"{hint}The options are {', '.join(losses)}")
+            message, fix = f"match: {self.match} has no loss {loss!r}", f"The options are {', '.join(losses)}"
+            yield Mistake(("loss",), message, f"{suggest(loss, losses)}{fix}")
             return
         reserved = {"temperature": "temperature"} if self.match == "logits" else {}
         yield from self.wrong_params("loss", loss, reserved=reserved)

@@ -34,7 +34,7 @@ _WORDS = {word: value for text, value in (("null", None), ("true", True), ("fals
 
 
 def read_file(path: Path) -> Document:
-    """The document in a file. Raises InputError when it cannot be read, RecipeError when it is not strict YAML."""
+    """Read the document in a file. Raises InputError when it cannot be read, RecipeError when it is not strict YAML."""
     try:
         if path.exists() and not path.is_file():
             raise InputError(f"cannot read the recipe {path}: it is not a regular file")  # a pipe may never end
@@ -43,22 +43,19 @@ def read_file(path: Path) -> Document:
     except OSError as error:
         raise InputError(f"cannot read the recipe {path}: {error.strerror or error}") from error
     if len(content) > MAX_BYTES:
-        _refuse(f"{path}:1:1", f"the file is larger than {MAX_BYTES:,} bytes; a recipe is a page of settings")
+        refuse(f"the file is larger than {MAX_BYTES:,} bytes; a recipe is a page of settings", where=f"{path}:1:1")
     try:
-        text = content.decode("utf-8-sig")
+        return read_text(content.decode("utf-8-sig"), str(path))
     except UnicodeDecodeError as error:
-        before = content[: error.start].decode("utf-8-sig")
-        message = f"byte 0x{content[error.start]:02x} is not UTF-8"
-        _refuse(f"{path}:{_line_column(before)}", message, "save the file as UTF-8")
-    return read_text(text, str(path))
+        where = f"{path}:{_line_column(content[: error.start].decode('utf-8-sig'))}"
+        refuse(f"byte 0x{content[error.start]:02x} is not UTF-8", "save the file as UTF-8", where)
 
 
 def read_text(text: str, source: str) -> Document:
-    """The single document in `text`; `source` is the file name for messages."""
-    bad = _UNPRINTABLE.search(text)
-    if bad:
-        message = f"character U+{ord(bad.group()):04X} is not allowed in YAML"
-        _refuse(f"{source}:{_line_column(text[: bad.start()])}", message, "delete it")
+    """Read the single document in `text`; `source` is the file name for messages."""
+    if bad := _UNPRINTABLE.search(text):
+        where = f"{source}:{_line_column(text[: bad.start()])}"
+        refuse(f"character U+{ord(bad.group()):04X} is not allowed in YAML", "delete it", where)
     try:
         # A byte order mark within the text is printable to the parser; at the start it was removed on decoding.
         return _Composer(source, YAML(typ="safe", pure=True).parse(text)).document()
@@ -74,20 +71,25 @@ def read_text(text: str, source: str) -> Document:
             fix = "check the indentation, or put quotes around text that holds `: `"
         elif (error.problem or "").startswith("expected <block end>"):
             reason, fix = "this line is indented unlike those above", "indent it as the section that it belongs to"
-        _refuse(f"{source}:{mark.line + 1}:{mark.column + 1}", f"not valid YAML: {reason}", fix)
+        refuse(f"not valid YAML: {reason}", fix, f"{source}:{mark.line + 1}:{mark.column + 1}")
     except (YAMLError, ValueError, OverflowError) as error:
         # Escapes of characters that do not exist ("\ud800") break inside the parser, without a position.
-        message = f"not valid YAML: {str(error).splitlines()[0]}"
-        _refuse(f"{source}:1:1", message, 'look for escapes such as "\\ud800"')
+        fix = 'look for escapes such as "\\ud800"'
+        refuse(f"not valid YAML: {str(error).splitlines()[0]}", fix, f"{source}:1:1")
 
 
 def scalar(text: str) -> str | int | float | bool | None:
-    """An unquoted value by YAML 1.2's core schema: `no`, `12:30:00` and `2026-01-01` are text, `1e-4` is a number."""
+    """Read an unquoted value by YAML 1.2's core schema: `no` and `2026-01-01` are text, `1e-4` is a number."""
     if text in _WORDS:
         return _WORDS[text]
     if _INTEGER.fullmatch(text):
         return int(text, base=0 if text[1:2] in ("o", "x") else 10)
     return float(text.replace(".inf", "inf").replace(".nan", "nan")) if _FLOAT.fullmatch(text) else text
+
+
+def refuse(message: str, fix: str = "", where: str = "", key: str = "recipe") -> NoReturn:
+    """Raise a RecipeError with one problem."""
+    raise RecipeError([Problem(where, key, message, fix)])
 
 
 class _Composer:
@@ -102,7 +104,7 @@ class _Composer:
         next(self.events)  # start of the stream
         event = next(self.events)
         if isinstance(event, events.StreamEndEvent):
-            _refuse(f"{self.source}:1:1", "the file is empty", "start with `name:`; `distill schema` lists every key")
+            refuse("the file is empty", "start with `name:`; `distill schema` lists every key", f"{self.source}:1:1")
         if event.version or event.tags:
             self._refuse(event, (), "%YAML and %TAG directives are not allowed", "delete the line")
         self.result.keys[()] = self._location(event)
@@ -115,14 +117,13 @@ class _Composer:
 
     def _node(self, event: Any, path: KeyPath) -> Any:
         self._check(event, path)
-        self.result.values[path] = self._location(event)
+        written = isinstance(event, events.CollectionStartEvent) or event.value or event.style
+        # Where nothing was written, the parser places that at the next token, which may be lines below.
+        self.result.values[path] = self._location(event) if written else self.result.keys[path]
         if isinstance(event, events.MappingStartEvent):
             return self._mapping(path)
         if isinstance(event, events.SequenceStartEvent):
             return self._sequence(path)
-        if event.value == "" and event.style is None and path in self.result.keys:
-            # Nothing was written: the parser places that at the next token, which may be lines below.
-            self.result.values[path] = self.result.keys[path]
         return scalar(event.value) if event.style is None else event.value
 
     def _check(self, event: Any, path: KeyPath) -> None:
@@ -138,8 +139,7 @@ class _Composer:
         self.nodes += 1
         if self.nodes > MAX_NODES:
             self._refuse(event, path[:1], f"more than {MAX_NODES:,} values; a recipe is a page of settings")
-        bad = _CONTROL.search(getattr(event, "value", None) or "")  # "\0" and the like, written as an escape
-        if bad:
+        if bad := _CONTROL.search(getattr(event, "value", None) or ""):  # "\0" and the like, written as an escape
             self._refuse(event, path, f"the text holds the control character U+{ord(bad.group()):04X}", "remove it")
 
     def _mapping(self, path: KeyPath) -> dict[str, Any]:
@@ -148,19 +148,17 @@ class _Composer:
             self._check(event, path)
             if not isinstance(event, events.ScalarEvent):
                 self._refuse(event, path, "a key must be plain text")
-            own, location = (*path, event.value), self._location(event)
+            own, location, kept = (*path, event.value), self._location(event), self.result
             if event.value == "<<" and event.style is None:
                 self._refuse(event, path, "the merge key << is not allowed", "write the keys out")
             if event.value in mapping:
-                message = f"given twice in this section, first on line {self.result.keys[own].order[1]}"
-                again = Mistake(own, message, "keep one of them", location=location)
-                kept, self.result = self.result, Document(None)  # the value is read, strictly, and forgotten
-                self._node(next(self.events), own)
-                self.result = kept
-                self.result.mistakes.append(again)
-            else:
-                self.result.keys[own] = location
-                mapping[event.value] = self._node(next(self.events), own)
+                message = f"given twice in this section, first on line {kept.keys[own].order[1]}"
+                kept.mistakes.append(Mistake(own, message, "keep one of them", location=location))
+                self.result = Document(None)  # the value is read, strictly, and forgotten
+            self.result.keys[own] = location
+            value = self._node(next(self.events), own)
+            mapping.setdefault(event.value, value)
+            self.result = kept
         return mapping
 
     def _sequence(self, path: KeyPath) -> list[Any]:
@@ -176,11 +174,7 @@ class _Composer:
         return Location((0, line, column), f"{self.source}:{line}:{column}")
 
     def _refuse(self, event: Any, path: KeyPath, message: str, fix: str = "") -> NoReturn:
-        _refuse(self._location(event).text, message, fix, dotted(path))
-
-
-def _refuse(where: str, message: str, fix: str = "", key: str = "recipe") -> NoReturn:
-    raise RecipeError([Problem(where, key, message, fix)])
+        refuse(message, fix, self._location(event).text, dotted(path))
 
 
 def _line_column(before: str) -> str:

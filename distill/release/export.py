@@ -20,11 +20,9 @@ from distill.errors import RunError
 from distill.files import sha256_of, write_text
 from distill.models.widths import pad_to_largest
 from distill.recipe.load import dump
-from distill.recipe.locate import is_path
+from distill.recipe.locate import CHECKSUMS, is_path
 from distill.recipe.schema import Format, Recipe
 from distill.release.formats import write_modelling
-
-CHECKSUMS = "SHA256SUMS"
 
 PADDING_TOLERANCE = 1e-6
 """Of the largest logit, or of 1: zero neurons change the order in which a matrix product is summed, nothing else."""

@@ -35,7 +35,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": adamw}
 def find_optimizer(spec: Optimization) -> Callable[..., torch.optim.Optimizer]:
     """Find the recipe's optimizer and fill in its own parameters. Raises InputError when there is none like that."""
     function = find(OPTIMIZERS, spec.optimizer, "optimizer")
-    return bind(function, spec.optimizer_params, "optimizer_params", any_name=True)
+    return bind(function, spec.optimizer_params, "optimizer_params")
 
 
 def make_optimizer(model: nn.Module, spec: Optimization) -> torch.optim.Optimizer:

@@ -9,6 +9,7 @@ from tiny import tiny_model, tiny_project
 
 from distill import cli
 from distill.cli import main
+from distill.release.tables import Table
 
 EVIL = "\x1b]0;owned\x07\x1b[2Jevil\x9b31m"
 READY = ["teacher.init=pretrained", "teacher.fit=null", "evaluation.arms=[teacher, distilled]"]
@@ -33,9 +34,6 @@ def test_names_of_classes_and_columns_in_a_message(what, tmp_path, capsys):
 
 
 def test_names_in_tables(capsys):
-    arm = {"name": EVIL, "metrics": {EVIL: 0.5}, "retained": {}, "steps": 3}
-    data = {"examples": 7, "source": EVIL}
-    evaluation = {"metrics": [EVIL], "primary": EVIL, "arms": [arm], "data": data, "efficiency": None}
-    cli._print_evaluation(evaluation)
+    cli._print_table(EVIL, Table((EVIL,), [(EVIL,)]))
     table = capsys.readouterr().out
     assert table.count("owned[2Jevil31m") == 3 and not {"\x1b", "\x07", "\x9b"} & set(table)

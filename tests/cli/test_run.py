@@ -80,7 +80,7 @@ def test_every_stage_leaves_what_the_design_names(finished):
     expected = "recipe.yaml teacher calibration.safetensors plan.json student checkpoints metrics.jsonl"
     for name in [*expected.split(), "distilled", "evaluation.json", "report.html", "release"]:
         assert (run / name).exists(), name
-    assert "labels_only" in done.stdout and "examples per second" in done.stdout
+    assert "labels_only" in done.stdout and "throughput, examples/s" in done.stdout
 
 
 def test_the_release_is_a_stock_model_with_its_evidence(finished):
@@ -280,6 +280,20 @@ def test_a_teacher_that_does_not_know_the_classes_says_which(finished, tmp_path)
 def test_the_recipe_in_the_run_folder_loads_from_there(finished):
     _, run, _ = finished
     assert main(["validate", str(run / "recipe.yaml")]) == 0
+
+
+def test_the_recipe_of_a_release_is_valid_where_its_data_and_teacher_are_not(finished, tmp_path):
+    _, run, _ = finished
+    shutil.copytree(run / "release", tmp_path / "release")
+    recipe = tmp_path / "release/recipe.yaml"
+    assert "./teacher and ./data.jsonl: not in this release" in distill("validate", recipe).stderr
+    assert "training.lr" in distill("validate", recipe, "training.lr=fast", code=2).stderr
+    assert "there is no folder" in distill("run", recipe, "--out", tmp_path / "run", code=2).stderr
+    shutil.copytree(run / "teacher", tmp_path / "release/teacher")  # what lies beside it is looked at, and needed
+    assert "no layer 9" in distill("validate", recipe, "student.layers={keep: [9]}", code=2).stderr
+    assert "there is no file" in distill("run", recipe, "--out", tmp_path / "run", code=2).stderr
+    (tmp_path / "release/SHA256SUMS").unlink()
+    assert "there is no file" in distill("validate", recipe, code=2).stderr
 
 
 def test_a_run_folder_that_holds_the_recipe_is_refused(finished, capsys):

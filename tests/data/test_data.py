@@ -15,11 +15,12 @@ from transformers import PreTrainedTokenizerFast
 
 from distill.data import TrainingBatches, collate, evaluation_batches, load_corpus, read_texts, save_corpus, tokenise
 from distill.data.batches import micro_batches, step_indices
-from distill.data.sources import data_file, pydoc_topics, read_rows, source_fingerprint, stdlib_docstrings
+from distill.data.sources import pydoc_topics, read_rows, source_fingerprint, stdlib_docstrings
 from distill.data.tasks import encode_packed
 from distill.errors import InputError
 from distill.models.load import load_tokenizer
 from distill.recipe import load_recipe
+from distill.recipe.locate import data_file
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +218,7 @@ def test_built_in_sources_have_text_and_labels():
         ("a.jsonl", '{"body": "a"}\n', "no column 'text'"),
         ("a.jsonl", '{"text": null}\n{"text": "b"}\n', "row 1"),
         ("a.xml", "<a/>", "known endings"),
-        ("missing.csv", None, "does not exist"),
+        ("missing.csv", None, "there is no file"),
     ],
 )
 def test_a_broken_file_is_named_with_what_is_wrong(tmp_path, name, content, words):

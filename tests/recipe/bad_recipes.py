@@ -74,7 +74,7 @@ UNKNOWN_KEYS = [
 
 WRONG_VALUES = [
     Bad("name: tiny", "name: -tiny", 1, "name", 'letters, digits starting with got the text "-tiny"'),
-    Bad("name: tiny", "name: 12", 1, "name", "expected text got the number 12 put it in quotes"),
+    Bad("name: tiny", "name: 12", 1, "name", 'expected text got the number 12 write "12"'),
     Bad("name: tiny", "name: runs/tiny", 1, "name", "letters, digits"),
     Bad("name: tiny\n", "", 1, "name", "missing"),
     Bad("seed: 0", "seed: -1", 2, "seed", "at least 0 got the number -1"),
@@ -91,7 +91,7 @@ WRONG_VALUES = [
     Bad("keep: 0.5", "keep: 0", 8, "student.mlp.keep", "got the number 0"),
     Bad("keep: 0.5", "keep: true", 8, "student.mlp.keep", "got true"),
     Bad("multiple_of: 64", "multiple_of: 0", 8, "student.mlp.multiple_of", "at least 1"),
-    Bad("labelled: 160", 'labelled: "160"', 12, "data.labelled", 'got the text "160" remove the quotes'),
+    Bad("labelled: 160", 'labelled: "160"', 12, "data.labelled", 'got the text "160" write 160'),
     Bad("labelled: 160", "labelled: ~\n  max_length: ~", 13, "data.max_length", "got null"),
     Bad("labelled: 160", "test_share: 1.0", 12, "data.test_share", "below 1 got the number 1.0"),
     Bad("labelled: 160", "labelled: 12:30:00", 12, "data.labelled", 'got the text "12:30:00"'),
@@ -128,7 +128,7 @@ def _mask(given: str, line_key: str, words: str) -> Bad:
 
 
 MASKS = [
-    _mask("per: neuron", "", "neither sparsity nor threshold is given add one"),
+    _mask("per: neuron", "", "none of sparsity and threshold is given add one"),
     _mask("sparsity: 0.5, threshold: 1", ".threshold", "both given remove one"),
     _mask("sparsity: 1.0", ".sparsity", "below 1 got the number 1.0"),
     _mask("sparsity: 0.5, per: neurons", ".per", "one of weight, neuron did you mean 'neuron'"),
@@ -250,14 +250,16 @@ STUDENT = [
     Bad("keep: 0.5", "keep: 0.5, allocate: global", 8, "student.mlp.allocate", "global uniform native or padded"),
     Bad(MLP, "allocate: sensitivity", 8, "student.mlp.allocate", "sensitivity different widths native or padded"),
     Bad("activation,", "taylor, params: {norm: 1},", 8, "student.mlp.params.norm", "taylor has no such parameter"),
-    Bad(MLP + "}", "score: wanda}\n  target: {}", 9, "student.target", "no size is given"),
+    Bad(
+        MLP + "}", "score: wanda}\n  target: {}", 9, "student.target", "none of parameters, flops and latency is given"
+    ),
     Bad(MLP + "}", "score: wanda}\n  target: {flops: 1.5}", 9, "student.target.flops", "at most 1"),
     Bad(
         MLP + "}",
         "score: wanda}\n  target: {flops: 0.5, parameters: 0.5}",
         9,
         "student.target.flops",
-        "parameters is given",
+        "parameters and flops are both given",
     ),
     Bad(MLP + "}", "score: wanda}\n  target: {parameters: 9, length: 9}", 9, "student.target.length", "no effect"),
     Bad("64}", "64}\n  target: {latency: 0.5}", 8, "student.mlp.keep", "student.target says how much is kept"),
@@ -291,6 +293,14 @@ STRATEGIES = [
     ),
     Bad("  lr: 3e-4", "  optimizer_params: {esp: 1e-6}", 20, "training.optimizer_params.esp", "did you mean 'eps'"),
     Bad("  lr: 3e-4", "  optimizer_params: {lr: 1e-6}", 20, "training.optimizer_params.lr", "key of its own"),
+    Bad(
+        "  lr: 3e-4",
+        "  optimizer: torch.optim:SGD\n  optimizer_params: {lr: 0.1}",
+        21,
+        "training.optimizer_params.lr",
+        "a key of its own write `lr:`",
+    ),
+    Bad("even", "mine:f, params: {protected: 1}", 7, "student.layers.params.protected", "key of its own protect_first"),
     Bad("even", "evn", 7, "student.layers.choose", "one of even block_influence did you mean 'even'"),
     Bad("even", "even, params: {sed: 1}", 7, "student.layers.params.sed", "even has no such parameter"),
     Bad("even", "random, params: {sed: 1}", 7, "student.layers.params.sed", "did you mean 'seed'"),

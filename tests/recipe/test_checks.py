@@ -11,8 +11,7 @@ from bad_recipes import CROSS_CHECKS, GOOD, MLP, STRATEGIES, STUDENT, TERMS, Bad
 
 from distill.errors import InputError, RecipeError
 from distill.recipe import load_recipe
-from distill.recipe.load import teacher_folder
-from distill.recipe.locate import TeacherSize, teacher_size
+from distill.recipe.locate import TeacherSize, teacher_folder, teacher_size
 
 Write = Callable[..., Path]
 ACCEPTED = [
@@ -117,6 +116,37 @@ def test_both_stacks_of_an_encoder_decoder_are_checked(write: Write, folder: Pat
         "student.mlp.keep: 2 widths for 5 kept layers",
     ]
     load_recipe(write(GOOD.replace("keep: 0.5", "keep: [0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5]")))  # 4 + 3 layers
+
+
+def test_a_first_layer_that_the_family_needs_is_not_dropped(write: Write, folder: Path) -> None:
+    path = folder / "teacher/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "modernbert"}))
+    load_recipe(write())
+    load_recipe(write(GOOD.replace("choose: even", "choose: angular")))
+    for wrong, key in (("keep: 3, choose: last", "choose"), ("keep: [1, 2, 5]", "keep")):
+        with pytest.raises(RecipeError, match="modernbert cannot lose") as caught:
+            load_recipe(write(GOOD.replace("keep: 3, choose: even", wrong)))
+        assert [problem.key for problem in caught.value.problems] == [f"student.layers.{key}"]
+
+
+@pytest.mark.parametrize(
+    ("mlp", "key"),
+    [
+        ("keep: 0.5}\n  mask: {sparsity: 0.5, per: neuron, compact: true", "student.mask.compact"),
+        ("keep: 0.5, allocate: global", "student.mlp.allocate"),
+        ("keep: 0.5, protect: [1]", "student.mlp.protect"),
+    ],
+)
+def test_an_encoder_decoder_with_different_widths_has_no_native_release(
+    mlp: str, key: str, write: Write, folder: Path
+) -> None:
+    config = {"is_encoder_decoder": True, "encoder_layers": 4, "decoder_layers": 6, "decoder_ffn_dim": 1536}
+    (folder / "teacher/config.json").write_text(json.dumps(config))
+    text = NATIVE.replace(MLP, mlp)
+    with pytest.raises(RecipeError, match="native has one width for all layers of an encoder-decoder") as caught:
+        load_recipe(write(text))
+    assert [problem.key for problem in caught.value.problems] == [key]
+    load_recipe(write(text.replace("native", "padded")))
 
 
 def test_a_loss_without_weight_is_refused(write: Write) -> None:

@@ -47,7 +47,7 @@ def test_a_users_function_is_imported(module: str) -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("users_losses:hubr", "no function 'hubr'; did you mean users_losses:huber"),
+        ("users_losses:hubr", "no function 'hubr'; did you mean 'users_losses:huber'"),
         ("users_losses:LIMIT", "no function 'LIMIT'"),
         ("no_such_module:f", "No module named 'no_such_module'.*PYTHONPATH"),
         ("os;ls:f", "unknown loss"),
