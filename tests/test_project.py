@@ -31,6 +31,7 @@ from distill.pipeline.folder import RunDir
 from distill.recipe import load_recipe, names
 from distill.recipe.schema import Student, Term
 from distill.student import build_student, calibrate, plan_student
+from distill.training.loop import CHECKPOINTS, METRICS
 from distill.training.optim import SCHEDULES
 
 ROOT = Path(__file__).parents[1]
@@ -178,10 +179,17 @@ def test_the_readme_lists_what_is_built_in():
 
 def test_the_run_folder_in_the_readme_is_the_run_folder():
     run = RunDir(Path())
-    named = [value for value in vars(RunDir).values() if isinstance(value, property)]
-    paths = [path if isinstance(path := value.fget(run), Path) else path.checkpoints for value in named]
+    names = [name for name, value in vars(RunDir).items() if isinstance(value, type(vars(RunDir)["plan"]))]
+    paths = [getattr(run, name) for name in names]
     (shown,) = (block for block in blocks(README, "") if block.startswith("runs/quickstart/"))
-    for path in [*paths, run.control("labels_only").metrics, run.stamp("plan").parent]:
+    assert len(paths) > 10
+    for path in [
+        *paths,
+        run.root / CHECKPOINTS,
+        run.root / METRICS,
+        run.control("labels_only"),
+        run.stamp("plan").parent,
+    ]:
         assert path.parts[0] in shown, path
 
 
