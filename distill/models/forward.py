@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from distill.errors import InputError
 from distill.models.family import layers_of, layout_of
-from distill.models.head import OutputHead, output_head, stopped_at_head, unrounded_classes
+from distill.models.head import OutputHead, output_head, stop_at_head, widen_class_logits
 from distill.models.layout import AttentionLayout
 
 Batch = dict[str, Tensor]
@@ -28,7 +28,7 @@ UNLABELLED = -100
 """The label of positions without one, as in torch and transformers."""
 
 
-READ = (
+MODEL_INPUTS = (
     *("input_ids", "input_features", "attention_mask", "token_type_ids", "position_ids"),
     *("decoder_input_ids", "decoder_attention_mask"),
 )
@@ -37,7 +37,7 @@ READ = (
 
 def model_inputs(batch: Batch) -> Batch:
     """Select the entries of a batch that a model reads; every forward pass on data goes through this."""
-    inputs = {name: batch[name] for name in READ if name in batch}
+    inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
     if "position_ids" in inputs:
         # Packed: transformers tells documents apart by positions that start anew, and only where there is no mask.
         inputs.pop("attention_mask", None)
@@ -103,9 +103,9 @@ def forward(model: Any, batch: Batch, wanted: Capture) -> Outputs:
     inputs = {**model_inputs(batch), **without_cache(model)}
     with capture(model, wanted) as found:
         if head is None:
-            with unrounded_classes(model):
+            with widen_class_logits(model):
                 return replace(found, logits=_logits(model(**inputs)))
-        with stopped_at_head(model) as read:
+        with stop_at_head(model) as read:
             model(**inputs)
     return replace(found, last=read[0], head=head)
 

@@ -109,26 +109,31 @@ def output_head(model: Any) -> OutputHead | None:
 
 
 @contextmanager
-def stopped_at_head(model: Any) -> Iterator[list[Tensor]]:
+def stop_at_head(model: Any) -> Iterator[list[Tensor]]:
     """During the block a forward pass leaves out the head and appends the head's input [B, L, D] to the list.
 
     The model's own code runs up to there, final norm, masked-LM transform and scaled decoder outputs included. What it
     returns as logits is then one meaningless number.
     """
-    module, read = model.get_output_embeddings(), []
-    before = module.__dict__.get("forward")
+    read = []
 
     def keep(hidden: Tensor) -> Tensor:
         read.append(hidden)
         return hidden.new_zeros(1, 1, 1)
 
-    module.forward = keep
-    try:
+    with _replace_forward(model.get_output_embeddings(), keep):
         yield read
+
+
+@contextmanager
+def _replace_forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
     finally:
-        if before is None:
-            del module.forward
-        else:
+        del module.forward
+        if before is not None:  # somebody else's, set before
             module.forward = before
 
 
@@ -160,7 +165,7 @@ def _outside_of_base(model: Any) -> Iterator[tuple[str, nn.Module]]:
 
 
 @contextmanager
-def unrounded_classes(model: Any) -> Iterator[None]:
+def widen_class_logits(model: Any) -> Iterator[None]:
     """During the block the last linear map of a model with classes takes and gives fp32, whatever it is held in.
 
     Its logits would be rounded to bf16 otherwise, which is more than what tells a student from its teacher. The map is
@@ -177,11 +182,8 @@ def unrounded_classes(model: Any) -> Iterator[None]:
         with torch.autocast(hidden.device.type, enabled=False):
             return nn.functional.linear(hidden.to(kind), module.weight.to(kind), bias)
 
-    module.forward = widened
-    try:
+    with _replace_forward(module, widened):
         yield
-    finally:
-        del module.forward
 
 
 SCALES: dict[str, Callable[[float], float]] = {

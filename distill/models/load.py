@@ -21,7 +21,7 @@ from distill.files import read_object, sha256_of
 from distill.models.report import check_loaded, untie_config
 from distill.models.weights import as_input_error, check_links, weight_files, weights_sha256
 from distill.models.widths import as_stock, is_unequal, with_widths
-from distill.recipe.locate import teacher_folder
+from distill.recipe.locate import teacher_folder, teacher_size
 from distill.recipe.schema import Teacher
 
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
@@ -183,16 +183,12 @@ def load_config(folder: Path, head: ModelHead, remote_code: bool = False) -> Any
     """Load the folder's config, with the task's classes and padding.
 
     Raises:
-        InputError: There is none that transformers takes, or its weights are stored quantized and cannot be cut.
+        InputError: There is none that transformers takes, its weights are stored quantized and cannot be cut, or its
+            sizes are those of no model.
     """
+    teacher_size(folder)
     with as_input_error(f"{folder} has no usable config.json"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=remote_code)
-    if quantized := getattr(config, "quantization_config", None):
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else None
-        raise InputError(
-            f"{folder}: config.json says quantized with {method or 'an unnamed method'}; such weights cannot be cut, "
-            f"name the original model instead"
-        )
     if head.padding is not None and getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = head.padding
     if head.labels:

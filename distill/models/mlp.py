@@ -23,7 +23,7 @@ OnNeurons = Callable[[Tensor, Tensor | None, int], None]
 
 
 @dataclass(frozen=True)
-class Mlp(LayerAxis):
+class NeuronAxis(LayerAxis):
     """One layer's MLP. Neuron i is row i of each weight in `weights_in` and column i of `weight_out`."""
 
     layout: MlpLayout
@@ -99,21 +99,21 @@ class Mlp(LayerAxis):
         return weight.T if self.layout.storage == "conv1d" else weight
 
 
-def mlps_of(model: Any, side: StackName = "main") -> list[Mlp]:
+def mlps_of(model: Any, side: StackName = "main") -> list[NeuronAxis]:
     """The MLP of every layer of one stack. Raises InputError when a layer has none of its family's kinds."""
     candidates = layout_of(model).stack(side).mlps
     return [_mlp_of(layer, candidates) for layer in layers_of(model, side)]
 
 
-def placed_mlps(model: Any) -> list[tuple[StackName, int, Mlp]]:
+def placed_mlps(model: Any) -> list[tuple[StackName, int, NeuronAxis]]:
     """The MLP of every layer with its stack and index, in the order of the forward pass."""
     return [(side, index, mlp) for side in layout_of(model).sides for index, mlp in enumerate(mlps_of(model, side))]
 
 
-def _mlp_of(layer: nn.Module, candidates: tuple[MlpLayout, ...]) -> Mlp:
+def _mlp_of(layer: nn.Module, candidates: tuple[MlpLayout, ...]) -> NeuronAxis:
     names = {name for name, _ in layer.named_parameters()}
     for layout in candidates:
         if names.issuperset(layout.weights):
-            return Mlp(layer, layout.axis, layout)
+            return NeuronAxis(layer, layout.axis, layout)
     wanted = " or ".join(" + ".join((*layout.ins, layout.out)) for layout in candidates)
     raise InputError(f"a {type(layer).__name__} of the model has no MLP made of {wanted}")

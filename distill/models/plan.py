@@ -52,11 +52,6 @@ class LayerPlan(BaseModel):
     """By axis; every axis of the layer is listed."""
 
     @property
-    def sizes(self) -> dict[AxisName, int]:
-        """Number of kept units by axis."""
-        return {axis: kept.count for axis, kept in self.kept.items()}
-
-    @property
     def width(self) -> int:
         """Width of its MLP."""
         return self.kept["mlp"].count

@@ -1,4 +1,4 @@
-"""What transformers reports after loading: which weights were missing, did not fit, or were left over."""
+"""Judge what transformers reports after loading: weights that were missing, did not fit, or were left over."""
 
 from __future__ import annotations
 

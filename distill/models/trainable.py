@@ -22,11 +22,8 @@ def freeze(model: nn.Module, patterns: Sequence[str], only: Sequence[str] = ("*"
             if not fnmatch.filter(names, pattern):
                 raise InputError(f"{key}: {pattern!r} matches no parameter; there are e.g. {', '.join(names[:3])}")
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(_matches(name, only) and not _matches(name, patterns))
+        learns, frozen = (any(fnmatch.fnmatchcase(name, pattern) for pattern in own) for own in (only, patterns))
+        parameter.requires_grad_(learns and not frozen)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         kept = "" if list(only) == ["*"] else f" with only: {list(only)}"
         raise InputError(f"freeze: {list(patterns)}{kept} leaves no parameter that learns")
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

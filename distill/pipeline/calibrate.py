@@ -12,7 +12,7 @@ from distill.losses import label_loss
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage, results
 from distill.ranks import process_state
-from distill.student import calibrate, check_target, wanted_statistics
+from distill.student import calibrate, check_student, wanted_statistics
 
 
 def work(session: Session) -> None:
@@ -34,7 +34,7 @@ def work(session: Session) -> None:
     starts = sample[:: spec.batch_size][rank::world]
     batches = (collate(corpus, corpus.train, sample[start : start + spec.batch_size]) for start in starts)
     teacher = session.live_teacher(whole=alone or wanted.gradients).model
-    check_target(teacher, student)
+    check_student(teacher, student)
     statistics = calibrate(teacher, batches, wanted, label_loss(corpus.task.head), add_over_ranks)
     if state.is_main_process:
         statistics.save(session.folder.calibration)

@@ -18,13 +18,13 @@ from distill.errors import InputError
 from distill.models.family import layers_of, layout_of
 from distill.models.layout import StackName
 from distill.models.load import load_student, load_tokenizer, teacher_path
-from distill.models.mlp import Mlp, mlps_of
+from distill.models.mlp import NeuronAxis, mlps_of
 from distill.models.plan import StudentPlan
 from distill.ranks import process_state
 from distill.recipe.schema import Data, Student, Teacher
 from distill.release.tables import Table
 from distill.release.wording import MISSING, format_number, format_percent
-from distill.student import CHOICES, SCORES, MlpLayer, Statistics, calibrate
+from distill.student import LAYER_POLICIES, SCORES, MlpLayer, Statistics, calibrate
 from distill.student.plan import plan_student
 
 QUANTILES = {"lowest": 0.0, "5 %": 0.05, "median": 0.5, "95 %": 0.95, "highest": 1.0}
@@ -132,7 +132,7 @@ def _zeros(tensors: Sequence[Tensor]) -> float:
     return sum(int((tensor == 0).sum()) for tensor in tensors) / max(1, sum(tensor.numel() for tensor in tensors))
 
 
-def _silent(mlp: Mlp) -> str:
+def _silent(mlp: NeuronAxis) -> str:
     silent = (mlp.weight_out == 0).all(dim=-2)
     return f"{int(silent.sum())} of {silent.numel()}"
 
@@ -172,7 +172,7 @@ def tabulate_redundancy(model: Any, statistics: Statistics) -> list[Inspection]:
 def tabulate_policies(model: Any, statistics: Statistics | None, keep: int) -> Inspection:
     """Tabulate which layers each policy would keep and drop."""
     depth, rows = len(layers_of(model)), []
-    for name in CHOICES:
+    for name in LAYER_POLICIES:
         try:
             kept = _plan(model, statistics, keep, name).kept_layers
         except ValueError as error:

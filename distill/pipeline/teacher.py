@@ -10,7 +10,7 @@ from distill.models.load import folder_fingerprint, load_model, random_model
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage, results, settings_of, with_version
 from distill.pipeline.train import save_model, train_model
-from distill.student import check_target
+from distill.student import check_student
 from distill.training import Job
 
 
@@ -29,7 +29,7 @@ def work(session: Session) -> None:
             remote_code=code,
             say=session.say_once,
         )
-    check_target(model, session.recipe.student)
+    check_student(model, session.recipe.student)
     made_from, changed = with_version(inputs(session)), session.continue_changed
     job = Job("teacher", spec, session.folder.fit, seed, made_from, continue_changed=changed)
     train_model(session, job, model, Objective(LABELS_ONLY, session.corpus.task.head), None)

@@ -30,7 +30,7 @@ from distill.pipeline.session import DTYPES, Session
 from distill.pipeline.stage import Stage, results, settings_of, with_version
 from distill.ranks import process_state
 from distill.recipe.schema import Optimization, Recipe, Term, Training
-from distill.student.masks import check_score, compact_trained, mask_settings, masks_for
+from distill.student.masks import compact_trained, mask_settings, masks_for
 from distill.teacher import LiveTeacher
 from distill.training import Job, make_accelerator, train
 from distill.training.optim import find_optimizer
@@ -207,7 +207,6 @@ def check(session: Session) -> None:
         InputError: A name leads nowhere, its params do not fit, or a package is missing.
     """
     recipe, task = session.recipe, session.task
-    check_score(recipe)
     Objective(recipe.losses, task.head, lambda _policy: LayerMap(((0, 0),)))
     check_training(recipe, task)
     check_relation_heads(session)

@@ -6,15 +6,15 @@ the recipe as `score: package.module:function`. Its keyword-only parameters are 
 
 from distill.student.allocate import ALLOCATIONS
 from distill.student.build import build_student
-from distill.student.calibration.collect import Statistics, StatisticsRequest, calibrate
-from distill.student.layers import CHOICES
-from distill.student.plan import check_strategies, plan_student, wanted_statistics
+from distill.student.calibration.collect import StatisticsRequest, calibrate
+from distill.student.calibration.statistics import Statistics
+from distill.student.layers import LAYER_POLICIES
+from distill.student.plan import check_strategies, check_student, plan_student, wanted_statistics
 from distill.student.scores import SCORES, MlpLayer
-from distill.student.targets import check_target
 
 __all__ = [
     "ALLOCATIONS",
-    "CHOICES",
+    "LAYER_POLICIES",
     "SCORES",
     "MlpLayer",
     "Statistics",
@@ -22,7 +22,7 @@ __all__ = [
     "build_student",
     "calibrate",
     "check_strategies",
-    "check_target",
+    "check_student",
     "plan_student",
     "wanted_statistics",
 ]

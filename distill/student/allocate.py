@@ -7,6 +7,7 @@ an allocation wants need not be whole: `layer_widths` rounds it, for all of them
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Sequence
 
 import torch
@@ -42,10 +43,8 @@ def threshold(
     as hold this share of the layer's sum of scores.
 
     Raises:
-        InputError: Neither or both are given, `mass` is no share, or a score is negative.
+        InputError: `mass` is no share, or a score is negative.
     """
-    if (threshold is None) == (mass is None):
-        raise InputError("student.mlp.allocate_params: give `threshold` or `mass`, one of them")
     if mass is not None and not 0 < mass <= 1:
         raise InputError(f"student.mlp.allocate_params.mass: {mass} is not above 0 and at most 1")
     if any(bool((layer < 0).any()) for layer in scores):
@@ -114,8 +113,7 @@ def layer_widths(
 ) -> list[int]:
     """Compute the width of each layer: a multiple of `multiple_of` or the teacher's, and never above the teacher's.
 
-    Widths are rounded down. The neurons that a shared budget loses to rounding are returned, one multiple at a time, to
-    the layers that lost most, and never more than the budget: it is met within one multiple.
+    Widths are rounded down; a shared budget is met within one multiple.
 
     Args:
         scores: [F] for each kept layer.
@@ -138,9 +136,7 @@ def layer_widths(
     floors = [floor_width(mlp, size) for size in widest]
     wanted = asked if isinstance(keep, Sequence) else _allocate(scores, free, asked, mlp, influence)
     if mlp.allocate in SHARES_BUDGET:
-        got = _round_within_budget(
-            _shift_to_budget(wanted, floors, widest, sum(asked)), widest, mlp.multiple_of, sum(asked)
-        )
+        got = _spend_budget(wanted, floors, widest, mlp.multiple_of, int(sum(asked) + EXACT))
     elif mlp.allocate == "threshold":
         sizes = zip(wanted, widest, floors, strict=True)
         got = [max(least, round_down(width, size, mlp.multiple_of)) for width, size, least in sizes]
@@ -182,47 +178,31 @@ def floor_width(mlp: Mlp, full: int) -> int:
 
 
 def _round_alone(wanted: float, full: int, mlp: Mlp) -> int:
-    """Round the width asked for one layer; raises InputError where none is left or the floor is above it."""
-    width, least, asked = round_down(wanted, full, mlp.multiple_of), floor_width(mlp, full), int(wanted + EXACT)
-    if width == 0:
-        raise InputError(
-            f"student.mlp.keep: {asked} of {full} neurons rounds down to 0 with multiple_of {mlp.multiple_of}; "
-            f"keep at least {mlp.multiple_of} or lower multiple_of"
-        )
+    """Round the width asked for one layer; raises InputError where that is less than the floor."""
+    width, least = round_down(wanted, full, mlp.multiple_of), floor_width(mlp, full)
     if width < least:
-        raise InputError(f"student.mlp.keep: {asked} of {full} neurons is below the floor of {least}")
+        raise InputError(
+            f"student.mlp.keep: {int(wanted + EXACT)} of {full} neurons rounds down to {width} with multiple_of "
+            f"{mlp.multiple_of}, below the floor of {least}; keep more, or lower floor or multiple_of"
+        )
     return width
 
 
-def _shift_to_budget(wanted: list[float], floors: list[int], full: list[int], budget: float) -> list[float]:
-    """Move `wanted` up or down together until the sum within floors and teacher's widths is the budget."""
-    if sum(floors) > budget + EXACT:
+def _spend_budget(wanted: list[float], floors: list[int], full: list[int], multiple: int, budget: int) -> list[int]:
+    """Spread a budget of neurons: from the floors up, each next multiple goes to the layer furthest below its wish."""
+    widths, left = list(floors), budget - sum(floors)
+    if left < 0:
         raise InputError(
-            f"student.mlp.keep: {int(budget + EXACT)} neurons over {len(full)} layers are fewer than the {sum(floors)} "
-            f"that each layer's floor (at least one multiple_of) comes to; keep more, or lower floor or multiple_of"
+            f"student.mlp.keep: {budget} neurons over {len(full)} layers are fewer than the {sum(floors)} that each "
+            f"layer's floor (at least one multiple_of) comes to; keep more, or lower floor or multiple_of"
         )
-    bounds = list(zip(wanted, floors, full, strict=True))
-    low, high = -float(max(full)) - max(wanted), float(max(full))
-    for _ in range(100):
-        middle = (low + high) / 2
-        if sum(min(max(width + middle, least), most) for width, least, most in bounds) > budget:
-            high = middle
-        else:
-            low = middle
-    shift = 0.0 if abs(low) < 1e-6 else low
-    return [min(max(width + shift, least), most) for width, least, most in bounds]
-
-
-def _round_within_budget(wanted: list[float], full: list[int], multiple: int, budget: float) -> list[int]:
-    widths = [round_down(width, size, multiple) for width, size in zip(wanted, full, strict=True)]
-    left = int(budget + EXACT) - sum(widths)
-    while True:
-        steps = [min(multiple, size - width) for size, width in zip(full, widths, strict=True)]
-        lost = [
-            want - width if 0 < step <= left else -1.0 for want, width, step in zip(wanted, widths, steps, strict=True)
-        ]
-        best = max(range(len(lost)), key=lambda index: (lost[index], -index))
-        if lost[best] < 0:
-            return widths
-        widths[best] += steps[best]
-        left -= steps[best]
+    queue = [(width - wish, index) for index, (width, wish) in enumerate(zip(widths, wanted, strict=True))]
+    heapq.heapify(queue)
+    while queue:
+        _, index = heapq.heappop(queue)
+        step = min(multiple, full[index] - widths[index])
+        if 0 < step <= left:
+            widths[index] += step
+            left -= step
+            heapq.heappush(queue, (widths[index] - wanted[index], index))
+    return widths

@@ -1,7 +1,7 @@
 """Policies that choose the kept layers: one function each, `(layers, keep, statistics, **own) -> ascending indices`.
 
-`layers` is the teacher's number of layers, `keep` how many the student has. A policy that has no row in `NEEDS` works
-without calibration. A policy with the parameter `protected` honours `student.layers.protect_first` and `protect_last`.
+`layers` is the teacher's number of layers, `keep` how many the student has. A policy with the parameter `protected`
+honours `student.layers.protect_first` and `protect_last`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,8 @@ from distill.recipe.schema import Layers
 from distill.registry import bind, find
 from distill.student.calibration.statistics import Statistics, require
 
-NEEDS = {
-    "block_influence": "activations",
-    "angular": "activations",
-    "loss_drop": "losses_without",
-    "greedy_loss": "removals",
-}
-"""Policy -> the statistics that it reads; `activations` are part of every calibration."""
+READS = {"loss_drop": "losses_without", "greedy_loss": "removals"}
+"""Policy -> the statistics that it reads and that not every calibration collects."""
 
 
 def policy_of(spec: Layers) -> str:
@@ -38,30 +33,20 @@ def choose_layers(model: Any, side: StackName, spec: Layers | None, calibration:
     """Choose the kept layers of one stack, ascending; all of them when nothing is asked.
 
     Raises:
-        InputError: The request does not fit the model.
+        InputError: The policy cannot choose, chooses something else, or a kept layer depends on a dropped one.
     """
-    key, depth = "student.layers" if side == "main" else "student.encoder_layers", len(layers_of(model, side))
     if spec is None:
-        return list(range(depth))
-    if isinstance(spec.keep, list):
-        chosen = spec.keep
-    else:
-        chosen = _apply_policy(model, side, spec, spec.keep, calibration and calibration.of(side), key)
-    if not chosen or sorted(set(chosen)) != chosen:
-        raise InputError(f"{key}.keep: {chosen} must name layers once each, in ascending order")
-    if chosen[-1] >= depth or chosen[0] < 0:
-        raise InputError(f"{key}.keep: layer {chosen[-1]} does not exist; the teacher has 0 to {depth - 1}")
+        return list(range(len(layers_of(model, side))))
+    chosen = spec.keep
+    if isinstance(chosen, int):
+        chosen = _apply_policy(model, side, spec, chosen, calibration and calibration.of(side))
     check_kept(model, side, chosen)
     return chosen
 
 
-def _apply_policy(
-    model: Any, side: StackName, spec: Layers, keep: int, statistics: Statistics | None, key: str
-) -> list[int]:
-    depth = len(layers_of(model, side))
-    if keep > depth:
-        raise InputError(f"{key}.keep: {keep} layers asked, the teacher has {depth}")
-    policy = bind(find(CHOICES, spec.choose, "layer policy"), spec.params, f"{key}.params")
+def _apply_policy(model: Any, side: StackName, spec: Layers, keep: int, statistics: Statistics | None) -> list[int]:
+    key, depth = "student.layers" if side == "main" else "student.encoder_layers", len(layers_of(model, side))
+    policy = bind(find(LAYER_POLICIES, spec.choose, "layer policy"), spec.params, f"{key}.params")
     if "protected" in inspect.signature(policy).parameters:
         policy = partial(policy, protected=protected_layers(model, side, spec))
     elif spec.protect_first or spec.protect_last:
@@ -69,8 +54,8 @@ def _apply_policy(
             f"{key}: protect_first and protect_last have no effect on the policy {spec.choose}; remove them"
         )
     chosen: list[int] = policy(depth, keep, statistics)
-    if len(chosen) != keep:
-        raise InputError(f"{key}.choose: {spec.choose} returned {chosen}, not {keep} layers of {depth}")
+    if len(chosen) != keep or sorted({*chosen} & {*range(depth)}) != chosen:
+        raise InputError(f"{key}.choose: {spec.choose} returned {chosen}, not {keep} ascending layers of {depth}")
     return chosen
 
 
@@ -90,13 +75,7 @@ def even_rounded(layers: int, keep: int, _statistics: Statistics | None) -> list
 
 
 def every(layers: int, keep: int, _statistics: Statistics | None) -> list[int]:
-    """The last layer of each of `keep` equal groups (6 -> 3: 1,3,5), the "skip" rule of Sun et al. 2019, PKD.
-
-    Raises:
-        InputError: `keep` does not divide the number of layers.
-    """
-    if layers % keep:
-        raise InputError(f"student.layers.choose: `every` needs keep to divide {layers} layers; {keep} does not")
+    """The last layer of each of `keep` equal groups (6 -> 3: 1,3,5), the "skip" rule of Sun et al. 2019, PKD."""
     stride = layers // keep
     return list(range(stride - 1, layers, stride))
 
@@ -180,7 +159,7 @@ def _highest(values: Sequence[float], keep: int, protected: Collection[int]) -> 
     return sorted(order[:keep])
 
 
-CHOICES: dict[str, Callable[..., list[int]]] = {
+LAYER_POLICIES: dict[str, Callable[..., list[int]]] = {
     "even": even,
     "even_rounded": even_rounded,
     "every": every,

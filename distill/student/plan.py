@@ -14,18 +14,22 @@ from distill.errors import InputError
 from distill.models.cost import latency_ratio
 from distill.models.family import layers_of, layout_of
 from distill.models.layout import StackName
-from distill.models.mlp import Mlp, placed_mlps
+from distill.models.mlp import NeuronAxis, placed_mlps
 from distill.models.plan import KeptUnits, LayerPlan, Outcome, StudentPlan
+from distill.recipe.locate import TeacherSize
+from distill.recipe.names import READS
+from distill.recipe.rules import check_together
 from distill.recipe.schema import Layers, Student
 from distill.registry import bind, find
-from distill.student import layers, scores
+from distill.student import layers
 from distill.student.allocate import ALLOCATIONS, EXACT, layer_widths
 from distill.student.build import build_student
 from distill.student.calibration.collect import StatisticsRequest
 from distill.student.calibration.statistics import Statistics
-from distill.student.layers import CHOICES, choose_layers, policy_of
+from distill.student.layers import LAYER_POLICIES, choose_layers, policy_of
+from distill.student.masks.masks import MASK_SCORES
 from distill.student.scores import SCORES, MlpLayer
-from distill.student.targets import costs_of, shares, solve
+from distill.student.targets import check_target, costs_of, shares, solve
 
 
 @dataclass(frozen=True)
@@ -60,19 +64,16 @@ def plan_student(model: Any, spec: Student, calibration: Statistics | None = Non
     Args:
         model: The teacher, a transformers model of a known family.
         spec: The recipe's `student` section.
-        calibration: Statistics of one calibration pass; needed by what has a row in a table `NEEDS`.
+        calibration: Statistics of one calibration pass; policies, scores and allocations that read them need it.
 
     Raises:
         InputError: An unknown family, a layer out of range, a width or a target that cannot be had, or a missing
             calibration.
     """
     sides = layout_of(model).sides
-    if spec.encoder_layers is not None:
-        layout_of(model).stack("encoder")
-    depths = {side: len(layers_of(model, side)) for side in sides}
+    depths = _check_layers(model, spec)
     asked = {"main": spec.layers, "encoder": spec.encoder_layers}
     kept = {side: choose_layers(model, side, asked[side], calibration) for side in sides}
-    _check_protected(spec, depths["main"], kept["main"])
     scored = [
         _score_layer(mlp, index, side, spec, calibration and calibration.of(side))
         for side, index, mlp in placed_mlps(model)
@@ -106,13 +107,34 @@ def plan_student(model: Any, spec: Student, calibration: Statistics | None = Non
     return plan.model_copy(update={"outcomes": _outcomes(spec, plan, keep) | outcomes})
 
 
+def check_student(model: Any, spec: Student) -> None:
+    """Refuse, before any work, layers that the teacher does not have and a target that they cannot reach.
+
+    A recipe whose teacher is on the hub was read without knowing its size.
+
+    Raises:
+        InputError: With what is wrong.
+    """
+    _check_layers(model, spec)
+    check_target(model, spec)
+
+
+def _check_layers(model: Any, spec: Student) -> dict[StackName, int]:
+    """Apply the recipe's rules on layers to the model itself; returns its depths."""
+    depths = {side: len(layers_of(model, side)) for side in layout_of(model).sides}
+    parts = {"layers": spec.layers, "encoder_layers": spec.encoder_layers, "mlp": spec.mlp}
+    if mistakes := list(check_together(parts, TeacherSize(depths["main"], encoder_layers=depths.get("encoder")))):
+        raise InputError("; ".join(map(str, mistakes)))
+    return depths
+
+
 def wanted_statistics(spec: Student) -> StatisticsRequest:
-    """List the statistics that this student's policies and scores read, by the tables `NEEDS`."""
+    """List the statistics that this student's policies and scores read and that not every calibration collects."""
     asked: dict[StackName, Layers] = {"main": spec.layers}
     if spec.encoder_layers is not None:
         asked["encoder"] = spec.encoder_layers
-    needs = {side: layers.NEEDS.get(policy_of(own)) for side, own in asked.items()}
-    score = scores.NEEDS.get(spec.mlp.score)
+    needs = {side: layers.READS.get(policy_of(own)) for side, own in asked.items()}
+    score = READS.get(spec.mlp.score)  # type: ignore[call-overload]
     return StatisticsRequest(
         gram=score == "gram" if spec.calibration.gram is None else spec.calibration.gram,
         gradients=score == "gradients" if spec.calibration.gradients is None else spec.calibration.gradients,
@@ -129,21 +151,14 @@ def check_strategies(spec: Student) -> None:
     """
     for key, own in (("layers", spec.layers), ("encoder_layers", spec.encoder_layers)):
         if own is not None and isinstance(own.keep, int):
-            bind(find(CHOICES, own.choose, "layer policy"), own.params, f"student.{key}.params")
+            bind(find(LAYER_POLICIES, own.choose, "layer policy"), own.params, f"student.{key}.params")
     bind(find(SCORES, spec.mlp.score, "score"), spec.mlp.params, "student.mlp.params")
     bind(find(ALLOCATIONS, spec.mlp.allocate, "allocation"), spec.mlp.allocate_params, "student.mlp.allocate_params")
+    if spec.mask is not None:
+        bind(find(MASK_SCORES, spec.mask.score, "mask score"), spec.mask.params, "student.mask.params")
 
 
-def _check_protected(spec: Student, depth: int, kept: list[int]) -> None:
-    beyond = [index for index in spec.mlp.protect if index >= depth]
-    if beyond:
-        raise InputError(f"student.mlp.protect: layer {beyond[0]} does not exist; the teacher has 0 to {depth - 1}")
-    dropped = [index for index in spec.mlp.protect if index not in kept]
-    if dropped and policy_of(spec.layers) == "explicit":
-        raise InputError(f"student.mlp.protect: layer {dropped[0]} is not among the kept layers {kept}")
-
-
-def _score_layer(mlp: Mlp, index: int, side: StackName, spec: Student, statistics: Statistics | None) -> _Scored:
+def _score_layer(mlp: NeuronAxis, index: int, side: StackName, spec: Student, statistics: Statistics | None) -> _Scored:
     score = bind(find(SCORES, spec.mlp.score, "score"), spec.mlp.params, "student.mlp.params")
     weights_in = [weight.detach() for weight in mlp.weights_in]
     values = score(MlpLayer(index, weights_in, mlp.weight_out.detach(), side), statistics)
@@ -204,7 +219,7 @@ def top_units(scores: Tensor, width: int) -> list[Any] | None:
 
 
 def _outcomes(spec: Student, plan: StudentPlan, keep: Any) -> dict[str, Outcome]:
-    """Asked against got, by recipe key."""
+    """Write down what was asked and what the plan gives, by recipe key."""
     outcomes = {}
     stacks = {"layers": (spec.layers, plan.layers), "encoder_layers": (spec.encoder_layers, plan.encoder_layers)}
     for key, (own, stack) in stacks.items():
@@ -212,11 +227,11 @@ def _outcomes(spec: Student, plan: StudentPlan, keep: Any) -> dict[str, Outcome]
             got = ", ".join(str(layer.teacher_layer) for layer in stack or [])
             outcomes[f"student.{key}.keep"] = Outcome(asked=str(own.keep), got=got)
     placed = [(side, layer) for side in ("encoder", "main") for layer in plan.stack(side)]
-    sizes = [f"{layer.width} of {layer.teacher_width}" for _, layer in placed]
-    got = sizes[0]
-    if len(set(sizes)) > 1:
-        names = [f"{'encoder ' if side == 'encoder' else ''}layer {layer.teacher_layer}" for side, layer in placed]
-        got = ", ".join(f"{size} in {name}" for size, name in zip(sizes, names, strict=True))
+    names = [f"{'encoder ' if side == 'encoder' else ''}layer {layer.teacher_layer}" for side, layer in placed]
+    sizes = {name: f"{layer.width} of {layer.teacher_width}" for name, (_, layer) in zip(names, placed, strict=True)}
+    got, *others = dict.fromkeys(sizes.values())
+    if others:
+        got = ", ".join(f"{size} in {name}" for name, size in sizes.items())
     free = [layer for side, layer in placed if side == "encoder" or layer.teacher_layer not in spec.mlp.protect]
     each = keep if isinstance(keep, list) else [keep] * len(free)
     pairs = zip(each, free, strict=True)

@@ -17,20 +17,6 @@ from distill.models.layout import StackName
 from distill.student.calibration.statistics import Statistics, require
 from distill.student.calibration.sums import column_products, column_sums
 
-NEEDS = {
-    "activation": "activations",
-    "activation_l2": "activations",
-    "output_norm": "activations",
-    "wanda": "activations",
-    "fluctuation": "activations",
-    "taylor": "gradients",
-    "taylor_kl": "gradients",
-    "fisher": "gradients",
-    "output_change": "gram",
-}
-"""Score -> the statistics that it reads; `activations` are part of every calibration."""
-
-
 POWERS = {1: torch.abs, 2: torch.square}
 
 
@@ -100,7 +86,7 @@ def taylor(layer: MlpLayer, statistics: Statistics | None) -> Tensor:
 
     Source: Molchanov et al. 2019 (arXiv 1906.10771), with a gate on the neuron.
     """
-    return require(statistics, "taylor").taylor(layer.index)
+    return require(statistics, "taylor").gate_gradient("task_abs", layer.index)
 
 
 def taylor_kl(layer: MlpLayer, statistics: Statistics | None) -> Tensor:
@@ -109,7 +95,7 @@ def taylor_kl(layer: MlpLayer, statistics: Statistics | None) -> Tensor:
     Needs no labels. The first-order term of this KL is zero at the teacher; see
     `distill.student.calibration.gradients`.
     """
-    return require(statistics, "taylor_kl").kl_curvature(layer.index) / 2
+    return require(statistics, "taylor_kl").gate_gradient("kl_square", layer.index) / 2
 
 
 def fisher(layer: MlpLayer, statistics: Statistics | None) -> Tensor:
@@ -117,7 +103,7 @@ def fisher(layer: MlpLayer, statistics: Statistics | None) -> Tensor:
 
     Source: Theis et al. 2018 (arXiv 1801.05787).
     """
-    return require(statistics, "fisher").fisher(layer.index)
+    return require(statistics, "fisher").gate_gradient("task_square", layer.index)
 
 
 def fluctuation(layer: MlpLayer, statistics: Statistics | None) -> Tensor:

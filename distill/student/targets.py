@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
-from torch import nn
-
 from distill.errors import InputError
-from distill.models.axes import LayerAxis
 from distill.models.cost import flops_by_module, random_example
 from distill.models.family import layout_of
 from distill.models.layout import StackName
 from distill.models.plan import Outcome
 from distill.models.widths import axes_of
-from distill.recipe.schema import Layers, Mlp, Student, Target
+from distill.recipe.schema import Mlp, Student, Target
 from distill.student.allocate import SHARES_BUDGET, floor_width, round_down
 
 LayerKey = tuple[StackName, int]
@@ -57,25 +56,19 @@ class Costs:
 
 def costs_of(model: Any, target: Target) -> Costs:
     """Count the parameters or FLOPs, as the target says, of a model and of its layers; nothing is computed."""
-    if target.kind == "parameters":
-        total = sum(parameter.numel() for parameter in model.parameters())
-        return Costs(
-            float(total), {(side, index): _parameters(model, side, axis) for side, index, axis in axes_of(model)}
-        )
-    flops, _ = flops_by_module(model, random_example(model, target.length))
-    return Costs(float(flops[model]), {(side, index): _flops(flops, axis) for side, index, axis in axes_of(model)})
-
-
-def _parameters(model: Any, side: StackName, axis: LayerAxis) -> LayerCost:
-    shared = layout_of(model).stack(side).first_only  # a student has these once, whichever layers it keeps
-    sizes = {name: parameter.numel() for name, parameter in axis.layer.named_parameters() if name not in shared}
-    return LayerCost(sum(sizes.values()), sum(sizes[name] for name in axis.tensors) / axis.units, axis.units)
-
-
-def _flops(flops: dict[nn.Module, int], axis: LayerAxis) -> LayerCost:
-    owners = {name.rpartition(".")[0] for name in axis.tensors}
-    of_units = sum(flops[axis.layer.get_submodule(owner)] for owner in owners)
-    return LayerCost(flops[axis.layer], of_units / axis.units, axis.units)
+    by_parameters, layers = target.kind == "parameters", {}
+    flops = {} if by_parameters else flops_by_module(model, random_example(model, target.length))[0]
+    for side, index, axis in axes_of(model):
+        if by_parameters:
+            shared = layout_of(model).stack(side).first_only  # a student has these once, whichever layers it keeps
+            sizes = {name: tensor.numel() for name, tensor in axis.layer.named_parameters() if name not in shared}
+            whole, of_units = sum(sizes.values()), sum(sizes[name] for name in axis.tensors)
+        else:
+            owners = {name.rpartition(".")[0] for name in axis.tensors}
+            whole, of_units = flops[axis.layer], sum(flops[axis.layer.get_submodule(owner)] for owner in owners)
+        layers[side, index] = LayerCost(whole, of_units / axis.units, axis.units)
+    total = sum(parameter.numel() for parameter in model.parameters()) if by_parameters else flops[model]
+    return Costs(float(total), layers)
 
 
 def check_target(model: Any, spec: Student) -> None:
@@ -92,24 +85,18 @@ def check_target(model: Any, spec: Student) -> None:
     costs = costs_of(model, target)
     low = high = costs.fixed
     for side in layout_of(model).sides:
-        own = {index: layer for (stack, index), layer in costs.layers.items() if stack == side}
-        whole = spec.mlp.protect if side == "main" else []
-        floors = {
-            index: layer.width if index in whole else floor_width(spec.mlp, layer.width) for index, layer in own.items()
-        }
         layers = spec.layers if side == "main" else spec.encoder_layers
-        low += sum(_kept({index: layer.at(floors[index]) for index, layer in own.items()}, layers))
-        high += sum(_kept({index: layer.whole for index, layer in own.items()}, layers, dearest=True))
+        listed = layers.keep if layers is not None and isinstance(layers.keep, list) else None
+        number = layers.keep if layers is not None and isinstance(layers.keep, int) else None
+        own = [
+            (layer, layer.width if side == "main" and index in spec.mlp.protect else floor_width(spec.mlp, layer.width))
+            for (stack, index), layer in costs.layers.items()
+            if stack == side and (listed is None or index in listed)
+        ]
+        # Where a policy will choose the layers, these are the cheapest and the dearest.
+        low += sum(sorted(layer.at(least) for layer, least in own)[:number])
+        high += sum(sorted((layer.whole for layer, _ in own), reverse=True)[:number])
     _refuse_outside(target, _target_value(target, costs.total), low, high, costs.total)
-
-
-def _kept(costs: dict[int, float], layers: Layers | None, dearest: bool = False) -> list[float]:
-    """Costs of the layers that are kept; where a policy will choose them, of the cheapest or dearest."""
-    if layers is None:
-        return list(costs.values())
-    if isinstance(layers.keep, list):
-        return [costs[index] for index in layers.keep if index in costs]
-    return sorted(costs.values(), reverse=dearest)[: layers.keep]
 
 
 def shares(mlp: Mlp, widths: Sequence[int]) -> list[float]:
@@ -129,7 +116,7 @@ def shares(mlp: Mlp, widths: Sequence[int]) -> list[float]:
 def solve(
     target: Target, total: float, steps: Sequence[float], cost: Callable[[float], float]
 ) -> tuple[float, Outcome]:
-    """The largest share of neurons whose cost is within the target, by bisection, and what was asked and got.
+    """Find the largest share of neurons whose cost is within the target, by bisection; also what was asked and got.
 
     Args:
         target: What is asked.
@@ -140,19 +127,12 @@ def solve(
     Raises:
         InputError: Even the smallest share costs more, or keeping everything costs less.
     """
-    asked = _target_value(target, total)
-    known = {step: cost(step) for step in (steps[0], steps[-1])}
-    _refuse_outside(target, asked, known[steps[0]], known[steps[-1]], total)
-    low, high = 0, len(steps) - 1
-    if known[steps[high]] <= asked:
-        low = high
-    while high - low > 1:
-        middle = (low + high) // 2
-        known[steps[middle]] = cost(steps[middle])
-        low, high = (middle, high) if known[steps[middle]] <= asked else (low, middle)
-    share, got = steps[low], known[steps[low]]
+    asked, known = _target_value(target, total), cache(cost)  # a latency is measured once
+    _refuse_outside(target, asked, known(steps[0]), known(steps[-1]), total)
+    share = steps[max(1, bisect_right(steps, asked, key=known)) - 1]
+    got = known(share)
     reason = "the largest within it that rounding to multiple_of allows" if got < asked else ""
-    return share, Outcome(asked=_words(target, asked, total), got=_words(target, got, total), reason=reason)
+    return share, Outcome(asked=_format_cost(target, asked, total), got=_format_cost(target, got, total), reason=reason)
 
 
 def _target_value(target: Target, total: float) -> float:
@@ -163,11 +143,11 @@ def _target_value(target: Target, total: float) -> float:
 def _refuse_outside(target: Target, asked: float, low: float, high: float, total: float) -> None:
     if asked < low or asked > high * (1 + 1e-9):
         raise InputError(
-            f"student.target.{target.kind}: {_words(target, asked, total)} cannot be reached with these layers; "
-            f"their MLPs alone give {_words(target, low, total)} to {_words(target, high, total)}"
+            f"student.target.{target.kind}: {_format_cost(target, asked, total)} cannot be reached with these layers; "
+            f"their MLPs alone give {_format_cost(target, low, total)} to {_format_cost(target, high, total)}"
         )
 
 
-def _words(target: Target, value: float, total: float) -> str:
+def _format_cost(target: Target, value: float, total: float) -> str:
     share = f"{value / total:.4f} of the teacher's"
     return share if target.kind == "latency" else f"{value:.0f} {target.kind} ({share})"

@@ -31,12 +31,12 @@ from distill.evaluation.metrics import METRICS
 from distill.losses import ATTENTION, HIDDEN, LOGITS, RELATION
 from distill.recipe import load_recipe
 from distill.recipe.schema import Recipe
-from distill.student import ALLOCATIONS, CHOICES, SCORES
-from distill.student.masks.masks import SCORES as MASK_SCORES
+from distill.student import ALLOCATIONS, LAYER_POLICIES, SCORES
+from distill.student.masks.masks import MASK_SCORES
 from distill.training.optim import OPTIMIZERS
 
 TABLES = {
-    "Layers.choose": CHOICES,
+    "Layers.choose": LAYER_POLICIES,
     "Mlp.score": SCORES,
     "Mlp.allocate": ALLOCATIONS,
     "Mask.score": MASK_SCORES,

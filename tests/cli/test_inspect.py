@@ -9,7 +9,7 @@ from tiny import LAYERS, tiny_batch, tiny_model, tiny_project
 from distill.cli import main
 from distill.models.mlp import mlps_of
 from distill.release.wording import MISSING
-from distill.student import CHOICES, SCORES, calibrate
+from distill.student import LAYER_POLICIES, SCORES, calibrate
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_without_data_everything_that_needs_none_is_shown_and_the_rest_has_a_rea
     assert {f"Score {name}" for name in SCORES if name not in missing} <= set(shown)
     assert "Redundancy of layers" not in shown
     policies = {row[0]: row for row in shown["Which layers would go, keeping 2 of 4"]}
-    assert set(CHOICES) <= set(policies) and policies["even"][1:3] == ["0, 3", "1, 2"]
+    assert set(LAYER_POLICIES) <= set(policies) and policies["even"][1:3] == ["0, 3", "1, 2"]
     assert policies["block_influence"][1] == MISSING and "calibration" in policies["block_influence"][3]
 
 

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from distill.losses.chunked import HeadInput, chunks
 from distill.models.forward import Capture, forward
-from distill.models.head import OutputHead, class_head, output_head, stopped_at_head
+from distill.models.head import OutputHead, class_head, output_head, stop_at_head
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -43,7 +43,7 @@ def test_a_model_without_a_vocabulary_keeps_its_logits():
 
 def test_a_forward_pass_that_fails_leaves_the_head_in_place():
     model = language_model("llama")
-    with pytest.raises(RuntimeError), stopped_at_head(model):
+    with pytest.raises(RuntimeError), stop_at_head(model):
         raise RuntimeError
     assert "forward" not in model.lm_head.__dict__
 
@@ -82,8 +82,17 @@ def class_model(family, auto_class):
     return getattr(transformers, auto_class).from_config(config).eval()
 
 
-@pytest.mark.parametrize(("family", "auto_class"), class_models())
-@pytest.mark.parametrize("how", ["bf16", "autocast"])
+ONE_OF_EACH = [
+    ("bert", "AutoModelForSequenceClassification"),
+    ("gpt2", "AutoModelForTokenClassification"),
+    ("bart", "AutoModelForQuestionAnswering"),
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "auto_class", "how"),
+    [(*model, "bf16") for model in class_models()] + [(*model, "autocast") for model in ONE_OF_EACH],
+)
 @torch.no_grad()
 def test_logits_of_classes_are_fp32_products_of_what_the_last_map_reads(family, auto_class, how):
     model, batch = class_model(family, auto_class), tiny_batch(padded=False)

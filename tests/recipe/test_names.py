@@ -19,14 +19,14 @@ from distill.recipe.rules import KEEP_FIRST, first_layer_is_kept
 from distill.recipe.schema import Layers, Optimization, json_schema
 from distill.recipe.terms import TERM_KEYS
 from distill.student.allocate import ALLOCATIONS
-from distill.student.layers import CHOICES
-from distill.student.masks.masks import SCORES as MASK_SCORES
-from distill.student.scores import NEEDS, SCORES
+from distill.student.layers import LAYER_POLICIES
+from distill.student.masks.masks import MASK_SCORES
+from distill.student.scores import SCORES
 from distill.training.optim import OPTIMIZERS, SCHEDULES
 
 Table = Mapping[str, Callable[..., Any]]
 LITERALS: list[tuple[Any, Table]] = [
-    (names.LayerPolicy, CHOICES),
+    (names.LayerPolicy, LAYER_POLICIES),
     (names.Score, SCORES),
     (names.MaskScore, MASK_SCORES),
     (names.Allocation, ALLOCATIONS),
@@ -48,7 +48,7 @@ def test_a_literal_lists_its_table(literal: Any, table: Table) -> None:
 
 
 PARAMS: list[tuple[str, Table, set[str]]] = [
-    ("layer policy", CHOICES, {"protected"}),
+    ("layer policy", LAYER_POLICIES, {"protected"}),
     ("score", SCORES, set()),
     ("mask score", MASK_SCORES, set()),
     ("allocation", ALLOCATIONS, set()),
@@ -79,7 +79,7 @@ def test_every_kind_of_data_file_has_a_reader() -> None:
 
 def test_policies_that_know_protected_layers_take_them() -> None:
     assert set(names.PROTECTING) == {
-        name for name, policy in CHOICES.items() if "protected" in inspect.signature(policy).parameters
+        name for name, policy in LAYER_POLICIES.items() if "protected" in inspect.signature(policy).parameters
     }
 
 
@@ -88,18 +88,14 @@ def test_families_that_need_their_first_layer_are_those_whose_layout_says_so() -
     assert not any(layout.encoder and layout.encoder.keep_first for layout in LAYOUTS.values())
 
 
-@pytest.mark.parametrize("choose", sorted(set(CHOICES) - set(names.PROTECTING)))
+@pytest.mark.parametrize("choose", sorted(set(LAYER_POLICIES) - set(names.PROTECTING)))
 def test_a_policy_that_drops_a_first_layer_that_must_stay_is_known_to(choose: str) -> None:
     for layers in range(1, 13):
         for keep in range(1, layers + 1):
             if choose != "every" or layers % keep == 0:
                 size = TeacherSize(layers=layers, family=KEEP_FIRST[0])
                 refused = any(first_layer_is_kept(Layers(keep=keep, choose=choose), size))
-                assert refused == (CHOICES[choose](layers, keep, None)[0] != 0), (layers, keep)
-
-
-def test_scores_read_what_they_say() -> None:
-    assert {score: need for score, need in NEEDS.items() if need != "activations"} == names.READS
+                assert refused == (LAYER_POLICIES[choose](layers, keep, None)[0] != 0), (layers, keep)
 
 
 def test_tasks_measure_what_they_say() -> None:

@@ -106,7 +106,7 @@ def test_protected_layers_are_whole_and_not_part_of_the_budget():
     ("keep", "mlp", "words"),
     [
         (49, {}, "the teacher's MLP has 48"),
-        (7, {"multiple_of": 8}, "rounds down to 0"),
+        (7, {"multiple_of": 8}, "rounds down to 0 with multiple_of 8, below the floor of 8"),
         (0.25, {"floor": 0.5}, "below the floor of 24"),
         (0.25, {"floor": 20, "allocate": "global"}, "24 neurons over 2 layers are fewer than the 40"),
         (4, {"multiple_of": 16, "allocate": "global"}, "8 neurons over 2 layers are fewer than the 32"),

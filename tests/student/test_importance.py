@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -12,10 +13,12 @@ from tiny import tiny_inputs, tiny_model
 from distill.errors import InputError
 from distill.models.family import layout_of
 from distill.models.mlp import mlps_of
+from distill.recipe.names import READS
 from distill.student import SCORES, Statistics, StatisticsRequest, calibrate
-from distill.student.calibration.sums import CHUNK, column_products, column_sums
-from distill.student.scores import NEEDS, MlpLayer, magnitude, output_change
+from distill.student.calibration.sums import WIDENED_AT_ONCE, column_products, column_sums
+from distill.student.scores import MlpLayer, magnitude, output_change
 
+DATA_SCORES = [name for name in SCORES if name not in ("magnitude", "random")]
 # Two neurons, D = 2: w_0 = (3, 4) of norm 5, w_1 = (0, 2) of norm 2.
 LAYER = MlpLayer(0, [torch.tensor([[1.0, 2.0], [2.0, 0.0]])], torch.tensor([[3.0, 0.0], [4.0, 2.0]]))
 # Four positions in two sequences: x_0 = 1, 1 | -1, 3 and x_1 = 2, 0 | 0, 0.
@@ -100,7 +103,7 @@ def test_scores_of_permuted_neurons_are_permuted():
     wanted = StatisticsRequest(gram=True, gradients=True)
     before = calibrate(model, [tiny_inputs(model)], wanted)
     mlp = mlps_of(model)[1]
-    scores = {name: SCORES[name](MlpLayer(1, mlp.weights_in, mlp.weight_out), before) for name in NEEDS}
+    scores = {name: SCORES[name](MlpLayer(1, mlp.weights_in, mlp.weight_out), before) for name in DATA_SCORES}
     with torch.no_grad():
         for weight in mlp.weights_in:
             weight.copy_(weight[order].clone())
@@ -111,19 +114,25 @@ def test_scores_of_permuted_neurons_are_permuted():
         torch.testing.assert_close(again, values[order], rtol=1e-3, atol=1e-6, msg=name)
 
 
-def test_scores_that_read_statistics_are_those_of_the_table():
+def test_scores_that_read_statistics_say_so_and_name_what_was_not_collected():
+    plain = Statistics({name: total for name, total in STATISTICS.sums.items() if not re.search("gram|task|kl", name)})
     for name, score in SCORES.items():
-        if name in NEEDS:
-            with pytest.raises(InputError, match="needs calibration data"):
-                score(LAYER, None)
-        else:
+        if name not in DATA_SCORES:
             assert score(LAYER, None).shape == (2,)
+            continue
+        with pytest.raises(InputError, match="needs calibration data"):
+            score(LAYER, None)
+        if name in READS:
+            with pytest.raises(InputError, match=rf"student\.calibration\.{READS[name]}: true"):
+                score(LAYER, plain)
+        else:
+            assert score(LAYER, plain).shape == (2,)
 
 
 @pytest.mark.parametrize("shape", list(itertools.product((1, 7), (1, 5))))
 def test_sums_in_slices_are_sums(shape, monkeypatch):
     weight = torch.randn(2, *shape)
-    monkeypatch.setattr("distill.student.calibration.sums.CHUNK", 3)
+    monkeypatch.setattr("distill.student.calibration.sums.WIDENED_AT_ONCE", 3)
     torch.testing.assert_close(column_sums(torch.square, weight), weight.double().square().sum(-2))
     torch.testing.assert_close(column_sums(torch.mul, weight.mT, weight.mT), weight.mT.double().square().sum(-2))
     torch.testing.assert_close(column_products(weight[0]), weight[0].double().T @ weight[0].double())
@@ -137,4 +146,4 @@ def test_half_precision_weights_are_widened_a_slice_at_a_time():
         return part.abs()
 
     column_sums(note, torch.zeros(3000, 4000, dtype=torch.bfloat16))
-    assert max(widened) <= CHUNK and sum(widened) == 12_000_000
+    assert max(widened) <= WIDENED_AT_ONCE and sum(widened) == 12_000_000

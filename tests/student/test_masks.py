@@ -12,7 +12,7 @@ from distill.errors import InputError
 from distill.models.mlp import mlps_of
 from distill.recipe.schema import Mask
 from distill.student.masks.masks import Masks, choose, lowest, progress
-from distill.student.masks.sparsity import sparsity, zeros
+from distill.student.masks.sparsity import tabulate_sparsity
 
 
 def mlp_weights(model):
@@ -123,9 +123,9 @@ def test_random_masks_follow_the_seed():
 def test_only_chosen_matrices_and_layers_are_masked():
     model, masks = masked("llama", sparsity=0.5, only=["*.layers.[12].mlp.down_proj.*"])
     assert set(masks.masks) == {f"model.layers.{i}.mlp.down_proj.weight" for i in (1, 2)}
-    rows = sparsity(model)
-    assert {(row.layer, row.name) for row in rows if row.zeros} == {(i, "mlp.down_proj.weight") for i in (1, 2)}
-    assert all(row.share == 0.5 for row in rows if row.zeros)
+    rows = [row for row in tabulate_sparsity(model)["matrices"] if row["zeros"]]
+    assert [(row["layer"], row["name"]) for row in rows] == [(i, "mlp.down_proj.weight") for i in (1, 2)]
+    assert all(row["share"] == 0.5 for row in rows)
 
 
 def test_frozen_parameters_are_never_chosen():
@@ -162,13 +162,14 @@ def test_zeros_are_counted_by_hand():
     with torch.no_grad():
         mlp.weight_out[:, :3] = 0  # 3 neurons of 48, 32 weights each
         mlp.weights_in[1][5, :8] = 0  # 8 of the 32 weights of one neuron
-    rows = {(row.layer, row.name): row for row in sparsity(model)}
+    table = tabulate_sparsity(model)
+    rows = {(row["layer"], row["name"]): row for row in table["matrices"]}
     assert list(rows) == [(i, f"mlp.{n}_proj.weight") for i in range(LAYERS) for n in ("gate", "up", "down")]
     down, up = rows[1, "mlp.down_proj.weight"], rows[1, "mlp.up_proj.weight"]
-    assert (down.zeros, down.zero_neurons, down.neurons, down.share) == (96, 3, 48, 1 / 16)
-    assert (up.zeros, up.zero_neurons) == (8, 0)
-    assert up.norm == pytest.approx(mlp.weights_in[1].norm().item(), rel=1e-6)
-    assert zeros(sparsity(model)) == (96 + 8) / (LAYERS * 3 * 48 * 32)
+    assert [down[key] for key in ("zeros", "zero_neurons", "neurons", "share")] == [96, 3, 48, 1 / 16]
+    assert (up["zeros"], up["zero_neurons"], up["weights"], up["side"]) == (8, 0, 48 * 32, "main")
+    assert up["norm"] == pytest.approx(mlp.weights_in[1].norm().item(), rel=1e-6)
+    assert table["widths"] == [48] * LAYERS and table["zeros"] == (96 + 8) / (LAYERS * 3 * 48 * 32)
 
 
 def test_masks_continue_from_their_tensors():

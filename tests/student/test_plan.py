@@ -10,7 +10,7 @@ from distill.errors import InputError
 from distill.models.family import layout_of
 from distill.models.mlp import mlps_of
 from distill.recipe.schema import Student
-from distill.student import StatisticsRequest, build_student, calibrate, plan_student, wanted_statistics
+from distill.student import StatisticsRequest, build_student, calibrate, check_student, plan_student, wanted_statistics
 
 
 def spec(keep=1.0, layers=None, encoder=None, **mlp):
@@ -84,8 +84,15 @@ def test_the_encoder_is_cut_by_its_own_policy():
 
 
 def test_only_encoder_decoders_have_an_encoder_to_cut():
-    with pytest.raises(InputError, match=r"student\.encoder_layers: the teacher is not an encoder-decoder"):
-        plan_student(tiny_model("bert"), spec(encoder={"keep": 1}, score="magnitude"))
+    for refuse in (check_student, plan_student):
+        with pytest.raises(InputError, match=r"student\.encoder_layers: .*the teacher is not an encoder-decoder"):
+            refuse(tiny_model("bert"), spec(encoder={"keep": 1}, score="magnitude"))
+
+
+def test_layers_of_a_teacher_that_was_not_known_before_are_refused_before_any_work():
+    check_student(tiny_model("bart"), spec(layers={"keep": [0, 3]}, encoder={"keep": 4}, score="magnitude"))
+    with pytest.raises(InputError, match=r"layers\.keep: keeps 5 layers, the teacher has 4.*encoder_layers\.keep\.1"):
+        check_student(tiny_model("bart"), spec(layers={"keep": 5}, encoder={"keep": [0, 4]}, score="magnitude"))
 
 
 def test_widths_are_reported_layer_by_layer_where_they_differ():
@@ -105,11 +112,10 @@ def test_protected_layers_keep_all_their_neurons():
 @pytest.mark.parametrize(
     ("own", "words"),
     [
-        (spec(protect=[4], score="magnitude"), "student.mlp.protect: layer 4 does not exist"),
+        (spec(protect=[4], score="magnitude"), "student.mlp.protect.0: the teacher has no layer 4"),
         (spec(layers={"keep": [0, 1]}, protect=[2], score="magnitude"), "layer 2 is not among the kept layers"),
+        (spec(layers={"keep": 3, "choose": "every"}, score="magnitude"), "divides the teacher's 4 layers; 3 does not"),
         (spec([0.5], score="magnitude"), "1 widths for 4 kept layers"),
-        (spec(score="taylor"), "`taylor` needs calibration data"),
-        (spec(score="magnitude", layers={"keep": 2, "choose": "angular"}), "`angular` needs calibration data"),
         (spec(score="magnitude", allocate="sensitivity"), "`sensitivity` needs calibration data"),
     ],
 )

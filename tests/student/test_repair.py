@@ -17,7 +17,7 @@ from distill.models.plan import KeptUnits, LayerPlan, StudentPlan
 from distill.recipe.schema import Repair
 from distill.student import build_student
 from distill.student.repair.moments import Moments, solve_ridge, split_groups
-from distill.student.repair.refit import Output, fit_bias, fit_refit, squared_error
+from distill.student.repair.refit import Output, fit_bias, fit_refit, output_error
 from distill.student.repair.steps import check_repair, repair_student
 
 EVERY = ("llama", "bert", "gpt2", "opt", "phi3", "mixtral")
@@ -312,12 +312,12 @@ def test_no_fit_is_worse_than_none_and_an_intercept_leaves_no_mean_error(regress
         return full - x[:, kept] @ output.weight.T - (0 if output.bias is None else output.bias)
 
     before = float(rest(sliced).square().sum())
-    assert squared_error(moments, target, sliced, kept) == pytest.approx(before, abs=1e-8)
+    assert output_error(moments, target, sliced, kept) == pytest.approx(before, abs=1e-8)
     for fit in (fit_bias, fit_refit):
         output = fit(moments, target, sliced, kept, ridge)
         after = float(rest(output).square().sum())
         assert after <= before * (1 + 1e-9) + 1e-9
-        assert squared_error(moments, target, output, kept) == pytest.approx(after, abs=1e-8)
+        assert output_error(moments, target, output, kept) == pytest.approx(after, abs=1e-8)
         if target.bias is not None and len(x):
             assert rest(output).mean(dim=0).abs().max() < 1e-8
 

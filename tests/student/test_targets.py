@@ -11,7 +11,7 @@ from distill.evaluation.efficiency import flops
 from distill.models.cost import flops_by_module, random_example
 from distill.models.family import layers_of, layout_of
 from distill.recipe.schema import Mlp, Student, Target
-from distill.student import build_student, calibrate, check_target, plan_student
+from distill.student import build_student, calibrate, check_student, plan_student
 from distill.student.targets import costs_of, shares, solve
 
 
@@ -70,15 +70,15 @@ def test_a_count_of_parameters_is_a_target_too():
 @pytest.mark.parametrize("target", [{"parameters": 0.05}, {"parameters": 0.99}, {"parameters": 10}, {"flops": 0.9}])
 def test_a_target_out_of_reach_is_refused_with_what_can_be_reached(target):
     teacher = tiny_model("bert")
-    for refuse in (check_target, plan_student):
+    for refuse in (check_student, plan_student):
         with pytest.raises(InputError, match=r"cannot be reached with these layers; their MLPs alone give .* to "):
             refuse(teacher, spec(target))
 
 
 def test_what_is_reachable_passes_the_first_check():
     for target in ({"parameters": 0.5}, {"latency": 0.01}, None):
-        check_target(tiny_model("bert"), spec(target))
-    check_target(tiny_model("bart"), spec({"parameters": 0.6}, keep=2))
+        check_student(tiny_model("bert"), spec(target))
+    check_student(tiny_model("bart"), spec({"parameters": 0.6}, keep=2))
 
 
 def test_latency_is_measured_and_reported():

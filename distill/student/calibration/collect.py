@@ -1,7 +1,7 @@
 """One pass of the teacher over a sample collects everything that scores, policies and allocations read.
 
 Sums run over real positions in float64, so the statistics do not depend on batch size, order, padding or the number of
-processes. Shapes: B examples, L positions, D hidden width, F MLP width, N layers.
+ranks. Shapes: B examples, L positions, D hidden width, F MLP width, N layers.
 """
 
 from __future__ import annotations
@@ -28,10 +28,8 @@ from distill.student.calibration.removal import LabelLoss, greedy_removals, loss
 from distill.student.calibration.sample import pad_right, real_positions
 from distill.student.calibration.statistics import Statistics
 
-__all__ = ["Statistics", "StatisticsRequest", "calibrate"]
-
 Reduce = Callable[[Tensor], Tensor]
-"""Adds a tensor up over all processes."""
+"""Adds a tensor up over all ranks."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ def calibrate(
         batches: As `distill.student.calibration.sample` describes them; with labels where a loss is asked for.
         wanted: Statistics beyond the sums that one forward pass gives.
         loss: (logits, batch) -> the labels' loss summed over valid positions, and their number.
-        reduce: With several processes, each with its own batches: adds a tensor up over them.
+        reduce: With several ranks, each with its own batches: adds a tensor up over them.
 
     Raises:
         RunError: The sample has no real token, or an activation is not finite.
@@ -72,7 +70,12 @@ def calibrate(
     sample = [pad_right(batch) for batch in batches]
     with _frozen(model):
         collectors = [_Collector(model, side, wanted.gram) for side in layout_of(model).sides]
-        _run(model, sample, collectors)
+
+        def note_masks(batch: Batch) -> None:
+            for collector in collectors:
+                collector.given = real_positions(batch, collector.side)
+
+        run_base(model, sample, [handle for collector in collectors for handle in collector.watch()], note_masks)
         sums = {name: total for collector in collectors for name, total in collector.sums.items()}
         if wanted.gradients:
             sums |= gradient_sums(model, sample, loss)
@@ -116,14 +119,6 @@ def _frozen(model: Any) -> Iterator[None]:
             module.training = mode
         for parameter, learns in learning.items():
             parameter.requires_grad_(learns)
-
-
-def _run(model: Any, sample: list[Batch], collectors: list[_Collector]) -> None:
-    def note_masks(batch: Batch) -> None:
-        for collector in collectors:
-            collector.given = real_positions(batch, collector.side)
-
-    run_base(model, sample, [handle for collector in collectors for handle in collector.watch()], note_masks)
 
 
 class _Collector:

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from distill.errors import InputError
 from distill.models.forward import Batch, Capture, forward, to_device
 from distill.models.layout import StackName
-from distill.models.mlp import Mlp, placed_mlps
+from distill.models.mlp import NeuronAxis, placed_mlps
 from distill.student.calibration.removal import LabelLoss
 from distill.student.calibration.sample import content_seed, draw_classes, examples, real_positions
 from distill.student.calibration.sums import column_sums
 
-Gate = tuple[StackName, int, Mlp]
+Gate = tuple[StackName, int, NeuronAxis]
 
 
 def gradient_sums(model: Any, sample: list[Batch], loss: LabelLoss | None) -> dict[str, Tensor]:

@@ -46,7 +46,7 @@ def examples(batch: Batch) -> Iterator[Batch]:
 
 
 def content_seed(example: Batch) -> int:
-    """Derive a seed from what the model reads, the same whatever batch or process the example is in."""
+    """Derive a seed from what the model reads, the same whatever batch or rank the example is in."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model_inputs(example).items()):
         digest.update(f"{name}:{list(tensor.shape)}".encode())

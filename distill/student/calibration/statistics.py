@@ -1,4 +1,4 @@
-"""The statistics of a teacher that one calibration pass collects. Every figure is a sum, so that processes add up.
+"""The statistics of a teacher that one calibration pass collects. Every figure is a sum, so that ranks add up.
 
 F width of a layer's MLP ([E, F] where it has E experts), N layers. A stack of layers is a `StackName`; methods that
 take a layer speak of the stack that `of` chose, the main one at first.
@@ -10,6 +10,7 @@ import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -19,7 +20,7 @@ from distill.errors import InputError
 from distill.models.layout import StackName
 
 FORMAT = "distill.calibration/3"
-MISSING = {
+NOT_ALWAYS_COLLECTED = {
     "gram": "products of neurons; set student.calibration.gram: true",
     "task": "gradients of the labels' loss; set student.calibration.gradients: true and give labelled examples",
     "kl": "gradients of the teacher's own predictions; set student.calibration.gradients: true",
@@ -74,17 +75,12 @@ class Statistics:
         """[F, F] ([E, F, F]) mean product of each two neurons' activations."""
         return self._mean("gram", layer)
 
-    def taylor(self, layer: int) -> Tensor:
-        """[F] mean over labelled examples of |c|, c = Σ over positions of dL/dx · x, L their summed loss."""
-        return self._sum("task_abs", layer) / self._sum("task_examples").clamp(min=1)
+    def gate_gradient(self, kind: Literal["task_abs", "task_square", "kl_square"], layer: int) -> Tensor:
+        """[F] mean over examples of |c| or c², c = Σ over positions of dL/dx · x, L their summed loss.
 
-    def fisher(self, layer: int) -> Tensor:
-        """[F] mean over labelled examples of c²."""
-        return self._sum("task_square", layer) / self._sum("task_examples").clamp(min=1)
-
-    def kl_curvature(self, layer: int) -> Tensor:
-        """[F] mean over examples of c² for labels drawn from the teacher's own predictions."""
-        return self._sum("kl_square", layer) / self._sum("kl_examples").clamp(min=1)
+        `task`: over labelled examples, L of their labels; `kl`: over all, L of labels drawn from the teacher itself.
+        """
+        return self._sum(kind, layer) / self._sum(f"{kind.partition('_')[0]}_examples").clamp(min=1)
 
     def block_influence(self) -> Tensor:
         """[N] 1 - mean cos(input, output) of each layer."""
@@ -144,7 +140,7 @@ class Statistics:
     def _sum(self, name: str, layer: int | None = None) -> Tensor:
         key = f"{self.side}.{name}" if layer is None else f"{self.side}.{layer}.{name}"
         if key not in self.sums:
-            what = MISSING.get(name.partition("_")[0], f"the figure {key}; was it made for another model?")
+            what = NOT_ALWAYS_COLLECTED.get(name.partition("_")[0], f"the figure {key}; was it made for another model?")
             raise InputError(f"the calibration does not hold {what}")
         return self.sums[key]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-CHUNK = 2**22
+WIDENED_AT_ONCE = 2**22
 """Numbers that are widened at a time."""
 
 
@@ -20,7 +20,7 @@ def column_sums(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """
     first = tensors[0]
     depth = first.shape[-2]
-    step = max(1, CHUNK * depth // max(1, first.numel()))
+    step = max(1, WIDENED_AT_ONCE * depth // max(1, first.numel()))
     total = torch.zeros((*first.shape[:-2], first.shape[-1]), dtype=torch.float64, device=first.device)
     for start in range(0, depth, step):
         chunks = (tensor[..., start : start + step, :].float() for tensor in tensors)
@@ -30,7 +30,7 @@ def column_sums(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
 
 def column_products(weight: Tensor) -> Tensor:
     """Multiply WᵀW of a weight [D, F], the inner products of its columns; [F, F] in float64."""
-    step = max(1, CHUNK // weight.shape[1])
+    step = max(1, WIDENED_AT_ONCE // weight.shape[1])
     total = torch.zeros((weight.shape[1],) * 2, dtype=torch.float64, device=weight.device)
     for start in range(0, len(weight), step):
         wide = weight[start : start + step].double()

@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
-from distill.models.mlp import mlps_of
 from distill.models.trainable import freeze
 from distill.recipe.schema import Recipe
-from distill.registry import bind, find
 from distill.student.masks.compact import compact
-from distill.student.masks.masks import SCORES, Masks
-from distill.student.masks.sparsity import sparsity, zeros
-
-
-def check_score(recipe: Recipe) -> None:
-    """Find the mask's score. Raises InputError when there is none of that name, or its params do not fit."""
-    spec = recipe.student.mask
-    if spec is not None:
-        bind(find(SCORES, spec.score, "mask score"), spec.params, "student.mask.params")
+from distill.student.masks.masks import Masks
+from distill.student.masks.sparsity import tabulate_sparsity
 
 
 def masks_for(recipe: Recipe, model: Any, steps: int) -> Masks | None:
@@ -49,15 +39,8 @@ def compact_trained(recipe: Recipe, model: Any, say: Callable[[str], None]) -> N
 
 
 def sparsity_table(recipe: Recipe, model: Any) -> dict[str, Any] | None:
-    """Tabulate the share of zeros over all MLPs, their widths, and the zeros of each matrix; None without a mask."""
-    if recipe.student.mask is None:
-        return None
-    rows = sparsity(model)
-    return {
-        "zeros": zeros(rows),
-        "widths": [mlp.width for mlp in mlps_of(model)],
-        "matrices": [{**asdict(row), "share": row.share} for row in rows],
-    }
+    """Tabulate the zeros of a student's MLPs; None without a mask."""
+    return tabulate_sparsity(model) if recipe.student.mask else None
 
 
 def mask_settings(recipe: Recipe) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from distill.models.axes import keep_units
-from distill.models.mlp import Mlp, placed_mlps
+from distill.models.mlp import NeuronAxis, placed_mlps
 from distill.models.widths import resize_layers
 
 ACTIVATIONS = ("act_fn", "activation_fn", "act", "activation", "intermediate_act_fn")
@@ -53,7 +53,7 @@ def compact(model: Any, *, uniform: bool = False, multiple_of: int = 1) -> int:
     return gone
 
 
-def constant_of(mlp: Mlp) -> Tensor:
+def constant_of(mlp: NeuronAxis) -> Tensor:
     """Compute the constant that each neuron adds to h_i, [F] or [E, F] in float64; NaN for a neuron that has an effect.
 
     0 also stands for a neuron whose column of W_out is zero.
@@ -73,7 +73,7 @@ def constant_of(mlp: Mlp) -> Tensor:
     return value if mlp.bias_out is not None else torch.where(value == 0, value, unknown)
 
 
-def _activation(mlp: Mlp) -> Callable[[Tensor], Tensor] | None:
+def _activation(mlp: NeuronAxis) -> Callable[[Tensor], Tensor] | None:
     """Find the activation of an MLP in the module nearest to its first weight that has one."""
     parents = mlp.layout.ins[0].split(".")[:-1]
     for depth in range(len(parents), -1, -1):
@@ -84,13 +84,13 @@ def _activation(mlp: Mlp) -> Callable[[Tensor], Tensor] | None:
     return None
 
 
-def _live_width(mlp: Mlp, constant: Tensor, multiple_of: int) -> int:
+def _live_width(mlp: NeuronAxis, constant: Tensor, multiple_of: int) -> int:
     """Find the smallest width that holds every live neuron of each expert."""
     live = max(1, int(constant.isnan().sum(-1).max()))
     return min(mlp.width, -(-live // multiple_of) * multiple_of)
 
 
-def _cut(mlp: Mlp, constant: Tensor, width: int) -> dict[str, Tensor]:
+def _cut(mlp: NeuronAxis, constant: Tensor, width: int) -> dict[str, Tensor]:
     """Cut the MLP's tensors to `width` neurons: the live ones, and the first dead ones where there is room for more."""
     dead = ~constant.isnan()
     neurons = dead.int().argsort(dim=-1, stable=True)[..., :width].sort(dim=-1).values

@@ -37,7 +37,7 @@ def random(weights: list[Tensor], layer: int, *, seed: int = 0) -> list[Tensor]:
     return [torch.rand(weight.shape, generator=generator).to(weight.device) for weight in weights]
 
 
-SCORES: dict[str, Callable[..., list[Tensor]]] = {"magnitude": magnitude, "random": random}
+MASK_SCORES: dict[str, Callable[..., list[Tensor]]] = {"magnitude": magnitude, "random": random}
 """`(weights, layer, *, ...) -> scores`: the chosen weights of one layer, and a value of at least 0 for each of them."""
 
 
@@ -109,30 +109,23 @@ def maskable(model: Any, spec: Mask) -> list[list[MaskedTensor]]:
         InputError: A pattern matches no tensor of an MLP, or all that match are frozen.
     """
     prefixes = {side: layers_prefix(model, side) for side in layout_of(model).sides}
-    layers = [
-        [
-            MaskedTensor(f"{prefixes[side]}.{index}.{name}", parameter, mlp.axis.tensors[name], mlp.axis.per_expert)
-            for name, parameter in mlp.tensors.items()
-        ]
-        for side, index, mlp in placed_mlps(model)
-    ]
-    if spec.per == "weight":  # biases are few and cost nothing; a whole neuron takes its own along
-        layers = [[tensor for tensor in tensors if tensor.parameter.ndim > 1] for tensors in layers]
-    names = [tensor.name for tensors in layers for tensor in tensors]
+    names: list[str] = []
+    chosen: list[list[MaskedTensor]] = []
+    for side, index, mlp in placed_mlps(model):
+        chosen.append([])
+        for name, parameter in mlp.tensors.items():
+            if parameter.ndim == 1 and spec.per == "weight":
+                continue  # biases are few and cost nothing; a whole neuron takes its own along
+            names.append(f"{prefixes[side]}.{index}.{name}")
+            if parameter.requires_grad and any(fnmatch.fnmatchcase(names[-1], pattern) for pattern in spec.only):
+                tensor = MaskedTensor(names[-1], parameter, mlp.axis.tensors[name], mlp.axis.per_expert)
+                chosen[-1].append(tensor)
     for pattern in spec.only:
         if not fnmatch.filter(names, pattern):
             raise InputError(
                 f"student.mask.only: {pattern!r} matches no weight of the student's MLPs; "
                 f"there are e.g. {', '.join(names[:3])}"
             )
-    chosen = [
-        [
-            tensor
-            for tensor in tensors
-            if tensor.parameter.requires_grad and any(fnmatch.fnmatchcase(tensor.name, own) for own in spec.only)
-        ]
-        for tensors in layers
-    ]
     if not any(tensor.parameter.ndim > 1 for tensors in chosen for tensor in tensors):
         raise InputError("student.mask: every weight that it may choose is frozen by training.freeze or training.only")
     return chosen
@@ -141,7 +134,7 @@ def maskable(model: Any, spec: Mask) -> list[list[MaskedTensor]]:
 class Masks:
     """The masks of one model through one training: chosen when due, applied after every step, kept in checkpoints.
 
-    Whatever is masked once stays masked. Choices depend on the weights alone, so processes with equal weights make the
+    Whatever is masked once stays masked. Choices depend on the weights alone, so ranks with equal weights make the
     same ones. Sharded weights are put together for a choice, one layer at a time; a mask is sharded like its parameter.
     """
 
@@ -159,7 +152,7 @@ class Masks:
         self.spec = spec
         self.steps = steps
         self.layers = maskable(model, spec)
-        self.score = bind(find(SCORES, spec.score, "mask score"), spec.params, "student.mask.params")
+        self.score = bind(find(MASK_SCORES, spec.score, "mask score"), spec.params, "student.mask.params")
         self.masks: dict[str, Tensor] = {}
         """Bool, True where the parameter of that name is zero; sharded like it."""
 

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from distill.models.family import layers_of, layout_of
 from distill.models.forward import Batch, first_tensor
-from distill.models.mlp import Mlp, mlps_of
+from distill.models.mlp import NeuronAxis, mlps_of
 from distill.models.plan import StudentPlan
 from distill.student.repair.moments import LayerError, Moments, Pass, moment_bytes, solve_ridge, split_groups
 
@@ -35,8 +35,8 @@ class Block:
     """Index of the kept layer in the teacher."""
     last: int
     """Index of the last dropped layer in the teacher."""
-    teacher: Mlp
-    student: Mlp
+    teacher: NeuronAxis
+    student: NeuronAxis
     kept: Tensor | None
     """Neurons that the student keeps; None: all, or experts, whose own module knows."""
 
@@ -116,7 +116,7 @@ def _watch(block: Block, layers: Any, scale: float, on_values: Callable[[Tensor]
     ]
 
 
-def _merge(mlp: Mlp, moments: Moments, ridge: float) -> tuple[float, float]:
+def _merge(mlp: NeuronAxis, moments: Moments, ridge: float) -> tuple[float, float]:
     """Multiply the map into the output weights; returns the squared error over the positions before and after."""
     width = len(moments.total) // 2
     products = moments.about(centred=mlp.bias_out is not None)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from distill.models.forward import Batch
-from distill.models.mlp import Mlp, OnNeurons, mlps_of
+from distill.models.mlp import NeuronAxis, OnNeurons, mlps_of
 from distill.models.plan import StudentPlan
 from distill.student.repair.moments import LayerError, Moments, Pass, moment_bytes, solve_ridge, split_groups
 
@@ -36,12 +36,12 @@ class Piece:
     layer: int
     """Index in the student."""
     expert: int | None
-    teacher: Mlp
-    student: Mlp
+    teacher: NeuronAxis
+    student: NeuronAxis
     kept: Tensor
     """[F'] indices of the kept neurons."""
 
-    def output(self, mlp: Mlp) -> Output:
+    def output(self, mlp: NeuronAxis) -> Output:
         """The piece's output in one of the two models, in float64."""
         weight = mlp.weight_out if self.expert is None else mlp.weight_out[self.expert]
         return Output(weight.double(), None if mlp.bias_out is None else mlp.bias_out.double())
@@ -73,7 +73,7 @@ def _missing(target: Output, start: Output, kept: Tensor) -> Tensor:
     return missing
 
 
-def squared_error(moments: Moments, target: Output, output: Output, kept: Tensor) -> float:
+def output_error(moments: Moments, target: Output, output: Output, kept: Tensor) -> float:
     """Sum ||X Wᵀ + b - X_S W'ᵀ - b'||² over the positions."""
     missing = _missing(target, output, kept)
     total = ((missing @ moments.products) * missing).sum()
@@ -122,9 +122,9 @@ def _fit_piece(piece: Piece, moments: Moments, ridge: float, asked: list[str]) -
     """Fit a piece; one result for each of the asked fits."""
     target, current, fits = piece.output(piece.teacher), piece.output(piece.student), []
     for name in asked:
-        before = squared_error(moments, target, current, piece.kept)
+        before = output_error(moments, target, current, piece.kept)
         proposal = _round_as_stored(FITS[name](moments, target, current, piece.kept, ridge), piece.student)
-        after = squared_error(moments, target, proposal, piece.kept)
+        after = output_error(moments, target, proposal, piece.kept)
         if after > before:  # only the rounding to a narrow dtype can do that
             proposal, after = current, before
         stored = replace(proposal, weight=proposal.weight.to("cpu", piece.student.weight_out.dtype))
@@ -165,7 +165,7 @@ def _neuron_moments(teacher: Any, group: Sequence[Piece], batches: Sequence[Batc
     return by_piece
 
 
-def _round_as_stored(output: Output, mlp: Mlp) -> Output:
+def _round_as_stored(output: Output, mlp: NeuronAxis) -> Output:
     """Round an output to the student's dtype."""
     dtype = mlp.weight_out.dtype
     return Output(output.weight.to(dtype).double(), None if output.bias is None else output.bias.to(dtype).double())
