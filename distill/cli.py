@@ -26,7 +26,6 @@ from distill.release.wording import one_line, printable
 
 if TYPE_CHECKING:
     from distill.pipeline import Session
-    from distill.recipe.schema import Recipe
     from distill.release.tables import Table
 
 app = typer.Typer(
@@ -54,9 +53,10 @@ Continue = Annotated[
 @app.command()
 def validate(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Check a recipe and say everything that is wrong with it; needs no torch and no network."""
+    from distill.recipe.load import load_recipe
     from distill.recipe.locate import is_left_behind
 
-    loaded = _load(recipe, overrides)
+    loaded = load_recipe(recipe, overrides or ())
     names = (loaded.teacher.model, loaded.data.source)
     absent = " and ".join(name for name in names if is_left_behind(name, recipe.absolute().parent))
     _say(f"{recipe}: fine ({loaded.name})")
@@ -135,16 +135,12 @@ def options(
     """One recipe takes a large transformer to a released, measured small one."""
 
 
-def _load(path: Path, overrides: list[str] | None) -> Recipe:
-    from distill.recipe.load import load_recipe
-
-    return load_recipe(path, overrides or ())
-
-
 def _run(
     verb: str, path: Path, overrides: list[str] | None, out: Path | None, remote_code: bool, continue_changed: bool
 ) -> None:
-    recipe = _load(path, overrides)  # before torch: a wrong recipe is answered at once
+    from distill.recipe.load import load_recipe
+
+    recipe = load_recipe(path, overrides or ())  # before torch: a wrong recipe is answered at once
     _quiet_libraries()
     from distill.pipeline import STORY, VERBS, RunDir, Session, check_stages, local_inputs, run_stages
     from distill.ranks import launched, process_state
@@ -242,5 +238,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def entry() -> None:
-    """The console script."""
+    """Exit with what the command line returns (console script)."""
     sys.exit(main())

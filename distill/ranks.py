@@ -36,11 +36,11 @@ def launched(environment: Mapping[str, str] = os.environ) -> bool:
     return "ACCELERATE_MIXED_PRECISION" in environment or "TORCHELASTIC_RUN_ID" in environment
 
 
-def check_launch(processes: int, device: str, environment: Mapping[str, str] = os.environ) -> None:
+def check_launch(world_size: int, device: str, environment: Mapping[str, str] = os.environ) -> None:
     """Refuse a launch that does something else than it seems to.
 
     Args:
-        processes: World size that Accelerate sees.
+        world_size: Number of ranks that Accelerate sees.
         device: The kind of device that Accelerate trains on, e.g. `cpu`.
         environment: Variables that the launcher has set.
 
@@ -49,7 +49,7 @@ def check_launch(processes: int, device: str, environment: Mapping[str, str] = o
     """
     started = int(environment.get("WORLD_SIZE", "1"))
     right = f"  ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {max(2, started)} {SCRIPT}"
-    if started != processes:
+    if started != world_size:
         # They would all believe that they are the main one, and write the same files.
         message = f"the launcher started {started} processes, but each of them runs alone. On CPU use:\n{right}"
         raise InputError(message)

@@ -44,7 +44,7 @@ SWITCHES = {"yes": True, "on": True, "no": False, "off": False}
 _GIVEN = {bool: "", int: "the number ", float: "the number ", str: "the text ", list: "the list ", dict: "the section "}
 
 
-def validate(document: Document) -> tuple[Recipe | None, list[Mistake], set[KeyPath]]:
+def check_schema(document: Document) -> tuple[Recipe | None, list[Mistake], set[KeyPath]]:
     """Check a document against the schema.
 
     A misspelt or misplaced key is reported and then put right in the document, so that nothing is said to be missing

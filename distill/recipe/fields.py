@@ -1,4 +1,4 @@
-"""What every section of a recipe is made of: strict numbers, and a base whose rules are part of the section."""
+"""Building blocks of every section: strict numbers, and a base class that holds the section's own rules."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from distill.recipe.names import PARAMS
 from distill.registry import type_mismatch, unknown_param
 
 KeyPath = tuple[str | int, ...]
-"""Where something is in the data: `("losses", 0, "weight")`."""
+"""Path of keys and positions in the data: `("losses", 0, "weight")`."""
 
 
 def _not_a_switch(value: Any) -> Any:
@@ -35,7 +35,7 @@ Params = dict[StrictStr, StrictBool | StrictInt | float | StrictStr]
 
 
 class Location(NamedTuple):
-    """Where a key or a value was written; locations sort in reading order, overrides after the file."""
+    """Place of a key or a value; locations sort in reading order, overrides after the file."""
 
     order: tuple[int, int, int]
     text: str

@@ -16,12 +16,12 @@ from ruamel.yaml.representer import SafeRepresenter
 
 from distill.errors import Problem, RecipeError
 from distill.recipe.document import Document, at
-from distill.recipe.explain import valid_parts, validate
+from distill.recipe.explain import check_schema, valid_parts
 from distill.recipe.fields import KeyPath, Location, dotted
 from distill.recipe.headers import look_at_data, look_at_teacher
 from distill.recipe.rules import check_together, parts_of
 from distill.recipe.schema import Recipe
-from distill.recipe.yaml import read_file, read_text, refuse, scalar
+from distill.recipe.yaml import read_document, read_text, refuse, scalar
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -36,11 +36,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         InputError: The file cannot be read.
     """
     path = Path(path)
-    document = read_file(path)
+    document = read_document(path)
     if not isinstance(document.data, dict):
         refuse("a recipe is a section of keys", "start with `name: …`", document.values[()].text)
     ranked = _override(document, overrides)
-    recipe, mistakes, moved = validate(document)
+    recipe, mistakes, moved = check_schema(document)
     parts = parts_of(recipe) if recipe else valid_parts(document.data)
     base = path.absolute().parent
     size, of_teacher = look_at_teacher(parts.get("teacher"), base)

@@ -19,12 +19,12 @@ _HUB_PART = r"(?!.*(--|\.\.))[A-Za-z0-9_]([\w.-]{0,94}[A-Za-z0-9_])?"
 _HUB_ID = re.compile(rf"{_HUB_PART}/{_HUB_PART}", re.ASCII)
 _FOLDER_STARTS = ("./", "../", "/", "~/")
 LAYER_KEYS = ("decoder_layers", "num_decoder_layers", "num_hidden_layers", "n_layers", "n_layer", "num_layers")
-"""What configs call the number of layers; of encoder-decoders, that of the decoder first."""
+"""Config keys for the number of layers; of encoder-decoders, that of the decoder first."""
 WIDTH_KEYS = (
     *("moe_intermediate_size", "intermediate_size", "decoder_ffn_dim", "encoder_ffn_dim", "ffn_dim", "d_ff", "n_inner"),
     *("ffn_hidden_size", "hidden_dim"),
 )
-"""What configs call the width of an MLP."""
+"""Config keys for the width of an MLP."""
 _POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len")
 _LIMITS = {
     **dict.fromkeys(LAYER_KEYS, 10_000),

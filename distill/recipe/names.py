@@ -56,7 +56,7 @@ PARAMS: dict[str, dict[str, dict[str, str]]] = {
         **{name: {"heads": "int"} for name in ("qkv", "values")},
     },
 }
-"""Kind of strategy -> name -> parameter -> type; what is not here has no parameters."""
+"""Kind of strategy -> name -> parameter -> type; a name that is not here has no parameters."""
 PROTECTING: tuple[LayerPolicy, ...] = ("random", "block_influence", "angular", "loss_drop", "greedy_loss")
 """Layer policies that know protected layers."""
 READS: dict[Score, str] = {
@@ -68,6 +68,6 @@ TASK_METRICS: dict[TaskName, tuple[Metric, ...]] = {
     "classification": ("accuracy", "f1_macro", "loss"),
     "causal_lm": ("perplexity", "token_accuracy", "loss"),
 }
-"""What each task measures by itself, in training too."""
+"""Metrics that each task measures by itself, in training too."""
 TEACHER_METRICS: tuple[Metric, ...] = ("agreement", "kl")
 """Metrics that compare with the teacher; every task has them, after training."""

@@ -29,8 +29,7 @@ PARTS: dict[str, KeyPath] = {
     },
     "fit": ("teacher", "fit"),
 }
-"""What a rule may ask for; beside these `terms`, the loss terms that are right in themselves, by position, and `size`.
-"""
+"""Parts that a rule may ask for; beside these `terms`, the valid loss terms by position, and `size`, the teacher's."""
 MLP: KeyPath = ("student", "mlp")
 KEEP_FIRST = ("modernbert",)
 """Families whose first layer is built unlike the others, which cannot do without it."""
@@ -53,7 +52,7 @@ def check_together(parts: Mapping[str, Any], size: TeacherSize | None = None) ->
 
 
 def layers_exist(layers: Layers, encoder_layers: Layers | None, size: TeacherSize) -> Iterator[Mistake]:
-    """The student's layers are layers of the teacher, and `every` divides them."""
+    """Require that the student's layers are layers of the teacher, and that `every` divides them."""
     if encoder_layers is not None and size.layers is not None and size.encoder_layers is None:
         message = "has no effect: the teacher is not an encoder-decoder"
         yield Mistake(STACKS[1], message, "remove it; its depth is student.layers", at="key")
@@ -76,7 +75,7 @@ def layers_exist(layers: Layers, encoder_layers: Layers | None, size: TeacherSiz
 
 
 def first_layer_is_kept(layers: Layers, size: TeacherSize) -> Iterator[Mistake]:
-    """The first layer stays in families that cannot do without it; policies that read data know that themselves."""
+    """Require the first layer in families that cannot do without it; policies that read data keep it by themselves."""
     if size.family not in KEEP_FIRST or size.layers is None:
         return
     reason = f"drops layer 0, which {size.family} cannot lose: its other layers are built differently"
@@ -91,7 +90,7 @@ def first_layer_is_kept(layers: Layers, size: TeacherSize) -> Iterator[Mistake]:
 
 
 def widths_can_be_had(layers: Layers, encoder_layers: Layers | None, mlp: Mlp, size: TeacherSize) -> Iterator[Mistake]:
-    """The MLPs are not wider than the teacher's, and not nothing after rounding down."""
+    """Require widths that the teacher has, and that leave neurons after rounding down."""
     path: KeyPath = (*MLP, "keep")
     if not isinstance(mlp.keep, list):
         yield from _wrong_width(path, mlp.keep, mlp, size.width)
@@ -129,7 +128,7 @@ def _neurons(width: float, have: int) -> int:
 
 
 def protected_layers_are_kept(layers: Layers, mlp: Mlp, size: TeacherSize) -> Iterator[Mistake]:
-    """Layers whose MLP stays whole are layers that the student may keep."""
+    """Require that layers whose MLP stays whole are layers that the student may keep."""
     for position, layer in enumerate(mlp.protect):
         path = (*MLP, "protect", position)
         if size.layers is not None and layer >= size.layers:
@@ -141,7 +140,7 @@ def protected_layers_are_kept(layers: Layers, mlp: Mlp, size: TeacherSize) -> It
 def one_width_for_stock_loaders(
     mlp: Mlp, mask: Mask | None, target: Target | None, release: Release, size: TeacherSize
 ) -> Iterator[Mistake]:
-    """The uniform release format has one width for all layers, and so has the native one of an encoder-decoder."""
+    """Require one width for a uniform release, and for a native one of an encoder-decoder."""
     both = size.encoder_layers is not None
     if release.format == "padded" or (release.format == "native" and not both):
         return
@@ -167,7 +166,7 @@ def _narrows(mlp: Mlp) -> bool:
 
 
 def target_decides_alone(mlp: Mlp, target: Target | None) -> Iterator[Mistake]:
-    """Where there is a target, nothing else says how wide the MLPs are."""
+    """Refuse a second rule for the widths beside a target."""
     if target is not None and mlp.changed("keep"):
         message = "student.target says how much is kept, and only one can hold"
         yield Mistake((*MLP, "keep"), message, "remove one of them", at="key")
@@ -177,7 +176,7 @@ def target_decides_alone(mlp: Mlp, target: Target | None) -> Iterator[Mistake]:
 
 
 def scores_are_fed(mlp: Mlp, calibration: Calibration) -> Iterator[Mistake]:
-    """What the score reads is not switched off."""
+    """Refuse a calibration without the statistics that the score reads."""
     key = READS.get(mlp.score)  # type: ignore[call-overload]
     if key and getattr(calibration, key) is False:
         message = f"score: {mlp.score} reads what this switches off"
@@ -187,7 +186,7 @@ def scores_are_fed(mlp: Mlp, calibration: Calibration) -> Iterator[Mistake]:
 def repair_has_work(
     layers: Layers, mlp: Mlp, target: Target | None, repair: Repair, size: TeacherSize
 ) -> Iterator[Mistake]:
-    """Each step of the repair has something to put right."""
+    """Refuse repair steps that have nothing to put right."""
     path: KeyPath = ("student", "repair")
     for step in repair.changed("bias", "refit"):
         if not _narrows(mlp) and mlp.allocate != "threshold" and target is None:
@@ -199,20 +198,20 @@ def repair_has_work(
 
 
 def repaired_arm_is_repaired(repair: Repair, evaluation: Evaluation) -> Iterator[Mistake]:
-    """An arm that the recipe asks for by name exists."""
+    """Refuse the arm `repaired` where nothing is repaired."""
     if evaluation.changed("arms") and "repaired" in evaluation.arms and not repair.wanted:
         path: KeyPath = ("evaluation", "arms", evaluation.arms.index("repaired"))
         yield Mistake(path, "nothing is repaired", "remove it, or ask for student.repair")
 
 
 def some_term_counts(losses: list[Term]) -> Iterator[Mistake]:
-    """The loss is not zero whatever the student does."""
+    """Refuse a loss that is zero whatever the student does."""
     if not any(term.weight or (term.schedule and term.schedule.weight) for term in losses):
         yield Mistake(("losses",), "no loss term has a weight above zero", "give one a weight", at="key")
 
 
 def mapped_layers_exist(terms: Mapping[int, Term], layers: Layers, size: TeacherSize) -> Iterator[Mistake]:
-    """Explicit [student, teacher] pairs name layers of both models."""
+    """Require that explicit [student, teacher] pairs name layers of both models."""
     sides = (("student", _depth(layers)), ("teacher", size.layers))
     for index, term in terms.items():
         for position, pair in enumerate(() if isinstance(term.map, str) else term.map):
@@ -223,7 +222,7 @@ def mapped_layers_exist(terms: Mapping[int, Term], layers: Layers, size: Teacher
 
 
 def terms_fit_the_task(terms: Mapping[int, Term], data: Data) -> Iterator[Mistake]:
-    """The head of the task has what a term compares."""
+    """Refuse terms that compare what the head of the task does not have."""
     for index, term in terms.items():
         if ":" not in data.task and data.task not in TERM_KEYS[term.match].tasks:
             message = f"match: {term.match} compares sentence embeddings, and task: {data.task} makes none"
@@ -231,7 +230,7 @@ def terms_fit_the_task(terms: Mapping[int, Term], data: Data) -> Iterator[Mistak
 
 
 def metrics_fit_the_task(data: Data, evaluation: Evaluation, training: Training) -> Iterator[Mistake]:
-    """Metrics are those of the task, or the user's own."""
+    """Refuse metrics that are neither the task's nor the user's own."""
     own = TASK_METRICS.get(data.task)  # type: ignore[call-overload]
     if own is None:
         return
@@ -246,7 +245,7 @@ def metrics_fit_the_task(data: Data, evaluation: Evaluation, training: Training)
 
 
 def compiled_layers_are_not_read(terms: Mapping[int, Term], training: Training) -> Iterator[Mistake]:
-    """What happens inside a compiled layer cannot be read."""
+    """Refuse terms that read inside of compiled layers."""
     for index, term in terms.items():
         if training.compile and term.match in ("attention", "relations"):
             message = f"match: {term.match} reads inside of layers, which training.compile closes"
@@ -254,7 +253,7 @@ def compiled_layers_are_not_read(terms: Mapping[int, Term], training: Training) 
 
 
 def examples_fit(data: Data, size: TeacherSize) -> Iterator[Mistake]:
-    """No example is longer than the teacher has positions for."""
+    """Refuse examples that are longer than the teacher has positions for."""
     if size.positions and data.max_length > size.positions:
         message = f"{data.max_length} tokens per example, the teacher has {size.positions} positions"
         yield Mistake(("data", "max_length"), message, f"use at most {size.positions}")
@@ -263,7 +262,7 @@ def examples_fit(data: Data, size: TeacherSize) -> Iterator[Mistake]:
 def patterns_match(
     fit: Optimization | None, training: Training, mask: Mask | None, size: TeacherSize
 ) -> Iterator[Mistake]:
-    """Patterns over parameter names match something, as far as the names in the files tell."""
+    """Require that patterns over parameter names match something, as far as the names in the files tell."""
     given: list[tuple[KeyPath, list[str]]]
     given = [(("teacher", "fit", key), getattr(fit, key)) for key in ("freeze", "only") if fit]
     given += [(("training", key), getattr(training, key)) for key in ("freeze", "only")]

@@ -35,7 +35,7 @@ ONLY_WITH = (("decay", "schedule", "wsd"), ("betas", "optimizer", "adamw"))
 
 
 class Optimization(Section):
-    """How long and how fast a model learns: `teacher.fit`, and the larger part of `training`."""
+    """Length, speed and method of a training: `teacher.fit`, and the larger part of `training`."""
 
     epochs: Positive | None = None
     """Passes over the training examples. Give one of `epochs`, `steps` and `tokens`."""
@@ -44,10 +44,10 @@ class Optimization(Section):
     tokens: Count | None = None
     """Training tokens, padding not counted; the step that reaches them is the last."""
     batch_size: Count = 32
-    """Examples per optimizer step, over all processes and micro-batches."""
+    """Examples per optimizer step, over all ranks and micro-batches."""
     micro_batch_size: Count | None = None
-    """Examples per forward pass; null: `batch_size` divided by the number of processes. When it is given, processes
-    only deal these out, and any number of them computes the same, dropout included."""
+    """Examples per forward pass; null: `batch_size` divided by the number of ranks. When it is given, ranks only
+    deal these out, and any number of them computes the same, dropout included."""
     lr: Positive = 1e-4
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
@@ -88,8 +88,7 @@ class Optimization(Section):
     compile: StrictBool = False
     """Compile the layers with `torch.compile`."""
     loader_workers: Index = 0
-    """Processes that prepare batches, for each training process; 0: the training process does it. The batches are the
-    same."""
+    """Worker processes that prepare batches, for each rank; 0: the rank itself does it. The batches are the same."""
     save_every: Index = 50
     """Publish a checkpoint every so many steps; 0: only at the end."""
 
@@ -115,7 +114,7 @@ class Optimization(Section):
 
 
 class Teacher(Section):
-    """The large model."""
+    """The large model that teaches."""
 
     model: StrictStr
     """`package:NAME/SUBFOLDER` (inside an installed Python package), `./FOLDER` (relative to the recipe, or absolute),
@@ -127,11 +126,11 @@ class Teacher(Section):
     init: Literal["pretrained", "random"] = "pretrained"
     """`random`: the folder holds a config and a tokenizer only; weights are drawn from `seed`. Needs `fit`."""
     dtype: Literal["stored", "fp32", "bf16", "fp16", "int8"] = "stored"
-    """What the teacher computes in; `stored`: as its weights were saved. `int8` needs a GPU and bitsandbytes; stages
-    that read its weights take the stored ones then."""
+    """Precision that the teacher computes in; `stored`: as its weights were saved. `int8` needs a GPU and bitsandbytes;
+    stages that read its weights take the stored ones then."""
     device: Literal["same", "cpu", "sharded"] = "same"
-    """Where it is: beside the student, in main memory, or (under FSDP) spread over the processes while the student is
-    trained and in main memory for stages that need the whole of it."""
+    """Memory that holds it: beside the student, main memory, or (under FSDP) sharded over the ranks while the student
+    is trained and in main memory for stages that need the whole of it."""
     fit: Optimization | None = None
     """Fine-tune the teacher on this recipe's own labels first; needed where the task's head has no trained weights."""
 
@@ -156,7 +155,7 @@ class Data(Section):
     source: Source | Reference | Annotated[StrictStr, Field(pattern=FILE)]
     """A built-in corpus, `package.module:function`, or `./FILE.jsonl`, `.csv`, `.parquet`, `.txt`."""
     task: TaskName | Reference
-    """What the model predicts."""
+    """Prediction that the model is trained for."""
     text: StrictStr = "text"
     """Column with the text, for files."""
     label: StrictStr = "label"
@@ -178,7 +177,7 @@ class Data(Section):
 
 
 class Training(Optimization):
-    """How the student learns."""
+    """Training of the student."""
 
     evaluate_every: Index = 0
     """Measure the held-out split every so many steps; 0: only at the end."""
@@ -188,7 +187,7 @@ class Training(Optimization):
     """Keep the checkpoint with the best value of this metric in `checkpoints/best` as well; looked at every
     `evaluate_every` steps. Nothing else uses it."""
     trackers: list[Literal["tensorboard", "trackio", "wandb"]] = []
-    """Where the records of metrics.jsonl go as well, through Accelerate; each is an extra of the same name."""
+    """Trackers that get the records of metrics.jsonl as well, through Accelerate; each is an extra of the same name."""
 
     def mistakes(self) -> Iterator[Mistake]:
         """Refuse, beside the mistakes of every optimization, a best checkpoint that nothing looks for."""
@@ -199,10 +198,10 @@ class Training(Optimization):
 
 
 class Evaluation(Section):
-    """What is measured, on which arms."""
+    """Metrics, and the arms that they are measured on."""
 
     metrics: list[Metric | Reference] | None = None
-    """What is computed over the predictions; null: the task's own."""
+    """Metrics over the predictions; null: the task's own."""
     arms: list[Arm] = ["teacher", "cut", "repaired", "distilled", "labels_only"]
     """`cut`: the student before repair and training; `repaired`: before training, where `student.repair` asks for
     anything; `labels_only`: the same student trained as long without teacher."""

@@ -1,4 +1,4 @@
-"""The `student` section of a recipe: what is kept of the teacher, and what is done to it before training."""
+"""The `student` section of a recipe: the cut from the teacher, and the repair before training."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Width = Count | Annotated[float, Field(gt=0, le=1), NotASwitch]
 
 
 class Layers(Section):
-    """Which layers of a stack the student keeps."""
+    """Layers of a stack that the student keeps."""
 
     keep: Count | list[Index]
-    """How many, or the indices themselves (0 is the first layer of the teacher)."""
+    """Number of layers, or the indices themselves (0 is the first layer of the teacher)."""
     choose: LayerPolicy | Reference = "even"
     """Policy when `keep` is a number: a built-in one or `package.module:function`."""
     params: Params = {}
@@ -59,15 +59,15 @@ class Layers(Section):
 
 
 class Mlp(Section):
-    """Which neurons each kept layer's MLP keeps."""
+    """Neurons that each kept layer's MLP keeps."""
 
     keep: Width | list[Width] = 1.0
     """Neurons per layer (integer) or the share of them (0 < share ≤ 1); or a list with one of these for each kept
     layer, those of an encoder before those of its decoder."""
     score: Score | Reference = "activation"
-    """How neurons are ranked: a built-in score or `package.module:function`."""
+    """Ranking of the neurons: a built-in score or `package.module:function`."""
     allocate: Allocation | Reference = "uniform"
-    """How the budget is spread over layers: a built-in allocation or `package.module:function`."""
+    """Split of the budget over layers: a built-in allocation or `package.module:function`."""
     allocate_params: Params = {}
     """Keyword arguments of the allocation."""
     multiple_of: Count = 64
@@ -103,14 +103,14 @@ class Mask(Section):
     """Share of each layer's MLP weights (neurons; of each expert's, where there are experts) that becomes zero, rounded
     down to whole ones. Give `sparsity` or `threshold`."""
     threshold: Positive | None = None
-    """Zero is what scores below so many times its layer's mean score, zeros included."""
+    """Zero whatever scores below so many times its layer's mean score, zeros included."""
     score: MaskScore | Reference = "magnitude"
-    """How single weights are ranked: a built-in score or `package.module:function`. A neuron has the 2-norm of the
+    """Ranking of single weights: a built-in score or `package.module:function`. A neuron has the 2-norm of the
     scores of its weights."""
     params: Params = {}
     """Keyword arguments of the score."""
     only: list[StrictStr] = ["*"]
-    """Which weights may be chosen, by shell pattern over parameter names of the student, e.g. `["*.down_proj.*"]`.
+    """Weights that may be chosen, by shell pattern over parameter names of the student, e.g. `["*.down_proj.*"]`.
     Parameters that `training` keeps frozen are never chosen."""
     schedule: Literal["one_shot", "cubic"] = "one_shot"
     """`one_shot`: all at `begin`. `cubic`: from 0 at `begin` to all at `end`, fast at first: 1 - (1 - t)³."""
@@ -143,7 +143,7 @@ class Calibration(Section):
     """The one pass over data that all scores read."""
 
     examples: Count = 512
-    """How many training examples, taken in the order of the data source."""
+    """Number of training examples, taken in the order of the data source."""
     batch_size: Count = 32
     """Examples per forward pass; does not change the statistics."""
     gradients: StrictBool | None = None
@@ -194,7 +194,7 @@ class Repair(Section):
     ridge: NonNegative = 1e-3
     """Pulls `refit` and `merge` towards no change; relative to the mean square of what they fit with."""
     held_out: Count = 256
-    """How many training examples after the calibration sample measure what each step is worth."""
+    """Number of training examples after the calibration sample measure what each step is worth."""
 
     @property
     def wanted(self) -> bool:
@@ -210,7 +210,7 @@ class Repair(Section):
 
 
 class Student(Section):
-    """How the student is cut from the teacher."""
+    """Cut of the student from the teacher."""
 
     layers: Layers
     """Depth; of an encoder-decoder, that of the decoder."""

@@ -1,4 +1,4 @@
-"""The items of `losses` in a recipe: what a term may match, and how it may change in the course of training."""
+"""The items of `losses` in a recipe: matches, their losses and keys, and schedules."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from distill.registry import is_reference, suggest
 
 
 class TermKeys(NamedTuple):
-    """What a loss term may say beside `match`, `weight` and `schedule`."""
+    """Keys of a loss term beside `match`, `weight` and `schedule`."""
 
     keys: tuple[str, ...]
     losses: tuple[str, ...] = ()
@@ -31,11 +31,11 @@ TERM_KEYS = {
     "relations": TermKeys(("loss", "map", "params"), get_args(RelationLoss)),
     "output": TermKeys(("loss", "params"), get_args(HiddenLoss), tasks=()),
 }
-"""What a term may match."""
+"""`match` -> keys, losses and tasks."""
 
 
 class Schedule(Section):
-    """Where the numbers of a term go in the course of training, from those of the term itself to those given here."""
+    """Change of a term in the course of training, from its own numbers to those given here."""
 
     weight: NonNegative | None = None
     """The weight at the end, e.g. 0 for a term that only helps at the start."""
@@ -48,7 +48,7 @@ class Schedule(Section):
     end: Fraction = 1.0
     """Share of the steps after which nothing changes any more."""
     shape: Literal["linear", "cosine"] = "linear"
-    """The way from the first value to the last."""
+    """Curve from the first value to the last."""
 
     def mistakes(self) -> Iterator[Mistake]:
         """Refuse a schedule that changes nothing, or ends before it starts."""
@@ -63,7 +63,7 @@ class Term(Section):
     """One term of the training loss."""
 
     match: Literal["labels", "logits", "hidden", "embeddings", "attention", "relations", "output"]
-    """What the student must match: true labels, or of the teacher: its logits, its hidden states after the mapped
+    """Target of the student: true labels, or of the teacher: its logits, its hidden states after the mapped
     layers or before the first one (`embeddings`), the attention probabilities or the relations within queries, keys and
     values of mapped layers, or its sentence embedding (`output`)."""
     weight: NonNegative = 1.0
@@ -76,13 +76,13 @@ class Term(Section):
     scale_by_temperature: StrictBool = True
     """Multiply by temperature², so that gradients keep their size (Hinton et al. 2015)."""
     map: Literal["plan", "span", "even", "last"] | list[tuple[Index, Index]] = "plan"
-    """Which layers are compared: `plan` (each kept layer with the teacher layer it came from), `span` (each kept layer
+    """Layers that are compared: `plan` (each kept layer with the teacher layer it came from), `span` (each kept layer
     with the last teacher layer before the next kept one), `even` (spread over the teacher), `last`, or [student,
     teacher] pairs."""
     params: Params = {}
     """Keyword arguments of the loss, e.g. `{beta: 0.5}` for `jsd`."""
     schedule: Schedule | None = None
-    """How weight, temperature and parameters change in the course of training; null: they do not."""
+    """Change of weight, temperature and parameters in the course of training; null: none."""
 
     def mistakes(self) -> Iterator[Mistake]:
         """Refuse keys that mean nothing for what the term matches, and losses and parameters that do not exist."""

@@ -33,7 +33,7 @@ _WORDS = {word: value for text, value in (("null", None), ("true", True), ("fals
           for word in (text, text.title(), text.upper())} | {"": None, "~": None}  # fmt: skip
 
 
-def read_file(path: Path) -> Document:
+def read_document(path: Path) -> Document:
     """Read the document in a file. Raises InputError when it cannot be read, RecipeError when it is not strict YAML."""
     try:
         if path.exists() and not path.is_file():
