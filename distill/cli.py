@@ -143,7 +143,7 @@ def _run(
 ) -> None:
     recipe = _load(path, overrides)  # before torch: a wrong recipe is answered at once
     _quiet_libraries()
-    from distill.pipeline import STORY, VERBS, RunDir, Session, check_stages, local_inputs, run_stages
+    from distill.pipeline import STORY, VERBS, RunDir, Session, local_inputs, run_stages
     from distill.ranks import launched, process_state
     from distill.training.signals import die_with_parent, leaving_in_time
 
@@ -160,7 +160,6 @@ def _run(
     run.check({"the recipe": path, **local_inputs(recipe, base)})
     session = Session(recipe, base, run, say, remote_code, continue_changed)
     with leaving_in_time():
-        check_stages(session, STORY)
         run_stages(session, VERBS[verb], STORY)
     if main_process and verb in ("evaluate", "release", "run"):
         _print_evaluation(json.loads(session.folder.evaluation.read_text(encoding="utf-8")))

@@ -55,8 +55,8 @@ class RecordedTeacher:
 
 
 @contextmanager
-def recorded(teacher: LiveTeacher, folder: Path, host_bytes: int = HOST_BYTES) -> Iterator[RecordedTeacher]:
-    """Record a teacher during the block. The folder is for what does not fit in memory, and is gone afterwards."""
+def record_teacher(teacher: LiveTeacher, folder: Path, host_bytes: int = HOST_BYTES) -> Iterator[RecordedTeacher]:
+    """Record a teacher during the block. The folder takes the outputs that memory does not, and is gone afterwards."""
     shutil.rmtree(folder, ignore_errors=True)  # a killed run left it
     folder.mkdir(parents=True)
     try:

@@ -1,4 +1,4 @@
-"""The kinds of predictions that can be trained: which one is about which label, and where there are any.
+"""The kinds of predictions that can be trained: the label of each prediction, and the positions that have any.
 
 Every kind is brought to one form: predictions [*, V], labels [*], and two masks [*] of where there is a label and where
 the teacher predicts. All that follows is the same for every kind.
@@ -21,7 +21,7 @@ from distill.losses.chunked import HeadInput
 from distill.models.forward import UNLABELLED, Batch, Outputs
 
 Mask = Literal["labelled", "predicted", "tokens"]
-"""Which positions: those that have a label, those where something is predicted, the real tokens."""
+"""Positions: those that have a label, those where something is predicted, the real tokens."""
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -42,20 +42,20 @@ def _real_tokens(batch: Batch) -> Tensor:
 
 @dataclass(frozen=True)
 class PredictionKind:
-    """How outputs and labels of one kind meet."""
+    """The way in which outputs and labels of one kind meet."""
 
     predictions: Callable[[Tensor, Batch], Tensor]
     """(what the model puts out, the batch) -> [*, V]. Of a vocabulary head this is also done to what it reads."""
     raw_labels: Callable[[Batch], Tensor]
     """[*], `UNLABELLED` where there is none."""
     predicted: Callable[[Batch], Tensor]
-    """Where something is predicted, boolean [*]."""
+    """Mask of the positions where something is predicted, boolean [*]."""
     vocabulary: bool = False
-    """Whether the classes are the tokens: too many to have their logits at once."""
+    """True where the classes are the tokens: too many to have their logits at once."""
     tokens: Callable[[Batch], Tensor] = _real_tokens
     """Real tokens of the stack of layers that has the head, boolean [B, L]."""
     causal: bool = False
-    """Whether a token sees only those before it."""
+    """True where a token sees only those before it."""
     label_loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy
     """(predictions [N, V], labels [N]) -> [N]."""
     classes: int | None = None

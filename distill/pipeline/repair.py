@@ -17,7 +17,7 @@ from distill.models.forward import Batch, forward, to_device
 from distill.models.load import folder_fingerprint, hollow_model
 from distill.models.plan import StudentPlan
 from distill.pipeline.session import Session
-from distill.pipeline.stage import Stage, results
+from distill.pipeline.stage import Stage
 from distill.pipeline.train import save_model
 from distill.recipe.schema import Term
 from distill.student.repair.steps import RepairStep, check_repair, repair_student
@@ -137,7 +137,7 @@ STAGE = Stage(
     "repair",
     work,
     inputs,
-    results(lambda run: run.repaired, lambda run: run.repair),
+    lambda session: [session.folder.repaired, session.folder.repair],
     wanted=lambda recipe: recipe.student.repair.wanted,
     check=check,
     check_data=check_data,
