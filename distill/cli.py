@@ -97,7 +97,7 @@ def inspect(
     examples: Annotated[int, typer.Option(min=1, help="Texts to read with --data.")] = 256,
     max_length: Annotated[int, typer.Option(min=1, help="Tokens per text with --data.")] = 128,
 ) -> None:
-    """Show what is in a model: norms, zeros, redundancy, scores, and the layers that each policy would drop."""
+    """Show what is in a model: norms, zeros, redundancy, and the layers that each policy would drop."""
     if calibration is not None and data is not None:
         raise InputError("--calibration and --data: give one of them")
     _quiet_libraries()

@@ -169,9 +169,6 @@ METRICS: dict[str, Function] = {
     "loss": loss,
 }
 
-AGAINST_TEACHER = ("agreement", "kl")
-"""Measured for every arm, whatever the recipe asks for."""
-
 LOWER_IS_BETTER = ("perplexity", "kl", "loss")
 
 

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 from distill.data import evaluation_batches
 from distill.evaluation.arms import ARMS, measured_arms, rivals
 from distill.evaluation.efficiency import add_disk_bytes, measure_efficiency
-from distill.evaluation.metrics import AGAINST_TEACHER, find_metric, higher_is_better
+from distill.evaluation.metrics import find_metric, higher_is_better
 from distill.evaluation.predict import Rows, column_names, compare, merge_rows, predict
 from distill.evaluation.recorded import record_teacher
 from distill.evaluation.table import tabulate_arms
@@ -23,6 +23,7 @@ from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage, settings_of
 from distill.pipeline.train import steps_of
 from distill.ranks import process_state
+from distill.recipe.names import TEACHER_METRICS
 from distill.release.export import without_folders
 from distill.student.masks import mask_settings, sparsity_table
 from distill.teacher import LiveTeacher
@@ -41,7 +42,7 @@ def work(session: Session) -> None:
     with fresh_folder(session.folder.predictions) as folder:
         for arm, columns in rows.items():
             save_file(columns, folder / f"{arm}.safetensors", {"data": corpus.fingerprint})
-    names = list(dict.fromkeys([*(recipe.evaluation.metrics or session.task.metrics), *AGAINST_TEACHER]))
+    names = list(dict.fromkeys([*(recipe.evaluation.metrics or session.task.metrics), *TEACHER_METRICS]))
     student = session.load(session.folder.distilled)
     data = {"source": without_folders(recipe.data.source), "split": "test", "examples": len(corpus.test)}
     data |= {"train_examples": len(corpus.train), "labelled": len(corpus.labelled), "fingerprint": corpus.fingerprint}
