@@ -15,7 +15,7 @@ from distill.models.head import OutputHead
 from distill.teacher import LiveTeacher
 
 HOST_BYTES = 2**30
-"""How much of the teacher's outputs is held in main memory; the rest lies on disk."""
+"""Bytes of the teacher's outputs that are held in main memory; the rest lies on disk."""
 
 
 class RecordedTeacher:

@@ -75,7 +75,7 @@ class Objective:
         return [term.name for term in self._terms]
 
     def project(self, student_width: int, teacher_width: int) -> None:
-        """Where the widths differ, give each compared pair of hidden states a linear map from the student's width.
+        """Give each compared pair of hidden states a linear map to the teacher's width, if the widths differ.
 
         It starts as the identity on the widths that both have. `DistillModel` makes it part of what is trained and
         checkpointed; it is not part of the student, so a release does not have it.

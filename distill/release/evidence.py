@@ -36,7 +36,7 @@ class Evidence:
     teacher: dict[str, Any]
     """`model` as the recipe names it, `revision`, `sha256`, `model_type`, `fitted`."""
     environment: dict[str, Any]
-    """Versions, device and number of processes."""
+    """Versions, device and number of ranks."""
     auto_class: str
     """Class of transformers that loads the student."""
     release_format: Format = "uniform"
