@@ -104,7 +104,7 @@ def inspect(
     examples: Annotated[int, typer.Option(min=1, help="Texts to read with --data.")] = 256,
     max_length: Annotated[int, typer.Option(min=1, help="Tokens per text with --data.")] = 128,
 ) -> None:
-    """Show what is in a model: norms, zeros, redundancy, scores, and the layers that each policy would drop."""
+    """Show what is in a model: norms, zeros, redundancy, and the layers that each policy would drop."""
     if calibration is not None and data is not None:
         raise InputError("--calibration and --data: give one of them")
     _quiet_libraries()
@@ -142,7 +142,7 @@ def _run(
 
     recipe = load_recipe(path, overrides or ())  # before torch: a wrong recipe is answered at once
     _quiet_libraries()
-    from distill.pipeline import STORY, VERBS, RunDir, Session, check_stages, local_inputs, run_stages
+    from distill.pipeline import STORY, VERBS, RunDir, Session, local_inputs, run_stages
     from distill.ranks import launched, process_state
     from distill.training.signals import die_with_parent, leaving_in_time
 
@@ -159,7 +159,6 @@ def _run(
     run.check({"the recipe": path, **local_inputs(recipe, base)})
     session = Session(recipe, base, run, say, remote_code, continue_changed)
     with leaving_in_time():
-        check_stages(session, STORY)
         run_stages(session, VERBS[verb], STORY)
     if main_process and verb in ("evaluate", "release", "run"):
         _print_evaluation(session)

@@ -23,7 +23,7 @@ def _masked(recipe: Recipe, model: Any, steps: int) -> Any:
 
 @dataclass(frozen=True)
 class Arm:
-    """A model that is measured: where it comes from, what it learns from, and the words for it."""
+    """A model that is measured: its origin, its loss, and the words for it."""
 
     title: str
     """Words for tables."""
@@ -35,7 +35,7 @@ class Arm:
     prepare: Callable[[Recipe, Any, int], Any] = _unchanged
     """(recipe, start model, steps of the training) -> the model that is trained, or measured if nothing is."""
     rival: str = ""
-    """What the distilled student has to beat by it, in words; empty: nothing."""
+    """Words for it as what the distilled student has to beat; empty: it is no rival."""
 
 
 ARMS: dict[str, Arm] = {
@@ -57,6 +57,15 @@ ARMS: dict[str, Arm] = {
 }
 
 
+def _is_made(recipe: Recipe, arm: str) -> bool:
+    return ARMS[arm].start != "repaired" or recipe.student.repair.wanted
+
+
+def measured_arms(recipe: Recipe) -> list[str]:
+    """List the arms that a recipe measures, of those that it makes."""
+    return [arm for arm in recipe.evaluation.arms if _is_made(recipe, arm)]
+
+
 def controls(recipe: Recipe) -> list[str]:
     """List the arms of a recipe that are trained beside `distilled`."""
     return [arm for arm in recipe.evaluation.arms if ARMS[arm].terms is not None and arm != "distilled"]
@@ -64,6 +73,5 @@ def controls(recipe: Recipe) -> list[str]:
 
 def rivals(recipe: Recipe) -> dict[str, str]:
     """Map each arm that the distilled student has to beat to its words, trained ones first; also those not measured."""
-    made = {name: arm for name, arm in ARMS.items() if arm.start != "repaired" or recipe.student.repair.wanted}
-    ordered = sorted(made, key=lambda name: made[name].terms is None)
-    return {name: made[name].rival for name in ordered if made[name].rival}
+    made = [name for name, arm in ARMS.items() if arm.rival and _is_made(recipe, name)]
+    return {name: ARMS[name].rival for name in sorted(made, key=lambda name: ARMS[name].terms is None)}

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import platform
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -32,10 +31,10 @@ def measure_efficiency(
     vocabulary: int,
     device: torch.device | str,
 ) -> dict[str, Any]:
-    """Compare models that are on `device`; the first one (the teacher) is the reference of every ratio.
+    """Compare models in eval mode on `device`; the first one (the teacher) is the reference of every ratio.
 
     A pass runs `length` random ids without padding and without a key-value cache; latency is that of one example, and
-    throughput that of `batch_size`. Every module is left in the mode (training or evaluation) it was in.
+    throughput that of `batch_size`.
 
     Args:
         models: Name -> model.
@@ -45,34 +44,35 @@ def measure_efficiency(
         batch_size: Examples per pass.
         repeats: Rounds of turns.
         vocabulary: Ids are drawn below this number.
-        device: Where the models are.
+        device: The device of the models.
 
     Returns:
-        JSON-able `protocol`, `models` (`size`, `flops` and `speed` of each) and `ratios` (`compared` for each but the
-        first).
+        JSON-able `protocol`, `models` (`size`, `flops` and `speed` of each) and `ratios` (`compare_sizes` for each but
+        the first).
     """
     device = torch.device(device)
     reference = next(iter(models))
     ids = random_ids(vocabulary, (batch_size, length), models[reference]).to(device)
-    with _evaluating(models.values()):
-        measured = {name: size(model, layers) | flops(model, layers, ids[:1]) for name, model in models.items()}
-        with torch.inference_mode():
-            passes = {name: partial(model, ids[:1], **without_cache(model)) for name, model in models.items()}
-            single = time_in_turns(passes, repeats, LATENCY_PASSES, device)
-            passes = {name: partial(model, ids, **without_cache(model)) for name, model in models.items()}
-            batched = time_in_turns(passes, repeats, 1, device)
-    measured = {name: model | speed(single[name], batched[name], batch_size) for name, model in measured.items()}
-    ratios = {name: compared(model, measured[reference]) for name, model in measured.items() if name != reference}
+    measured = {name: count_size(model, layers) | count_flops(model, layers, ids[:1]) for name, model in models.items()}
+    with torch.inference_mode():
+        passes = {name: partial(model, ids[:1], **without_cache(model)) for name, model in models.items()}
+        single = time_in_turns(passes, repeats, LATENCY_PASSES, device)
+        passes = {name: partial(model, ids, **without_cache(model)) for name, model in models.items()}
+        batched = time_in_turns(passes, repeats, 1, device)
+    measured = {
+        name: model | summarize_speed(single[name], batched[name], batch_size) for name, model in measured.items()
+    }
+    ratios = {name: compare_sizes(model, measured[reference]) for name, model in measured.items() if name != reference}
     for name, ratio in ratios.items():
         ratio["latency"] = paired_ratio(single[name], single[reference])
         ratio["throughput"] = paired_ratio(batched[reference], batched[name])
     protocol = {"kind": kind, "batch_size": batch_size, "length": length, "repeats": repeats, "reference": reference}
     dtypes = {"dtype": ", ".join(sorted({model["dtype"] for model in measured.values()}))}
-    return {"protocol": protocol | dtypes | surroundings(device), "models": measured, "ratios": ratios}
+    return {"protocol": protocol | dtypes | describe_machine(device), "models": measured, "ratios": ratios}
 
 
-def surroundings(device: torch.device) -> dict[str, Any]:
-    """The part of the protocol that the machine and the process decide; nothing in it names a host or a path."""
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Collect the part of the protocol that machine and process decide; nothing in it names a host or a path."""
     return {
         "warm_up": WARM_UP,
         "latency_passes": LATENCY_PASSES,
@@ -83,8 +83,8 @@ def surroundings(device: torch.device) -> dict[str, Any]:
     }
 
 
-def size(model: nn.Module, layers: Layers) -> dict[str, Any]:
-    """Parameters (a tensor used twice, such as a tied head, counts once), those inside the layers, bytes and dtype."""
+def count_size(model: nn.Module, layers: Layers) -> dict[str, Any]:
+    """Count parameters (a tensor used twice, such as a tied head, once), those inside the layers, and bytes."""
     inside = {id(p): p.numel() for layer in layers(model) for p in layer.parameters()}
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -94,8 +94,8 @@ def size(model: nn.Module, layers: Layers) -> dict[str, Any]:
     }
 
 
-def flops(model: nn.Module, layers: Layers, ids: Tensor) -> dict[str, Any]:
-    """FLOPs of a forward pass over `ids` [B, L], per example; see `distill.models.cost`."""
+def count_flops(model: nn.Module, layers: Layers, ids: Tensor) -> dict[str, Any]:
+    """Count the FLOPs of a forward pass over `ids` [B, L], per example; see `distill.models.cost`."""
     counts, counted_on = flops_by_module(model, {"input_ids": ids})
     return {
         "flops_per_example": counts[model] // len(ids),
@@ -104,8 +104,8 @@ def flops(model: nn.Module, layers: Layers, ids: Tensor) -> dict[str, Any]:
     }
 
 
-def speed(single: list[list[float]], batched: list[list[float]], batch_size: int) -> dict[str, Any]:
-    """Median and 95th percentile of the milliseconds for one example, and examples per second in a batch."""
+def summarize_speed(single: list[list[float]], batched: list[list[float]], batch_size: int) -> dict[str, Any]:
+    """Compute median and 95th percentile of the milliseconds for one example, and examples per second in a batch."""
     milliseconds = [1000 * seconds for samples in single for seconds in samples]
     p95 = statistics.quantiles(milliseconds, n=20, method="inclusive")[-1]
     return {
@@ -114,33 +114,20 @@ def speed(single: list[list[float]], batched: list[list[float]], batch_size: int
     }
 
 
-def compared(model: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, Any]:
-    """Model / reference for sizes and FLOPs; `latency` and `throughput` join as {median, min, max} over the rounds."""
+def compare_sizes(model: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, Any]:
+    """Divide model by reference for sizes and FLOPs; `latency` and `throughput` join as {median, min, max}."""
     keys = ("parameters", "layer_parameters", "bytes", "flops_per_example", "layer_flops_per_example")
     return {key.removesuffix("_per_example"): model[key] / reference[key] for key in keys}
 
 
 def device_name(device: torch.device) -> str:
-    """Product name of the accelerator or processor."""
+    """Return the product name of the accelerator or processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if device.type == "cpu" and cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return f"{device.type} ({names[0] if names else platform.machine()})"
-
-
-@contextmanager
-def _evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
-    """Evaluation mode; afterwards every module is back in its own mode, also one that differs from its parent's."""
-    training = {module: module.training for model in models for module in model.modules()}
-    try:
-        for model in models:
-            model.eval()
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
 
 
 def add_disk_bytes(result: dict[str, Any], folders: Mapping[str, Path]) -> None:

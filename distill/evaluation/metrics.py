@@ -169,16 +169,9 @@ METRICS: dict[str, Function] = {
     "loss": loss,
 }
 
-AGAINST_TEACHER = ("agreement", "kl")
-"""Measured for every arm, whatever the recipe asks for."""
+LOWER_IS_BETTER = ("perplexity", "kl", "loss")
 
-HIGHER_IS_BETTER: dict[str, bool] = {
-    "accuracy": True,
-    "f1_macro": True,
-    "agreement": True,
-    "perplexity": False,
-    "token_accuracy": True,
-    "kl": False,
-    "loss": False,
-}
-"""Direction of each metric of the table."""
+
+def higher_is_better(name: str) -> bool:
+    """Tell the direction of a metric; of the user's own, more is better."""
+    return name not in LOWER_IS_BETTER

@@ -15,7 +15,7 @@ from distill.models.head import OutputHead
 from distill.teacher import LiveTeacher
 
 HOST_BYTES = 2**30
-"""How much of the teacher's outputs is held in main memory; the rest lies on disk."""
+"""Bytes of the teacher's outputs that are held in main memory; the rest lies on disk."""
 
 
 class RecordedTeacher:
@@ -55,8 +55,8 @@ class RecordedTeacher:
 
 
 @contextmanager
-def recorded(teacher: LiveTeacher, folder: Path, host_bytes: int = HOST_BYTES) -> Iterator[RecordedTeacher]:
-    """Record a teacher during the block. The folder is for what does not fit in memory, and is gone afterwards."""
+def record_teacher(teacher: LiveTeacher, folder: Path, host_bytes: int = HOST_BYTES) -> Iterator[RecordedTeacher]:
+    """Record a teacher during the block. The folder takes the outputs that memory does not, and is gone afterwards."""
     shutil.rmtree(folder, ignore_errors=True)  # a killed run left it
     folder.mkdir(parents=True)
     try:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distill.evaluation.arms import ARMS
-from distill.evaluation.metrics import HIGHER_IS_BETTER, compute
+from distill.evaluation.metrics import compute, higher_is_better
 from distill.evaluation.predict import Rows
 
 
@@ -36,5 +36,5 @@ def retain(metrics: Mapping[str, float | None], teacher: Mapping[str, float | No
     return {
         name: value / reference
         for name, value in metrics.items()
-        if HIGHER_IS_BETTER.get(name, True) and value is not None and (reference := teacher.get(name))
+        if higher_is_better(name) and value is not None and (reference := teacher.get(name))
     }

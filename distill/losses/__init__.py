@@ -1,4 +1,4 @@
-"""What the student is asked to match.
+"""The training loss: what a student can match, how that is compared, and how the terms are added up.
 
 `LOGITS`, `HIDDEN`, `ATTENTION` and `RELATION` are pure functions that return one value per position; `Objective` alone
 shifts, masks, scales, weights and counts; `layer_map` says which layers are compared.

@@ -49,6 +49,11 @@ def without_autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, enabled=False)
 
 
+def widen(tensor: Tensor) -> Tensor:
+    """Widen to fp32; float64 stays float64."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def align(student_logits: Tensor, teacher_logits: Tensor | TopK, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Bring both sides to one vocabulary, one precision and one temperature.
 
@@ -84,14 +89,14 @@ def align(student_logits: Tensor, teacher_logits: Tensor | TopK, temperature: fl
 
 def _gather_with_tail(logits: Tensor, ids: Tensor) -> Tensor:
     """Gather the log-probabilities [..., K + 1] of the tokens `ids` [..., K] and of everything else, the tail."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wide = widen(logits)
     # The tail is summed from its own terms: as 1 minus the rest it would lose its digits where it is small.
     tail = wide.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
     return torch.cat([wide.gather(-1, ids), tail], -1) - wide.logsumexp(-1, keepdim=True)
 
 
 def _scale(logits: Tensor, temperature: float) -> Tensor:
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wide = widen(logits)
     # A forbidden class (-inf on both sides) must contribute 0; as infinities its log-ratio would be inf - inf = NaN.
     finite: Tensor = _Finite.apply(wide if temperature == 1 else wide / temperature)  # type: ignore[no-untyped-call]
     return finite

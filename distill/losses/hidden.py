@@ -14,19 +14,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from distill.losses.align import widen
+
 SHORTEST = 1e-6
 """Vectors shorter than this have no direction worth learning; dividing by their length would only blow up gradients."""
 
 
-def _widen(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+def _widen_both(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Widen both sides to fp32 or more; refuse shapes that differ, which broadcasting would hide."""
     if student.shape != teacher.shape:
         raise ValueError(
             f"student hidden states {tuple(student.shape)} do not match the teacher's {tuple(teacher.shape)}: "
             "map layers of the same width, or project the student's first"
         )
-    kind = torch.promote_types(student.dtype, torch.float32)
-    return student.to(kind), teacher.to(kind)
+    return widen(student), widen(teacher)
 
 
 def _length(vectors: Tensor) -> Tensor:
@@ -40,7 +41,7 @@ def mse(student: Tensor, teacher: Tensor) -> Tensor:
 
     Source: Jiao et al. 2019 (TinyBERT), arXiv:1909.10351, equation 8.
     """
-    student, teacher = _widen(student, teacher)
+    student, teacher = _widen_both(student, teacher)
     return (student - teacher).square().mean(-1)
 
 
@@ -52,7 +53,7 @@ def cosine(student: Tensor, teacher: Tensor) -> Tensor:
 
     Source: Sanh et al. 2019 (DistilBERT), arXiv:1910.01108.
     """
-    student, teacher = _widen(student, teacher)
+    student, teacher = _widen_both(student, teacher)
     return (student / _length(student) - teacher / _length(teacher)).square().sum(-1) / 2
 
 
@@ -61,7 +62,7 @@ def normalized_mse(student: Tensor, teacher: Tensor) -> Tensor:
 
     Source: Sun et al. 2019 (Patient KD), arXiv:1908.09355.
     """
-    student, teacher = _widen(student, teacher)
+    student, teacher = _widen_both(student, teacher)
     return (student / _length(student) - teacher / _length(teacher)).square().mean(-1)
 
 
@@ -72,7 +73,7 @@ def relative_mse(student: Tensor, teacher: Tensor) -> Tensor:
 
     Source: the normalised mean squared error of signal processing; no single paper.
     """
-    student, teacher = _widen(student, teacher)
+    student, teacher = _widen_both(student, teacher)
     return ((student - teacher) / _length(teacher)).square().sum(-1)
 
 

@@ -1,4 +1,4 @@
-"""The kinds of predictions that can be trained: which one is about which label, and where there are any.
+"""The kinds of predictions that can be trained: the label of each prediction, and the positions that have any.
 
 Every kind is brought to one form: predictions [*, V], labels [*], and two masks [*] of where there is a label and where
 the teacher predicts. All that follows is the same for every kind.
@@ -16,24 +16,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from distill.losses.align import without_autocast
+from distill.losses.align import widen, without_autocast
 from distill.losses.chunked import HeadInput
 from distill.models.forward import UNLABELLED, Batch, Outputs
 
 Mask = Literal["labelled", "predicted", "tokens"]
-"""Which positions: those that have a label, those where something is predicted, the real tokens."""
+"""Positions: those that have a label, those where something is predicted, the real tokens."""
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Compute -log S(label) in fp32, [N]; 0 where the label is `UNLABELLED`."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return functional.cross_entropy(wide, labels, reduction="none", ignore_index=UNLABELLED)
+    return functional.cross_entropy(widen(logits), labels, reduction="none", ignore_index=UNLABELLED)
 
 
-def squared_error(values: Tensor, labels: Tensor) -> Tensor:
+def label_squared_error(values: Tensor, labels: Tensor) -> Tensor:
     """Compute (value - label)² in fp32, [N]; 0 where the label is `UNLABELLED`."""
-    wide = values.to(torch.promote_types(values.dtype, torch.float32)).squeeze(-1)
-    return torch.where(labels == UNLABELLED, 0.0, wide - labels).square()
+    return torch.where(labels == UNLABELLED, 0.0, widen(values).squeeze(-1) - labels).square()
 
 
 def _real_tokens(batch: Batch) -> Tensor:
@@ -42,20 +40,20 @@ def _real_tokens(batch: Batch) -> Tensor:
 
 @dataclass(frozen=True)
 class PredictionKind:
-    """How outputs and labels of one kind meet."""
+    """The way in which outputs and labels of one kind meet."""
 
     predictions: Callable[[Tensor, Batch], Tensor]
     """(what the model puts out, the batch) -> [*, V]. Of a vocabulary head this is also done to what it reads."""
     raw_labels: Callable[[Batch], Tensor]
     """[*], `UNLABELLED` where there is none."""
     predicted: Callable[[Batch], Tensor]
-    """Where something is predicted, boolean [*]."""
+    """Mask of the positions where something is predicted, boolean [*]."""
     vocabulary: bool = False
-    """Whether the classes are the tokens: too many to have their logits at once."""
+    """True where the classes are the tokens: too many to have their logits at once."""
     tokens: Callable[[Batch], Tensor] = _real_tokens
     """Real tokens of the stack of layers that has the head, boolean [B, L]."""
     causal: bool = False
-    """Whether a token sees only those before it."""
+    """True where a token sees only those before it."""
     label_loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy
     """(predictions [N, V], labels [N]) -> [N]."""
     classes: int | None = None
@@ -131,7 +129,7 @@ def _both_ends(batch: Batch) -> Tensor:
 
 def _similarities(embeddings: Tensor, batch: Batch) -> Tensor:
     """[B, D] -> [B, B] cosines with the other examples of the micro-batch; padding and oneself are no option."""
-    unit = functional.normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=-1)
+    unit = functional.normalize(widen(embeddings), dim=-1)
     oneself = torch.eye(len(unit), dtype=torch.bool, device=unit.device)
     with without_autocast(unit.device):
         cosines = unit @ unit.T
@@ -148,7 +146,7 @@ PREDICTION_KINDS: dict[str, PredictionKind] = {
     # Any number of classes per example: logits [B, V], labels [B, V] of 0 and 1; each class is a choice of its own.
     "multi_label": PredictionKind(_yes_or_no, lambda batch: batch["labels"].long(), _every_class, classes=2),
     # One number per example: [B, 1], labels [B].
-    "regression": PredictionKind(_same, _labels, _real_examples, label_loss=squared_error, classes=1),
+    "regression": PredictionKind(_same, _labels, _real_examples, label_loss=label_squared_error, classes=1),
     # One class per token: logits [B, L, V], labels [B, L].
     "token": PredictionKind(_same, _labels, _real_tokens),
     # Start and end of an answer among the tokens: logits [B, 2, L], labels [B, 2].

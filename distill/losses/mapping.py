@@ -1,4 +1,4 @@
-"""Which student layer is compared with which teacher layer."""
+"""Pairs of student and teacher layers that are compared."""
 
 from __future__ import annotations
 
@@ -35,41 +35,25 @@ def layer_map(policy: Policy, plan: StudentPlan | None, student_layers: int, tea
         teacher_layers: number of layers of the teacher.
 
     Raises:
-        InputError: no plan for `plan`, an unknown policy, no pair at all, a pair twice, or a layer that does not exist.
+        InputError: no plan for `plan` or `span`, or a pair that names a layer which does not exist.
     """
-    if policy in ("plan", "span"):
-        if plan is None:
-            raise InputError(f"map: {policy} needs the plan of the student; write `map: last` or a list of pairs")
-        pairs = plan.layer_map if policy == "plan" else _span_ends(plan.kept_layers, teacher_layers)
+    if not isinstance(policy, str):
+        pairs = [(student, teacher) for student, teacher in policy]
+    elif policy == "last":
+        pairs = [(student_layers - 1, teacher_layers - 1)]
     elif policy == "even":
         ends = [(layer + 1) * teacher_layers // student_layers - 1 for layer in range(student_layers)]
         pairs = [(layer, max(0, end)) for layer, end in enumerate(ends)]
-    elif policy == "last":
-        pairs = [(student_layers - 1, teacher_layers - 1)]
-    elif isinstance(policy, str):
-        raise InputError(
-            f"map: unknown policy {policy!r}; write plan, span, even, last or a list of [student, teacher] pairs"
-        )
+    elif plan is None:
+        raise InputError(f"map: {policy} needs the plan of the student; write `map: last` or a list of pairs")
     else:
-        pairs = [(student, teacher) for student, teacher in policy]
-    _check_pairs(pairs, student_layers, teacher_layers)
-    return LayerMap(tuple(pairs))
-
-
-def _span_ends(kept: Sequence[int], teacher_layers: int) -> list[tuple[int, int]]:
-    return [(layer, end - 1) for layer, end in enumerate([*kept[1:], teacher_layers])]
-
-
-def _check_pairs(pairs: list[tuple[int, int]], student_layers: int, teacher_layers: int) -> None:
-    if not pairs:
-        # An empty map would be a loss of 0 that nobody notices.
-        raise InputError("map: no layer is mapped; give [student, teacher] pairs, or remove the hidden term")
-    for pair in pairs:
+        ends = plan.kept_layers if policy == "plan" else [end - 1 for end in (*plan.kept_layers[1:], teacher_layers)]
+        pairs = list(enumerate(ends))
+    for pair in pairs:  # the recipe's rules do not know the depth of a teacher on the hub
         for side, layer, layers in zip(("student", "teacher"), pair, (student_layers, teacher_layers), strict=True):
             if not 0 <= layer < layers:
                 raise InputError(
                     f"map: pair {list(pair)} names {side} layer {layer}, but the {side} has {layers} layers; "
                     f"use 0 to {layers - 1} (pairs are [student, teacher])"
                 )
-        if pairs.count(pair) > 1:
-            raise InputError(f"map: pair {list(pair)} is listed twice; remove one (`weight` makes a term count more)")
+    return LayerMap(tuple(pairs))

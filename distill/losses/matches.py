@@ -1,6 +1,6 @@
-"""What a term can match, one row each: terms, objective, captures, trial and model card read all that sets them apart.
+"""The things that a term can match, one row each, which terms, objective, captures, trial and model card read.
 
-A new match is one row of `MATCHES` and its name in the recipe's schema.
+A new match is one row of `MATCHES` here, and its keys and its name in `distill.recipe.terms`.
 
 N valid positions, n of them in a block, B examples, L positions, V classes or vocabulary, D columns.
 """
@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distill.errors import InputError
 from distill.losses.align import TopK
 from distill.losses.hidden import HIDDEN
 from distill.losses.kinds import Mask, PredictionKind
 from distill.losses.logits import LOGITS
 from distill.losses.relation import ATTENTION, RELATION
-from distill.models.forward import Batch, Outputs
+from distill.models.family import layers_of
+from distill.models.forward import Batch, Outputs, relation_widths
 
 Loss = Callable[..., Tensor]
 Pair = tuple[int, int]
@@ -32,7 +34,7 @@ EXAMPLE_POSITIONS = 2
 
 
 class MicroBatch:
-    """One micro-batch, what both models made of it, and where its valid positions are.
+    """One micro-batch, the outputs of both models for it, and its valid positions.
 
     Indexing with a mask looks for its positions each time, again in the backward pass, and each time the host waits
     for the device. Here every mask is looked at once, however many tensors it selects from.
@@ -82,14 +84,14 @@ class Match:
     """One thing that a term can compare."""
 
     compares: str
-    """For people, as the model card says it."""
+    """Words for people, as the model card has them."""
     losses: Mapping[str, Loss]
     """Losses by name, the first is the default; empty: the kind of predictions has its own."""
     values: Callable[..., Tensor]
     """(loss, micro-batch, valid positions, pair) -> [N]; with `on_logits` (loss, student's logits [n, V], teacher's
     logits or None, labels [n], real classes) -> [n]."""
     mask: Mask
-    """Which positions count."""
+    """Positions that count."""
     example: Callable[[Callable[..., Tensor], int], tuple[Any, ...]] = _example_vectors
     """(function that draws normal numbers of a shape, columns) -> arguments for a loss at `EXAMPLE_POSITIONS`, the
     student's first; the last has one row per position."""
@@ -101,9 +103,11 @@ class Match:
     pairs: tuple[Pair, ...] = ()
     """The pairs where the term has no `map` to say them."""
     projected: bool = False
-    """Whether a linear map brings the student's states to the teacher's width."""
+    """True where a linear map brings the student's states to the teacher's width."""
     problem: Callable[[str, str], str | None] = lambda _kind, _loss: None
     """(kind of predictions, name of the loss) -> why they do not go together."""
+    fits_teacher: Callable[[Any, Mapping[str, Any], str], None] | None = None
+    """(teacher, on the meta device; parameters of a built-in loss; their key) -> InputError where they do not fit."""
 
     @property
     def default(self) -> str | None:
@@ -112,7 +116,7 @@ class Match:
 
 
 def projection_name(pair: Pair) -> str:
-    """Name of the projection between two layers."""
+    """Name the projection between two layers."""
     return f"{pair[0]}:{pair[1]}"
 
 
@@ -171,6 +175,15 @@ def _without_embedding(kind: str, _loss: str) -> str | None:
     return "`match: output` compares sentence embeddings; for this head match logits"
 
 
+def _check_relation_heads(teacher: Any, params: Mapping[str, Any], where: str) -> None:
+    """Refuse relation heads that do not divide the teacher's queries, keys or values; the student's are as wide."""
+    heads = params.get("heads", 1)
+    layers = range(len(layers_of(teacher)))
+    for width in sorted({width for layer in layers for width in relation_widths(teacher, layer)}):
+        if width % heads:
+            raise InputError(f"{where}.heads: {heads} does not divide {width}, a width of the teacher's attention")
+
+
 MATCHES: dict[str, Match] = {
     "labels": Match(
         "predictions with labels", {}, _compare_labels, "labelled",
@@ -194,7 +207,8 @@ MATCHES: dict[str, Match] = {
     ),
     "relations": Match(
         "queries, keys and values of mapped layers, each with itself", RELATION,
-        partial(_compare_attention, "relations"), "tokens", _example_relations, capture="relations",
+        partial(_compare_attention, "relations"), "tokens", _example_relations,
+        capture="relations", fits_teacher=_check_relation_heads,
     ),
     "output": Match(
         # The pair stands for the one comparison; there is no layer to name.

@@ -11,7 +11,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from distill.errors import InputError
 from distill.losses.align import without_autocast
 from distill.losses.chunked import HeadInput, through_heads
 from distill.losses.kinds import PREDICTION_KINDS
@@ -24,7 +23,7 @@ from distill.recipe.schema import Term
 class Objective:
     """The weighted sum of all terms, each a mean over its own number of valid positions.
 
-    The positions of a term are counted over the whole optimizer step, every micro-batch of every process, and each
+    The positions of a term are counted over the whole optimizer step, every micro-batch of every rank, and each
     call divides by that number. The losses of the micro-batches then simply add up to the exact mean, however the
     examples were dealt out. A mean per micro-batch would give a token in a short one more weight.
     """
@@ -48,11 +47,9 @@ class Objective:
             chunk: positions whose logits are there at once; None: as many as suit the device.
 
         Raises:
-            InputError: no terms, an unknown loss, a wrong parameter, a key that the term does not use, or a loss of the
+            InputError: an unknown loss, a wrong parameter, a key that the term does not use, or a loss of the
                 user's own that fails on two positions or that a student cannot learn from.
         """
-        if not terms:
-            raise InputError("losses: there is nothing to learn from; give at least one term")
         self.kind = PREDICTION_KINDS[kind]
         self.classes = slice(vocabulary)
         self.chunk = chunk
@@ -78,7 +75,7 @@ class Objective:
         return [term.name for term in self._terms]
 
     def project(self, student_width: int, teacher_width: int) -> None:
-        """Where the widths differ, give each compared pair of hidden states a linear map from the student's width.
+        """Give each compared pair of hidden states a linear map to the teacher's width, if the widths differ.
 
         It starts as the identity on the widths that both have. `DistillModel` makes it part of what is trained and
         checkpointed; it is not part of the student, so a release does not have it.
@@ -119,7 +116,7 @@ class Objective:
             teacher: what `self.teacher` asks for; None when no term needs a teacher.
             batch: `labels` (-100: none), `attention_mask` [B, L] (0: padding) and, for packed examples,
                 `document_ids` [B, L].
-            counts: `counts(...)` of the whole optimizer step, summed over processes.
+            counts: `counts(...)` of the whole optimizer step, summed over ranks.
             progress: share of the training that is done, 0 to 1; schedules follow it.
 
         Returns:

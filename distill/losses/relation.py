@@ -15,12 +15,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from distill.losses.align import without_autocast
+from distill.losses.align import widen, without_autocast
 from distill.losses.logits import forward_kl
-
-
-def _widen(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _check_heads(student: Tensor, teacher: Tensor) -> None:
@@ -37,7 +33,7 @@ def attention_mse(student: Tensor, teacher: Tensor, visible: Tensor) -> Tensor:
     Source: Jiao et al. 2019 (TinyBERT), arXiv:1909.10351, equation 7 (there on the scores before the softmax).
     """
     _check_heads(student, teacher)
-    square = (_widen(student) - _widen(teacher)).square().mean(1).masked_fill(~visible, 0)
+    square = (widen(student) - widen(teacher)).square().mean(1).masked_fill(~visible, 0)
     return square.sum(-1) / visible.sum(-1).clamp(min=1)
 
 
@@ -48,9 +44,7 @@ def attention_kl(student: Tensor, teacher: Tensor, visible: Tensor) -> Tensor:
     """
     _check_heads(student, teacher)
     tiny = torch.finfo(torch.float32).tiny
-    logs = [
-        _widen(side).clamp(min=tiny).log().masked_fill(~visible[:, None], -torch.inf) for side in (student, teacher)
-    ]
+    logs = [widen(side).clamp(min=tiny).log().masked_fill(~visible[:, None], -torch.inf) for side in (student, teacher)]
     return forward_kl(*logs).mean(1)
 
 
@@ -63,7 +57,7 @@ def _relation_kl(student: Tensor, teacher: Tensor, visible: Tensor, heads: int) 
         width = vectors.shape[-1]
         if width % heads:
             raise ValueError(f"{width} columns cannot be split into {heads} relation heads; give `heads` a divisor")
-        split = _widen(vectors).view(*vectors.shape[:2], heads, width // heads).transpose(1, 2)
+        split = widen(vectors).view(*vectors.shape[:2], heads, width // heads).transpose(1, 2)
         with without_autocast(split.device):
             scores = split @ split.transpose(-1, -2) / (width // heads) ** 0.5
         logs.append(scores.masked_fill(~visible[:, None], -torch.inf))

@@ -54,7 +54,7 @@ class ResolvedTerm:
     """A term whose names are found and whose parameters are checked."""
 
     key: str
-    """Where it stands in the recipe."""
+    """Its place in the recipe, e.g. `losses.0`."""
     name: str
     spec: Term
     match: Match
@@ -100,8 +100,7 @@ def resolve(terms: Sequence[Term], kind: str, maps: Maps | None) -> list[Resolve
     for index, term in enumerate(terms):
         key, match = f"losses.{index}", MATCHES[term.match]
         loss = term.loss or match.default
-        problem = match.problem(kind, loss or "")
-        if problem:
+        if problem := match.problem(kind, loss or ""):
             raise InputError(f"{key}: {problem}")
         function, name = PREDICTION_KINDS[kind].label_loss, str(term.match)
         if loss is not None:
@@ -109,8 +108,7 @@ def resolve(terms: Sequence[Term], kind: str, maps: Maps | None) -> list[Resolve
             name += f".{loss.rpartition(':')[2]}"
         pairs = match.pairs
         if "map" in TERM_KEYS[term.match].keys:
-            if maps is None:
-                raise ValueError(f"{key}: a term on {term.match} needs `maps`, see Objective")
+            assert maps is not None, f"a term on {term.match} needs `maps`, see Objective"
             pairs = maps(term.map).pairs
         title = _number_name(name, [other.name for other in resolved])
         resolved.append(ResolvedTerm(key, title, term, match, function, pairs))

@@ -3,7 +3,7 @@
 from distill.pipeline import build, calibrate, data, evaluate, plan, release, repair, teacher, train
 from distill.pipeline.folder import RunDir
 from distill.pipeline.session import Session
-from distill.pipeline.stage import Stage, check_stages, local_inputs, run_stages
+from distill.pipeline.stage import Stage, local_inputs, run_stages
 
 STORY = (
     data.STAGE,
@@ -17,16 +17,17 @@ STORY = (
     evaluate.STAGE,
     release.STAGE,
 )
-_LAST = {
-    "plan": "plan",
-    "build": "repair",
-    "train": "train",
-    "evaluate": "evaluate",
-    "release": "release",
-    "run": "release",
+VERBS: dict[str, tuple[Stage, ...]] = {
+    verb: STORY[: STORY.index(last) + 1]
+    for verb, last in {
+        "plan": plan.STAGE,
+        "build": repair.STAGE,
+        "train": train.STAGE,
+        "evaluate": evaluate.STAGE,
+        "release": release.STAGE,
+        "run": release.STAGE,
+    }.items()
 }
-_NAMES = [stage.name for stage in STORY]
-VERBS: dict[str, tuple[Stage, ...]] = {verb: STORY[: _NAMES.index(last) + 1] for verb, last in _LAST.items()}
-"""Each verb brings everything before it up to date; what is unchanged is skipped."""
+"""Stages that each verb brings up to date; those that are unchanged are skipped."""
 
-__all__ = ["STORY", "VERBS", "RunDir", "Session", "Stage", "check_stages", "local_inputs", "run_stages"]
+__all__ = ["STORY", "VERBS", "RunDir", "Session", "Stage", "local_inputs", "run_stages"]

@@ -17,7 +17,7 @@ from distill.models.forward import Batch, Capture, forward
 from distill.models.load import folder_fingerprint
 from distill.models.plan import StudentPlan
 from distill.pipeline.session import Session
-from distill.pipeline.stage import Stage, results
+from distill.pipeline.stage import Stage
 from distill.pipeline.train import save_model
 from distill.recipe.schema import Student
 from distill.release.formats import format_of
@@ -102,4 +102,4 @@ def inputs(session: Session) -> dict[str, Any]:
     return {"teacher": folder_fingerprint(session.teacher), "plan": content_of(session.folder.plan)}
 
 
-STAGE = Stage("build", work, inputs, results(lambda run: run.student))
+STAGE = Stage("build", work, inputs, lambda session: [session.folder.student])

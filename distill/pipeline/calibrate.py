@@ -10,30 +10,27 @@ from accelerate.utils import reduce
 from distill.data import collate
 from distill.losses import label_loss
 from distill.pipeline.session import Session
-from distill.pipeline.stage import Stage, results
+from distill.pipeline.stage import Stage
 from distill.ranks import process_state
 from distill.student import calibrate, check_student, wanted_statistics
 
 
 def work(session: Session) -> None:
-    """Collect the statistics over the sample, shared out over the ranks.
-
-    A sharded teacher would have to run equally often on every rank; the main one alone runs the whole of it instead.
-    """
+    """Collect the statistics over the sample, shared out over the ranks."""
     student, corpus, state = session.recipe.student, session.corpus, process_state()
     spec, wanted = student.calibration, wanted_statistics(student)
-    alone = session.recipe.teacher.device == "sharded"
-    if alone and not state.is_main_process:
+    shares = session.shares()
+    if shares is None:
         return
-    rank, world = (0, 1) if alone else (state.process_index, state.num_processes)
+    rank, ranks = shares
 
     def add_over_ranks(total: torch.Tensor) -> torch.Tensor:
-        return total if alone else reduce(total.to(state.device), reduction="sum")
+        return total if ranks == 1 else reduce(total.to(state.device), reduction="sum")
 
     sample = range(min(spec.examples, len(corpus.train)))
-    starts = sample[:: spec.batch_size][rank::world]
+    starts = sample[:: spec.batch_size][rank::ranks]
     batches = (collate(corpus, corpus.train, sample[start : start + spec.batch_size]) for start in starts)
-    teacher = session.live_teacher(whole=alone or wanted.gradients).model
+    teacher = session.live_teacher(whole=session.recipe.teacher.device == "sharded" or wanted.gradients).model
     check_student(teacher, student)
     statistics = calibrate(teacher, batches, wanted, label_loss(corpus.task.head), add_over_ranks)
     if state.is_main_process:
@@ -51,4 +48,4 @@ def inputs(session: Session) -> dict[str, Any]:
     }
 
 
-STAGE = Stage("calibrate", work, inputs, results(lambda run: run.calibration), together=True)
+STAGE = Stage("calibrate", work, inputs, lambda session: [session.folder.calibration], together=True)

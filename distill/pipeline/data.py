@@ -11,7 +11,7 @@ from distill.errors import InputError
 from distill.files import fresh_folder
 from distill.models.load import ModelHead, load_config, tokenizer_fingerprint, trained_labels
 from distill.pipeline.session import Session
-from distill.pipeline.stage import Stage, results
+from distill.pipeline.stage import Stage
 
 
 def work(session: Session) -> None:
@@ -64,4 +64,4 @@ def inputs(session: Session) -> dict[str, Any]:
     }
 
 
-STAGE = Stage("data", work, inputs, results(lambda run: run.corpus))
+STAGE = Stage("data", work, inputs, lambda session: [session.folder.corpus])

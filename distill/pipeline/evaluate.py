@@ -8,22 +8,22 @@ from typing import Any
 from accelerate.utils import gather_object
 from safetensors.numpy import save_file
 
-from distill.data import TASKS, evaluation_batches
-from distill.evaluation.arms import ARMS, rivals
+from distill.data import evaluation_batches
+from distill.evaluation.arms import ARMS, measured_arms, rivals
 from distill.evaluation.efficiency import add_disk_bytes, measure_efficiency
-from distill.evaluation.metrics import HIGHER_IS_BETTER, find_metric
+from distill.evaluation.metrics import find_metric, higher_is_better
 from distill.evaluation.predict import Rows, column_names, compare, merge_rows, predict
-from distill.evaluation.recorded import recorded
+from distill.evaluation.recorded import record_teacher
 from distill.evaluation.table import tabulate_arms
 from distill.files import fresh_folder, write_json
 from distill.models.family import layers_of
 from distill.models.forward import Capture
 from distill.models.load import folder_fingerprint
 from distill.pipeline.session import Session
-from distill.pipeline.stage import Stage, results, settings_of
+from distill.pipeline.stage import Stage, settings_of
 from distill.pipeline.train import steps_of
 from distill.ranks import process_state
-from distill.registry import find
+from distill.recipe.names import TEACHER_METRICS
 from distill.release.export import without_folders
 from distill.student.masks import mask_settings, sparsity_table
 from distill.teacher import LiveTeacher
@@ -31,15 +31,18 @@ from distill.teacher import LiveTeacher
 
 def work(session: Session) -> None:
     """Predict on every rank; measure, time and write on the main one."""
+    shares = session.shares()
+    if shares is None:
+        return
     teacher = session.live_teacher(Capture(stop_at_head=True), whole=True)
-    steps = steps_of(session, session.recipe.training)
-    rows = predict_arms(session, teacher, steps)
+    recipe, corpus, steps = session.recipe, session.corpus, steps_of(session)
+    rows = predict_arms(session, teacher, steps, *shares)
     if not process_state().is_main_process:
         return
     with fresh_folder(session.folder.predictions) as folder:
         for arm, columns in rows.items():
-            save_file(columns, folder / f"{arm}.safetensors", {"data": session.corpus.fingerprint})
-    recipe, corpus, names = session.recipe, session.corpus, session.metrics
+            save_file(columns, folder / f"{arm}.safetensors", {"data": corpus.fingerprint})
+    names = list(dict.fromkeys([*(recipe.evaluation.metrics or session.task.metrics), *TEACHER_METRICS]))
     student = session.load(session.folder.distilled)
     data = {"source": without_folders(recipe.data.source), "split": "test", "examples": len(corpus.test)}
     data |= {"train_examples": len(corpus.train), "labelled": len(corpus.labelled), "fingerprint": corpus.fingerprint}
@@ -47,7 +50,7 @@ def work(session: Session) -> None:
         "data": data,
         "metrics": names,
         "primary": names[0],
-        "higher_is_better": {name: HIGHER_IS_BETTER.get(name, True) for name in names},
+        "higher_is_better": {name: higher_is_better(name) for name in names},
         "arms": tabulate_arms(rows, names, steps),
         "rivals": rivals(recipe),
         "efficiency": compare_speed(session, teacher.model, student) if recipe.evaluation.efficiency else None,
@@ -56,26 +59,27 @@ def work(session: Session) -> None:
     write_json(session.folder.evaluation, table)
 
 
-def predict_arms(session: Session, teacher: LiveTeacher, steps: int) -> dict[str, Rows]:
+def predict_arms(session: Session, teacher: LiveTeacher, steps: int, rank: int, ranks: int) -> dict[str, Rows]:
     """Predict the test split with every arm, batches shared out over the ranks; every rank gets all rows.
 
     Args:
         session: The recipe at work.
         teacher: Runs once over the split, for all arms.
         steps: Length of the training, which decides how an untrained arm is masked.
+        rank: Of those that take part.
+        ranks: Number of those that take part.
     """
-    corpus, state = session.corpus, process_state()
-    size, ranks = session.recipe.evaluation.batch_size, (state.process_index, state.num_processes)
-    rows: dict[str, Rows] = {}
-    with recorded(teacher, session.folder.root / f".teacher-{state.process_index}") as recording:
-        for arm in session.arms:
+    corpus, rows = session.corpus, {}
+    with record_teacher(teacher, session.folder.root / f".teacher-{rank}") as recording:
+        for arm in measured_arms(session.recipe):
             if arm == "teacher":
                 ask = partial(compare, recording, teacher.device)
             else:
                 model = session.load(session.arm_folder(arm)).to(teacher.device)
                 ask = partial(predict, model if ARMS[arm].terms else ARMS[arm].prepare(session.recipe, model, steps))
-            batches = evaluation_batches(corpus, corpus.test, size, *ranks)
-            rows[arm] = merge_rows(gather_object([ask(batches, corpus.task.head, recording, session.vocabulary)]))
+            batches = evaluation_batches(corpus, corpus.test, session.recipe.evaluation.batch_size, rank, ranks)
+            own = [ask(batches, corpus.task.head, recording, session.vocabulary)]
+            rows[arm] = merge_rows(gather_object(own) if ranks > 1 else own)
     return rows
 
 
@@ -95,15 +99,15 @@ def compare_speed(session: Session, teacher: Any, student: Any) -> dict[str, Any
 
 def inputs(session: Session) -> dict[str, Any]:
     """List every arm's weights, the data and what is measured."""
-    spec, training = session.recipe.evaluation, session.recipe.training
+    mask = mask_settings(session.recipe)
     return {
-        "arms": {arm: folder_fingerprint(session.arm_folder(arm)) for arm in session.arms},
+        "arms": {arm: folder_fingerprint(session.arm_folder(arm)) for arm in measured_arms(session.recipe)},
         "teacher": session.teacher_inputs(),
         "data": session.corpus.fingerprint,
         "student": folder_fingerprint(session.folder.distilled),
-        "mask": [mask_settings(session.recipe), settings_of(training)] if session.recipe.student.mask else None,
+        "mask": {**mask, "training": settings_of(session.recipe.training)} if mask else None,
         "max_length": session.recipe.data.max_length,
-        "evaluation": spec.model_dump(mode="json"),
+        "evaluation": session.recipe.evaluation.model_dump(mode="json"),
     }
 
 
@@ -113,16 +117,15 @@ def check(session: Session) -> None:
     Raises:
         InputError: There is no such metric, or the task does not give its columns.
     """
-    task = find(TASKS, session.recipe.data.task, "task")()
     for name in session.recipe.evaluation.metrics or ():
-        find_metric(name, column_names(task.head))
+        find_metric(name, column_names(session.task.head))
 
 
 STAGE = Stage(
     "evaluate",
     work,
     inputs,
-    results(lambda run: run.evaluation, lambda run: run.predictions),
+    lambda session: [session.folder.evaluation, session.folder.predictions],
     together=True,
     check=check,
 )

@@ -1,4 +1,4 @@
-"""Every path of a run, the run folders that are refused, and the lock that keeps two runs apart."""
+"""The paths of a run, the run folders that are refused, and the lock that keeps two runs apart."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from typing import Any
 
 from distill.errors import InputError
 from distill.files import put_back
-from distill.training.loop import CHECKPOINTS, METRICS, MICRO_BATCHES
 
 LOCK = ".lock"
 """Every run folder holds it, which is how one is told from a folder of the user's."""
+LINKING_TRACKERS = ("wandb",)
+"""Folders of trackers that put links into them, if they are told to write here."""
 
 
 class _Inside:
@@ -29,7 +30,7 @@ class _Inside:
 
 
 class RunDir:
-    """Paths of a run; stages meet here and nowhere else."""
+    """The paths where stages meet; results that no other stage reads are named by their stage alone."""
 
     recipe = _Inside("recipe.yaml")
     """The resolved recipe, every default written out."""
@@ -50,11 +51,11 @@ class RunDir:
     repaired = _Inside("repaired")
     """The student after repair, before training; only where the recipe asks for it."""
     repair = _Inside("repair.json")
-    """What each step of the repair was worth."""
+    """The held-out loss after each step of the repair."""
     distilled = _Inside("distilled")
     """The student after training."""
     predictions = _Inside("predictions")
-    """What each arm says about the test split, one row per example, in `ARM.safetensors`."""
+    """The predictions of each arm on the test split, one row per example, in `ARM.safetensors`."""
     evaluation = _Inside("evaluation.json")
     """All arms, measured."""
     report = _Inside("report.html")
@@ -69,14 +70,6 @@ class RunDir:
         """Return the folder of the training of a control arm."""
         return self.root / "controls" / arm
 
-    def control_model(self, arm: str) -> Path:
-        """Return the model of a control arm after training."""
-        return self.root / "controls" / arm / "model"
-
-    def trained_controls(self) -> list[Path]:
-        """List the models of all control arms that were trained."""
-        return sorted(self.root.glob("controls/*/model"))
-
     def stamp(self, stage: str) -> Path:
         """Return the file that says what a finished stage was made from."""
         return self.root / "stages" / f"{stage}.json"
@@ -85,7 +78,7 @@ class RunDir:
         """Refuse a run folder in which something of the user's could be overwritten or mistaken for a result.
 
         Args:
-            inputs: What the run reads, by the name that the user gave it: the recipe, the teacher, data.
+            inputs: Paths that the run reads, by the name that the user gave it: the recipe, the teacher, data.
 
         Raises:
             InputError: The folder is, holds or lies in an input; it is not empty and no run folder; or links lie in it.
@@ -106,16 +99,9 @@ class RunDir:
             raise InputError(f"--out: {self.root} is a file; name a folder")
         if any(self.root.iterdir()) and not (self.root / LOCK).exists():
             raise InputError(f"--out: {self.root} is not empty and no run folder; name another, or an empty one")
-        for link in _links(self._own()):
+        written = (path for path in self.root.iterdir() if path.name not in LINKING_TRACKERS)
+        for link in _links(written):
             raise InputError(f"--out: {link} is a link; a run folder holds none, as a run would write to its target")
-
-    def _own(self) -> Iterator[Path]:
-        """Everything in the run folder that a run writes itself, trackers aside."""
-        names = [entry.relative for entry in vars(type(self)).values() if isinstance(entry, _Inside)]
-        names += [LOCK, "controls", "stages", CHECKPOINTS, METRICS, MICRO_BATCHES]
-        for path in (self.root / name for name in names):
-            yield path
-            yield from (path.with_name(f".{path.name}{ending}") for ending in (".tmp", ".old"))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -141,16 +127,8 @@ class RunDir:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
-            for folder in (
-                self.data,
-                self.teacher,
-                self.predictions,
-                self.student,
-                self.repaired,
-                self.distilled,
-                self.release,
-            ):
-                put_back(folder)
+            for aside in [*self.root.rglob(".*.old")]:
+                put_back(aside.with_name(aside.name[1 : -len(".old")]))
             yield
 
 

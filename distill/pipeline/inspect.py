@@ -1,7 +1,7 @@
-"""Inspect a model before anything is cut: norms, zeros, redundancy of layers, spread of scores, and what would go.
+"""Inspect a model before anything is cut: norms, zeros, redundancy of layers, and the layers that would go.
 
-Nothing here knows a score or a policy by name: each row of their tables is tried, and one that cannot work on what is
-there is listed with its reason.
+Nothing here knows a policy by name: each row of the table is tried, and one that cannot work on what is there is listed
+with its reason.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from distill.data import read_texts
@@ -24,10 +23,9 @@ from distill.ranks import process_state
 from distill.recipe.schema import Data, Student, Teacher
 from distill.release.tables import Table
 from distill.release.wording import MISSING, format_number, format_percent
-from distill.student import LAYER_POLICIES, SCORES, MlpLayer, Statistics, calibrate
+from distill.student import LAYER_POLICIES, Statistics, calibrate
 from distill.student.plan import plan_student
 
-QUANTILES = {"lowest": 0.0, "5 %": 0.05, "median": 0.5, "95 %": 0.95, "highest": 1.0}
 BATCH = 16
 """Examples per forward pass; does not change the statistics."""
 
@@ -38,7 +36,7 @@ class Inspection(NamedTuple):
     title: str
     table: Table
     note: str
-    """What its columns mean."""
+    """The meaning of its columns."""
 
 
 def open_model(name: str) -> Any:
@@ -101,7 +99,7 @@ def inspect_model(model: Any, statistics: Statistics | None, keep_layers: int | 
         raise InputError(f"--keep-layers: {keep} layers asked, the model has {depth}")
     weights = [tabulate_weights(model, side) for side in layout_of(model).sides]
     redundancy = [] if statistics is None else tabulate_redundancy(model, statistics)
-    return [*weights, *redundancy, tabulate_policies(model, statistics, keep), *tabulate_scores(model, statistics)]
+    return [*weights, *redundancy, tabulate_policies(model, statistics, keep)]
 
 
 def tabulate_weights(model: Any, side: StackName) -> Inspection:
@@ -138,7 +136,7 @@ def _silent(mlp: NeuronAxis) -> str:
 
 
 def tabulate_redundancy(model: Any, statistics: Statistics) -> list[Inspection]:
-    """Tabulate what the statistics say about single layers, and about blocks of them."""
+    """Tabulate the figures of the statistics for single layers, and for blocks of them."""
     figures = dict(_plan(model, statistics, len(layers_of(model)), "first").layer_scores)
     blocks = []
     for side in layout_of(model).sides:
@@ -170,7 +168,7 @@ def tabulate_redundancy(model: Any, statistics: Statistics) -> list[Inspection]:
 
 
 def tabulate_policies(model: Any, statistics: Statistics | None, keep: int) -> Inspection:
-    """Tabulate which layers each policy would keep and drop."""
+    """Tabulate the layers that each policy would keep and drop."""
     depth, rows = len(layers_of(model)), []
     for name in LAYER_POLICIES:
         try:
@@ -179,31 +177,9 @@ def tabulate_policies(model: Any, statistics: Statistics | None, keep: int) -> I
             rows.append((name, MISSING, MISSING, str(error)))
             continue
         dropped = [index for index in range(depth) if index not in kept]
-        rows.append((name, _listed(kept), _listed(dropped), ""))
+        rows.append((name, _join(kept), _join(dropped), ""))
     title = f"Which layers would go, keeping {keep} of {depth}"
     return Inspection(title, Table(("policy", "keeps", "drops", "not possible"), rows, 4), "`student.layers.choose`")
-
-
-def tabulate_scores(model: Any, statistics: Statistics | None) -> list[Inspection]:
-    """Tabulate how each score spreads over the neurons of a layer, and why others cannot be had."""
-    shares, found, missing = torch.tensor(list(QUANTILES.values()), dtype=torch.float64), [], []
-    for name, score in SCORES.items():
-        rows = []
-        try:
-            for side in layout_of(model).sides:
-                for index, mlp in enumerate(mlps_of(model, side)):
-                    weights_in = [weight.detach() for weight in mlp.weights_in]
-                    layer = MlpLayer(index, weights_in, mlp.weight_out.detach(), side)
-                    values = score(layer, statistics and statistics.of(side)).double().cpu().flatten()
-                    rows.append((f"{_prefix(side)}{index}", *map(format_number, values.quantile(shares).tolist())))
-        except ValueError as error:
-            missing.append((name, str(error)))
-            continue
-        note = f"Quantiles over the neurons of each layer. `student.mlp.score: {name}` keeps the highest."
-        found.append(Inspection(f"Score {name}", Table(("layer", *QUANTILES), rows, 0), note))
-    if missing:
-        found.append(Inspection("Scores that need more", Table(("score", "why"), missing, 2), "`student.mlp.score`"))
-    return found
 
 
 def _plan(model: Any, statistics: Statistics | None, keep: int, policy: str) -> StudentPlan:
@@ -217,5 +193,5 @@ def _prefix(side: StackName) -> str:
     return "encoder " if side == "encoder" else ""
 
 
-def _listed(indices: Sequence[int]) -> str:
+def _join(indices: Sequence[int]) -> str:
     return ", ".join(map(str, indices)) or MISSING

@@ -6,7 +6,7 @@ from typing import Any
 
 from distill.files import content_of, write_text
 from distill.pipeline.session import Session
-from distill.pipeline.stage import Stage, results
+from distill.pipeline.stage import Stage
 from distill.student import Statistics, check_strategies, plan_student
 
 
@@ -35,4 +35,4 @@ def check(session: Session) -> None:
     check_strategies(session.recipe.student)
 
 
-STAGE = Stage("plan", work, inputs, results(lambda run: run.plan), check=check)
+STAGE = Stage("plan", work, inputs, lambda session: [session.folder.plan], check=check)

@@ -12,10 +12,11 @@ import transformers
 
 from distill import __version__
 from distill.data import collate
+from distill.evaluation.arms import controls
 from distill.files import content_of, fresh_folder, write_text
 from distill.models.plan import StudentPlan
 from distill.pipeline.session import Session
-from distill.pipeline.stage import Stage, results
+from distill.pipeline.stage import Stage
 from distill.ranks import process_state
 from distill.recipe.schema import Format
 from distill.release.card import render_card
@@ -58,7 +59,7 @@ def collect_evidence(session: Session, release_format: Format = "uniform") -> Ev
         plan=plan,
         repair=json.loads(run.repair.read_text(encoding="utf-8")) if recipe.student.repair.wanted else None,
         evaluation=json.loads(run.evaluation.read_text(encoding="utf-8")),
-        records={arm: read_records(session.train_folder(arm) / METRICS) for arm in session.trained_arms},
+        records={arm: read_records(session.train_folder(arm) / METRICS) for arm in ("distilled", *controls(recipe))},
         teacher={
             "model": without_folders(spec.model),
             "revision": spec.revision,
@@ -82,11 +83,11 @@ def collect_evidence(session: Session, release_format: Format = "uniform") -> Ev
 
 def inputs(session: Session) -> dict[str, Any]:
     """List the distilled student, its evidence and the recipe."""
-    run = session.folder
-    files = [run.distilled, run.plan, run.evaluation]
-    files += [session.train_folder(arm) / METRICS for arm in session.trained_arms]
-    files += [run.repair] if session.recipe.student.repair.wanted else []
-    return {"files": [content_of(path) for path in files], "recipe": session.recipe.model_dump(mode="json")}
+    run, recipe = session.folder, session.recipe
+    files = {"student": run.distilled, "plan": run.plan, "evaluation": run.evaluation}
+    files |= {f"metrics.{arm}": session.train_folder(arm) / METRICS for arm in ("distilled", *controls(recipe))}
+    files |= {"repair": run.repair} if recipe.student.repair.wanted else {}
+    return {name: content_of(path) for name, path in files.items()} | {"recipe": recipe.model_dump(mode="json")}
 
 
-STAGE = Stage("release", work, inputs, results(lambda run: run.release, lambda run: run.report))
+STAGE = Stage("release", work, inputs, lambda session: [session.folder.release, session.folder.report])

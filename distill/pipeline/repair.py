@@ -17,7 +17,7 @@ from distill.models.forward import Batch, forward, to_device
 from distill.models.load import folder_fingerprint, hollow_model
 from distill.models.plan import StudentPlan
 from distill.pipeline.session import Session
-from distill.pipeline.stage import Stage, results
+from distill.pipeline.stage import Stage
 from distill.pipeline.train import save_model
 from distill.recipe.schema import Term
 from distill.student.repair.steps import RepairStep, check_repair, repair_student
@@ -55,7 +55,7 @@ def work(session: Session) -> None:
     sample = _batches(session, range(spec.calibration.examples), spec.calibration.batch_size)
     for step in repair_student(loss_and_kl.teacher.model, student, decided, sample, spec.repair):
         steps.append(_record(step) | {"held_out": loss_and_kl(student)})
-        session.say(_line(steps[-1], steps[-2]))
+        session.say(_describe(steps[-1], steps[-2]))
     found = {
         "format": "distill.repair/1",
         "calibration": {"examples": spec.calibration.examples},
@@ -124,7 +124,7 @@ def _record(step: RepairStep) -> dict[str, Any]:
     return {"name": step.name, "layers": layers, "notes": step.notes, "error_left": step.left}
 
 
-def _line(step: dict[str, Any], before: dict[str, Any]) -> str:
+def _describe(step: dict[str, Any], before: dict[str, Any]) -> str:
     parts = [] if step["error_left"] is None else [f"{100 * step['error_left']:.1f} % of the calibration error left"]
     for name, title in (("kl", "held-out KL"), ("loss", "held-out loss")):
         old, new = before["held_out"][name], step["held_out"][name]
@@ -137,7 +137,7 @@ STAGE = Stage(
     "repair",
     work,
     inputs,
-    results(lambda run: run.repaired, lambda run: run.repair),
+    lambda session: [session.folder.repaired, session.folder.repair],
     wanted=lambda recipe: recipe.student.repair.wanted,
     check=check,
     check_data=check_data,

@@ -12,8 +12,8 @@ import torch
 
 from distill.data import TASKS, Corpus, load_corpus
 from distill.data.tasks import Task
-from distill.evaluation.arms import ARMS, controls
-from distill.evaluation.metrics import AGAINST_TEACHER
+from distill.evaluation.arms import ARMS
+from distill.losses import PREDICTION_KINDS
 from distill.models.dtensor import shard_model
 from distill.models.family import layers_of
 from distill.models.forward import Capture
@@ -59,7 +59,7 @@ class Session:
 
     @property
     def task(self) -> Task:
-        """What the model predicts."""
+        """The row of the task: tokens, head and metrics."""
         return find(TASKS, self.recipe.data.task, "task")()
 
     @cached_property
@@ -73,44 +73,22 @@ class Session:
         return ModelHead(self.task.auto_class, self.corpus.classes, self.corpus.padding)
 
     @property
-    def metrics(self) -> list[str]:
-        """Metrics of every arm, the headline first."""
-        asked = self.recipe.evaluation.metrics or self.task.metrics
-        return list(dict.fromkeys([*asked, *AGAINST_TEACHER]))
-
-    @property
     def vocabulary(self) -> int | None:
         """Entries of the vocabulary that are tokens; heads are often padded beyond. None for class heads."""
-        return len(self.tokenizer) if self.task.head == "next_token" else None
-
-    @property
-    def start(self) -> Path:
-        """The model that training starts from: the student as cut, or repaired where the recipe asks for it."""
-        return self.folder.repaired if self.recipe.student.repair.wanted else self.folder.student
-
-    @property
-    def arms(self) -> list[str]:
-        """The arms that this recipe makes, of those that it measures."""
-        wanted = self.recipe.student.repair.wanted
-        return [arm for arm in self.recipe.evaluation.arms if ARMS[arm].start != "repaired" or wanted]
-
-    @property
-    def trained_arms(self) -> list[str]:
-        """`distilled`, whether it is measured or not, and its controls."""
-        return ["distilled", *controls(self.recipe)]
+        return len(self.tokenizer) if PREDICTION_KINDS[self.task.head].vocabulary else None
 
     def arm_start(self, arm: str) -> Path:
-        """The model that an arm starts from."""
+        """Return the folder of the model that an arm starts from."""
         start = ARMS[arm].start
-        return {"teacher": self.teacher, "cut": self.folder.student, "repaired": self.folder.repaired}.get(
-            start, self.start
-        )
+        if start == "student":
+            start = "repaired" if self.recipe.student.repair.wanted else "cut"
+        return {"teacher": self.teacher, "cut": self.folder.student, "repaired": self.folder.repaired}[start]
 
     def arm_folder(self, arm: str) -> Path:
-        """The finished model of an arm."""
+        """Return the folder of an arm's finished model."""
         if ARMS[arm].terms is None:
             return self.arm_start(arm)
-        return self.folder.distilled if arm == "distilled" else self.folder.control_model(arm)
+        return self.folder.distilled if arm == "distilled" else self.folder.control(arm) / "model"
 
     def train_folder(self, arm: str) -> Path:
         """Checkpoints and metrics of a trained arm; those of the student lie in the run folder itself."""
@@ -130,8 +108,8 @@ class Session:
         """Load the teacher, frozen, where `teacher.device` says and in `teacher.dtype`.
 
         Args:
-            capture: What each of its forward passes hands on.
-            whole: This process alone uses it, or reads its weights. A sharded teacher then lies in main memory, and one
+            capture: Tensors that each of its forward passes hands on.
+            whole: This rank alone uses it, or reads its weights. A sharded teacher then lies in main memory, and one
                 in 8 bits keeps the dtype that it is stored in; a line says so.
         """
         spec, device = self.recipe.teacher, process_state().device
@@ -148,6 +126,17 @@ class Session:
         if spec.device == "sharded" and not whole:
             model = shard_model(model.requires_grad_(False).to(device), layers_of(model))
         return LiveTeacher(model, capture, torch.device("cpu") if on_cpu else device)
+
+    def shares(self) -> tuple[int, int] | None:
+        """Return this rank, and the number of ranks, among which forward passes of the whole teacher are shared out.
+
+        Copies of a sharded teacher are too large to have one for each rank: the main rank alone runs the whole of it,
+        and the others get None.
+        """
+        state = process_state()
+        if self.recipe.teacher.device == "sharded":
+            return (0, 1) if state.is_main_process else None
+        return state.process_index, state.num_processes
 
     def teacher_inputs(self) -> dict[str, str]:
         """Return the teacher's fingerprint and dtype, on which every stage that runs it depends."""

@@ -8,7 +8,7 @@ from distill.evaluation.arms import LABELS_ONLY
 from distill.losses import Objective
 from distill.models.load import folder_fingerprint, load_model, random_model
 from distill.pipeline.session import Session
-from distill.pipeline.stage import Stage, results, settings_of, with_version
+from distill.pipeline.stage import Stage, settings_of, with_version
 from distill.pipeline.train import save_model, train_model
 from distill.recipe.schema import Training
 from distill.student import check_student
@@ -54,7 +54,7 @@ STAGE = Stage(
     "teacher",
     work,
     inputs,
-    results(lambda run: run.teacher),
+    lambda session: [session.folder.teacher],
     wanted=lambda recipe: recipe.teacher.fit is not None,
     together=True,
 )

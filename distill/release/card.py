@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from distill.recipe.names import TEACHER_METRICS
 from distill.release.evidence import Evidence, judge, standard_error, summarize
 from distill.release.tables import tables
-from distill.release.wording import (
-    one_line,
-)
+from distill.release.wording import one_line
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 USES = {
@@ -52,32 +52,40 @@ LOADING = {
         "either, loading fails."
     ),
 }
-"""What a release asks of whoever loads it."""
+"""Instructions for whoever loads a release, by its format."""
 
 
 def render_card(evidence: Evidence) -> str:
-    """Render README.md: metadata for the hub, then what was done, measured and left unknown."""
+    """Render README.md: metadata for the hub, then the cut, the training, the figures and their limits."""
     # Every value printed by the template passes `inline` first: a name cannot open a tag, a table cell or a heading.
-    environment = Environment(
+    return (
+        make_environment(inline)
+        .get_template("card.md.jinja")
+        .render(
+            evidence=evidence,
+            metadata=Markup(metadata(evidence).to_yaml(line_break="\n")),  # noqa: S704 (YAML quotes its own values)
+            summary=summarize(evidence),
+            verdicts=judge(evidence),
+            tables=tables(evidence),
+            caveats=caveats(evidence),
+            loading=Markup(LOADING[evidence.release_format]),  # noqa: S704 (our own text)
+            snippet=fence(snippet(evidence), "python"),
+            command=fence(evidence.command, "bash"),
+            recipe=fence(evidence.recipe_text, "yaml"),
+        )
+    )
+
+
+def make_environment(finalize: Callable[[Any], Any] | None = None) -> Environment:
+    """Make the environment of our templates; `finalize` is done to every value that they print."""
+    return Environment(
         loader=PackageLoader("distill.release"),
         autoescape=True,
-        finalize=inline,
+        finalize=finalize,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-    )
-    return environment.get_template("card.md.jinja").render(
-        evidence=evidence,
-        metadata=Markup(metadata(evidence).to_yaml(line_break="\n")),  # noqa: S704 (YAML quotes its own values)
-        summary=summarize(evidence),
-        verdicts=judge(evidence),
-        tables=tables(evidence),
-        caveats=caveats(evidence),
-        loading=Markup(LOADING[evidence.release_format]),  # noqa: S704 (our own text)
-        snippet=fence(snippet(evidence), "python"),
-        command=fence(evidence.command, "bash"),
-        recipe=fence(evidence.recipe_text, "yaml"),
     )
 
 
@@ -133,7 +141,8 @@ def metadata(evidence: Evidence) -> ModelCardData:
 def eval_results(evidence: Evidence, task: str) -> list[EvalResult]:
     """Collect the distilled student's own metrics for the hub; agreement with the teacher is no result on the data."""
     data = evidence.evaluation["data"]
-    values = {name: evidence.score("distilled", name) for name in evidence.evaluation["metrics"]}
+    names = [name for name in evidence.metric_names if name not in TEACHER_METRICS]
+    values = {name: evidence.score("distilled", name) for name in names}
     return [
         EvalResult(
             task_type=one_line(task),
@@ -150,7 +159,7 @@ def eval_results(evidence: Evidence, task: str) -> list[EvalResult]:
 
 
 def caveats(evidence: Evidence) -> list[str]:
-    """List what the figures do not say."""
+    """List the limits of the figures."""
     data, score = evidence.evaluation["data"], evidence.score("distilled")
     error = None if score is None else standard_error(evidence, score)
     notes = [

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from markupsafe import Markup
 
+from distill.models.plan import LayerPlan
 from distill.release.wording import as_number, format_number, one_line
 
 Point = tuple[float, float]
@@ -98,18 +99,14 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Choose marks that cover [low, high]: 1, 2 and 5 in each decade of a short range, eight decades of a long one.
+    """Choose up to nine powers of ten that cover [low, high].
 
     >>> log_ticks(0.3, 7)
-    [0.2, 0.5, 1.0, 2.0, 5.0, 10.0]
+    [0.1, 1.0, 10.0]
     """
     first, last = math.floor(math.log10(low)), math.floor(math.log10(high)) + 1
-    if last - first > 3:
-        stride = math.ceil((last - first) / 8)
-        return [10.0**power for power in range(first, last + stride, stride)]
-    marks = [float(f"{factor}e{power}") for power in range(first, last + 1) for factor in (1, 2, 5)]
-    below, above = max(mark for mark in marks if mark <= low), min(mark for mark in marks if mark > high)
-    return [mark for mark in marks if below <= mark <= above]
+    stride = math.ceil((last - first) / 8)
+    return [10.0**power for power in range(first, last + stride, stride)]
 
 
 def space_out(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
@@ -250,17 +247,8 @@ def pair(teacher: float, student: float) -> Markup:
     return tag("svg", *bars, viewBox="0 0 200 16", aria_hidden="true", class_="pair")
 
 
-@dataclass(frozen=True)
-class Kept:
-    """A student layer and what it is made of."""
-
-    teacher_layer: int
-    teacher_width: int
-    width: int
-
-
-def architecture(teacher_layers: int, kept: Sequence[Kept], *, title: str, description: str) -> Markup:
-    """Draw the teacher's layers on the left, the student's on the right, to one scale, and what came from where."""
+def architecture(teacher_layers: int, kept: Sequence[LayerPlan], *, title: str, description: str) -> Markup:
+    """Draw the teacher's layers on the left, the student's on the right, to one scale, and the origin of each."""
     row = max(9.0, min(34.0, 640 / teacher_layers))
     height, thick = row * teacher_layers + 56, row * 0.68
     widest = max(layer.teacher_width for layer in kept)
@@ -281,7 +269,7 @@ def architecture(teacher_layers: int, kept: Sequence[Kept], *, title: str, descr
     return drawing(510 + BAR * max(layer.width for layer in kept) / widest, height, title, description, *shapes)
 
 
-def _teacher_layer(index: int, kept: Kept | None, top: float, thick: float, widest: int) -> list[Markup]:
+def _teacher_layer(index: int, kept: LayerPlan | None, top: float, thick: float, widest: int) -> list[Markup]:
     """Draw a bar that ends at the middle: coloured the neurons kept, pale those pruned, dashed a dropped layer."""
     # The plan knows no width for dropped layers; they are drawn as wide as the widest and carry no number.
     length = BAR * (kept.teacher_width if kept else widest) / widest

@@ -21,14 +21,14 @@ from distill.release.wording import (
 
 @dataclass(frozen=True)
 class Evidence:
-    """JSON-like and free of absolute paths: whatever is in here may be published."""
+    """A finished run, JSON-like and free of absolute paths: everything in here may be published."""
 
     recipe: Recipe
     """For figures and settings; its paths are never shown, those of `recipe_text` and `teacher` are."""
     recipe_text: str
     """YAML of the recipe, as released."""
     plan: StudentPlan
-    """What was kept of the teacher."""
+    """The layers and neurons that were kept of the teacher."""
     evaluation: dict[str, Any]
     """Content of evaluation.json."""
     records: Mapping[str, list[dict[str, Any]]]
@@ -36,7 +36,7 @@ class Evidence:
     teacher: dict[str, Any]
     """`model` as the recipe names it, `revision`, `sha256`, `model_type`, `fitted`."""
     environment: dict[str, Any]
-    """Versions, device and number of processes."""
+    """Versions, device and number of ranks."""
     auto_class: str
     """Class of transformers that loads the student."""
     release_format: Format = "uniform"
@@ -57,10 +57,8 @@ class Evidence:
 
     @property
     def metric_names(self) -> list[str]:
-        """Every metric of any arm, the evaluation's own first."""
-        measured = [name for arm in self.arms.values() for name in arm["metrics"]]
-        asked = [name for name in self.evaluation["metrics"] if name in measured]
-        return list(dict.fromkeys(asked + measured))
+        """The metrics of every arm, the primary one first."""
+        return list(self.evaluation["metrics"])
 
     def title(self, arm: str) -> str:
         """Words for an arm in tables: those of evaluation.json, or its name."""
@@ -104,7 +102,7 @@ class Verdict:
 
 
 def summarize(evidence: Evidence) -> str:
-    """Say in one sentence what was cut from what, and what it costs and keeps."""
+    """Say in one sentence what is left of the teacher, and at which size, score and speed."""
     plan, metric = evidence.plan, evidence.primary
     share = sum(plan.widths) / sum(layer.teacher_width for layer in plan.layers)
     depth = f"{len(plan.layers)} of its teacher's {plan.teacher_layers} layers"

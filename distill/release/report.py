@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from distill.release import charts
-from distill.release.card import caveats
+from distill.release.card import caveats, make_environment
 from distill.release.evidence import Evidence, get_in, judge, summarize
 from distill.release.tables import tables
 from distill.release.wording import (
@@ -53,14 +52,7 @@ class Figure:
 
 def render_report(evidence: Evidence) -> str:
     """Render one self-contained HTML page."""
-    environment = Environment(
-        loader=PackageLoader("distill.release"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    environment = make_environment()
     environment.filters["one_line"] = one_line
     tiles = [score_tile(evidence), size_tile(evidence), speed_tile(evidence), agreement_tile(evidence)]
     curves = [loss_figure(evidence), held_out_figure(evidence), rate_figure(evidence)]
@@ -127,9 +119,8 @@ def agreement_tile(evidence: Evidence) -> Tile | None:
 def cut_figure(evidence: Evidence) -> Figure:
     """Draw the teacher's layers, and those that live on in the student."""
     plan = evidence.plan
-    kept = [charts.Kept(layer.teacher_layer, layer.teacher_width, layer.width) for layer in plan.layers]
     sources = ", ".join(str(index) for index in plan.kept_layers)
-    title = f"{len(kept)} of {plan.teacher_layers} layers kept"
+    title = f"{len(plan.layers)} of {plan.teacher_layers} layers kept"
     description = (
         f"The student is made of teacher layers {sources}, with MLP widths {', '.join(map(str, plan.widths))}."
     )
@@ -137,7 +128,7 @@ def cut_figure(evidence: Evidence) -> Figure:
         "Bar length: MLP width. Solid: neurons that live on in the student; pale: neurons pruned; dashed: layers "
         f"dropped. Layer policy {plan.layer_policy}, neuron score {plan.mlp_score}, allocation {plan.mlp_allocation}."
     )
-    picture = charts.architecture(plan.teacher_layers, kept, title=title, description=description)
+    picture = charts.architecture(plan.teacher_layers, plan.layers, title=title, description=description)
     return Figure("What was cut", picture, caption)
 
 

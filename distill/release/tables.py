@@ -88,15 +88,11 @@ def repair_table(evidence: Evidence) -> Table:
     return Table(("step", "not done", "calibration error left", "held-out KL", "held-out loss"), rows, text_columns=2)
 
 
-UNSCHEDULED = Schedule(weight=0.0).model_copy(update={"weight": None})
-"""A schedule that changes nothing."""
-
-
 def losses_table(evidence: Evidence) -> Table:
-    """The terms of the training loss, with what their schedules change."""
+    """Tabulate the terms of the training loss, with the changes of their schedules."""
     rows = []
     for term in evidence.recipe.losses:
-        match, ends, settings = MATCHES[term.match], term.schedule or UNSCHEDULED, []
+        match, ends, settings = MATCHES[term.match], term.schedule or Schedule.model_construct(), []
         if "temperature" in TERM_KEYS[term.match].keys:
             scaled = "" if term.scale_by_temperature else ", not multiplied by temperature²"
             settings.append(f"temperature {format_change(term.temperature, ends.temperature)}{scaled}")

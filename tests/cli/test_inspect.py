@@ -9,7 +9,7 @@ from tiny import LAYERS, tiny_batch, tiny_model, tiny_project
 from distill.cli import main
 from distill.models.mlp import mlps_of
 from distill.release.wording import MISSING
-from distill.student import LAYER_POLICIES, SCORES, calibrate
+from distill.student import LAYER_POLICIES, calibrate
 
 
 @pytest.fixture(scope="module")
@@ -45,16 +45,13 @@ def test_without_data_everything_that_needs_none_is_shown_and_the_rest_has_a_rea
     shown = tables(capsys.readouterr().out)
     assert [row[4] for row in shown["Weights"]] == ["0.0 %", "3.1 %", "25.0 %", "0.0 %"]  # 3 / 48 / 2 and 1 / 2 / 2
     assert [row[5] for row in shown["Weights"]] == ["0 of 48", "3 of 48", "0 of 48", "0 of 48"]
-    missing = {row[0] for row in shown["Scores that need more"] if row[0]}
-    assert "activation" in missing and "magnitude" not in missing
-    assert {f"Score {name}" for name in SCORES if name not in missing} <= set(shown)
     assert "Redundancy of layers" not in shown
     policies = {row[0]: row for row in shown["Which layers would go, keeping 2 of 4"]}
     assert set(LAYER_POLICIES) <= set(policies) and policies["even"][1:3] == ["0, 3", "1, 2"]
     assert policies["block_influence"][1] == MISSING and "calibration" in policies["block_influence"][3]
 
 
-def test_with_a_calibration_layers_blocks_and_every_score_are_shown(model, capsys):
+def test_with_a_calibration_layers_blocks_and_every_policy_are_shown(model, capsys):
     assert (
         main(["inspect", str(model / "teacher"), "--calibration", str(model / "c.safetensors"), "--keep-layers", "3"])
         == 0
@@ -63,15 +60,14 @@ def test_with_a_calibration_layers_blocks_and_every_score_are_shown(model, capsy
     assert len(shown["Redundancy of layers"]) == LAYERS and shown["Redundancy of layers"][1][2] != MISSING
     assert [row[0] for row in shown["Redundancy of blocks"]] == [*"123"]
     assert all(0 <= float(row[2]) <= 1 for row in shown["Redundancy of blocks"])
-    assert len(shown["Score activation"]) == LAYERS and "Which layers would go, keeping 3 of 4" in shown
-    for row in shown["Score activation"]:
-        assert sorted(row[1:], key=float) == row[1:]
+    policies = {row[0]: row for row in shown["Which layers would go, keeping 3 of 4"]}
+    assert len(policies["block_influence"][1].split(", ")) == 3
 
 
 def test_statistics_can_be_gathered_over_texts(model, capsys, monkeypatch):
     monkeypatch.chdir(model)
     assert main(["inspect", "teacher", "--data", "texts.txt", "--examples", "8", "--max-length", "6"]) == 0
-    assert "Score output_norm" in tables(capsys.readouterr().out)
+    assert len(tables(capsys.readouterr().out)["Redundancy of layers"]) == LAYERS
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt2", "t5"])
@@ -80,7 +76,6 @@ def test_other_layouts_are_inspected(family, tmp_path, capsys):
     assert main(["inspect", str(tmp_path)]) == 0
     shown = tables(capsys.readouterr().out)
     assert len(shown["Weights"]) == LAYERS and ("Weights of the encoder" in shown) == (family == "t5")
-    assert len(shown["Score magnitude"]) == LAYERS * (2 if family == "t5" else 1)
 
 
 WRONG = [

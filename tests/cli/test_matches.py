@@ -118,7 +118,7 @@ def test_every_match_and_schedule_is_followed_to_its_end_and_told_by_the_card_of
     assert [match.split()[0], *row] in card_rows(run)
     steps = train_records(run)
     assert [record["step"] for record in steps] == [1, 2, 3, 4, 5]
-    values = [next(iter(record["parts"].values())) for record in steps]
+    values = [next(iter(record["terms"].values())) for record in steps]
     if weights:
         assert [record["loss"] / value for record, value in zip(steps, values, strict=True)] == pytest.approx(weights)
     else:

@@ -43,8 +43,8 @@ def together(session):
     print("together", state.process_index, flush=True)
 
 stages = [
-    Stage("slow", slow, inputs, lambda run: [run.evaluation]),
-    Stage("next", together, lambda session: {}, lambda run: [run.evaluation], together=True),
+    Stage("slow", slow, inputs, lambda session: [session.folder.evaluation]),
+    Stage("next", together, lambda session: {}, lambda session: [session.folder.evaluation], together=True),
 ]
 run_stages(Session(load_recipe(recipe), recipe.parent, RunDir(recipe.parent / "run"), say=print), stages)
 """

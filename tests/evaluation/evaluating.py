@@ -1,4 +1,4 @@
-"""One process of an evaluation that a test launches: `evaluating.py RECIPE RUN`. The run's models are there already.
+"""One process of an evaluation that a test launches: `evaluating.py RECIPE RUN [KEY=VALUE]...`. The models are there.
 
 It prints how many forward passes of whole models it ran.
 """
@@ -11,14 +11,14 @@ from pathlib import Path
 from torch.nn.modules.module import register_module_forward_hook
 from transformers import BertForSequenceClassification
 
-from distill.pipeline import RunDir, Session, run_stages
-from distill.pipeline.evaluate import STAGE
+from distill.pipeline import RunDir, Session, data, evaluate, run_stages
 from distill.ranks import process_state
 from distill.recipe import load_recipe
 
 passes = []
 register_module_forward_hook(lambda module, *_: passes.extend([1] * isinstance(module, BertForSequenceClassification)))
-recipe, run = map(Path, sys.argv[1:])
+recipe, run = map(Path, sys.argv[1:3])
 rank = process_state().process_index
-run_stages(Session(load_recipe(recipe), recipe.parent, RunDir(run), say=lambda _text: None), [STAGE])
+session = Session(load_recipe(recipe, sys.argv[3:]), recipe.parent, RunDir(run), say=lambda _text: None)
+run_stages(session, [data.STAGE, evaluate.STAGE])
 (run / f"passes-{rank}").write_text(str(len(passes)))

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from distill.evaluation.efficiency import add_disk_bytes, flops, measure_efficiency, random_ids, size
+from distill.evaluation.efficiency import add_disk_bytes, count_flops, count_size, measure_efficiency, random_ids
 from distill.models.cost import training_flops
 
 VOCABULARY, WIDTH, MLP, LENGTH = 64, 32, 48, 8
@@ -54,7 +54,7 @@ LLAMA_LAYER = 2 * WIDTH * WIDTH + 2 * WIDTH * WIDTH // 2 + 3 * WIDTH * MLP + 2 *
 def test_parameters_equal_a_count_by_hand():
     embeddings = (VOCABULARY + 16 + 2) * WIDTH + 2 * WIDTH
     heads = (WIDTH * WIDTH + WIDTH) + (5 * WIDTH + 5)  # pooler, classifier
-    found = size(bert(3), layers_of)
+    found = count_size(bert(3), layers_of)
     assert found["layer_parameters"] == 3 * BERT_LAYER
     assert found["parameters"] == embeddings + 3 * BERT_LAYER + heads
     assert found["bytes"] == 4 * found["parameters"]
@@ -62,17 +62,17 @@ def test_parameters_equal_a_count_by_hand():
 
 def test_tied_weights_count_once():
     tied, untied = llama(1, tie_word_embeddings=True), llama(1, tie_word_embeddings=False)
-    assert size(tied, layers_of)["parameters"] == VOCABULARY * WIDTH + LLAMA_LAYER + WIDTH
-    assert size(untied, layers_of)["parameters"] == 2 * VOCABULARY * WIDTH + LLAMA_LAYER + WIDTH
+    assert count_size(tied, layers_of)["parameters"] == VOCABULARY * WIDTH + LLAMA_LAYER + WIDTH
+    assert count_size(untied, layers_of)["parameters"] == 2 * VOCABULARY * WIDTH + LLAMA_LAYER + WIDTH
 
 
 def test_bytes_follow_the_dtype():
-    assert size(bert(1).bfloat16(), layers_of)["bytes"] == 2 * size(bert(1), layers_of)["parameters"]
-    assert size(bert(1).bfloat16(), layers_of)["dtype"] == "bfloat16"
+    assert count_size(bert(1).bfloat16(), layers_of)["bytes"] == 2 * count_size(bert(1), layers_of)["parameters"]
+    assert count_size(bert(1).bfloat16(), layers_of)["dtype"] == "bfloat16"
 
 
 def count(model):
-    return flops(model.eval(), layers_of, torch.ones(1, LENGTH, dtype=torch.long))
+    return count_flops(model.eval(), layers_of, torch.ones(1, LENGTH, dtype=torch.long))
 
 
 ATTENTION = 2 * 2 * LENGTH * LENGTH * WIDTH
@@ -118,7 +118,7 @@ class Peeking(nn.Module):
 
 
 def test_flops_of_a_model_that_reads_values_are_counted_on_a_real_pass():
-    found = flops(Peeking(), lambda model: model.layers[:1], torch.ones(1, LENGTH, dtype=torch.long))
+    found = count_flops(Peeking(), lambda model: model.layers[:1], torch.ones(1, LENGTH, dtype=torch.long))
     one_layer = 2 * LENGTH * WIDTH * WIDTH
     assert found == {
         "flops_per_example": 2 * one_layer,
@@ -153,18 +153,18 @@ def test_the_result_is_json_with_its_protocol_and_positive_times():
 
 
 class Recorder(nn.Module):
-    """Writes down when it runs, on what, and in which mode."""
+    """Writes down each of its passes and the shape of its input."""
 
     def __init__(self, name, log):
         super().__init__()
         self.name, self.log, self.layers = name, log, nn.ModuleList([nn.Linear(1, 1)])
 
     def forward(self, input_ids):
-        self.log.append((self.name, tuple(input_ids.shape), self.training, input_ids.sum()))
+        self.log.append((self.name, tuple(input_ids.shape), input_ids.sum()))
         return self.layers[0](input_ids[..., None].float())
 
 
-def test_models_run_in_turns_on_the_same_ids_in_evaluation_mode():
+def test_models_run_in_turns_on_the_same_ids():
     log = []
     models = {"a": Recorder("a", log), "b": Recorder("b", log)}
     measure_efficiency(
@@ -177,23 +177,14 @@ def test_models_run_in_turns_on_the_same_ids_in_evaluation_mode():
         device="cpu",
         batch_size=2,
     )
-    assert not any(training for _, _, training, _ in log)
-    timed = [name for name, shape, _, _ in log if shape == (2, 4)]
+    timed = [name for name, shape, _ in log if shape == (2, 4)]
     assert timed == ["a", "a", "b", "b"] + ["a", "b"] * 3  # warm-up, then rounds
-    sums = [int(total) for _, shape, _, total in log if shape == (2, 4)]
+    sums = [int(total) for _, shape, total in log if shape == (2, 4)]
     assert len(set(sums)) == 1
 
 
-def test_every_module_is_left_in_the_mode_it_was_in():
-    model = bert(1).train()
-    model.bert.embeddings.eval()
-    before = {name: module.training for name, module in model.named_modules()}
-    measure({"teacher": model})
-    assert {name: module.training for name, module in model.named_modules()} == before
-
-
 def test_weights_and_random_state_are_untouched():
-    model = bert(1)
+    model = bert(1).eval()
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     torch.manual_seed(7)
     measure({"teacher": model})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from distill.pipeline.evaluate import check
 from distill.pipeline.evaluate import work as evaluate
 from distill.pipeline.folder import RunDir
 from distill.pipeline.session import Session
-from distill.pipeline.train import held_out, save_model
+from distill.pipeline.train import measure_held_out, save_model
 from distill.recipe import load_recipe
 
 LM = RECIPE.replace("task: classification, labelled: 24,", "task: causal_lm,")
@@ -40,12 +41,20 @@ def test_what_a_padded_head_says_beyond_the_vocabulary_is_no_prediction(session)
     arms = {arm["name"]: arm["metrics"] for arm in json.loads(session.folder.evaluation.read_text())["arms"]}
     assert arms["distilled"]["kl"] == 0 and arms["distilled"]["agreement"] == 1
     assert arms["distilled"]["token_accuracy"] == arms["teacher"]["token_accuracy"] > 0
-    in_training = held_out(session, student, lambda: False)
+    in_training = measure_held_out(session, student, lambda: False)
     assert in_training == pytest.approx({name: arms["distilled"][name] for name in in_training})
     assert "token_accuracy" in in_training
 
 
-def test_a_metric_that_the_task_has_no_columns_for_is_refused_before_anything_is_done(tmp_path):
-    recipe = load_recipe(tiny_project(tmp_path, LM, family="llama"), ["evaluation.metrics=[perplexity, f1_macro]"])
-    with pytest.raises(InputError, match="'f1_macro' needs the columns predictions, references"):
+def own_metric(predictions, references):
+    raise AssertionError("never computed")
+
+
+def test_a_metric_of_ones_own_that_the_task_has_no_columns_for_is_refused_before_anything_is_done(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "theirs", sys.modules[__name__])
+    metrics = "evaluation.metrics=[perplexity, 'theirs:own_metric']"
+    recipe = load_recipe(tiny_project(tmp_path, LM, family="llama"), [metrics])
+    with pytest.raises(InputError, match="'theirs:own_metric' needs the columns predictions, references"):
         check(Session(recipe, tmp_path, RunDir(tmp_path / "run"), say=lambda _text: None))

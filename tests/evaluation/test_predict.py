@@ -6,7 +6,7 @@ import torch
 from tiny import tiny_batch, tiny_model
 
 from distill.evaluation.predict import column_names, merge_rows, predict
-from distill.evaluation.recorded import recorded
+from distill.evaluation.recorded import record_teacher
 from distill.losses import Objective
 from distill.models.forward import Capture, Outputs, forward
 from distill.recipe.schema import Term
@@ -109,7 +109,7 @@ def test_a_recorded_teacher_runs_once_per_batch_and_every_arm_gets_what_it_said(
     live = LiveTeacher(teacher, Capture(stop_at_head=True), torch.device("cpu"))
     expected = [predict(tiny_model(family, seed=seed), batches, head, live) for seed in (1, 2)]
     calls.clear()
-    with recorded(live, folder, host_bytes) as recording:
+    with record_teacher(live, folder, host_bytes) as recording:
         rows = [predict(tiny_model(family, seed=seed), batches, head, recording) for seed in (1, 2)]
         assert len(list(folder.iterdir())) == (0 if host_bytes else 2)
     assert len(calls) == 2 and not folder.exists()

@@ -24,9 +24,9 @@ ENV = {
 }
 
 
-def launch(processes, recipe, run):
+def launch(processes, recipe, run, *overrides):
     several = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
-    command = [sys.executable, *(several if processes > 1 else []), HERE / "evaluating.py", recipe, run]
+    command = [sys.executable, *(several if processes > 1 else []), HERE / "evaluating.py", recipe, run, *overrides]
     done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads((run / "evaluation.json").read_text())
@@ -36,8 +36,8 @@ def launch(processes, recipe, run):
 def test_two_processes_give_the_figures_of_one(tmp_path):
     recipe = tiny_project(tmp_path)
     models = {"teacher": 0, "student": 1, "distilled": 2, "controls/labels_only/model": 3}
-    for processes in (1, 2):
-        run = tmp_path / str(processes)
+    for folder in ("1", "2", "sharded"):
+        run = tmp_path / folder
         for name, seed in models.items():
             tiny_model("bert", seed=seed, vocab_size=17, pad_token_id=0).save_pretrained(run / name)
             AutoTokenizer.from_pretrained(tmp_path / "teacher").save_pretrained(run / name)
@@ -52,4 +52,9 @@ def test_two_processes_give_the_figures_of_one(tmp_path):
     # The second process has the second of three batches: each of four models once, and nothing to time.
     assert one["data"]["examples"] in range(33, 49) and (tmp_path / "2/passes-1").read_text() == "4"
     assert two["efficiency"]["models"]["student"]["throughput"] > 0
+    # Of a sharded teacher there is one copy in main memory, not one for each process.
+    alone = launch(2, recipe, tmp_path / "sharded", "teacher.device=sharded", "evaluation.efficiency=false")
+    assert (tmp_path / "sharded/passes-1").read_text() == "0"
+    for own, other in zip(one["arms"], alone["arms"], strict=True):
+        assert own["metrics"] == pytest.approx(other["metrics"], rel=1e-6, abs=1e-6), own["name"]
     assert not list(tmp_path.glob("*/.teacher-*"))

@@ -273,11 +273,6 @@ def test_a_wrong_term_is_refused_before_any_work(term, message):
         Objective([term], "sequence", maps)
 
 
-def test_no_terms_are_refused():
-    with pytest.raises(InputError, match="at least one term"):
-        Objective([], "sequence")
-
-
 def test_a_missing_teacher_is_an_error_and_not_a_zero():
     student, _, batch = sample("sequence")
     objective = Objective(TERMS[1:2], "sequence")

@@ -141,7 +141,7 @@ def evidence() -> Evidence:
             "labelled": 160,
             "fingerprint": "c0ffee12",
         },
-        "metrics": ["accuracy", "f1_macro"],
+        "metrics": ["accuracy", "f1_macro", "agreement", "kl"],
         "primary": "accuracy",
         "higher_is_better": {"accuracy": True, "f1_macro": True, "agreement": True, "kl": False},
         "arms": [
