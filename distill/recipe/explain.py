@@ -19,7 +19,8 @@ from distill.recipe.fields import KeyPath, Mistake, Section, dotted
 from distill.recipe.foreign import ADVICE, RENAMED, UNSUPPORTED
 from distill.recipe.locate import ENDINGS
 from distill.recipe.rules import PARTS
-from distill.recipe.schema import FILE, NAME, SHA256, Recipe, Term
+from distill.recipe.schema import NAME, Recipe, Term
+from distill.recipe.sections import FILE, SHA256
 from distill.recipe.yaml import scalar
 from distill.registry import REFERENCE, nearest, suggest
 

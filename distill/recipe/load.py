@@ -19,7 +19,7 @@ from distill.recipe.document import Document, at
 from distill.recipe.explain import check_schema, valid_parts
 from distill.recipe.fields import KeyPath, Location, dotted
 from distill.recipe.headers import look_at_data, look_at_teacher
-from distill.recipe.rules import check_together, parts_of
+from distill.recipe.rules import check_together
 from distill.recipe.schema import Recipe
 from distill.recipe.yaml import read_document, read_text, refuse, scalar
 
@@ -41,7 +41,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         refuse("a recipe is a section of keys", "start with `name: …`", document.values[()].text)
     ranked = _override(document, overrides)
     recipe, mistakes, moved = check_schema(document)
-    parts = parts_of(recipe) if recipe else valid_parts(document.data)
+    parts = recipe.parts if recipe else valid_parts(document.data)
     base = path.absolute().parent
     size, of_teacher = look_at_teacher(parts.get("teacher"), base)
     of_data = look_at_data(parts.get("data"), base)

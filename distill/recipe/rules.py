@@ -9,17 +9,14 @@ from __future__ import annotations
 import fnmatch
 import inspect
 from collections.abc import Iterator, Mapping
-from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from distill.recipe.fields import KeyPath, Mistake, dotted
+from distill.recipe.fields import KeyPath, Mistake
 from distill.recipe.locate import TeacherSize
 from distill.recipe.names import READS, TASK_METRICS, TEACHER_METRICS
-from distill.recipe.terms import TERM_KEYS
-
-if TYPE_CHECKING:
-    from distill.recipe.schema import Data, Evaluation, Optimization, Recipe, Release, Term, Training
-    from distill.recipe.student import Calibration, Layers, Mask, Mlp, Repair, Target
+from distill.recipe.sections import Data, Evaluation, Optimization, Release, Training
+from distill.recipe.student import Calibration, Layers, Mask, Mlp, Repair, Target
+from distill.recipe.terms import TERM_KEYS, Term
 
 PARTS: dict[str, KeyPath] = {
     **{name: (name,) for name in ("teacher", "data", "losses", "training", "evaluation", "release")},
@@ -34,12 +31,6 @@ MLP: KeyPath = ("student", "mlp")
 KEEP_FIRST = ("modernbert",)
 """Families whose first layer is built unlike the others, which cannot do without it."""
 STACKS: tuple[KeyPath, KeyPath] = (("student", "layers"), ("student", "encoder_layers"))
-
-
-def parts_of(recipe: Recipe) -> dict[str, Any]:
-    """Return the parts of a whole recipe."""
-    parts = {name: attrgetter(dotted(path))(recipe) for name, path in PARTS.items()}
-    return {**parts, "terms": dict(enumerate(recipe.losses))}
 
 
 def check_together(parts: Mapping[str, Any], size: TeacherSize | None = None) -> Iterator[Mistake]:

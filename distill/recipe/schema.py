@@ -1,6 +1,4 @@
-"""The vocabulary of a recipe, one model per section, in the order of the work.
-
-With `student.py` and `terms.py` beside it, this file is the user manual.
+"""The vocabulary of a recipe, one model per section: with `sections`, `student` and `terms`, this is the user manual.
 
 Nothing here imports torch: a recipe can be checked on a login node. What a strategy (a score, a loss) accepts beyond
 these keys is the keyword-only signature of its function and is given under `params`.
@@ -9,224 +7,21 @@ these keys is the keyword-only signature of its function and is given under `par
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from operator import attrgetter
+from typing import Annotated, Any
 
-from pydantic import Field, StrictBool, StrictStr
+from pydantic import Field, StrictStr
 
-from distill.recipe.fields import Count, Fraction, Index, Mistake, NonNegative, NotASwitch, Params, Positive, Section
-from distill.recipe.locate import is_path
-from distill.recipe.names import Metric, Optimizer, Reference, Source, TaskName
-from distill.recipe.rules import check_together, parts_of
+from distill.recipe.fields import Index, Mistake, Section, dotted
+from distill.recipe.rules import PARTS, check_together
+from distill.recipe.sections import Arm, Data, Evaluation, Format, Optimization, Release, Teacher, Training
 from distill.recipe.student import Layers, Mask, Mlp, Repair, Student, Target
 from distill.recipe.terms import Schedule, Term
 
-__all__ = ["Layers", "Mask", "Mlp", "Repair", "Schedule", "Student", "Target", "Term"]  # of the files beside it
+__all__ = ["Arm", "Data", "Evaluation", "Format", "Layers", "Mask", "Mlp", "Optimization", "Recipe", "Release"]
+__all__ += ["Repair", "Schedule", "Student", "Target", "Teacher", "Term", "Training"]
 
-Format = Literal["uniform", "native", "padded"]
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-SHA256 = "^[0-9a-f]{64}$"
-FILE = r"^(\.{1,2}|~)?/."
-"""A path with its start: `./x`, `../x`, `/x` or `~/x`."""
-Arm = Literal["teacher", "cut", "repaired", "distilled", "labels_only"]
-
-
-ONLY_WITH = (("decay", "schedule", "wsd"), ("betas", "optimizer", "adamw"))
-"""(key, the key that it depends on, the value of that key with which it means something)."""
-
-
-class Optimization(Section):
-    """Length, speed and method of a training: `teacher.fit`, and the larger part of `training`."""
-
-    epochs: Positive | None = None
-    """Passes over the training examples. Give one of `epochs`, `steps` and `tokens`."""
-    steps: Count | None = None
-    """Optimizer steps."""
-    tokens: Count | None = None
-    """Training tokens, padding not counted; the step that reaches them is the last."""
-    batch_size: Count = 32
-    """Examples per optimizer step, over all ranks and micro-batches."""
-    micro_batch_size: Count | None = None
-    """Examples per forward pass; null: `batch_size` divided by the number of ranks. When it is given, ranks only
-    deal these out, and any number of them computes the same, dropout included."""
-    lr: Positive = 1e-4
-    """Peak learning rate."""
-    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    """Shape of the learning rate after warmup; `wsd`: constant, then down to 0 in a straight line."""
-    warmup: NonNegative = 0.1
-    """Below 1: share of the steps; 1 or more: steps."""
-    decay: NonNegative = 0.2
-    """`wsd`: how long the way down is, counted as `warmup` is."""
-    optimizer: Optimizer | Reference = "adamw"
-    """A built-in optimizer or `package.module:function`, called with parameter groups and `lr`."""
-    optimizer_params: Params = {}
-    """Keyword arguments of the optimizer, e.g. `{eps: 1e-6}`."""
-    weight_decay: NonNegative = 0.01
-    """Decay of the parameter group with the matrices; the group of biases and norms has none."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    """AdamW's moment decays."""
-    max_grad_norm: Positive | None = 1.0
-    """Clip the global gradient norm to this; null: never."""
-    skip_spikes: Annotated[float, Field(gt=1), NotASwitch] | None = 30.0
-    """Leave out a step whose gradient norm is more than so many times the median of the last 31; null: never. Steps
-    with a loss or gradient that is not finite are always left out."""
-    max_skipped: Count = 20
-    """Stop the run when so many steps in a row had to be left out."""
-    ema: Annotated[float, Field(gt=0, lt=1), NotASwitch] | None = None
-    """Keep an average of the weights as well: after every step d · average + (1 - d) · weights, d = ema, but at most
-    (1 + step) / (10 + step), so that the first weights are soon forgotten."""
-    ema_release: StrictBool = False
-    """Measure and hand on the average instead of the last weights."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Autocast precision of the model being trained; losses are always fp32."""
-    freeze: list[StrictStr] = []
-    """Parameters that do not learn, by shell pattern over their names, e.g. `["*.embeddings.*"]`; they get no optimizer
-    state. A pattern that matches nothing is an error."""
-    only: list[StrictStr] = ["*"]
-    """The opposite view: parameters that learn, e.g. `["*.mlp.*"]`; `freeze` is then taken out of them."""
-    gradient_checkpointing: StrictBool = False
-    """Keep the inputs of layers only and compute the rest a second time: less memory, more time."""
-    compile: StrictBool = False
-    """Compile the layers with `torch.compile`."""
-    loader_workers: Index = 0
-    """Worker processes that prepare batches, for each rank; 0: the rank itself does it. The batches are the same."""
-    save_every: Index = 50
-    """Publish a checkpoint every so many steps; 0: only at the end."""
-
-    def mistakes(self) -> Iterator[Mistake]:
-        """Refuse two lengths or none, broken batches, and keys without effect."""
-        yield from self.not_one_of("epochs", "steps", "tokens")
-        if self.steps is not None and self.warmup > self.steps:
-            message = f"a warmup of {self.warmup:g} steps is longer than the training of {self.steps}"
-            yield Mistake(("warmup",), message, "give fewer steps, or a share below 1")
-        batch, micro = self.batch_size, self.micro_batch_size
-        if micro and batch % micro:
-            fits = next(size for size in range(min(micro, batch), 0, -1) if batch % size == 0)
-            message = f"batch_size {batch} is not a multiple of micro_batch_size {micro}"
-            yield Mistake(("micro_batch_size",), message, f"for example {fits}")
-        for key, other, value in ONLY_WITH:
-            if getattr(self, other) != value:
-                fix = f"remove it; it is for {other}: {value}"
-                yield from self.without_effect((key,), f" with {other}: {getattr(self, other)}", fix)
-        if self.ema_release and self.ema is None:
-            message = "there is no average to hand on: ema is not given"
-            yield Mistake(("ema_release",), message, "add ema: 0.999, or remove this", at="key")
-        yield from self.wrong_params("optimizer", self.optimizer, "optimizer_params", {"lr": "lr"})
-
-
-class Teacher(Section):
-    """The large model that teaches."""
-
-    model: StrictStr
-    """`package:NAME/SUBFOLDER` (inside an installed Python package), `./FOLDER` (relative to the recipe, or absolute),
-    or a hub id `ORG/NAME`."""
-    revision: StrictStr | None = None
-    """Commit of a hub id."""
-    sha256: Annotated[StrictStr, Field(pattern=SHA256)] | None = None
-    """Refuse the weights unless they have this sha256; of several files, that of the lines that `sha256sum` prints."""
-    init: Literal["pretrained", "random"] = "pretrained"
-    """`random`: the folder holds a config and a tokenizer only; weights are drawn from `seed`. Needs `fit`."""
-    dtype: Literal["stored", "fp32", "bf16", "fp16", "int8"] = "stored"
-    """Precision that the teacher computes in; `stored`: as its weights were saved. `int8` needs a GPU and bitsandbytes;
-    stages that read its weights take the stored ones then."""
-    device: Literal["same", "cpu", "sharded"] = "same"
-    """Memory that holds it: beside the student, main memory, or (under FSDP) sharded over the ranks while the student
-    is trained and in main memory for stages that need the whole of it."""
-    fit: Optimization | None = None
-    """Fine-tune the teacher on this recipe's own labels first; needed where the task's head has no trained weights."""
-
-    def mistakes(self) -> Iterator[Mistake]:
-        """Refuse random weights that are never fitted, and keys that do not go together."""
-        if self.init == "random" and self.fit is None:
-            message = "a teacher with random weights has nothing to teach"
-            yield Mistake(("init",), message, "add `fit: {epochs: …, lr: …}` under teacher:")
-        if self.init == "random":
-            yield from self.without_effect(("sha256",), " with init: random, which reads no weights")
-        if is_path(self.model) or self.model.startswith("package:"):
-            fix = "remove it; `sha256` pins the weights of a folder"
-            yield from self.without_effect(("revision",), ": only hub ids have revisions", fix)
-        if self.dtype == "int8" and self.device != "same":
-            message = f"int8 needs the GPU that the student is on, not device: {self.device}"
-            yield Mistake(("dtype",), message, "write device: same, or another dtype")
-
-
-class Data(Section):
-    """Texts, labels and how they become batches."""
-
-    source: Source | Reference | Annotated[StrictStr, Field(pattern=FILE)]
-    """A built-in corpus, `package.module:function`, or `./FILE.jsonl`, `.csv`, `.parquet`, `.txt`."""
-    task: TaskName | Reference
-    """Prediction that the model is trained for."""
-    text: StrictStr = "text"
-    """Column with the text, for files."""
-    label: StrictStr = "label"
-    """Column with the label, for files; an empty or null label means unlabelled."""
-    labelled: Count | None = None
-    """Keep the labels of only so many training examples (chosen by `seed`); the rest become unlabelled text that the
-    teacher labels. null: keep all."""
-    max_length: Count = 128
-    """Tokens per example; longer texts are cut (classification) or packed in blocks of this length (causal LM)."""
-    test_share: Annotated[float, Field(gt=0, lt=1), NotASwitch] = 0.2
-    """Share of examples held out, by a hash of their text."""
-    limit: Count | None = None
-    """Use at most this many examples, for trials."""
-
-    def mistakes(self) -> Iterator[Mistake]:
-        """Refuse columns where there is no file to have them."""
-        if not is_path(self.source):
-            yield from self.without_effect(("text", "label"), ": only files have columns to choose")
-
-
-class Training(Optimization):
-    """Training of the student."""
-
-    evaluate_every: Index = 0
-    """Measure the held-out split every so many steps; 0: only at the end."""
-    log_every: Count = 10
-    """Write a line to metrics.jsonl every so many steps."""
-    keep_best: Metric | None = None
-    """Keep the checkpoint with the best value of this metric in `checkpoints/best` as well; looked at every
-    `evaluate_every` steps. Nothing else uses it."""
-    trackers: list[Literal["tensorboard", "trackio", "wandb"]] = []
-    """Trackers that get the records of metrics.jsonl as well, through Accelerate; each is an extra of the same name."""
-
-    def mistakes(self) -> Iterator[Mistake]:
-        """Refuse, beside the mistakes of every optimization, a best checkpoint that nothing looks for."""
-        yield from super().mistakes()
-        if self.keep_best is not None and self.evaluate_every == 0:
-            message = "nothing is measured during training: evaluate_every is 0"
-            yield Mistake(("keep_best",), message, "give evaluate_every as well", at="key")
-
-
-class Evaluation(Section):
-    """Metrics, and the arms that they are measured on."""
-
-    metrics: list[Metric | Reference] | None = None
-    """Metrics over the predictions; null: the task's own."""
-    arms: list[Arm] = ["teacher", "cut", "repaired", "distilled", "labels_only"]
-    """`cut`: the student before repair and training; `repaired`: before training, where `student.repair` asks for
-    anything; `labels_only`: the same student trained as long without teacher."""
-    batch_size: Count = 64
-    """Examples per forward pass."""
-    efficiency: StrictBool = True
-    """Measure size, FLOPs, latency and throughput of teacher and student."""
-
-    def mistakes(self) -> Iterator[Mistake]:
-        """Refuse an arm or a metric that is listed twice."""
-        yield from self.repeated("arms", "{}")
-        yield from self.repeated("metrics", "{}")
-
-
-class Release(Section):
-    """The folder that is handed out."""
-
-    format: Format = "uniform"
-    """`uniform`: one MLP width for all layers; stock transformers loads it everywhere. For students with different
-    widths: `native` (widths in `per_layer_config` and a small modelling file; loads with `trust_remote_code=True` or
-    `distill.load_student`) or `padded` (zero neurons up to the widest layer; loads everywhere, saves nothing)."""
-    license: StrictStr | None = None
-    """SPDX id for the model card. Give the teacher's licence, or one that it allows."""
-    language: StrictStr | None = None
-    """Language code for the model card."""
 
 
 class Recipe(Section):
@@ -246,7 +41,13 @@ class Recipe(Section):
 
     def mistakes(self) -> Iterator[Mistake]:
         """Refuse sections that do not go together."""
-        yield from check_together(parts_of(self))
+        yield from check_together(self.parts)
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """The parts that rules across sections ask for."""
+        parts = {name: attrgetter(dotted(path))(self) for name, path in PARTS.items()}
+        return {**parts, "terms": dict(enumerate(self.losses))}
 
 
 def json_schema() -> dict[str, Any]:

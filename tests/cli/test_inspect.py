@@ -86,7 +86,7 @@ WRONG = [
     (["{}/teacher", "--calibration", "{}/none"], "not a calibration file"),
     (["{}/teacher", "--calibration", "{}/texts.txt"], "not a calibration file"),
     (["{}/teacher", "--data", "no-such-source"], "unknown data source"),
-    (["{}/teacher", "--data", "{}/none.csv"], "does not exist"),
+    (["{}/teacher", "--data", "{}/none.csv"], "there is no file"),
     (["{}/teacher", "--data", "texts", "--calibration", "{}/c.safetensors"], "give one of them"),
     (["{}/teacher", "--keep-layers", "9"], "the model has 4"),
     (["{}/teacher", "--keep-layers", "0"], "keep-layers"),
