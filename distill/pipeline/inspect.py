@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
+from pydantic import ValidationError
 from torch import Tensor
 
 from distill.data import read_texts
@@ -20,6 +21,7 @@ from distill.models.load import load_student, load_tokenizer, teacher_path
 from distill.models.mlp import Mlp, mlps_of
 from distill.models.plan import StudentPlan
 from distill.ranks import process_state
+from distill.recipe.names import Source
 from distill.recipe.schema import Data, Student, Teacher
 from distill.release.tables import Table
 from distill.release.wording import MISSING, format_number, format_percent
@@ -77,7 +79,12 @@ def gather_statistics(name: str, model: Any, source: str, examples: int, max_len
         raise InputError("--data: an encoder-decoder cannot be calibrated yet; leave the option out")
     tokenizer = load_tokenizer(_folder(name))
     given = f"./{source}" if Path(source).expanduser().is_file() and not source.startswith(("/", "~", ".")) else source
-    texts = [text for text, _ in read_texts(Data(source=given, task="causal_lm"), 0, Path.cwd()).train][:examples]
+    try:
+        data = Data(source=given, task="causal_lm")
+    except ValidationError as error:
+        options = ", ".join(get_args(Source))
+        raise InputError(f"--data: unknown data source {source!r}; give a file, or one of {options}") from error
+    texts = [text for text, _ in read_texts(data, 0, Path.cwd()).train][:examples]
     settings = {"truncation": True, "max_length": max_length, "padding": True, "padding_side": "right"}
     batches = (
         dict(tokenizer(texts[start : start + BATCH], return_tensors="pt", **settings))
