@@ -105,6 +105,8 @@ RUNS = {
           {match: hidden, loss: mse, map: plan},
         ]
         training.schedule=cosine
+        training.evaluate_every=2
+        training.keep_best=accuracy
         evaluation.metrics=[accuracy, f1_macro, agreement, kl, loss]
         evaluation.arms=[teacher, cut, repaired, distilled, labels_only]
         evaluation.efficiency=true
@@ -125,6 +127,8 @@ RUNS = {
         training.epochs=0.3
         training.schedule=linear
         training.trackers=[tensorboard]
+        training.evaluate_every=2
+        training.keep_best=f1_macro
         release.format=native
         release.language=en
         """,
@@ -142,6 +146,8 @@ RUNS = {
           {match: embeddings, loss: mse},
         ]
         training.schedule=constant
+        training.evaluate_every=2
+        training.keep_best=loss
         training.precision=bf16
         release.format=padded
         """,
@@ -257,6 +263,8 @@ RUNS = {
         training.max_grad_norm=null
         training.skip_spikes=null
         training.max_skipped=5
+        training.evaluate_every=2
+        training.keep_best=token_accuracy
         training.freeze=["*.embed_tokens.*"]
         """,
     ),
@@ -281,7 +289,7 @@ RUNS = {
         """
         student.layers.keep=4
         student.mlp={multiple_of: 2048}
-        student.target={latency: 0.5, length: 64}
+        student.target={latency: 0.8, length: 64}
         student.calibration={examples: 16, batch_size: 8, gradients: false, gram: false}
         """,
     ),
@@ -292,6 +300,8 @@ REFUSED = {
     ("Teacher.device", "sharded"): ("teacher.device=sharded", "over several processes, and there is one"),
     ("Teacher.revision", "a value"): ("teacher.revision=main", "only hub ids have revisions"),
     ("Optimization.precision", "fp16"): ("training.precision=fp16", "training.precision: fp16 needs a GPU"),
+    ("Training.keep_best", "agreement"): ("training.keep_best=agreement", "training.keep_best"),
+    ("Training.keep_best", "kl"): ("training.keep_best=kl", "training.keep_best"),
     ("Term.match", "output"): ("losses.0={match: output}", "compares sentence embeddings"),
 }
 """(key, value) -> the override that asks for it, and what is said: here is no GPU, no hub, no task for embeddings."""

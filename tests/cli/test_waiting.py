@@ -79,19 +79,20 @@ def test_a_main_process_that_dies_ends_the_others(tmp_path):
 
 @pytest.mark.slow
 def test_a_mistake_that_only_the_main_process_meets_is_said_once_and_ends_the_others(tmp_path):
-    recipe = tiny_project(tmp_path, RECIPE.replace("choose: every", "choose: last"), "modernbert")
+    (tmp_path / "policies.py").write_text("def beyond(layers, keep, statistics):\n    return [0, 9]\n")
+    recipe = tiny_project(tmp_path, RECIPE.replace("choose: every", "choose: policies:beyond"))
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]
     command = ["--config_file", ROOT / "recipes/accelerate/cpu-2.yaml", ROOT / "scripts/train.py", recipe]
     done = subprocess.run(
         [*launcher, *command, "--out", tmp_path / "run"],
-        env=ENV,
+        env={**ENV, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
         capture_output=True,
         text=True,
         timeout=HANG,
         check=False,
     )
     assert done.returncode != 0 and "plan: started" in done.stderr and "build: started" not in done.stderr
-    assert done.stderr.count("error: student.layers.keep: layer 0 must be kept") == 1
+    assert done.stderr.count("error: student.layers.choose: policies:beyond") == 1
     assert not [path for path in Path("/proc").glob("[0-9]*/cmdline") if was_given(path, str(tmp_path))]
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tiny import tiny_inputs, tiny_model
 
 from distill.errors import InputError
-from distill.evaluation.efficiency import flops
+from distill.evaluation.efficiency import count_flops
 from distill.models.cost import flops_by_module, random_example
 from distill.models.family import layers_of, layout_of
 from distill.recipe.schema import Mlp, Student, Target
@@ -139,4 +139,4 @@ def test_the_efficiency_table_counts_flops_the_same_way():
     model = tiny_model("llama")
     inputs = random_example(model, 12)
     counts, _ = flops_by_module(model, inputs)
-    assert flops(model, layers_of, inputs["input_ids"])["flops_per_example"] == counts[model]
+    assert count_flops(model, layers_of, inputs["input_ids"])["flops_per_example"] == counts[model]
