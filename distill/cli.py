@@ -53,11 +53,13 @@ Continue = Annotated[
 @app.command()
 def validate(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Check a recipe and say everything that is wrong with it; needs no torch and no network."""
+    from distill.recipe.data import SPLITS
     from distill.recipe.load import load_recipe
     from distill.recipe.locate import is_left_behind
 
     loaded = load_recipe(recipe, overrides or ())
-    names = (loaded.teacher.model, loaded.data.source)
+    sources = [source.source for split in SPLITS for source in loaded.data.origins(split)]
+    names = (loaded.teacher.model, *sources)
     absent = " and ".join(name for name in names if is_left_behind(name, recipe.absolute().parent))
     _say(f"{recipe}: fine ({loaded.name})")
     if absent:

@@ -1,18 +1,19 @@
-"""Texts to batches: sources, tasks, the split, and an order that is a pure function of the step."""
+"""Rows to batches: sources, splits, tasks, and an order that is a pure function of the step."""
 
 from distill.data.batches import TrainingBatches, collate, evaluation_batches
-from distill.data.corpus import Corpus, Texts, load_corpus, read_texts, save_corpus, tokenise
-from distill.data.tasks import TASKS
+from distill.data.corpus import Corpus, Examples, load_corpus
+from distill.data.prepare import Order, prepare
+from distill.data.tasks import TASKS, Task
 
 __all__ = [
     "TASKS",
     "Corpus",
-    "Texts",
+    "Examples",
+    "Order",
+    "Task",
     "TrainingBatches",
     "collate",
     "evaluation_batches",
     "load_corpus",
-    "read_texts",
-    "save_corpus",
-    "tokenise",
+    "prepare",
 ]

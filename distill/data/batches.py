@@ -17,7 +17,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from distill.data.corpus import Corpus, Examples
-from distill.models.forward import UNLABELLED, Batch
+from distill.data.tasks.task import Seeds
+from distill.models.forward import Batch
 
 WORKER_TIMEOUT = 45
 """Seconds after which a loader worker that gives no batch is taken for dead."""
@@ -49,24 +50,9 @@ def micro_batches(indices: Sequence[int], lengths: np.ndarray, size: int) -> lis
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
-def collate(corpus: Corpus, examples: Examples, indices: Sequence[int]) -> Batch:
-    """Pad some examples on the right: input_ids, attention_mask [B, L]; labels [B] or [B, L]."""
-    longest = int(examples.lengths[list(indices)].max())
-    ids = np.full((len(indices), longest), corpus.padding, dtype=np.int64)
-    mask = np.zeros((len(indices), longest), dtype=np.int64)
-    for row, index in enumerate(indices):
-        tokens = examples[index]
-        ids[row, : len(tokens)] = tokens
-        mask[row, : len(tokens)] = 1
-    if corpus.task.head == "next_token":
-        labels = np.where(mask == 1, ids, UNLABELLED)
-    else:
-        labels = examples.labels[list(indices)]
-    return {
-        "input_ids": torch.from_numpy(ids),
-        "attention_mask": torch.from_numpy(mask),
-        "labels": torch.from_numpy(labels),
-    }
+def collate(corpus: Corpus, examples: Examples, indices: Sequence[int], seeds: Seeds | None = None) -> Batch:
+    """Make a batch of some examples, as their task does it; without `seeds` always the same one."""
+    return corpus.task.collate(examples.take(indices), corpus.padding, seeds or [(int(index),) for index in indices])
 
 
 @dataclass(frozen=True)
@@ -114,7 +100,7 @@ class TrainingBatches:
         """
         numbers = range(rank, self.micro_batches_per_step(), world)
         loader: DataLoader[Batch] = DataLoader(
-            _TrainingSet(self.corpus),  # type: ignore[arg-type]
+            _TrainingSet(self.corpus, self.seed),  # type: ignore[arg-type]
             batch_sampler=self._indices(start, stop, numbers),
             collate_fn=_identity,
             num_workers=workers,
@@ -125,11 +111,11 @@ class TrainingBatches:
         for _ in range(start, stop):
             yield [(number, next(batches)) for number in numbers]
 
-    def _indices(self, start: int, stop: int, numbers: range) -> Iterator[list[int]]:
+    def _indices(self, start: int, stop: int, numbers: range) -> Iterator[list[tuple[int, int]]]:
         for step in range(start, stop):
             chosen = step_indices(self.pool, self.batch_size, self.seed, step)
             groups = micro_batches(chosen, self.corpus.train.lengths, self.micro_batch_size)
-            yield from (groups[number] for number in numbers)
+            yield from ([(step, index) for index in groups[number]] for number in numbers)
 
 
 def _identity(batch: Any) -> Any:
@@ -144,15 +130,17 @@ def _ignore_signals(_worker: int) -> None:
 
 @dataclass(frozen=True)
 class _TrainingSet:
-    """Map-style view for DataLoader; `__getitems__` gets a whole batch of indices at once."""
+    """Map-style view for DataLoader; `__getitems__` gets a whole batch of steps and indices at once."""
 
     corpus: Corpus
+    seed: int
 
     def __len__(self) -> int:
         return len(self.corpus.train)
 
-    def __getitems__(self, indices: list[int]) -> Batch:
-        return collate(self.corpus, self.corpus.train, indices)
+    def __getitems__(self, keys: list[tuple[int, int]]) -> Batch:
+        seeds = [(self.seed, step, index) for step, index in keys]
+        return collate(self.corpus, self.corpus.train, [index for _, index in keys], seeds)
 
 
 def evaluation_batches(

@@ -1,196 +1,183 @@
-"""From a source to two fixed sets of token ids: train and test, with few or all labels kept.
-
-The split and the choice of labelled examples depend on the texts' hashes, never on their order in a file. A corpus is
-saved once and read back memory-mapped.
-"""
+"""A prepared corpus: the examples of each split in memory-mapped Arrow files, and the facts about them as JSON."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+import pyarrow as pa
 
-from distill.data.sources import SOURCES, read_rows
-from distill.data.tasks import TASKS, Task
+from distill.data.tasks.task import Ragged, Settled, Task
 from distill.errors import InputError
-from distill.models.forward import UNLABELLED
-from distill.models.weights import as_input_error
-from distill.recipe.locate import data_file
-from distill.recipe.schema import Data
-from distill.registry import find
+from distill.files import read_object, write_json
+from distill.recipe.data import SPLITS
 
-SPLITS = ("train", "test")
-ARRAYS = ("flat", "offsets", "labels")
-"""Fields of `Examples`, in their order, as a saved corpus names them."""
+FACTS = "corpus.json"
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Token ids and labels of one split; `examples[i]` are the ids of one example, int32 [L_i]."""
+    """The examples of one split, n of them; they stay in their file until they are looked at."""
 
-    flat: np.ndarray
-    """int32 [Σ L_i] token ids, special tokens included, example after example; they may lie in a file."""
-    offsets: np.ndarray
-    """int64 [n + 1], where each example begins; the last is where the last one ends."""
-    labels: np.ndarray
-    """int64 [n] class per example, -100 where unlabelled; for token tasks the tokens are their own labels."""
+    path: Path
+    """An Arrow file of the features of the task, `labelled`, and `row`, the number of an example's row."""
+
+    def __reduce__(self) -> Any:
+        return Examples, (self.path,)  # a loader worker maps the file by itself
+
+    @cached_property
+    def table(self) -> pa.Table:
+        """The file, mapped into memory."""
+        with pa.memory_map(str(self.path)) as file:
+            return pa.ipc.open_stream(file).read_all()
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
+        return len(self.table)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return self.flat[self.offsets[index] : self.offsets[index + 1]]
+        """Token ids of one example, int32 [L]."""
+        ids: np.ndarray = self._columns["input_ids"].take([index]).flat
+        return ids
+
+    def take(self, indices: Sequence[int]) -> dict[str, Any]:
+        """Return the features of some examples: `Ragged` for lists, arrays for numbers, lists for texts."""
+        return {name: column.take(indices) for name, column in self._columns.items()}
 
     @cached_property
     def lengths(self) -> np.ndarray:
         """int64 [n] tokens per example."""
-        return np.diff(self.offsets)
+        return np.concatenate([np.diff(offsets) for offsets, _ in self._columns["input_ids"].chunks])
+
+    @property
+    def highest(self) -> int:
+        """Highest token id."""
+        return int(pa.compute.max(self.table.column("input_ids").combine_chunks().flatten()).as_py())
+
+    @cached_property
+    def labelled(self) -> np.ndarray:
+        """Bool [n], the example has a label."""
+        found: np.ndarray = self._columns["labelled"].values
+        return found
+
+    @cached_property
+    def _columns(self) -> dict[str, Any]:
+        kinds = {field.name: field.type for field in self.table.schema}
+        return {
+            name: (_Lists if pa.types.is_list(kind) else _Texts if pa.types.is_large_string(kind) else _Numbers)(
+                self.table.column(name)
+            )
+            for name, kind in kinds.items()
+        }
+
+
+class _Lists:
+    """A column of lists of numbers, each chunk as views of the file."""
+
+    def __init__(self, column: pa.ChunkedArray):
+        self.starts = np.cumsum([0, *(len(chunk) for chunk in column.chunks)])
+        self.chunks = [(chunk.offsets.to_numpy().astype(np.int64), chunk.values.to_numpy()) for chunk in column.chunks]
+
+    def take(self, indices: Sequence[int]) -> Ragged:
+        found = []
+        numbers = np.searchsorted(self.starts, indices, side="right") - 1
+        for number, index in zip(numbers, indices, strict=True):
+            offsets, values = self.chunks[number]
+            place = index - self.starts[number]
+            found.append(values[offsets[place] : offsets[place + 1]])
+        return Ragged(np.concatenate(found), np.array([len(each) for each in found]))
+
+
+class _Numbers:
+    """A column of numbers, in memory."""
+
+    def __init__(self, column: pa.ChunkedArray):
+        self.values = column.to_numpy()
+
+    def take(self, indices: Sequence[int]) -> np.ndarray:
+        found: np.ndarray = self.values[list(indices)]
+        return found
+
+
+class _Texts:
+    """A column of texts."""
+
+    def __init__(self, column: pa.ChunkedArray):
+        self.column = column
+
+    def take(self, indices: Sequence[int]) -> list[str]:
+        return [self.column[int(index)].as_py() for index in indices]
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Both splits, ready for batching."""
+    """All splits, ready for batching."""
 
     task: Task
-    train: Examples
-    test: Examples
-    classes: tuple[str, ...]
-    """Class names by index; empty for token tasks."""
+    settled: Settled
+    splits: dict[str, Examples]
+    """`train`, `test`, and `validation` where anything looks at it."""
     padding: int
     """Token id that fills short rows; never looked at, the attention mask hides it."""
     fingerprint: str
-    """sha256 over every token id, label and the split."""
+    """sha256 over every feature of every split, and the classes."""
+    summary: dict[str, Any]
+    """Counts of rows, classes and tokens, for people."""
+
+    @property
+    def head(self) -> str:
+        """The kind of predictions, a name from `distill.losses.PREDICTION_KINDS`."""
+        return self.settled.head
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names by index; empty for tasks without classes."""
+        return self.settled.classes
+
+    @property
+    def train(self) -> Examples:
+        """Examples to train on."""
+        return self.splits["train"]
+
+    @property
+    def validation(self) -> Examples | None:
+        """Examples to look at during training; None where nothing looks."""
+        return self.splits.get("validation")
+
+    @property
+    def test(self) -> Examples:
+        """Examples that only the evaluation sees."""
+        return self.splits["test"]
 
     @property
     def labelled(self) -> Sequence[int]:
         """Training examples that have a label."""
-        if self.task.head == "next_token":
-            return range(len(self.train))
-        return np.flatnonzero(self.train.labels != UNLABELLED).tolist()
+        found: list[int] = np.flatnonzero(self.train.labelled).tolist()
+        return found
 
 
-@dataclass(frozen=True)
-class Texts:
-    """The split texts before tokenisation; enough to know the task's classes."""
-
-    task: Task
-    train: list[tuple[str, str | None]]
-    test: list[tuple[str, str | None]]
-    classes: tuple[str, ...]
+def save_facts(corpus: Corpus, folder: Path) -> None:
+    """Write what is not in the Arrow files of a corpus."""
+    facts = {"padding": corpus.padding, "fingerprint": corpus.fingerprint, "summary": corpus.summary}
+    write_json(folder / FACTS, {"settled": asdict(corpus.settled), **facts})
 
 
-def read_texts(spec: Data, seed: int, base: Path) -> Texts:
-    """Read, de-duplicate, split, and hide the labels that the recipe does not give.
-
-    Args:
-        spec: The recipe's section.
-        seed: Chooses which training examples keep their label.
-        base: The folder that relative paths start from (the recipe's).
+def load_corpus(folder: Path, task: Task) -> Corpus:
+    """Read a corpus; its examples are mapped into memory.
 
     Raises:
-        InputError: The source cannot be read, a split is empty, or the task needs labels that are not there.
-    """
-    task = find(TASKS, spec.task, "task")()
-    rows = _rows(spec, base)
-    train = [row for row in rows if not _is_test(row[0], spec.test_share)]
-    test = [row for row in rows if _is_test(row[0], spec.test_share)]
-    if not train or not test:
-        raise InputError(f"data: {len(rows)} examples split into {len(train)} for training and {len(test)} for testing")
-    if task.head == "next_token":
-        if spec.labelled is not None:
-            raise InputError("data.labelled: a causal language model has no labels to hide; remove the key")
-        return Texts(task, train, test, ())
-    test = [row for row in test if row[1] is not None]
-    if not test:
-        raise InputError("data: no example of the test split has a label")
-    classes = tuple(sorted({label for _, label in [*train, *test] if label is not None}))
-    if len(classes) < 2:
-        raise InputError(f"data: classification needs two or more classes, found {list(classes)}")
-    return Texts(task, _hide_labels(train, spec.labelled, seed), test, classes)
-
-
-def _rows(spec: Data, base: Path) -> list[tuple[str, str | None]]:
-    file = data_file(spec.source, base)
-    dataset = read_rows(file, spec.text, spec.label) if file else find(SOURCES, spec.source, "data source")()
-    rows = dict(zip(reversed(dataset["text"]), reversed(dataset["label"]), strict=True))  # the first of equals wins
-    ordered = sorted(rows.items(), key=lambda row: _hash(row[0]))
-    return ordered[: spec.limit]
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _is_test(text: str, share: float) -> bool:
-    # Another hash than the one that orders the rows, so that `limit` does not cut into one split only.
-    return int(_hash("split:" + text)[:8], 16) < share * 2**32
-
-
-def _hide_labels(
-    rows: Sequence[tuple[str, str | None]], labelled: int | None, seed: int
-) -> list[tuple[str, str | None]]:
-    if labelled is None:
-        return list(rows)
-    candidates = sorted((text for text, label in rows if label is not None), key=lambda text: _hash(f"{seed}:{text}"))
-    if labelled > len(candidates):
-        raise InputError(f"data.labelled: {labelled} labels asked, the training split has {len(candidates)}")
-    keep = set(candidates[:labelled])
-    return [(text, label if text in keep else None) for text, label in rows]
-
-
-def tokenise(texts: Texts, spec: Data, tokenizer: Any) -> Corpus:
-    """Turn both splits into token ids. Raises InputError when nothing is left, or the tokenizer fails."""
-    limit = tokenizer.model_max_length
-    if spec.max_length > limit:
-        raise InputError(f"data.max_length: {spec.max_length} is more than the tokenizer's {limit} positions")
-    splits: dict[str, Examples] = {}
-    index = dict(zip([None, *texts.classes], [UNLABELLED, *range(len(texts.classes))], strict=True))
-    for name, rows in (("train", texts.train), ("test", texts.test)):
-        with as_input_error(f"the tokenizer cannot read the {name} split"):
-            tokens = texts.task.encode([text for text, _ in rows], tokenizer, spec.max_length)
-        if not tokens:
-            raise InputError(f"data.max_length: the {name} split has less text than one block of {spec.max_length}")
-        labels = [index[label] for _, label in rows] if texts.classes else [UNLABELLED] * len(tokens)
-        offsets = np.cumsum([0, *map(len, tokens)], dtype=np.int64)
-        splits[name] = Examples(np.concatenate(tokens), offsets, np.array(labels, dtype=np.int64))
-    padding, fingerprint = int(tokenizer.pad_token_id), _corpus_fingerprint(splits, texts.classes)
-    return Corpus(texts.task, splits["train"], splits["test"], texts.classes, padding, fingerprint)
-
-
-def _corpus_fingerprint(splits: dict[str, Examples], classes: Sequence[str]) -> str:
-    digest = hashlib.sha256(json.dumps([*classes]).encode())
-    for name, examples in sorted(splits.items()):
-        digest.update(f"{name}:{len(examples)}".encode())
-        digest.update(examples.lengths.tobytes() + examples.labels.tobytes() + examples.flat.tobytes())
-    return digest.hexdigest()
-
-
-def save_corpus(corpus: Corpus, path: Path) -> None:
-    """Write a corpus as one safetensors file; what is no array stands in its header."""
-    arrays = {f"{split}.{name}": getattr(getattr(corpus, split), name) for split in SPLITS for name in ARRAYS}
-    facts = {"classes": corpus.classes, "padding": corpus.padding, "fingerprint": corpus.fingerprint}
-    save_file(arrays, path, metadata={"corpus": json.dumps(facts)})
-
-
-def load_corpus(path: Path, task: Task) -> Corpus:
-    """Read what `save_corpus` wrote; token ids stay in the file until they are looked at.
-
-    Raises:
-        InputError: The file is not a corpus.
+        InputError: The folder does not hold one.
     """
     try:
-        with safe_open(path, framework="pt") as file:  # maps the file into memory
-            facts = json.loads(file.metadata()["corpus"])
-            arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
-        train, test = (Examples(*(arrays[f"{split}.{name}"] for name in ARRAYS)) for split in SPLITS)
-        return Corpus(task, train, test, tuple(facts["classes"]), facts["padding"], facts["fingerprint"])
-    except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
-        raise InputError(f"{path} is not a tokenised corpus: {error}") from error
+        facts = read_object(folder / FACTS)
+        paths = {name: folder / f"{name}.arrow" for name in SPLITS}
+        splits = {name: Examples(path) for name, path in paths.items() if path.exists()}
+        for examples in (splits["train"], splits["test"]):
+            len(examples)
+        settled = Settled(**{**facts["settled"], "classes": tuple(facts["settled"]["classes"])})
+        return Corpus(task, settled, splits, facts["padding"], facts["fingerprint"], facts["summary"])
+    except (OSError, ValueError, LookupError, TypeError, pa.ArrowException) as error:
+        raise InputError(f"{folder} holds no tokenised corpus: {error}") from error

@@ -1,6 +1,6 @@
-"""Sources of texts: built-in corpora that every Python brings along, and files.
+"""Sources of rows: built-in corpora that every Python brings along, files, saved and hub datasets, the user's function.
 
-A source returns a `datasets.Dataset` with the columns `text` (str) and `label` (str, or None where unlabelled).
+A built-in corpus is a `datasets.Dataset` with the columns `text` (str) and `label` (str, or None where unlabelled).
 """
 
 from __future__ import annotations
@@ -11,22 +11,24 @@ import json
 import os
 import sys
 import sysconfig
-import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from distill.errors import InputError
-from distill.files import sha256_of
-from distill.recipe.locate import data_file
+from distill.files import content_of
+from distill.models.weights import as_input_error
+from distill.recipe.datafiles import data_files, ending_of, is_saved_dataset, read_rows
+from distill.recipe.locate import is_path
+from distill.recipe.schema import Source
 from distill.registry import find
 
 NOT_LIBRARY = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
 """Folders of the standard library that are tests, applications or not the library at all."""
 
-READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+Row = dict[str, Any]
 
 
 def stdlib_docstrings(*, packages: int = 12, shortest: int = 20) -> Any:
@@ -81,19 +83,21 @@ def stdlib_sources(*, largest: int = 200_000) -> Any:
     return _dataset(texts, [None] * len(texts))
 
 
-def source_fingerprint(source: str, base: Path) -> str:
-    """Return a sha256 of what a source is made from, without reading texts from it where that can be.
+def source_fingerprint(source: Source, base: Path) -> str:
+    """Return a sha256 of what a source is made from, without reading rows from it where that can be.
 
     Of a file its content decides, never its time. A built-in corpus follows from the Python version and the content of
-    its standard library. What the user's own function reads is not known, so it is called, and its rows are hashed.
+    its standard library, a hub dataset from its commit. What the user's own function reads is not known, so it is
+    called, and its rows are hashed.
     """
-    file = data_file(source, base)
-    if file is not None:
-        return sha256_of(file)
-    if source in SOURCES:
+    if files := data_files(source.source, base):
+        return hashlib.sha256("".join(map(content_of, files)).encode()).hexdigest()
+    if source.source.startswith("hub:"):
+        return str(_hub_builder(source).hash)
+    if source.source in SOURCES:
         return _library_fingerprint()
-    rows = find(SOURCES, source, "data source")()
-    return hashlib.sha256(json.dumps([list(rows["text"]), list(rows["label"])]).encode()).hexdigest()
+    rows = list(find(SOURCES, source.source, "data source")())
+    return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
 
 
 @lru_cache(maxsize=1)
@@ -114,38 +118,84 @@ def _library_files(root: Path) -> list[Path]:
     return sorted(found)
 
 
-def read_rows(path: Path, text: str, label: str) -> Any:
-    """Read texts and labels from a file that `data_file` gave.
+def read_source(source: Source, split: str, columns: Collection[str], base: Path) -> Iterator[tuple[str, Row]]:
+    """Read a source row by row.
+
+    Args:
+        source: As the recipe names it.
+        split: The split of a dataset that has several, unless the source names one.
+        columns: Columns that are needed; others may be left out.
+        base: The folder that relative paths start from.
+
+    Yields:
+        Where a row comes from, in words, and its values by column.
 
     Raises:
-        InputError: The file is broken or lacks the column; the message names file and line.
+        InputError: The source is broken; names file and line.
     """
-    rows = _read(path)
-    column = "text" if path.suffix == ".txt" else text
-    if column not in rows.column_names:
-        raise InputError(f"data.text: {path} has no column {column!r}; it has {', '.join(rows.column_names)}")
-    texts = rows[column]
-    for number, value in enumerate(texts, start=1):
-        if not isinstance(value, str):
-            raise InputError(f"{path}: row {number}: column {column!r} holds {value!r}, not text")
-    labels = rows[label] if label in rows.column_names else [None] * len(rows)
-    return _dataset(list(texts), [None if value is None or value == "" else str(value) for value in labels])
+    for path in data_files(source.source, base):
+        if is_saved_dataset(path):
+            yield from _dataset_rows(_saved_dataset(path, source.split or split), path.name, columns)
+        elif ending_of(path) == ".parquet":
+            yield from ((f"{path.name}, row {number}", row) for number, row in _parquet_rows(path, columns))
+        else:
+            yield from ((f"{path.name}, line {number}", row) for number, row in read_rows(path, source))
+    if source.source.startswith("hub:"):
+        with as_input_error(f"{source.source}: cannot get it from the hub"):
+            rows = _hub_builder(source, download=True).as_dataset(split=source.split or split)
+        yield from _dataset_rows(rows, source.source, columns)
+    elif not is_path(source.source):
+        yield from _dataset_rows(find(SOURCES, source.source, "data source")(), source.source, columns)
 
 
-def _read(path: Path) -> Any:
+def _dataset_rows(rows: Any, name: str, columns: Collection[str]) -> Iterator[tuple[str, Row]]:
+    """Read the rows of a `datasets.Dataset`, or of any iterable of rows; classes that it numbers come by name."""
+    features = getattr(rows, "features", None) or {}
+    if features:
+        rows = rows.select_columns([column for column in columns if column in features])
+    named = {column: feature.int2str for column, feature in features.items() if hasattr(feature, "int2str")}
+    for number, row in enumerate(rows, start=1):
+        for column in named.keys() & row.keys():
+            row[column] = None if row[column] is None or row[column] < 0 else named[column](row[column])
+        yield f"{name}, row {number}", row
+
+
+def _parquet_rows(path: Path, columns: Collection[str]) -> Iterator[tuple[int, Row]]:
+    from pyarrow import parquet
+
+    with as_input_error(f"{path}: cannot read it"):
+        file = parquet.ParquetFile(path)  # the needed columns alone are decoded, as plain values
+        wanted = [name for name in file.schema_arrow.names if name in columns]
+        batches = file.iter_batches(batch_size=1000, columns=wanted)
+        number = 0
+        for batch in batches:
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row or dict.fromkeys(file.schema_arrow.names)
+
+
+def _saved_dataset(path: Path, split: str) -> Any:
     import datasets
 
-    try:
-        # A cache of its own, which goes with the block: the library's would take an edited file for the old one, and
-        # keep the user's texts in the home folder.
-        with tempfile.TemporaryDirectory(prefix="distill-") as cache:
-            return datasets.load_dataset(
-                READERS[path.suffix], data_files=str(path), split="train", cache_dir=cache, keep_in_memory=True
-            )
-    except (datasets.exceptions.DatasetGenerationError, StopIteration, OSError, ValueError) as error:
-        # The library's own message names neither the file nor the line; its cause usually names the line.
-        cause = error.__cause__ or error
-        raise InputError(f"data.source: cannot read {path}: {cause}") from error
+    with as_input_error(f"{path} is no folder that `datasets` saved"):
+        found = datasets.load_from_disk(str(path))
+    if isinstance(found, datasets.DatasetDict):
+        if split not in found:
+            raise InputError(f"{path} has the splits {', '.join(found)}, not {split}; name one, as in {{split: …}}")
+        return found[split]
+    return found
+
+
+def _hub_builder(source: Source, download: bool = False) -> Any:
+    """Look up a dataset of the hub, and download it where asked; no code of it is run."""
+    import datasets
+
+    name = source.source.removeprefix("hub:")
+    with as_input_error(f"{source.source}: cannot get it from the hub"):
+        builder = datasets.load_dataset_builder(name, source.config, revision=source.revision)
+        if download:
+            builder.download_and_prepare()
+        return builder
 
 
 def _dataset(texts: list[str], labels: list[str | None]) -> Any:

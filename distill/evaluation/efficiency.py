@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ def measure_efficiency(
     models: Mapping[str, nn.Module],
     layers: Layers,
     *,
-    kind: Literal["sequence", "next_token"],
+    kind: str,
     length: int,
     batch_size: int = 32,
     repeats: int = 9,

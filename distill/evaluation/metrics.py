@@ -115,6 +115,11 @@ def compute(names: Sequence[str], columns: Mapping[str, Column]) -> dict[str, fl
         return dict(metric.compute(**read))
 
 
+def measurable(names: Sequence[str], columns: Collection[str]) -> list[str]:
+    """Choose the metrics whose columns are there: some are read from what a model writes, which takes long."""
+    return [name for name in names if set(columns_of(find(METRICS, name, "metric"))) <= set(columns)]
+
+
 def find_metric(name: str, columns: Collection[str]) -> Function:
     """Find the function of a metric. Raises InputError when there is none, or it reads other columns than there are."""
     function: Function = find(METRICS, name, "metric")

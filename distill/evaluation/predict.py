@@ -23,6 +23,9 @@ Rows = dict[str, np.ndarray]
 
 Ask = Callable[[Batch], Outputs]
 
+Observe = Callable[[Any, Outputs, Batch], dict[str, Any]]
+"""(model, its outputs, the batch) -> more columns, one entry per example of the batch."""
+
 SUMS = ("example", "nll", "tokens", "correct", "agreed", "kl_sum", "positions")
 CLASSES = ("predictions", "references", "teacher_predictions")
 """Columns where an example has one label."""
@@ -36,7 +39,12 @@ def column_names(head: str) -> tuple[str, ...]:
 
 
 def predict(
-    model: Any, batches: Iterable[Batch], head: str, teacher: Ask | None = None, vocabulary: int | None = None
+    model: Any,
+    batches: Iterable[Batch],
+    head: str,
+    teacher: Ask | None = None,
+    vocabulary: int | None = None,
+    observe: Observe | None = None,
 ) -> Rows:
     """Compare a model's predictions with the labels, and with the teacher's where there is one.
 
@@ -48,30 +56,34 @@ def predict(
         vocabulary: Number of real classes; what a padded output head has beyond is neither predicted nor compared, as
             in the objective. As there, the likelihood of a label is that among all rows, which is the model's own loss
             for whoever loads it.
+        observe: Reads what the task wants beside these columns from the model and its outputs.
 
     Returns:
         A row for each example with a label, by `example`; without teacher there are no columns about it.
     """
     ask = partial(forward, model, wanted=Capture(stop_at_head=True))
-    return compare(ask, next(model.parameters()).device, batches, head, teacher, vocabulary)
+    return compare(ask, model, batches, head, teacher, vocabulary, observe)
 
 
 @torch.no_grad()
 def compare(
     ask: Ask,
-    device: torch.device,
+    model: Any,
     batches: Iterable[Batch],
     head: str,
     teacher: Ask | None = None,
     vocabulary: int | None = None,
+    observe: Observe | None = None,
 ) -> Rows:
-    """Do what `predict` does for anything that answers a batch on a device with outputs."""
-    kind, parts = PREDICTION_KINDS[head], []
+    """Do what `predict` does for anything that answers a batch in the place of a model."""
+    kind, parts, device = PREDICTION_KINDS[head], [], next(model.parameters()).device
     for cpu_batch in batches:
         batch = to_device(cpu_batch, device)
         labels = kind.labels(batch)
         labelled = (labels != UNLABELLED).nonzero(as_tuple=True)
-        sides = [kind.select(each(batch), batch, labelled) for each in (ask, teacher) if each]
+        outputs = ask(batch)
+        taught = [teacher(batch)] if teacher else []
+        sides = [kind.select(each, batch, labelled) for each in (outputs, *taught)]
         owner = labelled[0].cpu()  # row of the batch that each labelled position belongs to
         totals: dict[str, Tensor] = {}
         for part, logits in chunks(sides):
@@ -83,7 +95,9 @@ def compare(
             has_label = totals["tokens"] > 0
             columns = {"example": cpu_batch["examples"], **totals}
             names = [name for name in column_names(head) if name in columns]
-            parts.append({name: columns[name][has_label].numpy() for name in names})
+            own = {name: columns[name][has_label].numpy() for name in names}
+            seen = observe(model, outputs, batch) if observe else {}
+            parts.append(own | {name: np.asarray(values)[has_label.numpy()] for name, values in seen.items()})
     return merge_rows(parts)
 
 

@@ -6,7 +6,7 @@ B examples, L positions, N selected positions, V classes or vocabulary, D hidden
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -179,7 +179,7 @@ class Objective:
         return through_heads(student, teacher, labels, sum_terms, factor, self.chunk)
 
 
-def label_loss(kind: Literal["sequence", "next_token"]) -> Callable[[Tensor, Batch], tuple[Tensor, int]]:
+def label_loss(kind: str) -> Callable[[Tensor, Batch], tuple[Tensor, int]]:
     """Make (logits, batch) -> (summed cross-entropy on labels, their number), for Taylor and Fisher scores."""
     objective = Objective((Term(match="labels"),), kind)
 

@@ -37,6 +37,11 @@ def layout_of(model: Any) -> ModelLayout:
         ) from error
 
 
+def tells_documents_apart(config: Any) -> bool:
+    """Tell whether models of a config's family attend within documents only, where positions start anew in a row."""
+    return config.model_type in LAYOUTS and LAYOUTS[config.model_type].packs
+
+
 def check_kept(model: Any, side: StackName, kept: Sequence[int]) -> None:
     """Raise InputError when the kept layers (ascending teacher indices) depend on a dropped one."""
     key = "student.layers.keep" if side == "main" else "student.encoder_layers.keep"

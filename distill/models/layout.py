@@ -122,6 +122,8 @@ class ModelLayout:
 
     main: Stack
     encoder: Stack | None = None
+    packs: bool = False
+    """Attention stays within documents that share a row, as far as their positions, which start anew, tell."""
 
     @property
     def sides(self) -> tuple[StackName, ...]:
@@ -153,7 +155,8 @@ def _bert(attention: AttentionLayout) -> ModelLayout:
 def _decoder(
     *mlps: MlpLayout, attention: AttentionLayout = SELF_ATTENTION, normed_after: str = "", scale_key: str = ""
 ) -> ModelLayout:
-    return ModelLayout(Stack("layers", mlps, attention, normed_after=normed_after, scale_key=scale_key))
+    stack = Stack("layers", mlps, attention, normed_after=normed_after, scale_key=scale_key)
+    return ModelLayout(stack, packs=True)
 
 
 def _t5(side: str, mlp: int, depth_key: str) -> Stack:
@@ -217,8 +220,8 @@ LAYOUTS: dict[str, ModelLayout] = {
     "granite": _decoder(GLU, scale_key="residual_multiplier"),
     "smollm3": _decoder(GLU),
     "phi3": _decoder(FUSED_GLU, attention=AttentionLayout("self_attn", ("qkv_proj",), "concatenated")),
-    "gpt2": ModelLayout(GPT2),
-    "gpt_neox": ModelLayout(GPT_NEOX),
+    "gpt2": ModelLayout(GPT2, packs=True),
+    "gpt_neox": ModelLayout(GPT_NEOX, packs=True),
     "opt": ModelLayout(OPT),
     "mixtral": _decoder(EXPERTS),
     "qwen3_moe": _decoder(replace(EXPERTS, width_key="moe_intermediate_size"), GLU),

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ class ModelHead:
     """Names of the classes by index, for classification heads."""
     padding: int | None = None
     """Token id of padding; decoders with a class head need it to find the last token."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Other attributes that the config must have."""
 
 
 def teacher_path(teacher: Teacher, base: Path, remote_code: bool = False) -> Path:
@@ -191,6 +193,8 @@ def load_config(folder: Path, head: ModelHead, remote_code: bool = False) -> Any
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=remote_code)
     if head.padding is not None and getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = head.padding
+    for name, value in head.settings.items():
+        setattr(config, name, value)
     if head.labels:
         config.id2label = dict(enumerate(head.labels))
         config.label2id = {name: index for index, name in enumerate(head.labels)}

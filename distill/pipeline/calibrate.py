@@ -32,7 +32,7 @@ def work(session: Session) -> None:
     batches = (collate(corpus, corpus.train, sample[start : start + spec.batch_size]) for start in starts)
     teacher = session.live_teacher(whole=session.recipe.teacher.device == "sharded" or wanted.gradients).model
     check_student(teacher, student)
-    statistics = calibrate(teacher, batches, wanted, label_loss(corpus.task.head), add_over_ranks)
+    statistics = calibrate(teacher, batches, wanted, label_loss(corpus.head), add_over_ranks)
     if state.is_main_process:
         statistics.save(session.folder.calibration)
 

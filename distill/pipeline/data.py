@@ -1,50 +1,117 @@
-"""Stage `data`: read, split and tokenise the texts once; every other stage and command reads the result."""
+"""Stage `data`: read, split and tokenise the rows once; every other stage and command reads the result."""
 
 from __future__ import annotations
 
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from distill.data import Corpus, Texts, read_texts, save_corpus, tokenise
+from rich.progress import Progress
+
+from distill.data import Order, load_corpus, prepare
+from distill.data.corpus import FACTS
 from distill.data.sources import source_fingerprint
+from distill.data.summary import describe
+from distill.data.tasks.task import Settled
 from distill.errors import InputError
-from distill.files import fresh_folder
+from distill.files import fresh_folder, put_back
+from distill.models.family import tells_documents_apart
 from distill.models.load import ModelHead, load_config, tokenizer_fingerprint, trained_labels
 from distill.pipeline.session import Session
-from distill.pipeline.stage import Stage
+from distill.pipeline.stage import Stage, with_version
+from distill.recipe.data import SPLITS
+from distill.recipe.load import fingerprint
 
 
 def work(session: Session) -> None:
-    """Tokenise the texts of both splits, and keep them in the run folder."""
+    """Prepare the corpus, or take it from the cache, and keep it in the run folder."""
+    with _cached(fingerprint(with_version(inputs(session)))) as cache:
+        if (cache / FACTS).exists():
+            session.say(f"  from the cache, {cache.parent}")
+        else:
+            _prepare(session, cache)
+        corpus = load_corpus(cache, session.task)
+        for line in describe(corpus.summary):
+            session.say(line)
+        with fresh_folder(session.folder.data) as folder:
+            for file in cache.iterdir():
+                _link(file, folder / file.name)
+
+
+def _prepare(session: Session, cache: Path) -> None:
     recipe = session.recipe
-    texts = read_texts(recipe.data, recipe.seed, session.base)
-    if texts.classes and not recipe.teacher.fit:
-        texts = _in_trained_order(session, texts)
-    corpus = tokenise(texts, recipe.data, session.tokenizer)
-    _check_vocabulary(session, corpus)
-    with fresh_folder(session.folder.data) as folder:
-        save_corpus(corpus, folder / session.folder.corpus.name)
+    config = load_config(session.source, ModelHead(""), session.remote_code)
+
+    def own_order(settled: Settled) -> Settled:
+        return settled if recipe.teacher.fit or not settled.classes else _in_trained_order(session, settled)
+
+    with fresh_folder(cache) as folder, Progress(transient=True) as bar:
+        tasks = {split: bar.add_task(f"{split}: tokens", visible=False) for split in SPLITS}
+        order = Order(
+            session.task,
+            recipe.data,
+            session.tokenizer,
+            recipe.seed,
+            session.base,
+            looks=looks(session),
+            packs=tells_documents_apart(config),
+            own_order=own_order,
+        )
+
+        def report(split: str, done: int, of: int) -> None:
+            bar.update(tasks[split], completed=done, total=of, visible=True)
+
+        corpus = prepare(order, folder, report)
+        _check_vocabulary(session, config, corpus)
 
 
-def _in_trained_order(session: Session, texts: Texts) -> Texts:
+def looks(session: Session) -> bool:
+    """Tell whether anything looks at held-out examples during training."""
+    training = session.recipe.training
+    return training.evaluate_every > 0 or training.keep_best is not None or session.recipe.data.validation is not None
+
+
+@contextmanager
+def _cached(key: str) -> Iterator[Path]:
+    """Give the folder of one corpus in the cache, held by this process; the cache is the user's own to read."""
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    root = Path(os.environ.get("DISTILL_CACHE") or f"{home}/distill").expanduser() / "data"
+    root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with (root / f"{key}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        put_back(root / key)
+        yield root / key
+
+
+def _link(file: Path, target: Path) -> None:
+    """Give a file a second name, or copy it where that is on another disk; nothing changes a corpus afterwards."""
+    try:
+        os.link(file, target)
+    except OSError:
+        shutil.copyfile(file, target)
+
+
+def _in_trained_order(session: Session, settled: Settled) -> Settled:
     """Take the classes of a teacher that is already trained, in its own order."""
     order = trained_labels(session.source)
-    unknown = sorted(set(texts.classes) - set(order))
+    unknown = sorted(set(settled.classes) - set(order))
     if unknown:
         raise InputError(
             f"the data has the classes {', '.join(unknown)}, the teacher knows {', '.join(order)}: rename them, "
             f"or add `fit` under `teacher:` to train it on these classes"
         )
-    return replace(texts, classes=tuple(order))
+    return replace(settled, classes=tuple(order))
 
 
-def _check_vocabulary(session: Session, corpus: Corpus) -> None:
+def _check_vocabulary(session: Session, config: Any, corpus: Any) -> None:
     """Refuse a tokenizer that writes tokens for which the teacher has no embedding."""
-    config = load_config(session.source, ModelHead(""), session.remote_code)
     known = getattr(config.get_text_config(), "vocab_size", None)
-    highest = int(max(split.flat.max() for split in (corpus.train, corpus.test)))
-    if corpus.task.head == "sequence":  # blocks of a language model are never padded
-        highest = max(highest, corpus.padding)
+    highest = max(corpus.padding, *(int(split.highest) for split in corpus.splits.values()))
     if known is not None and highest >= known:
         raise InputError(
             f"{session.source}: the tokenizer writes the token {session.tokenizer.convert_ids_to_tokens(highest)!r} "
@@ -53,15 +120,19 @@ def _check_vocabulary(session: Session, corpus: Corpus) -> None:
 
 
 def inputs(session: Session) -> dict[str, Any]:
-    """List the content of the source, tokenizer and config of the teacher, and how the texts are split and labelled."""
+    """List the content of the sources, tokenizer and config of the teacher, and how rows are split and labelled."""
     recipe = session.recipe
     return {
-        "source": source_fingerprint(recipe.data.source, session.base),
+        "sources": {
+            split: [source_fingerprint(source, session.base) for source in recipe.data.origins(split)]
+            for split in SPLITS
+        },
         "tokenizer": tokenizer_fingerprint(session.source),
         "data": recipe.data.model_dump(mode="json"),
+        "validation": looks(session),
         "own_classes": recipe.teacher.fit is not None,
         "seed": recipe.seed,
     }
 
 
-STAGE = Stage("data", work, inputs, lambda session: [session.folder.corpus])
+STAGE = Stage("data", work, inputs, lambda session: [session.folder.data])

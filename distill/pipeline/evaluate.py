@@ -17,12 +17,13 @@ from distill.evaluation.recorded import record_teacher
 from distill.evaluation.table import tabulate_arms
 from distill.files import fresh_folder, write_json
 from distill.models.family import layers_of
-from distill.models.forward import Capture
+from distill.models.forward import Batch, Capture, Outputs
 from distill.models.load import folder_fingerprint
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage, settings_of
 from distill.pipeline.train import steps_of
 from distill.ranks import process_state
+from distill.recipe.data import SPLITS
 from distill.recipe.names import TEACHER_METRICS
 from distill.release.export import without_folders
 from distill.student.masks import mask_settings, sparsity_table
@@ -44,8 +45,10 @@ def work(session: Session) -> None:
             save_file(columns, folder / f"{arm}.safetensors", {"data": corpus.fingerprint})
     names = list(dict.fromkeys([*(recipe.evaluation.metrics or session.task.metrics), *TEACHER_METRICS]))
     student = session.load(session.folder.distilled)
-    data = {"source": without_folders(recipe.data.source), "split": "test", "examples": len(corpus.test)}
+    sources = {without_folders(each.source): None for split in SPLITS for each in recipe.data.origins(split)}
+    data = {"source": ", ".join(sources), "split": "test", "examples": len(corpus.test)}
     data |= {"train_examples": len(corpus.train), "labelled": len(corpus.labelled), "fingerprint": corpus.fingerprint}
+    data |= {"summary": corpus.summary}
     table = {
         "data": data,
         "metrics": names,
@@ -70,15 +73,19 @@ def predict_arms(session: Session, teacher: LiveTeacher, steps: int, rank: int, 
         ranks: Number of those that take part.
     """
     corpus, rows = session.corpus, {}
+
+    def observe(model: Any, outputs: Outputs, batch: Batch) -> dict[str, Any]:
+        return corpus.task.observe(model, outputs, batch, corpus.test.take(batch["examples"].tolist()))
+
     with record_teacher(teacher, session.folder.root / f".teacher-{rank}") as recording:
         for arm in measured_arms(session.recipe):
             if arm == "teacher":
-                ask = partial(compare, recording, teacher.device)
+                ask = partial(compare, recording, teacher.model)
             else:
                 model = session.load(session.arm_folder(arm)).to(teacher.device)
                 ask = partial(predict, model if ARMS[arm].terms else ARMS[arm].prepare(session.recipe, model, steps))
             batches = evaluation_batches(corpus, corpus.test, session.recipe.evaluation.batch_size, rank, ranks)
-            own = [ask(batches, corpus.task.head, recording, session.vocabulary)]
+            own = [ask(batches, corpus.head, recording, session.vocabulary, observe)]
             rows[arm] = merge_rows(gather_object(own) if ranks > 1 else own)
     return rows
 
@@ -88,7 +95,7 @@ def compare_speed(session: Session, teacher: Any, student: Any) -> dict[str, Any
     found = measure_efficiency(
         {"teacher": teacher, "student": student.to(teacher.device)},
         layers_of,
-        kind=session.corpus.task.head,
+        kind=session.corpus.head,
         length=session.recipe.data.max_length,
         vocabulary=len(session.tokenizer),
         device=teacher.device,
@@ -118,7 +125,7 @@ def check(session: Session) -> None:
         InputError: There is no such metric, or the task does not give its columns.
     """
     for name in session.recipe.evaluation.metrics or ():
-        find_metric(name, column_names(session.task.head))
+        find_metric(name, (*column_names(session.corpus.head), *session.task.observed))
 
 
 STAGE = Stage(
@@ -127,5 +134,5 @@ STAGE = Stage(
     inputs,
     lambda session: [session.folder.evaluation, session.folder.predictions],
     together=True,
-    check=check,
+    check_data=check,
 )

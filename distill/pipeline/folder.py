@@ -35,9 +35,7 @@ class RunDir:
     recipe = _Inside("recipe.yaml")
     """The resolved recipe, every default written out."""
     data = _Inside("data")
-    """The tokenised texts."""
-    corpus = _Inside("data/corpus.safetensors")
-    """The token ids and labels of both splits."""
+    """The tokenised examples of each split, and the facts about them."""
     fit = _Inside("fit")
     """Checkpoints and metrics of the teacher's training."""
     teacher = _Inside("teacher")

@@ -7,13 +7,13 @@ with its reason.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from distill.data import read_texts
-from distill.data.sources import SOURCES
+from distill.data.sources import SOURCES, read_source
 from distill.errors import InputError
 from distill.models.family import layers_of, layout_of
 from distill.models.layout import StackName
@@ -21,8 +21,8 @@ from distill.models.load import load_student, load_tokenizer, teacher_path
 from distill.models.mlp import NeuronAxis, mlps_of
 from distill.models.plan import StudentPlan
 from distill.ranks import process_state
-from distill.recipe.locate import data_file
-from distill.recipe.schema import Data, Student, Teacher
+from distill.recipe.locate import is_path
+from distill.recipe.schema import Source, Student, Teacher
 from distill.registry import find
 from distill.release.tables import Table
 from distill.release.wording import MISSING, format_number, format_percent
@@ -80,9 +80,12 @@ def gather_statistics(name: str, model: Any, source: str, examples: int, max_len
         raise InputError("--data: an encoder-decoder cannot be calibrated yet; leave the option out")
     tokenizer = load_tokenizer(_folder(name))
     given = f"./{source}" if Path(source).expanduser().is_file() and not source.startswith(("/", "~", ".")) else source
-    if data_file(given, Path.cwd()) is None:
+    if not is_path(given):
         find(SOURCES, given, "data source")
-    texts = [text for text, _ in read_texts(Data(source=given, task="causal_lm"), 0, Path.cwd()).train][:examples]
+    rows = read_source(Source(source=given), "train", ["text"], Path.cwd())
+    texts = [row["text"] for _, row in islice(rows, examples) if row.get("text")]
+    if not texts:
+        raise InputError(f"--data: {source} has no rows with a column text")
     settings = {"truncation": True, "max_length": max_length, "padding": True, "padding_side": "right"}
     batches = (
         dict(tokenizer(texts[start : start + BATCH], return_tensors="pt", **settings))

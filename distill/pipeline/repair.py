@@ -84,7 +84,7 @@ class HeldOutLoss:
 
     def __init__(self, session: Session, examples: range):
         self.batches = _batches(session, examples, session.recipe.evaluation.batch_size)
-        self.objective = Objective(tuple(HELD_OUT_TERMS.values()), session.corpus.task.head, None, session.vocabulary)
+        self.objective = Objective(tuple(HELD_OUT_TERMS.values()), session.corpus.head, None, session.vocabulary)
         self.teacher = session.live_teacher(self.objective.teacher, whole=True)
 
     @cached_property

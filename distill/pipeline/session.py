@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from distill.data import TASKS, Corpus, load_corpus
-from distill.data.tasks import Task
+from distill.data import TASKS, Corpus, Task, load_corpus
 from distill.evaluation.arms import ARMS
 from distill.losses import PREDICTION_KINDS
 from distill.models.dtensor import shard_model
@@ -64,18 +63,19 @@ class Session:
 
     @cached_property
     def corpus(self) -> Corpus:
-        """The split token ids, as the stage `data` left them in the run folder."""
-        return load_corpus(self.folder.corpus, self.task)
+        """The examples of every split, as the stage `data` left them in the run folder."""
+        return load_corpus(self.folder.data, self.task)
 
     @cached_property
     def head(self) -> ModelHead:
         """The task's model class and class names."""
-        return ModelHead(self.task.auto_class, self.corpus.classes, self.corpus.padding)
+        settings = self.task.model_settings(self.corpus.settled)
+        return ModelHead(self.task.auto_class, self.corpus.classes, self.corpus.padding, settings)
 
     @property
     def vocabulary(self) -> int | None:
         """Entries of the vocabulary that are tokens; heads are often padded beyond. None for class heads."""
-        return len(self.tokenizer) if PREDICTION_KINDS[self.task.head].vocabulary else None
+        return len(self.tokenizer) if PREDICTION_KINDS[self.corpus.head].vocabulary else None
 
     def arm_start(self, arm: str) -> Path:
         """Return the folder of the model that an arm starts from."""

@@ -20,6 +20,8 @@ from distill.errors import Stopped
 from distill.files import content_of, write_json, write_text
 from distill.pipeline.session import Session
 from distill.ranks import check_launch, process_state
+from distill.recipe.data import SPLITS
+from distill.recipe.datafiles import data_files
 from distill.recipe.load import dump, fingerprint
 from distill.recipe.locate import is_path, teacher_folder
 from distill.recipe.schema import Optimization, Recipe
@@ -156,8 +158,12 @@ def _patient_wait(state: PartialState) -> Callable[[], Any]:
 
 def local_inputs(recipe: Recipe, base: Path) -> dict[str, Path]:
     """Name the files and folders of this machine that a recipe reads, by the key that names them."""
-    resolved = with_absolute_paths(recipe, base)
-    found = {"data.source": Path(resolved.data.source)} if is_path(recipe.data.source) else {}
+    found = {
+        f"data.{recipe.data.key_of(split)}": path
+        for split in SPLITS
+        for source in recipe.data.origins(split)
+        for path in data_files(source.source, base)
+    }
     teacher = teacher_folder(recipe.teacher.model, base)
     return found if teacher is None else {"teacher.model": teacher, **found}
 
@@ -170,5 +176,4 @@ def with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
         return str(expanded if expanded.is_absolute() else (base / path).resolve()) if is_path(path) else path
 
     teacher = recipe.teacher.model_copy(update={"model": absolute(recipe.teacher.model)})
-    data = recipe.data.model_copy(update={"source": absolute(recipe.data.source)})
-    return recipe.model_copy(update={"teacher": teacher, "data": data})
+    return recipe.model_copy(update={"teacher": teacher, "data": recipe.data.with_sources(absolute)})

@@ -34,7 +34,7 @@ def work(session: Session) -> None:
     made_from, changed = with_version(inputs(session)), session.continue_changed
     training = Training(**spec.model_dump(exclude_unset=True))
     job = Job("teacher", training, session.folder.fit, seed, made_from, continue_changed=changed)
-    train_model(session, job, model, Objective(LABELS_ONLY, session.corpus.task.head), None)
+    train_model(session, job, model, Objective(LABELS_ONLY, session.corpus.head), None)
     save_model(session, model, session.folder.teacher)
 
 

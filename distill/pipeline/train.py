@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from distill.data import TrainingBatches, evaluation_batches
 from distill.errors import InputError
 from distill.evaluation.arms import ARMS, controls
-from distill.evaluation.metrics import compute, higher_is_better
+from distill.evaluation.metrics import compute, higher_is_better, measurable
 from distill.evaluation.predict import merge_rows, predict
 from distill.evaluation.table import finite_or_none
 from distill.files import content_of, fresh_folder
@@ -46,7 +46,7 @@ def train_arm(session: Session, arm: str) -> None:
     """Train an arm from its start on its own terms, for as many steps as the student, and save it."""
     recipe, plan, steps = session.recipe, StudentPlan.load(session.folder.plan), steps_of(session)
     maps = partial(layer_map, plan=plan, student_layers=len(plan.layers), teacher_layers=plan.teacher_layers)
-    objective = Objective(terms_of(recipe, arm), session.task.head, maps, session.vocabulary)
+    objective = Objective(terms_of(recipe, arm), session.corpus.head, maps, session.vocabulary)
     model = ARMS[arm].prepare(recipe, session.load(session.arm_start(arm)), steps)
     teacher = session.live_teacher(objective.teacher) if objective.needs_teacher else None
     if teacher is not None:
@@ -83,7 +83,7 @@ def train_model(session: Session, job: Job, model: Any, objective: Objective, te
         teacher,
         batches,
         accelerator,
-        evaluate=partial(measure_held_out, session),
+        evaluate=partial(measure_held_out, session) if session.corpus.validation else None,
         say=session.say,
     )
     model.to(device="cpu", dtype=dtype)
@@ -125,14 +125,15 @@ def peak_tokens_per_second(session: Session, job: Job, model: Any, teacher: Live
 
 
 def measure_held_out(session: Session, model: Any, stopped: Callable[[], bool]) -> dict[str, float | None]:
-    """Compute the task's metrics on the test split, shared out over the ranks; none once `stopped` says so."""
+    """Compute the task's metrics on the validation split, shared out over the ranks; none once `stopped` says so."""
     corpus, state = session.corpus, process_state()
-    size = session.recipe.evaluation.batch_size
-    batches = evaluation_batches(corpus, corpus.test, size, state.process_index, state.num_processes)
+    size, examples = session.recipe.evaluation.batch_size, corpus.validation
+    assert examples is not None, "nothing is measured during training without a validation split"
+    batches = evaluation_batches(corpus, examples, size, state.process_index, state.num_processes)
     wanted = takewhile(lambda _batch: not stopped(), batches)
-    rows = predict(model, wanted, corpus.task.head, vocabulary=session.vocabulary)
+    rows = predict(model, wanted, corpus.head, vocabulary=session.vocabulary)
     columns = merge_rows(gather_object([rows]))
-    return finite_or_none(compute(corpus.task.metrics, columns)) if columns else {}
+    return finite_or_none(compute(measurable(corpus.task.metrics, columns), columns)) if columns else {}
 
 
 def save_model(session: Session, model: Any, folder: Path) -> None:
@@ -194,6 +195,7 @@ def check_labels(session: Session) -> None:
         InputError: With everything in the recipe that learns from labels.
     """
     recipe = session.recipe
+    Objective(recipe.losses, session.corpus.head, lambda _policy: LayerMap(((0, 0),)))
     if session.corpus.labelled:
         return
     learners = ["teacher.fit"] if recipe.teacher.fit else []
@@ -204,7 +206,7 @@ def check_labels(session: Session) -> None:
     if learners:
         raise InputError(
             f"data: no training example has a label, and these learn from labels: {', '.join(learners)}; "
-            f"give labels to some training examples in {recipe.data.source}, or leave these out of the recipe"
+            f"give labels to some training rows under data, or leave these out of the recipe"
         )
 
 

@@ -14,13 +14,14 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from distill.recipe.data import FILE, HUB
+from distill.recipe.datafiles import ENDINGS
 from distill.recipe.document import Document, at
 from distill.recipe.fields import KeyPath, Mistake, Section, dotted
 from distill.recipe.foreign import ADVICE, RENAMED, UNSUPPORTED
-from distill.recipe.locate import ENDINGS
 from distill.recipe.rules import PARTS
 from distill.recipe.schema import NAME, Recipe, Term
-from distill.recipe.sections import FILE, SHA256
+from distill.recipe.sections import SHA256
 from distill.recipe.yaml import scalar
 from distill.registry import REFERENCE, nearest, suggest
 
@@ -31,6 +32,7 @@ _PATTERNS = {
     SHA256: "64 hexadecimal digits in lower case",
     f"^{REFERENCE}$": "package.module:function",
     FILE: "./FILE",
+    HUB: "hub:ORG/NAME",
 }
 _PLAIN = (
     ("a valid integer", "a whole number"), ("a valid number", "a number"), ("a finite number", "a number"),

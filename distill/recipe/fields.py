@@ -31,6 +31,7 @@ Index = Annotated[StrictInt, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0), NotASwitch]
 NonNegative = Annotated[float, Field(ge=0), NotASwitch]
 Fraction = Annotated[float, Field(ge=0, le=1), NotASwitch]
+Columns = dict[StrictStr, StrictStr]
 Params = dict[StrictStr, StrictBool | StrictInt | float | StrictStr]
 
 

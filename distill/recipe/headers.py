@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 from collections.abc import Collection, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from distill.errors import InputError
 from distill.files import MAX_JSON, read_object
+from distill.recipe.data import SPLITS
+from distill.recipe.datafiles import data_files, ending_of, read_rows
 from distill.recipe.fields import KeyPath, Mistake
 from distill.recipe.locate import (
     TeacherSize,
     ambiguous_folder,
-    data_file,
     is_left_behind,
     teacher_folder,
     teacher_size,
 )
-from distill.recipe.schema import Data, Teacher
+from distill.recipe.names import OPTIONAL_COLUMNS, TASK_COLUMNS
+from distill.recipe.schema import Data, Source, Teacher
 
-MAX_LINE = 1_000_000
-MAX_LINES = 100_000
-"""Bytes of a line, and lines, that are read in search of a column; what comes later is seen when the data is read."""
+MAX_ROWS = 100_000
+"""Rows that are read in search of a column; what comes later is seen when the data is read."""
 NOT_STORED = (
     *("classifier", "score", "lm_head", "pre_classifier", "classifier.dense", "classifier.out_proj", "pooler.dense"),
     *("head.dense", "head.norm", "encoder.embed_positions", "decoder.embed_positions"),
@@ -99,50 +100,41 @@ def read_header(path: Path) -> dict[str, Any]:
 
 
 def look_at_data(data: Data | None, base: Path) -> Iterator[Mistake]:
-    """Yield what is wrong with the data file: it is not there, of no known kind, or lacks a column."""
-    if data is None or is_left_behind(data.source, base):
+    """Yield what is wrong with the data files: they are not there, of no known kind, or lack a column."""
+    if data is None:
         return
-    try:
-        path = data_file(data.source, base)
-        if path is None:
-            return
-        wanted = {} if path.suffix == ".txt" else {"text": data.text}
-        wanted |= {"label": data.label} if data.task == "classification" else {}
-        columns = _columns(path, set(wanted.values()))
-    except (OSError, ValueError, RecursionError, csv.Error) as error:
-        known = str(error).removeprefix("data.source: ")
-        yield Mistake(("data", "source"), known if isinstance(error, InputError) else f"cannot read the file: {error}")
-        return
-    for key, column in wanted.items():
-        if columns is not None and column not in columns:
-            yield Mistake(("data", key), f"{path.name} has no column {column!r}; it has {', '.join(columns)}")
+    roles = TASK_COLUMNS.get(data.task, ())  # type: ignore[call-overload]
+    needed = [role for role in roles if role not in OPTIONAL_COLUMNS or role in data.columns]
+    wanted = {role: data.columns.get(role, role) for role in needed}
+    for split in SPLITS:
+        key = data.key_of(split)
+        for source in data.origins(split):
+            if is_left_behind(source.source, base):
+                continue
+            try:
+                for path in data_files(source.source, base):
+                    yield from _lacking(key, path, source, wanted)
+            except InputError as error:
+                yield Mistake(("data", key), str(error))
 
 
-def _columns(path: Path, wanted: set[str]) -> list[str] | None:
-    """List the columns of a file, at least until all that are wanted are found; None where that would take long."""
-    if path.suffix == ".txt":
-        return ["text"]
-    if path.suffix == ".parquet":
-        with path.open("rb") as file:
-            if file.read(4) != b"PAR1":
-                raise ValueError("it is not a parquet file")
-        return None
+def _lacking(key: str, path: Path, source: Source, wanted: dict[str, str]) -> Iterator[Mistake]:
+    """Yield the columns that a file does not have, as far as its first rows tell."""
+    if ending_of(path) in ("", ".parquet"):
+        if ending_of(path) and path.read_bytes()[:4] != b"PAR1":
+            yield Mistake(("data", key), f"{path} is not a parquet file")
+        return
     columns: dict[str, None] = {}
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        if path.suffix == ".csv":
-            return next(csv.reader(iter(lambda: file.readline(MAX_LINE), "")), [])
-        for number in range(1, MAX_LINES + 1):
-            line = file.readline(MAX_LINE)
-            if len(line) == MAX_LINE or (number == 1 and line.lstrip().startswith("[")):
-                return None
-            if not line:
-                break
-            row = json.loads(line) if line.strip() else {}
-            if not isinstance(row, dict):
-                raise ValueError(f"line {number} is not an object: {line[:40].strip()}")
-            columns |= dict.fromkeys(row)
-            if wanted <= columns.keys():
-                break
-        else:
-            return None
-    return list(columns)
+    for _, row in islice(read_rows(path, source), MAX_ROWS):
+        columns |= dict.fromkeys(row)
+        if ending_of(path) != ".jsonl" or columns.keys() >= set(wanted.values()):
+            break
+    else:
+        if len(columns) == 0:
+            yield Mistake(("data", key), f"{path} has no row")
+            return
+    for role, column in wanted.items():
+        if column not in columns:
+            message = f"{path.name} has no column {column!r}; it has {', '.join(columns)}"
+            fix = f"name it: columns: {{{role}: {next(iter(columns))}}}"
+            yield Mistake(("data", "columns", role) if role != column else ("data", key), message, fix)

@@ -32,8 +32,6 @@ _LIMITS = {
     "vocab_size": 10_000_000,
 }
 """Far beyond any model; larger numbers would only fill the memory."""
-ENDINGS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
-"""Kinds of data files."""
 CHECKSUMS = "SHA256SUMS"
 """File of a release that lists all others."""
 
@@ -63,24 +61,6 @@ def is_path(name: str) -> bool:
 def is_left_behind(name: str, base: Path) -> bool:
     """Tell whether the recipe of a release names a file or folder that stayed on the machine where it was made."""
     return is_path(name) and (base / CHECKSUMS).is_file() and not (base / Path(name).expanduser()).exists()
-
-
-def data_file(source: str, base: Path) -> Path | None:
-    """Return the file that `data.source` names, None for a built-in corpus or the user's own function.
-
-    Raises:
-        InputError: The file is missing, empty or of an unknown kind.
-    """
-    if not is_path(source):
-        return None
-    path = base / Path(source).expanduser()
-    if path.suffix not in ENDINGS:
-        raise InputError(f"data.source: {path} has none of the known endings {', '.join(ENDINGS)}")
-    if not path.is_file():
-        raise InputError(f"data.source: there is no file {path}")
-    if path.stat().st_size == 0:
-        raise InputError(f"data.source: {path} is empty")
-    return path
 
 
 def teacher_folder(model: str, base: Path) -> Path | None:

@@ -24,7 +24,7 @@ Score = Literal[
 MaskScore = Literal["magnitude", "random"]
 Allocation = Literal["uniform", "threshold", "global", "sensitivity"]
 Optimizer = Literal["adamw"]
-Source = Literal["stdlib-docstrings", "pydoc-topics", "stdlib-sources"]
+BuiltInSource = Literal["stdlib-docstrings", "pydoc-topics", "stdlib-sources"]
 TaskName = Literal["classification", "causal_lm"]
 Metric = Literal["accuracy", "f1_macro", "agreement", "perplexity", "token_accuracy", "kl", "loss"]
 LogitLoss = Literal[
@@ -64,6 +64,13 @@ READS: dict[Score, str] = {
     "output_change": "gram",
 }
 """Scores that read what `student.calibration` can switch off -> the key that does so."""
+TASK_COLUMNS: dict[TaskName, tuple[str, ...]] = {
+    "classification": ("text", "label", "pair"),
+    "causal_lm": ("text",),
+}
+"""Columns of each task."""
+OPTIONAL_COLUMNS = ("pair",)
+"""Columns that are read only where `data.columns` names them."""
 TASK_METRICS: dict[TaskName, tuple[Metric, ...]] = {
     "classification": ("accuracy", "f1_macro", "loss"),
     "causal_lm": ("perplexity", "token_accuracy", "loss"),

@@ -11,10 +11,11 @@ import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from distill.recipe.data import Data
 from distill.recipe.fields import KeyPath, Mistake
 from distill.recipe.locate import TeacherSize
 from distill.recipe.names import READS, TASK_METRICS, TEACHER_METRICS
-from distill.recipe.sections import Data, Evaluation, Optimization, Release, Training
+from distill.recipe.sections import Evaluation, Optimization, Release, Training
 from distill.recipe.student import Calibration, Layers, Mask, Mlp, Repair, Target
 from distill.recipe.terms import TERM_KEYS, Term
 

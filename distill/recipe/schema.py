@@ -12,14 +12,15 @@ from typing import Annotated, Any
 
 from pydantic import Field, StrictStr
 
+from distill.recipe.data import Data, Source
 from distill.recipe.fields import Index, Mistake, Section, dotted
 from distill.recipe.rules import PARTS, check_together
-from distill.recipe.sections import Arm, Data, Evaluation, Format, Optimization, Release, Teacher, Training
+from distill.recipe.sections import Arm, Evaluation, Format, Optimization, Release, Teacher, Training
 from distill.recipe.student import Layers, Mask, Mlp, Repair, Student, Target
 from distill.recipe.terms import Schedule, Term
 
 __all__ = ["Arm", "Data", "Evaluation", "Format", "Layers", "Mask", "Mlp", "Optimization", "Recipe", "Release"]
-__all__ += ["Repair", "Schedule", "Student", "Target", "Teacher", "Term", "Training"]
+__all__ += ["Repair", "Schedule", "Source", "Student", "Target", "Teacher", "Term", "Training"]
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 

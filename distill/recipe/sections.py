@@ -9,12 +9,10 @@ from pydantic import Field, StrictBool, StrictStr
 
 from distill.recipe.fields import Count, Fraction, Index, Mistake, NonNegative, NotASwitch, Params, Positive, Section
 from distill.recipe.locate import is_path
-from distill.recipe.names import Metric, Optimizer, Reference, Source, TaskName
+from distill.recipe.names import Metric, Optimizer, Reference
 
 Format = Literal["uniform", "native", "padded"]
 SHA256 = "^[0-9a-f]{64}$"
-FILE = r"^(\.{1,2}|~)?/."
-"""A path with its start: `./x`, `../x`, `/x` or `~/x`."""
 Arm = Literal["teacher", "cut", "repaired", "distilled", "labels_only"]
 
 
@@ -135,33 +133,6 @@ class Teacher(Section):
         if self.dtype == "int8" and self.device != "same":
             message = f"int8 needs the GPU that the student is on, not device: {self.device}"
             yield Mistake(("dtype",), message, "write device: same, or another dtype")
-
-
-class Data(Section):
-    """Texts, labels and how they become batches."""
-
-    source: Source | Reference | Annotated[StrictStr, Field(pattern=FILE)]
-    """A built-in corpus, `package.module:function`, or `./FILE.jsonl`, `.csv`, `.parquet`, `.txt`."""
-    task: TaskName | Reference
-    """Prediction that the model is trained for."""
-    text: StrictStr = "text"
-    """Column with the text, for files."""
-    label: StrictStr = "label"
-    """Column with the label, for files; an empty or null label means unlabelled."""
-    labelled: Count | None = None
-    """Keep the labels of only so many training examples (chosen by `seed`); the rest become unlabelled text that the
-    teacher labels. null: keep all."""
-    max_length: Count = 128
-    """Tokens per example; longer texts are cut (classification) or packed in blocks of this length (causal LM)."""
-    test_share: Annotated[float, Field(gt=0, lt=1), NotASwitch] = 0.2
-    """Share of examples held out, by a hash of their text."""
-    limit: Count | None = None
-    """Use at most this many examples, for trials."""
-
-    def mistakes(self) -> Iterator[Mistake]:
-        """Refuse columns where there is no file to have them."""
-        if not is_path(self.source):
-            yield from self.without_effect(("text", "label"), ": only files have columns to choose")
 
 
 class Training(Optimization):

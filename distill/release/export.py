@@ -73,10 +73,10 @@ if "distill" in sys.modules and not asked["packages"]:
 
 def releasable_recipe(recipe: Recipe) -> str:
     """Write the recipe as YAML, with folders of this machine cut down to their names."""
-    teacher, data = recipe.teacher, recipe.data
+    teacher = recipe.teacher
     public = {
         "teacher": teacher.model_copy(update={"model": without_folders(teacher.model)}),
-        "data": data.model_copy(update={"source": without_folders(data.source)}),
+        "data": recipe.data.with_sources(without_folders),
     }
     return dump(recipe.model_copy(update=public))
 

@@ -1,0 +1,186 @@
+"""A task, i.e. a kind of prediction: its columns, labels, tokens, batches, head and metrics.
+
+One file of this folder is one task. What it does not say it takes from `Task`: a text, cut to length, alone in its row.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from distill.models.forward import Batch, Outputs
+from distill.recipe.schema import Data
+
+Values = Mapping[str, Sequence[Any]]
+"""Column of the task -> its values, one per row; None for a label that is hidden or not there."""
+Seeds = Sequence[tuple[int, ...]]
+"""For each example the numbers that its random draws follow from: in training the seed of the recipe, the step and the
+example; in evaluations the example alone."""
+Features = dict[str, list[Any]]
+"""Name -> one entry per example: a number, a list of numbers, or text. `input_ids` and `labelled` are always there."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column that a task reads."""
+
+    read: Callable[[Any], Any]
+    """(value of the file) -> value of the task, as JSON has it. Raises ValueError that says what is wrong with it."""
+    answer: bool = False
+    """It is asked for, not given to the model: rows that differ in nothing else contradict each other."""
+    plain: bool = False
+    """Its values are text, kept as they are; of other columns JSON is kept."""
+
+
+def read_text(value: Any) -> str:
+    """Accept text; nothing at all is an empty text."""
+    if value is not None and not isinstance(value, str):
+        raise ValueError("is no text")
+    return value or ""
+
+
+TEXT = Column(read_text, plain=True)
+
+
+@dataclass(frozen=True)
+class Settled:
+    """Facts that the labels of all splits decide."""
+
+    head: str
+    """The kind of predictions, a name from `distill.losses.PREDICTION_KINDS`."""
+    classes: tuple[str, ...] = ()
+    """Class names by index; empty where the model has no classes of its own."""
+
+
+@dataclass
+class Encoder:
+    """A tokenizer at work for a task, and the counts of what it cut or did not know."""
+
+    tokenizer: Any
+    spec: Data
+    settled: Settled
+    truncated: int = 0
+    """Examples that were cut."""
+    tokens: int = 0
+    unknown: int = 0
+    """Tokens that stand for what the tokenizer does not know."""
+    examples: int = 0
+    notes: Counter[str] = field(default_factory=Counter)
+    """Other things that happened -> how often."""
+
+    @cached_property
+    def unknown_id(self) -> int | None:
+        """Id of unknown text; None where the tokenizer can write everything, or uses the token for something else."""
+        found = self.tokenizer.unk_token_id
+        return None if found in (self.tokenizer.eos_token_id, self.tokenizer.bos_token_id) else found
+
+    def __call__(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> dict[str, list[list[int]]]:
+        """Encode texts, or pairs of them, with special tokens, each cut to `max_length`.
+
+        Returns:
+            `input_ids`, and `token_type_ids` where pairs need them, one list per text.
+        """
+        limit = self.spec.max_length
+        given = (list(texts),) if pairs is None else (list(texts), list(pairs))
+        encoded = self.tokenizer(*given, truncation=True, max_length=limit)
+        full = [row for row, ids in enumerate(encoded["input_ids"]) if len(ids) >= limit]
+        if full:
+            whole = self.tokenizer(*([part[row] for row in full] for part in given), verbose=False)["input_ids"]
+            self.truncated += sum(len(ids) > limit for ids in whole)
+        self.count(encoded["input_ids"])
+        names = ["input_ids", *(["token_type_ids"] if pairs is not None and "token_type_ids" in encoded else [])]
+        return {name: encoded[name] for name in names}
+
+    def count(self, rows: Sequence[Sequence[int]]) -> None:
+        """Count the tokens of examples, and the unknown ones among them."""
+        self.examples += len(rows)
+        self.tokens += sum(map(len, rows))
+        if self.unknown_id is not None:
+            self.unknown += sum(list(ids).count(self.unknown_id) for ids in rows)
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Lists of different lengths: the entries of one feature for some examples."""
+
+    flat: np.ndarray
+    lengths: np.ndarray
+    """int64 [B]"""
+
+    @cached_property
+    def mask(self) -> np.ndarray:
+        """Where padded rows have an entry, boolean [B, longest]."""
+        longest = int(self.lengths.max(initial=0))
+        found: np.ndarray = np.arange(longest) < self.lengths[:, None]
+        return found
+
+    def pad(self, value: int) -> np.ndarray:
+        """Pad on the right, int64 [B, longest]."""
+        padded = np.full(self.mask.shape, value, dtype=np.int64)
+        padded[self.mask] = self.flat
+        return padded
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return iter(np.split(self.flat, np.cumsum(self.lengths)[:-1]))
+
+
+class Task:
+    """One kind of prediction. Subclasses fill the attributes and replace the methods that differ."""
+
+    name: ClassVar[str]
+    auto_class: ClassVar[str]
+    """Name of the transformers Auto class with its head."""
+    head: ClassVar[str]
+    """The kind of predictions, a name from `distill.losses.PREDICTION_KINDS`; `settle` may find another."""
+    columns: ClassVar[Mapping[str, Column]] = {"text": TEXT}
+    metrics: ClassVar[tuple[str, ...]]
+    """Measured unless the recipe says otherwise; the first is the one that stands in headlines."""
+    observed: ClassVar[tuple[str, ...]] = ()
+    """Columns that `observe` adds to the predictions."""
+    packed: ClassVar[bool] = False
+    """Texts longer than a row are cut into several, and several texts may share a row, where the teacher's family can
+    tell them apart."""
+    divisible: ClassVar[bool] = False
+    """A text is prose that may be split into a part for training and one for the test."""
+
+    def settle(self, _labels: Mapping[str, Counter[str]]) -> Settled:
+        """Decide on head and classes from split -> label, as JSON -> number of rows. Raises InputError."""
+        return Settled(self.head)
+
+    def model_settings(self, _settled: Settled) -> dict[str, Any]:
+        """Return what the config of a model for this task must say, beside its classes."""
+        return {}
+
+    def encode(self, rows: Values, encoder: Encoder) -> Features:
+        """Turn rows into examples. One that gives several, or none, adds `row`, the number of each one's row."""
+        return {**encoder(rows["text"]), "labelled": [True] * len(rows["text"])}
+
+    def collate(self, examples: Mapping[str, Any], padding: int, _seeds: Seeds) -> Batch:
+        """Make a batch of examples: input_ids, attention_mask [B, L], labels [B] or [B, L].
+
+        Args:
+            examples: Feature -> `Ragged`, an array, or a list of texts.
+            padding: Token id that fills short rows.
+            _seeds: Of each example, for what is drawn at random.
+        """
+        ids: Ragged = examples["input_ids"]
+        batch = {"input_ids": ids.pad(padding), "attention_mask": ids.mask.astype(np.int64)}
+        if "token_type_ids" in examples:
+            batch["token_type_ids"] = examples["token_type_ids"].pad(0)
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+    def observe(self, _model: Any, _outputs: Outputs, _batch: Batch, _examples: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the columns `observed` for a batch, one entry per example, from what a model said about it."""
+        return {}
+
+
+def as_json(value: Any) -> str:
+    """Write a value as it is kept, the same for equal ones."""
+    return json.dumps(value, ensure_ascii=False, sort_keys=True)

@@ -1,0 +1,131 @@
+"""The section `data`: where rows come from, the task that they are for, and how they become examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, StrictStr
+
+from distill.recipe.fields import Columns, Count, Mistake, NotASwitch, Positive, Section
+from distill.recipe.locate import is_path
+from distill.recipe.names import TASK_COLUMNS, BuiltInSource, Reference, TaskName
+from distill.registry import suggest
+
+FILE = r"^(\.{1,2}|~)?/."
+"""A path with its start: `./x`, `../x`, `/x` or `~/x`."""
+HUB = r"^hub:[\w.-]+/[\w.-]+$"
+"""A dataset of the model hub."""
+
+SPLITS = ("train", "validation", "test")
+
+SourceName = (
+    BuiltInSource | Reference | Annotated[StrictStr, Field(pattern=FILE)] | Annotated[StrictStr, Field(pattern=HUB)]
+)
+
+
+class Source(Section):
+    """One place that rows are read from, where its name alone does not say enough."""
+
+    source: SourceName
+    """As in `data.source`."""
+    weight: Positive = 1.0
+    """In a list: how often each row is seen per pass over the training data. 2: twice; 0.5: half of the rows, chosen by
+    a hash."""
+    delimiter: Annotated[StrictStr, Field(min_length=1, max_length=1)] | None = None
+    """Character between the columns of a `.csv` or `.tsv` file; null: a comma, a tab."""
+    encoding: StrictStr = "utf-8"
+    """Encoding of a text file, e.g. latin-1."""
+    separator: StrictStr | None = None
+    """Line that stands between the documents of a `.txt` file; "" is an empty line. null: a file is one document."""
+    revision: StrictStr | None = None
+    """Commit, tag or branch of a hub dataset."""
+    config: StrictStr | None = None
+    """Configuration of a hub dataset."""
+    split: StrictStr | None = None
+    """Split of a hub dataset or of a saved `DatasetDict`; null: the one that the key asks for."""
+
+    def mistakes(self) -> Iterator[Mistake]:
+        """Refuse keys that this kind of source does not have."""
+        file = is_path(self.source)
+        if not file:
+            yield from self.without_effect(("delimiter", "encoding", "separator"), ": only files have it")
+        if not self.source.startswith("hub:"):
+            yield from self.without_effect(("revision", "config"), ": only hub datasets have it")
+            if not file:
+                yield from self.without_effect(("split",), ": only hub datasets and saved ones have it")
+
+
+Sources = SourceName | Source | list[SourceName | Source]
+
+
+class Data(Section):
+    """Rows, the task, and how they become batches."""
+
+    source: Sources | None = None
+    """A built-in corpus; files, as `./x.jsonl`, a pattern `./part-*.csv` or a folder (`.jsonl .json .csv .tsv .parquet
+    .txt`, also compressed); a folder of `Dataset.save_to_disk`; `hub:ORG/NAME`; `package.module:function`; a section
+    with one of these and its options; or a list of them. Training and test rows are split by a hash."""
+    train: Sources | None = None
+    """Instead of `source`: rows to train on."""
+    validation: Sources | None = None
+    """Rows to look at during training; null: some of the training rows, where anything looks."""
+    test: Sources | None = None
+    """Rows that nobody looks at before the evaluation; null: some of the training rows, by a hash of their text."""
+    task: TaskName | Reference
+    """Prediction that the model is trained for."""
+    columns: Columns = {}
+    """The task's columns -> those of the files, e.g. `{text: review, label: stars}`; null: they have the same names."""
+    labelled: Count | None = None
+    """Keep the labels of only so many training examples (chosen by `seed`); the rest become unlabelled text that the
+    teacher labels. null: keep all."""
+    max_length: Count = 128
+    """Tokens per example; longer texts are cut, and counted. Language models: tokens per row of packed documents."""
+    test_share: Annotated[float, Field(gt=0, lt=1), NotASwitch] = 0.2
+    """Share of rows held out for the test where no `test` is given."""
+    validation_share: Annotated[float, Field(gt=0, lt=1), NotASwitch] = 0.1
+    """Share of the training rows held out for looking during training, where no `validation` is given and
+    `evaluate_every` or `keep_best` looks."""
+    limit: Count | None = None
+    """Use at most this many rows of each split, for trials."""
+    contradictions: Literal["refuse", "first", "majority", "drop"] = "refuse"
+    """Rows with equal inputs and different labels: refuse the data, take the first or the most frequent label, or drop
+    all of them."""
+
+    def mistakes(self) -> Iterator[Mistake]:
+        """Refuse rows from two sides or from none, columns that the task does not have, and keys without effect."""
+        yield from self.not_one_of("source", "train")
+        if self.test is not None:
+            yield from self.without_effect(("test_share",), ": test is given")
+        if self.validation is not None:
+            yield from self.without_effect(("validation_share",), ": validation is given")
+        roles = TASK_COLUMNS.get(self.task)  # type: ignore[call-overload]
+        for role in self.columns if roles is not None else ():
+            if role not in roles:
+                message = f"task: {self.task} has no column {role}"
+                yield Mistake(("columns", role), message, f"{suggest(role, roles)}It has {', '.join(roles)}", at="key")
+
+    def key_of(self, split: str) -> str:
+        """Name the key that gives the rows of a split: `train` may be `source`."""
+        return "source" if split == "train" and self.train is None else split
+
+    def origins(self, split: str) -> list[Source]:
+        """List the sources of a split; none where its rows are taken from those of training."""
+        given = getattr(self, self.key_of(split))
+        each = given if isinstance(given, list) else [] if given is None else [given]
+        return [one if isinstance(one, Source) else Source(source=one) for one in each]
+
+    def with_sources(self, rename: Callable[[str], str]) -> Data:
+        """Return the section with other names for its sources, e.g. absolute paths."""
+
+        def renamed(given: Any) -> Any:
+            if isinstance(given, list):
+                return [renamed(each) for each in given]
+            return (
+                given.model_copy(update={"source": rename(given.source)})
+                if isinstance(given, Source)
+                else rename(given)
+            )
+
+        given = {key: getattr(self, key) for key in ("source", "train", "validation", "test")}
+        return self.model_copy(update={key: renamed(value) for key, value in given.items() if value is not None})
