@@ -162,7 +162,7 @@ def test_the_readme_lists_what_is_built_in():
         "student.mlp.allocate": get_args(names.Allocation),
         "training.optimizer": get_args(names.Optimizer),
         "training.schedule": SCHEDULES,
-        "data.source": get_args(names.Source),
+        "data.source": get_args(names.BuiltInSource),
         "data.task": get_args(names.TaskName),
         "loss` with `match: logits": LOGITS,
         "loss` with `match: hidden": HIDDEN,

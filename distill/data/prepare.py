@@ -17,7 +17,8 @@ import pyarrow as pa
 
 from distill.data.corpus import Corpus, Examples, save_facts
 from distill.data.packing import cut_documents, pack
-from distill.data.splits import BLOCK, Split, divide, read_split, split_documents, write_arrow
+from distill.data.rows import BLOCK, read_split, split_documents, write_arrow
+from distill.data.splits import Split, divide
 from distill.data.summary import summarise
 from distill.data.tasks.task import Encoder, Features, Ragged, Settled, Task
 from distill.errors import InputError

@@ -1,6 +1,6 @@
 """Metrics: one plain function per row of the table at the foot; its positional parameters name the columns it reads.
 
-A column is a 1-D array with one entry per example (a text, or a block of a language model):
+A column is an array with one entry, number, text or row of numbers, per example (a text, or a row of packed documents):
 
     example                  its number within the split
     predictions, references, teacher_predictions   class, where an example has one label
@@ -144,8 +144,9 @@ def metric_class(functions: Mapping[str, Function], columns: Mapping[str, Column
     import numpy as np
 
     types = {"b": "int64", "i": "int64", "u": "int64", "f": "float64", "U": "string"}  # by kind of a numpy type
+    values = {column: datasets.Value(types[own.dtype.kind]) for column, own in columns.items()}
     features = datasets.Features(
-        {column: datasets.Value(types[values.dtype.kind]) for column, values in columns.items()}
+        {name: datasets.List(value) if columns[name].ndim > 1 else value for name, value in values.items()}
     )
 
     class FunctionMetrics(evaluate.Metric):  # type: ignore[misc]  # evaluate has no types

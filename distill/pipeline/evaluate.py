@@ -42,7 +42,10 @@ def work(session: Session) -> None:
         return
     with fresh_folder(session.folder.predictions) as folder:
         for arm, columns in rows.items():
-            save_file(columns, folder / f"{arm}.safetensors", {"data": corpus.fingerprint})
+            numbers = {name: values for name, values in columns.items() if values.dtype.kind != "U"}
+            save_file(numbers, folder / f"{arm}.safetensors", {"data": corpus.fingerprint})
+            if texts := {name: values.tolist() for name, values in columns.items() if name not in numbers}:
+                write_json(folder / f"{arm}.json", texts)
     names = list(dict.fromkeys([*(recipe.evaluation.metrics or session.task.metrics), *TEACHER_METRICS]))
     student = session.load(session.folder.distilled)
     sources = {without_folders(each.source): None for split in SPLITS for each in recipe.data.origins(split)}

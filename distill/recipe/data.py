@@ -9,7 +9,7 @@ from pydantic import Field, StrictStr
 
 from distill.recipe.fields import Columns, Count, Mistake, NotASwitch, Positive, Section
 from distill.recipe.locate import is_path
-from distill.recipe.names import TASK_COLUMNS, BuiltInSource, Reference, TaskName
+from distill.recipe.names import TASK_COLUMNS, TASK_KEYS, BuiltInSource, Reference, TaskName
 from distill.registry import suggest
 
 FILE = r"^(\.{1,2}|~)?/."
@@ -99,6 +99,9 @@ class Data(Section):
             yield from self.without_effect(("test_share",), ": test is given")
         if self.validation is not None:
             yield from self.without_effect(("validation_share",), ": validation is given")
+        for key, tasks in TASK_KEYS.items():
+            if ":" not in self.task and self.task not in tasks:
+                yield from self.without_effect((key,), f" with task: {self.task}", f"remove it; it is for {tasks[0]}")
         roles = TASK_COLUMNS.get(self.task)  # type: ignore[call-overload]
         for role in self.columns if roles is not None else ():
             if role not in roles:

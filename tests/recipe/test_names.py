@@ -8,13 +8,14 @@ from typing import Any, get_args
 
 import pytest
 
-from distill.data.sources import READERS, SOURCES
+from distill.data.sources import SOURCES
 from distill.data.tasks import TASKS
 from distill.evaluation.metrics import METRICS
 from distill.losses import ATTENTION, HIDDEN, LOGITS, RELATION
 from distill.models.layout import LAYOUTS
 from distill.recipe import names
-from distill.recipe.locate import ENDINGS, TeacherSize
+from distill.recipe.datafiles import ENDINGS, READERS
+from distill.recipe.locate import TeacherSize
 from distill.recipe.rules import KEEP_FIRST, first_layer_is_kept
 from distill.recipe.schema import Layers, Optimization, json_schema
 from distill.recipe.terms import TERM_KEYS
@@ -31,7 +32,7 @@ LITERALS: list[tuple[Any, Table]] = [
     (names.MaskScore, MASK_SCORES),
     (names.Allocation, ALLOCATIONS),
     (names.Optimizer, OPTIMIZERS),
-    (names.Source, SOURCES),
+    (names.BuiltInSource, SOURCES),
     (names.TaskName, TASKS),
     (names.Metric, METRICS),
     (names.LogitLoss, LOGITS),
@@ -74,7 +75,7 @@ def test_every_kind_of_parameters_is_compared_with_functions() -> None:
 
 
 def test_every_kind_of_data_file_has_a_reader() -> None:
-    assert tuple(READERS) == ENDINGS
+    assert {*READERS, ".parquet"} == set(ENDINGS)
 
 
 def test_policies_that_know_protected_layers_take_them() -> None:
@@ -96,6 +97,12 @@ def test_a_policy_that_drops_a_first_layer_that_must_stay_is_known_to(choose: st
                 size = TeacherSize(layers=layers, family=KEEP_FIRST[0])
                 refused = any(first_layer_is_kept(Layers(keep=keep, choose=choose), size))
                 assert refused == (LAYER_POLICIES[choose](layers, keep, None)[0] != 0), (layers, keep)
+
+
+def test_tasks_read_the_columns_that_a_recipe_may_name() -> None:
+    assert {name: {*task().columns} for name, task in TASKS.items()} == {
+        name: set(columns) for name, columns in names.TASK_COLUMNS.items()
+    }
 
 
 def test_tasks_measure_what_they_say() -> None:
