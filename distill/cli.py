@@ -49,16 +49,19 @@ Continue = Annotated[
     bool, typer.Option("--continue-from-changed", help="Continue from a checkpoint that was made from other inputs.")
 ]
 
+AcceptWeak = Annotated[
+    bool, typer.Option("--accept-weak-teacher", help="Go on with a teacher that is no better than chance on the data.")
+]
+
 
 @app.command()
 def validate(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Check a recipe and say everything that is wrong with it; needs no torch and no network."""
-    from distill.recipe.data import SPLITS
     from distill.recipe.load import load_recipe
     from distill.recipe.locate import is_left_behind
 
     loaded = load_recipe(recipe, overrides or ())
-    sources = [source.source for split in SPLITS for source in loaded.data.origins(split)]
+    sources = [source.source for split in loaded.data.splits for source in loaded.data.origins(split)]
     names = (loaded.teacher.model, *sources)
     absent = " and ".join(name for name in names if is_left_behind(name, recipe.absolute().parent))
     _say(f"{recipe}: fine ({loaded.name})")
@@ -82,8 +85,9 @@ def _add_verb(name: str, text: str) -> None:
         out: Out = None,
         remote_code: RemoteCode = False,
         continue_changed: Continue = False,
+        accept_weak_teacher: AcceptWeak = False,
     ) -> None:
-        _run(name, recipe, overrides, out, remote_code, continue_changed)
+        _run(name, recipe, overrides, out, (remote_code, continue_changed, accept_weak_teacher))
 
 
 for _name, _text in {
@@ -137,9 +141,7 @@ def options(
     """One recipe takes a large transformer to a released, measured small one."""
 
 
-def _run(
-    verb: str, path: Path, overrides: list[str] | None, out: Path | None, remote_code: bool, continue_changed: bool
-) -> None:
+def _run(verb: str, path: Path, overrides: list[str] | None, out: Path | None, flags: tuple[bool, bool, bool]) -> None:
     from distill.recipe.load import load_recipe
 
     recipe = load_recipe(path, overrides or ())  # before torch: a wrong recipe is answered at once
@@ -159,7 +161,7 @@ def _run(
 
     base, run = path.absolute().parent, RunDir(folder.absolute())
     run.check({"the recipe": path, **local_inputs(recipe, base)})
-    session = Session(recipe, base, run, say, remote_code, continue_changed)
+    session = Session(recipe, base, run, say, *flags)
     with leaving_in_time():
         run_stages(session, VERBS[verb], STORY)
     if main_process and verb in ("evaluate", "release", "run"):
@@ -202,9 +204,12 @@ def _print_evaluation(session: Session) -> None:
     from distill.release.tables import arms_table, efficiency_table
 
     evidence = collect_evidence(session)
-    data, arms, efficiency = evidence.evaluation["data"], arms_table(evidence), efficiency_table(evidence)
-    rows = [(name, *row[1:]) for name, row in zip(evidence.arms, arms.rows, strict=True)]  # titles are too wide
-    _print_table(f"{data['examples']} held-out examples of {data['source']}", replace(arms, rows=rows))
+    data, efficiency = evidence.evaluation["data"], efficiency_table(evidence)
+    titles = {f"{data['examples']} held-out examples of {data['source']}": evidence, **evidence.elsewhere}
+    for title, own in titles.items():
+        arms = arms_table(own)
+        rows = [(name, *row[1:]) for name, row in zip(own.arms, arms.rows, strict=True)]  # titles are too wide
+        _print_table(title, replace(arms, rows=rows))
     if efficiency.rows:
         _print_table("size and speed, measured in one run", efficiency)
 

@@ -144,9 +144,14 @@ class _TrainingSet:
 
 
 def evaluation_batches(
-    corpus: Corpus, examples: Examples, batch_size: int, rank: int = 0, world: int = 1
+    corpus: Corpus,
+    examples: Examples,
+    batch_size: int,
+    rank: int = 0,
+    world: int = 1,
+    pool: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
-    """Every example exactly once over all processes, like lengths together; `examples` [B] numbers them."""
-    groups = micro_batches(range(len(examples)), examples.lengths, batch_size)
+    """Batch every example of the pool (None: of the split) once over all ranks; `examples` [B] numbers them."""
+    groups = micro_batches(range(len(examples)) if pool is None else pool, examples.lengths, batch_size)
     for indices in groups[rank::world]:
         yield collate(corpus, examples, indices) | {"examples": torch.tensor(indices)}

@@ -14,7 +14,6 @@ import pyarrow as pa
 from distill.data.tasks.task import Ragged, Settled, Task
 from distill.errors import InputError
 from distill.files import read_object, write_json
-from distill.recipe.data import SPLITS
 
 FACTS = "corpus.json"
 
@@ -173,10 +172,9 @@ def load_corpus(folder: Path, task: Task) -> Corpus:
     """
     try:
         facts = read_object(folder / FACTS)
-        paths = {name: folder / f"{name}.arrow" for name in SPLITS}
-        splits = {name: Examples(path) for name, path in paths.items() if path.exists()}
-        for examples in (splits["train"], splits["test"]):
-            len(examples)
+        splits = {name: Examples(folder / f"{name}.arrow") for name in facts["summary"]}
+        for examples in splits.values():
+            len(examples)  # maps the file
         settled = Settled(**{**facts["settled"], "classes": tuple(facts["settled"]["classes"])})
         return Corpus(task, settled, splits, facts["padding"], facts["fingerprint"], facts["summary"])
     except (OSError, ValueError, LookupError, TypeError, pa.ArrowException) as error:

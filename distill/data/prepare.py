@@ -23,7 +23,6 @@ from distill.data.summary import summarise
 from distill.data.tasks.task import Encoder, Features, Ragged, Settled, Task
 from distill.errors import InputError
 from distill.models.weights import as_input_error
-from distill.recipe.data import SPLITS
 from distill.recipe.schema import Data
 
 FEW_DOCUMENTS = 10
@@ -75,7 +74,7 @@ def prepare(order: Order, folder: Path, progress: Report = lambda _split, _done,
     digest = hashlib.sha256(json.dumps([settled.head, settled.classes]).encode())
     parts: dict[str, Examples] = {}
     counts: dict[str, Any] = {}
-    for name in SPLITS:
+    for name in order.spec.splits:
         if name in splits:
             encoder = Encoder(tokenizer, spec, settled)
             path, report = folder / f"{name}.arrow", partial(progress, name)
@@ -93,10 +92,10 @@ def prepare(order: Order, folder: Path, progress: Report = lambda _split, _done,
 
 def _read_splits(order: Order, folder: Path) -> dict[str, Split]:
     task, spec, seed, looks = order.task, order.spec, order.seed, order.looks
-    given = [name for name in SPLITS if spec.origins(name)]
+    given = [name for name in spec.splits if spec.origins(name)]
     rows = {name: read_split(name, task, spec, seed, order.base, folder) for name in given}
-    if task.divisible and given == ["train"] and len(rows["train"]) < FEW_DOCUMENTS:
-        rows = split_documents(rows["train"], task, spec, seed, looks, folder)
+    if task.divisible and not {"validation", "test"} & {*given} and len(rows["train"]) < FEW_DOCUMENTS:
+        rows |= split_documents(rows["train"], task, spec, seed, looks, folder)
     asks = any(column.answer for column in task.columns.values())
     if spec.labelled is not None and not asks:
         raise InputError(f"data.labelled: task: {task.name} has no labels to hide; remove the key")

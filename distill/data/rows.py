@@ -68,7 +68,7 @@ def read_split(split: str, task: Task, spec: Data, seed: int, base: Path, folder
     found = (
         (place, values, source.weight)
         for source in spec.origins(split)
-        for place, values in _read(source, split, spec.key_of(split), names, columns, base)
+        for place, values in islice(_read(source, split, spec.key_of(split), names, columns, base), source.limit)
     )
     return _collect(found, columns, seed, folder / f"{split}.rows.arrow")
 

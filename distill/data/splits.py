@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from distill.data.rows import Rows
 from distill.errors import InputError
+from distill.recipe.data import SPLITS
 from distill.recipe.schema import Data
 
 
@@ -91,7 +92,7 @@ class Ledger:
 
     def drop_those_of(self, other: Ledger) -> None:
         """Leave out rows whose input is in another split."""
-        self._keep(~np.isin(self.keys, other.keys), f"also_in_{other.name}")
+        self._keep(~np.isin(self.keys, other.keys), f"also_in_{other.name.removeprefix('also.')}")
 
     def take(self, name: str, share: float) -> Ledger:
         """Move the share of rows with the smallest draws to a new split of that name."""
@@ -136,17 +137,18 @@ def divide(rows: Mapping[str, Rows], spec: Data, looks: bool, asks: bool) -> dic
         own.resolve_contradictions(spec.contradictions, spec.key_of(name))
         own.drop_equal() if name == "train" else own.count_equal()
     train = ledgers["train"]
+    for name in rows:
+        if name != "train":
+            train.drop_those_of(ledgers[name])
     if "test" not in rows:
         train.cut(spec.limit)  # all rows, before they are split
-    for name, share in (("test", spec.test_share), ("validation", spec.validation_share)):
-        if name in rows:
-            train.drop_those_of(ledgers[name])
-        elif name == "test" or looks:
-            ledgers[name] = train.take(name, share)
+        ledgers["test"] = train.take("test", spec.test_share)
+    if looks and "validation" not in rows:
+        ledgers["validation"] = train.take("validation", spec.validation_share)
     for name, own in ledgers.items():
         if name != "train" and asks:
             own.drop_unlabelled()
-        if "test" in rows:
+        if "test" in rows or name not in SPLITS:
             own.cut(spec.limit)
         if not len(own.index):
             what = "row with a label" if own.counts.get("unlabelled") else "row"

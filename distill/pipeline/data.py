@@ -24,7 +24,6 @@ from distill.models.family import tells_documents_apart
 from distill.models.load import ModelHead, load_config, tokenizer_fingerprint, trained_labels
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage, with_version
-from distill.recipe.data import SPLITS
 from distill.recipe.load import fingerprint
 
 
@@ -51,7 +50,7 @@ def _prepare(session: Session, cache: Path) -> None:
         return settled if recipe.teacher.fit or not settled.classes else _in_trained_order(session, settled)
 
     with fresh_folder(cache) as folder, Progress(transient=True) as bar:
-        tasks = {split: bar.add_task(f"{split}: tokens", visible=False) for split in SPLITS}
+        tasks = {split: bar.add_task(f"{split}: tokens", visible=False) for split in recipe.data.splits}
         order = Order(
             session.task,
             recipe.data,
@@ -125,7 +124,7 @@ def inputs(session: Session) -> dict[str, Any]:
     return {
         "sources": {
             split: [source_fingerprint(source, session.base) for source in recipe.data.origins(split)]
-            for split in SPLITS
+            for split in recipe.data.splits
         },
         "tokenizer": tokenizer_fingerprint(session.source),
         "data": recipe.data.model_dump(mode="json"),

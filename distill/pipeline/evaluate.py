@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
 from safetensors.numpy import save_file
 
-from distill.data import evaluation_batches
+from distill.data import Corpus, Examples, evaluation_batches
 from distill.evaluation.arms import ARMS, measured_arms, rivals
 from distill.evaluation.efficiency import add_disk_bytes, measure_efficiency
 from distill.evaluation.metrics import find_metric, higher_is_better
 from distill.evaluation.predict import Rows, column_names, compare, merge_rows, predict
 from distill.evaluation.recorded import record_teacher
 from distill.evaluation.table import tabulate_arms
-from distill.files import fresh_folder, write_json
+from distill.files import content_of, fresh_folder, read_object, write_json
 from distill.models.family import layers_of
 from distill.models.forward import Batch, Capture, Outputs
 from distill.models.load import folder_fingerprint
@@ -23,7 +25,6 @@ from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage, settings_of
 from distill.pipeline.train import steps_of
 from distill.ranks import process_state
-from distill.recipe.data import SPLITS
 from distill.recipe.names import TEACHER_METRICS
 from distill.release.export import without_folders
 from distill.student.masks import mask_settings, sparsity_table
@@ -41,23 +42,19 @@ def work(session: Session) -> None:
     if not process_state().is_main_process:
         return
     with fresh_folder(session.folder.predictions) as folder:
-        for arm, columns in rows.items():
-            numbers = {name: values for name, values in columns.items() if values.dtype.kind != "U"}
-            save_file(numbers, folder / f"{arm}.safetensors", {"data": corpus.fingerprint})
-            if texts := {name: values.tolist() for name, values in columns.items() if name not in numbers}:
-                write_json(folder / f"{arm}.json", texts)
+        for split, arms in rows.items():
+            for arm, columns in arms.items():
+                save_rows(columns, folder / (arm if split == "test" else f"{arm}.{split}"), corpus.fingerprint)
     names = list(dict.fromkeys([*(recipe.evaluation.metrics or session.task.metrics), *TEACHER_METRICS]))
     student = session.load(session.folder.distilled)
-    sources = {without_folders(each.source): None for split in SPLITS for each in recipe.data.origins(split)}
-    data = {"source": ", ".join(sources), "split": "test", "examples": len(corpus.test)}
-    data |= {"train_examples": len(corpus.train), "labelled": len(corpus.labelled), "fingerprint": corpus.fingerprint}
-    data |= {"summary": corpus.summary}
     table = {
-        "data": data,
+        "data": describe_data(session),
         "metrics": names,
         "primary": names[0],
         "higher_is_better": {name: higher_is_better(name) for name in names},
-        "arms": tabulate_arms(rows, names, steps),
+        "arms": tabulate_arms(rows["test"], names, steps),
+        "also": {split[5:]: tabulate_arms(arms, names, steps) for split, arms in rows.items() if split != "test"},
+        "teacher": read_object(session.folder.examined),
         "rivals": rivals(recipe),
         "efficiency": compare_speed(session, teacher.model, student) if recipe.evaluation.efficiency else None,
         "sparsity": sparsity_table(recipe, student),
@@ -65,32 +62,66 @@ def work(session: Session) -> None:
     write_json(session.folder.evaluation, table)
 
 
-def predict_arms(session: Session, teacher: LiveTeacher, steps: int, rank: int, ranks: int) -> dict[str, Rows]:
-    """Predict the test split with every arm, batches shared out over the ranks; every rank gets all rows.
+def describe_data(session: Session) -> dict[str, Any]:
+    """Name the sources, and count the examples of every split."""
+    recipe, corpus = session.recipe, session.corpus
+    sources = [without_folders(each.source) for split in ("train", "test") for each in recipe.data.origins(split)]
+    return {
+        "source": ", ".join(dict.fromkeys(sources)),
+        "split": "test",
+        "examples": len(corpus.test),
+        "train_examples": len(corpus.train),
+        "labelled": len(corpus.labelled),
+        "fingerprint": corpus.fingerprint,
+        "summary": corpus.summary,
+    }
+
+
+def save_rows(columns: Rows, path: Path, fingerprint: str) -> None:
+    """Write the predictions of an arm: numbers as safetensors, texts as JSON."""
+    numbers = {name: values for name, values in columns.items() if values.dtype.kind != "U"}
+    save_file(numbers, f"{path}.safetensors", {"data": fingerprint})
+    if texts := {name: values.tolist() for name, values in columns.items() if name not in numbers}:
+        write_json(path.with_name(f"{path.name}.json"), texts)
+
+
+def predict_arms(
+    session: Session, teacher: LiveTeacher, steps: int, rank: int, ranks: int
+) -> dict[str, dict[str, Rows]]:
+    """Predict the test split, and those of `data.also`, with every arm; every rank gets all rows.
 
     Args:
         session: The recipe at work.
-        teacher: Runs once over the split, for all arms.
+        teacher: Runs once over each split, for all arms.
         steps: Length of the training, which decides how an untrained arm is masked.
-        rank: Of those that take part.
+        rank: Of those that take part, among which batches are shared out.
         ranks: Number of those that take part.
+
+    Returns:
+        Split -> arm -> rows.
     """
-    corpus, rows = session.corpus, {}
-
-    def observe(model: Any, outputs: Outputs, batch: Batch) -> dict[str, Any]:
-        return corpus.task.observe(model, outputs, batch, corpus.test.take(batch["examples"].tolist()))
-
-    with record_teacher(teacher, session.folder.root / f".teacher-{rank}") as recording:
-        for arm in measured_arms(session.recipe):
-            if arm == "teacher":
-                ask = partial(compare, recording, teacher.model)
-            else:
-                model = session.load(session.arm_folder(arm)).to(teacher.device)
-                ask = partial(predict, model if ARMS[arm].terms else ARMS[arm].prepare(session.recipe, model, steps))
-            batches = evaluation_batches(corpus, corpus.test, session.recipe.evaluation.batch_size, rank, ranks)
-            own = [ask(batches, corpus.head, recording, session.vocabulary, observe)]
-            rows[arm] = merge_rows(gather_object(own) if ranks > 1 else own)
+    corpus, recipe = session.corpus, session.recipe
+    splits = [name for name in corpus.splits if name not in ("train", "validation")]
+    rows: dict[str, dict[str, Rows]] = {split: {} for split in splits}
+    with ExitStack() as stack:
+        folders = {split: session.folder.root / f".teacher-{split}-{rank}" for split in splits}
+        recordings = {split: stack.enter_context(record_teacher(teacher, folders[split])) for split in splits}
+        for arm in measured_arms(recipe):
+            model = teacher.model if arm == "teacher" else session.load(session.arm_folder(arm)).to(teacher.device)
+            if arm != "teacher" and not ARMS[arm].terms:
+                model = ARMS[arm].prepare(recipe, model, steps)
+            for split, recording in recordings.items():
+                examples = corpus.splits[split]
+                batches = evaluation_batches(corpus, examples, recipe.evaluation.batch_size, rank, ranks)
+                ask = partial(compare, recording) if arm == "teacher" else predict
+                observe = partial(_observe, corpus, examples)
+                own = [ask(model, batches, corpus.head, recording, session.vocabulary, observe)]
+                rows[split][arm] = merge_rows(gather_object(own) if ranks > 1 else own)
     return rows
+
+
+def _observe(corpus: Corpus, examples: Examples, model: Any, outputs: Outputs, batch: Batch) -> dict[str, Any]:
+    return corpus.task.observe(model, outputs, batch, examples.take(batch["examples"].tolist()))
 
 
 def compare_speed(session: Session, teacher: Any, student: Any) -> dict[str, Any]:
@@ -114,6 +145,7 @@ def inputs(session: Session) -> dict[str, Any]:
         "arms": {arm: folder_fingerprint(session.arm_folder(arm)) for arm in measured_arms(session.recipe)},
         "teacher": session.teacher_inputs(),
         "data": session.corpus.fingerprint,
+        "examined": content_of(session.folder.examined),
         "student": folder_fingerprint(session.folder.distilled),
         "mask": {**mask, "training": settings_of(session.recipe.training)} if mask else None,
         "max_length": session.recipe.data.max_length,

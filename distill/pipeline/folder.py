@@ -44,6 +44,8 @@ class RunDir:
     """Statistics of the calibration pass."""
     plan = _Inside("plan.json")
     """The student plan."""
+    examined = _Inside("teacher.json")
+    """The teacher's own figures on held-out examples."""
     student = _Inside("student")
     """The student as cut, before training."""
     repaired = _Inside("repaired")

@@ -39,6 +39,8 @@ class Session:
     remote_code: bool = False
     continue_changed: bool = False
     """Continue trainings from checkpoints that were made from other inputs as well."""
+    accept_weak_teacher: bool = False
+    """Go on with a teacher that is no better than chance."""
     _said: set[str] = field(default_factory=set, repr=False)
 
     @cached_property

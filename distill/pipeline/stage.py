@@ -20,7 +20,6 @@ from distill.errors import Stopped
 from distill.files import content_of, write_json, write_text
 from distill.pipeline.session import Session
 from distill.ranks import check_launch, process_state
-from distill.recipe.data import SPLITS
 from distill.recipe.datafiles import data_files
 from distill.recipe.load import dump, fingerprint
 from distill.recipe.locate import is_path, teacher_folder
@@ -160,7 +159,7 @@ def local_inputs(recipe: Recipe, base: Path) -> dict[str, Path]:
     """Name the files and folders of this machine that a recipe reads, by the key that names them."""
     found = {
         f"data.{recipe.data.key_of(split)}": path
-        for split in SPLITS
+        for split in recipe.data.splits
         for source in recipe.data.origins(split)
         for path in data_files(source.source, base)
     }

@@ -17,6 +17,7 @@ FILE = r"^(\.{1,2}|~)?/."
 HUB = r"^hub:[\w.-]+/[\w.-]+$"
 """A dataset of the model hub."""
 
+LABEL = r"^[a-z][a-z0-9-]*$"
 SPLITS = ("train", "validation", "test")
 
 SourceName = (
@@ -32,6 +33,8 @@ class Source(Section):
     weight: Positive = 1.0
     """In a list: how often each row is seen per pass over the training data. 2: twice; 0.5: half of the rows, chosen by
     a hash."""
+    limit: Count | None = None
+    """Use at most so many of its rows, the first ones."""
     delimiter: Annotated[StrictStr, Field(min_length=1, max_length=1)] | None = None
     """Character between the columns of a `.csv` or `.tsv` file; null: a comma, a tab."""
     encoding: StrictStr = "utf-8"
@@ -72,6 +75,9 @@ class Data(Section):
     """Rows to look at during training; null: some of the training rows, where anything looks."""
     test: Sources | None = None
     """Rows that nobody looks at before the evaluation; null: some of the training rows, by a hash of their text."""
+    also: dict[Annotated[StrictStr, Field(pattern=LABEL)], Sources] = {}
+    """Name -> more rows to measure every arm on, of other kinds than those of training: what a student forgets shows
+    there. Rows of training that stand in them are left out."""
     task: TaskName | Reference
     """Prediction that the model is trained for."""
     columns: Columns = {}
@@ -108,13 +114,18 @@ class Data(Section):
                 message = f"task: {self.task} has no column {role}"
                 yield Mistake(("columns", role), message, f"{suggest(role, roles)}It has {', '.join(roles)}", at="key")
 
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of all sets of rows that may be given, those of `also` as `also.NAME`."""
+        return (*SPLITS, *(f"also.{name}" for name in self.also))
+
     def key_of(self, split: str) -> str:
         """Name the key that gives the rows of a split: `train` may be `source`."""
         return "source" if split == "train" and self.train is None else split
 
     def origins(self, split: str) -> list[Source]:
         """List the sources of a split; none where its rows are taken from those of training."""
-        given = getattr(self, self.key_of(split))
+        given = self.also[split[5:]] if split.startswith("also.") else getattr(self, self.key_of(split))
         each = given if isinstance(given, list) else [] if given is None else [given]
         return [one if isinstance(one, Source) else Source(source=one) for one in each]
 
@@ -130,5 +141,6 @@ class Data(Section):
                 else rename(given)
             )
 
-        given = {key: getattr(self, key) for key in ("source", "train", "validation", "test")}
-        return self.model_copy(update={key: renamed(value) for key, value in given.items() if value is not None})
+        given = {key: getattr(self, key) for key in ("source", *SPLITS)}
+        changes = {key: renamed(value) for key, value in given.items() if value is not None}
+        return self.model_copy(update={**changes, "also": {name: renamed(each) for name, each in self.also.items()}})

@@ -11,7 +11,6 @@ from typing import Any
 
 from distill.errors import InputError
 from distill.files import MAX_JSON, read_object
-from distill.recipe.data import SPLITS
 from distill.recipe.datafiles import data_files, ending_of, read_rows
 from distill.recipe.fields import KeyPath, Mistake
 from distill.recipe.locate import (
@@ -106,7 +105,7 @@ def look_at_data(data: Data | None, base: Path) -> Iterator[Mistake]:
     roles = TASK_COLUMNS.get(data.task, ())  # type: ignore[call-overload]
     needed = [role for role in roles if role not in OPTIONAL_COLUMNS or role in data.columns]
     wanted = {role: data.columns.get(role, role) for role in needed}
-    for split in SPLITS:
+    for split in data.splits:
         key = data.key_of(split)
         for source in data.origins(split):
             if is_left_behind(source.source, base):

@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from distill.recipe.names import TEACHER_METRICS
 from distill.release.evidence import Evidence, judge, standard_error, summarize
-from distill.release.tables import tables
+from distill.release.tables import arms_table, tables
 from distill.release.wording import one_line
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -67,6 +67,7 @@ def render_card(evidence: Evidence) -> str:
             summary=summarize(evidence),
             verdicts=judge(evidence),
             tables=tables(evidence),
+            elsewhere={name: arms_table(own) for name, own in evidence.elsewhere.items()},
             caveats=caveats(evidence),
             loading=Markup(LOADING[evidence.release_format]),  # noqa: S704 (our own text)
             snippet=fence(snippet(evidence), "python"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from distill.models.plan import StudentPlan
@@ -59,6 +59,12 @@ class Evidence:
     def metric_names(self) -> list[str]:
         """The metrics of every arm, the primary one first."""
         return list(self.evaluation["metrics"])
+
+    @property
+    def elsewhere(self) -> dict[str, Evidence]:
+        """The same run with its arms measured on other texts, by their name in `data.also`."""
+        also = self.evaluation.get("also") or {}
+        return {name: replace(self, evaluation={**self.evaluation, "arms": arms}) for name, arms in also.items()}
 
     def title(self, arm: str) -> str:
         """Words for an arm in tables: those of evaluation.json, or its name."""

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from distill.release import charts
 from distill.release.card import caveats, make_environment
 from distill.release.evidence import Evidence, get_in, judge, summarize
-from distill.release.tables import tables
+from distill.release.tables import arms_table, tables
 from distill.release.wording import (
     as_number,
     format_count,
@@ -62,6 +62,7 @@ def render_report(evidence: Evidence) -> str:
         verdicts=judge(evidence),
         caveats=caveats(evidence),
         tables=tables(evidence),
+        elsewhere={name: arms_table(own) for name, own in evidence.elsewhere.items()},
         this_arm=evidence.title("distilled"),
         tiles=[tile for tile in tiles if tile],
         cuts=cut_figure(evidence),

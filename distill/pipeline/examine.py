@@ -1,0 +1,76 @@
+"""Stage `examine`: look at the teacher's own figures on held-out data before it teaches."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from accelerate.utils import gather_object
+
+from distill.data import evaluation_batches
+from distill.data.summary import FEW_TEST_EXAMPLES
+from distill.errors import InputError
+from distill.evaluation.chance import label_counts, weakness
+from distill.evaluation.metrics import compute, measurable
+from distill.evaluation.predict import merge_rows, predict
+from distill.evaluation.table import finite_or_none
+from distill.files import write_json
+from distill.losses import PREDICTION_KINDS
+from distill.pipeline.session import Session
+from distill.pipeline.stage import Stage
+from distill.ranks import process_state
+from distill.release.wording import format_number
+
+EXAMINED = 512
+"""Examples that are looked at, at most."""
+
+
+def work(session: Session) -> None:
+    """Measure the teacher, and stop where it is clearly no better than one that has learnt nothing.
+
+    Raises:
+        InputError: It has nothing to teach on these data, and the user has not said to go on.
+    """
+    shares, corpus = session.shares(), session.corpus
+    if shares is None:
+        return
+    split = "validation" if corpus.validation is not None else "test"
+    examples = corpus.splits[split]
+    pool = range(min(EXAMINED, len(examples)))
+    batches = partial(evaluation_batches, corpus, examples, session.recipe.evaluation.batch_size, pool=pool)
+    own = predict(session.live_teacher(whole=True).model, batches(*shares), corpus.head, vocabulary=session.vocabulary)
+    rows = merge_rows(gather_object([own]) if shares[1] > 1 else [own])
+    metrics = compute(measurable(corpus.task.metrics, rows), rows) if rows else {}
+    figures = {"split": split, "examples": len(pool), "metrics": finite_or_none(metrics), "weakness": ""}
+    line = ", ".join(f"{name} {format_number(value)}" for name, value in metrics.items())
+    session.say(f"  the teacher on {len(pool)} {split} examples: {line}")
+    if PREDICTION_KINDS[corpus.head].compares_classes and rows:
+        classes = session.vocabulary or PREDICTION_KINDS[corpus.head].classes or len(corpus.classes)
+        totals = {name: float(rows[name].sum()) for name in ("nll", "correct", "tokens")}
+        own_figures = {"loss": totals["nll"] / totals["tokens"], "accuracy": totals["correct"] / totals["tokens"]}
+        figures["weakness"] = weakness(own_figures, label_counts(batches(), corpus.head), classes)
+    if figures["weakness"]:
+        _object(session, str(figures["weakness"]), len(pool))
+    if process_state().is_main_process:
+        write_json(session.folder.examined, figures)
+
+
+def _object(session: Session, weakness: str, examples: int) -> None:
+    message = f"the teacher is no better than chance on these data: {weakness}"
+    if examples < FEW_TEST_EXAMPLES:
+        session.say(f"  {message}; going on, as {examples} examples are too few to be sure")
+    elif session.accept_weak_teacher:
+        session.say(f"  {message}; going on, as asked")
+    else:
+        raise InputError(
+            f"{message}. Its labels may be in another order, its tokenizer another one, the texts of another kind than "
+            f"it was trained on; train it with `fit` under teacher:, or go on with --accept-weak-teacher"
+        )
+
+
+def inputs(session: Session) -> dict[str, Any]:
+    """List the teacher and the data."""
+    return {"teacher": session.teacher_inputs(), "data": session.corpus.fingerprint}
+
+
+STAGE = Stage("examine", work, inputs, lambda session: [session.folder.examined], together=True)
