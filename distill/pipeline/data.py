@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import inspect
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,13 +15,14 @@ from typing import Any
 
 from rich.progress import Progress
 
+import distill.data
 from distill.data import Order, load_corpus, prepare
 from distill.data.corpus import FACTS
 from distill.data.sources import source_fingerprint
 from distill.data.summary import describe
 from distill.data.tasks.task import Settled
 from distill.errors import InputError
-from distill.files import fresh_folder, put_back
+from distill.files import fresh_folder, put_back, sha256_of
 from distill.models.family import tells_documents_apart
 from distill.models.load import ModelHead, load_config, tokenizer_fingerprint, trained_labels
 from distill.pipeline.session import Session
@@ -129,9 +132,16 @@ def inputs(session: Session) -> dict[str, Any]:
         "tokenizer": tokenizer_fingerprint(session.source),
         "data": recipe.data.model_dump(mode="json"),
         "validation": looks(session),
+        "code": _code_fingerprint(session),
         "own_classes": recipe.teacher.fit is not None,
         "seed": recipe.seed,
     }
+
+
+def _code_fingerprint(session: Session) -> str:
+    """Hash the code that makes a corpus, the user's own task included."""
+    files = [*Path(distill.data.__file__).parent.rglob("*.py"), Path(inspect.getfile(type(session.task)))]
+    return hashlib.sha256("".join(sorted(map(sha256_of, files))).encode()).hexdigest()
 
 
 STAGE = Stage("data", work, inputs, lambda session: [session.folder.data])
