@@ -376,7 +376,7 @@ def test_a_tone_keeps_its_pitch_and_length_at_the_other_rate(script):
 def test_the_end_of_a_text_is_not_heard_at_its_beginning(script):
     loud_end = np.repeat([0, 10_000], 11_003).astype("<i2")
     found = script("spoken_texts").resample(loud_end, 22_050)
-    assert len(found) == 15_967 and abs(found[:100]).max() <= 1 and abs(found[-5_000:-100] - 10_000.0).max() < 50
+    assert len(found) == 15_968 and abs(found[:100]).max() <= 1 and abs(found[-5_000:-100] - 10_000.0).max() < 50
 
 
 def test_each_text_is_spoken_into_the_file_that_its_row_names(give, tmp_path, capsys, monkeypatch):
