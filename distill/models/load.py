@@ -26,6 +26,8 @@ from distill.recipe.schema import Teacher
 
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 HUB_FILES = [*SMALL_FILES, "*.safetensors"]
+UNLIMITED = 10**9
+"""A tokenizer that states no `model_max_length` has one beyond this."""
 
 
 @dataclass(frozen=True)
@@ -88,13 +90,20 @@ def _fingerprint(folder: Path, patterns: Sequence[str]) -> str:
 
 
 def load_tokenizer(folder: Path, remote_code: bool = False) -> Any:
-    """Load the folder's tokenizer. Raises InputError when there is none that works."""
+    """Load the folder's tokenizer; where it states no length, it gets the number of the model's positions.
+
+    Raises:
+        InputError: There is none that works.
+    """
     with as_input_error(f"{folder} has no usable tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=remote_code)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise InputError(f"the tokenizer in {folder} has neither a padding nor an end-of-text token")
         tokenizer.pad_token = tokenizer.eos_token
+    positions = teacher_size(folder).positions
+    if positions is not None and tokenizer.model_max_length > UNLIMITED:
+        tokenizer.model_max_length = positions  # a text cut to nothing else runs into an index error in the model
     return tokenizer
 
 

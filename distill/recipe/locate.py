@@ -26,6 +26,12 @@ WIDTH_KEYS = (
 )
 """Config keys for the width of an MLP."""
 _POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len")
+RESERVED_POSITIONS = (
+    *("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "xmod", "data2vec-text", "esm"),
+    *("ibert", "longformer", "mpnet", "luke", "lilt", "markuplm", "layoutlmv3", "prophetnet"),
+)
+"""Families whose first token has position `pad_token_id + 1`: the rows before it in the table are never used. Others
+that start later (BART, OPT) add these rows to `max_position_embeddings` by themselves."""
 _LIMITS = {
     **dict.fromkeys(LAYER_KEYS, 10_000),
     **dict.fromkeys((*WIDTH_KEYS, "hidden_size", "d_model", "n_embd", "embedding_size"), 1_000_000),
@@ -138,6 +144,9 @@ def teacher_size(folder: Path, tensors: Collection[str] = ()) -> TeacherSize:
         embedding = _first_count(config, ("n_embd",))  # GPT-2: null, or no key, stands for four times the model width
         width = embedding and 4 * embedding
     layers, positions = _first_count(config, LAYER_KEYS), _first_count(config, _POSITION_KEYS)
+    if positions is not None and config.get("model_type") in RESERVED_POSITIONS:
+        padding = config.get("pad_token_id")
+        positions -= (padding if type(padding) is int else 1) + 1  # where a config does not say it, it is 1
     encoder = _first_count(config, ("encoder_layers", "num_layers")) if config.get("is_encoder_decoder") else None
     return TeacherSize(layers, width, positions, encoder, config.get("model_type"), tensors)
 
