@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from distill.errors import InputError
 from distill.files import read_object, sha256_of
+from distill.models.pattern import settle_periods
 from distill.models.report import check_loaded, untie_config
 from distill.models.weights import as_input_error, check_links, weight_files, weights_sha256
 from distill.models.widths import as_stock, is_unequal, with_widths
@@ -154,6 +155,7 @@ def load_model(
         )
     check_loaded(folder, model, info, allow_untrained_head, say)
     untie_config(model, say)
+    settle_periods(model.config)
     return (as_stock(model) if unequal else model).eval()
 
 

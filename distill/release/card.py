@@ -175,6 +175,8 @@ def caveats(evidence: Evidence) -> list[str]:
             "The teacher was fitted on this recipe's own labels first: shares of the teacher's score refer to that "
             "fitted teacher, not to a published one."
         )
+    if evidence.pattern_note:
+        notes.append(evidence.pattern_note)
     if evidence.evaluation.get("efficiency"):
         notes.append("Speed is that of the machine named here; only sizes and FLOPs carry over to others.")
     return notes
