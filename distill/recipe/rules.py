@@ -201,15 +201,32 @@ def some_term_counts(losses: list[Term]) -> Iterator[Mistake]:
         yield Mistake(("losses",), "no loss term has a weight above zero", "give one a weight", at="key")
 
 
-def mapped_layers_exist(terms: Mapping[int, Term], layers: Layers, size: TeacherSize) -> Iterator[Mistake]:
-    """Require that explicit [student, teacher] pairs name layers of both models."""
-    sides = (("student", _depth(layers)), ("teacher", size.layers))
+def mapped_layers_exist(
+    terms: Mapping[int, Term], layers: Layers, encoder_layers: Layers | None, size: TeacherSize
+) -> Iterator[Mistake]:
+    """Require that terms name stacks that there are, and explicit [student, teacher] pairs layers of both models."""
     for index, term in terms.items():
-        for position, pair in enumerate(() if isinstance(term.map, str) else term.map):
-            for layer, (side, have) in zip(pair, sides, strict=True):
-                if have and layer >= have:
+        path: KeyPath = ("losses", index)
+        if size.layers is not None and size.encoder_layers is None and term.stack is not None:
+            yield Mistake(
+                (*path, "stack"), "has no effect: the teacher is not an encoder-decoder", "remove it", at="key"
+            )
+            continue
+        if isinstance(term.map, str):
+            continue
+        if size.encoder_layers is not None and term.stack is None and "stack" in TERM_KEYS[term.match].keys:
+            message = "the teacher has two stacks, and the pairs may be of either"
+            yield Mistake((*path, "map"), message, "add stack: encoder or stack: decoder", at="key")
+            continue
+        depth, have = _depth(layers), size.layers
+        if term.stack == "encoder":
+            have = size.encoder_layers
+            depth = (have or 0) if encoder_layers is None else _depth(encoder_layers)
+        for position, pair in enumerate(term.map):
+            for layer, side, most in zip(pair, ("student", "teacher"), (depth, have), strict=True):
+                if most and layer >= most:
                     message = f"the {side} has no layer {layer} (pairs are [student, teacher])"
-                    yield Mistake(("losses", index, "map", position), message, f"use 0 to {have - 1}")
+                    yield Mistake((*path, "map", position), message, f"use 0 to {most - 1}")
 
 
 def terms_fit_the_task(terms: Mapping[int, Term], data: Data) -> Iterator[Mistake]:
