@@ -220,9 +220,13 @@ def capture(model: Any, wanted: Capture) -> Iterator[Outputs]:
     (activation checkpointing) cannot fire them again.
     """
     found = Outputs(None)
-    handles = _watch_states(model, "main", wanted.hidden, found.hidden)
-    if wanted.encoder_hidden:
-        handles += _watch_states(model, "encoder", wanted.encoder_hidden, found.encoder_hidden)
+    handles: list[RemovableHandle] = []
+    sides: dict[StackName, Any] = {
+        "main": (wanted.hidden, found.hidden),
+        "encoder": (wanted.encoder_hidden, found.encoder_hidden),
+    }
+    for side, (indices, states) in sides.items():
+        handles += _watch_states(model, side, indices, states) if indices else []
     for layer in wanted.attention:
         handles.append(_watch_maps(model, layer, partial(found.attention.__setitem__, layer)))
     for layer in wanted.relations:

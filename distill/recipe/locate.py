@@ -32,6 +32,25 @@ RESERVED_POSITIONS = (
 )
 """Families whose first token has position `pad_token_id + 1`: the rows before it in the table are never used. Others
 that start later (BART, OPT) add these rows to `max_position_embeddings` by themselves."""
+DECODER_FLAGS = {
+    **dict.fromkeys(
+        (
+            *("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert"),
+            *("reformer", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta"),
+            *("xlm-roberta-xl", "xmod"),
+        ),
+        "is_decoder",
+    ),
+    **dict.fromkeys(("xlm", "flaubert"), "causal"),
+}
+"""Families in which a token sees those after it, unless this config key is true."""
+ENCODERS = (
+    *("albert", "convbert", "deberta", "deberta-v2", "distilbert", "esm", "esmc", "eurobert", "fnet", "funnel", "gte"),
+    *("ibert", "jina_embeddings_v3", "layoutlm", "layoutlmv3", "lilt", "longformer", "luke", "markuplm", "mobilebert"),
+    *("modernbert", "mpnet", "mra", "neomme", "nomic_bert", "nystromformer", "perceiver", "squeezebert"),
+    *("modernvbert", "tapas", "ultrabert", "ultravbert", "xlnet", "yoso"),
+)
+"""Families in which a token always sees those after it."""
 _LIMITS = {
     **dict.fromkeys(LAYER_KEYS, 10_000),
     **dict.fromkeys((*WIDTH_KEYS, "hidden_size", "d_model", "n_embd", "embedding_size"), 1_000_000),
@@ -59,6 +78,8 @@ class TeacherSize:
     """Its `model_type`."""
     tensors: Collection[str] = ()
     """Names that its parameters may have; empty where its files do not tell."""
+    both_ways: bool = False
+    """True where a token is known to see those after it."""
 
 
 def is_path(name: str) -> bool:
@@ -148,7 +169,14 @@ def teacher_size(folder: Path, tensors: Collection[str] = ()) -> TeacherSize:
         padding = config.get("pad_token_id")
         positions -= (padding if type(padding) is int else 1) + 1  # where a config does not say it, it is 1
     encoder = _first_count(config, ("encoder_layers", "num_layers")) if config.get("is_encoder_decoder") else None
-    return TeacherSize(layers, width, positions, encoder, config.get("model_type"), tensors)
+    return TeacherSize(layers, width, positions, encoder, config.get("model_type"), tensors, _sees_both_ways(config))
+
+
+def _sees_both_ways(config: dict[str, Any]) -> bool:
+    family = config.get("model_type")
+    if family in DECODER_FLAGS:
+        return not config.get(DECODER_FLAGS[family])
+    return family in ENCODERS or config.get("use_bidirectional_attention") in (True, "all")
 
 
 def _in_package(model: str) -> Path:

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from distill.recipe.fields import KeyPath, Mistake
-from distill.recipe.locate import TeacherSize
-from distill.recipe.names import READS, TASK_METRICS, TEACHER_METRICS
+from distill.recipe.locate import DECODER_FLAGS, TeacherSize
+from distill.recipe.names import CAUSAL_TASKS, READS, TASK_METRICS, TEACHER_METRICS
 from distill.recipe.sections import Data, Evaluation, Optimization, Release, Training
 from distill.recipe.student import Calibration, Layers, Mask, Mlp, Repair, Target
 from distill.recipe.terms import TERM_KEYS, Term
@@ -260,6 +260,21 @@ def compiled_layers_are_not_read(terms: Mapping[int, Term], training: Training) 
             yield Mistake(("losses", index, "match"), message, "remove training.compile")
 
 
+def teacher_fits_the_task(data: Data, size: TeacherSize) -> Iterator[Mistake]:
+    """Refuse a teacher that sees the tokens that it is to predict, or has two stacks where the task has one text."""
+    if data.task not in CAUSAL_TASKS:
+        return
+    path, family = ("teacher", "model"), size.family
+    if size.encoder_layers is not None:
+        message = f"{family} is an encoder-decoder, and task: {data.task} needs a decoder alone"
+        yield Mistake(path, message, "name a decoder, e.g. a Llama or GPT-2, or another task")
+    elif size.both_ways:
+        flag = DECODER_FLAGS.get(str(family))
+        message = f"{family} is an encoder: a token sees those after it, which task: {data.task} lets it predict"
+        trained = f"; if it was trained as a decoder, its config.json must say {flag}: true" if flag else ""
+        yield Mistake(path, message, f"name a decoder, e.g. a Llama or GPT-2{trained}")
+
+
 def examples_fit(data: Data, size: TeacherSize) -> Iterator[Mistake]:
     """Refuse examples that are longer than the teacher has positions for."""
     if size.positions and data.max_length > size.positions:
@@ -300,6 +315,7 @@ RULES = (
     terms_fit_the_task,
     metrics_fit_the_task,
     compiled_layers_are_not_read,
+    teacher_fits_the_task,
     examples_fit,
     patterns_match,
 )

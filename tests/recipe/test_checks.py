@@ -216,7 +216,7 @@ def two_stacks(folder: Path) -> None:
     [
         ("map: [[0, 1]]", "two stacks stack: encoder or stack: decoder"),
         ("map: [[0, 4]], stack: decoder", "teacher has no layer 4 0 to 3"),
-        ("map: [[3, 5]], stack: decoder", "student has no layer 3 0 to 2"),
+        ("map: [[3, 3]], stack: decoder", "student has no layer 3 0 to 2"),
         ("map: [[6, 5]], stack: encoder", "student has no layer 6 0 to 5"),
         ("map: [[5, 6]], stack: encoder", "teacher has no layer 6 0 to 5"),
     ],
