@@ -18,11 +18,12 @@ from transformers import AutoConfig, AutoTokenizer
 
 from distill.errors import InputError
 from distill.files import read_object, sha256_of
+from distill.models.gguf import dequantised
 from distill.models.pattern import settle_periods
 from distill.models.report import check_loaded, untie_config
 from distill.models.weights import as_input_error, check_links, weight_files, weights_sha256
 from distill.models.widths import as_stock, is_unequal, with_widths
-from distill.recipe.locate import teacher_folder, teacher_size
+from distill.recipe.locate import is_gguf, teacher_folder, teacher_size
 from distill.recipe.schema import Teacher
 
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
@@ -43,19 +44,28 @@ class ModelHead:
     """Token id of padding; decoders with a class head need it to find the last token."""
 
 
-def teacher_path(teacher: Teacher, base: Path, remote_code: bool = False) -> Path:
+def teacher_path(
+    teacher: Teacher, base: Path, remote_code: bool = False, say: Callable[[str], None] = lambda _line: None
+) -> Path:
     """Find the local folder of a teacher; downloads a hub id (safetensors, config and tokenizer files only).
+
+    A GGUF file is dequantised into a folder first, if that was not done before.
 
     Args:
         teacher: The recipe's section.
         base: The folder that relative paths start from (the recipe's).
         remote_code: Download the modelling code that comes with a hub id, too.
+        say: Gets a line about a GGUF file that is dequantised.
 
     Raises:
         InputError: The folder, package or hub id cannot be had, a link in it leads elsewhere, or the weights do not
             have the given sha256.
     """
     folder = teacher_folder(teacher.model, base)
+    if folder is not None and is_gguf(folder):
+        if teacher.sha256 is not None and (actual := sha256_of(folder)) != teacher.sha256:
+            raise InputError(f"teacher.sha256: {teacher.model} has {actual}, not {teacher.sha256}")
+        return dequantised(folder, say)
     if folder is None:
         folder = _from_hub(teacher.model, teacher.revision, ["*.py"] if remote_code else [])
     check_links(folder)

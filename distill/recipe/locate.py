@@ -59,6 +59,8 @@ _LIMITS = {
 """Far beyond any model; larger numbers would only fill the memory."""
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 """Kinds of data files."""
+GGUF = ".gguf"
+"""Ending of a quantised teacher in one file."""
 CHECKSUMS = "SHA256SUMS"
 """File of a release that lists all others."""
 
@@ -111,10 +113,11 @@ def data_file(source: str, base: Path) -> Path | None:
 
 
 def teacher_folder(model: str, base: Path) -> Path | None:
-    """Find the local folder of `teacher.model`; None for a hub id.
+    """Find the local folder, or `.gguf` file, of `teacher.model`; None for a hub id.
 
     Args:
-        model: `./FOLDER`, `../FOLDER`, `/FOLDER`, `~/FOLDER`, `package:NAME/SUBFOLDER` or `ORG/NAME`.
+        model: `./FOLDER`, `../FOLDER`, `/FOLDER`, `~/FOLDER`, `package:NAME/SUBFOLDER` or `ORG/NAME`; a `FILE.gguf`
+            in place of any folder.
         base: The folder that relative paths start from: the recipe's.
 
     Raises:
@@ -129,9 +132,16 @@ def teacher_folder(model: str, base: Path) -> Path | None:
     else:
         hint = f"; write ./{model} for the folder" if os.path.isdir(base / model) else ""
         raise InputError(f"{model!r} is neither ./FOLDER, /FOLDER, package:NAME/SUBFOLDER nor a hub id ORG/NAME{hint}")
+    if is_gguf(folder):
+        return folder
     if not os.path.isdir(folder):  # unlike Path.is_dir, also says no to a name that is too long to ask for
-        raise InputError(f"{model}: there is no folder {folder}")
+        raise InputError(f"{model}: there is no {'file' if model.endswith(GGUF) else 'folder'} {folder}")
     return folder
+
+
+def is_gguf(path: Path) -> bool:
+    """Tell whether a teacher is a GGUF file instead of a folder."""
+    return path.suffix == GGUF and os.path.isfile(path)
 
 
 def ambiguous_folder(model: str, base: Path) -> str | None:
@@ -193,7 +203,7 @@ def _in_package(model: str) -> Path:
     folders = [Path(location) / subfolder for location in spec.submodule_search_locations or []]
     if not folders:
         raise InputError(f"{model}: {name} is a single module, it holds no folders")
-    return next((folder for folder in folders if os.path.isdir(folder)), folders[0])
+    return next((folder for folder in folders if os.path.isdir(folder) or is_gguf(folder)), folders[0])
 
 
 def _first_count(config: dict[str, Any], keys: tuple[str, ...]) -> int | None:
