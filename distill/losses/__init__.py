@@ -23,10 +23,11 @@ from distill.losses.align import TopK
 from distill.losses.hidden import HIDDEN
 from distill.losses.kinds import PREDICTION_KINDS
 from distill.losses.logits import LOGITS
-from distill.losses.mapping import LayerMap, layer_map
+from distill.losses.mapping import LayerMap, Policy, layer_map
 from distill.losses.matches import MATCHES
 from distill.losses.objective import Objective, label_loss
 from distill.losses.relation import ATTENTION, RELATION
+from distill.losses.terms import Maps
 
 __all__ = [
     "ATTENTION",
@@ -36,7 +37,9 @@ __all__ = [
     "PREDICTION_KINDS",
     "RELATION",
     "LayerMap",
+    "Maps",
     "Objective",
+    "Policy",
     "TopK",
     "label_loss",
     "layer_map",

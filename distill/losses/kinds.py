@@ -20,8 +20,9 @@ from distill.losses.align import widen, without_autocast
 from distill.losses.chunked import HeadInput
 from distill.models.forward import UNLABELLED, Batch, Outputs
 
-Mask = Literal["labelled", "predicted", "tokens"]
-"""Positions: those that have a label, those where something is predicted, the real tokens."""
+Mask = Literal["labelled", "predicted", "tokens", "source"]
+"""Positions: those that have a label, those where something is predicted, the real tokens of the stack that has the
+head, and those that the encoder of an encoder-decoder reads."""
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -38,6 +39,14 @@ def _real_tokens(batch: Batch) -> Tensor:
     return batch["attention_mask"].bool()
 
 
+def _source_positions(batch: Batch) -> Tensor:
+    if "input_features" not in batch:
+        return _real_tokens(batch)
+    sound = batch["input_features"]  # [B, M, frames]; a speech encoder has a position for each two frames
+    frames = batch.get("attention_mask", torch.ones_like(sound[:, 0]))
+    return frames[:, ::2].bool()
+
+
 @dataclass(frozen=True)
 class PredictionKind:
     """The way in which outputs and labels of one kind meet."""
@@ -52,6 +61,8 @@ class PredictionKind:
     """True where the classes are the tokens: too many to have their logits at once."""
     tokens: Callable[[Batch], Tensor] = _real_tokens
     """Real tokens of the stack of layers that has the head, boolean [B, L]."""
+    source: Callable[[Batch], Tensor] = _source_positions
+    """Real positions of the encoder of an encoder-decoder, boolean [B, L]."""
     causal: bool = False
     """True where a token sees only those before it."""
     label_loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from distill.errors import InputError
+from distill.models.layout import StackName
 from distill.models.plan import StudentPlan
 
 Policy = Literal["plan", "span", "even", "last"] | Sequence[tuple[int, int]]
@@ -21,7 +22,9 @@ class LayerMap:
     """(student layer, teacher layer), each counted from 0 in its own model."""
 
 
-def layer_map(policy: Policy, plan: StudentPlan | None, student_layers: int, teacher_layers: int) -> LayerMap:
+def layer_map(
+    policy: Policy, plan: StudentPlan | None, student_layers: int, teacher_layers: int, side: StackName = "main"
+) -> LayerMap:
     """Resolve a policy into pairs that exist in both models.
 
     Only `plan` knows what was cut: after layers are dropped, pairing equal indices compares the wrong layers.
@@ -33,6 +36,7 @@ def layer_map(policy: Policy, plan: StudentPlan | None, student_layers: int, tea
         plan: how the student was cut; only `plan` and `span` need it.
         student_layers: number of layers of the student.
         teacher_layers: number of layers of the teacher.
+        side: the stack of the plan that they are of.
 
     Raises:
         InputError: no plan for `plan` or `span`, or a pair that names a layer which does not exist.
@@ -47,13 +51,14 @@ def layer_map(policy: Policy, plan: StudentPlan | None, student_layers: int, tea
     elif plan is None:
         raise InputError(f"map: {policy} needs the plan of the student; write `map: last` or a list of pairs")
     else:
-        ends = plan.kept_layers if policy == "plan" else [end - 1 for end in (*plan.kept_layers[1:], teacher_layers)]
+        kept = [layer.teacher_layer for layer in plan.stack(side)]
+        ends = kept if policy == "plan" else [end - 1 for end in (*kept[1:], teacher_layers)]
         pairs = list(enumerate(ends))
     for pair in pairs:  # the recipe's rules do not know the depth of a teacher on the hub
-        for side, layer, layers in zip(("student", "teacher"), pair, (student_layers, teacher_layers), strict=True):
+        for model, layer, layers in zip(("student", "teacher"), pair, (student_layers, teacher_layers), strict=True):
             if not 0 <= layer < layers:
                 raise InputError(
-                    f"map: pair {list(pair)} names {side} layer {layer}, but the {side} has {layers} layers; "
+                    f"map: pair {list(pair)} names {model} layer {layer}, but the {model} has {layers} layers; "
                     f"use 0 to {layers - 1} (pairs are [student, teacher])"
                 )
     return LayerMap(tuple(pairs))

@@ -8,7 +8,7 @@ N valid positions, n of them in a block, B examples, L positions, V classes or v
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -110,14 +110,20 @@ class Match:
     """(teacher, on the meta device; parameters of a built-in loss; their key) -> InputError where they do not fit."""
 
     @property
+    def of_encoder(self) -> Match:
+        """The same of the encoder's hidden states, at the positions that it reads."""
+        field = f"encoder_{self.capture}"
+        return replace(self, values=partial(_compare_states, field), mask="source", capture=field)
+
+    @property
     def default(self) -> str | None:
         """Name of the loss where the term gives none."""
         return next(iter(self.losses), None)
 
 
-def projection_name(pair: Pair) -> str:
-    """Name the projection between two layers."""
-    return f"{pair[0]}:{pair[1]}"
+def projection_name(field: str | None, pair: Pair) -> str:
+    """Name the projection between two layers of the stack whose states `field` of `Capture` asks for."""
+    return f"{'encoder:' if field == 'encoder_hidden' else ''}{pair[0]}:{pair[1]}"
 
 
 def _compare_labels(loss: Loss, student: Tensor, _teacher: Any, labels: Tensor, _classes: slice) -> Tensor:
@@ -129,9 +135,9 @@ def _compare_logits(loss: Loss, student: Tensor, teacher: Any, _labels: Tensor, 
     return loss(student[..., classes], teacher if isinstance(teacher, TopK) else teacher[..., classes])
 
 
-def _compare_states(loss: Loss, micro: MicroBatch, valid: Positions, pair: Pair) -> Tensor:
-    student, teacher = micro.student.hidden[pair[0]][valid], micro.teacher.hidden[pair[1]][valid]
-    name = projection_name(pair)
+def _compare_states(field: str, loss: Loss, micro: MicroBatch, valid: Positions, pair: Pair) -> Tensor:
+    student, teacher = getattr(micro.student, field)[pair[0]][valid], getattr(micro.teacher, field)[pair[1]][valid]
+    name = projection_name(field, pair)
     if name in micro.projections:
         projection = micro.projections[name]
         student = projection(student.to(next(projection.parameters()).dtype))
@@ -194,11 +200,11 @@ MATCHES: dict[str, Match] = {
         "predicted", on_logits=True, problem=_without_distribution,
     ),
     "hidden": Match(
-        "outputs of mapped layers", HIDDEN, _compare_states, "tokens",
+        "outputs of mapped layers", HIDDEN, partial(_compare_states, "hidden"), "tokens",
         capture="hidden", projected=True,
     ),
     "embeddings": Match(
-        "what goes into the first layer", HIDDEN, _compare_states, "tokens",
+        "what goes into the first layer", HIDDEN, partial(_compare_states, "hidden"), "tokens",
         capture="hidden", pairs=((-1, -1),), projected=True,
     ),
     "attention": Match(

@@ -35,6 +35,7 @@ class Objective:
         maps: Maps | None = None,
         vocabulary: int | None = None,
         chunk: int | None = None,
+        encoder_maps: Maps | None = None,
     ):
         """Resolve every name and parameter, so that a wrong one is found before any work is done.
 
@@ -45,6 +46,7 @@ class Objective:
                 teacher_layers=6)`; only terms on layers need it.
             vocabulary: number of real classes; what a padded output head has beyond is ignored by logits terms.
             chunk: positions whose logits are there at once; None: as many as suit the device.
+            encoder_maps: `maps` for the encoder of an encoder-decoder; None: the models have one stack.
 
         Raises:
             InputError: an unknown loss, a wrong parameter, a key that the term does not use, or a loss of the
@@ -53,7 +55,7 @@ class Objective:
         self.kind = PREDICTION_KINDS[kind]
         self.classes = slice(vocabulary)
         self.chunk = chunk
-        self._terms = resolve(terms, kind, maps)
+        self._terms = resolve(terms, kind, maps, encoder_maps)
         self._scheduled: tuple[float, list[ScheduledTerm]] = (0.0, [term.at(0.0) for term in self._terms])
         self.projections = nn.ModuleDict()
         """Learned maps from the student's width to the teacher's, one per pair of layers; see `project`."""
@@ -87,7 +89,7 @@ class Objective:
                 linear = nn.Linear(student_width, teacher_width)
                 nn.init.eye_(linear.weight)
                 nn.init.zeros_(linear.bias)
-                self.projections[projection_name(pair)] = linear
+                self.projections[projection_name(term.match.capture, pair)] = linear
 
     def counts(self, batches: Iterable[Batch]) -> Tensor:
         """Count the valid positions of each term over all `batches`, int64 [K]; needs no forward pass.

@@ -17,7 +17,7 @@ from distill.losses.kinds import PREDICTION_KINDS, PredictionKind
 from distill.losses.mapping import LayerMap, Policy
 from distill.losses.matches import EXAMPLE_POSITIONS, MATCHES, Loss, Match, Pair
 from distill.recipe.schema import Schedule, Term
-from distill.recipe.terms import TERM_KEYS
+from distill.recipe.terms import TERM_KEYS, Stack
 from distill.registry import bind, find, is_reference
 
 Maps = Callable[[Policy], LayerMap]
@@ -62,6 +62,8 @@ class ResolvedTerm:
     """(student, teacher, parameters…) -> one value per position."""
     pairs: tuple[Pair, ...] = ()
     """The term is the mean over them. Empty for terms on predictions."""
+    share: float = 1.0
+    """Of the weight: a term on the states of both stacks is the mean of one on each."""
 
     def at(self, progress: float) -> ScheduledTerm:
         """Follow the schedule to this share of the training, 0 to 1."""
@@ -72,6 +74,7 @@ class ResolvedTerm:
             weight = move(weight, spec.schedule.weight)
             temperature = move(temperature, spec.schedule.temperature)
             params |= {name: move(params[name], end) for name, end in spec.schedule.params.items()}
+        weight *= self.share
         if "temperature" not in TERM_KEYS[self.spec.match].keys:
             return ScheduledTerm(self, weight, 1.0, partial(self.function, **params))
         scale = temperature**2 if spec.scale_by_temperature else 1.0
@@ -89,12 +92,15 @@ def _interpolate(start: Any, end: Any, share: float) -> Any:
     return start if end is None else start + (end - start) * share
 
 
-def resolve(terms: Sequence[Term], kind: str, maps: Maps | None) -> list[ResolvedTerm]:
+def resolve(
+    terms: Sequence[Term], kind: str, maps: Maps | None, encoder_maps: Maps | None = None
+) -> list[ResolvedTerm]:
     """Find every loss and check every parameter, so that a wrong one is found before any work is done.
 
     Raises:
         InputError: an unknown loss, a wrong parameter, a key that the term does not use, a term that the kind of
-            predictions has nothing for, or a loss of the user's own that fails or that a student cannot learn from.
+            predictions has nothing for, a stack that there is not, or a loss of the user's own that fails or that a
+            student cannot learn from.
     """
     resolved: list[ResolvedTerm] = []
     for index, term in enumerate(terms):
@@ -106,13 +112,31 @@ def resolve(terms: Sequence[Term], kind: str, maps: Maps | None) -> list[Resolve
         if loss is not None:
             function = _check_loss(term, match, loss, PREDICTION_KINDS[kind], key)
             name += f".{loss.rpartition(':')[2]}"
-        pairs = match.pairs
-        if "map" in TERM_KEYS[term.match].keys:
-            assert maps is not None, f"a term on {term.match} needs `maps`, see Objective"
-            pairs = maps(term.map).pairs
-        title = _number_name(name, [other.name for other in resolved])
-        resolved.append(ResolvedTerm(key, title, term, match, function, pairs))
+        stacks = _stacks(term, key, encoder_maps is not None)
+        for stack in stacks:
+            own = match.of_encoder if stack == "encoder" else match
+            pairs = own.pairs
+            if "map" in TERM_KEYS[term.match].keys:
+                mapped = encoder_maps if stack == "encoder" else maps
+                assert mapped is not None, f"a term on {term.match} needs `maps`, see Objective"
+                pairs = mapped(term.map).pairs
+            full = f"{name}.{stack}" if encoder_maps is not None and "stack" in TERM_KEYS[term.match].keys else name
+            title = _number_name(full, [other.name for other in resolved])
+            resolved.append(ResolvedTerm(key, title, term, own, function, pairs, 1 / len(stacks)))
     return resolved
+
+
+def _stacks(term: Term, key: str, two: bool) -> tuple[Stack, ...]:
+    """List the stacks whose layers a term compares, in the order of the forward pass."""
+    if term.stack is not None:
+        if not two:
+            raise InputError(f"{key}.stack: the teacher is not an encoder-decoder; remove it")
+        return (term.stack,)
+    if not two or "stack" not in TERM_KEYS[term.match].keys:
+        return ("decoder",)
+    if not isinstance(term.map, str):
+        raise InputError(f"{key}.map: the pairs may be of either stack; add stack: encoder or stack: decoder")
+    return ("encoder", "decoder")
 
 
 def _check_loss(term: Term, match: Match, name: str, kind: PredictionKind, where: str) -> Loss:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
 from distill.models.axes import keep_units
-from distill.models.layout import MlpLayout, ModelLayout, Stack, cut_lists, stated_width
+from distill.models.layout import MlpLayout, ModelLayout, Stack, stated_width
+from distill.models.pattern import cut_lists
 from distill.recipe.locate import LAYER_KEYS, WIDTH_KEYS
 
 TRIAL_VOCABULARY, TRIAL_LENGTH = 64, 8

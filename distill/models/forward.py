@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
-from inspect import signature
+from inspect import getmodule, signature
 from typing import Any, TypeVar, cast
 
 import torch
@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from distill.errors import InputError
 from distill.models.family import layers_of, layout_of
 from distill.models.head import OutputHead, output_head, stop_at_head, widen_class_logits
-from distill.models.layout import AttentionLayout
+from distill.models.layout import AttentionLayout, StackName
 
 Batch = dict[str, Tensor]
 """`input_ids` [B, L], `attention_mask` [B, L], `labels` [B] or [B, L] (`UNLABELLED`: none, or padding)."""
@@ -42,6 +42,38 @@ def model_inputs(batch: Batch) -> Batch:
         # Packed: transformers tells documents apart by positions that start anew, and only where there is no mask.
         inputs.pop("attention_mask", None)
     return inputs
+
+
+def with_decoder_inputs(model: Any, batch: Batch) -> Batch:
+    """Add what the decoder of an encoder-decoder reads for the target text in `labels` [B, T], where it is not given.
+
+    The model's own rule shifts the labels to the right. Other models, and heads of classes, which feed their decoder
+    by themselves, get the batch as it is.
+
+    Raises:
+        InputError: The model has no such rule.
+    """
+    two_stacks = getattr(model.config, "is_encoder_decoder", False)
+    if "decoder_input_ids" in batch or "labels" not in batch or not two_stacks or not _predicts_tokens(model):
+        return batch
+    labels = batch["labels"]
+    after_last = (labels != UNLABELLED).flip(-1).cumsum(-1).flip(-1) == 0  # a gap in the labels is no padding
+    shifted = _shift_right(model, labels)
+    return {**batch, "decoder_input_ids": shifted, "decoder_attention_mask": (~after_last).to(labels.dtype)}
+
+
+def _predicts_tokens(model: Any) -> bool:
+    return model.get_output_embeddings() is not None
+
+
+def _shift_right(model: Any, labels: Tensor) -> Tensor:
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        return cast("Tensor", model.prepare_decoder_input_ids_from_labels(labels=labels))
+    for owner in type(model).__mro__:
+        if shift := getattr(getmodule(owner), "shift_tokens_right", None):
+            padding, start = model.config.pad_token_id, model.config.decoder_start_token_id
+            return cast("Tensor", shift(labels, padding, start))
+    raise InputError(f"a {type(model).__name__} does not say what its decoder reads; give decoder_input_ids")
 
 
 def without_cache(model: Any) -> dict[str, Any]:
@@ -69,11 +101,13 @@ class Capture:
     """The tensors of a forward pass that a caller asks for."""
 
     hidden: Sequence[int] = ()
-    """Layers whose output is captured; -1 stands for the input of the first one."""
+    """Layers whose output is captured, of the decoder where there are two stacks; -1: the input of the first one."""
     attention: Sequence[int] = ()
     """Layers whose attention probabilities are captured."""
     relations: Sequence[int] = ()
     """Layers whose queries, keys and values are captured."""
+    encoder_hidden: Sequence[int] = ()
+    """As `hidden`, of the encoder of an encoder-decoder."""
     stop_at_head: bool = False
     """Give `last` and `head` instead of logits, where the form of the model's head is known."""
 
@@ -94,13 +128,15 @@ class Outputs:
     """Layer index -> attention probabilities [B, H, L, L]."""
     relations: dict[int, list[Tensor]] = field(default_factory=dict)
     """Layer index -> queries, keys and values, [B, L, D'] each."""
+    encoder_hidden: dict[int, Tensor] = field(default_factory=dict)
+    """The layers' outputs of the encoder, as `hidden` are those of the decoder."""
 
 
 def forward(model: Any, batch: Batch, wanted: Capture) -> Outputs:
     """Run one forward pass of a transformers model; raises InputError when it has no head that gives logits."""
     head = output_head(model) if wanted.stop_at_head else None
     # With a cache transformers would not look for packed documents either.
-    inputs = {**model_inputs(batch), **without_cache(model)}
+    inputs = {**model_inputs(with_decoder_inputs(model, batch)), **without_cache(model)}
     with capture(model, wanted) as found:
         if head is None:
             with widen_class_logits(model):
@@ -125,6 +161,8 @@ def run_base(
 ) -> None:
     """Run a model without its head over batches, for the hooks of the caller, and remove these at the end.
 
+    Of encoder-decoders with a head of classes it is the head that feeds the decoder, so it is run as well.
+
     Args:
         model: A transformers model.
         batches: On any device.
@@ -135,7 +173,9 @@ def run_base(
         for cpu_batch in batches:
             batch = to_device(cpu_batch, model.device)
             on_batch(batch)
-            model.base_model(**model_inputs(batch), **without_cache(model))
+            inputs = model_inputs(with_decoder_inputs(model, batch))
+            whole = getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" not in inputs
+            (model if whole else model.base_model)(**inputs, **without_cache(model))
     finally:
         for handle in handles:
             handle.remove()
@@ -179,20 +219,14 @@ def capture(model: Any, wanted: Capture) -> Iterator[Outputs]:
     last one after the final norm. The hooks are gone when the block ends, so a recomputation during backward
     (activation checkpointing) cannot fire them again.
     """
-    found, layers = Outputs(None), layers_of(model)
-
-    def output_of(index: int) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            found.hidden[index] = first_tensor(output)
-
-        return hook
-
-    def input_of(_module: nn.Module, inputs: Any, named: Any) -> None:
-        found.hidden[-1] = layer_input(inputs, named)
-
-    handles = [layers[index].register_forward_hook(output_of(index)) for index in wanted.hidden if index >= 0]
-    if -1 in wanted.hidden:
-        handles.append(layers[0].register_forward_pre_hook(input_of, with_kwargs=True))
+    found = Outputs(None)
+    handles: list[RemovableHandle] = []
+    sides: dict[StackName, Any] = {
+        "main": (wanted.hidden, found.hidden),
+        "encoder": (wanted.encoder_hidden, found.encoder_hidden),
+    }
+    for side, (indices, states) in sides.items():
+        handles += _watch_states(model, side, indices, states) if indices else []
     for layer in wanted.attention:
         handles.append(_watch_maps(model, layer, partial(found.attention.__setitem__, layer)))
     for layer in wanted.relations:
@@ -202,6 +236,27 @@ def capture(model: Any, wanted: Capture) -> Iterator[Outputs]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _watch_states(
+    model: Any, side: StackName, wanted: Sequence[int], found: dict[int, Tensor]
+) -> list[RemovableHandle]:
+    """Collect the outputs of one stack's layers, and for -1 the input of the first, whenever it runs."""
+    layers = layers_of(model, side)
+
+    def output_of(index: int) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            found[index] = first_tensor(output)
+
+        return hook
+
+    def input_of(_module: nn.Module, inputs: Any, named: Any) -> None:
+        found[-1] = layer_input(inputs, named)
+
+    handles = [layers[index].register_forward_hook(output_of(index)) for index in wanted if index >= 0]
+    if -1 in wanted:
+        handles.append(layers[0].register_forward_pre_hook(input_of, with_kwargs=True))
+    return handles
 
 
 def _watch_maps(model: Any, layer: int, keep: Callable[[Tensor], None]) -> RemovableHandle:

@@ -5,7 +5,6 @@ A family is added by adding a row; nothing else in the package asks for a model'
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -230,19 +229,8 @@ LAYOUTS: dict[str, ModelLayout] = {
     "whisper": _seq2seq(""),
 }
 
-PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
-"""Config attributes with one entry per layer of the main stack; they are cut together with the layers."""
-
 INDEX_FLAGS = ("scale_attn_by_inverse_layer_idx",)
 """Config attributes that, when true, make the output of a layer depend on its index."""
-
-
-def cut_lists(config: Any, kept: Sequence[int]) -> None:
-    """Keep the entries of these layers in every list with one entry per layer."""
-    for name in PER_LAYER_LISTS:
-        values = getattr(config, name, None)
-        if values is not None:
-            setattr(config, name, [values[index] for index in kept])
 
 
 def stated_width(config: Any, key: str) -> int:

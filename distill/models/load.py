@@ -18,14 +18,18 @@ from transformers import AutoConfig, AutoTokenizer
 
 from distill.errors import InputError
 from distill.files import read_object, sha256_of
+from distill.models.gguf import dequantised
+from distill.models.pattern import settle_periods
 from distill.models.report import check_loaded, untie_config
 from distill.models.weights import as_input_error, check_links, weight_files, weights_sha256
 from distill.models.widths import as_stock, is_unequal, with_widths
-from distill.recipe.locate import teacher_folder, teacher_size
+from distill.recipe.locate import is_gguf, teacher_folder, teacher_size
 from distill.recipe.schema import Teacher
 
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 HUB_FILES = [*SMALL_FILES, "*.safetensors"]
+UNLIMITED = 10**9
+"""A tokenizer that states no `model_max_length` has one beyond this."""
 
 
 @dataclass(frozen=True)
@@ -42,19 +46,28 @@ class ModelHead:
     """Other attributes that the config must have."""
 
 
-def teacher_path(teacher: Teacher, base: Path, remote_code: bool = False) -> Path:
+def teacher_path(
+    teacher: Teacher, base: Path, remote_code: bool = False, say: Callable[[str], None] = lambda _line: None
+) -> Path:
     """Find the local folder of a teacher; downloads a hub id (safetensors, config and tokenizer files only).
+
+    A GGUF file is dequantised into a folder first, if that was not done before.
 
     Args:
         teacher: The recipe's section.
         base: The folder that relative paths start from (the recipe's).
         remote_code: Download the modelling code that comes with a hub id, too.
+        say: Gets a line about a GGUF file that is dequantised.
 
     Raises:
         InputError: The folder, package or hub id cannot be had, a link in it leads elsewhere, or the weights do not
             have the given sha256.
     """
     folder = teacher_folder(teacher.model, base)
+    if folder is not None and is_gguf(folder):
+        if teacher.sha256 is not None and (actual := sha256_of(folder)) != teacher.sha256:
+            raise InputError(f"teacher.sha256: {teacher.model} has {actual}, not {teacher.sha256}")
+        return dequantised(folder, say)
     if folder is None:
         folder = _from_hub(teacher.model, teacher.revision, ["*.py"] if remote_code else [])
     check_links(folder)
@@ -90,13 +103,20 @@ def _fingerprint(folder: Path, patterns: Sequence[str]) -> str:
 
 
 def load_tokenizer(folder: Path, remote_code: bool = False) -> Any:
-    """Load the folder's tokenizer. Raises InputError when there is none that works."""
+    """Load the folder's tokenizer; where it states no length, it gets the number of the model's positions.
+
+    Raises:
+        InputError: There is none that works.
+    """
     with as_input_error(f"{folder} has no usable tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=remote_code)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise InputError(f"the tokenizer in {folder} has neither a padding nor an end-of-text token")
         tokenizer.pad_token = tokenizer.eos_token
+    positions = teacher_size(folder).positions
+    if positions is not None and tokenizer.model_max_length > UNLIMITED:
+        tokenizer.model_max_length = positions  # a text cut to nothing else runs into an index error in the model
     return tokenizer
 
 
@@ -147,6 +167,7 @@ def load_model(
         )
     check_loaded(folder, model, info, allow_untrained_head, say)
     untie_config(model, say)
+    settle_periods(model.config)
     return (as_stock(model) if unequal else model).eval()
 
 

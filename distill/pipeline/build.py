@@ -12,9 +12,11 @@ from torch import Tensor
 from distill.data import collate
 from distill.errors import InputError
 from distill.files import content_of
-from distill.models.family import layers_of
+from distill.models.family import layers_of, layout_of
 from distill.models.forward import Batch, Capture, forward
+from distill.models.layout import StackName
 from distill.models.load import folder_fingerprint
+from distill.models.pattern import pattern_note
 from distill.models.plan import StudentPlan
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage
@@ -22,6 +24,7 @@ from distill.pipeline.train import save_model
 from distill.recipe.schema import Student
 from distill.release.formats import format_of
 from distill.student import build_student, plan_student
+from distill.student.calibration.removal import skip_layers
 
 PROBES, PROBE_LENGTH = 4, 64
 """Training examples on which the student that keeps everything is compared with the teacher, and tokens of each; the
@@ -34,26 +37,31 @@ HALF_ROUNDING = 0.03
 
 def work(session: Session) -> None:
     """Build the student that the plan describes, once a student that keeps everything is the teacher."""
-    teacher, corpus = session.load(session.teacher), session.corpus
+    teacher, corpus, plan = session.load(session.teacher), session.corpus, StudentPlan.load(session.folder.plan)
     size, free = sum(tensor.nbytes for tensor in teacher.state_dict().values()), _free_memory()
     if size < free:
         batch = collate(corpus, corpus.train, range(min(PROBES, len(corpus.train))))
-        check_keeps_all(teacher, {name: batch[name][:, :PROBE_LENGTH] for name in batch if name != "labels"})
+        probe = {name: batch[name][:, :PROBE_LENGTH] for name in batch if name != "labels"}
+        check_keeps_all(teacher, probe)
+        check_kept_layers(teacher, plan, probe)
     else:
         session.say(
             f"  not checked that keeping everything gives the teacher's logits: a second copy of the teacher "
             f"({size / 1e9:.1f} GB) does not fit into the free memory ({free / 1e9:.1f} GB)"
         )
-    student = build_student(teacher, StudentPlan.load(session.folder.plan))
+    student = build_student(teacher, plan)
+    if note := pattern_note(student.config):
+        session.say(f"  {note}")
     format_of(student, session.recipe.release.format)  # refused before it is trained
     save_model(session, student, session.folder.student)
 
 
-def plan_of_all(teacher: Any) -> StudentPlan:
-    """Plan a student that keeps every layer and neuron."""
-    layers = {"keep": list(range(len(layers_of(teacher))))}
+def plan_of_whole(teacher: Any, kept: dict[StackName, list[int]]) -> StudentPlan:
+    """Plan a student of these layers of each stack, with every neuron."""
     mlp = {"keep": 1.0, "multiple_of": 1, "score": "random"}  # nothing is ranked, so the cheapest score will do
-    return plan_student(teacher, Student.model_validate({"layers": layers, "mlp": mlp}))
+    stacks = {"layers": {"keep": kept["main"]}}
+    stacks |= {"encoder_layers": {"keep": kept["encoder"]}} if "encoder" in kept else {}
+    return plan_student(teacher, Student.model_validate({**stacks, "mlp": mlp}))
 
 
 @torch.no_grad()
@@ -69,16 +77,46 @@ def check_keeps_all(teacher: Any, batch: Batch) -> None:
     Raises:
         InputError: With the largest gap.
     """
-    given = _logits(teacher, batch)
-    kept = _logits(build_student(teacher, plan_of_all(teacher)), batch)
-    if torch.equal(given, kept):
+    every = {side: list(range(len(layers_of(teacher, side)))) for side in layout_of(teacher).sides}
+    student = build_student(teacher, plan_of_whole(teacher, every))
+    _compare(teacher, _logits(teacher, batch), _logits(student, batch), "keeps every layer and neuron", "teacher's")
+
+
+@torch.no_grad()
+def check_kept_layers(teacher: Any, plan: StudentPlan, batch: Batch) -> None:
+    """Refuse to drop layers where those that stay, with all neurons, do not compute what they did in the teacher.
+
+    Then something depends on a layer's index that the knife does not renumber.
+
+    Args:
+        teacher: On the CPU, in its stored dtype.
+        plan: Says which layers stay.
+        batch: A few real examples.
+
+    Raises:
+        InputError: With the largest gap.
+    """
+    sides = layout_of(teacher).sides
+    kept = {side: [layer.teacher_layer for layer in plan.stack(side)] for side in sides}
+    gone = [layer for side in sides for index, layer in enumerate(layers_of(teacher, side)) if index not in kept[side]]
+    if not gone:
         return
-    gap, largest = (given - kept).abs().max().item(), given.abs().max().item()
+    with skip_layers(gone):
+        given = _logits(teacher, batch)
+    student = build_student(teacher, plan_of_whole(teacher, kept))
+    _compare(teacher, given, _logits(student, batch), "has only these layers", "teacher's without the others")
+
+
+def _compare(teacher: Any, given: Tensor, own: Tensor, student: str, whose: str) -> None:
+    """Refuse a gap of logits that rounding does not explain."""
+    if torch.equal(given, own):
+        return
+    gap, largest = (given - own).abs().max().item(), given.abs().max().item()
     if not gap <= ROUNDING.get(teacher.dtype, HALF_ROUNDING) * largest:
         raise InputError(
-            f"a student that keeps every layer and neuron of this {teacher.config.model_type} does not give the "
-            f"teacher's logits on the data: they differ by up to {gap:.3g}, where the largest is {largest:.3g}; "
-            f"models of this kind cannot be cut"
+            f"a student that {student} of this {teacher.config.model_type} does not give the {whose} logits on the "
+            f"data: they differ by up to {gap:.3g}, where the largest is {largest:.3g}; models of this kind cannot be "
+            f"cut like this"
         )
 
 

@@ -8,7 +8,8 @@ import torch
 from accelerate.utils import reduce
 
 from distill.data import collate
-from distill.losses import label_loss
+from distill.losses import PREDICTION_KINDS, label_loss
+from distill.models.causal import check_causal
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage
 from distill.ranks import process_state
@@ -32,6 +33,8 @@ def work(session: Session) -> None:
     batches = (collate(corpus, corpus.train, sample[start : start + spec.batch_size]) for start in starts)
     teacher = session.live_teacher(whole=session.recipe.teacher.device == "sharded" or wanted.gradients).model
     check_student(teacher, student)
+    if PREDICTION_KINDS[session.corpus.head].causal:
+        check_causal(teacher)
     statistics = calibrate(teacher, batches, wanted, label_loss(corpus.head), add_over_ranks)
     if state.is_main_process:
         statistics.save(session.folder.calibration)

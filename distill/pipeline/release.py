@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from dataclasses import replace
 from typing import Any
 
 import accelerate
@@ -15,6 +16,7 @@ from distill.data import collate
 from distill.evaluation.arms import controls
 from distill.files import content_of, fresh_folder, write_text
 from distill.models.forward import MODEL_INPUTS
+from distill.models.pattern import pattern_note
 from distill.models.plan import StudentPlan
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage
@@ -32,7 +34,8 @@ from distill.training.loop import METRICS
 def work(session: Session) -> None:
     """Write the folder that is handed out, and prove that whoever loads it gets the same model."""
     model = session.load(session.folder.distilled)
-    evidence = collect_evidence(session, format_of(model, session.recipe.release.format))
+    release_format = format_of(model, session.recipe.release.format)
+    evidence = replace(collect_evidence(session, release_format), pattern_note=pattern_note(model.config))
     report = render_report(evidence)
     texts = {
         "README.md": render_card(evidence),

@@ -46,7 +46,7 @@ class Session:
     @cached_property
     def source(self) -> Path:
         """Local folder of the teacher as the recipe names it."""
-        return teacher_path(self.recipe.teacher, self.base, self.remote_code)
+        return teacher_path(self.recipe.teacher, self.base, self.remote_code, self.say)
 
     @property
     def teacher(self) -> Path:

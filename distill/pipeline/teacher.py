@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from distill.evaluation.arms import LABELS_ONLY
-from distill.losses import Objective
+from distill.losses import PREDICTION_KINDS, Objective
+from distill.models.causal import check_causal
 from distill.models.load import folder_fingerprint, load_model, random_model
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage, settings_of, with_version
@@ -31,6 +32,8 @@ def work(session: Session) -> None:
             say=session.say_once,
         )
     check_student(model, session.recipe.student)
+    if PREDICTION_KINDS[session.task.head].causal:
+        check_causal(model)
     made_from, changed = with_version(inputs(session)), session.continue_changed
     training = Training(**spec.model_dump(exclude_unset=True))
     job = Job("teacher", training, session.folder.fit, seed, made_from, continue_changed=changed)

@@ -19,7 +19,7 @@ from distill.evaluation.metrics import compute, higher_is_better, measurable
 from distill.evaluation.predict import merge_rows, predict
 from distill.evaluation.table import finite_or_none
 from distill.files import content_of, fresh_folder
-from distill.losses import MATCHES, LayerMap, Objective, layer_map
+from distill.losses import MATCHES, LayerMap, Maps, Objective, Policy, layer_map
 from distill.models.cost import matmul_rate, training_flops
 from distill.models.load import folder_fingerprint, hollow_model
 from distill.models.plan import StudentPlan
@@ -45,8 +45,9 @@ def train_controls(session: Session) -> None:
 def train_arm(session: Session, arm: str) -> None:
     """Train an arm from its start on its own terms, for as many steps as the student, and save it."""
     recipe, plan, steps = session.recipe, StudentPlan.load(session.folder.plan), steps_of(session)
-    maps = partial(layer_map, plan=plan, student_layers=len(plan.layers), teacher_layers=plan.teacher_layers)
-    objective = Objective(terms_of(recipe, arm), session.corpus.head, maps, session.vocabulary)
+    maps, encoder_maps = maps_of(plan)
+    kind, vocabulary = session.corpus.head, session.vocabulary
+    objective = Objective(terms_of(recipe, arm), kind, maps, vocabulary, encoder_maps=encoder_maps)
     model = ARMS[arm].prepare(recipe, session.load(session.arm_start(arm)), steps)
     teacher = session.live_teacher(objective.teacher) if objective.needs_teacher else None
     if teacher is not None:
@@ -68,6 +69,15 @@ def train_arm(session: Session, arm: str) -> None:
     train_model(session, job, model, objective, teacher)
     compact_trained(recipe, model, session.say)
     save_model(session, model, session.arm_folder(arm))
+
+
+def maps_of(plan: StudentPlan) -> tuple[Maps, Maps | None]:
+    """Make what turns a term's `map` into layer pairs: of the only or second stack, and of an encoder before it."""
+    main = partial(layer_map, plan=plan, student_layers=len(plan.layers), teacher_layers=plan.teacher_layers)
+    if plan.encoder_layers is None or plan.teacher_encoder_layers is None:
+        return main, None
+    depths = (len(plan.encoder_layers), plan.teacher_encoder_layers)
+    return main, lambda policy: layer_map(policy, plan, *depths, side="encoder")
 
 
 def train_model(session: Session, job: Job, model: Any, objective: Objective, teacher: LiveTeacher | None) -> None:
@@ -159,6 +169,11 @@ def arm_inputs(session: Session, arm: str) -> dict[str, Any]:
     return own | taught_by if is_taught(terms) else own
 
 
+def one_pair(_policy: Policy) -> LayerMap:
+    """Stand in for the pairs of layers where only names and parameters are looked at."""
+    return LayerMap(((0, 0),))
+
+
 def check(session: Session) -> None:
     """Find every loss, optimizer and tracker that the recipe names, and what they need, before hours are spent.
 
@@ -166,7 +181,8 @@ def check(session: Session) -> None:
         InputError: A name leads nowhere, its params do not fit, or a package or a device is missing.
     """
     recipe, task, state = session.recipe, session.task, process_state()
-    Objective(recipe.losses, task.head, lambda _policy: LayerMap(((0, 0),)))
+    both = any(term.stack for term in recipe.losses)
+    Objective(recipe.losses, task.head, one_pair, encoder_maps=one_pair if both else None)
     for index, term in enumerate(recipe.losses):
         fits = MATCHES[term.match].fits_teacher
         if fits and term.params and not is_reference(term.loss or ""):

@@ -13,9 +13,11 @@ from distill.errors import InputError
 from distill.files import MAX_JSON, read_object
 from distill.recipe.datafiles import data_files, ending_of, read_rows
 from distill.recipe.fields import KeyPath, Mistake
+from distill.recipe.gguf import gguf_size
 from distill.recipe.locate import (
     TeacherSize,
     ambiguous_folder,
+    is_gguf,
     is_left_behind,
     teacher_folder,
     teacher_size,
@@ -40,7 +42,9 @@ def look_at_teacher(teacher: Teacher | None, base: Path) -> tuple[TeacherSize, l
         return size, []
     try:
         folder = teacher_folder(teacher.model, base)
-        if folder is not None:
+        if folder is not None and is_gguf(folder):
+            size = gguf_size(folder)
+        elif folder is not None:
             size = teacher_size(folder, () if teacher.init == "random" else parameter_names(folder))
     except InputError as error:
         message, _, package = str(error).partition(": pip install ")

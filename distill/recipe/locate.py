@@ -26,12 +26,39 @@ WIDTH_KEYS = (
 )
 """Config keys for the width of an MLP."""
 _POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len")
+RESERVED_POSITIONS = (
+    *("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "xmod", "data2vec-text", "esm"),
+    *("ibert", "longformer", "mpnet", "luke", "lilt", "markuplm", "layoutlmv3", "prophetnet"),
+)
+"""Families whose first token has position `pad_token_id + 1`: the rows before it in the table are never used. Others
+that start later (BART, OPT) add these rows to `max_position_embeddings` by themselves."""
+DECODER_FLAGS = {
+    **dict.fromkeys(
+        (
+            *("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert"),
+            *("reformer", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta"),
+            *("xlm-roberta-xl", "xmod"),
+        ),
+        "is_decoder",
+    ),
+    **dict.fromkeys(("xlm", "flaubert"), "causal"),
+}
+"""Families in which a token sees those after it, unless this config key is true."""
+ENCODERS = (
+    *("albert", "convbert", "deberta", "deberta-v2", "distilbert", "esm", "esmc", "eurobert", "fnet", "funnel", "gte"),
+    *("ibert", "jina_embeddings_v3", "layoutlm", "layoutlmv3", "lilt", "longformer", "luke", "markuplm", "mobilebert"),
+    *("modernbert", "mpnet", "mra", "neomme", "nomic_bert", "nystromformer", "perceiver", "squeezebert"),
+    *("modernvbert", "tapas", "ultrabert", "ultravbert", "xlnet", "yoso"),
+)
+"""Families in which a token always sees those after it."""
 _LIMITS = {
     **dict.fromkeys(LAYER_KEYS, 10_000),
     **dict.fromkeys((*WIDTH_KEYS, "hidden_size", "d_model", "n_embd", "embedding_size"), 1_000_000),
     "vocab_size": 10_000_000,
 }
 """Far beyond any model; larger numbers would only fill the memory."""
+GGUF = ".gguf"
+"""Ending of a quantised teacher in one file."""
 CHECKSUMS = "SHA256SUMS"
 """File of a release that lists all others."""
 
@@ -51,6 +78,8 @@ class TeacherSize:
     """Its `model_type`."""
     tensors: Collection[str] = ()
     """Names that its parameters may have; empty where its files do not tell."""
+    both_ways: bool = False
+    """True where a token is known to see those after it."""
 
 
 def is_path(name: str) -> bool:
@@ -64,10 +93,11 @@ def is_left_behind(name: str, base: Path) -> bool:
 
 
 def teacher_folder(model: str, base: Path) -> Path | None:
-    """Find the local folder of `teacher.model`; None for a hub id.
+    """Find the local folder, or `.gguf` file, of `teacher.model`; None for a hub id.
 
     Args:
-        model: `./FOLDER`, `../FOLDER`, `/FOLDER`, `~/FOLDER`, `package:NAME/SUBFOLDER` or `ORG/NAME`.
+        model: `./FOLDER`, `../FOLDER`, `/FOLDER`, `~/FOLDER`, `package:NAME/SUBFOLDER` or `ORG/NAME`; a `FILE.gguf`
+            in place of any folder.
         base: The folder that relative paths start from: the recipe's.
 
     Raises:
@@ -82,9 +112,16 @@ def teacher_folder(model: str, base: Path) -> Path | None:
     else:
         hint = f"; write ./{model} for the folder" if os.path.isdir(base / model) else ""
         raise InputError(f"{model!r} is neither ./FOLDER, /FOLDER, package:NAME/SUBFOLDER nor a hub id ORG/NAME{hint}")
+    if is_gguf(folder):
+        return folder
     if not os.path.isdir(folder):  # unlike Path.is_dir, also says no to a name that is too long to ask for
-        raise InputError(f"{model}: there is no folder {folder}")
+        raise InputError(f"{model}: there is no {'file' if model.endswith(GGUF) else 'folder'} {folder}")
     return folder
+
+
+def is_gguf(path: Path) -> bool:
+    """Tell whether a teacher is a GGUF file instead of a folder."""
+    return path.suffix == GGUF and os.path.isfile(path)
 
 
 def ambiguous_folder(model: str, base: Path) -> str | None:
@@ -118,8 +155,18 @@ def teacher_size(folder: Path, tensors: Collection[str] = ()) -> TeacherSize:
         embedding = _first_count(config, ("n_embd",))  # GPT-2: null, or no key, stands for four times the model width
         width = embedding and 4 * embedding
     layers, positions = _first_count(config, LAYER_KEYS), _first_count(config, _POSITION_KEYS)
+    if positions is not None and config.get("model_type") in RESERVED_POSITIONS:
+        padding = config.get("pad_token_id")
+        positions -= (padding if type(padding) is int else 1) + 1  # where a config does not say it, it is 1
     encoder = _first_count(config, ("encoder_layers", "num_layers")) if config.get("is_encoder_decoder") else None
-    return TeacherSize(layers, width, positions, encoder, config.get("model_type"), tensors)
+    return TeacherSize(layers, width, positions, encoder, config.get("model_type"), tensors, _sees_both_ways(config))
+
+
+def _sees_both_ways(config: dict[str, Any]) -> bool:
+    family = config.get("model_type")
+    if family in DECODER_FLAGS:
+        return not config.get(DECODER_FLAGS[family])
+    return family in ENCODERS or config.get("use_bidirectional_attention") in (True, "all")
 
 
 def _in_package(model: str) -> Path:
@@ -136,7 +183,7 @@ def _in_package(model: str) -> Path:
     folders = [Path(location) / subfolder for location in spec.submodule_search_locations or []]
     if not folders:
         raise InputError(f"{model}: {name} is a single module, it holds no folders")
-    return next((folder for folder in folders if os.path.isdir(folder)), folders[0])
+    return next((folder for folder in folders if os.path.isdir(folder) or is_gguf(folder)), folders[0])
 
 
 def _first_count(config: dict[str, Any], keys: tuple[str, ...]) -> int | None:

@@ -78,5 +78,7 @@ TASK_METRICS: dict[TaskName, tuple[Metric, ...]] = {
     "causal_lm": ("perplexity", "token_accuracy", "loss"),
 }
 """Metrics that each task measures by itself, in training too."""
+CAUSAL_TASKS: tuple[TaskName, ...] = ("causal_lm",)
+"""Tasks in which every token is predicted from those before it alone."""
 TEACHER_METRICS: tuple[Metric, ...] = ("agreement", "kl")
 """Metrics that compare with the teacher; every task has them, after training."""

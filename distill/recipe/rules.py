@@ -13,8 +13,8 @@ from typing import Any
 
 from distill.recipe.data import Data
 from distill.recipe.fields import KeyPath, Mistake
-from distill.recipe.locate import TeacherSize
-from distill.recipe.names import READS, TASK_METRICS, TEACHER_METRICS
+from distill.recipe.locate import DECODER_FLAGS, TeacherSize
+from distill.recipe.names import CAUSAL_TASKS, READS, TASK_METRICS, TEACHER_METRICS
 from distill.recipe.sections import Evaluation, Optimization, Release, Training
 from distill.recipe.student import Calibration, Layers, Mask, Mlp, Repair, Target
 from distill.recipe.terms import TERM_KEYS, Term
@@ -202,15 +202,32 @@ def some_term_counts(losses: list[Term]) -> Iterator[Mistake]:
         yield Mistake(("losses",), "no loss term has a weight above zero", "give one a weight", at="key")
 
 
-def mapped_layers_exist(terms: Mapping[int, Term], layers: Layers, size: TeacherSize) -> Iterator[Mistake]:
-    """Require that explicit [student, teacher] pairs name layers of both models."""
-    sides = (("student", _depth(layers)), ("teacher", size.layers))
+def mapped_layers_exist(
+    terms: Mapping[int, Term], layers: Layers, encoder_layers: Layers | None, size: TeacherSize
+) -> Iterator[Mistake]:
+    """Require that terms name stacks that there are, and explicit [student, teacher] pairs layers of both models."""
     for index, term in terms.items():
-        for position, pair in enumerate(() if isinstance(term.map, str) else term.map):
-            for layer, (side, have) in zip(pair, sides, strict=True):
-                if have and layer >= have:
+        path: KeyPath = ("losses", index)
+        if size.layers is not None and size.encoder_layers is None and term.stack is not None:
+            yield Mistake(
+                (*path, "stack"), "has no effect: the teacher is not an encoder-decoder", "remove it", at="key"
+            )
+            continue
+        if isinstance(term.map, str):
+            continue
+        if size.encoder_layers is not None and term.stack is None and "stack" in TERM_KEYS[term.match].keys:
+            message = "the teacher has two stacks, and the pairs may be of either"
+            yield Mistake((*path, "map"), message, "add stack: encoder or stack: decoder", at="key")
+            continue
+        depth, have = _depth(layers), size.layers
+        if term.stack == "encoder":
+            have = size.encoder_layers
+            depth = (have or 0) if encoder_layers is None else _depth(encoder_layers)
+        for position, pair in enumerate(term.map):
+            for layer, side, most in zip(pair, ("student", "teacher"), (depth, have), strict=True):
+                if most and layer >= most:
                     message = f"the {side} has no layer {layer} (pairs are [student, teacher])"
-                    yield Mistake(("losses", index, "map", position), message, f"use 0 to {have - 1}")
+                    yield Mistake((*path, "map", position), message, f"use 0 to {most - 1}")
 
 
 def terms_fit_the_task(terms: Mapping[int, Term], data: Data) -> Iterator[Mistake]:
@@ -242,6 +259,21 @@ def compiled_layers_are_not_read(terms: Mapping[int, Term], training: Training) 
         if training.compile and term.match in ("attention", "relations"):
             message = f"match: {term.match} reads inside of layers, which training.compile closes"
             yield Mistake(("losses", index, "match"), message, "remove training.compile")
+
+
+def teacher_fits_the_task(data: Data, size: TeacherSize) -> Iterator[Mistake]:
+    """Refuse a teacher that sees the tokens that it is to predict, or has two stacks where the task has one text."""
+    if data.task not in CAUSAL_TASKS:
+        return
+    path, family = ("teacher", "model"), size.family
+    if size.encoder_layers is not None:
+        message = f"{family} is an encoder-decoder, and task: {data.task} needs a decoder alone"
+        yield Mistake(path, message, "name a decoder, e.g. a Llama or GPT-2, or another task")
+    elif size.both_ways:
+        flag = DECODER_FLAGS.get(str(family))
+        message = f"{family} is an encoder: a token sees those after it, which task: {data.task} lets it predict"
+        trained = f"; if it was trained as a decoder, its config.json must say {flag}: true" if flag else ""
+        yield Mistake(path, message, f"name a decoder, e.g. a Llama or GPT-2{trained}")
 
 
 def examples_fit(data: Data, size: TeacherSize) -> Iterator[Mistake]:
@@ -284,6 +316,7 @@ RULES = (
     terms_fit_the_task,
     metrics_fit_the_task,
     compiled_layers_are_not_read,
+    teacher_fits_the_task,
     examples_fit,
     patterns_match,
 )

@@ -104,7 +104,7 @@ class Teacher(Section):
 
     model: StrictStr
     """`package:NAME/SUBFOLDER` (inside an installed Python package), `./FOLDER` (relative to the recipe, or absolute),
-    or a hub id `ORG/NAME`."""
+    or a hub id `ORG/NAME`; in place of a folder also a `FILE.gguf`, whose quantised weights are dequantised once."""
     revision: StrictStr | None = None
     """Commit of a hub id."""
     sha256: Annotated[StrictStr, Field(pattern=SHA256)] | None = None

@@ -22,11 +22,13 @@ class TermKeys(NamedTuple):
     """Tasks whose head has what is compared."""
 
 
+Stack = Literal["encoder", "decoder"]
+"""Of an encoder-decoder."""
 TERM_KEYS = {
     "labels": TermKeys(()),
     "logits": TermKeys(("loss", "temperature", "scale_by_temperature", "params"), get_args(LogitLoss)),
-    "hidden": TermKeys(("loss", "map", "params"), get_args(HiddenLoss)),
-    "embeddings": TermKeys(("loss", "params"), get_args(HiddenLoss)),
+    "hidden": TermKeys(("loss", "map", "stack", "params"), get_args(HiddenLoss)),
+    "embeddings": TermKeys(("loss", "stack", "params"), get_args(HiddenLoss)),
     "attention": TermKeys(("loss", "map", "params"), get_args(AttentionLoss)),
     "relations": TermKeys(("loss", "map", "params"), get_args(RelationLoss)),
     "output": TermKeys(("loss", "params"), get_args(HiddenLoss), tasks=()),
@@ -79,6 +81,9 @@ class Term(Section):
     """Layers that are compared: `plan` (each kept layer with the teacher layer it came from), `span` (each kept layer
     with the last teacher layer before the next kept one), `even` (spread over the teacher), `last`, or [student,
     teacher] pairs."""
+    stack: Stack | None = None
+    """Stack of an encoder-decoder whose states are compared, at the positions that it reads; null: the mean of both.
+    Attention and relations are those within the decoder."""
     params: Params = {}
     """Keyword arguments of the loss, e.g. `{beta: 0.5}` for `jsd`."""
     schedule: Schedule | None = None

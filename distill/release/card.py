@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from distill.recipe.locate import GGUF
 from distill.recipe.names import TEACHER_METRICS
 from distill.release.evidence import Evidence, judge, standard_error, summarize
 from distill.release.tables import arms_table, tables
@@ -176,6 +177,13 @@ def caveats(evidence: Evidence) -> list[str]:
             "The teacher was fitted on this recipe's own labels first: shares of the teacher's score refer to that "
             "fitted teacher, not to a published one."
         )
+    if str(evidence.teacher["model"]).endswith(GGUF):
+        notes.append(
+            "The teacher was a quantised GGUF file: what was cut and taught are its dequantised weights, and shares of "
+            "the teacher's score refer to those, not to the model that was quantised."
+        )
+    if evidence.pattern_note:
+        notes.append(evidence.pattern_note)
     if evidence.evaluation.get("efficiency"):
         notes.append("Speed is that of the machine named here; only sizes and FLOPs carry over to others.")
     return notes

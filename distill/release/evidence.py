@@ -42,6 +42,8 @@ class Evidence:
     release_format: Format = "uniform"
     command: str = "distill run recipe.yaml"
     """Reproduces the run, from the folder of the release."""
+    pattern_note: str = ""
+    """Software that computes another model than config.json describes; empty: none that is known."""
     repair: dict[str, Any] | None = None
     """`calibration`, `held_out` and `steps`, as in repair.json; None where nothing was repaired."""
 

@@ -98,6 +98,8 @@ def losses_table(evidence: Evidence) -> Table:
             settings.append(f"temperature {format_change(term.temperature, ends.temperature)}{scaled}")
         if "map" in TERM_KEYS[term.match].keys:
             settings.append(f"map {term.map if isinstance(term.map, str) else [list(pair) for pair in term.map]}")
+        if term.stack:
+            settings.append(f"of the {term.stack}")
         settings += [f"{key} {format_change(value, ends.params.get(key))}" for key, value in term.params.items()]
         if term.schedule:
             settings.append(

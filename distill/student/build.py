@@ -11,8 +11,9 @@ from transformers.initialization import no_init_weights
 from distill.errors import InputError
 from distill.models.axes import keep_units
 from distill.models.family import check_kept, layers_of, layers_prefix, layout_of
-from distill.models.layout import Axis, StackName, cut_lists
+from distill.models.layout import Axis, StackName
 from distill.models.mlp import mlps_of
+from distill.models.pattern import cut_lists, settle_periods
 from distill.models.plan import StudentPlan
 from distill.models.widths import axes_of, resize_layers, set_sizes
 
@@ -66,6 +67,7 @@ def student_config(teacher: Any, plan: StudentPlan) -> Any:
         mlps = mlps_of(teacher)
         changed.mlp_only_layers = [index for index, layer in enumerate(plan.kept_layers) if mlps[layer].experts is None]
         changed.decoder_sparse_step = 1
+    settle_periods(changed)
     return changed
 
 

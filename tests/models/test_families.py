@@ -28,9 +28,10 @@ from distill import load_student
 from distill.errors import InputError
 from distill.models.axes import keep_units, pad_units, spread_units, sum_per_unit
 from distill.models.family import _detected, layers_of, layout_of
-from distill.models.layout import LAYOUTS, PER_LAYER_LISTS, UnitDim
+from distill.models.layout import LAYOUTS, UnitDim
 from distill.models.load import ModelHead, load_model
 from distill.models.mlp import mlps_of
+from distill.models.pattern import PER_LAYER_LISTS
 from distill.models.widths import is_unequal, pad_to_largest
 from distill.recipe.locate import teacher_size
 

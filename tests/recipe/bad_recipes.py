@@ -213,6 +213,8 @@ CROSS_CHECKS = [
     Bad("weight: 0.3}", "params: {beta: 1}}", 14, "losses.0.params", "no effect with match: labels"),
     Bad("temperature: 2.0,", "map: last,", 15, "losses.1.map", "no effect with match: logits"),
     Bad("map: plan", "temperature: 2", 16, "losses.2.temperature", "no effect with match: hidden"),
+    Bad("map: plan", "stack: encoder", 16, "losses.2.stack", "no effect not an encoder-decoder"),
+    Bad("weight: 0.3}", "stack: encoder}", 14, "losses.0.stack", "no effect with match: labels match: hidden"),
     Bad("map: plan", "map: []", 16, "losses.2.map", "maps no layer"),
     Bad("map: plan", "map: [[3, 5]]", 16, "losses.2.map.0", "the student has no layer 3 0 to 2"),
     Bad("map: plan", "map: [[0, 6]]", 16, "losses.2.map.0", "the teacher has no layer 6 0 to 5"),

@@ -205,6 +205,37 @@ def test_families_name_their_size_differently(
     assert teacher_size(tmp_path) == TeacherSize(*size)
 
 
+def two_stacks(folder: Path) -> None:
+    sizes = {"model_type": "bart", "is_encoder_decoder": True, "decoder_layers": 4, "encoder_layers": 6}
+    sizes |= {"encoder_ffn_dim": 1536, "decoder_ffn_dim": 1536}
+    (folder / "teacher" / "config.json").write_text(json.dumps(sizes))
+
+
+@pytest.mark.parametrize(
+    ("term", "words"),
+    [
+        ("map: [[0, 1]]", "two stacks stack: encoder or stack: decoder"),
+        ("map: [[0, 4]], stack: decoder", "teacher has no layer 4 0 to 3"),
+        ("map: [[3, 3]], stack: decoder", "student has no layer 3 0 to 2"),
+        ("map: [[6, 5]], stack: encoder", "student has no layer 6 0 to 5"),
+        ("map: [[5, 6]], stack: encoder", "teacher has no layer 6 0 to 5"),
+    ],
+)
+def test_pairs_are_of_one_stack_of_an_encoder_decoder(term: str, words: str, write: Write, folder: Path) -> None:
+    two_stacks(folder)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write(GOOD.replace("map: plan", term)))
+    (problem,) = caught.value.problems
+    assert problem.key.startswith("losses.2.map")
+    assert says(f"{problem.message} {problem.fix}", words), str(problem)
+
+
+@pytest.mark.parametrize("term", ["map: plan", "map: [[5, 5]], stack: encoder", "map: last, stack: decoder"])
+def test_a_term_may_name_either_stack(term: str, write: Write, folder: Path) -> None:
+    two_stacks(folder)
+    load_recipe(write(GOOD.replace("map: plan", term)))
+
+
 def test_an_unknown_size_is_not_held_against_the_recipe(write: Write, folder: Path) -> None:
     (folder / "teacher" / "config.json").write_text("{}")
     load_recipe(write(GOOD.replace("keep: 3,", "keep: 99,")))

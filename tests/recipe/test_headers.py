@@ -208,6 +208,8 @@ def test_a_data_file_with_its_columns_is_accepted(ending: str, content: str, wri
 
 def test_a_language_model_needs_no_labels(write: Write, folder: Path) -> None:
     (folder / "data.txt").write_text("one\ntwo\n")
+    path = folder / "teacher/config.json"
+    path.write_text(path.read_text().replace('"bert"', '"llama"'))
     text = DATA.replace("task: classification\n  labelled: 160", "task: causal_lm").replace(
         "accuracy, f1_macro", "perplexity"
     )

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from distill.errors import InputError, RunError
 from distill.models.family import layers_of, layout_of
-from distill.models.forward import UNLABELLED, Batch, first_tensor, layer_input, run_base
+from distill.models.forward import UNLABELLED, Batch, first_tensor, layer_input, run_base, with_decoder_inputs
 from distill.models.layout import StackName
 from distill.models.mlp import mlps_of
 from distill.recipe.schema import Layers
@@ -67,7 +67,7 @@ def calibrate(
         InputError: A loss is asked for and no example has a label.
     """
     wanted = wanted or StatisticsRequest()
-    sample = [pad_right(batch) for batch in batches]
+    sample = [pad_right(with_decoder_inputs(model, batch)) for batch in batches]
     with _frozen(model):
         collectors = [_Collector(model, side, wanted.gram) for side in layout_of(model).sides]
 

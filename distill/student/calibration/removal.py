@@ -62,7 +62,7 @@ def _loss_without(
     """Sum the loss and count valid positions without some layers, [] each in float64."""
     total = torch.zeros((), dtype=torch.float64, device=model.device)
     positions = torch.zeros_like(total)
-    with _skip([layers_of(model, side)[layer] for layer in gone]):
+    with skip_layers([layers_of(model, side)[layer] for layer in gone]):
         for cpu_batch in sample:
             batch = to_device(cpu_batch, model.device)
             logits = forward(model, batch, Capture()).logits
@@ -74,7 +74,7 @@ def _loss_without(
 
 
 @contextmanager
-def _skip(layers: Iterable[nn.Module]) -> Iterator[None]:
+def skip_layers(layers: Iterable[nn.Module]) -> Iterator[None]:
     """Make layers return their input. They still run: what they return beside the hidden states stays what it was."""
 
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
