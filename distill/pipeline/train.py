@@ -181,8 +181,7 @@ def check(session: Session) -> None:
         InputError: A name leads nowhere, its params do not fit, or a package or a device is missing.
     """
     recipe, task, state = session.recipe, session.task, process_state()
-    both = any(term.stack for term in recipe.losses)
-    Objective(recipe.losses, task.head, one_pair, encoder_maps=one_pair if both else None)
+    try_terms(recipe, task.head)
     for index, term in enumerate(recipe.losses):
         fits = MATCHES[term.match].fits_teacher
         if fits and term.params and not is_reference(term.loss or ""):
@@ -204,6 +203,12 @@ def check(session: Session) -> None:
         raise InputError("teacher.device: sharded spreads the teacher over several processes, and there is one")
 
 
+def try_terms(recipe: Recipe, head: str) -> None:
+    """Resolve the terms of a recipe for a kind of predictions. Raises InputError where they do not go together."""
+    both = any(term.stack for term in recipe.losses)
+    Objective(recipe.losses, head, one_pair, encoder_maps=one_pair if both else None)
+
+
 def check_labels(session: Session) -> None:
     """Refuse to learn from labels where no training example has one; the last to do so may be trained after hours.
 
@@ -211,7 +216,7 @@ def check_labels(session: Session) -> None:
         InputError: With everything in the recipe that learns from labels.
     """
     recipe = session.recipe
-    Objective(recipe.losses, session.corpus.head, lambda _policy: LayerMap(((0, 0),)))
+    try_terms(recipe, session.corpus.head)
     if session.corpus.labelled:
         return
     learners = ["teacher.fit"] if recipe.teacher.fit else []
