@@ -148,7 +148,7 @@ def test_neurons_masked_gradually_are_gone_from_the_compact_release(finished, tm
 @pytest.mark.slow
 def test_layers_that_lost_different_numbers_are_released_padded_and_native(finished, tmp_path):
     _, run = finished
-    trained = [f"teacher.model={run}/teacher", "teacher.init=pretrained", "teacher.fit=null"]
+    trained = [f"teacher.model={run}/teacher", "teacher.init=pretrained", "teacher.fit=null", "training.steps=6"]
     recipe = project(tmp_path, "{per: neuron, sparsity: 0.4, only: ['*.layer.1.*'], compact: true}")
     text = recipe.read_text().replace("multiple_of: 8", "multiple_of: 2")
     recipe.write_text(text.replace("license: apache-2.0", "license: apache-2.0, format: padded"))

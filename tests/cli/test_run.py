@@ -66,15 +66,15 @@ def finished(tmp_path_factory):
     return recipe, folder / "run", done
 
 
-@pytest.mark.slow
-def test_widths_that_differ_are_trained_and_released_natively_and_refused_as_uniform(tmp_path, monkeypatch):
-    recipe, run = tiny_project(tmp_path), tmp_path / "run"
+def test_widths_that_differ_are_trained_and_released_natively_and_refused_as_uniform(finished, tmp_path, monkeypatch):
+    recipe, run = finished[0], tmp_path / "run"
+    shutil.copytree(finished[1], run)
     (tmp_path / "uneven.py").write_text("def widths(scores, keep, multiple_of):\n    return [16, 24]\n")
     monkeypatch.syspath_prepend(tmp_path)
-    own = ["student.mlp.allocate=uneven:widths", "evaluation.efficiency=false", "--out", run]
-    assert "use `native` or `padded`" in distill("run", recipe, *own, code=2).stderr
-    assert not (run / "checkpoints").exists()
-    distill("run", recipe, "release.format=native", *own)
+    own = ["student.mlp.allocate=uneven:widths", "evaluation.arms=[teacher, distilled]", "--out", run]
+    refused = distill("run", recipe, *own, code=2)
+    assert "use `native` or `padded`" in refused.stderr and "train" not in started(refused)
+    distill("run", recipe, "release.format=native", "evaluation.efficiency=false", *own)
     release = run / "release"
     assert [mlp.width for mlp in mlps_of(load_student(release))] == [16, 24]
     assert "trust_remote_code=True" in (release / "README.md").read_text()
