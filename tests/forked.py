@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import sys
 
 import torch.distributed
@@ -42,6 +43,12 @@ def _become(log, environment, function, arguments):
         os.dup2(file, stream)
     sys.stdout.reconfigure(line_buffering=True)
     function(*arguments)
+
+
+def run_script(path, *arguments):
+    """Be a script that Python was started with."""
+    sys.argv, sys.path[0] = [str(path), *map(str, arguments)], str(path.parent)
+    runpy.run_path(str(path), run_name="__main__")
 
 
 class Processes:

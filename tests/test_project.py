@@ -8,7 +8,6 @@ import importlib.util
 import inspect
 import os
 import re
-import runpy
 import shlex
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from typing import get_args
 import pytest
 import torch
 import typer
-from forked import Processes
+from forked import Processes, run_script
 from tiny import tiny_batch, tiny_model, tiny_project
 
 import distill
@@ -100,11 +99,6 @@ def test_every_script_gives_its_launch_lines_and_shadows_nothing():
         assert path.stem not in sys.stdlib_module_names and importlib.util.find_spec(path.stem) is None, path
 
 
-def run_script(path, *arguments):
-    sys.argv, sys.path[0] = [str(path), *arguments], str(path.parent)
-    runpy.run_path(str(path), run_name="__main__")
-
-
 @pytest.mark.parametrize("path", SCRIPTS, ids=name_of)
 def test_every_script_explains_itself(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -112,11 +106,9 @@ def test_every_script_explains_itself(path, tmp_path, monkeypatch):
     assert started.wait() == [0] and "usage" in started.said.lower(), started.said
 
 
-@pytest.mark.slow
-def test_the_benchmark_of_building_runs_on_a_tiny_model():
-    command = [sys.executable, ROOT / "scripts/benchmarks/build_large.py", "--tiny"]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert re.search(r"build [\d.]+ s\npeak .*: [\d.]+x", shown), shown
+def test_the_benchmark_of_building_runs_on_a_tiny_model(tmp_path):
+    started = Processes(tmp_path / "log", run_script, ROOT / "scripts/benchmarks/build_large.py", "--tiny")
+    assert started.wait() == [0] and re.search(r"build [\d.]+ s\npeak .*: [\d.]+x", started.said), started.said
 
 
 @pytest.mark.parametrize("path", sorted({path for path, _ in CALLS}), ids=name_of)
