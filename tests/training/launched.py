@@ -36,8 +36,9 @@ from distill.ranks import process_state
 from distill.recipe import load_recipe
 from distill.recipe.schema import Mask
 from distill.student.masks.masks import Masks
-from distill.training import make_accelerator
+from distill.training import loop
 from distill.training.deepspeed import configure_deepspeed
+from distill.training.setup import make_accelerator
 
 STEPS = 12
 MASK = Mask(sparsity=0.6, schedule="cubic", end=0.5, every=2)
@@ -58,12 +59,12 @@ def fsdp2_on_cpu(state_dict_type, *arguments):
     return accelerator
 
 
-def deepspeed_on_cpu(stage, spec):
+def deepspeed_on_cpu(stage, spec, folder):
     import deepspeed
 
     for name in deepspeed.ops.__compatible_ops__:
         deepspeed.ops.__compatible_ops__[name] = False  # nothing is compiled
-    accelerator = make_accelerator(spec)
+    accelerator = make_accelerator(spec, folder)
     plugin = DeepSpeedPlugin(zero_stage=stage)
     plugin.set_mixed_precision("no" if spec.precision == "fp32" else spec.precision)
     plugin.select(_from_accelerator_state=True)
@@ -100,9 +101,9 @@ def shared_out(kind, options):
     """Choose how the training that follows holds its weights."""
     if kind == "fsdp":
         saved = "SHARDED_STATE_DICT" if "sharded" in options else "FULL_STATE_DICT"
-        running.make_accelerator = partial(fsdp2_on_cpu, saved)
+        loop.make_accelerator = partial(fsdp2_on_cpu, saved)
     if kind.startswith("zero"):
-        running.make_accelerator = partial(deepspeed_on_cpu, int(kind[-1]))
+        loop.make_accelerator = partial(deepspeed_on_cpu, int(kind[-1]))
 
 
 def break_down(fault, folder):

@@ -19,7 +19,7 @@ from distill.losses import Objective
 from distill.ranks import process_state
 from distill.recipe.schema import Mask, Term, Training
 from distill.student.masks.masks import Masks
-from distill.training import Job, make_accelerator, read_records, train
+from distill.training import Job, read_records, train
 from distill.training.checkpoint import Checkpoints
 from distill.training.shards import read
 
@@ -42,8 +42,8 @@ def run(corpus, folder, mask, *, micro=4, dropout=0.1, kind=Masks, look=None, **
 
     batches = TrainingBatches(corpus, corpus.labelled, 8, micro, 0)
     job = Job("test", settings, folder, 0, MADE_FROM, constrain)
-    objective, accelerator = Objective([Term(match="labels")], "sequence"), make_accelerator(settings)
-    train(job, model, objective, None, batches, accelerator, evaluate=look, say=lambda _text: None)
+    objective = Objective([Term(match="labels")], "sequence")
+    train(job, model, objective, None, batches, evaluate=look, say=lambda _text: None)
     return model, made[0]
 
 
