@@ -3,10 +3,11 @@
 `kind` is `ddp`, `fsdp` (FSDP2), `zero2` or `zero3` (DeepSpeed), or `plain` (`ddp` without the average of weights, which
 DeepSpeed does not take), all on a CPU, where Accelerate's own launcher makes DDP of them; with `-lm` for a language
 model instead of a classifier, `-sharded` for checkpoints of which each process writes its part, `-masks` for a student
-under masks, `-wide` for a teacher of another width, whose hidden states are matched through projections. `stop`, `5:1`:
-evaluations every 5 steps, a signal during the one after the first; `0:0`: none. `fault`, of the second process: `oom`,
-it runs out of memory; `nan`, the gradient of one of its backward passes is not a number; `quota`, it cannot write files
-of the size of its weights; `die`, it is killed while the checkpoint of the last step is written.
+under masks, `-wide` for a teacher of another width, whose hidden states are matched through projections, `-long` for 50
+steps instead of 12. `stop`, `5:1`: evaluations every 5 steps, a signal during the one after the first; `0:0`: none.
+`fault`, of the second process: `oom`, it runs out of memory; `nan`, the gradient of one of its backward passes is not a
+number; `quota`, it cannot write files of the size of its weights; `die`, it is killed while the checkpoint of the last
+step is written.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from distill.training import loop
 from distill.training.deepspeed import configure_deepspeed
 from distill.training.setup import make_accelerator
 
-STEPS = 12
+STEPS, LONG = 12, 50
 MASK = Mask(sparsity=0.6, schedule="cubic", end=0.5, every=2)
 """No choice so late that rounding has made one process's weights other than two's."""
 
@@ -173,7 +174,7 @@ def main(folder, kind, stop, *fault):
         model, said = running.run(
             corpus,
             folder,
-            steps=STEPS,
+            steps=LONG if "long" in options else STEPS,
             micro=2,
             teacher=teacher,
             wide=wide,

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from launched import STEPS, launched
+from launched import LONG, STEPS, launched
 from safetensors.torch import load_file
 from tiny import tiny_model
 from transformers import AutoModelForSequenceClassification
@@ -18,7 +18,7 @@ from distill.training.shards import read
 pytestmark = pytest.mark.slow
 
 
-def assert_close(folder, reference, tolerance=1e-5):
+def assert_close(folder, reference, steps=STEPS, tolerance=1e-5):
     first, second = load_file(folder / "final.safetensors"), load_file(reference / "final.safetensors")
     assert first.keys() == second.keys()
     for name, tensor in first.items():
@@ -28,7 +28,7 @@ def assert_close(folder, reference, tolerance=1e-5):
         [record["loss"] for record in read_records(path / "metrics.jsonl") if record["event"] == "train"]
         for path in (folder, reference)
     ]
-    assert len(losses[0]) == STEPS and losses[0] == pytest.approx(losses[1], abs=tolerance)
+    assert len(losses[0]) == steps and losses[0] == pytest.approx(losses[1], abs=tolerance)
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +39,13 @@ def one(tmp_path_factory):
     return folder
 
 
-def test_saved_on_one_resumed_on_two_and_back_is_the_same_training(one, tmp_path):
+def test_saved_on_one_resumed_on_two_and_back_is_the_same_training(tmp_path):
     folder = tmp_path / "run"
-    assert "after step 5 of 12" in launched(1, folder, "ddp", "5:0", codes=[75])
-    launched(2, folder, "ddp", "5:1", codes=[75, 75])  # the evaluation after step 5 is made up for
-    assert "continuing after step 10" in launched(1, folder)
-    assert_close(folder, one)
+    assert "after step 17 of 50" in launched(1, folder, "ddp-long", "17:0", codes=[75])
+    launched(2, folder, "ddp-long", "17:1", codes=[75, 75])  # the evaluation after step 17 is made up for
+    assert "continuing after step 34" in launched(1, folder, "ddp-long")
+    launched(1, tmp_path / "one", "ddp-long")
+    assert_close(folder, tmp_path / "one", LONG)
 
 
 def test_fsdp2_trains_saves_resumes_and_exports_the_same_student(one, tmp_path):
