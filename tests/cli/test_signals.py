@@ -210,7 +210,7 @@ def test_two_processes_stop_together(fork, moment, signalled):
 
 
 def test_a_process_that_hangs_ends_the_others(fork):
-    processes, run = fork(ranks=2, patience=5.0)
+    processes, run = fork(ranks=2, patience=10.0)
     until(recorded(run, "evaluate"))  # the first step and the first evaluation may take many minutes
     os.kill(processes.each[1].pid, signal.SIGSTOP)
     until(said(run, "do not answer"))

@@ -24,7 +24,7 @@ from distill.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-TIMEOUT, LONGER = 4, 6
+TIMEOUT, LONGER = 5, 7
 """Seconds: of collective operations, half an hour otherwise, and what the main process takes for one thing."""
 
 
