@@ -1,4 +1,4 @@
-"""Settings for every test: offline, a fixed number of threads, and each family as a parameter."""
+"""Settings for every test: offline, a fixed number of threads, files left whole, and each family as a parameter."""
 
 from __future__ import annotations
 
@@ -14,6 +14,14 @@ from tiny import DECODERS, ENCODERS, FORMS, SEQ2SEQ
 
 hypothesis.settings.register_profile("distill", deadline=None)  # no test fails because the machine is busy
 hypothesis.settings.load_profile("distill")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Give each worker of pytest-xdist a stretch of the tests: what the tests of a file share is then made once."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
 
 
 @pytest.fixture(params=FORMS)

@@ -19,6 +19,7 @@ from typing import get_args
 import pytest
 import torch
 import typer
+from forked import Processes, run_script
 from tiny import tiny_batch, tiny_model, tiny_project
 
 import distill
@@ -91,36 +92,35 @@ def test_every_recipe_is_valid_and_says_how_to_run_it(path):
     assert load_recipe(path).name == path.parent.name
 
 
+def test_every_script_gives_its_launch_lines_and_shadows_nothing():
+    for path in SCRIPTS:
+        module = ast.parse(path.read_text(encoding="utf-8"))
+        assert name_of(path) in (ast.get_docstring(module) or ""), path
+        assert path.stem not in sys.stdlib_module_names and importlib.util.find_spec(path.stem) is None, path
+
+
 @pytest.mark.parametrize("path", SCRIPTS, ids=name_of)
-def test_every_script_gives_its_launch_lines_and_shadows_nothing(path):
-    module = ast.parse(path.read_text(encoding="utf-8"))
-    assert name_of(path) in (ast.get_docstring(module) or "")
-    assert path.stem not in sys.stdlib_module_names and importlib.util.find_spec(path.stem) is None
+def test_every_script_explains_itself(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    started = Processes(tmp_path / "log", run_script, path, "--help")
+    assert started.wait() == [0] and "usage" in started.said.lower(), started.said
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("path", SCRIPTS, ids=name_of)
-def test_every_script_explains_itself(path, tmp_path):
-    done = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.returncode == 0 and "usage" in done.stdout.lower(), done.stderr
+def test_the_benchmark_of_building_runs_on_a_tiny_model(tmp_path):
+    started = Processes(tmp_path / "log", run_script, ROOT / "scripts/benchmarks/build_large.py", "--tiny")
+    assert started.wait() == [0] and re.search(r"build [\d.]+ s\npeak .*: [\d.]+x", started.said), started.said
 
 
-@pytest.mark.slow
-def test_the_benchmark_of_building_runs_on_a_tiny_model():
-    command = [sys.executable, ROOT / "scripts/benchmarks/build_large.py", "--tiny"]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert re.search(r"build [\d.]+ s\npeak .*: [\d.]+x", shown), shown
-
-
-@pytest.mark.parametrize(("path", "arguments"), CALLS, ids=lambda value: "" if isinstance(value, list) else value.name)
-def test_every_command_in_the_documents_can_be_given(path, arguments):
+@pytest.mark.parametrize("path", sorted({path for path, _ in CALLS}), ids=name_of)
+def test_every_command_in_a_document_can_be_given(path):
     group = typer.main.get_command(app)
-    if arguments[0].startswith("-"):
-        group.make_context("distill", arguments, resilient_parsing=True)
-        return
-    context = group.commands[arguments[0]].make_context(arguments[0], arguments[1:])
-    if "recipe" in context.params:
-        load_recipe(ROOT / context.params["recipe"], context.params["overrides"] or ())
+    for arguments in [arguments for of, arguments in CALLS if of == path]:
+        if arguments[0].startswith("-"):
+            group.make_context("distill", arguments, resilient_parsing=True)
+            continue
+        context = group.commands[arguments[0]].make_context(arguments[0], arguments[1:])
+        if "recipe" in context.params:
+            load_recipe(ROOT / context.params["recipe"], context.params["overrides"] or ())
 
 
 def test_the_documents_show_every_door():
@@ -129,20 +129,20 @@ def test_the_documents_show_every_door():
     assert re.findall(r"^\| `distill (\w+)", README, re.MULTILINE) == list(verbs)
 
 
-@pytest.mark.parametrize(("path", "words"), COMMANDS, ids=lambda value: "" if isinstance(value, list) else value.name)
-def test_every_script_named_in_the_documents_exists(path, words):
-    for word in words:
-        if word.endswith(".py") or word.startswith(("scripts/", "recipes/", "tests/")):
-            assert (ROOT / word).exists(), f"{name_of(path)} names {word}"
+def test_every_script_named_in_the_documents_exists():
+    for path, words in COMMANDS:
+        for word in words:
+            if word.endswith(".py") or word.startswith(("scripts/", "recipes/", "tests/")):
+                assert (ROOT / word).exists(), f"{name_of(path)} names {word}"
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
-def test_links_and_marked_places_are_whole(path):
-    text = path.read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
-        assert "://" in target or (path.parent / target).exists(), f"{name_of(path)} links to {target}"
-    marks = re.findall(r"<!-- (/?measured)", text)
-    assert marks == ["measured", "/measured"] * (len(marks) // 2)
+def test_links_and_marked_places_are_whole():
+    for path in DOCUMENTS:
+        text = path.read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
+            assert "://" in target or (path.parent / target).exists(), f"{name_of(path)} links to {target}"
+        marks = re.findall(r"<!-- (/?measured)", text)
+        assert marks == ["measured", "/measured"] * (len(marks) // 2), name_of(path)
 
 
 def test_the_recipe_in_the_readme_is_the_quickstart():
@@ -282,16 +282,17 @@ def test_public_signatures(function, expected):
     assert all(p.kind is p.KEYWORD_ONLY for p in bare[2:]) or function is plan_student
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_sources_are_short_silent_and_run_nothing_they_read(path):
-    text = path.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 330
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Call):
-            assert ast.unparse(node.func) not in FORBIDDEN_CALLS | {"print"}, f"line {node.lineno}"
-        imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        imported += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-        assert not {name.split(".")[0] for name in imported} & FORBIDDEN_MODULES, f"line {node.lineno}"
+def test_sources_are_short_silent_and_run_nothing_they_read():
+    for path in SOURCES:
+        text = path.read_text(encoding="utf-8")
+        assert len(text.splitlines()) <= 330, name_of(path)
+        for node in ast.walk(ast.parse(text)):
+            where = f"{name_of(path)}, line {getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.Call):
+                assert ast.unparse(node.func) not in FORBIDDEN_CALLS | {"print"}, where
+            imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            imported += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {name.split(".")[0] for name in imported} & FORBIDDEN_MODULES, where
 
 
 def test_every_module_has_its_place_in_the_import_contract():

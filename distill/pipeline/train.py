@@ -30,7 +30,7 @@ from distill.recipe.schema import Optimization, Recipe, Term
 from distill.registry import is_reference
 from distill.student.masks import compact_trained, mask_settings, masks_for
 from distill.teacher import LiveTeacher
-from distill.training import Job, make_accelerator, train
+from distill.training import Job, train
 from distill.training.optim import find_optimizer
 from distill.training.setup import deal_out, horizon
 from distill.training.tracking import check_trackers
@@ -85,14 +85,12 @@ def train_model(session: Session, job: Job, model: Any, objective: Objective, te
     batches = batches_for(session, job.spec, labelled=not objective.needs_teacher)
     dtype = model.dtype
     model.float()  # AdamW's small steps would be lost in half-precision weights; autocast gives the speed
-    accelerator = make_accelerator(job.spec, job.spec.trackers, job.folder)
     train(
         replace(job, peak_tokens_per_second=peak_tokens_per_second(session, job, model, teacher)),
         model,
         objective,
         teacher,
         batches,
-        accelerator,
         evaluate=partial(measure_held_out, session) if session.corpus.validation else None,
         say=session.say,
     )

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 
 from distill.errors import RunError, Stopped
 from distill.recipe.schema import Training
 from distill.training.checkpoint import Checkpoints, TrainState, state_of
 from distill.training.learner import Learner
 from distill.training.optim import lr_factor
-from distill.training.setup import Constrain, horizon, make_learner
+from distill.training.setup import Constrain, horizon, make_accelerator, make_learner
 from distill.training.signals import StopSignals
 from distill.training.step import Step, Teacher, Window
 from distill.training.tracking import Tracker
@@ -68,7 +67,6 @@ def train(
     objective: Objective,
     teacher: Teacher | None,
     batches: TrainingBatches,
-    accelerator: Accelerator,
     *,
     evaluate: Evaluate | None = None,
     say: Callable[[str], None],
@@ -81,7 +79,6 @@ def train(
         objective: Minimised.
         teacher: A batch in, its outputs out; None where no term needs it.
         batches: The micro-batches of every step.
-        accelerator: From `make_accelerator`.
         evaluate: (model, function that says when to give up) -> metrics; called on every rank.
         say: Receives notices.
 
@@ -91,7 +88,7 @@ def train(
         RunError: Too many steps in a row had to be left out, memory or disk are too small, or a loader worker died.
     """
     torch.manual_seed(job.seed)
-    steps = horizon(job.spec, batches)
+    steps, accelerator = horizon(job.spec, batches), make_accelerator(job.spec, job.folder)
     checkpoints = Checkpoints(job.folder / CHECKPOINTS, job.made_from, say, continue_changed=job.continue_changed)
     # Read before wrapping: DDP then spreads what every rank has read from the same files anyway.
     found = checkpoints.newest_valid(steps)

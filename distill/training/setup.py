@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from distill.errors import InputError
 from distill.models.family import layers_of
 from distill.models.trainable import freeze
 from distill.ranks import process_state
-from distill.recipe.schema import Optimization
+from distill.recipe.schema import Optimization, Training
 from distill.training.deepspeed import ZeroLearner, configure_deepspeed
 from distill.training.ema import Ema
 from distill.training.learner import SHARDING, Learner, gradient_checkpointing
@@ -50,21 +50,15 @@ def deal_out(spec: Optimization, key: str = "training") -> tuple[int, int]:
     return micro, count // world
 
 
-def make_accelerator(spec: Optimization, trackers: Sequence[Any] = (), folder: Path | None = None) -> Accelerator:
-    """Make the Accelerator of one training, which may have been started by `accelerate launch`.
-
-    Args:
-        spec: The recipe's section.
-        trackers: Names that Accelerate's `log_with` knows.
-        folder: Where trackers that write files do so.
-    """
+def make_accelerator(spec: Training, folder: Path) -> Accelerator:
+    """Make the Accelerator of one training; trackers that write files do so in `folder`."""
     micro, passes = deal_out(spec)
     # Accelerate keeps one precision per process; the teacher's fit and the student's training may differ.
     AcceleratorState._reset_state()
     # Windows are closed by count alone: the stream of batches has no end for Accelerate to see.
     plugin = GradientAccumulationPlugin(num_steps=passes, sync_with_dataloader=False)
     precision = "no" if spec.precision == "fp32" else spec.precision
-    own = {"log_with": list(trackers), "project_dir": folder} if trackers else {}
+    own = {"log_with": list(spec.trackers), "project_dir": folder} if spec.trackers else {}
     accelerator = Accelerator(mixed_precision=precision, gradient_accumulation_plugin=plugin, **own)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         configure_deepspeed(accelerator, spec, micro)

@@ -28,7 +28,7 @@ from distill.losses import LayerMap, Objective
 from distill.models.forward import Batch
 from distill.recipe.schema import Term, Training
 from distill.teacher import LiveTeacher
-from distill.training import Job, checkpoint, make_accelerator, train
+from distill.training import Job, checkpoint, train
 from distill.training.learner import Learner
 from distill.training.model import DistillModel
 from distill.training.optim import make_optimizer
@@ -125,8 +125,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             saving = Timed()
             job = Job("overhead", spec, Path(folder), 0, {})
-            accelerator = make_accelerator(spec)
-            train(job, copy.deepcopy(small), objective, teacher, batches, accelerator, say=lambda _text: None)
+            train(job, copy.deepcopy(small), objective, teacher, batches, say=lambda _text: None)
         ours.append(statistics.median(batches.seconds()[:-1]))  # the last one saves
         saves.append(saving.end())
         ratios.append(ours[-1] / theirs[-1])

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked import Processes, run_script
 from tiny import tiny_project
 
 ROOT = Path(__file__).parents[2]
@@ -56,7 +57,8 @@ def campaign(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "scripts")
     import kill_campaign
 
-    return kill_campaign
+    yield kill_campaign
+    del sys.modules["kill_campaign"]
 
 
 @pytest.mark.parametrize("state", UNREADABLE)
@@ -75,12 +77,12 @@ def test_a_file_of_save_state_that_cannot_be_read_makes_its_checkpoint_unusable(
     assert not campaign.plain_usable(tmp_path)
 
 
-@pytest.mark.slow
 def test_a_campaign_of_one_kill_ends_at_the_same_weights(tmp_path):
-    settings = ["training.save_every=2", "--kills", "1"]
-    command = [sys.executable, ROOT / "scripts/kill_campaign.py", tiny_project(tmp_path), *settings]
-    done = subprocess.run([*command, "--out", tmp_path / "out"], env=ENV, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    counts = json.loads(done.stdout[done.stdout.index("{") :])
+    settings = ["training.save_every=2", "--kills", "1", "--out", tmp_path / "out"]
+    started = Processes(
+        tmp_path / "log", run_script, ROOT / "scripts/kill_campaign.py", tiny_project(tmp_path), *settings
+    )
+    assert started.wait() == [0], started.said
+    counts = json.loads(started.said[started.said.rindex("{") :])
     assert counts["kills in training"] == 1 and counts["ended at the same weights"] >= 1
     assert counts.keys() == {"kills in training", "ended at the same weights"}

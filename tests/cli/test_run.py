@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from forked import Processes
 from safetensors.torch import load_file
 from tiny import tiny_project
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -35,6 +36,11 @@ def distill(*arguments, code=0):
         got = main([str(argument) for argument in arguments])
     assert got == code, err.getvalue()
     return SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())
+
+
+def command_line(arguments):
+    """Be a process of the command line."""
+    sys.exit(main(arguments))
 
 
 def started(done):
@@ -60,15 +66,15 @@ def finished(tmp_path_factory):
     return recipe, folder / "run", done
 
 
-@pytest.mark.slow
-def test_widths_that_differ_are_trained_and_released_natively_and_refused_as_uniform(tmp_path, monkeypatch):
-    recipe, run = tiny_project(tmp_path), tmp_path / "run"
+def test_widths_that_differ_are_trained_and_released_natively_and_refused_as_uniform(finished, tmp_path, monkeypatch):
+    recipe, run = finished[0], tmp_path / "run"
+    shutil.copytree(finished[1], run)
     (tmp_path / "uneven.py").write_text("def widths(scores, keep, multiple_of):\n    return [16, 24]\n")
     monkeypatch.syspath_prepend(tmp_path)
-    own = ["student.mlp.allocate=uneven:widths", "evaluation.efficiency=false", "--out", run]
-    assert "use `native` or `padded`" in distill("run", recipe, *own, code=2).stderr
-    assert not (run / "checkpoints").exists()
-    distill("run", recipe, "release.format=native", *own)
+    own = ["student.mlp.allocate=uneven:widths", "evaluation.arms=[teacher, distilled]", "--out", run]
+    refused = distill("run", recipe, *own, code=2)
+    assert "use `native` or `padded`" in refused.stderr and "train" not in started(refused)
+    distill("run", recipe, "release.format=native", "evaluation.efficiency=false", *own)
     release = run / "release"
     assert [mlp.width for mlp in mlps_of(load_student(release))] == [16, 24]
     assert "trust_remote_code=True" in (release / "README.md").read_text()
@@ -177,33 +183,25 @@ def test_two_processes_compute_what_one_computes(finished, tmp_path):
             assert b["metrics"] == pytest.approx(a["metrics"], rel=1e-5)
 
 
-@pytest.mark.slow
 def test_a_teacher_spread_over_two_processes_teaches_the_same(finished, tmp_path):
     recipe, run, _ = finished
     shutil.copytree(run, tmp_path / "run")
     for made_by_training in ("checkpoints", "distilled"):
         shutil.rmtree(tmp_path / "run" / made_by_training)
-    launch = ["--config_file", str(ROOT / "recipes/accelerate/cpu-2.yaml")]
-    done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", *launch, str(ROOT / "scripts/train.py"), str(recipe),
-         "teacher.device=sharded", "--out", str(tmp_path / "run")],
-        env={**ENV, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0 and "train: started" in done.stderr, done.stderr
+    arguments = ["train", str(recipe), "teacher.device=sharded", "--out", str(tmp_path / "run")]
+    done = Processes(tmp_path / "log", command_line, arguments, ranks=2)
+    assert done.wait() == [0, 0] and "train: started" in done.said, done.said
     one, two = weights(run / "distilled"), weights(tmp_path / "run/distilled")
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.slow
 def test_a_launch_whose_processes_do_not_know_each_other_is_refused(finished, tmp_path):
     recipe, _, _ = finished
-    env = {**ENV, "WORLD_SIZE": "2", "RANK": "0", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts/train.py"), str(recipe), "--out", str(tmp_path / "run")],
-        env=env, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 2 and "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu" in done.stderr
+    arguments = ["train", str(recipe), "--out", str(tmp_path / "run")]
+    own = {"WORLD_SIZE": "2", "RANK": "0", "ACCELERATE_USE_CPU": "false"}
+    done = Processes(tmp_path / "log", command_line, arguments, **own)
+    assert done.wait() == [2] and "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu" in done.said, done.said
 
 
 def test_a_second_run_in_the_same_folder_is_refused(finished, capsys):

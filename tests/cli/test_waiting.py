@@ -3,78 +3,64 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from forked import HANG, Processes
 from tiny import RECIPE, tiny_project
-
-ROOT = Path(__file__).parents[2]
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-HANG = 600
-STAGES = """
-import os, signal, sys, time
-from datetime import timedelta
-from pathlib import Path
-from accelerate import PartialState
 from torch.distributed.distributed_c10d import _set_pg_timeout
-state = PartialState(cpu=True)
-_set_pg_timeout(timedelta(seconds=8))  # of collective operations, half an hour otherwise
 
-from distill.recipe import load_recipe
 from distill.files import write_json
 from distill.pipeline.folder import RunDir
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage, run_stages
-recipe, end = Path(sys.argv[1]), sys.argv[2]
+from distill.ranks import process_state
+from distill.recipe import load_recipe
 
-def slow(session):
-    time.sleep(12)
-    if end == "killed":
-        os.kill(os.getpid(), signal.SIGKILL)
-    write_json(session.folder.evaluation, {})
-
-def inputs(session):
-    time.sleep(12)  # as where large folders are read to see whether they have changed
-    return {}
-
-def together(session):
-    print("together", state.process_index, flush=True)
-
-stages = [
-    Stage("slow", slow, inputs, lambda session: [session.folder.evaluation]),
-    Stage("next", together, lambda session: {}, lambda session: [session.folder.evaluation], together=True),
-]
-run_stages(Session(load_recipe(recipe), recipe.parent, RunDir(recipe.parent / "run"), say=print), stages)
-"""
+ROOT = Path(__file__).parents[2]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+TIMEOUT, LONGER = 5, 7
+"""Seconds: of collective operations, half an hour otherwise, and what the main process takes for one thing."""
 
 
-def launched(folder, end):
-    script = folder / "stages.py"
-    script.write_text(STAGES)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    return subprocess.run(
-        [*command, script, tiny_project(folder), end],
-        env=ENV,
-        capture_output=True,
-        text=True,
-        timeout=HANG,
-        check=False,
-    )
+def two_stages(recipe, end):
+    state = process_state()
+    _set_pg_timeout(timedelta(seconds=TIMEOUT))
+
+    def slow(session):
+        time.sleep(LONGER)
+        if end == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        write_json(session.folder.evaluation, {})
+
+    def inputs(_session):
+        time.sleep(LONGER if end == "finished" else 0)  # as where large folders are read to see what has changed
+        return {}
+
+    def together(_session):
+        print("together", state.process_index)
+
+    stages = [
+        Stage("slow", slow, inputs, lambda session: [session.folder.evaluation]),
+        Stage("next", together, lambda session: {}, lambda session: [session.folder.evaluation], together=True),
+    ]
+    run_stages(Session(load_recipe(recipe), recipe.parent, RunDir(recipe.parent / "run"), say=print), stages)
 
 
-@pytest.mark.slow
 def test_a_stage_of_the_main_process_may_take_longer_than_the_timeout(tmp_path):
-    done = launched(tmp_path, "finished")
-    assert done.returncode == 0, done.stderr
-    assert "together 0" in done.stdout and "together 1" in done.stdout
+    started = Processes(tmp_path / "log", two_stages, tiny_project(tmp_path), "finished", ranks=2)
+    assert started.wait() == [0, 0], started.said
+    assert "together 0" in started.said and "together 1" in started.said
 
 
-@pytest.mark.slow
 def test_a_main_process_that_dies_ends_the_others(tmp_path):
-    done = launched(tmp_path, "killed")
-    assert done.returncode != 0 and "together" not in done.stdout
+    started = Processes(tmp_path / "log", two_stages, tiny_project(tmp_path), "killed", ranks=2)
+    assert started.wait() == [-signal.SIGKILL, 1] and "together" not in started.said
 
 
 @pytest.mark.slow

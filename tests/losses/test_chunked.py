@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -62,29 +63,21 @@ def learn(objective, student, teacher, batch, *, plain=False):
     return [loss.detach(), sums, *(leaf.grad for leaf in [*leaves, bias] if leaf is not None)]
 
 
-def close(found, expected, limit=1e-6):
+def close(found, expected, limit=1e-6, what=None):
     for one, other in zip(found, expected, strict=True):
-        assert (one - other).norm() <= limit * other.norm(), (one - other).norm() / other.norm()
+        assert (one - other).norm() <= limit * other.norm(), (what, (one - other).norm() / other.norm())
 
 
-# Every loss with every head, and every other pair of settings at least once.
-SETTINGS = [
-    (("next_token", "masked_token")[(row + column) % 2], loss, head, (1, 7, None)[(row + column) % 3])
-    for row, loss in enumerate([*LOGITS, own_loss])
-    for column, head in enumerate(HEADS)
-]
-
-
-@pytest.mark.parametrize(("kind", "loss", "head", "chunk"), SETTINGS)
-def test_chunks_give_the_loss_and_every_gradient_of_the_plain_form(kind, loss, head, chunk):
-    terms = [Term(match="labels", weight=0.3), Term(match="logits", loss=loss, temperature=1.7)]
-    student, teacher = (
-        side(0, vocabulary=V + 3, **HEADS[head]),
-        side(1, width=D + 2, vocabulary=V + 5, **HEADS[head]),
-    )
-    expected = learn(Objective(terms, kind, vocabulary=V), student, teacher, batch_of(), plain=True)
-    found = learn(Objective(terms, kind, vocabulary=V, chunk=chunk), student, teacher, batch_of())
-    close(found, expected)
+@pytest.mark.parametrize("column", range(len(HEADS)), ids=list(HEADS))
+def test_chunks_give_the_loss_and_every_gradient_of_the_plain_form(column):
+    head = list(HEADS.values())[column]
+    for row, loss in enumerate([*LOGITS, own_loss]):  # with every other pair of settings at least once
+        kind, chunk = ("next_token", "masked_token")[(row + column) % 2], (1, 7, None)[(row + column) % 3]
+        terms = [Term(match="labels", weight=0.3), Term(match="logits", loss=loss, temperature=1.7)]
+        student, teacher = side(0, vocabulary=V + 3, **head), side(1, width=D + 2, vocabulary=V + 5, **head)
+        expected = learn(Objective(terms, kind, vocabulary=V), student, teacher, batch_of(), plain=True)
+        found = learn(Objective(terms, kind, vocabulary=V, chunk=chunk), student, teacher, batch_of())
+        close(found, expected, what=loss)
 
 
 def test_several_terms_share_one_pass_over_small_blocks(monkeypatch):
@@ -95,18 +88,17 @@ def test_several_terms_share_one_pass_over_small_blocks(monkeypatch):
     close(learn(Objective(terms, "next_token", chunk=5), student, teacher, batch_of()), expected)
 
 
-@pytest.mark.parametrize("loss", LOGITS)
-def test_a_sparse_teacher_is_compared_chunk_by_chunk_too(loss):
-    objective, batch = Objective([Term(match="logits", loss=loss)], "next_token", vocabulary=V, chunk=4), batch_of()
-    teacher = Outputs(TopK.of(as_logits(side(1)).logits, 5))
-    results = []
-    for plain in (False, True):
-        student = side(0)
-        student.last.requires_grad_()
-        loss, sums = objective(as_logits(student) if plain else student, teacher, batch, objective.counts([batch]))
-        loss.backward()
-        results.append([loss.detach(), sums, student.last.grad])
-    close(*results)
+def test_a_sparse_teacher_is_compared_chunk_by_chunk_too():
+    for name in LOGITS:
+        objective = Objective([Term(match="logits", loss=name)], "next_token", vocabulary=V, chunk=4)
+        batch, teacher, results = batch_of(), Outputs(TopK.of(as_logits(side(1)).logits, 5)), []
+        for plain in (False, True):
+            student = side(0)
+            student.last.requires_grad_()
+            loss, sums = objective(as_logits(student) if plain else student, teacher, batch, objective.counts([batch]))
+            loss.backward()
+            results.append([loss.detach(), sums, student.last.grad])
+        close(*results, what=name)
 
 
 @pytest.mark.parametrize("kind", ["next_token", "masked_token", "seq2seq"])
@@ -143,11 +135,11 @@ def test_no_valid_position_is_a_zero_with_zero_gradients(terms):
     assert all(gradient.eq(0).all() for gradient in gradients)
 
 
-@pytest.mark.parametrize("loss", sorted(set(LOGITS) - {"soft_cross_entropy"}))
-def test_a_student_that_equals_its_teacher_has_nothing_to_learn(loss):
-    objective = Objective([Term(match="logits", loss=loss)], "next_token", chunk=4)
-    found = learn(objective, side(0, cap=2.0), side(0, cap=2.0), batch_of())
-    assert found[0] == 0 and found[1] == 0
+def test_a_student_that_equals_its_teacher_has_nothing_to_learn():
+    for loss in sorted(set(LOGITS) - {"soft_cross_entropy"}):
+        objective = Objective([Term(match="logits", loss=loss)], "next_token", chunk=4)
+        found = learn(objective, side(0, cap=2.0), side(0, cap=2.0), batch_of())
+        assert found[0] == 0 and found[1] == 0, loss
 
 
 class Largest(TorchDispatchMode):
@@ -163,19 +155,19 @@ class Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("loss", LOGITS)
-def test_no_tensor_holds_all_logits(loss):
-    tokens, width, vocabulary = 400, 4, 50
-    draw = torch.Generator().manual_seed(0)
-    own, target = (
-        Outputs(None, {}, torch.randn(4, tokens // 4, width, generator=draw).requires_grad_(), OutputHead(head))
-        for head in torch.randn(2, vocabulary, width, generator=draw).requires_grad_()
-    )
-    batch = {"attention_mask": torch.ones(4, tokens // 4), "labels": torch.zeros(4, tokens // 4, dtype=torch.int64)}
-    objective = Objective([Term(match="labels"), Term(match="logits", loss=loss)], "next_token", chunk=20)
-    with Largest() as largest:
-        objective(own, target, batch, objective.counts([batch]))[0].backward()
-    assert largest.elements <= max(2 * 20 * vocabulary, tokens * width) < tokens * vocabulary / 9
+def test_no_tensor_holds_all_logits():
+    for loss in LOGITS:
+        tokens, width, vocabulary = 400, 4, 50
+        draw = torch.Generator().manual_seed(0)
+        own, target = (
+            Outputs(None, {}, torch.randn(4, tokens // 4, width, generator=draw).requires_grad_(), OutputHead(head))
+            for head in torch.randn(2, vocabulary, width, generator=draw).requires_grad_()
+        )
+        batch = {"attention_mask": torch.ones(4, tokens // 4), "labels": torch.zeros(4, tokens // 4, dtype=torch.int64)}
+        objective = Objective([Term(match="labels"), Term(match="logits", loss=loss)], "next_token", chunk=20)
+        with Largest() as largest:
+            objective(own, target, batch, objective.counts([batch]))[0].backward()
+        assert largest.elements <= max(2 * 20 * vocabulary, tokens * width) < tokens * vocabulary / 9, loss
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
@@ -227,18 +219,14 @@ def test_autocast_leaves_the_loss_in_fp32():
     close(found, expected, 0)
 
 
-@pytest.mark.parametrize("loss", LOGITS)
-def test_gradients_in_float64_are_derivatives(loss):
-    student, teacher = side(0, bias=True, cap=2.0, dtype=torch.float64), side(1, dtype=torch.float64)
-    objective, batch = (
-        Objective([Term(match="labels"), Term(match="logits", loss=loss)], "next_token", chunk=4),
-        batch_of(),
-    )
-    counts = objective.counts([batch])
+def test_gradients_in_float64_are_derivatives():
+    student, teacher, batch = side(0, bias=True, cap=2.0, dtype=torch.float64), side(1, dtype=torch.float64), batch_of()
 
-    def value(last, weight, bias):
+    def value(objective, last, weight, bias):
         own = Outputs(None, {}, last, replace(student.head, weight=weight, bias=bias))
-        return objective(own, teacher, batch, counts)[0]
+        return objective(own, teacher, batch, objective.counts([batch]))[0]
 
-    leaves = [t.clone().requires_grad_() for t in (student.last, student.head.weight, student.head.bias)]
-    assert torch.autograd.gradcheck(value, leaves, fast_mode=True)
+    for loss in LOGITS:
+        objective = Objective([Term(match="labels"), Term(match="logits", loss=loss)], "next_token", chunk=4)
+        leaves = [t.clone().requires_grad_() for t in (student.last, student.head.weight, student.head.bias)]
+        assert torch.autograd.gradcheck(partial(value, objective), leaves, fast_mode=True), loss

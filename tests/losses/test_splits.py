@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from forked import Processes
 from tiny import VOCABULARY, tiny_model
 from torch.nn.parallel import DistributedDataParallel
 
 from distill.losses import Objective, layer_map
 from distill.models.forward import forward
+from distill.ranks import process_state
 from distill.recipe.schema import Term
 from distill.training.model import DistillModel
 
@@ -123,12 +122,20 @@ def test_every_split_into_micro_batches_gives_the_same_step(name, whole):
     check([loss, sums, *gradients(model)], whole)
 
 
-def _process(rank, shares, folder):
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def shares():
+    """What each of two processes has of a step, in three ways."""
+    rows = texts()
+    return [
+        ([padded(rows[:3])], [padded(rows[3:])]),
+        ([padded(rows[:1]), packed(rows[1:3])], [packed(rows[3:5]), padded(rows[5:], 2)]),
+        ([padded(rows)], [nothing()]),
+    ]
+
+
+def step_as_one_of_two(folder):
+    rank = process_state().process_index
     results = []
-    for share in shares:
+    for share in shares():
         # Models of its own: a wrapper that is not collected yet would answer the gradients of the next one, and only
         # on the process where it is not.
         model, teacher = models()
@@ -143,20 +150,12 @@ def _process(rank, shares, folder):
         results.append([both[0], both[1:], *(gradient.clone() for gradient in gradients(model))])
     if rank == 0:
         torch.save(results, folder / "results")
-    del wrapped, model  # before their group
     dist.barrier()
-    dist.destroy_process_group()
 
 
-@pytest.mark.slow
 def test_two_processes_give_the_same_step(whole, tmp_path):
-    rows = texts()
-    shares = [
-        ([padded(rows[:3])], [padded(rows[3:])]),
-        ([padded(rows[:1]), packed(rows[1:3])], [packed(rows[3:5]), padded(rows[5:], 2)]),
-        ([padded(rows)], [nothing()]),
-    ]
-    mp.spawn(_process, (shares, tmp_path), nprocs=2)
+    started = Processes(tmp_path / "log", step_as_one_of_two, tmp_path, ranks=2)
+    assert started.wait() == [0, 0], started.said
     for found in torch.load(tmp_path / "results", weights_only=True):
         check(found, whole)
 

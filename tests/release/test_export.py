@@ -24,11 +24,6 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_good_release_passes_the_gate(folder):
-    check_release(folder / "release", tiny_model("bert"), AUTO, tiny_batch())
-
-
-@pytest.mark.slow
 def test_one_changed_weight_does_not_pass(folder):
     model = tiny_model("bert")
     with torch.no_grad():
@@ -63,7 +58,7 @@ def test_what_is_no_path_is_published_as_it_is():
         assert without_folders(name) == name
 
 
-def test_code_that_a_teachers_configs_name_is_not_named_by_the_release(folder, tmp_path):
+def test_a_release_passes_the_gate_and_names_no_code_that_its_teachers_configs_name(folder, tmp_path):
     model, tokenizer = tiny_model("bert"), AutoTokenizer.from_pretrained(folder / "teacher")
     model.config.auto_map = {"AutoConfig": "attacker/repo--code.Config"}
     tokenizer.init_kwargs["auto_map"] = {"AutoTokenizer": ["attacker/repo--code.Tokenizer", None]}

@@ -1,12 +1,13 @@
-"""One process of a training that a test launches: `launched.py FOLDER KIND STOP [FAULT]`.
+"""A training in processes of its own, and one process of it: `launched(processes, folder, kind, stop, *fault)`.
 
-KIND is `ddp`, `fsdp` (FSDP2), `zero2` or `zero3` (DeepSpeed), or `plain` (`ddp` without the average of weights, which
+`kind` is `ddp`, `fsdp` (FSDP2), `zero2` or `zero3` (DeepSpeed), or `plain` (`ddp` without the average of weights, which
 DeepSpeed does not take), all on a CPU, where Accelerate's own launcher makes DDP of them; with `-lm` for a language
 model instead of a classifier, `-sharded` for checkpoints of which each process writes its part, `-masks` for a student
-under masks, `-wide` for a teacher of another width, whose hidden states are matched through projections. STOP `17:1`:
-evaluations every 17 steps, a signal during the one after the first; `0:0`: none. FAULT, of the second process: `oom`,
-it runs out of memory; `nan`, the gradient of one of its backward passes is not a number; `quota`, it cannot write files
-of the size of its weights; `die`, it is killed while the checkpoint of step 30 is written.
+under masks, `-wide` for a teacher of another width, whose hidden states are matched through projections, `-long` for 50
+steps instead of 12. `stop`, `5:1`: evaluations every 5 steps, a signal during the one after the first; `0:0`: none.
+`fault`, of the second process: `oom`, it runs out of memory; `nan`, the gradient of one of its backward passes is not a
+number; `quota`, it cannot write files of the size of its weights; `die`, it is killed while the checkpoint of the last
+step is written.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ import sys
 import threading
 import time
 from functools import partial
-from pathlib import Path
 
 import running
 import torch
 from accelerate import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
+from forked import Processes
 from safetensors.torch import save_file
 from tiny import tiny_model, tiny_project
 
@@ -36,10 +37,12 @@ from distill.ranks import process_state
 from distill.recipe import load_recipe
 from distill.recipe.schema import Mask
 from distill.student.masks.masks import Masks
-from distill.training import make_accelerator
+from distill.training import loop
 from distill.training.deepspeed import configure_deepspeed
+from distill.training.setup import make_accelerator
 
-MASK = Mask(sparsity=0.6, schedule="cubic", end=0.4, every=5)
+STEPS, LONG = 12, 50
+MASK = Mask(sparsity=0.6, schedule="cubic", end=0.5, every=2)
 """No choice so late that rounding has made one process's weights other than two's."""
 
 
@@ -57,12 +60,12 @@ def fsdp2_on_cpu(state_dict_type, *arguments):
     return accelerator
 
 
-def deepspeed_on_cpu(stage, spec):
+def deepspeed_on_cpu(stage, spec, folder):
     import deepspeed
 
     for name in deepspeed.ops.__compatible_ops__:
         deepspeed.ops.__compatible_ops__[name] = False  # nothing is compiled
-    accelerator = make_accelerator(spec)
+    accelerator = make_accelerator(spec, folder)
     plugin = DeepSpeedPlugin(zero_stage=stage)
     plugin.set_mixed_precision("no" if spec.precision == "fp32" else spec.precision)
     plugin.select(_from_accelerator_state=True)
@@ -99,14 +102,14 @@ def shared_out(kind, options):
     """Choose how the training that follows holds its weights."""
     if kind == "fsdp":
         saved = "SHARDED_STATE_DICT" if "sharded" in options else "FULL_STATE_DICT"
-        running.make_accelerator = partial(fsdp2_on_cpu, saved)
+        loop.make_accelerator = partial(fsdp2_on_cpu, saved)
     if kind.startswith("zero"):
-        running.make_accelerator = partial(deepspeed_on_cpu, int(kind[-1]))
+        loop.make_accelerator = partial(deepspeed_on_cpu, int(kind[-1]))
 
 
 def break_down(fault, folder):
     if "die" in fault:
-        threading.Thread(target=die_at, args=[folder / "checkpoints/.tmp-step-00000030"], daemon=True).start()
+        threading.Thread(target=die_at, args=[folder / "checkpoints/.tmp-step-00000012"], daemon=True).start()
     if "quota" in fault:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 
@@ -115,15 +118,23 @@ def break_a_gradient(model):
     passes = iter(range(10**6))
 
     def broken(_module, grads, _out):
-        return tuple(grad * (float("nan") if next(passes) == 15 else 1) for grad in grads)
+        return tuple(grad * (float("nan") if next(passes) == 5 else 1) for grad in grads)
 
     # A hook on a module, which its copy has as well: where weights are sharded, a copy is trained.
     model.classifier.register_full_backward_hook(broken)
 
 
-def main():
-    folder, kind, fault = Path(sys.argv[1]), sys.argv[2], sys.argv[4:]
-    every, let_through = map(int, sys.argv[3].split(":"))
+def launched(processes, folder, kind="ddp", stop="0:0", *fault, codes=None):
+    """Wait for the training, whose processes end with these codes (default: 0); returns what they said."""
+    folder.mkdir(parents=True, exist_ok=True)
+    started = Processes(folder.parent / f"{folder.name}.log", main, folder, kind, stop, *fault, ranks=processes)
+    found = started.wait()
+    assert found == (codes or [0] * processes), started.said
+    return started.said
+
+
+def main(folder, kind, stop, *fault):
+    every, let_through = map(int, stop.split(":"))
     evaluations = iter(range(100))
     rank = int(os.environ.get("RANK", "0"))
     project = folder.parent / f"project-{os.getpid()}"
@@ -153,7 +164,7 @@ def main():
     masks = []
 
     def constrain(student):
-        masks.append(Masks(student, MASK, 50))
+        masks.append(Masks(student, MASK, STEPS))
         return masks[0]
 
     job = {"evaluate": evaluate}
@@ -163,13 +174,13 @@ def main():
         model, said = running.run(
             corpus,
             folder,
-            steps=50,
+            steps=LONG if "long" in options else STEPS,
             micro=2,
             teacher=teacher,
             wide=wide,
             job=job,
             ema=0.9 if kind in ("ddp", "fsdp") else None,
-            save_every=10,
+            save_every=4,
             evaluate_every=every,
             log_every=1,
             model=model,
@@ -184,7 +195,3 @@ def main():
         if masks:
             save_file({name: model.get_parameter(name) == 0 for name in masks[0].masks}, folder / "zeros.safetensors")
         model.save_pretrained(folder / "exported")
-
-
-if __name__ == "__main__":
-    main()

@@ -9,7 +9,7 @@ from distill.data import TrainingBatches
 from distill.losses import Objective, layer_map
 from distill.recipe.schema import Term, Training
 from distill.teacher import LiveTeacher
-from distill.training import Job, make_accelerator, train
+from distill.training import Job, train
 from distill.training.checkpoint import Checkpoints
 
 LABELS = [Term(match="labels")]
@@ -49,10 +49,10 @@ def run(
     evaluate = extra.pop("evaluate", None)
     job = Job("test", spec, folder, seed, MADE_FROM, **extra)
     said: list[str] = []
-    objective, accelerator = Objective(LABELS, head), make_accelerator(spec)
+    objective = Objective(LABELS, head)
     if wide is not None:
         objective = Objective(HIDDEN, "sequence", lambda policy: layer_map(policy, None, 4, 4))
         objective.project(model.config.hidden_size, wide.config.hidden_size)
         teacher = LiveTeacher(wide, objective.teacher, torch.device("cpu"))
-    train(job, model, objective, teacher, batches, accelerator, evaluate=evaluate, say=said.append)
+    train(job, model, objective, teacher, batches, evaluate=evaluate, say=said.append)
     return model, said

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import DeepSpeedPlugin
+from launched import STEPS, launched
 from safetensors.torch import load_file
-from test_processes import assert_close, launched
+from test_processes import assert_close
 from tiny import tiny_model
 
 from distill.errors import InputError
@@ -38,13 +39,13 @@ def one(tmp_path_factory):
 @needs_deepspeed
 def test_zero3_trains_saves_resumes_and_hands_over_the_same_student(one, tmp_path):
     folder = tmp_path / "run"
-    launched(2, folder, "zero3", "20:0", code=75)
+    launched(2, folder, "zero3", "8:0", codes=[75, 75])
     (newest,) = sorted((folder / "checkpoints").glob("step-*"))[-1:]
-    assert newest.name == "step-00000020" and fault_of(newest) is None
+    assert newest.name == "step-00000008" and fault_of(newest) is None
     shutil.copytree(folder, tmp_path / "on one")
-    assert "continuing after step 20" in launched(2, folder, "zero3")
+    assert "continuing after step 8" in launched(2, folder, "zero3")
     assert_close(folder, one)
-    assert "continuing after step 20" in launched(1, tmp_path / "on one", "plain")  # one kind of checkpoint for all
+    assert "continuing after step 8" in launched(1, tmp_path / "on one", "plain")  # one kind of checkpoint for all
     assert_close(tmp_path / "on one", one)
 
 
@@ -52,8 +53,8 @@ def test_zero3_trains_saves_resumes_and_hands_over_the_same_student(one, tmp_pat
 @needs_deepspeed
 def test_what_one_process_saved_two_continue_with_zero2(one, tmp_path):
     folder = tmp_path / "run"
-    launched(1, folder, "plain", "20:0", code=75)
-    assert "continuing after step 20" in launched(2, folder, "zero2")
+    launched(1, folder, "plain", "8:0", codes=[75])
+    assert "continuing after step 8" in launched(2, folder, "zero2")
     assert_close(folder, one)
 
 
@@ -71,7 +72,7 @@ def test_the_head_of_a_language_model_is_read_in_chunks(tmp_path):
 def test_a_gradient_that_is_no_number_on_one_process_leaves_out_the_step_on_both(kind, tmp_path):
     launched(2, tmp_path, kind, "0:0", "nan")
     records = [record for record in read_records(tmp_path / "metrics.jsonl") if record["event"] == "train"]
-    assert [record["skipped"] for record in records] == [0] * 7 + [1] * 43
+    assert [record["skipped"] for record in records] == [0] * 2 + [1] * (STEPS - 2)
     assert all(torch.isfinite(tensor).all() for tensor in load_file(tmp_path / "final.safetensors").values())
 
 

@@ -2,18 +2,16 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
+from forked import HANG, Processes
 
 from distill.errors import InputError
 from distill.ranks import check_launch
-from distill.training.signals import StopSignals
+from distill.training import watchdog
+from distill.training.signals import StopSignals, die_with_parent, leaving_in_time
 
-HANG = 600
-"""Seconds after which something is taken to hang, however busy the machine is."""
 RIGHT = "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 scripts/train.py RECIPE"
 ONE = {"ACCELERATE_MIXED_PRECISION": "no"}
 REFUSED = {
@@ -52,69 +50,57 @@ def test_the_first_signal_is_noted_and_the_handlers_come_back():
     assert not StopSignals.active and signal.getsignal(signal.SIGTERM) == before
 
 
-STUCK = """
-import signal, sys, time
-from distill.training.signals import leaving_in_time
-signal.signal(signal.SIGTERM, lambda *_: None)   # as where a library swallows the exception
-with leaving_in_time(1.0):
-    print("ready", flush=True)
-    while True:
-        time.sleep(0.1)
-"""
+def stick():
+    signal.signal(signal.SIGTERM, lambda *_: None)  # as where a library swallows the exception
+    with leaving_in_time(1.0):
+        print("ready")
+        time.sleep(HANG)
 
 
-def test_a_process_that_does_not_come_to_its_handler_is_gone_in_time():
-    process = subprocess.Popen([sys.executable, "-c", STUCK], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=HANG) == 75
-    process.stdout.close()
+def until(condition):
+    deadline = time.monotonic() + HANG
+    while not condition():
+        assert time.monotonic() < deadline, "it never came to that"
+        time.sleep(0.05)
 
 
-HANGING = """
-import sys, time
-from distill.training import watchdog
-watchdog.PATIENCE = 1.0
-dog = watchdog.Watchdog(lambda text: print(text, flush=True), active=True)
-for what, seconds in {sequence}:
-    with dog.over(what):
-        time.sleep(seconds)
-    print("done", what, flush=True)
-"""
-FOREVER = 10**6
+def test_a_process_that_does_not_come_to_its_handler_is_gone_in_time(tmp_path):
+    started = Processes(tmp_path / "log", stick)
+    until(lambda: started.said == "ready\n")
+    os.kill(started.each[0].pid, signal.SIGTERM)
+    assert started.wait() == [75]
 
 
-def watched(*sequence):
-    code = HANGING.replace("{sequence}", repr(sequence))
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG, check=False)
+def hang(*sequence):
+    watchdog.PATIENCE = 0.5
+    dog = watchdog.Watchdog(print, active=True)
+    for what, seconds in sequence:
+        with dog.over(what):
+            time.sleep(seconds)
+        print("done", what)
+
+
+def watched(folder, *sequence):
+    started = Processes(folder / "log", hang, *sequence)
+    assert started.wait() == [1]
+    return started.said
 
 
 @pytest.mark.parametrize("what", ["step", "evaluation", "save"])
-def test_a_step_that_waits_for_others_in_vain_ends_the_process_with_a_message(what):
-    done = watched((what, 0.1), (what, 0.1), (what, FOREVER))
-    assert done.returncode == 1 and "do not answer" in done.stdout
+def test_a_step_that_waits_for_others_in_vain_ends_the_process_with_a_message(what, tmp_path):
+    assert "do not answer" in watched(tmp_path, (what, 0.1), (what, 0.1), (what, HANG))
 
 
-def test_the_first_step_may_take_its_time_and_says_nothing_about_the_others():
-    done = watched(("step", 3.0), ("step", 0.0), ("evaluation", 3.0), ("step", FOREVER))
-    assert done.stdout.splitlines()[:3] == ["done step", "done step", "done evaluation"]
-    assert done.returncode == 1 and "do not answer" in done.stdout
+def test_the_first_step_may_take_its_time_and_says_nothing_about_the_others(tmp_path):
+    said = watched(tmp_path, ("step", 2.0), ("step", 0.0), ("evaluation", 2.0), ("step", HANG)).splitlines()
+    assert said[:3] == ["done step", "done step", "done evaluation"] and "do not answer" in said[3]
 
 
-ORPHAN = """
-import subprocess, sys, time
-child = '''
-import time
-from distill.training.signals import die_with_parent
-die_with_parent()
-print("up", flush=True)
-time.sleep(10**6)
-'''
-process = subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE, text=True)
-process.stdout.readline()
-print(process.pid, flush=True)
-time.sleep(10**6)
-"""
+def raise_a_child():
+    if os.fork() == 0:
+        die_with_parent()
+        print(os.getpid())
+    time.sleep(HANG)
 
 
 def alive(pid):
@@ -126,13 +112,10 @@ def alive(pid):
         return file.read().rsplit(")", 1)[1].split()[0] != "Z"
 
 
-def test_a_process_is_told_when_its_parent_dies():
-    parent = subprocess.Popen([sys.executable, "-c", ORPHAN], stdout=subprocess.PIPE, text=True)
-    child = int(parent.stdout.readline())
-    parent.kill()
-    parent.wait()
-    deadline = time.monotonic() + HANG
-    while alive(child) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not alive(child)
-    parent.stdout.close()
+def test_a_process_is_told_when_its_parent_dies(tmp_path):
+    started = Processes(tmp_path / "log", raise_a_child)
+    until(lambda: started.said.endswith("\n"))
+    child = int(started.said)
+    assert alive(child)
+    started.kill()
+    until(lambda: not alive(child))

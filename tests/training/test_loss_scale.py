@@ -5,13 +5,13 @@ from __future__ import annotations
 import shutil
 
 import pytest
-import running
 import torch
 from running import dropped, published, run
 from tiny import tiny_model
 
-from distill.training import make_accelerator
+from distill.training import loop
 from distill.training.checkpoint import state_of
+from distill.training.setup import make_accelerator
 
 FIRST = 2.0**8
 
@@ -27,7 +27,7 @@ def fp16_on_cpu(monkeypatch):
         made.scaler = torch.amp.GradScaler("cpu", init_scale=FIRST, growth_interval=2)
         return made
 
-    monkeypatch.setattr(running, "make_accelerator", accelerator)
+    monkeypatch.setattr(loop, "make_accelerator", accelerator)
     return accelerator
 
 
@@ -62,11 +62,11 @@ def test_a_checkpoint_has_the_scale_and_the_training_goes_on_with_it(corpus, tmp
 
 
 def test_a_checkpoint_without_a_scale_leaves_the_scaler_as_it_is(corpus, tmp_path, monkeypatch, fp16_on_cpu):
-    monkeypatch.setattr(running, "make_accelerator", make_accelerator)
+    monkeypatch.setattr(loop, "make_accelerator", make_accelerator)
     run(corpus, tmp_path, steps=2)
     (saved,) = published(tmp_path / "checkpoints")
     assert scaler_of(saved) == {}
-    monkeypatch.setattr(running, "make_accelerator", fp16_on_cpu)
+    monkeypatch.setattr(loop, "make_accelerator", fp16_on_cpu)
     _, said = run(corpus, tmp_path, steps=3)
     assert "continuing after step 2" in said[-1]
     assert scaler_of(published(tmp_path / "checkpoints")[-1])["scale"] == FIRST  # it grows after two steps

@@ -5,22 +5,21 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from forked import Processes
 from running import MADE_FROM, dropped, published
-from safetensors.torch import load_file
-from tiny import tiny_model, tiny_project
+from safetensors.torch import load_file, save_file
+from tiny import tiny_model
 
 from distill.data import TrainingBatches
 from distill.errors import Stopped
 from distill.losses import Objective
+from distill.ranks import process_state
 from distill.recipe.schema import Mask, Term, Training
 from distill.student.masks.masks import Masks
-from distill.training import Job, make_accelerator, read_records, train
+from distill.training import Job, read_records, train
 from distill.training.checkpoint import Checkpoints
 from distill.training.shards import read
 
@@ -43,8 +42,8 @@ def run(corpus, folder, mask, *, micro=4, dropout=0.1, kind=Masks, look=None, **
 
     batches = TrainingBatches(corpus, corpus.labelled, 8, micro, 0)
     job = Job("test", settings, folder, 0, MADE_FROM, constrain)
-    objective, accelerator = Objective([Term(match="labels")], "sequence"), make_accelerator(settings)
-    train(job, model, objective, None, batches, accelerator, evaluate=look, say=lambda _text: None)
+    objective = Objective([Term(match="labels")], "sequence")
+    train(job, model, objective, None, batches, evaluate=look, say=lambda _text: None)
     return model, made[0]
 
 
@@ -194,44 +193,20 @@ def test_frozen_parameters_stay_bit_for_bit_under_decay_and_masks(corpus, tmp_pa
     assert len(masks.masks) == 2 * 3 and alive(model, masks) == 0
 
 
-WORKER = """
-import sys
-from pathlib import Path
-import torch
-from accelerate.utils import gather_object
-sys.path[:0] = [{tests!r}, {here!r}]
-from safetensors.torch import save_file
-from test_masked_training import CUBIC, alive, run
-from tiny import tiny_project
-from distill.data import read_texts, tokenise
-from distill.models.load import load_tokenizer
-from distill.recipe import load_recipe
-from distill.ranks import process_state
-
-folder, rank = Path(sys.argv[1]), process_state().process_index
-spec = load_recipe(folder / "recipe.yaml").data
-corpus = tokenise(read_texts(spec, 0, folder), spec, load_tokenizer(folder / "teacher"))
-model, masks = run(corpus, folder / "run", CUBIC, micro=4)
-assert alive(model, masks) == 0
-save_file({{name: mask.contiguous() for name, mask in masks.masks.items()}}, folder / f"masks-{{rank}}.safetensors")
-if rank == 0:
-    model.save_pretrained(folder / "model")
-"""
+def train_as_one_of_two(corpus, folder):
+    model, masks = run(corpus, folder / "run", CUBIC)
+    assert alive(model, masks) == 0
+    rank = process_state().process_index
+    save_file({name: mask.contiguous() for name, mask in masks.masks.items()}, folder / f"masks-{rank}.safetensors")
+    if rank == 0:
+        model.save_pretrained(folder / "model")
 
 
-@pytest.mark.slow
 def test_two_processes_have_the_same_masks_and_the_weights_of_one(corpus, tmp_path):
-    tiny_project(tmp_path)
-    here = Path(__file__).parent
-    (tmp_path / "worker.py").write_text(WORKER.format(tests=str(here.parent), here=str(here)))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    done = subprocess.run(
-        [*launch, tmp_path / "worker.py", tmp_path], capture_output=True, text=True, check=False,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    started = Processes(tmp_path / "log", train_as_one_of_two, corpus, tmp_path, ranks=2)
+    assert started.wait() == [0, 0], started.said
     first, second = (load_file(tmp_path / f"masks-{rank}.safetensors") for rank in (0, 1))
-    model, masks = run(corpus, tmp_path / "one", CUBIC, micro=4)
+    model, masks = run(corpus, tmp_path / "one", CUBIC)
     for name, mask in masks.masks.items():
         assert torch.equal(first[name], second[name]) and torch.equal(first[name], mask), name
     two = load_file(tmp_path / "model/model.safetensors")

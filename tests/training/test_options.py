@@ -22,7 +22,7 @@ from distill.losses import Objective
 from distill.models.forward import Capture, Outputs, to_device
 from distill.recipe.schema import Training
 from distill.teacher import LiveTeacher
-from distill.training import Job, make_accelerator, read_records, tracking, train
+from distill.training import Job, read_records, tracking, train
 from distill.training.optim import lr_factor, make_optimizer
 from distill.training.setup import horizon
 from distill.training.tracking import check_trackers, numbers_in, summary
@@ -209,14 +209,13 @@ class Recorder(GeneralTracker):
 
 def test_records_reach_the_trackers_of_accelerate(corpus, tmp_path):
     recorder = Recorder()
-    spec = Training(steps=4, batch_size=8, micro_batch_size=4, log_every=2)
+    spec = Training(steps=4, batch_size=8, micro_batch_size=4, log_every=2).model_copy(update={"trackers": [recorder]})
     batches = TrainingBatches(corpus, corpus.labelled, 8, 4, 0)
-    accelerator = make_accelerator(spec, [recorder], tmp_path)
     job = Job("test", spec, tmp_path, 0, MADE_FROM)
     model = tiny_model("bert", num_labels=len(corpus.classes))
     objective = Objective(LABELS, "sequence")
     measured = {"accuracy": 0.5, "kl": None}
-    train(job, model, objective, None, batches, accelerator, evaluate=lambda *_: measured, say=print)
+    train(job, model, objective, None, batches, evaluate=lambda *_: measured, say=print)
     assert [step for step, _ in recorder.records] == [2, 4, 4] and recorder.ended
     first, last = recorder.records[0][1], recorder.records[-1][1]
     assert {"loss", "terms/labels", "lr", "grad_norm", "tokens_per_s", "skipped"} <= first.keys()
@@ -228,8 +227,7 @@ def test_tensorboard_writes_its_files(corpus, tmp_path):
     batches = TrainingBatches(corpus, corpus.labelled, 8, 4, 0)
     job = Job("test", spec, tmp_path / "run", 0, MADE_FROM)
     model, objective = tiny_model("bert", num_labels=len(corpus.classes)), Objective(LABELS, "sequence")
-    accelerator = make_accelerator(spec, spec.trackers, job.folder)
-    train(job, model, objective, None, batches, accelerator, say=print)
+    train(job, model, objective, None, batches, say=print)
     assert list(tmp_path.rglob("events.out.tfevents*"))
 
 

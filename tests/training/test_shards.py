@@ -3,86 +3,61 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from forked import Processes
 from running import MADE_FROM
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from distill.errors import RunError
+from distill.ranks import process_state
 from distill.training.checkpoint import Checkpoints, TrainState, fault_of, state_of
 from distill.training.shards import read
 
-pytestmark = pytest.mark.slow
-
-HERE = Path(__file__).parent
 torch.manual_seed(0)  # the same in every process that imports this
 SHAPES = {"even": (4, 3), "uneven": (5, 2), "one row": (1, 7), "vector": (3,)}
 PARAMETERS = {name: torch.randn(shape) for name, shape in SHAPES.items()}
 
-WORKER = """
-import sys
-from pathlib import Path
-import torch
-from test_shards import MADE_FROM, PARAMETERS
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-from distill.errors import RunError
-from distill.training.checkpoint import Checkpoints, TrainState
-from distill.ranks import process_state
-from distill.training.shards import read
 
-folder, rank = Path(sys.argv[1]), process_state().process_index
-flat, grid = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (2, 1))
+def write_as_one_of_two(folder):
+    rank = process_state().process_index
+    flat, grid = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (2, 1))
 
-def spread(mesh, *placements):
-    return {name: distribute_tensor(tensor, mesh, placements) for name, tensor in PARAMETERS.items()}
+    def spread(mesh, *placements):
+        return {name: distribute_tensor(tensor, mesh, placements) for name, tensor in PARAMETERS.items()}
 
-rows, replicas = spread(flat, Shard(0)), spread(grid, Replicate(), Shard(0))
-columns = spread(flat, Shard(-1))
-said = []
-for name, model in (("rows", rows), ("replicas", replicas)):
-    parts = {"model": {**model, "buffer": torch.tensor(7)}, "skip_rule": {"skipped": torch.tensor([1, 2])}}
-    saved = Checkpoints(folder / name, MADE_FROM, said.append).save(TrainState(step=3), parts)
-    for other in (rows, replicas, columns):
-        found = read(saved, lambda part, key: other.get(key))["model"]
-        for key, tensor in other.items():
-            assert found[key].placements == tensor.placements
-            assert torch.equal(found[key].to_local(), tensor.to_local()), (name, key)
-        assert found["buffer"].item() == 7
+    rows, replicas = spread(flat, Shard(0)), spread(grid, Replicate(), Shard(0))
+    columns = spread(flat, Shard(-1))
+    for name, model in (("rows", rows), ("replicas", replicas)):
+        parts = {"model": {**model, "buffer": torch.tensor(7)}, "skip_rule": {"skipped": torch.tensor([1, 2])}}
+        saved = Checkpoints(folder / name, MADE_FROM, print).save(TrainState(step=3), parts)
+        for other in (rows, replicas, columns):
+            found = read(saved, lambda part, key, other=other: other.get(key))["model"]
+            for key, tensor in other.items():
+                assert found[key].placements == tensor.placements
+                assert torch.equal(found[key].to_local(), tensor.to_local()), (name, key)
+            assert found["buffer"].item() == 7
 
-broken = {**rows, "even": distribute_tensor(PARAMETERS["even"].clone(), flat, [Shard(0)])}
-if rank == 1:
-    broken["even"].to_local().fill_(float("nan"))
-try:
-    Checkpoints(folder / "broken", MADE_FROM, print).save(TrainState(step=1), {"model": broken})
-except RunError as error:
-    (folder / f"refused-{rank}").write_text(str(error))
-"""
+    broken = {**rows, "even": distribute_tensor(PARAMETERS["even"].clone(), flat, [Shard(0)])}
+    if rank == 1:
+        broken["even"].to_local().fill_(float("nan"))
+    try:
+        Checkpoints(folder / "broken", MADE_FROM, print).save(TrainState(step=1), {"model": broken})
+    except RunError as error:
+        (folder / f"refused-{rank}").write_text(str(error))
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """The checkpoints that two ranks have written."""
     folder = tmp_path_factory.mktemp("made")
-    (folder / "worker.py").write_text(WORKER)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    environment = {
-        **os.environ,
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": f"{HERE.parents[1]}:{HERE}:{HERE.parent}",
-    }
-    done = subprocess.run(
-        [*launch, folder / "worker.py", folder], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    started = Processes(folder / "log", write_as_one_of_two, folder, ranks=2)
+    assert started.wait() == [0, 0], started.said
     return folder
 
 
