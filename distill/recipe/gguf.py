@@ -18,9 +18,9 @@ NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 """Type of a value -> its format in `struct`."""
 TEXT, ARRAY = 8, 9
 BLOCKS = {
-    **{0: (1, 4), 1: (1, 2), 30: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 9: (32, 36)},
-    **{10: (256, 84), 11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210), 15: (256, 292)},
-}
+    0: (1, 4), 1: (1, 2), 30: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 9: (32, 36),
+    10: (256, 84), 11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210), 15: (256, 292),
+}  # fmt: skip
 """Kind of a tensor -> values of a block, and its bytes: F32, F16, BF16, Q4_0 to Q8_1, Q2_K to Q8_K."""
 MOST = 10_000_000
 """Bytes of a text, and entries of an array or a header, beyond which it is none."""
@@ -49,7 +49,8 @@ def gguf_size(path: Path) -> TeacherSize:
         raise InputError(f"{path}: the tokenizer has {tokens:,} tokens, the model {vocabulary:,} embeddings")
     if importlib.util.find_spec("gguf") is None:
         raise InputError(f"{path}: a GGUF teacher needs the package gguf: pip install 'distill[gguf]'")
-    return TeacherSize(layers, width, positions, family=FAMILIES.get(architecture, architecture))
+    family = FAMILIES.get(architecture, architecture)
+    return TeacherSize(layers, width, positions, family=family, vocabulary=vocabulary)
 
 
 def read_header(path: Path) -> dict[str, Any]:

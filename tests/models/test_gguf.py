@@ -118,7 +118,7 @@ def test_a_file_becomes_a_folder_with_the_dequantised_weights(tmp_path):
 
 def test_the_header_tells_the_sizes(tmp_path):
     write_gguf(tmp_path / "x.gguf")
-    assert gguf_size(tmp_path / "x.gguf") == TeacherSize(LAYERS, WIDE, 64, family="llama")
+    assert gguf_size(tmp_path / "x.gguf") == TeacherSize(LAYERS, WIDE, 64, family="llama", vocabulary=64)
 
 
 def test_a_file_is_pinned_by_its_checksum(tmp_path):
