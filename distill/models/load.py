@@ -21,10 +21,11 @@ from distill.files import read_object, sha256_of
 from distill.models.gguf import dequantised
 from distill.models.pattern import settle_periods
 from distill.models.report import check_loaded, untie_config
-from distill.models.weights import as_input_error, check_links, weight_files, weights_sha256
+from distill.models.weights import as_input_error, check_links, weights_sha256
 from distill.models.widths import as_stock, is_unequal, with_widths
 from distill.recipe.locate import is_gguf, teacher_folder, teacher_size
 from distill.recipe.schema import Teacher
+from distill.recipe.weights import weight_files
 
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 HUB_FILES = [*SMALL_FILES, "*.safetensors"]

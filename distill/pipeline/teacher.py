@@ -11,6 +11,8 @@ from distill.models.load import folder_fingerprint, load_model, random_model
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage, settings_of, with_version
 from distill.pipeline.train import save_model, train_model
+from distill.recipe.load import check_teacher
+from distill.recipe.locate import teacher_folder
 from distill.recipe.schema import Training
 from distill.student import check_student
 from distill.training import Job
@@ -53,6 +55,16 @@ def inputs(session: Session) -> dict[str, Any]:
     }
 
 
+def check(session: Session) -> None:
+    """Look at a teacher from the hub, which nobody could when the recipe was read.
+
+    Raises:
+        InputError: With everything that is wrong with it or does not fit it.
+    """
+    if teacher_folder(session.recipe.teacher.model, session.base) is None:
+        check_teacher(session.recipe, session.source)
+
+
 STAGE = Stage(
     "teacher",
     work,
@@ -60,4 +72,5 @@ STAGE = Stage(
     lambda session: [session.folder.teacher],
     wanted=lambda recipe: recipe.teacher.fit is not None,
     together=True,
+    check=check,
 )

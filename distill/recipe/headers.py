@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from distill.errors import InputError
-from distill.files import MAX_JSON, read_object
+from distill.files import read_object
 from distill.recipe.datafiles import data_files, ending_of, read_rows
 from distill.recipe.fields import KeyPath, Mistake
 from distill.recipe.gguf import gguf_size
@@ -24,14 +22,12 @@ from distill.recipe.locate import (
 )
 from distill.recipe.names import OPTIONAL_COLUMNS, TASK_COLUMNS
 from distill.recipe.schema import Data, Source, Teacher
+from distill.recipe.weights import check_tensors, parameter_names, read_headers
 
 MAX_ROWS = 100_000
 """Rows that are read in search of a column; what comes later is seen when the data is read."""
-NOT_STORED = (
-    *("classifier", "score", "lm_head", "pre_classifier", "classifier.dense", "classifier.out_proj", "pooler.dense"),
-    *("head.dense", "head.norm", "encoder.embed_positions", "decoder.embed_positions"),
-)
-"""Modules that a model may have although its file does not: they are made anew, tied or computed."""
+MAX_TOKENIZER = 20_000_000
+"""Bytes of a tokenizer.json that is read to check a recipe."""
 
 
 def look_at_teacher(teacher: Teacher | None, base: Path) -> tuple[TeacherSize, list[Mistake]]:
@@ -42,10 +38,9 @@ def look_at_teacher(teacher: Teacher | None, base: Path) -> tuple[TeacherSize, l
         return size, []
     try:
         folder = teacher_folder(teacher.model, base)
-        if folder is not None and is_gguf(folder):
-            size = gguf_size(folder)
-        elif folder is not None:
-            size = teacher_size(folder, () if teacher.init == "random" else parameter_names(folder))
+        if folder is not None:
+            size, found = look_at_folder(folder, weights=teacher.init != "random")
+            mistakes += [Mistake(path, message) for message in found]
     except InputError as error:
         message, _, package = str(error).partition(": pip install ")
         mistakes.append(Mistake(path, message, f"pip install {package}" if package else ""))
@@ -55,51 +50,36 @@ def look_at_teacher(teacher: Teacher | None, base: Path) -> tuple[TeacherSize, l
     return size, mistakes
 
 
-def parameter_names(folder: Path) -> Collection[str]:
-    """List the tensors in a folder's safetensors files, and the names that they may have in a model.
-
-    Empty where the files say nothing: other formats, and experts, which are stored one by one and computed together.
+def look_at_folder(folder: Path, *, weights: bool) -> tuple[TeacherSize, list[str]]:
+    """Return what config and headers of a model folder, or of a GGUF file, tell, and what is wrong with them.
 
     Raises:
-        InputError: A file is missing, broken, cut off or has a header that no model needs.
+        InputError: They cannot be read, or are those of no model that can be cut.
     """
-    files, index = [folder / "model.safetensors"], folder / "model.safetensors.index.json"
-    if not files[0].exists() and index.exists():
-        shards = read_object(index).get("weight_map")
-        if not isinstance(shards, dict) or not all(Path(str(name)).name == name for name in shards.values()):
-            raise InputError(f"{index} has no weight_map of files in its folder")
-        files = [folder / name for name in sorted(set(shards.values()))]
-    elif not files[0].exists():
-        return ()
-    names = {name for file in files for name in read_header(file)}
-    if any(".experts." in name for name in names):
-        return ()
-    # Older files have other names for the parameters of a norm.
-    names |= {re.sub("gamma$", "weight", re.sub("beta$", "bias", name)) for name in names}
-    return sorted(names) + [f"{head}.{kind}" for head in NOT_STORED for kind in ("weight", "bias")]
+    if is_gguf(folder):
+        return gguf_size(folder), []
+    if not weights:
+        return teacher_size(folder), list(_check_vocabulary(folder, teacher_size(folder)))
+    tensors = read_headers(folder)
+    size = teacher_size(folder)
+    mistakes = [*check_tensors(folder, tensors, size), *_check_vocabulary(folder, size)]
+    return replace(size, tensors=parameter_names(tensors)), mistakes
 
 
-def read_header(path: Path) -> dict[str, Any]:
-    """Read name -> dtype, shape and place of a safetensors file's tensors. Raises InputError when it is not whole."""
-    try:
-        if not path.is_file():
-            raise InputError(f"{path} is not a file")
-        have = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if have < 8 or length > min(have - 8, MAX_JSON):
-                asked = f"asks for a header of {length:,} bytes and has {have:,}" if have >= 8 else "is empty"
-                raise InputError(f"{path} {asked}: it is broken or was not copied whole")
-            header = json.loads(file.read(length))
-        tensors = {name: info for name, info in header.items() if name != "__metadata__"}
-        ends = [int(info["data_offsets"][1]) for info in tensors.values()]
-    except (OSError, ValueError, RecursionError, TypeError, KeyError, IndexError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: its header is not that of a safetensors file ({error})") from error
-    if max(ends, default=0) + 8 + length > have:
-        raise InputError(f"{path} has {have:,} bytes of {max(ends) + 8 + length:,}: it was not copied whole")
-    return tensors
+def _check_vocabulary(folder: Path, size: TeacherSize) -> Iterator[str]:
+    """Yield that the words of a tokenizer are more than the embeddings; tokens that were added may go unused."""
+    path = folder / "tokenizer.json"
+    if size.vocabulary is None or not path.is_file() or path.stat().st_size > MAX_TOKENIZER:
+        return
+    model = read_object(path).get("model")
+    words = model.get("vocab") if isinstance(model, dict) else None
+    ids = words.values() if isinstance(words, dict) else range(len(words)) if isinstance(words, list) else ()
+    highest = max((number for number in ids if type(number) is int), default=-1)
+    if highest >= size.vocabulary:
+        yield (
+            f"{folder}: tokenizer.json has words up to id {highest:,}, and config.json says vocab_size "
+            f"{size.vocabulary:,}; the two do not belong together"
+        )
 
 
 def look_at_data(data: Data | None, base: Path) -> Iterator[Mistake]:

@@ -14,11 +14,11 @@ from pydantic_core import to_jsonable_python
 from ruamel.yaml import YAML
 from ruamel.yaml.representer import SafeRepresenter
 
-from distill.errors import Problem, RecipeError
+from distill.errors import InputError, Problem, RecipeError
 from distill.recipe.document import Document, at
 from distill.recipe.explain import check_schema, valid_parts
 from distill.recipe.fields import KeyPath, Location, dotted
-from distill.recipe.headers import look_at_data, look_at_teacher
+from distill.recipe.headers import look_at_data, look_at_folder, look_at_teacher
 from distill.recipe.rules import check_together
 from distill.recipe.schema import Recipe
 from distill.recipe.yaml import read_document, read_text, refuse, scalar
@@ -53,6 +53,18 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if recipe is None or ranked:
         raise RecipeError([problem for _, problem in sorted(ranked, key=lambda entry: entry[0])])
     return recipe
+
+
+def check_teacher(recipe: Recipe, folder: Path) -> None:
+    """Check a recipe against a teacher that it was read without: one that had to be downloaded.
+
+    Raises:
+        InputError: Its files are those of no teacher, or the recipe does not fit it.
+    """
+    size, of_teacher = look_at_folder(folder, weights=recipe.teacher.init != "random")
+    mistakes = [*of_teacher, *map(str, check_together(recipe.parts, size))]
+    if mistakes:
+        raise InputError("; ".join(mistakes))
 
 
 def dump(recipe: Recipe) -> str:

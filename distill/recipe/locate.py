@@ -80,6 +80,8 @@ class TeacherSize:
     """Names that its parameters may have; empty where its files do not tell."""
     both_ways: bool = False
     """True where a token is known to see those after it."""
+    vocabulary: int | None = None
+    """Rows of the embeddings."""
 
 
 def is_path(name: str) -> bool:
@@ -133,8 +135,8 @@ def ambiguous_folder(model: str, base: Path) -> str | None:
     return str(Path(model).absolute()) if os.path.isdir(model) else None
 
 
-def teacher_size(folder: Path, tensors: Collection[str] = ()) -> TeacherSize:
-    """Read layers, MLP width and positions from the folder's config.json.
+def teacher_size(folder: Path) -> TeacherSize:
+    """Read what the folder's config.json says about the model.
 
     Raises:
         InputError: There is no config.json, its weights are quantized, or its sizes are those of no model.
@@ -154,12 +156,24 @@ def teacher_size(folder: Path, tensors: Collection[str] = ()) -> TeacherSize:
     if width is None:
         embedding = _first_count(config, ("n_embd",))  # GPT-2: null, or no key, stands for four times the model width
         width = embedding and 4 * embedding
-    layers, positions = _first_count(config, LAYER_KEYS), _first_count(config, _POSITION_KEYS)
-    if positions is not None and config.get("model_type") in RESERVED_POSITIONS:
-        padding = config.get("pad_token_id")
-        positions -= (padding if type(padding) is int else 1) + 1  # where a config does not say it, it is 1
-    encoder = _first_count(config, ("encoder_layers", "num_layers")) if config.get("is_encoder_decoder") else None
-    return TeacherSize(layers, width, positions, encoder, config.get("model_type"), tensors, _sees_both_ways(config))
+    two_stacks = config.get("is_encoder_decoder")
+    return TeacherSize(
+        layers=_first_count(config, LAYER_KEYS),
+        width=width,
+        positions=_positions(config),
+        encoder_layers=_first_count(config, ("encoder_layers", "num_layers")) if two_stacks else None,
+        family=config.get("model_type"),
+        both_ways=_sees_both_ways(config),
+        vocabulary=_first_count(config, ("vocab_size",)),
+    )
+
+
+def _positions(config: dict[str, Any]) -> int | None:
+    positions = _first_count(config, _POSITION_KEYS)
+    if positions is None or config.get("model_type") not in RESERVED_POSITIONS:
+        return positions
+    padding = config.get("pad_token_id")
+    return positions - (padding if type(padding) is int else 1) - 1  # where a config does not say it, it is 1
 
 
 def _sees_both_ways(config: dict[str, Any]) -> bool:

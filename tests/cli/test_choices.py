@@ -279,6 +279,8 @@ RUNS = {
           {match: labels},
           {match: logits},
           {match: attention},
+          {match: hidden, stack: encoder, map: [[0, 1], [2, 3]]},
+          {match: hidden, stack: decoder},
         ]
         evaluation.efficiency=true
         release.format=padded

@@ -25,6 +25,7 @@ SETTINGS = ["teacher.init=pretrained", "teacher.fit=null", "evaluation.arms=[tea
 @pytest.fixture
 def session(tmp_path):
     recipe = tiny_project(tmp_path, LM, family="llama")
+    tiny_model("llama", tie_word_embeddings=False).save_pretrained(tmp_path / "teacher")
     loaded = load_recipe(recipe, [*SETTINGS, "evaluation.efficiency=false"])
     return Session(loaded, tmp_path, RunDir(tmp_path / "run"), say=lambda _text: None)
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+
+import huggingface_hub.constants
 import pytest
 import torch
 from tiny import SEQ2SEQ_SIZES, SIZES, tiny_batch, tiny_project
 from transformers import AutoConfig, AutoModel
 
+from distill.cli import main
 from distill.errors import RecipeError
 from distill.models.load import load_tokenizer
 from distill.recipe import load_recipe
@@ -65,6 +69,20 @@ def test_a_length_that_includes_reserved_positions_is_refused(length, tmp_path):
 
 def test_the_length_without_reserved_positions_is_accepted(tmp_path):
     load_recipe(roberta_project(tmp_path, 32))
+
+
+def test_a_teacher_from_the_hub_is_looked_at_before_the_first_stage(tmp_path, monkeypatch, capsys):
+    recipe = roberta_project(tmp_path, 34)
+    recipe.write_text(recipe.read_text().replace("model: ./teacher", "model: org/tiny"))
+    repository = tmp_path / "hub/models--org--tiny"
+    shutil.copytree(tmp_path / "teacher", repository / "snapshots/abc")
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text("abc")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert main(["plan", str(recipe), "--out", str(tmp_path / "run")]) == 2
+    assert "data.max_length: 34 tokens per example, the teacher has 32 positions" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_tokenizer_without_a_length_gets_that_of_the_model(tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from bad_recipes import GOOD
+from teacher_files import BERT, weights
 
 
 @pytest.fixture
@@ -17,6 +18,7 @@ def folder(tmp_path: Path) -> Path:
     for name, config in {"teacher": json.dumps(teacher), "org/model": "{}", "broken": "{"}.items():
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "config.json").write_text(config)
+        (tmp_path / name / "model.safetensors").write_bytes(weights(BERT))
     (tmp_path / "empty").mkdir()
     (tmp_path / "texts.csv").write_text("body,label\nhello,a\n")
     return tmp_path

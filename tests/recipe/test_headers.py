@@ -13,14 +13,16 @@ from typing import Any
 import pytest
 import yaml
 from bad_recipes import GOOD
-from tiny import tiny_model
+from teacher_files import BERT, weights
+from tiny import DECODERS, ENCODERS, NO_ROW, SEQ2SEQ, tiny_model
 
 from distill.errors import InputError, Problem, RecipeError
 from distill.recipe import load_recipe
-from distill.recipe.headers import parameter_names
+from distill.recipe.headers import look_at_folder
 from distill.recipe.locate import TeacherSize
 from distill.recipe.rules import patterns_match
 from distill.recipe.schema import Training, json_schema
+from distill.recipe.weights import parameter_names, read_headers
 from distill.recipe.yaml import read_text
 
 Write = Callable[..., Path]
@@ -39,18 +41,6 @@ def one(path: Path) -> tuple[str, str]:
     return problem.key, f"{problem.message} {problem.fix}"
 
 
-def weights(names: list[str], data: bytes | None = None) -> bytes:
-    """A safetensors file with a tensor of one float for each name."""
-    tensors = {name: {"dtype": "F32", "shape": [1], "data_offsets": [4 * i, 4 * i + 4]} for i, name in enumerate(names)}
-    header = json.dumps({"__metadata__": {"format": "pt"}, **tensors}).encode()
-    return len(header).to_bytes(8, "little") + header + (bytes(4 * len(names)) if data is None else data)
-
-
-BERT = [
-    "embeddings.word_embeddings.weight",
-    "encoder.layer.0.output.LayerNorm.gamma",
-    "encoder.layer.0.output.dense.bias",
-]
 HEADED = ["bert." + name for name in BERT] + ["classifier.weight"]
 
 
@@ -72,7 +62,7 @@ def test_patterns_that_match_a_parameter_are_accepted(stored: list[str], write: 
 @pytest.mark.parametrize("stored", [BERT, HEADED], ids=["base model", "with a head"])
 def test_patterns_that_match_nothing_are_named(stored: list[str], write: Write, folder: Path) -> None:
     (folder / "teacher/model.safetensors").write_bytes(weights(stored))
-    text = GOOD.replace("lr: 2e-4}", "freeze: ['*.attention.*']}")
+    text = GOOD.replace("lr: 2e-4}", "freeze: ['*.attn.*']}")
     text = text.replace("multiple_of: 64}", "multiple_of: 64}\n  mask: {sparsity: 0.5, only: ['*.up_proj.*']}")
     text = text.replace("  lr: 3e-4", "  freeze: ['*.embeddings.*', '*.embedings.*']\n  only: ['*.mpl.*']")
     found = problems(write(text))
@@ -90,17 +80,20 @@ def test_every_parameter_of_a_model_is_found_in_its_file_and_in_that_of_its_base
     spec = Training(steps=1, freeze=[name for name, _ in model.named_parameters()])
     for part, folder in ((model, tmp_path / "whole"), (model.base_model, tmp_path / "base")):
         part.save_pretrained(folder)
-        size = TeacherSize(tensors=parameter_names(folder))
+        size = TeacherSize(tensors=parameter_names(read_headers(folder)))
         assert [mistake.message for mistake in patterns_match(None, spec, None, size)] == []
 
 
 def test_experts_are_computed_together_so_their_names_say_nothing(write: Write, folder: Path) -> None:
-    (folder / "teacher/model.safetensors").write_bytes(weights(["model.layers.0.mlp.experts.0.up_proj.weight"]))
+    (folder / "teacher/model.safetensors").write_bytes(
+        weights([f"model.layers.{layer}.mlp.experts.0.up_proj.weight" for layer in range(6)])
+    )
     load_recipe(write(GOOD.replace("  lr: 3e-4", "  freeze: ['*.experts.gate_up_proj']")))
 
 
 def test_names_are_read_from_every_shard(write: Write, folder: Path) -> None:
     shards = {"a.weight": "one.safetensors", "b.weight": "two.safetensors"}
+    (folder / "teacher/model.safetensors").unlink()
     for name, file in shards.items():
         (folder / "teacher" / file).write_bytes(weights([name]))
     (folder / "teacher/model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
@@ -108,10 +101,10 @@ def test_names_are_read_from_every_shard(write: Write, folder: Path) -> None:
     assert one(write(text))[0] == "training.freeze.1"
     (folder / "teacher/two.safetensors").unlink()
     key, message = one(write(text))
-    assert key == "teacher.model" and "two.safetensors is not a file" in message
+    assert key == "teacher.model" and "names two.safetensors, which does not exist" in message
     outside = {"weight_map": {"a.weight": "../one.safetensors"}}
     (folder / "teacher/model.safetensors.index.json").write_text(json.dumps(outside))
-    assert "weight_map of files in its folder" in one(write(text))[1]
+    assert "../one.safetensors, which does not lie in the folder itself" in one(write(text))[1]
 
 
 @pytest.mark.parametrize(
@@ -157,6 +150,67 @@ def test_a_config_that_cannot_be_worked_with_is_refused(
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     key, message = one(write())
     assert key == "teacher.model" and words in message
+
+
+LAYER_2 = [name for name in BERT if ".layer.2." in name]
+LAST = [name for name in BERT if ".layer.5." in name]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (weights([f"_orig_mod.{name}" for name in BERT]), "the name of every tensor begins with '_orig_mod.'"),
+        (weights([f"module.{name}" for name in BERT]), "the name of every tensor begins with 'module.'"),
+        (weights([name for name in BERT if name not in LAYER_2]), "no tensor belongs to layer 2 of encoder.layer"),
+        (weights([name for name in BERT if name not in LAST]), "says 6 layers, and no tensor belongs to layer 5"),
+        (weights(BERT, shape=[90, 384]), "vocab_size 100, and embeddings.word_embeddings.weight has 90 rows"),
+        (weights([BERT[-1], *BERT[:-1]], dtype="U8", shape=[8, 8]), "holds quantized weights"),
+        (weights(["encoder.layer.0.attention.self.query.qweight", *BERT]), "holds quantized weights"),
+    ],
+)
+def test_weights_that_are_not_those_of_the_config_are_refused(
+    content: bytes, words: str, write: Write, folder: Path
+) -> None:
+    path = folder / "teacher/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 100}))
+    load_recipe(write())
+    (folder / "teacher/model.safetensors").write_bytes(content)
+    key, message = one(write())
+    assert key == "teacher.model" and words in message
+
+
+@pytest.mark.parametrize("family", [*DECODERS, *ENCODERS, *SEQ2SEQ, *NO_ROW])
+def test_nothing_is_wrong_with_a_model_as_transformers_saves_it(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    for part, folder in ((model, tmp_path / "whole"), (model.base_model, tmp_path / "base")):
+        part.save_pretrained(folder)
+        assert look_at_folder(folder, weights=True)[1] == []
+        size = look_at_folder(folder, weights=True)[0]
+        assert (size.layers, size.vocabulary) == (model.config.num_hidden_layers, 64) or family in SEQ2SEQ
+
+
+def test_a_folder_without_weights_or_with_an_adapter_alone_is_refused(write: Write, folder: Path) -> None:
+    (folder / "teacher/model.safetensors").unlink()
+    assert "has no weights that are read" in one(write())[1]
+    load_recipe(write(GOOD.replace("fit: {", "init: random\n  fit: {")))
+    (folder / "teacher/pytorch_model.bin").write_bytes(b"")
+    assert "has no weights that are read" in one(write())[1]
+    (folder / "teacher/config.json").unlink()
+    (folder / "teacher/adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    assert "holds an adapter for org/base (adapter_config.json)" in one(write())[1]
+
+
+@pytest.mark.parametrize("vocab", [{"a": 0, "b": 100}, [["x", -1.0]] * 101])
+def test_a_tokenizer_with_more_words_than_embeddings_is_refused(vocab: Any, write: Write, folder: Path) -> None:
+    path = folder / "teacher/config.json"
+    sizes = json.loads(path.read_text())
+    # A token that was added beyond them may go unused; which ones the data has, is seen when it is read.
+    added = {"model": {"vocab": vocab}, "added_tokens": [{"id": 200, "content": "<x>"}]}
+    (folder / "teacher/tokenizer.json").write_text(json.dumps(added))
+    path.write_text(json.dumps(sizes | {"vocab_size": 101}))
+    load_recipe(write())
+    path.write_text(json.dumps(sizes | {"vocab_size": 100}))
+    assert "tokenizer.json has words up to id 100, and config.json says vocab_size 100" in one(write())[1]
 
 
 DATA = GOOD.replace("source: stdlib-docstrings", "source: ./dataENDING")
