@@ -8,7 +8,7 @@ from typing import Any
 from accelerate.utils import gather_object
 from safetensors.numpy import save_file
 
-from distill.data import evaluation_batches
+from distill.data import evaluation_batches, observe_batch
 from distill.evaluation.arms import ARMS, measured_arms, rivals
 from distill.evaluation.efficiency import add_disk_bytes, measure_efficiency
 from distill.evaluation.metrics import find_metric, higher_is_better
@@ -17,7 +17,7 @@ from distill.evaluation.recorded import record_teacher
 from distill.evaluation.table import tabulate_arms
 from distill.files import fresh_folder, write_json
 from distill.models.family import layers_of
-from distill.models.forward import Batch, Capture, Outputs
+from distill.models.forward import Capture
 from distill.models.load import folder_fingerprint
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage, settings_of
@@ -49,7 +49,8 @@ def work(session: Session) -> None:
     names = list(dict.fromkeys([*(recipe.evaluation.metrics or session.task.metrics), *TEACHER_METRICS]))
     student = session.load(session.folder.distilled)
     sources = {without_folders(each.source): None for split in SPLITS for each in recipe.data.origins(split)}
-    data = {"source": ", ".join(sources), "split": "test", "examples": len(corpus.test)}
+    measured = len(next(iter(rows.values()))["example"])
+    data = {"source": ", ".join(sources), "split": "test", "examples": measured}
     data |= {"train_examples": len(corpus.train), "labelled": len(corpus.labelled), "fingerprint": corpus.fingerprint}
     data |= {"summary": corpus.summary}
     table = {
@@ -76,9 +77,7 @@ def predict_arms(session: Session, teacher: LiveTeacher, steps: int, rank: int, 
         ranks: Number of those that take part.
     """
     corpus, rows = session.corpus, {}
-
-    def observe(model: Any, outputs: Outputs, batch: Batch) -> dict[str, Any]:
-        return corpus.task.observe(model, outputs, batch, corpus.test.take(batch["examples"].tolist()))
+    observe = partial(observe_batch, corpus, corpus.test)
 
     with record_teacher(teacher, session.folder.root / f".teacher-{rank}") as recording:
         for arm in measured_arms(session.recipe):
@@ -89,7 +88,8 @@ def predict_arms(session: Session, teacher: LiveTeacher, steps: int, rank: int, 
                 ask = partial(predict, model if ARMS[arm].terms else ARMS[arm].prepare(session.recipe, model, steps))
             batches = evaluation_batches(corpus, corpus.test, session.recipe.evaluation.batch_size, rank, ranks)
             own = [ask(batches, corpus.head, recording, session.vocabulary, observe)]
-            rows[arm] = merge_rows(gather_object(own) if ranks > 1 else own)
+            found = merge_rows(gather_object(own) if ranks > 1 else own)
+            rows[arm] = dict(corpus.task.finish(found, corpus.settled))
     return rows
 
 

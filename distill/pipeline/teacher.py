@@ -6,7 +6,7 @@ from typing import Any
 
 from distill.evaluation.arms import LABELS_ONLY
 from distill.losses import Objective
-from distill.models.load import folder_fingerprint, load_model, random_model
+from distill.models.load import folder_fingerprint, grow_embeddings, load_model, random_model
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage, settings_of, with_version
 from distill.pipeline.train import save_model, train_model
@@ -30,6 +30,7 @@ def work(session: Session) -> None:
             remote_code=code,
             say=session.say_once,
         )
+    grow_embeddings(model, session.tokenizer, session.task.added_tokens, seed, session.say)
     check_student(model, session.recipe.student)
     made_from, changed = with_version(inputs(session)), session.continue_changed
     training = Training(**spec.model_dump(exclude_unset=True))
