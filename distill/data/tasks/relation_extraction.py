@@ -119,13 +119,14 @@ class RelationExtraction(Task):
 
 
 def mark(text: str, head: Sequence[int], tail: Sequence[int]) -> str:
-    """Write the markers around two spans that do not overlap.
+    """Write the markers around two spans that do not overlap, set off by spaces where the text has any.
 
     >>> mark("Ada met Mary.", [8, 12], [0, 3])
     '[E2] Ada [/E2] met [E1] Mary [/E1].'
     """
+    space = " " if any(letter.isspace() for letter in text) else ""
     for (start, end), (opening, closing) in sorted(zip((head, tail), MARKERS.values(), strict=True), reverse=True):
-        text = f"{text[:start]}{opening} {text[start:end]} {closing}{text[end:]}"
+        text = f"{text[:start]}{opening}{space}{text[start:end]}{space}{closing}{text[end:]}"
     return text
 
 
