@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from typing import Any
@@ -115,7 +116,7 @@ def snippet(evidence: Evidence) -> str:
     _, use = USES.get(name, ("", "output = model(**inputs)"))
     code = ", trust_remote_code=True" if evidence.release_format == "native" else ""
     sample = ("Paris is the [MASK] of France.",) if name == "AutoModelForMaskedLM" else evidence.sample
-    texts = ", ".join(f'"{one_line(text)}"' for text in sample)
+    texts = ", ".join(json.dumps(one_line(text), ensure_ascii=False) for text in sample)
     return f"""from transformers import {name}, AutoTokenizer
 
 folder = "{evidence.recipe.name}"  # this folder, or its id on the hub

@@ -17,6 +17,10 @@ from distill.models.forward import UNLABELLED, Batch, Outputs
 
 LONGEST_ANSWER = 30
 """Tokens that an answer has at most, as in the scripts of transformers."""
+BLOCK = 100
+"""Rows that are tokenised at once: each may have many windows."""
+Window = tuple[dict[str, list[int]], np.ndarray]
+"""Ids by name, and for each token the characters [start, end) of the context, or -1: int32 [L, 2]."""
 Answers = list[list[Any]]
 """[text, start] each; [text, start, occurrences] where the file says no start."""
 
@@ -184,78 +188,67 @@ def _no_windows(tokenizer: Any) -> Features:
 
 def _windows(
     tokenizer: Any, rows: Values, fitting: Sequence[int], limit: int, stride: int
-) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """Yield each row's number and windows: ids, and for each token the characters of the context, or (-1, -1)."""
-    if not fitting:
-        return
-    found = tokenizer(
-        [rows["question"][row] for row in fitting],
-        [rows["context"][row] for row in fitting],
-        truncation="only_second",
-        max_length=limit,
-        stride=stride,
-        return_overflowing_tokens=True,
-        return_offsets_mapping=True,
-    )
-    names = [name for name in ("input_ids", "token_type_ids") if name in found]
-    numbers = range(len(found["input_ids"]))
-    for place, group in groupby(numbers, key=found["overflow_to_sample_mapping"].__getitem__):
-        windows = []
-        for number in group:
-            sides = zip(found.sequence_ids(number), found["offset_mapping"][number], strict=True)
-            spans = [offsets if side == 1 else (-1, -1) for side, offsets in sides]
-            windows.append({**{name: found[name][number] for name in names}, "spans": spans})
-        yield fitting[place], windows
+) -> Iterator[tuple[int, list[Window]]]:
+    """Yield each row's number and windows."""
+    for part in (fitting[start : start + BLOCK] for start in range(0, len(fitting), BLOCK)):
+        found = tokenizer(
+            [rows["question"][row] for row in part],
+            [rows["context"][row] for row in part],
+            truncation="only_second",
+            max_length=limit,
+            stride=stride,
+            return_overflowing_tokens=True,
+            return_offsets_mapping=True,
+        )
+        for number, group in groupby(range(len(found["input_ids"])), found["overflow_to_sample_mapping"].__getitem__):
+            yield part[number], [_window(found, index) for index in group]
+
+
+def _window(found: Any, index: int) -> Window:
+    ids = {name: found[name][index] for name in ("input_ids", "token_type_ids") if name in found}
+    inside = np.array([side == 1 for side in found.sequence_ids(index)])
+    return ids, np.where(inside[:, None], np.array(found["offset_mapping"][index]), -1).astype(np.int32)
 
 
 def _label(
-    windows: Sequence[dict[str, Any]], context: str, answers: Answers | None, encoder: Encoder
+    windows: Sequence[Window], context: str, answers: Answers | None, encoder: Encoder
 ) -> Iterator[dict[str, Any]]:
     """Turn the windows of one row into examples; none where there is nothing to find an answer in."""
-    spans = [np.array(window["spans"]) for window in windows]
-    if not all((own >= 0).any() for own in spans):
+    if not all((spans >= 0).any() for _, spans in windows):
         _note(encoder, "rows left out: the tokenizer writes nothing of the context")
         return
     wanted = _trim(answers[0][0], answers[0][1]) if answers else None
-    if wanted and not any(len(_overlapping(own, *wanted)) for own in spans):
+    tokens = [_overlapping(spans, *wanted) if wanted else np.array([]) for _, spans in windows]
+    if wanted and not any(map(len, tokens)):
         _note(encoder, "rows left out: the tokenizer writes nothing of the answer")
         return
-    _note_row(windows, spans, answers, wanted, encoder)
-    for number, (window, own) in enumerate(zip(windows, spans, strict=True)):
-        inside = own[:, 0] >= 0
-        start = 0 if number == 0 else int(own[inside, 0][0])
-        stop = len(context) if number == len(windows) - 1 else int(own[inside, 1][-1])
-        null_at = _null_position(window["input_ids"], encoder.tokenizer)
+    held = False
+    for number, ((ids, spans), own) in enumerate(zip(windows, tokens, strict=True)):
+        inside = spans[:, 0] >= 0
+        start = 0 if number == 0 else int(spans[inside, 0][0])
+        stop = len(context) if number == len(windows) - 1 else int(spans[inside, 1][-1])
+        null_at = _null_position(ids["input_ids"], encoder.tokenizer)
         span = [UNLABELLED] * 2 if answers is None else [null_at] * 2
-        if wanted and start <= wanted[0] and wanted[1] <= stop and len(tokens := _overlapping(own, *wanted)):
-            span = [int(tokens[0]), int(tokens[-1])]
+        if wanted and start <= wanted[0] and wanted[1] <= stop and len(own):
+            span, held = [int(own[0]), int(own[-1])], True
         yield {
-            **{name: ids for name, ids in window.items() if name != "spans"},
-            "starts": np.where(inside, own[:, 0] - start, -1).tolist(),
-            "ends": np.where(inside, own[:, 1] - start, -1).tolist(),
+            **ids,
+            "starts": np.where(inside, spans[:, 0] - start, -1),
+            "ends": np.where(inside, spans[:, 1] - start, -1),
             "null_at": null_at,
             "text": context[start:stop],
             "gold": json.dumps([each[0] for each in answers or ()], ensure_ascii=False),
             "span": span,
             "labelled": answers is not None,
         }
-
-
-def _note_row(
-    windows: Sequence[Any],
-    spans: Sequence[np.ndarray],
-    answers: Answers | None,
-    wanted: tuple[int, int] | None,
-    encoder: Encoder,
-) -> None:
-    _note(encoder, "contexts read in several windows", len(windows) > 1)
-    if answers == []:
-        _note(encoder, "questions without an answer")
     places = next((each[2] for each in answers or () if len(each) == 3), 0)
+    _note(encoder, "contexts read in several windows", len(windows) > 1)
+    _note(encoder, "questions without an answer", answers == [])
     _note(encoder, "answers without their place: the first one in the context is taken", places > 0)
     _note(encoder, "of these, answers that stand there several times", places > 1)
-    if wanted and max(len(_overlapping(own, *wanted)) for own in spans) > LONGEST_ANSWER:
-        _note(encoder, f"answers of more than {LONGEST_ANSWER} tokens, which are never given whole")
+    _note(encoder, "answers that no window holds whole: a larger data.stride would", bool(wanted) and not held)
+    longest = max(map(len, tokens))
+    _note(encoder, f"answers of more than {LONGEST_ANSWER} tokens, never given whole", longest > LONGEST_ANSWER)
 
 
 def _trim(text: str, start: int) -> tuple[int, int]:

@@ -14,7 +14,8 @@ import torch
 import transformers
 from spans import RECIPE, characters, make_tokenizer, question_rows, spans_project
 from tiny import tiny_model
-from tokenizers import normalizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from distill.cli import main
 from distill.data import Order, TrainingBatches, evaluation_batches, observe_batch, prepare
@@ -138,12 +139,18 @@ def test_what_happened_to_answers_is_counted(tmp_path):
         "answers without their place: the first one in the context is taken": 3,
         "of these, answers that stand there several times": 1,
         "questions without an answer": 1,
-        f"answers of more than {LONGEST_ANSWER} tokens, which are never given whole": 1,
+        f"answers of more than {LONGEST_ANSWER} tokens, never given whole": 1,
         "rows left out: the tokenizer writes nothing of the answer": 1,
     }
     assert sorted(each["span"] for each in examples_of(corpus)) == [[-100, -100], [0, 0], [3, 3], [3, 34], [4, 4]]
     assert corpus.settled.may_lack_answers
     assert [int(each) for each in corpus.train.labelled].count(0) == 1
+
+
+def test_an_answer_that_lies_across_all_windows_is_counted(tmp_path):
+    rows = [row("a b c d e f g h", "b c d e f"), row("a b c d e f g h", "a b", "y")]
+    corpus = prepared(tmp_path, rows, letters(), max_length=8, stride=1)
+    assert corpus.summary["train"]["notes"]["answers that no window holds whole: a larger data.stride would"] == 1
 
 
 def test_a_tokenizer_that_does_not_tell_characters_is_refused(tmp_path):
@@ -194,18 +201,39 @@ def test_the_windows_of_a_row_give_one_answer_and_none_only_where_data_have_ques
 
 CHINESE = "北京是中国的首都。上海在长江口,人口两千多万。北京在2008年办过奥运会,上海在2010年办过世博会。"
 ENGLISH = "ada wrote the first program in 1843 . mary wrote a book about a monster in 1818 , at lake geneva ."
+
+
+def byte_level(_text):
+    """A tokenizer whose tokens are bytes: letters of other alphabets take several."""
+    alphabet = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()), start=4)}
+    special = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3}
+    backend = Tokenizer(models.BPE(special | alphabet, [], unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = {"cls_token": "[CLS]", "pad_token": "[PAD]", "unk_token": "[UNK]", "sep_token": "[SEP]"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=64, **names)
+
+
 CASES = {
-    "words": (lambda text: make_tokenizer(sorted({*text.split()})), ENGLISH, ["in 1818", "ada", "lake geneva", None]),
-    "characters": (characters, CHINESE, ["首都", "两千多万", "2010年", None]),
+    "words": (
+        lambda text: make_tokenizer(sorted({*text.split()})),
+        ENGLISH,
+        ["in 1818", "ada", "lake geneva", None],
+        (16, 4),
+    ),
+    "bytes": (byte_level, CHINESE, ["首都", "千多", "2010年", None], (30, 12)),
+    "characters": (characters, CHINESE, ["首都", "两千多万", "2010年", None], (16, 4)),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_model_that_is_right_about_every_window_gives_the_texts_of_the_answers(case, tmp_path):
-    make, context, texts = CASES[case]
+    make, context, texts, (length, stride) = CASES[case]
     rows = [row(context, [] if text is None else text, f"{'ab'[n % 2]} " * (n + 1)) for n, text in enumerate(texts)]
     tokenizer = make(f"{context} a b")
-    corpus = prepared(tmp_path, [row("a b", "a")], tokenizer, test=rows, max_length=16, stride=4)
+    corpus = prepared(tmp_path, [row("a b", "a")], tokenizer, test=rows, max_length=length, stride=stride)
     assert len(corpus.test) > 3 * len(rows)
     model = tiny_model("bert")
     parts = []
