@@ -56,11 +56,14 @@ class Session:
     def tokenizer(self) -> Any:
         """The teacher's tokenizer, with the tokens that the task writes. Raises InputError where nobody trains them."""
         tokenizer = load_tokenizer(self.source, self.remote_code)
-        if (new := add_tokens(tokenizer, self.task.added_tokens)) and self.recipe.teacher.fit is None:
+        new = ", ".join(add_tokens(tokenizer, self.task.added_tokens))
+        if new and self.recipe.teacher.fit is None:
             raise InputError(
-                f"{self.source}: task: {self.task.name} writes {', '.join(new)}, which the teacher's tokenizer lacks, "
-                f"so the teacher never learned them; add `fit: {{epochs: …, lr: …}}` under `teacher:`"
+                f"{self.source}: task: {self.task.name} writes {new}, which the teacher's tokenizer lacks, so the "
+                f"teacher never learned them; add `fit: {{epochs: …, lr: …}}` under `teacher:`"
             )
+        if new:
+            self.say_once(f"  the teacher's tokenizer gets {new}, as task: {self.task.name} writes them")
         return tokenizer
 
     @property

@@ -296,6 +296,7 @@ def test_a_student_learns_relations_from_its_teacher_and_stock_transformers_find
     watched = ["training.evaluate_every=50", "training.keep_best=f1_relations", "evaluation.efficiency=true"]
     assert main(["run", str(path), *watched, "--out", str(tmp_path / "run")]) == 0
     said = capsys.readouterr().err
+    assert said.count("the teacher's tokenizer gets [E1], [/E1], [E2], [/E2], as task: relation_extraction") == 1
     assert "drawn at random, to be fitted: the embeddings of [E1], [/E1], [E2], [/E2]" in said
     assert "of the class 'none', which f1_relations leaves out" in said
     found = json.loads((tmp_path / "run/evaluation.json").read_text())
