@@ -94,6 +94,10 @@ class QuestionAnswering(Task):
         """See whether some questions have no answer."""
         return Settled(self.head, may_lack_answers=any("[]" in own for own in labels.values()))
 
+    def model_settings(self, _settled: Settled) -> dict[str, Any]:
+        """Ask for two outputs per token: a teacher may come from a task with more classes."""
+        return {"num_labels": 2}
+
     def check_row(self, values: dict[str, Any]) -> dict[str, Any]:
         """Find answers in their context, and refuse those that are not where the file says."""
         if values["answers"] is None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from spans import RECIPE, characters, make_tokenizer, question_rows, spans_project
-from tiny import tiny_model
+from tiny import tiny_batch, tiny_config, tiny_model
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -26,6 +26,7 @@ from distill.evaluation.answers import exact_match_answer, f1_answer, words_of
 from distill.evaluation.predict import predict
 from distill.losses import Objective
 from distill.models.forward import Outputs
+from distill.models.load import ModelHead, random_model
 from distill.recipe.schema import Data, Term
 
 
@@ -270,6 +271,15 @@ def test_padding_takes_no_part_and_a_window_without_a_label_no_loss(tmp_path):
     objective = Objective([Term(match="labels")], "span")
     assert objective.counts([batch]).tolist() == [4]
     assert len(TrainingBatches(corpus, corpus.labelled, 2, 2, 0).pool) == 2
+
+
+def test_a_teacher_of_three_classes_gets_a_head_of_two_ends(tmp_path):
+    tiny_config("bert", num_labels=3).save_pretrained(tmp_path)
+    task = QuestionAnswering()
+    model = random_model(tmp_path, ModelHead(task.auto_class, settings=task.model_settings(Settled("span"))), 0)
+    assert model.qa_outputs.out_features == 2
+    output = model(**tiny_batch())
+    assert output.start_logits.shape == output.end_logits.shape == (3, 10)
 
 
 @pytest.mark.parametrize(

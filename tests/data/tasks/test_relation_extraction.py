@@ -293,7 +293,7 @@ def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused_whatever_is_add
 def test_a_student_learns_relations_from_its_teacher_and_stock_transformers_finds_them_in_one_line(tmp_path, capsys):
     recipe = RELATIONS.replace("steps: 150, batch_size: 32, lr: 1e-3", "steps: 250, batch_size: 32, lr: 2e-3")
     path = spans_project(tmp_path, relation_rows(1200), recipe)
-    watched = ["training.evaluate_every=50", "training.keep_best=f1_relations", "evaluation.efficiency=true"]
+    watched = ["training.evaluate_every=50", "training.keep_best=f1_relations"]
     assert main(["run", str(path), *watched, "--out", str(tmp_path / "run")]) == 0
     said = capsys.readouterr().err
     assert said.count("the teacher's tokenizer gets [E1], [/E1], [E2], [/E2], as task: relation_extraction") == 1
