@@ -110,7 +110,9 @@ def _encode(
     def blocks() -> Iterator[Features]:
         with as_input_error(f"the tokenizer cannot read the {path.stem} split"):
             for start in range(0, len(split.index), BLOCK):
-                yield _encode_block(task, split, slice(start, start + BLOCK), encoder)
+                features = _encode_block(task, split, slice(start, start + BLOCK), encoder)
+                if features["row"]:  # the task may leave rows out
+                    yield features
                 progress(min(start + BLOCK, len(split.index)), len(split.index))
 
     if not task.packed:

@@ -68,7 +68,7 @@ def read_split(split: str, task: Task, spec: Data, seed: int, base: Path, folder
     found = (
         (place, values, source.weight)
         for source in spec.origins(split)
-        for place, values in islice(_read(source, split, spec.key_of(split), names, columns, base), source.limit)
+        for place, values in islice(_read(source, split, spec.key_of(split), names, task, base), source.limit)
     )
     return _collect(found, columns, seed, folder / f"{split}.rows.arrow")
 
@@ -139,7 +139,7 @@ def write_arrow(path: Path, blocks: Iterator[Mapping[str, Sequence[Any]]], schem
 
 
 def _read(
-    source: Source, split: str, key: str, names: Mapping[str, str], columns: Mapping[str, Column], base: Path
+    source: Source, split: str, key: str, names: Mapping[str, str], task: Task, base: Path
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Read a source and judge its values; yields each row's place and its values by the task's names."""
     seen: set[str] = set()
@@ -149,9 +149,13 @@ def _read(
         for role, name in names.items():
             given = row.get(name)
             try:
-                values[role] = columns[role].read(given)
+                values[role] = task.columns[role].read(given)
             except ValueError as error:
                 raise InputError(f"data.{key}: {place}: column {name!r} {error}: {as_json(given)[:60]}") from error
+        try:
+            values = task.check_row(values)
+        except ValueError as error:
+            raise InputError(f"data.{key}: {place}: {error}") from error
         seen |= names.values() & row.keys()
         yield place, values
     if not row:

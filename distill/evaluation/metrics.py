@@ -5,6 +5,8 @@ A column is an array with one entry, number, text or row of numbers, per example
     example                  its number within the split
     predictions, references, teacher_predictions   class, where an example has one label
     nll, tokens, correct     sum of negative log-likelihoods in nats, scored labels, labels predicted right
+    answers, gold            text of an answer, empty for none; JSON list of the true ones
+    none_class               class of examples without a relation, the same for all; negative: there is none
     agreed, kl_sum, positions   positions with the teacher's prediction, sum of KL(teacher || student) in nats, compared
                              positions
 
@@ -21,6 +23,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from distill.errors import InputError
+from distill.evaluation.answers import exact_match_answer, f1_answer
 from distill.registry import find
 
 # numpy and evaluate are imported where they are used, so that a recipe's metric names are checked at once: they take
@@ -45,12 +48,26 @@ def f1_macro(predictions: Column, references: Column) -> float:
     (or true and never predicted) counts as 0. Its denominator is the times it is true plus the times it is predicted,
     so it is never 0.
     """
+    return float(_f1_by_class(predictions, references)[1].mean())
+
+
+def f1_relations(predictions: Column, references: Column, none_class: Column) -> float:
+    """Unweighted mean of F1 over the classes of `f1_macro` that are relations; nan where nothing else is found.
+
+    `none_class` is the class of examples without a relation; negative where there is no such class.
+    """
+    classes, scores = _f1_by_class(predictions, references)
+    relations = scores[classes != none_class[0]]
+    return float(relations.mean()) if len(relations) else math.nan
+
+
+def _f1_by_class(predictions: Column, references: Column) -> tuple[Column, Column]:
     import numpy as np
 
     classes, codes = np.unique(np.concatenate([predictions, references]), return_inverse=True)
     predicted, true = np.split(codes, 2)
     hits = np.bincount(true[predicted == true], minlength=len(classes))
-    return float((2 * hits / np.bincount(codes, minlength=len(classes))).mean())
+    return classes, 2 * hits / np.bincount(codes, minlength=len(classes))
 
 
 def agreement(agreed: Column, positions: Column) -> float:
@@ -173,6 +190,9 @@ METRICS: dict[str, Function] = {
     "token_accuracy": token_accuracy,
     "kl": kl,
     "loss": loss,
+    "exact_match_answer": exact_match_answer,
+    "f1_answer": f1_answer,
+    "f1_relations": f1_relations,
 }
 
 LOWER_IS_BETTER = ("perplexity", "kl", "loss")

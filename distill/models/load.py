@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AddedToken, AutoConfig, AutoTokenizer
 
 from distill.errors import InputError
 from distill.files import read_object, sha256_of
@@ -119,6 +119,35 @@ def load_tokenizer(folder: Path, remote_code: bool = False) -> Any:
     if positions is not None and tokenizer.model_max_length > UNLIMITED:
         tokenizer.model_max_length = positions  # a text cut to nothing else runs into an index error in the model
     return tokenizer
+
+
+def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> list[str]:
+    """Add special tokens to a tokenizer; returns those that it did not have.
+
+    A space before one belongs to it, so that byte-level tokenizers write the words around it as they would without it.
+    """
+    new = [token for token in tokens if token not in tokenizer.get_added_vocab()]
+    added = [AddedToken(token, lstrip=True, normalized=False, special=True) for token in new]
+    tokenizer.add_tokens(added, special_tokens=True)
+    return new
+
+
+def grow_embeddings(model: Any, tokenizer: Any, tokens: Sequence[str], seed: int, say: Callable[[str], None]) -> None:
+    """Give a model about to be fitted embeddings for tokens that were added to its tokenizer, drawn as its others were.
+
+    Args:
+        model: A transformers model, changed in place.
+        tokenizer: With the tokens.
+        tokens: Those that the task writes.
+        seed: Seeds the new embeddings.
+        say: Gets a line about them.
+    """
+    have = model.get_input_embeddings().num_embeddings
+    new = {token: number for token in tokens if (number := tokenizer.convert_tokens_to_ids(token)) >= have}
+    if new:
+        torch.manual_seed(seed)
+        model.resize_token_embeddings(max(new.values()) + 1, mean_resizing=False)
+        say(f"  drawn at random, to be fitted: the embeddings of {', '.join(new)}")
 
 
 def load_model(

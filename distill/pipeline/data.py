@@ -114,11 +114,21 @@ def _check_vocabulary(session: Session, config: Any, corpus: Any) -> None:
     """Refuse a tokenizer that writes tokens for which the teacher has no embedding."""
     known = getattr(config.get_text_config(), "vocab_size", None)
     highest = max(corpus.padding, *(int(split.highest) for split in corpus.splits.values()))
-    if known is not None and highest >= known:
+    if known is None or highest < known:
+        return
+    added = [session.tokenizer.convert_tokens_to_ids(token) for token in session.task.added_tokens]
+    first = min((number for number in added if number >= known), default=None)
+    if session.recipe.teacher.fit and first == known:
+        return  # the tokens of the task come right after the teacher's own, and it gets embeddings for them
+    if session.recipe.teacher.fit and first is not None:
         raise InputError(
-            f"{session.source}: the tokenizer writes the token {session.tokenizer.convert_ids_to_tokens(highest)!r} "
-            f"with id {highest}, and the model has {known} embeddings; the two do not belong together"
+            f"{session.source}: the tokenizer has {first} tokens, and the model has {known} embeddings; the two do "
+            f"not belong together"
         )
+    raise InputError(
+        f"{session.source}: the tokenizer writes the token {session.tokenizer.convert_ids_to_tokens(highest)!r} "
+        f"with id {highest}, and the model has {known} embeddings; the two do not belong together"
+    )
 
 
 def inputs(session: Session) -> dict[str, Any]:

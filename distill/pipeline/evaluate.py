@@ -10,7 +10,7 @@ from typing import Any
 from accelerate.utils import gather_object
 from safetensors.numpy import save_file
 
-from distill.data import Corpus, Examples, evaluation_batches
+from distill.data import evaluation_batches, observe_batch
 from distill.evaluation.arms import ARMS, measured_arms, rivals
 from distill.evaluation.efficiency import add_disk_bytes, measure_efficiency
 from distill.evaluation.metrics import find_metric, higher_is_better
@@ -19,7 +19,7 @@ from distill.evaluation.recorded import record_teacher
 from distill.evaluation.table import tabulate_arms
 from distill.files import content_of, fresh_folder, read_object, write_json
 from distill.models.family import layers_of
-from distill.models.forward import Batch, Capture, Outputs
+from distill.models.forward import Capture
 from distill.models.load import folder_fingerprint
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage, settings_of
@@ -48,7 +48,7 @@ def work(session: Session) -> None:
     names = list(dict.fromkeys([*(recipe.evaluation.metrics or session.task.metrics), *TEACHER_METRICS]))
     student = session.load(session.folder.distilled)
     table = {
-        "data": describe_data(session),
+        "data": describe_data(session, len(next(iter(rows["test"].values()))["example"])),
         "metrics": names,
         "primary": names[0],
         "higher_is_better": {name: higher_is_better(name) for name in names},
@@ -62,14 +62,14 @@ def work(session: Session) -> None:
     write_json(session.folder.evaluation, table)
 
 
-def describe_data(session: Session) -> dict[str, Any]:
-    """Name the sources, and count the examples of every split."""
+def describe_data(session: Session, measured: int) -> dict[str, Any]:
+    """Name the sources, and count the examples of every split, of the test split those that were measured."""
     recipe, corpus = session.recipe, session.corpus
     sources = [without_folders(each.source) for split in ("train", "test") for each in recipe.data.origins(split)]
     return {
         "source": ", ".join(dict.fromkeys(sources)),
         "split": "test",
-        "examples": len(corpus.test),
+        "examples": measured,
         "train_examples": len(corpus.train),
         "labelled": len(corpus.labelled),
         "fingerprint": corpus.fingerprint,
@@ -114,14 +114,11 @@ def predict_arms(
                 examples = corpus.splits[split]
                 batches = evaluation_batches(corpus, examples, recipe.evaluation.batch_size, rank, ranks)
                 ask = partial(compare, recording) if arm == "teacher" else predict
-                observe = partial(_observe, corpus, examples)
+                observe = partial(observe_batch, corpus, examples)
                 own = [ask(model, batches, corpus.head, recording, session.vocabulary, observe)]
-                rows[split][arm] = merge_rows(gather_object(own) if ranks > 1 else own)
+                found = merge_rows(gather_object(own) if ranks > 1 else own)
+                rows[split][arm] = dict(corpus.task.finish(found, corpus.settled))
     return rows
-
-
-def _observe(corpus: Corpus, examples: Examples, model: Any, outputs: Outputs, batch: Batch) -> dict[str, Any]:
-    return corpus.task.observe(model, outputs, batch, examples.take(batch["examples"].tolist()))
 
 
 def compare_speed(session: Session, teacher: Any, student: Any) -> dict[str, Any]:

@@ -83,6 +83,7 @@ def collect_evidence(session: Session, release_format: Format = "uniform") -> Ev
         },
         auto_class=session.task.auto_class,
         release_format=release_format,
+        sample=session.task.sample,
     )
 
 

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from distill.data import TASKS, Corpus, Task, load_corpus
+from distill.errors import InputError
 from distill.evaluation.arms import ARMS
 from distill.losses import PREDICTION_KINDS
 from distill.models.dtensor import shard_model
 from distill.models.family import layers_of
 from distill.models.forward import Capture
-from distill.models.load import ModelHead, folder_fingerprint, load_model, load_tokenizer, teacher_path
+from distill.models.load import ModelHead, add_tokens, folder_fingerprint, load_model, load_tokenizer, teacher_path
 from distill.pipeline.folder import RunDir
 from distill.ranks import process_state
 from distill.recipe.schema import Recipe
@@ -55,8 +56,17 @@ class Session:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The teacher's tokenizer."""
-        return load_tokenizer(self.source, self.remote_code)
+        """The teacher's tokenizer, with the tokens that the task writes. Raises InputError where nobody trains them."""
+        tokenizer = load_tokenizer(self.source, self.remote_code)
+        new = ", ".join(add_tokens(tokenizer, self.task.added_tokens))
+        if new and self.recipe.teacher.fit is None:
+            raise InputError(
+                f"{self.source}: task: {self.task.name} writes {new}, which the teacher's tokenizer lacks, so the "
+                f"teacher never learned them; add `fit: {{epochs: …, lr: …}}` under `teacher:`"
+            )
+        if new:
+            self.say_once(f"  the teacher's tokenizer gets {new}, as task: {self.task.name} writes them")
+        return tokenizer
 
     @property
     def task(self) -> Task:

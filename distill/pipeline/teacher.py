@@ -7,7 +7,7 @@ from typing import Any
 from distill.evaluation.arms import LABELS_ONLY
 from distill.losses import PREDICTION_KINDS, Objective
 from distill.models.causal import check_causal
-from distill.models.load import folder_fingerprint, load_model, random_model
+from distill.models.load import folder_fingerprint, grow_embeddings, load_model, random_model
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage, settings_of, with_version
 from distill.pipeline.train import save_model, train_model
@@ -33,8 +33,9 @@ def work(session: Session) -> None:
             remote_code=code,
             say=session.say_once,
         )
+    grow_embeddings(model, session.tokenizer, session.task.added_tokens, seed, session.say)
     check_student(model, session.recipe.student)
-    if PREDICTION_KINDS[session.task.head].causal:
+    if PREDICTION_KINDS[session.corpus.head].causal:
         check_causal(model)
     made_from, changed = with_version(inputs(session)), session.continue_changed
     training = Training(**spec.model_dump(exclude_unset=True))

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StrictStr
 
-from distill.recipe.fields import Columns, Count, Mistake, NotASwitch, Positive, Section
+from distill.recipe.fields import Columns, Count, Index, Mistake, NotASwitch, Positive, Section
 from distill.recipe.locate import is_path
 from distill.recipe.names import TASK_COLUMNS, TASK_KEYS, BuiltInSource, Reference, TaskName
 from distill.registry import suggest
@@ -97,6 +97,11 @@ class Data(Section):
     contradictions: Literal["refuse", "first", "majority", "drop"] = "refuse"
     """Rows with equal inputs and different labels: refuse the data, take the first or the most frequent label, or drop
     all of them."""
+    stride: Index | None = None
+    """Question answering: tokens that neighbouring windows of a long context share; null: a quarter of `max_length`."""
+    none_class: StrictStr | None = None
+    """Relation extraction: the class of pairs without a relation, which `f1_relations` leaves out; null: a class
+    called none, no_relation, NA or Other; "": there is none."""
 
     def mistakes(self) -> Iterator[Mistake]:
         """Refuse rows from two sides or from none, columns that the task does not have, and keys without effect."""
@@ -105,6 +110,8 @@ class Data(Section):
             yield from self.without_effect(("test_share",), ": test is given")
         if self.validation is not None:
             yield from self.without_effect(("validation_share",), ": validation is given")
+        if self.stride is not None and self.stride >= self.max_length:
+            yield Mistake(("stride",), f"is not less than max_length: {self.max_length}", "share fewer tokens")
         for key, tasks in TASK_KEYS.items():
             if ":" not in self.task and self.task not in tasks:
                 yield from self.without_effect((key,), f" with task: {self.task}", f"remove it; it is for {tasks[0]}")

@@ -25,8 +25,11 @@ MaskScore = Literal["magnitude", "random"]
 Allocation = Literal["uniform", "threshold", "global", "sensitivity"]
 Optimizer = Literal["adamw"]
 BuiltInSource = Literal["stdlib-docstrings", "pydoc-topics", "stdlib-sources"]
-TaskName = Literal["classification", "causal_lm"]
-Metric = Literal["accuracy", "f1_macro", "agreement", "perplexity", "token_accuracy", "kl", "loss"]
+TaskName = Literal["classification", "causal_lm", "question_answering", "relation_extraction"]
+Metric = Literal[
+    "accuracy", "f1_macro", "agreement", "perplexity", "token_accuracy", "kl", "loss", "exact_match_answer",
+    "f1_answer", "f1_relations",
+]  # fmt: skip
 LogitLoss = Literal[
     "forward_kl", "reverse_kl", "symmetric_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation",
     "soft_cross_entropy", "logit_mse", "adaptive_kl",
@@ -67,15 +70,24 @@ READS: dict[Score, str] = {
 TASK_COLUMNS: dict[TaskName, tuple[str, ...]] = {
     "classification": ("text", "label", "pair"),
     "causal_lm": ("text",),
+    "question_answering": ("question", "context", "answers"),
+    "relation_extraction": ("text", "head", "tail", "relation"),
 }
 """Columns of each task."""
 OPTIONAL_COLUMNS = ("pair",)
 """Columns that are read only where `data.columns` names them."""
-TASK_KEYS: dict[str, tuple[TaskName, ...]] = {"labelled": ("classification",), "contradictions": ("classification",)}
+TASK_KEYS: dict[str, tuple[TaskName, ...]] = {
+    "labelled": ("classification", "question_answering", "relation_extraction"),
+    "contradictions": ("classification", "question_answering", "relation_extraction"),
+    "stride": ("question_answering",),
+    "none_class": ("relation_extraction",),
+}
 """Key of `data` -> tasks for which it means something; other keys are for all."""
 TASK_METRICS: dict[TaskName, tuple[Metric, ...]] = {
     "classification": ("accuracy", "f1_macro", "loss"),
     "causal_lm": ("perplexity", "token_accuracy", "loss"),
+    "question_answering": ("exact_match_answer", "f1_answer", "loss"),
+    "relation_extraction": ("accuracy", "f1_macro", "f1_relations", "loss"),
 }
 """Metrics that each task measures by itself, in training too."""
 CAUSAL_TASKS: tuple[TaskName, ...] = ("causal_lm",)

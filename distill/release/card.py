@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from typing import Any
@@ -35,10 +36,16 @@ USES = {
         "text2text-generation",
         "text = tokenizer.decode(model.generate(**inputs)[0], skip_special_tokens=True)",
     ),
-    "AutoModelForQuestionAnswering": ("question-answering", "output = model(**inputs)"),
+    "AutoModelForQuestionAnswering": (
+        "question-answering",
+        "output = model(**inputs)\n"
+        "start = output.start_logits[0].argmax()\n"
+        "end = start + output.end_logits[0, start:].argmax()\n"
+        "print(tokenizer.decode(inputs.input_ids[0, start : end + 1], skip_special_tokens=True))",
+    ),
     "AutoModel": ("feature-extraction", "vectors = model(**inputs).last_hidden_state"),
 }
-"""Class of transformers -> hub task and the line that uses the model."""
+"""Class of transformers -> hub task and the lines that use the model."""
 LOADING = {
     "uniform": "The folder loads with stock `transformers`; it holds no code.",
     "padded": (
@@ -110,13 +117,14 @@ def snippet(evidence: Evidence) -> str:
     name = one_line(evidence.auto_class)
     _, use = USES.get(name, ("", "output = model(**inputs)"))
     code = ", trust_remote_code=True" if evidence.release_format == "native" else ""
-    text = "Paris is the [MASK] of France." if name == "AutoModelForMaskedLM" else "Some text."
+    sample = ("Paris is the [MASK] of France.",) if name == "AutoModelForMaskedLM" else evidence.sample
+    texts = ", ".join(json.dumps(one_line(text), ensure_ascii=False) for text in sample)
     return f"""from transformers import {name}, AutoTokenizer
 
 folder = "{evidence.recipe.name}"  # this folder, or its id on the hub
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = {name}.from_pretrained(folder{code})
-inputs = tokenizer("{text}", return_tensors="pt")
+inputs = tokenizer({texts}, return_tensors="pt")
 {use}"""
 
 

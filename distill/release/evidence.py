@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,6 +40,8 @@ class Evidence:
     auto_class: str
     """Class of transformers that loads the student."""
     release_format: Format = "uniform"
+    sample: Sequence[str] = ("Some text.",)
+    """What the card gives to the tokenizer: a text, or a pair of texts."""
     command: str = "distill run recipe.yaml"
     """Reproduces the run, from the folder of the release."""
     pattern_note: str = ""

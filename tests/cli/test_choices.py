@@ -315,6 +315,10 @@ REFUSED |= {
 ELSEWHERE = {
     ("Data.source", "stdlib-docstrings"): "seconds to read, at every stage; recipes/quickstart and tests/data have it",
     ("Data.source", "stdlib-sources"): "recipes/stdlib-lm and tests/data have it",
+    ("Data.task", "question_answering"): "tests/data/tasks/test_question_answering.py",
+    ("Data.stride", "a value"): "tests/data/tasks/test_question_answering.py",
+    ("Data.task", "relation_extraction"): "tests/data/tasks/test_relation_extraction.py",
+    ("Data.none_class", "a value"): "tests/data/tasks/test_relation_extraction.py",
 }
 
 

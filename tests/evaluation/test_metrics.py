@@ -49,6 +49,9 @@ def test_all_metrics_by_hand_in_one_call():
         "correct": array(1, 0, 0, 0),
         "kl_sum": array(0.75, 0.75, 0.0, 0.0),
         "positions": array(2, 4, 0, 0),
+        "answers": array("Ada", "in the north", "", "Bob"),
+        "gold": array('["ada", "Bob"]', '["the north"]', "[]", "[]"),
+        "none_class": array(1, 1, 1, 1),
     }
     found = compute(list(METRICS), columns)
     assert found == pytest.approx(
@@ -60,6 +63,9 @@ def test_all_metrics_by_hand_in_one_call():
             "token_accuracy": 1 / 4,
             "kl": 1.5 / 6,
             "loss": 1.5,
+            "exact_match_answer": (1 + 0 + 1 + 0) / 4,
+            "f1_answer": (1 + 2 / 3 + 1 + 0) / 4,
+            "f1_relations": (1 + 2 / 3) / 2,
         }
     )
     assert {type(value) for value in found.values()} == {float}

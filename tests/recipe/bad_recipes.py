@@ -330,7 +330,7 @@ STRATEGIES = [
         "clasification",
         11,
         "data.task",
-        "one of classification, causal_lm did you mean 'classification'",
+        "one of classification, causal_lm, question_answering, relation_extraction did you mean 'classification'",
     ),
     Bad("jsd, temperature: 2.0,", "jds,", 15, "losses.1.loss", "match: logits has no loss 'jds' did you mean 'jsd'"),
     Bad("{beta: 0.5}", "{bta: 0.5}", 15, "losses.1.params.bta", "jsd has no such parameter did you mean 'beta'"),

@@ -4,9 +4,16 @@ from collections.abc import Callable
 
 from distill.data.tasks.causal_lm import CausalLM
 from distill.data.tasks.classification import Classification
+from distill.data.tasks.question_answering import QuestionAnswering
+from distill.data.tasks.relation_extraction import RelationExtraction
 from distill.data.tasks.task import Task
 
 __all__ = ["TASKS", "Task"]
 
-TASKS: dict[str, Callable[[], Task]] = {"classification": Classification, "causal_lm": CausalLM}
+TASKS: dict[str, Callable[[], Task]] = {
+    "classification": Classification,
+    "causal_lm": CausalLM,
+    "question_answering": QuestionAnswering,
+    "relation_extraction": RelationExtraction,
+}
 """Name in a recipe -> task; a function of the user's own that returns a `Task` is named `package.module:function`."""

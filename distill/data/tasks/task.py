@@ -57,6 +57,8 @@ class Settled:
     """The kind of predictions, a name from `distill.losses.PREDICTION_KINDS`."""
     classes: tuple[str, ...] = ()
     """Class names by index; empty where the model has no classes of its own."""
+    may_lack_answers: bool = False
+    """Some questions have no answer, so that a model may give none."""
 
 
 @dataclass
@@ -144,6 +146,13 @@ class Task:
     """Measured unless the recipe says otherwise; the first is the one that stands in headlines."""
     observed: ClassVar[tuple[str, ...]] = ()
     """Columns that `observe` adds to the predictions."""
+    observed_in_training: ClassVar[bool] = False
+    """`observe` is quick, so that looks at the validation split during training do it too."""
+    added_tokens: ClassVar[tuple[str, ...]] = ()
+    """Special tokens that the task writes into its texts. A tokenizer that lacks them gets them, and the teacher
+    embeddings for them, which its fit trains."""
+    sample: ClassVar[tuple[str, ...]] = ("Some text.",)
+    """What the model card gives to the tokenizer: a text, or a pair of texts."""
     packed: ClassVar[bool] = False
     """Texts longer than a row are cut into several, and several texts may share a row, where the teacher's family can
     tell them apart."""
@@ -157,6 +166,10 @@ class Task:
     def model_settings(self, _settled: Settled) -> dict[str, Any]:
         """Return what the config of a model for this task must say, beside its classes."""
         return {}
+
+    def check_row(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Judge the values of one row together, and complete them. Raises ValueError that says what is wrong."""
+        return values
 
     def encode(self, rows: Values, encoder: Encoder) -> Features:
         """Turn rows into examples. One that gives several, or none, adds `row`, the number of each one's row."""
@@ -179,6 +192,10 @@ class Task:
     def observe(self, _model: Any, _outputs: Outputs, _batch: Batch, _examples: Mapping[str, Any]) -> dict[str, Any]:
         """Return the columns `observed` for a batch, one entry per example, from what a model said about it."""
         return {}
+
+    def finish(self, columns: Mapping[str, np.ndarray], _settled: Settled) -> Mapping[str, np.ndarray]:
+        """Turn the columns of a whole split, one entry per example, into those that the metrics read."""
+        return columns
 
 
 def as_json(value: Any) -> str:

@@ -1,0 +1,57 @@
+"""Scores of extracted answers, as the scripts of SQuAD, and of CMRC and MLQA for scripts without spaces, count them."""
+
+from __future__ import annotations
+
+import json
+import re
+import string
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+
+SPACELESS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+"""Thai, Lao, Burmese, Khmer, Japanese and Chinese letters: each counts as a word."""
+WORDS = re.compile(rf"[{SPACELESS}]|[^\s{SPACELESS}]+")
+ARTICLES = re.compile(r"\b(a|an|the)\b")
+
+
+def words_of(answer: str) -> list[str]:
+    """Split an answer into words, in small letters, without punctuation and English articles.
+
+    >>> words_of("The U.S. Army")
+    ['us', 'army']
+    >>> words_of("北京 2008年。")
+    ['北', '京', '2008', '年']
+    """
+    kept = (letter for letter in answer.lower() if letter not in string.punctuation and not _is_wide_mark(letter))
+    return WORDS.findall(ARTICLES.sub(" ", "".join(kept)))
+
+
+def _is_wide_mark(letter: str) -> bool:
+    """Tell punctuation of Chinese and Japanese texts; the script of SQuAD keeps all other but that of ASCII."""
+    return letter >= "\u3000" and unicodedata.category(letter).startswith("P")
+
+
+def exact_match_answer(answers: Iterable[str], gold: Iterable[str]) -> float:
+    """Share of the answers whose words are those of a true one; `gold` holds JSON lists, an empty one for no answer."""
+    return _mean_of_best(answers, gold, lambda given, true: float(given == true))
+
+
+def f1_answer(answers: Iterable[str], gold: Iterable[str]) -> float:
+    """Mean over answers of F1 between their words and those of the true answer that is closest."""
+    return _mean_of_best(answers, gold, f1_of_words)
+
+
+def f1_of_words(given: Sequence[str], true: Sequence[str]) -> float:
+    """Compute 2 x shared / (given + true), words counted as often as they stand there; 1 where there are none."""
+    if not given or not true:
+        return float(given == true)
+    return 2 * (Counter(given) & Counter(true)).total() / (len(given) + len(true))
+
+
+def _mean_of_best(answers: Iterable[str], gold: Iterable[str], score: Callable[[list[str], list[str]], float]) -> float:
+    scores = []
+    for answer, texts in zip(answers, gold, strict=True):
+        given, true = words_of(answer), [words for text in json.loads(texts) if (words := words_of(text))]
+        scores.append(max(score(given, words) for words in true or [[]]))
+    return sum(scores) / len(scores)
