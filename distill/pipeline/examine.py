@@ -7,7 +7,7 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
-from distill.data import evaluation_batches
+from distill.data import evaluation_batches, observe_batch
 from distill.data.summary import FEW_TEST_EXAMPLES
 from distill.errors import InputError
 from distill.evaluation.chance import label_counts, weakness
@@ -38,9 +38,13 @@ def work(session: Session) -> None:
     examples = corpus.splits[split]
     pool = range(min(EXAMINED, len(examples)))
     batches = partial(evaluation_batches, corpus, examples, session.recipe.evaluation.batch_size, pool=pool)
-    own = predict(session.live_teacher(whole=True).model, batches(*shares), corpus.head, vocabulary=session.vocabulary)
+    model, observe = session.live_teacher(whole=True).model, None
+    if corpus.task.observed_in_training:
+        observe = partial(observe_batch, corpus, examples)
+    own = predict(model, batches(*shares), corpus.head, vocabulary=session.vocabulary, observe=observe)
     rows = merge_rows(gather_object([own]) if shares[1] > 1 else [own])
-    metrics = compute(measurable(corpus.task.metrics, rows), rows) if rows else {}
+    finished = corpus.task.finish(rows, corpus.settled)
+    metrics = compute(measurable(corpus.task.metrics, finished), finished) if rows else {}
     figures = {"split": split, "examples": len(pool), "metrics": finite_or_none(metrics), "weakness": ""}
     line = ", ".join(f"{name} {format_number(value)}" for name, value in metrics.items())
     session.say(f"  the teacher on {len(pool)} {split} examples: {line}")
