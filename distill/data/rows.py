@@ -20,7 +20,6 @@ from datasets import Dataset
 from distill.data.sources import read_source
 from distill.data.tasks.task import Column, Task, as_json
 from distill.errors import InputError
-from distill.recipe.names import OPTIONAL_COLUMNS
 from distill.recipe.schema import Data, Source
 
 BLOCK = 1000
@@ -53,8 +52,7 @@ class Rows:
 
 def columns_of(task: Task, spec: Data) -> dict[str, str]:
     """Map the columns that a task reads from the recipe's sources to their names there."""
-    wanted = [role for role in task.columns if role not in OPTIONAL_COLUMNS or role in spec.columns]
-    return {role: spec.columns.get(role, role) for role in wanted}
+    return {role: spec.columns.get(role, role) for role in task.roles(spec.columns)}
 
 
 def read_split(split: str, task: Task, spec: Data, seed: int, base: Path, folder: Path) -> Rows:
@@ -68,7 +66,7 @@ def read_split(split: str, task: Task, spec: Data, seed: int, base: Path, folder
     found = (
         (place, values, source.weight)
         for source in spec.origins(split)
-        for place, values in _read(source, split, spec.key_of(split), names, columns, base)
+        for place, values in _read(source, split, spec.key_of(split), names, task, base)
     )
     return _collect(found, columns, seed, folder / f"{split}.rows.arrow")
 
@@ -139,7 +137,7 @@ def write_arrow(path: Path, blocks: Iterator[Mapping[str, Sequence[Any]]], schem
 
 
 def _read(
-    source: Source, split: str, key: str, names: Mapping[str, str], columns: Mapping[str, Column], base: Path
+    source: Source, split: str, key: str, names: Mapping[str, str], task: Task, base: Path
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Read a source and judge its values; yields each row's place and its values by the task's names."""
     seen: set[str] = set()
@@ -149,9 +147,13 @@ def _read(
         for role, name in names.items():
             given = row.get(name)
             try:
-                values[role] = columns[role].read(given)
+                values[role] = task.columns[role].read(given)
             except ValueError as error:
                 raise InputError(f"data.{key}: {place}: column {name!r} {error}: {as_json(given)[:60]}") from error
+        try:
+            task.check_row(values)
+        except ValueError as error:
+            raise InputError(f"data.{key}: {place}: {error}") from error
         seen |= names.values() & row.keys()
         yield place, values
     if not row:
@@ -181,4 +183,6 @@ def _share(text: str) -> float:
 
 
 def _is_empty(values: Mapping[str, Any], columns: Mapping[str, Column]) -> bool:
-    return any(not str(values[role]).strip() for role, column in columns.items() if column.plain and not column.answer)
+    """Tell whether a text that is given to the model is blank, or a list that is given has nothing in it."""
+    given = [values[role] for role, column in columns.items() if not column.answer]
+    return any(not value.strip() if isinstance(value, str) else value == [] for value in given)

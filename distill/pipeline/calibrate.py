@@ -8,6 +8,7 @@ import torch
 from accelerate.utils import reduce
 
 from distill.data import collate
+from distill.errors import InputError
 from distill.losses import label_loss
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage
@@ -32,7 +33,8 @@ def work(session: Session) -> None:
     batches = (collate(corpus, corpus.train, sample[start : start + spec.batch_size]) for start in starts)
     teacher = session.live_teacher(whole=session.recipe.teacher.device == "sharded" or wanted.gradients).model
     check_student(teacher, student)
-    statistics = calibrate(teacher, batches, wanted, label_loss(corpus.head), add_over_ranks)
+    sets = corpus.head == "multi_label"
+    statistics = calibrate(teacher, batches, wanted, label_loss(corpus.head), add_over_ranks, sets)
     if state.is_main_process:
         statistics.save(session.folder.calibration)
 
@@ -48,4 +50,13 @@ def inputs(session: Session) -> dict[str, Any]:
     }
 
 
-STAGE = Stage("calibrate", work, inputs, lambda session: [session.folder.calibration], together=True)
+def check(session: Session) -> None:
+    """Refuse gradients of a head that gives a number: there is no class to draw."""
+    if session.corpus.head == "regression" and wanted_statistics(session.recipe.student).gradients:
+        raise InputError(
+            "student.mlp.score: the labels are numbers, and gradients are taken of a head with classes; choose a score "
+            "that reads none, e.g. activation, and leave out student.calibration.gradients"
+        )
+
+
+STAGE = Stage("calibrate", work, inputs, lambda session: [session.folder.calibration], together=True, check_data=check)

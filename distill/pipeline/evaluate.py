@@ -11,17 +11,17 @@ from safetensors.numpy import save_file
 from distill.data import evaluation_batches
 from distill.evaluation.arms import ARMS, measured_arms, rivals
 from distill.evaluation.efficiency import add_disk_bytes, measure_efficiency
-from distill.evaluation.metrics import find_metric, higher_is_better
+from distill.evaluation.metrics import find_metric, higher_is_better, measurable
 from distill.evaluation.predict import Rows, column_names, compare, merge_rows, predict
 from distill.evaluation.recorded import record_teacher
 from distill.evaluation.table import tabulate_arms
 from distill.files import fresh_folder, write_json
 from distill.models.family import layers_of
-from distill.models.forward import Batch, Capture, Outputs
+from distill.models.forward import Capture
 from distill.models.load import folder_fingerprint
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage, settings_of
-from distill.pipeline.train import steps_of
+from distill.pipeline.train import observer, steps_of
 from distill.ranks import process_state
 from distill.recipe.data import SPLITS
 from distill.recipe.names import TEACHER_METRICS
@@ -46,12 +46,13 @@ def work(session: Session) -> None:
             save_file(numbers, folder / f"{arm}.safetensors", {"data": corpus.fingerprint})
             if texts := {name: values.tolist() for name, values in columns.items() if name not in numbers}:
                 write_json(folder / f"{arm}.json", texts)
-    names = list(dict.fromkeys([*(recipe.evaluation.metrics or session.task.metrics), *TEACHER_METRICS]))
+    wanted = recipe.evaluation.metrics or session.task.metrics_for(corpus.head)
+    names = list(dict.fromkeys([*wanted, *measurable(TEACHER_METRICS, column_names(corpus.head))]))
     student = session.load(session.folder.distilled)
     sources = {without_folders(each.source): None for split in SPLITS for each in recipe.data.origins(split)}
     data = {"source": ", ".join(sources), "split": "test", "examples": len(corpus.test)}
     data |= {"train_examples": len(corpus.train), "labelled": len(corpus.labelled), "fingerprint": corpus.fingerprint}
-    data |= {"summary": corpus.summary}
+    data |= {"kind": corpus.head, "labels": corpus.settled.about, "summary": corpus.summary}
     table = {
         "data": data,
         "metrics": names,
@@ -76,10 +77,6 @@ def predict_arms(session: Session, teacher: LiveTeacher, steps: int, rank: int, 
         ranks: Number of those that take part.
     """
     corpus, rows = session.corpus, {}
-
-    def observe(model: Any, outputs: Outputs, batch: Batch) -> dict[str, Any]:
-        return corpus.task.observe(model, outputs, batch, corpus.test.take(batch["examples"].tolist()))
-
     with record_teacher(teacher, session.folder.root / f".teacher-{rank}") as recording:
         for arm in measured_arms(session.recipe):
             if arm == "teacher":
@@ -88,7 +85,7 @@ def predict_arms(session: Session, teacher: LiveTeacher, steps: int, rank: int, 
                 model = session.load(session.arm_folder(arm)).to(teacher.device)
                 ask = partial(predict, model if ARMS[arm].terms else ARMS[arm].prepare(session.recipe, model, steps))
             batches = evaluation_batches(corpus, corpus.test, session.recipe.evaluation.batch_size, rank, ranks)
-            own = [ask(batches, corpus.head, recording, session.vocabulary, observe)]
+            own = [ask(batches, corpus.head, recording, session.vocabulary, observer(corpus, corpus.test))]
             rows[arm] = merge_rows(gather_object(own) if ranks > 1 else own)
     return rows
 
@@ -125,10 +122,15 @@ def check(session: Session) -> None:
     """Find every metric that the recipe names, the user's own included, and the columns that it reads.
 
     Raises:
-        InputError: There is no such metric, or the task does not give its columns.
+        InputError: There is no such metric, or the labels do not give its columns.
     """
+    task, head = session.task, session.corpus.head
     for name in session.recipe.evaluation.metrics or ():
-        find_metric(name, (*column_names(session.corpus.head), *session.task.observed))
+        try:
+            find_metric(name, (*column_names(head), *task.observed))
+        except InputError as error:
+            fix = f"the metrics of a {head} head are {', '.join(task.metrics_for(head))}"
+            raise InputError(f"evaluation.metrics: {error}; {fix}") from error
 
 
 STAGE = Stage(

@@ -25,8 +25,11 @@ MaskScore = Literal["magnitude", "random"]
 Allocation = Literal["uniform", "threshold", "global", "sensitivity"]
 Optimizer = Literal["adamw"]
 BuiltInSource = Literal["stdlib-docstrings", "pydoc-topics", "stdlib-sources"]
-TaskName = Literal["classification", "causal_lm"]
-Metric = Literal["accuracy", "f1_macro", "agreement", "perplexity", "token_accuracy", "kl", "loss"]
+TaskName = Literal["classification", "causal_lm", "token_classification"]
+Metric = Literal[
+    "accuracy", "f1_macro", "agreement", "perplexity", "token_accuracy", "kl", "loss", "f1_micro", "matthews", "ece",
+    "mse", "rmse", "pearson", "spearman", "teacher_mse", "entity_f1", "entity_precision", "entity_recall",
+]  # fmt: skip
 LogitLoss = Literal[
     "forward_kl", "reverse_kl", "symmetric_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation",
     "soft_cross_entropy", "logit_mse", "adaptive_kl",
@@ -67,16 +70,24 @@ READS: dict[Score, str] = {
 TASK_COLUMNS: dict[TaskName, tuple[str, ...]] = {
     "classification": ("text", "label", "pair"),
     "causal_lm": ("text",),
+    "token_classification": ("tokens", "tags", "text", "spans"),
 }
 """Columns of each task."""
 OPTIONAL_COLUMNS = ("pair",)
 """Columns that are read only where `data.columns` names them."""
-TASK_KEYS: dict[str, tuple[TaskName, ...]] = {"labelled": ("classification",), "contradictions": ("classification",)}
+TASK_KEYS: dict[str, tuple[TaskName, ...]] = {
+    "labelled": ("classification", "token_classification"),
+    "contradictions": ("classification", "token_classification"),
+    "classes": ("classification", "token_classification"),
+}
 """Key of `data` -> tasks for which it means something; other keys are for all."""
 TASK_METRICS: dict[TaskName, tuple[Metric, ...]] = {
-    "classification": ("accuracy", "f1_macro", "loss"),
+    "classification": (
+        "accuracy", "f1_macro", "loss", "f1_micro", "matthews", "ece", "mse", "rmse", "pearson", "spearman",
+    ),
     "causal_lm": ("perplexity", "token_accuracy", "loss"),
-}
-"""Metrics that each task measures by itself, in training too."""
-TEACHER_METRICS: tuple[Metric, ...] = ("agreement", "kl")
-"""Metrics that compare with the teacher; every task has them, after training."""
+    "token_classification": ("entity_f1", "entity_precision", "entity_recall", "token_accuracy", "loss"),
+}  # fmt: skip
+"""Metrics of each task; the labels decide which of them its data have."""
+TEACHER_METRICS: tuple[Metric, ...] = ("agreement", "kl", "teacher_mse")
+"""Metrics that compare with the teacher, after training; a task has those that its kind of predictions allows."""

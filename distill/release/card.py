@@ -38,6 +38,11 @@ USES = {
     "AutoModel": ("feature-extraction", "vectors = model(**inputs).last_hidden_state"),
 }
 """Class of transformers -> hub task and the line that uses the model."""
+KIND_USES = {
+    "multi_label": "labels = [model.config.id2label[i] for i, z in enumerate(model(**inputs).logits[0].tolist()) if z > 0]",
+    "regression": "value = model(**inputs).logits.item()",
+}
+"""Kind of predictions -> that line, where it is not the one of the class."""
 LOADING = {
     "uniform": "The folder loads with stock `transformers`; it holds no code.",
     "padded": (
@@ -107,14 +112,16 @@ def snippet(evidence: Evidence) -> str:
     """Write Python that loads and uses the student with transformers, and the release's own code where it has some."""
     name = one_line(evidence.auto_class)
     _, use = USES.get(name, ("", "output = model(**inputs)"))
+    use = KIND_USES.get(str(evidence.evaluation["data"].get("kind")), use)
     code = ", trust_remote_code=True" if evidence.release_format == "native" else ""
     text = "Paris is the [MASK] of France." if name == "AutoModelForMaskedLM" else "Some text."
+    texts = f'"{text}", "Another text."' if "pair" in evidence.recipe.data.columns else f'"{text}"'
     return f"""from transformers import {name}, AutoTokenizer
 
 folder = "{evidence.recipe.name}"  # this folder, or its id on the hub
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = {name}.from_pretrained(folder{code})
-inputs = tokenizer("{text}", return_tensors="pt")
+inputs = tokenizer({texts}, return_tensors="pt")
 {use}"""
 
 

@@ -5,8 +5,13 @@ from collections.abc import Callable
 from distill.data.tasks.causal_lm import CausalLM
 from distill.data.tasks.classification import Classification
 from distill.data.tasks.task import Task
+from distill.data.tasks.token_classification import TokenClassification
 
 __all__ = ["TASKS", "Task"]
 
-TASKS: dict[str, Callable[[], Task]] = {"classification": Classification, "causal_lm": CausalLM}
+TASKS: dict[str, Callable[[], Task]] = {
+    "classification": Classification,
+    "causal_lm": CausalLM,
+    "token_classification": TokenClassification,
+}
 """Name in a recipe -> task; a function of the user's own that returns a `Task` is named `package.module:function`."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from distill.models.forward import Batch, Outputs
+from distill.recipe.names import OPTIONAL_COLUMNS
 from distill.recipe.schema import Data
 
 Values = Mapping[str, Sequence[Any]]
@@ -57,6 +58,8 @@ class Settled:
     """The kind of predictions, a name from `distill.losses.PREDICTION_KINDS`."""
     classes: tuple[str, ...] = ()
     """Class names by index; empty where the model has no classes of its own."""
+    about: str = ""
+    """What the labels are, in words; empty where a task has only one kind."""
 
 
 @dataclass
@@ -72,6 +75,8 @@ class Encoder:
     unknown: int = 0
     """Tokens that stand for what the tokenizer does not know."""
     examples: int = 0
+    classes: Counter[str] = field(default_factory=Counter)
+    """Labels that examples have, by class."""
     notes: Counter[str] = field(default_factory=Counter)
     """Other things that happened -> how often."""
 
@@ -141,18 +146,31 @@ class Task:
     """The kind of predictions, a name from `distill.losses.PREDICTION_KINDS`; `settle` may find another."""
     columns: ClassVar[Mapping[str, Column]] = {"text": TEXT}
     metrics: ClassVar[tuple[str, ...]]
-    """Measured unless the recipe says otherwise; the first is the one that stands in headlines."""
+    """Metrics that it has; see `metrics_for`."""
     observed: ClassVar[tuple[str, ...]] = ()
     """Columns that `observe` adds to the predictions."""
+    observes_in_training: ClassVar[bool] = False
+    """`observe` takes no time to speak of, so that the evaluations during training do it, too."""
     packed: ClassVar[bool] = False
     """Texts longer than a row are cut into several, and several texts may share a row, where the teacher's family can
     tell them apart."""
     divisible: ClassVar[bool] = False
     """A text is prose that may be split into a part for training and one for the test."""
 
-    def settle(self, _labels: Mapping[str, Counter[str]]) -> Settled:
+    def roles(self, named: Collection[str]) -> Sequence[str]:
+        """Choose the columns that are read where `data.columns` gives names for some."""
+        return [role for role in self.columns if role not in OPTIONAL_COLUMNS or role in named]
+
+    def check_row(self, _values: Mapping[str, Any]) -> None:
+        """Raise ValueError that says what is wrong between the values of one row."""
+
+    def settle(self, _labels: Mapping[str, Counter[str]], _spec: Data) -> Settled:
         """Decide on head and classes from split -> label, as JSON -> number of rows. Raises InputError."""
         return Settled(self.head)
+
+    def metrics_for(self, _head: str) -> Sequence[str]:
+        """Choose the metrics measured unless the recipe says otherwise; the first one stands in headlines."""
+        return self.metrics
 
     def model_settings(self, _settled: Settled) -> dict[str, Any]:
         """Return what the config of a model for this task must say, beside its classes."""
