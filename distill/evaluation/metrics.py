@@ -56,10 +56,8 @@ def f1_macro(predictions: Column, references: Column) -> float:
 
     if predictions.ndim > 1:
         times = (predictions + references).sum(axis=0)
-        seen = times > 0
-        return (
-            float((2 * (predictions * references).sum(axis=0)[seen] / times[seen]).mean()) if seen.any() else math.nan
-        )
+        shares = 2 * (predictions * references).sum(axis=0)[times > 0] / times[times > 0]
+        return float(shares.mean()) if len(shares) else math.nan
     classes, codes = np.unique(np.concatenate([predictions, references]), return_inverse=True)
     predicted, true = np.split(codes, 2)
     hits = np.bincount(true[predicted == true], minlength=len(classes))
@@ -80,14 +78,11 @@ def matthews(predictions: Column, references: Column) -> float:
     """
     import numpy as np
 
-    _, codes = np.unique(np.concatenate([predictions, references]), return_inverse=True)
-    predicted, true = np.split(codes, 2)
-    times_predicted, times_true = (
-        np.bincount(own, minlength=codes.max() + 1).astype(float) for own in (predicted, true)
-    )
-    size = float(len(true))
-    covariance = (predicted == true).sum() * size - times_predicted @ times_true
-    spread = (size**2 - times_predicted @ times_predicted) * (size**2 - times_true @ times_true)
+    classes, codes = np.unique(np.concatenate([predictions, references]), return_inverse=True)
+    ours, true = (np.bincount(own, minlength=len(classes)).astype(float) for own in np.split(codes, 2))
+    size = float(len(references))
+    covariance = (predictions == references).sum() * size - ours @ true
+    spread = (size**2 - ours @ ours) * (size**2 - true @ true)
     return float(covariance / math.sqrt(spread)) if spread else 0.0
 
 

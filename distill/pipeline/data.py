@@ -149,8 +149,8 @@ def _trained_order(settled: Settled, order: Sequence[str]) -> Settled:
         raise InputError(
             f"the data has the classes {list_names(unknown)}, the teacher knows {list_names(order)}"
             f"{', which are no names' if nameless else ''}: rename them; or write the names that the data have in the "
-            f"order of the teacher's outputs, e.g. data.classes: [{example}]; or add `fit` under `teacher:` to train it "
-            f"on these classes"
+            f"order of the teacher's outputs, e.g. data.classes: [{example}]; or add `fit` under `teacher:` to train "
+            f"it on these classes"
         )
     more = f", of the {len(order)} that the teacher knows" if len(order) > len(classes) else ""
     return replace(settled, classes=tuple(order), about=f"{settled.about}{more}")
@@ -176,8 +176,8 @@ def _check_padding(session: Session, config: Any) -> None:
     decoder = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
     if session.task.auto_class == SEQUENCE_CLASSES and decoder and theirs not in (None, ours):
         raise InputError(
-            f"{session.source}: its tokenizer pads with {session.tokenizer.pad_token!r}, id {ours}, and config.json says "
-            f"pad_token_id {theirs}, by which the head finds the last token of a text; write one in both"
+            f"{session.source}: its tokenizer pads with {session.tokenizer.pad_token!r}, id {ours}, and config.json "
+            f"says pad_token_id {theirs}, by which the head finds the last token of a text; write one in both"
         )
 
 

@@ -9,6 +9,7 @@ from accelerate.utils import gather_object
 from safetensors.numpy import save_file
 
 from distill.data import evaluation_batches
+from distill.errors import InputError
 from distill.evaluation.arms import ARMS, measured_arms, rivals
 from distill.evaluation.efficiency import add_disk_bytes, measure_efficiency
 from distill.evaluation.metrics import find_metric, higher_is_better, measurable

@@ -98,7 +98,7 @@ class HeldOutLoss:
 
     @torch.no_grad()
     def __call__(self, student: Any) -> dict[str, float | None]:
-        """The values of the terms, in nats per position or squared units; None without labels, or where a value is not finite."""
+        """The terms, in nats per position or squared units; None without labels, or where a value is not finite."""
         sums = torch.zeros(len(self.terms), dtype=torch.float64)
         for cpu_batch in self.batches:
             batch = to_device(cpu_batch, student.device)

@@ -39,7 +39,10 @@ USES = {
 }
 """Class of transformers -> hub task and the line that uses the model."""
 KIND_USES = {
-    "multi_label": "labels = [model.config.id2label[i] for i, z in enumerate(model(**inputs).logits[0].tolist()) if z > 0]",
+    "multi_label": (
+        "scores = model(**inputs).logits.sigmoid()[0].tolist()\n"
+        "labels = [model.config.id2label[i] for i, score in enumerate(scores) if score > 0.5]"
+    ),
     "regression": "value = model(**inputs).logits.item()",
 }
 """Kind of predictions -> that line, where it is not the one of the class."""

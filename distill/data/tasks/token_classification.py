@@ -1,14 +1,15 @@
 """A tag for each word, as in named-entity recognition: words with tags, or texts with spans.
 
 Words are put together to a text as people write it, so that the tokenizer sees in training what it will see later, and
-its offsets lead back to the words: the first token of a word has its tag, the others have none. Of texts with spans each
-token has a tag of its own, whatever the script.
+its offsets lead back to the words: the first token of a word has its tag, the others have none. Of texts with spans
+each token has a tag of its own, whatever the script.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
@@ -47,18 +48,19 @@ def read_tags(value: Any) -> list[str | int | None] | None:
     tags = _parse_list(value)
     if not all(tag is None or type(tag) in (str, int) for tag in tags or ()):
         raise ValueError("is no list of tags: each is a name or a class number")
-    return tags if any(tag is not None for tag in tags or ()) else None
+    return tags if tags and any(tag is not None for tag in tags) else None
 
 
 def read_spans(value: Any) -> list[list[Any]] | None:
-    """Accept a list of spans, {start, end, label} or [start, end, label], or its JSON; returns [start, end, label] each.
+    """Accept a list of spans, {start, end, label} or [start, end, label], or its JSON; returns a list of the latter.
 
     Start and end count characters from 0, and the end is the first one behind the span.
     """
     given = _parse_list(value)
     if given is None:
         return None
-    spans = [[span.get(key) for key in ("start", "end", "label")] if isinstance(span, dict) else span for span in given]
+    keys = ("start", "end", "label")
+    spans: list[Any] = [[span.get(key) for key in keys] if isinstance(span, dict) else span for span in given]
     for span in spans:
         if not isinstance(span, list) or [type(part) for part in span] != [int, int, str]:
             raise ValueError("is no list of spans: each is {start, end, label} with two whole numbers and a name")
@@ -172,7 +174,8 @@ class TokenClassification(Task):
     def observe(self, model: Any, outputs: Outputs, batch: Batch, _examples: Mapping[str, Any]) -> dict[str, Any]:
         """Count spans: those predicted, the true ones, and those that are both."""
         assert outputs.logits is not None, "a head of classes gives logits"
-        names, columns = model.config.id2label, {name: [] for name in self.observed}
+        names = model.config.id2label
+        columns: dict[str, list[int]] = {name: [] for name in self.observed}
         for predicted, labels in zip(outputs.logits.argmax(-1).tolist(), batch["labels"].tolist(), strict=True):
             pairs = [(ours, true) for ours, true in zip(predicted, labels, strict=True) if true != UNLABELLED]
             ours, true = ({*spans_of([names[pair[side]] for pair in pairs])} for side in (0, 1))
@@ -196,14 +199,12 @@ class _Tagger:
         if tags is None:
             return [UNLABELLED] * len(places)
         first: dict[int, int] = {}
-        word = 0
+        ends = [end for _, end in words]
         for token, place in enumerate(places):
-            while place and word < len(words) and (words[word][1] <= place[0] or word in first):
-                if word in first and words[word][1] > place[0]:
-                    break  # another token of the same word
-                word += 1
-            if place and word < len(words) and word not in first and words[word][0] < place[1]:
-                first[word] = token
+            if place:
+                word = bisect_right(ends, place[0])  # the first one that ends behind the start of the token
+                if word < len(words) and words[word][0] < place[1]:
+                    first.setdefault(word, token)
         lost = [start for number, (start, _) in enumerate(words) if number not in first]
         beyond = sum(cut is not None and start >= cut for start in lost)
         self._note("words beyond max_length", beyond)
@@ -221,10 +222,9 @@ class _Tagger:
             return [UNLABELLED] * len(places)
         tags: dict[int, str | None] = {token: OUTSIDE for token, place in enumerate(places) if place}
         for start, end, kind in spans:
-            own = [
-                (token, place) for token, place in enumerate(places) if place and place[0] < end and place[1] > start
-            ]
-            own = [(token, place) for token, place in own if tags[token] == OUTSIDE]
+            inside = [(token, place) for token, place in enumerate(places) if place]
+            inside = [(token, place) for token, place in inside if place[0] < end and place[1] > start]
+            own = [(token, place) for token, place in inside if tags[token] == OUTSIDE]
             for number, (token, _) in enumerate(own):
                 tags[token] = choose_tag(kind, number == 0, number == len(own) - 1, self.classes)
             beyond = cut is not None and end > cut
