@@ -20,6 +20,7 @@ from datasets import Dataset
 from distill.data.sources import read_source
 from distill.data.tasks.task import Column, Task, as_json
 from distill.errors import InputError
+from distill.recipe.names import columns_read
 from distill.recipe.schema import Data, Source
 
 BLOCK = 1000
@@ -52,7 +53,7 @@ class Rows:
 
 def columns_of(task: Task, spec: Data) -> dict[str, str]:
     """Map the columns that a task reads from the recipe's sources to their names there."""
-    return {role: spec.columns.get(role, role) for role in task.roles(spec.columns)}
+    return {role: spec.columns.get(role, role) for role in columns_read(task.name, task.columns, spec.columns)}
 
 
 def read_split(split: str, task: Task, spec: Data, seed: int, base: Path, folder: Path) -> Rows:

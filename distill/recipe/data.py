@@ -9,7 +9,7 @@ from pydantic import Field, StrictBool, StrictInt, StrictStr
 
 from distill.recipe.fields import Columns, Count, Mistake, NotASwitch, Positive, Section
 from distill.recipe.locate import is_path
-from distill.recipe.names import TASK_COLUMNS, TASK_KEYS, BuiltInSource, Reference, TaskName
+from distill.recipe.names import FORMS, TASK_COLUMNS, TASK_KEYS, BuiltInSource, Reference, TaskName
 from distill.registry import suggest
 
 FILE = r"^(\.{1,2}|~)?/."
@@ -108,6 +108,10 @@ class Data(Section):
                 yield from self.without_effect((key,), f" with task: {self.task}", f"remove it; it is for {tasks[0]}")
         yield from self.repeated("classes", "the class {}")
         roles = TASK_COLUMNS.get(self.task)  # type: ignore[call-overload]
+        forms = [form for form in FORMS.get(self.task, ()) if {*form} & {*self.columns}]  # type: ignore[call-overload]
+        if len(forms) > 1:
+            listed = " and ".join(", ".join(form) for form in forms)
+            yield Mistake(("columns",), f"names columns of two forms, {listed}", "give those of one", at="key")
         for role in self.columns if roles is not None else ():
             if role not in roles:
                 message = f"task: {self.task} has no column {role}"

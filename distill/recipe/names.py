@@ -6,6 +6,7 @@ so that an editor completes the names and a recipe is checked in milliseconds; o
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from typing import Annotated, Literal
 
 from pydantic import Field, StrictStr, TypeAdapter, WithJsonSchema
@@ -75,6 +76,8 @@ TASK_COLUMNS: dict[TaskName, tuple[str, ...]] = {
 """Columns of each task."""
 OPTIONAL_COLUMNS = ("pair",)
 """Columns that are read only where `data.columns` names them."""
+FORMS: dict[TaskName, tuple[tuple[str, ...], ...]] = {"token_classification": (("tokens", "tags"), ("text", "spans"))}
+"""Tasks whose rows may have several forms -> the columns of each; the first, unless `data.columns` names another's."""
 TASK_KEYS: dict[str, tuple[TaskName, ...]] = {
     "labelled": ("classification", "token_classification"),
     "contradictions": ("classification", "token_classification"),
@@ -91,3 +94,11 @@ TASK_METRICS: dict[TaskName, tuple[Metric, ...]] = {
 """Metrics of each task; the labels decide which of them its data have."""
 TEACHER_METRICS: tuple[Metric, ...] = ("agreement", "kl", "teacher_mse")
 """Metrics that compare with the teacher, after training; a task has those that its kind of predictions allows."""
+
+
+def columns_read(task: str, roles: Iterable[str], named: Collection[str]) -> list[str]:
+    """List the columns that a task reads, of those that it has, where `data.columns` names some of them."""
+    forms = FORMS.get(task, ())  # type: ignore[call-overload]
+    chosen = next((form for form in forms if {*form} & {*named}), next(iter(forms), None))
+    optional = [role for role in OPTIONAL_COLUMNS if role not in named]
+    return [role for role in roles if role not in optional and (chosen is None or role in chosen)]

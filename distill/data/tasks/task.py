@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from distill.models.forward import Batch, Outputs
-from distill.recipe.names import OPTIONAL_COLUMNS
 from distill.recipe.schema import Data
 
 Values = Mapping[str, Sequence[Any]]
@@ -156,10 +155,6 @@ class Task:
     tell them apart."""
     divisible: ClassVar[bool] = False
     """A text is prose that may be split into a part for training and one for the test."""
-
-    def roles(self, named: Collection[str]) -> Sequence[str]:
-        """Choose the columns that are read where `data.columns` gives names for some."""
-        return [role for role in self.columns if role not in OPTIONAL_COLUMNS or role in named]
 
     def check_row(self, _values: Mapping[str, Any]) -> None:
         """Raise ValueError that says what is wrong between the values of one row."""

@@ -21,6 +21,7 @@ from distill.data.tasks.classes import class_numbers, list_names, order_classes
 from distill.data.tasks.task import TEXT, Column, Encoder, Features, Seeds, Settled, Task, Values
 from distill.errors import InputError
 from distill.models.forward import UNLABELLED, Batch, Outputs
+from distill.recipe.names import columns_read
 from distill.recipe.schema import Data
 
 OUTSIDE = "O"
@@ -102,13 +103,6 @@ class TokenClassification(Task):
     observed = ("entities_found", "entities_predicted", "entities_true")
     observes_in_training = True
 
-    def roles(self, named: Collection[str]) -> Sequence[str]:
-        """Read texts with spans where the recipe names one of these columns, and words with tags elsewhere."""
-        words, texts = ("tokens", "tags"), ("text", "spans")
-        if {*words} & {*named} and {*texts} & {*named}:
-            raise InputError("data.columns: give tokens and tags, or text and spans, not both")
-        return texts if {*texts} & {*named} else words
-
     def check_row(self, values: Mapping[str, Any]) -> None:
         """Refuse a row without a tag for each word, or with a span that leaves the text."""
         words, tags = values.get("tokens", []), values.get("tags")
@@ -122,7 +116,7 @@ class TokenClassification(Task):
         """Collect the tags; of spans each label makes a tag B- and a tag I-."""
         counts: Counter[str] = sum(labels.values(), Counter())
         items = [item for text in counts for item in json.loads(text) if item is not None]
-        if "spans" in self.roles(spec.columns):
+        if "spans" in columns_read(self.name, self.columns, spec.columns):
             classes = _tags_of_spans(sorted({label for _, _, label in items}), spec.classes)
         else:
             if len({type(tag) for tag in items}) > 1:

@@ -19,7 +19,7 @@ from distill.data.tasks.classification import head_of, read_label
 from distill.errors import InputError
 from distill.models.forward import Capture, forward
 from distill.models.load import ModelHead, load_config, load_model, load_tokenizer, random_model
-from distill.pipeline import RunDir, Session, run_stages
+from distill.pipeline import RunDir, Session, calibrate, evaluate, run_stages, train
 from distill.pipeline import data as stage
 from distill.recipe import load_recipe
 from distill.recipe.schema import Data
@@ -260,6 +260,41 @@ def test_a_stated_order_must_be_that_of_the_teacher_and_as_long(tmp_path):
 def test_a_teacher_that_was_trained_for_labels_of_another_kind_is_refused(tmp_path, labels, config, words):
     with pytest.raises(InputError, match=words):
         classes_of(tmp_path, labels, **config)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ((), r"losses\.1: a regression head has one number, not a distribution; write `loss: logit_mse`"),
+        (
+            ("evaluation.metrics=[mse, accuracy]",),
+            r"evaluation\.metrics: metric 'accuracy' .*pearson, spearman, mse",
+        ),
+        (("evaluation.metrics=[kl]",), r"evaluation\.metrics: metric 'kl' needs"),
+        (
+            ("training.keep_best=f1_macro",),
+            r"training\.keep_best: f1_macro is not .* use pearson, spearman, mse",
+        ),
+        (("student.mlp.score=taylor",), r"student\.mlp\.score: the labels are numbers"),
+    ],
+)
+def test_what_numbers_do_not_have_is_refused_once_the_data_are_read(tmp_path, overrides, words):
+    numbers = "losses.1.loss=logit_mse" if overrides else "seed=3"
+    session, _ = session_of(tmp_path, [0.5, 1.5, 4.0], numbers, *overrides, num_labels=1)
+    with pytest.raises(InputError, match=words):
+        run_stages(session, [stage.STAGE], [stage.STAGE, calibrate.STAGE, train.STAGE, evaluate.STAGE])
+    assert not (tmp_path / "run/calibration.safetensors").exists()
+
+
+def test_what_sets_and_classes_have_is_accepted(tmp_path):
+    story = [stage.STAGE, calibrate.STAGE, train.STAGE, evaluate.STAGE]
+    cases = (("sets", [["a"], ["a", "b"]], "f1_micro", 2), ("classes", ["a", "b"], "matthews", 2))
+    for name, labels, metric, outputs in cases:
+        wanted = (f"training.keep_best={metric}", f"evaluation.metrics=[{metric}, kl]", "data.classes=[a, b]")
+        session, _ = session_of(_made(tmp_path / name), labels, *wanted, num_labels=outputs)
+        run_stages(session, [stage.STAGE], story)
+        found = train.measure_held_out(session, random_model(session.source, session.head, 0), lambda: False)
+        assert metric in found and "kl" not in found
 
 
 def test_a_model_of_each_kind_says_so_in_its_config(tmp_path):

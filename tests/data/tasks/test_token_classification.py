@@ -234,8 +234,8 @@ def test_spans_that_cannot_be_are_refused_by_line(tmp_path, spans, words):
 
 
 def test_both_forms_at_once_and_a_tokenizer_without_offsets_are_refused(tmp_path):
-    with pytest.raises(InputError, match="give tokens and tags, or text and spans, not both"):
-        corpus_of(tmp_path, FILLERS, columns={"tokens": "tokens", "spans": "spans"})
+    with pytest.raises(ValueError, match="names columns of two forms, tokens, tags and text, spans"):
+        Data(source="./x.jsonl", task="token_classification", columns={"tokens": "a", "spans": "b"})
     slow = SimpleNamespace(is_fast=False, model_max_length=64, pad_token_id=0)
     with pytest.raises(InputError, match=r"does not say where its tokens are.*tokenizer\.json"):
         corpus_of(tmp_path, FILLERS, slow)
