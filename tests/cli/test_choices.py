@@ -313,6 +313,16 @@ REFUSED |= {
 ELSEWHERE = {
     ("Data.source", "stdlib-docstrings"): "seconds to read, at every stage; recipes/quickstart and tests/data have it",
     ("Data.source", "stdlib-sources"): "recipes/stdlib-lm and tests/data have it",
+    ("Data.task", "token_classification"): "tests/cli/test_label_tasks.py has it",
+    ("Data.classes", "a value"): "tests/data/tasks/test_classification.py has it",
+}
+ELSEWHERE |= {
+    (key, metric): "tests/cli/test_label_tasks.py and tests/data/tasks/test_classification.py have each kind of labels"
+    for key in ("Evaluation.metrics", "Training.keep_best")
+    for metric in (
+        *("f1_micro", "matthews", "ece", "mse", "rmse", "pearson", "spearman", "teacher_mse"),
+        *("entity_f1", "entity_precision", "entity_recall"),
+    )
 }
 
 
