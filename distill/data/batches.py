@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from distill.data.corpus import Corpus, Examples
 from distill.data.tasks.task import Seeds
-from distill.models.forward import Batch
+from distill.models.forward import Batch, Outputs
 
 WORKER_TIMEOUT = 45
 """Seconds after which a loader worker that gives no batch is taken for dead."""
@@ -150,3 +150,8 @@ def evaluation_batches(
     groups = micro_batches(range(len(examples)), examples.lengths, batch_size)
     for indices in groups[rank::world]:
         yield collate(corpus, examples, indices) | {"examples": torch.tensor(indices)}
+
+
+def observe_batch(corpus: Corpus, examples: Examples, model: Any, outputs: Outputs, batch: Batch) -> dict[str, Any]:
+    """Return the columns that the task observes for a batch of `evaluation_batches`."""
+    return corpus.task.observe(model, outputs, batch, examples.take(batch["examples"].tolist()))

@@ -152,7 +152,7 @@ def _read(
             except ValueError as error:
                 raise InputError(f"data.{key}: {place}: column {name!r} {error}: {as_json(given)[:60]}") from error
         try:
-            task.check_row(values)
+            values = task.check_row(values)
         except ValueError as error:
             raise InputError(f"data.{key}: {place}: {error}") from error
         seen |= names.values() & row.keys()

@@ -8,7 +8,7 @@ from typing import Any
 from accelerate.utils import gather_object
 from safetensors.numpy import save_file
 
-from distill.data import evaluation_batches
+from distill.data import evaluation_batches, observe_batch
 from distill.errors import InputError
 from distill.evaluation.arms import ARMS, measured_arms, rivals
 from distill.evaluation.efficiency import add_disk_bytes, measure_efficiency
@@ -22,7 +22,7 @@ from distill.models.forward import Capture
 from distill.models.load import folder_fingerprint
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage, settings_of
-from distill.pipeline.train import observer, steps_of
+from distill.pipeline.train import steps_of
 from distill.ranks import process_state
 from distill.recipe.data import SPLITS
 from distill.recipe.names import TEACHER_METRICS
@@ -78,6 +78,7 @@ def predict_arms(session: Session, teacher: LiveTeacher, steps: int, rank: int, 
         ranks: Number of those that take part.
     """
     corpus, rows = session.corpus, {}
+    observe = partial(observe_batch, corpus, corpus.test)
     with record_teacher(teacher, session.folder.root / f".teacher-{rank}") as recording:
         for arm in measured_arms(session.recipe):
             if arm == "teacher":
@@ -86,7 +87,7 @@ def predict_arms(session: Session, teacher: LiveTeacher, steps: int, rank: int, 
                 model = session.load(session.arm_folder(arm)).to(teacher.device)
                 ask = partial(predict, model if ARMS[arm].terms else ARMS[arm].prepare(session.recipe, model, steps))
             batches = evaluation_batches(corpus, corpus.test, session.recipe.evaluation.batch_size, rank, ranks)
-            own = [ask(batches, corpus.head, recording, session.vocabulary, observer(corpus, corpus.test))]
+            own = [ask(batches, corpus.head, recording, session.vocabulary, observe)]
             rows[arm] = merge_rows(gather_object(own) if ranks > 1 else own)
     return rows
 

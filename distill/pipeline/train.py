@@ -12,16 +12,15 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
-from distill.data import Corpus, Examples, TrainingBatches, evaluation_batches
+from distill.data import TrainingBatches, evaluation_batches, observe_batch
 from distill.errors import InputError
 from distill.evaluation.arms import ARMS, controls
 from distill.evaluation.metrics import compute, higher_is_better, measurable
-from distill.evaluation.predict import Observe, column_names, merge_rows, predict
+from distill.evaluation.predict import column_names, merge_rows, predict
 from distill.evaluation.table import finite_or_none
 from distill.files import content_of, fresh_folder
 from distill.losses import MATCHES, LayerMap, Objective, layer_map
 from distill.models.cost import matmul_rate, training_flops
-from distill.models.forward import Batch, Outputs
 from distill.models.load import folder_fingerprint, hollow_model
 from distill.models.plan import StudentPlan
 from distill.pipeline.session import DTYPES, Session
@@ -132,7 +131,7 @@ def measure_held_out(session: Session, model: Any, stopped: Callable[[], bool]) 
     assert examples is not None, "nothing is measured during training without a validation split"
     batches = evaluation_batches(corpus, examples, size, state.process_index, state.num_processes)
     wanted = takewhile(lambda _batch: not stopped(), batches)
-    observe = observer(corpus, examples) if corpus.task.observes_in_training else None
+    observe = partial(observe_batch, corpus, examples) if corpus.task.observed_in_training else None
     rows = predict(model, wanted, corpus.head, vocabulary=session.vocabulary, observe=observe)
     columns = merge_rows(gather_object([rows]))
     names = measurable(metrics_in_training(session), columns)
@@ -143,15 +142,6 @@ def metrics_in_training(session: Session) -> list[str]:
     """List what is measured on the validation split: the metrics of the kind of predictions, and `keep_best`."""
     best = session.recipe.training.keep_best
     return list(dict.fromkeys([*session.task.metrics_for(session.corpus.head), *([best] if best else [])]))
-
-
-def observer(corpus: Corpus, examples: Examples) -> Observe:
-    """Make the function that reads the columns of the task's own for a batch of some examples."""
-
-    def observe(model: Any, outputs: Outputs, batch: Batch) -> dict[str, Any]:
-        return corpus.task.observe(model, outputs, batch, examples.take(batch["examples"].tolist()))
-
-    return observe
 
 
 def save_model(session: Session, model: Any, folder: Path) -> None:
@@ -232,7 +222,7 @@ def check_labels(session: Session) -> None:
 def _check_keep_best(session: Session) -> None:
     """Refuse to keep the best model by a metric that the labels do not have, or that is not measured in training."""
     best, head, task = session.recipe.training.keep_best, session.corpus.head, session.task
-    columns = (*column_names(head), *(task.observed if task.observes_in_training else ()))
+    columns = (*column_names(head), *(task.observed if task.observed_in_training else ()))
     if best is not None and not measurable([best], columns):
         fix = ", ".join(measurable(task.metrics_for(head), columns))
         raise InputError(f"training.keep_best: {best} is not measured of a {head} head during training; use {fix}")

@@ -148,16 +148,17 @@ class Task:
     """Metrics that it has; see `metrics_for`."""
     observed: ClassVar[tuple[str, ...]] = ()
     """Columns that `observe` adds to the predictions."""
-    observes_in_training: ClassVar[bool] = False
-    """`observe` takes no time to speak of, so that the evaluations during training do it, too."""
+    observed_in_training: ClassVar[bool] = False
+    """`observe` is quick, so that looks at the validation split during training do it too."""
     packed: ClassVar[bool] = False
     """Texts longer than a row are cut into several, and several texts may share a row, where the teacher's family can
     tell them apart."""
     divisible: ClassVar[bool] = False
     """A text is prose that may be split into a part for training and one for the test."""
 
-    def check_row(self, _values: Mapping[str, Any]) -> None:
-        """Raise ValueError that says what is wrong between the values of one row."""
+    def check_row(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Judge the values of one row together, and complete them. Raises ValueError that says what is wrong."""
+        return values
 
     def settle(self, _labels: Mapping[str, Counter[str]], _spec: Data) -> Settled:
         """Decide on head and classes from split -> label, as JSON -> number of rows. Raises InputError."""

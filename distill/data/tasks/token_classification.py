@@ -101,9 +101,9 @@ class TokenClassification(Task):
     }
     metrics = ("entity_f1", "entity_precision", "entity_recall", "token_accuracy", "loss")
     observed = ("entities_found", "entities_predicted", "entities_true")
-    observes_in_training = True
+    observed_in_training = True
 
-    def check_row(self, values: Mapping[str, Any]) -> None:
+    def check_row(self, values: dict[str, Any]) -> dict[str, Any]:
         """Refuse a row without a tag for each word, or with a span that leaves the text."""
         words, tags = values.get("tokens", []), values.get("tags")
         if tags is not None and len(tags) != len(words):
@@ -111,6 +111,7 @@ class TokenClassification(Task):
         text, spans = values.get("text", ""), values.get("spans") or []
         if spans and spans[-1][1] > len(text):
             raise ValueError(f"the span {spans[-1]} leaves the text, which has {len(text)} characters")
+        return values
 
     def settle(self, labels: Mapping[str, Counter[str]], spec: Data) -> Settled:
         """Collect the tags; of spans each label makes a tag B- and a tag I-."""
