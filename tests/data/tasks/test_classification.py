@@ -92,6 +92,18 @@ def test_lists_are_sets_of_classes_and_an_empty_one_is_a_label(tmp_path, tokeniz
     assert int((labels_of(corpus)[:, 0] != -100).sum()) == 20 == len(corpus.labelled)
 
 
+def test_hidden_numbers_stay_out_of_the_labels_and_sets_are_equal_in_any_order(tmp_path, tokenizer):
+    rows = [{"text": text, "label": i / 7} for i, text in enumerate(texts(60))]
+    found = labels_of(corpus_of(tmp_path, tokenizer, rows, labelled=10))
+    assert int((found != -100).sum()) == 10 < len(found)
+    rows = [{"text": text, "label": label} for text in texts(30) for label in (["a", "b"], ["b", "a"])]
+    rows += [{"text": "fish fish fish", "label": []}]
+    corpus = corpus_of(tmp_path, tokenizer, rows)
+    assert len(corpus.train) + len(corpus.test) == 31  # equal rows, no contradictions
+    with pytest.raises(InputError, match="equal texts have different labels"):
+        corpus_of(tmp_path, tokenizer, [*rows, {"text": "fish fish fish", "label": ["a"]}])
+
+
 def test_a_pair_is_two_texts_in_one_example_and_part_of_what_tells_rows_apart(tmp_path, tokenizer):
     rows = [{"text": text, "b": b, "label": b} for text in texts(30) for b in ("cat", "dog")]
     corpus = corpus_of(tmp_path, tokenizer, rows, columns={"pair": "b"})
