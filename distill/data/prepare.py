@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from distill.data.corpus import Corpus, Examples, save_facts
 from distill.data.packing import cut_documents, pack
-from distill.data.rows import BLOCK, read_split, split_documents, write_arrow
+from distill.data.rows import BLOCK, columns_of, read_split, split_documents, write_arrow
 from distill.data.splits import Split, divide
 from distill.data.summary import summarise
 from distill.data.tasks.task import Encoder, Features, Ragged, Settled, Task
@@ -68,9 +68,9 @@ def prepare(order: Order, folder: Path, progress: Report = lambda _split, _done,
     if spec.max_length > limit:
         raise InputError(f"data.max_length: {spec.max_length} is more than the tokenizer's {limit} positions")
     splits = _read_splits(order, folder)
-    asked = [name for name, column in task.columns.items() if column.answer]
+    asked = [role for role in columns_of(task, spec) if task.columns[role].answer]
     labels = {name: sum((own.labels(column) for column in asked), start=Counter()) for name, own in splits.items()}
-    settled = order.own_order(task.settle(labels))
+    settled = order.own_order(task.settle(labels, spec))
     digest = hashlib.sha256(json.dumps([settled.head, settled.classes]).encode())
     parts: dict[str, Examples] = {}
     counts: dict[str, Any] = {}
@@ -82,7 +82,7 @@ def prepare(order: Order, folder: Path, progress: Report = lambda _split, _done,
             digest.update(f"{name}:{len(examples)}".encode())
             _add_content(digest, examples)
             parts[name] = examples
-            counts[name] = summarise(splits[name], labels[name], settled, encoder, examples)
+            counts[name] = summarise(splits[name], encoder, examples)
     corpus = Corpus(task, settled, parts, int(tokenizer.pad_token_id), digest.hexdigest(), counts)
     save_facts(corpus, folder)
     for leftover in (*folder.glob("*.rows.arrow"), *folder.glob("*.parts.arrow"), *folder.glob("*.documents.arrow")):

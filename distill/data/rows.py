@@ -20,7 +20,7 @@ from datasets import Dataset
 from distill.data.sources import read_source
 from distill.data.tasks.task import Column, Task, as_json
 from distill.errors import InputError
-from distill.recipe.names import OPTIONAL_COLUMNS
+from distill.recipe.names import columns_read
 from distill.recipe.schema import Data, Source
 
 BLOCK = 1000
@@ -53,8 +53,7 @@ class Rows:
 
 def columns_of(task: Task, spec: Data) -> dict[str, str]:
     """Map the columns that a task reads from the recipe's sources to their names there."""
-    wanted = [role for role in task.columns if role not in OPTIONAL_COLUMNS or role in spec.columns]
-    return {role: spec.columns.get(role, role) for role in wanted}
+    return {role: spec.columns.get(role, role) for role in columns_read(task.name, task.columns, spec.columns)}
 
 
 def read_split(split: str, task: Task, spec: Data, seed: int, base: Path, folder: Path) -> Rows:
@@ -185,4 +184,6 @@ def _share(text: str) -> float:
 
 
 def _is_empty(values: Mapping[str, Any], columns: Mapping[str, Column]) -> bool:
-    return any(not str(values[role]).strip() for role, column in columns.items() if column.plain and not column.answer)
+    """Tell whether a text that is given to the model is blank, or a list that is given has nothing in it."""
+    given = [values[role] for role, column in columns.items() if not column.answer]
+    return any(not value.strip() if isinstance(value, str) else value == [] for value in given)

@@ -12,7 +12,7 @@ import os
 import sys
 import sysconfig
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -153,25 +153,38 @@ def _dataset_rows(rows: Any, name: str, columns: Collection[str]) -> Iterator[tu
     features = getattr(rows, "features", None) or {}
     if features:
         rows = rows.select_columns([column for column in columns if column in features])
-    named = {column: feature.int2str for column, feature in features.items() if hasattr(feature, "int2str")}
     for number, row in enumerate(rows, start=1):
-        for column in named.keys() & row.keys():
-            row[column] = None if row[column] is None or row[column] < 0 else named[column](row[column])
-        yield f"{name}, row {number}", row
+        yield f"{name}, row {number}", _by_name(row, features)
+
+
+def _by_name(row: Row, features: Mapping[str, Any]) -> Row:
+    """Replace the numbers of classes, alone or in a list, by their names; a number below 0 stands for none."""
+    for column, feature in features.items():
+        if column in row and (name := getattr(getattr(feature, "feature", feature), "int2str", None)):
+            value = row[column]
+            named = [None if each is None or each < 0 else name(each) for each in _listed(value)]
+            row[column] = named if isinstance(value, list) else named[0]
+    return row
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _parquet_rows(path: Path, columns: Collection[str]) -> Iterator[tuple[int, Row]]:
+    from datasets import Features
     from pyarrow import parquet
 
     with as_input_error(f"{path}: cannot read it"):
         file = parquet.ParquetFile(path)  # the needed columns alone are decoded, as plain values
+        features = Features.from_arrow_schema(file.schema_arrow)  # with the names of classes, where `datasets` wrote it
         wanted = [name for name in file.schema_arrow.names if name in columns]
         batches = file.iter_batches(batch_size=1000, columns=wanted)
         number = 0
         for batch in batches:
             for row in batch.to_pylist():
                 number += 1
-                yield number, row or dict.fromkeys(file.schema_arrow.names)
+                yield number, _by_name(row, features) or dict.fromkeys(file.schema_arrow.names)
 
 
 def _saved_dataset(path: Path, split: str) -> Any:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,19 +9,16 @@ import numpy as np
 
 from distill.data.corpus import Examples
 from distill.data.splits import Split
-from distill.data.tasks.task import Encoder, Settled
+from distill.data.tasks.classes import list_names
+from distill.data.tasks.task import Encoder
 from distill.errors import InputError
 
 FEW_TEST_EXAMPLES = 100
 UNKNOWN_WARNED, UNKNOWN_REFUSED = 0.05, 0.5
 """Shares of unknown tokens: above the first a line says so, above the second the data are refused."""
-LISTED = 10
-"""Classes in a line; of the others there is the number."""
 
 
-def summarise(
-    split: Split, labels: Counter[str], settled: Settled, encoder: Encoder, examples: Examples
-) -> dict[str, Any]:
+def summarise(split: Split, encoder: Encoder, examples: Examples) -> dict[str, Any]:
     """Count rows, labels and tokens of one split, as JSON.
 
     Raises:
@@ -40,7 +35,7 @@ def summarise(
         "rows": {name: count for name, count in split.counts.items() if count or name == "read"},
         "used": len(split.index),
         "labelled": int(split.labelled.sum()),
-        "classes": {name: labels_of(labels).get(name, 0) for name in settled.classes},
+        "classes": {name: encoder.classes[name] for name in encoder.settled.classes},
         "examples": len(examples),
         "tokens": int(examples.lengths.sum()),
         "lengths": dict(zip(("shortest", "median", "90 %", "longest"), quantiles, strict=True)),
@@ -50,16 +45,6 @@ def summarise(
         "filled": round(float(examples.lengths.mean()) / encoder.spec.max_length, 4),
         "notes": dict(encoder.notes),
     }
-
-
-def labels_of(labels: Mapping[str, int]) -> dict[str, int]:
-    """Count classes by name from labels as JSON; a list counts for each class in it."""
-    found: Counter[str] = Counter()
-    for text, count in labels.items():
-        value = json.loads(text)
-        for each in value if isinstance(value, list) else [value]:
-            found[str(each)] += count
-    return dict(found)
 
 
 def describe(summary: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
@@ -77,9 +62,9 @@ def describe(summary: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         if own["unknown_share"] > UNKNOWN_WARNED:
             yield f"  {name}: {own['unknown_share']:.1%} of the tokens are unknown to the tokenizer"
     for name in ("train", "test"):
-        lacking = [f"{each!r}" for each, count in summary[name]["classes"].items() if not count]
-        if lacking:
-            more = f" and {len(lacking) - LISTED} more" if len(lacking) > LISTED else ""
-            yield f"  no {name} example of the class {', '.join(lacking[:LISTED])}{more}"
+        for number, words in ((0, f"no {name} example of"), (1, f"only one {name} example of")):
+            found = [f"{each!r}" for each, count in summary[name]["classes"].items() if count == number]
+            if found:
+                yield f"  {words} the class {list_names(found)}"
     if summary["test"]["examples"] < FEW_TEST_EXAMPLES:
         yield f"  only {summary['test']['examples']} test examples: differences of a few points are chance"

@@ -3,12 +3,16 @@
 A column is an array with one entry, number, text or row of numbers, per example (a text, or a row of packed documents):
 
     example                  its number within the split
-    predictions, references, teacher_predictions   class, where an example has one label
+    predictions, references, teacher_predictions   class, where an example has one label; where it has a set of classes
+                             a row of 0 and 1, one for each class (and none of the teacher)
+    confidence               probability of the predicted class, where an example has one label
+    values, targets, teacher_values   number, in a regression
     nll, tokens, correct     sum of negative log-likelihoods in nats, scored labels, labels predicted right
     answers, gold            text of an answer, empty for none; JSON list of the true ones
     none_class               class of examples without a relation, the same for all; negative: there is none
     agreed, kl_sum, positions   positions with the teacher's prediction, sum of KL(teacher || student) in nats, compared
-                             positions
+                             positions; of a set each class is a position, since each is a choice of its own
+    entities_found, entities_predicted, entities_true   spans predicted and true, spans predicted, true spans
 
 The metrics of language models are ratios of totals: a mean of per-batch means would weigh short texts too much.
 A recipe may name a function of its own, `package.module:function`, written the same way.
@@ -34,11 +38,14 @@ if TYPE_CHECKING:
     Column = np.ndarray[tuple[int], np.dtype[Any]]
 
 Function = Callable[..., float]
+BINS = 15
+"""Of the expected calibration error."""
 
 
 def accuracy(predictions: Column, references: Column) -> float:
-    """Share of the examples whose predicted class is the true one."""
-    return float((predictions == references).mean())
+    """Share of the examples whose predicted class, or whose whole set of classes, is the true one."""
+    right = predictions == references
+    return float((right.all(axis=-1) if right.ndim > 1 else right).mean())
 
 
 def f1_macro(predictions: Column, references: Column) -> float:
@@ -46,9 +53,10 @@ def f1_macro(predictions: Column, references: Column) -> float:
 
     The classes are those of the references and of the predictions together: a class that is predicted and never true
     (or true and never predicted) counts as 0. Its denominator is the times it is true plus the times it is predicted,
-    so it is never 0.
+    so it is never 0. nan where there is no class at all, which sets allow.
     """
-    return float(_f1_by_class(predictions, references)[1].mean())
+    scores = _f1_by_class(predictions, references)[1]
+    return float(scores.mean()) if len(scores) else math.nan
 
 
 def f1_relations(predictions: Column, references: Column, none_class: Column) -> float:
@@ -64,10 +72,101 @@ def f1_relations(predictions: Column, references: Column, none_class: Column) ->
 def _f1_by_class(predictions: Column, references: Column) -> tuple[Column, Column]:
     import numpy as np
 
+    if predictions.ndim > 1:
+        times = (predictions + references).sum(axis=0)
+        (classes,) = np.nonzero(times)
+        return classes, 2 * (predictions * references).sum(axis=0)[classes] / times[classes]
     classes, codes = np.unique(np.concatenate([predictions, references]), return_inverse=True)
     predicted, true = np.split(codes, 2)
     hits = np.bincount(true[predicted == true], minlength=len(classes))
     return classes, 2 * hits / np.bincount(codes, minlength=len(classes))
+
+
+def f1_micro(predictions: Column, references: Column) -> float:
+    """F1 over all decisions of all classes; with one class per example it is the accuracy."""
+    if predictions.ndim == 1:
+        return accuracy(predictions, references)
+    return _per(2 * predictions * references, predictions + references)
+
+
+def matthews(predictions: Column, references: Column) -> float:
+    """Compute Matthews' correlation coefficient over any number of classes (Gorodkin 2004), -1 to 1.
+
+    0 where one side has only one class, as in scikit-learn.
+    """
+    import numpy as np
+
+    classes, codes = np.unique(np.concatenate([predictions, references]), return_inverse=True)
+    ours, true = (np.bincount(own, minlength=len(classes)).astype(float) for own in np.split(codes, 2))
+    size = float(len(references))
+    covariance = (predictions == references).sum() * size - ours @ true
+    spread = (size**2 - ours @ ours) * (size**2 - true @ true)
+    return float(covariance / math.sqrt(spread)) if spread else 0.0
+
+
+def ece(confidence: Column, correct: Column) -> float:
+    """Expected calibration error: mean over examples of |accuracy - mean confidence| of the bin that they are in.
+
+    15 bins of equal width, as in Guo et al. 2017.
+    """
+    import numpy as np
+
+    bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    gaps = np.bincount(bins, weights=correct - confidence, minlength=BINS)
+    return float(np.abs(gaps).sum() / len(bins))
+
+
+def mse(values: Column, targets: Column) -> float:
+    """Mean squared error of the predicted numbers."""
+    return float(((values - targets) ** 2).mean())
+
+
+def rmse(values: Column, targets: Column) -> float:
+    """Square root of the mean squared error, in the unit of the labels."""
+    return math.sqrt(mse(values, targets))
+
+
+def pearson(values: Column, targets: Column) -> float:
+    """Pearson's correlation of predicted and true numbers; nan where all of one side are equal."""
+    import numpy as np
+
+    ours, theirs = values - values.mean(), targets - targets.mean()
+    spread = math.sqrt(float((ours @ ours) * (theirs @ theirs)))
+    return float(np.clip(ours @ theirs / spread, -1, 1)) if spread else math.nan
+
+
+def spearman(values: Column, targets: Column) -> float:
+    """Spearman's correlation: Pearson's of the ranks; equal numbers share the mean of their ranks."""
+    return pearson(_ranks(values), _ranks(targets))
+
+
+def _ranks(values: Column) -> Column:
+    import numpy as np
+
+    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ranks: Column = (np.cumsum(counts) - (counts - 1) / 2)[places]
+    return ranks
+
+
+def teacher_mse(values: Column, teacher_values: Column) -> float:
+    """Mean squared difference between the student's numbers and the teacher's."""
+    return mse(values, teacher_values)
+
+
+def entity_precision(entities_found: Column, entities_predicted: Column) -> float:
+    """Share of the predicted spans that are true in both ends and type; 0 where none is predicted, as in seqeval."""
+    return _per(entities_found, entities_predicted) if entities_predicted.sum() else 0.0
+
+
+def entity_recall(entities_found: Column, entities_true: Column) -> float:
+    """Share of the true spans that are predicted with both ends and type; 0 where there are none, as in seqeval."""
+    return _per(entities_found, entities_true) if entities_true.sum() else 0.0
+
+
+def entity_f1(entities_found: Column, entities_predicted: Column, entities_true: Column) -> float:
+    """F1 of spans over all examples together (micro): 2 found / (predicted + true); 0 where there are none at all."""
+    count = entities_predicted + entities_true
+    return _per(2 * entities_found, count) if count.sum() else 0.0
 
 
 def agreement(agreed: Column, positions: Column) -> float:
@@ -193,9 +292,20 @@ METRICS: dict[str, Function] = {
     "exact_match_answer": exact_match_answer,
     "f1_answer": f1_answer,
     "f1_relations": f1_relations,
+    "f1_micro": f1_micro,
+    "matthews": matthews,
+    "ece": ece,
+    "mse": mse,
+    "rmse": rmse,
+    "pearson": pearson,
+    "spearman": spearman,
+    "teacher_mse": teacher_mse,
+    "entity_f1": entity_f1,
+    "entity_precision": entity_precision,
+    "entity_recall": entity_recall,
 }
 
-LOWER_IS_BETTER = ("perplexity", "kl", "loss")
+LOWER_IS_BETTER = ("perplexity", "kl", "loss", "ece", "mse", "rmse", "teacher_mse")
 
 
 def higher_is_better(name: str) -> bool:

@@ -27,15 +27,17 @@ Observe = Callable[[Any, Outputs, Batch], dict[str, Any]]
 """(model, its outputs, the batch) -> more columns, one entry per example of the batch."""
 
 SUMS = ("example", "nll", "tokens", "correct", "agreed", "kl_sum", "positions")
-CLASSES = ("predictions", "references", "teacher_predictions")
-"""Columns where an example has one label."""
-ONE_LABEL = ("sequence",)
-"""Kinds of predictions with one label per example."""
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "sequence": (*SUMS, "predictions", "references", "teacher_predictions", "confidence"),
+    "multi_label": (*SUMS, "predictions", "references"),
+    "regression": ("example", "tokens", "values", "targets", "teacher_values"),
+}
+"""Kind of predictions -> columns; `SUMS` where nothing else is said."""
 
 
 def column_names(head: str) -> tuple[str, ...]:
     """List the columns that an evaluation against the teacher gives."""
-    return (*SUMS, *CLASSES) if head in ONE_LABEL else SUMS
+    return COLUMNS.get(head, SUMS)
 
 
 def predict(
@@ -77,6 +79,7 @@ def compare(
 ) -> Rows:
     """Do what `predict` does for anything that answers a batch in the place of a model."""
     kind, parts, device = PREDICTION_KINDS[head], [], next(model.parameters()).device
+    score = _score_values if head == "regression" else partial(_score, confidence="confidence" in column_names(head))
     for cpu_batch in batches:
         batch = to_device(cpu_batch, device)
         labels = kind.labels(batch)
@@ -87,13 +90,15 @@ def compare(
         owner = labelled[0].cpu()  # row of the batch that each labelled position belongs to
         totals: dict[str, Tensor] = {}
         for part, logits in chunks(sides):
-            for name, values in _score(labels[labelled][part], slice(vocabulary), *logits).items():
+            for name, values in score(labels[labelled][part], slice(vocabulary), *logits).items():
                 exact = torch.float64 if values.is_floating_point() else torch.int64
                 total = totals.setdefault(name, torch.zeros(len(labels), dtype=exact))
                 total.index_add_(0, owner[part], values.cpu().to(exact))
         if totals:
             has_label = totals["tokens"] > 0
-            columns = {"example": cpu_batch["examples"], **totals}
+            columns = {**totals, "example": cpu_batch["examples"]}
+            if head == "multi_label" and outputs.logits is not None:  # sets, not sums
+                columns |= {"predictions": (outputs.logits > 0).long().cpu(), "references": labels.cpu()}
             names = [name for name in column_names(head) if name in columns]
             own = {name: columns[name][has_label].numpy() for name in names}
             seen = observe(model, outputs, batch) if observe else {}
@@ -101,7 +106,9 @@ def compare(
     return merge_rows(parts)
 
 
-def _score(labels: Tensor, classes: slice, logits: Tensor, teacher_logits: Tensor | None = None) -> dict[str, Tensor]:
+def _score(
+    labels: Tensor, classes: slice, logits: Tensor, teacher_logits: Tensor | None = None, *, confidence: bool
+) -> dict[str, Tensor]:
     """Compute the columns of single positions [N]; those about classes are sums of one value where there is one."""
     predicted = logits[..., classes].argmax(dim=-1)
     columns = {
@@ -111,6 +118,8 @@ def _score(labels: Tensor, classes: slice, logits: Tensor, teacher_logits: Tenso
         "tokens": torch.ones_like(labels),
         "correct": predicted == labels,
     }
+    if confidence:  # a pass more over the logits, which a vocabulary would feel
+        columns["confidence"] = logits[..., classes].float().softmax(dim=-1).amax(dim=-1)
     if teacher_logits is not None:
         teacher_logits = teacher_logits[..., classes]
         taught = teacher_logits.argmax(dim=-1)
@@ -119,6 +128,14 @@ def _score(labels: Tensor, classes: slice, logits: Tensor, teacher_logits: Tenso
         columns["kl_sum"] = LOGITS["forward_kl"](logits[..., classes], teacher_logits)
         columns["positions"] = torch.ones_like(labels)
     return columns
+
+
+def _score_values(
+    labels: Tensor, _classes: slice, values: Tensor, teacher_values: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Compute the columns of a regression, whose examples have one position each."""
+    columns = {"tokens": torch.ones_like(labels, dtype=torch.int64), "values": values.squeeze(-1), "targets": labels}
+    return columns if teacher_values is None else {**columns, "teacher_values": teacher_values.squeeze(-1)}
 
 
 def merge_rows(parts: Iterable[Rows]) -> Rows:

@@ -36,5 +36,5 @@ def retain(metrics: Mapping[str, float | None], teacher: Mapping[str, float | No
     return {
         name: value / reference
         for name, value in metrics.items()
-        if higher_is_better(name) and value is not None and (reference := teacher.get(name))
+        if higher_is_better(name) and value is not None and (reference := teacher.get(name) or 0.0) > 0
     }

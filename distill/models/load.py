@@ -112,9 +112,14 @@ def load_tokenizer(folder: Path, remote_code: bool = False) -> Any:
     with as_input_error(f"{folder} has no usable tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=remote_code)
     if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
+        # The head of a decoder with classes finds the end of a text by the padding that its config names.
+        stated = read_object(folder / "config.json").get("pad_token_id") if (folder / "config.json").exists() else None
+        if isinstance(stated, int) and 0 <= stated < len(tokenizer):
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(stated)
+        elif tokenizer.eos_token is None:
             raise InputError(f"the tokenizer in {folder} has neither a padding nor an end-of-text token")
-        tokenizer.pad_token = tokenizer.eos_token
+        else:
+            tokenizer.pad_token = tokenizer.eos_token
     positions = teacher_size(folder).positions
     if positions is not None and tokenizer.model_max_length > UNLIMITED:
         tokenizer.model_max_length = positions  # a text cut to nothing else runs into an index error in the model

@@ -8,6 +8,7 @@ import torch
 from accelerate.utils import reduce
 
 from distill.data import collate
+from distill.errors import InputError
 from distill.losses import PREDICTION_KINDS, label_loss
 from distill.models.causal import check_causal
 from distill.pipeline.session import Session
@@ -35,7 +36,8 @@ def work(session: Session) -> None:
     check_student(teacher, student)
     if PREDICTION_KINDS[session.corpus.head].causal:
         check_causal(teacher)
-    statistics = calibrate(teacher, batches, wanted, label_loss(corpus.head), add_over_ranks)
+    sets = corpus.head == "multi_label"
+    statistics = calibrate(teacher, batches, wanted, label_loss(corpus.head), add_over_ranks, sets)
     if state.is_main_process:
         statistics.save(session.folder.calibration)
 
@@ -51,4 +53,13 @@ def inputs(session: Session) -> dict[str, Any]:
     }
 
 
-STAGE = Stage("calibrate", work, inputs, lambda session: [session.folder.calibration], together=True)
+def check(session: Session) -> None:
+    """Refuse gradients of a head that gives a number: there is no class to draw."""
+    if session.corpus.head == "regression" and wanted_statistics(session.recipe.student).gradients:
+        raise InputError(
+            "student.mlp.score: the labels are numbers, and gradients are taken of a head with classes; choose a score "
+            "that reads none, e.g. activation, and leave out student.calibration.gradients"
+        )
+
+
+STAGE = Stage("calibrate", work, inputs, lambda session: [session.folder.calibration], together=True, check_data=check)

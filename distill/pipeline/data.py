@@ -6,20 +6,23 @@ import fcntl
 import hashlib
 import inspect
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.progress import Progress
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 import distill.data
 from distill.data import Order, load_corpus, prepare
 from distill.data.corpus import FACTS
 from distill.data.sources import source_fingerprint
 from distill.data.summary import describe
+from distill.data.tasks.classes import are_numbers, list_names
 from distill.data.tasks.task import Settled
 from distill.errors import InputError
 from distill.files import fresh_folder, put_back, sha256_of
@@ -28,6 +31,10 @@ from distill.models.load import ModelHead, load_config, tokenizer_fingerprint, t
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage, with_version
 from distill.recipe.load import fingerprint
+
+SEQUENCE_CLASSES = "AutoModelForSequenceClassification"
+NAMELESS = re.compile(r"LABEL_\d+")
+"""The name that transformers gives to outputs without names."""
 
 
 def work(session: Session) -> None:
@@ -38,6 +45,8 @@ def work(session: Session) -> None:
         else:
             _prepare(session, cache)
         corpus = load_corpus(cache, session.task)
+        if corpus.settled.about:
+            session.say(f"  labels: {corpus.settled.about}")
         for line in describe(corpus.summary):
             session.say(line)
         with fresh_folder(session.folder.data) as folder:
@@ -50,7 +59,8 @@ def _prepare(session: Session, cache: Path) -> None:
     config = load_config(session.source, ModelHead(""), session.remote_code)
 
     def own_order(settled: Settled) -> Settled:
-        return settled if recipe.teacher.fit or not settled.classes else _in_trained_order(session, settled)
+        asks = settled.classes or settled.head == "regression"
+        return _agree_with_teacher(session, settled) if asks and not recipe.teacher.fit else settled
 
     with fresh_folder(cache) as folder, Progress(transient=True) as bar:
         tasks = {split: bar.add_task(f"{split}: tokens", visible=False) for split in recipe.data.splits}
@@ -68,6 +78,7 @@ def _prepare(session: Session, cache: Path) -> None:
         def report(split: str, done: int, of: int) -> None:
             bar.update(tasks[split], completed=done, total=of, visible=True)
 
+        _check_padding(session, config)
         corpus = prepare(order, folder, report)
         _check_vocabulary(session, config, corpus)
 
@@ -98,16 +109,53 @@ def _link(file: Path, target: Path) -> None:
         shutil.copyfile(file, target)
 
 
-def _in_trained_order(session: Session, settled: Settled) -> Settled:
-    """Take the classes of a teacher that is already trained, in its own order."""
-    order = trained_labels(session.source)
-    unknown = sorted(set(settled.classes) - set(order))
-    if unknown:
+def _agree_with_teacher(session: Session, settled: Settled) -> Settled:
+    """Take the classes in the order of a teacher that is already trained; refuse one trained for other labels."""
+    config = load_config(session.source, ModelHead(""), session.remote_code)
+    order, kind = trained_labels(session.source), config.problem_type
+    wanted = session.task.model_settings(settled).get("problem_type", kind)
+    if kind not in (None, wanted) or (settled.head == "regression") != (len(order) == 1):
         raise InputError(
-            f"the data has the classes {', '.join(unknown)}, the teacher knows {', '.join(order)}: rename them, "
-            f"or add `fit` under `teacher:` to train it on these classes"
+            f"the labels are {settled.about}, and the config.json of the teacher says {len(order)} outputs"
+            f"{f' and problem_type {kind}' if kind else ''}: give labels of the kind that it was trained on, or add "
+            f"`fit` under `teacher:` to train it on these"
         )
-    return replace(settled, classes=tuple(order))
+    if settled.head == "multi_label" and kind is None:
+        settled = replace(settled, about=f"{settled.about}; the teacher's config.json does not say that it gives sets")
+    if settled.head == "regression":
+        return settled
+    stated = session.recipe.data.classes
+    return _stated_order(settled, order) if stated else _trained_order(settled, order)
+
+
+def _stated_order(settled: Settled, order: Sequence[str]) -> Settled:
+    """Hold `data.classes` against the outputs of a trained teacher."""
+    classes = settled.classes
+    if len(classes) != len(order):
+        raise InputError(f"data.classes: lists {len(classes)} classes, and the teacher has {len(order)} outputs")
+    if set(classes) == set(order) and list(classes) != list(order):
+        raise InputError(f"data.classes: the teacher has its classes in another order, {', '.join(order)}; remove it")
+    renamed = "" if list(classes) == list(order) else f", which the teacher calls {list_names(order)}"
+    return replace(settled, about=f"{settled.about}, {list_names(classes)}{renamed}")
+
+
+def _trained_order(settled: Settled, order: Sequence[str]) -> Settled:
+    """Find the classes of the data among the names of the teacher's outputs; numbers stand for unnamed outputs."""
+    classes, nameless = settled.classes, all(NAMELESS.fullmatch(name) for name in order)
+    unknown = sorted(set(classes) - set(order))
+    if unknown and nameless and are_numbers(classes, below=len(order)):
+        about = f"{settled.about}, whole numbers, taken for the numbers of the teacher's outputs"
+        return replace(settled, classes=tuple(order), about=about)
+    if unknown:
+        example = ", ".join([*classes, *["…"] * (len(order) - len(classes))][: len(order)])
+        raise InputError(
+            f"the data has the classes {list_names(unknown)}, the teacher knows {list_names(order)}"
+            f"{', which are no names' if nameless else ''}: rename them; or write the names that the data have in the "
+            f"order of the teacher's outputs, e.g. data.classes: [{example}]; or add `fit` under `teacher:` to train "
+            f"it on these classes"
+        )
+    more = f", of the {len(order)} that the teacher knows" if len(order) > len(classes) else ""
+    return replace(settled, classes=tuple(order), about=f"{settled.about}{more}")
 
 
 def _check_vocabulary(session: Session, config: Any, corpus: Any) -> None:
@@ -129,6 +177,20 @@ def _check_vocabulary(session: Session, config: Any, corpus: Any) -> None:
         f"{session.source}: the tokenizer writes the token {session.tokenizer.convert_ids_to_tokens(highest)!r} "
         f"with id {highest}, and the model has {known} embeddings; the two do not belong together"
     )
+
+
+def _check_padding(session: Session, config: Any) -> None:
+    """Refuse a decoder with classes whose config and tokenizer pad with different tokens.
+
+    Its head reads the last token that is not the config's padding. Another padding would be read instead of the text.
+    """
+    ours, theirs = session.tokenizer.pad_token_id, getattr(config.get_text_config(), "pad_token_id", None)
+    decoder = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
+    if session.task.auto_class == SEQUENCE_CLASSES and decoder and theirs not in (None, ours):
+        raise InputError(
+            f"{session.source}: its tokenizer pads with {session.tokenizer.pad_token!r}, id {ours}, and config.json "
+            f"says pad_token_id {theirs}, by which the head finds the last token of a text; write one in both"
+        )
 
 
 def inputs(session: Session) -> dict[str, Any]:

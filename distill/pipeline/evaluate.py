@@ -11,9 +11,10 @@ from accelerate.utils import gather_object
 from safetensors.numpy import save_file
 
 from distill.data import evaluation_batches, observe_batch
+from distill.errors import InputError
 from distill.evaluation.arms import ARMS, measured_arms, rivals
 from distill.evaluation.efficiency import add_disk_bytes, measure_efficiency
-from distill.evaluation.metrics import find_metric, higher_is_better
+from distill.evaluation.metrics import find_metric, higher_is_better, measurable
 from distill.evaluation.predict import Rows, column_names, compare, merge_rows, predict
 from distill.evaluation.recorded import record_teacher
 from distill.evaluation.table import tabulate_arms
@@ -45,7 +46,8 @@ def work(session: Session) -> None:
         for split, arms in rows.items():
             for arm, columns in arms.items():
                 save_rows(columns, folder / (arm if split == "test" else f"{arm}.{split}"), corpus.fingerprint)
-    names = list(dict.fromkeys([*(recipe.evaluation.metrics or session.task.metrics), *TEACHER_METRICS]))
+    wanted = recipe.evaluation.metrics or session.task.metrics_for(corpus.head)
+    names = list(dict.fromkeys([*wanted, *measurable(TEACHER_METRICS, column_names(corpus.head))]))
     student = session.load(session.folder.distilled)
     table = {
         "data": describe_data(session, len(next(iter(rows["test"].values()))["example"])),
@@ -73,6 +75,8 @@ def describe_data(session: Session, measured: int) -> dict[str, Any]:
         "train_examples": len(corpus.train),
         "labelled": len(corpus.labelled),
         "fingerprint": corpus.fingerprint,
+        "kind": corpus.head,
+        "labels": corpus.settled.about,
         "summary": corpus.summary,
     }
 
@@ -154,10 +158,15 @@ def check(session: Session) -> None:
     """Find every metric that the recipe names, the user's own included, and the columns that it reads.
 
     Raises:
-        InputError: There is no such metric, or the task does not give its columns.
+        InputError: There is no such metric, or the labels do not give its columns.
     """
+    task, head = session.task, session.corpus.head
     for name in session.recipe.evaluation.metrics or ():
-        find_metric(name, (*column_names(session.corpus.head), *session.task.observed))
+        try:
+            find_metric(name, (*column_names(head), *task.observed))
+        except InputError as error:
+            fix = f"the metrics of a {head} head are {', '.join(task.metrics_for(head))}"
+            raise InputError(f"evaluation.metrics: {error}; {fix}") from error
 
 
 STAGE = Stage(

@@ -44,7 +44,7 @@ def work(session: Session) -> None:
     own = predict(model, batches(*shares), corpus.head, vocabulary=session.vocabulary, observe=observe)
     rows = merge_rows(gather_object([own]) if shares[1] > 1 else [own])
     finished = corpus.task.finish(rows, corpus.settled)
-    metrics = compute(measurable(corpus.task.metrics, finished), finished) if rows else {}
+    metrics = compute(measurable(corpus.task.metrics_for(corpus.head), finished), finished) if rows else {}
     figures = {"split": split, "examples": len(pool), "metrics": finite_or_none(metrics), "weakness": ""}
     line = ", ".join(f"{name} {format_number(value)}" for name, value in metrics.items())
     session.say(f"  the teacher on {len(pool)} {split} examples: {line}")

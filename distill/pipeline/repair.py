@@ -22,8 +22,11 @@ from distill.pipeline.train import save_model
 from distill.recipe.schema import Term
 from distill.student.repair.steps import RepairStep, check_repair, repair_student
 
-HELD_OUT_TERMS = {"loss": Term(match="labels"), "kl": Term(match="logits")}
+LOSS = Term(match="labels")
+HELD_OUT_TERMS = {"loss": LOSS, "kl": Term(match="logits")}
 """Measured of a repaired student: the task's loss, and KL(teacher || student)."""
+REGRESSION_TERMS = {"loss": LOSS, "teacher_mse": Term(match="logits", loss="logit_mse")}
+"""The same where the student gives a number: the mean squared differences from the labels and from the teacher's."""
 
 
 def check(session: Session) -> None:
@@ -80,11 +83,12 @@ def inputs(session: Session) -> dict[str, Any]:
 
 
 class HeldOutLoss:
-    """Task loss and KL to the teacher on training examples outside the calibration sample."""
+    """Task loss and difference from the teacher on training examples outside the calibration sample."""
 
     def __init__(self, session: Session, examples: range):
         self.batches = _batches(session, examples, session.recipe.evaluation.batch_size)
-        self.objective = Objective(tuple(HELD_OUT_TERMS.values()), session.corpus.head, None, session.vocabulary)
+        self.terms = REGRESSION_TERMS if session.corpus.head == "regression" else HELD_OUT_TERMS
+        self.objective = Objective(tuple(self.terms.values()), session.corpus.head, None, session.vocabulary)
         self.teacher = session.live_teacher(self.objective.teacher, whole=True)
 
     @cached_property
@@ -94,15 +98,15 @@ class HeldOutLoss:
 
     @torch.no_grad()
     def __call__(self, student: Any) -> dict[str, float | None]:
-        """`loss` and `kl`, in nats per position; None without labels, or where a value is not finite."""
-        sums = torch.zeros(len(HELD_OUT_TERMS), dtype=torch.float64)
+        """The terms, in nats per position or squared units; None without labels, or where a value is not finite."""
+        sums = torch.zeros(len(self.terms), dtype=torch.float64)
         for cpu_batch in self.batches:
             batch = to_device(cpu_batch, student.device)
             outputs = forward(student, batch, self.objective.student)
             _, terms = self.objective(outputs, self.teacher(batch), batch, self.counts)
             sums += terms.double().cpu()
         values = (sums / self.counts).tolist()  # 0 / 0 is NaN: nothing has a label
-        pairs = zip(HELD_OUT_TERMS, values, strict=True)
+        pairs = zip(self.terms, values, strict=True)
         return {name: value if math.isfinite(value) else None for name, value in pairs}
 
 
@@ -126,8 +130,9 @@ def _record(step: RepairStep) -> dict[str, Any]:
 
 def _describe(step: dict[str, Any], before: dict[str, Any]) -> str:
     parts = [] if step["error_left"] is None else [f"{100 * step['error_left']:.1f} % of the calibration error left"]
-    for name, title in (("kl", "held-out KL"), ("loss", "held-out loss")):
-        old, new = before["held_out"][name], step["held_out"][name]
+    titles = {"kl": "held-out KL", "teacher_mse": "held-out difference from the teacher", "loss": "held-out loss"}
+    for name, title in titles.items():
+        old, new = before["held_out"].get(name), step["held_out"].get(name)
         if old is not None and new is not None:
             parts.append(f"{title} {old:.4g} → {new:.4g}")
     return f"  {step['name']}: {', '.join([*parts, *step['notes']])}"

@@ -16,7 +16,7 @@ from distill.data import TrainingBatches, evaluation_batches, observe_batch
 from distill.errors import InputError
 from distill.evaluation.arms import ARMS, controls
 from distill.evaluation.metrics import compute, higher_is_better, measurable
-from distill.evaluation.predict import merge_rows, predict
+from distill.evaluation.predict import column_names, merge_rows, predict
 from distill.evaluation.table import finite_or_none
 from distill.files import content_of, fresh_folder
 from distill.losses import MATCHES, LayerMap, Maps, Objective, Policy, layer_map
@@ -143,7 +143,14 @@ def measure_held_out(session: Session, model: Any, stopped: Callable[[], bool]) 
     rows = predict(model, wanted, corpus.head, vocabulary=session.vocabulary, observe=observe)
     columns = merge_rows(gather_object([rows]))
     columns = dict(corpus.task.finish(columns, corpus.settled)) if columns else {}
-    return finite_or_none(compute(measurable(corpus.task.metrics, columns), columns)) if columns else {}
+    names = measurable(metrics_in_training(session), columns)
+    return finite_or_none(compute(names, columns)) if columns else {}
+
+
+def metrics_in_training(session: Session) -> list[str]:
+    """List what is measured on the validation split: the metrics of the kind of predictions, and `keep_best`."""
+    best = session.recipe.training.keep_best
+    return list(dict.fromkeys([*session.task.metrics_for(session.corpus.head), *([best] if best else [])]))
 
 
 def save_model(session: Session, model: Any, folder: Path) -> None:
@@ -217,6 +224,7 @@ def check_labels(session: Session) -> None:
     """
     recipe = session.recipe
     try_terms(recipe, session.corpus.head)
+    _check_keep_best(session)
     if session.corpus.labelled:
         return
     learners = ["teacher.fit"] if recipe.teacher.fit else []
@@ -229,6 +237,15 @@ def check_labels(session: Session) -> None:
             f"data: no training example has a label, and these learn from labels: {', '.join(learners)}; "
             f"give labels to some training rows under data, or leave these out of the recipe"
         )
+
+
+def _check_keep_best(session: Session) -> None:
+    """Refuse to keep the best model by a metric that the labels do not have, or that is not measured in training."""
+    best, head, task = session.recipe.training.keep_best, session.corpus.head, session.task
+    columns = (*column_names(head), *(task.observed if task.observed_in_training else ()))
+    if best is not None and not measurable([best], columns):
+        fix = ", ".join(measurable(task.metrics_for(head), columns))
+        raise InputError(f"training.keep_best: {best} is not measured of a {head} head during training; use {fix}")
 
 
 STAGE = Stage(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StrictStr
+from pydantic import Field, StrictBool, StrictInt, StrictStr
 
 from distill.recipe.fields import Columns, Count, Index, Mistake, NotASwitch, Positive, Section
 from distill.recipe.locate import is_path
-from distill.recipe.names import TASK_COLUMNS, TASK_KEYS, BuiltInSource, Reference, TaskName
+from distill.recipe.names import FORMS, TASK_COLUMNS, TASK_KEYS, BuiltInSource, Reference, TaskName
 from distill.registry import suggest
 
 FILE = r"^(\.{1,2}|~)?/."
@@ -94,6 +94,10 @@ class Data(Section):
     `evaluate_every` or `keep_best` looks."""
     limit: Count | None = None
     """Use at most this many rows of each split, for trials."""
+    classes: Annotated[list[StrictStr | StrictInt | StrictBool], Field(min_length=2)] | None = None
+    """The classes in the order of the model's outputs, by the names that the data have for them; of labels that are
+    whole numbers the names, number 0 first. Needed for a trained teacher whose outputs have no names or others; also
+    makes classes of labels that are decimal numbers. null: the teacher's own order, or sorted."""
     contradictions: Literal["refuse", "first", "majority", "drop"] = "refuse"
     """Rows with equal inputs and different labels: refuse the data, take the first or the most frequent label, or drop
     all of them."""
@@ -115,7 +119,12 @@ class Data(Section):
         for key, tasks in TASK_KEYS.items():
             if ":" not in self.task and self.task not in tasks:
                 yield from self.without_effect((key,), f" with task: {self.task}", f"remove it; it is for {tasks[0]}")
+        yield from self.repeated("classes", "the class {}")
         roles = TASK_COLUMNS.get(self.task)  # type: ignore[call-overload]
+        forms = [form for form in FORMS.get(self.task, ()) if {*form} & {*self.columns}]  # type: ignore[call-overload]
+        if len(forms) > 1:
+            listed = " and ".join(", ".join(form) for form in forms)
+            yield Mistake(("columns",), f"names columns of two forms, {listed}", "give those of one", at="key")
         for role in self.columns if roles is not None else ():
             if role not in roles:
                 message = f"task: {self.task} has no column {role}"

@@ -20,7 +20,7 @@ from distill.recipe.locate import (
     teacher_folder,
     teacher_size,
 )
-from distill.recipe.names import OPTIONAL_COLUMNS, TASK_COLUMNS
+from distill.recipe.names import TASK_COLUMNS, columns_read
 from distill.recipe.schema import Data, Source, Teacher
 from distill.recipe.weights import check_tensors, parameter_names, read_headers
 
@@ -86,8 +86,7 @@ def look_at_data(data: Data | None, base: Path) -> Iterator[Mistake]:
     """Yield what is wrong with the data files: they are not there, of no known kind, or lack a column."""
     if data is None:
         return
-    roles = TASK_COLUMNS.get(data.task, ())  # type: ignore[call-overload]
-    needed = [role for role in roles if role not in OPTIONAL_COLUMNS or role in data.columns]
+    needed = columns_read(data.task, TASK_COLUMNS.get(data.task, ()), data.columns)  # type: ignore[call-overload]
     wanted = {role: data.columns.get(role, role) for role in needed}
     for split in data.splits:
         key = data.key_of(split)

@@ -6,6 +6,7 @@ so that an editor completes the names and a recipe is checked in milliseconds; o
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from typing import Annotated, Literal
 
 from pydantic import Field, StrictStr, TypeAdapter, WithJsonSchema
@@ -25,10 +26,13 @@ MaskScore = Literal["magnitude", "random"]
 Allocation = Literal["uniform", "threshold", "global", "sensitivity"]
 Optimizer = Literal["adamw"]
 BuiltInSource = Literal["stdlib-docstrings", "pydoc-topics", "stdlib-sources"]
-TaskName = Literal["classification", "causal_lm", "question_answering", "relation_extraction"]
+TaskName = Literal[
+    "classification", "causal_lm", "question_answering", "relation_extraction", "token_classification",
+]  # fmt: skip
 Metric = Literal[
     "accuracy", "f1_macro", "agreement", "perplexity", "token_accuracy", "kl", "loss", "exact_match_answer",
-    "f1_answer", "f1_relations",
+    "f1_answer", "f1_relations", "f1_micro", "matthews", "ece", "mse", "rmse", "pearson", "spearman", "teacher_mse",
+    "entity_f1", "entity_precision", "entity_recall",
 ]  # fmt: skip
 LogitLoss = Literal[
     "forward_kl", "reverse_kl", "symmetric_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation",
@@ -72,25 +76,44 @@ TASK_COLUMNS: dict[TaskName, tuple[str, ...]] = {
     "causal_lm": ("text",),
     "question_answering": ("question", "context", "answers"),
     "relation_extraction": ("text", "head", "tail", "relation"),
+    "token_classification": ("tokens", "tags", "text", "spans"),
 }
 """Columns of each task."""
 OPTIONAL_COLUMNS = ("pair",)
 """Columns that are read only where `data.columns` names them."""
+FORMS: dict[TaskName, tuple[tuple[str, ...], ...]] = {"token_classification": (("tokens", "tags"), ("text", "spans"))}
+"""Tasks whose rows may have several forms -> the columns of each; the first, unless `data.columns` names another's."""
+LABELLED_TASKS: tuple[TaskName, ...] = (
+    "classification", "question_answering", "relation_extraction", "token_classification",
+)  # fmt: skip
+"""Tasks that ask for something which a row may lack."""
 TASK_KEYS: dict[str, tuple[TaskName, ...]] = {
-    "labelled": ("classification", "question_answering", "relation_extraction"),
-    "contradictions": ("classification", "question_answering", "relation_extraction"),
+    "labelled": LABELLED_TASKS,
+    "contradictions": LABELLED_TASKS,
+    "classes": ("classification", "token_classification"),
     "stride": ("question_answering",),
     "none_class": ("relation_extraction",),
 }
 """Key of `data` -> tasks for which it means something; other keys are for all."""
 TASK_METRICS: dict[TaskName, tuple[Metric, ...]] = {
-    "classification": ("accuracy", "f1_macro", "loss"),
+    "classification": (
+        "accuracy", "f1_macro", "loss", "f1_micro", "matthews", "ece", "mse", "rmse", "pearson", "spearman",
+    ),
     "causal_lm": ("perplexity", "token_accuracy", "loss"),
     "question_answering": ("exact_match_answer", "f1_answer", "loss"),
     "relation_extraction": ("accuracy", "f1_macro", "f1_relations", "loss"),
-}
-"""Metrics that each task measures by itself, in training too."""
+    "token_classification": ("entity_f1", "entity_precision", "entity_recall", "token_accuracy", "loss"),
+}  # fmt: skip
+"""Metrics of each task; the labels decide which of them its data have."""
 CAUSAL_TASKS: tuple[TaskName, ...] = ("causal_lm",)
 """Tasks in which every token is predicted from those before it alone."""
-TEACHER_METRICS: tuple[Metric, ...] = ("agreement", "kl")
-"""Metrics that compare with the teacher; every task has them, after training."""
+TEACHER_METRICS: tuple[Metric, ...] = ("agreement", "kl", "teacher_mse")
+"""Metrics that compare with the teacher, after training; a task has those that its kind of predictions allows."""
+
+
+def columns_read(task: str, roles: Iterable[str], named: Collection[str]) -> list[str]:
+    """List the columns that a task reads, of those that it has, where `data.columns` names some of them."""
+    forms = FORMS.get(task, ())  # type: ignore[call-overload]
+    chosen = next((form for form in forms if {*form} & {*named}), next(iter(forms), None))
+    optional = [role for role in OPTIONAL_COLUMNS if role not in named]
+    return [role for role in roles if role not in optional and (chosen is None or role in chosen)]

@@ -46,6 +46,15 @@ USES = {
     "AutoModel": ("feature-extraction", "vectors = model(**inputs).last_hidden_state"),
 }
 """Class of transformers -> hub task and the lines that use the model."""
+"""Class of transformers -> hub task and the line that uses the model."""
+KIND_USES = {
+    "multi_label": (
+        "scores = model(**inputs).logits.sigmoid()[0].tolist()\n"
+        "labels = [model.config.id2label[i] for i, score in enumerate(scores) if score > 0.5]"
+    ),
+    "regression": "value = model(**inputs).logits.item()",
+}
+"""Kind of predictions -> that line, where it is not the one of the class."""
 LOADING = {
     "uniform": "The folder loads with stock `transformers`; it holds no code.",
     "padded": (
@@ -116,6 +125,7 @@ def snippet(evidence: Evidence) -> str:
     """Write Python that loads and uses the student with transformers, and the release's own code where it has some."""
     name = one_line(evidence.auto_class)
     _, use = USES.get(name, ("", "output = model(**inputs)"))
+    use = KIND_USES.get(str(evidence.evaluation["data"].get("kind")), use)
     code = ", trust_remote_code=True" if evidence.release_format == "native" else ""
     sample = ("Paris is the [MASK] of France.",) if name == "AutoModelForMaskedLM" else evidence.sample
     texts = ", ".join(json.dumps(one_line(text), ensure_ascii=False) for text in sample)

@@ -76,16 +76,18 @@ def arms_table(evidence: Evidence) -> Table:
 def repair_table(evidence: Evidence) -> Table:
     """Tabulate what each step of the repair gained, on the calibration sample and on held-out training examples."""
     steps = (evidence.repair or {}).get("steps", [])
+    number = any("teacher_mse" in (get_in(step, "held_out") or {}) for step in steps)
+    compared, title = ("teacher_mse", "held-out difference from the teacher") if number else ("kl", "held-out KL")
     rows = []
     for before, step in zip([None, *steps], steps, strict=False):
         cells = []
-        for name in ("kl", "loss"):
+        for name in (compared, "loss"):
             old, new = as_number(get_in(before, "held_out", name)), as_number(get_in(step, "held_out", name))
             gained = "" if old is None or new is None else f" ({old - new:+.3g} gained)"
             cells.append(format_number(new) + gained)
         notes = ", ".join(step["notes"]) or MISSING
         rows.append((str(step["name"]), notes, format_percent(step.get("error_left")), *cells))
-    return Table(("step", "not done", "calibration error left", "held-out KL", "held-out loss"), rows, text_columns=2)
+    return Table(("step", "not done", "calibration error left", title, "held-out loss"), rows, text_columns=2)
 
 
 def losses_table(evidence: Evidence) -> Table:

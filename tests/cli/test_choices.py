@@ -319,6 +319,16 @@ ELSEWHERE = {
     ("Data.stride", "a value"): "tests/data/tasks/test_question_answering.py",
     ("Data.task", "relation_extraction"): "tests/data/tasks/test_relation_extraction.py",
     ("Data.none_class", "a value"): "tests/data/tasks/test_relation_extraction.py",
+    ("Data.task", "token_classification"): "tests/cli/test_label_tasks.py has it",
+    ("Data.classes", "a value"): "tests/data/tasks/test_classification.py has it",
+}
+ELSEWHERE |= {
+    (key, metric): "tests/cli/test_label_tasks.py and tests/data/tasks/test_classification.py have each kind of labels"
+    for key in ("Evaluation.metrics", "Training.keep_best")
+    for metric in (
+        *("f1_micro", "matthews", "ece", "mse", "rmse", "pearson", "spearman", "teacher_mse"),
+        *("entity_f1", "entity_precision", "entity_recall"),
+    )
 }
 
 

@@ -4,6 +4,7 @@ import sys
 
 import numpy as np
 import pytest
+from scipy import stats
 from sklearn import metrics as sklearn_metrics
 
 from distill.errors import InputError
@@ -52,6 +53,13 @@ def test_all_metrics_by_hand_in_one_call():
         "answers": array("Ada", "in the north", "", "Bob"),
         "gold": array('["ada", "Bob"]', '["the north"]', "[]", "[]"),
         "none_class": array(1, 1, 1, 1),
+        "confidence": array(0.9, 0.5, 0.5, 0.5),  # bins of 1/15: 1 - 0.9 in one, (0 - 1.5) / 3 in the other
+        "values": array(1.0, 2.0, 4.0, 5.0),
+        "targets": array(1.0, 3.0, 3.0, 5.0),
+        "teacher_values": array(1.0, 2.0, 4.0, 3.0),
+        "entities_found": array(1, 0, 2, 0),
+        "entities_predicted": array(1, 1, 2, 0),
+        "entities_true": array(2, 0, 2, 1),
     }
     found = compute(list(METRICS), columns)
     assert found == pytest.approx(
@@ -66,9 +74,55 @@ def test_all_metrics_by_hand_in_one_call():
             "exact_match_answer": (1 + 0 + 1 + 0) / 4,
             "f1_answer": (1 + 2 / 3 + 1 + 0) / 4,
             "f1_relations": (1 + 2 / 3) / 2,
+            "f1_micro": 3 / 4,
+            "matthews": (3 * 4 - 5) / math.sqrt((16 - 6) * (16 - 6)),  # true 1, 2, 1 times; predicted 1, 1, 2 times
+            "ece": (0.1 + 1.5) / 4,
+            "mse": (1 + 1) / 4,
+            "rmse": math.sqrt(1 / 2),
+            "pearson": (2 * 2 + 2 * 2) / math.sqrt((4 + 1 + 1 + 4) * (4 + 4)),
+            "spearman": (1.5 * 1.5 + 1.5 * 1.5) / math.sqrt((2 * 1.5**2 + 2 * 0.5**2) * 2 * 1.5**2),
+            "teacher_mse": 4 / 4,
+            "entity_f1": 2 * 3 / (4 + 5),
+            "entity_precision": 3 / 4,
+            "entity_recall": 3 / 5,
         }
     )
     assert {type(value) for value in found.values()} == {float}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_sets_classes_and_numbers_are_measured_as_scikit_learn_and_scipy_do(seed):
+    random = np.random.default_rng(seed)
+    true, ours = random.integers(0, 2, (2, 50, 4))
+    found = compute(["accuracy", "f1_micro", "f1_macro"], {"references": true, "predictions": ours})
+    expected = {f"f1_{mean}": sklearn_metrics.f1_score(true, ours, average=mean) for mean in ("micro", "macro")}
+    assert found == pytest.approx({"accuracy": sklearn_metrics.accuracy_score(true, ours), **expected})
+    classes = {"references": random.integers(0, 5, 80), "predictions": random.integers(0, 5, 80)}
+    expected = sklearn_metrics.matthews_corrcoef(classes["references"], classes["predictions"])
+    assert compute(["matthews"], classes)["matthews"] == pytest.approx(expected)
+    numbers = {"values": random.integers(0, 9, 30) / 2, "targets": random.normal(size=30)}
+    for name, function in (("pearson", stats.pearsonr), ("spearman", stats.spearmanr)):
+        assert compute([name], numbers)[name] == pytest.approx(function(numbers["values"], numbers["targets"])[0])
+
+
+def test_a_class_that_no_set_has_on_either_side_is_left_out_of_the_mean():
+    true, ours = array([1, 0, 0], [1, 1, 0]), array([1, 0, 0], [0, 1, 0])
+    assert compute(["f1_macro"], {"references": true, "predictions": ours})["f1_macro"] == (2 / 3 + 1) / 2
+    empty = {"references": array([0, 0]), "predictions": array([0, 0])}
+    assert math.isnan(compute(["f1_macro"], empty)["f1_macro"])
+
+
+def test_correlations_of_constants_have_no_value_and_spans_that_nobody_has_count_as_seqeval_counts_them():
+    constant = {"values": array(2.0, 2.0), "targets": array(1.0, 3.0)}
+    assert all(math.isnan(value) for value in compute(["pearson", "spearman"], constant).values())
+    assert compute(["matthews"], {"references": array(0, 1), "predictions": array(1, 1)})["matthews"] == 0
+    none = {f"entities_{name}": array(0, 0) for name in ("found", "predicted", "true")}
+    assert set(compute(["entity_f1", "entity_precision", "entity_recall"], none).values()) == {0.0}
+
+
+def test_the_last_bin_of_the_calibration_error_holds_certainty():
+    columns = {"confidence": array(1.0, 14 / 15, 0.0), "correct": array(1, 0, 0)}
+    assert compute(["ece"], columns)["ece"] == pytest.approx((29 / 15 - 1) / 3)
 
 
 def test_totals_are_summed_in_double_precision():

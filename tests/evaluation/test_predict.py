@@ -79,6 +79,43 @@ def test_unlabelled_rows_are_left_out_and_the_rest_agree_with_the_models_own_los
     assert set(rows) == set(column_names("sequence"))
 
 
+def test_a_set_of_classes_is_a_row_of_choices_and_its_divergence_that_of_each_of_them():
+    model, other = tiny_model("bert"), tiny_model("bert", seed=1)
+    labels = torch.tensor([[1, 0, 1], [-100, -100, -100], [0, 0, 0]])
+    rows = predict(model, [{**tiny_batch(), **EXAMPLES, "labels": labels}], "multi_label", as_teacher(other))
+    with torch.no_grad():
+        ours, theirs = (each(**tiny_batch()).logits[[0, 2]] for each in (model, other))
+    assert rows["references"].tolist() == [[1, 0, 1], [0, 0, 0]] and rows["tokens"].tolist() == [3, 3]
+    assert rows["predictions"].tolist() == (ours > 0).long().tolist()
+    assert rows["correct"].tolist() == (rows["predictions"] == rows["references"]).sum(1).tolist()
+    assert rows["agreed"].tolist() == ((ours > 0) == (theirs > 0)).sum(1).tolist()
+    wanted = torch.nn.functional.binary_cross_entropy_with_logits(ours, labels[[0, 2]].float(), reduction="none")
+    assert rows["nll"] == pytest.approx(wanted.sum(1).numpy(), rel=1e-5)
+    p, q = theirs.sigmoid(), ours.sigmoid()
+    by_hand = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+    assert rows["kl_sum"] == pytest.approx(by_hand.sum(1).numpy(), rel=1e-3)
+    assert set(rows) == set(column_names("multi_label"))
+
+
+def test_a_regression_has_numbers_and_no_classes():
+    model, other = (tiny_model("bert", seed=seed, num_labels=1) for seed in (0, 1))
+    batch = {**tiny_batch(), **EXAMPLES, "labels": torch.tensor([0.5, -100.0, 2.25])}
+    rows = predict(model, [batch], "regression", as_teacher(other))
+    with torch.no_grad():
+        ours, theirs = (each(**tiny_batch()).logits[[0, 2], 0].double().numpy() for each in (model, other))
+    assert rows["example"].tolist() == [5, 6] and rows["targets"].tolist() == [0.5, 2.25]
+    assert rows["values"] == pytest.approx(ours) and rows["teacher_values"] == pytest.approx(theirs)
+    assert set(rows) == set(column_names("regression"))
+
+
+def test_the_confidence_is_the_probability_of_the_predicted_class():
+    model = tiny_model("bert")
+    rows = predict(model, [class_batch()], "sequence")
+    with torch.no_grad():
+        likeliest = model(**tiny_batch()).logits.softmax(-1).amax(-1)[[0, 2, 1]]
+    assert rows["confidence"] == pytest.approx(likeliest.numpy(), rel=1e-5)
+
+
 def test_a_model_does_not_diverge_from_itself_and_does_from_another():
     model, other = tiny_model("bert"), tiny_model("bert", seed=1)
     assert (predict(model, [class_batch()], "sequence", as_teacher(model))["kl_sum"] == 0).all()

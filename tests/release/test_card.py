@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 
 from distill.recipe.student import Mask
 from distill.release import wording
-from distill.release.card import LOADING, USES, fence, inline, render_card, snippet
+from distill.release.card import KIND_USES, LOADING, USES, fence, inline, render_card, snippet
 from distill.release.evidence import Evidence, judge
 from distill.release.report import render_report
 
@@ -229,6 +229,19 @@ def test_card_says_what_loading_asks_for(evidence: Evidence) -> None:
     assert code == {"native"}
     assert "the figures on this card are without them" in texts["padded"]
     compile(snippet(replace(evidence, release_format="native")), "snippet", "exec")
+
+
+def test_the_line_that_uses_the_model_is_that_of_its_labels(evidence: Evidence) -> None:
+    texts = {}
+    for kind in ("sequence", *KIND_USES):
+        data = evidence.evaluation["data"] | {"kind": kind}
+        texts[kind] = snippet(replace(evidence, evaluation=evidence.evaluation | {"data": data}))
+        compile(texts[kind], "snippet", "exec")
+    assert "argmax" in texts["sequence"] and "argmax" not in texts["multi_label"] + texts["regression"]
+    assert "sigmoid()" in texts["multi_label"] and "logits.item()" in texts["regression"]
+    pairs = evidence.recipe.data.model_copy(update={"columns": {"pair": "second"}})
+    recipe = evidence.recipe.model_copy(update={"data": pairs})
+    assert '"Some text.", "Another text."' in snippet(replace(evidence, recipe=recipe))
 
 
 @pytest.mark.parametrize("auto_class", [*USES, "AutoModelForMultipleChoice"])

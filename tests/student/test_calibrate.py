@@ -142,6 +142,26 @@ def test_gates_have_the_gradient_of_a_plain_loop():
         torch.testing.assert_close(statistics.gate_gradient(kind, 1).float(), total / 3, rtol=1e-3, atol=1e-7)
 
 
+def test_of_a_set_of_classes_each_is_drawn_as_a_yes_or_no():
+    model, batch = tiny_model("bert"), tiny_batch()
+    total = 0.0
+    for example in examples(pad_right(batch)):
+        gates = {}
+
+        def gated(_module, args, gates=gates):
+            gates["own"] = torch.ones(args[0].shape[-1], requires_grad=True)
+            return (args[0] * gates["own"],)
+
+        handle = layers_of(model)[1].output.dense.register_forward_pre_hook(gated)
+        logits = model(**example).logits[0]
+        handle.remove()
+        drawn = draw_classes(torch.stack([torch.zeros_like(logits), logits], -1).detach(), content_seed(example))
+        loss = functional.binary_cross_entropy_with_logits(logits, drawn.float(), reduction="sum")
+        total = total + torch.autograd.grad(loss, gates["own"])[0].square()
+    statistics = calibrate(model, [batch], StatisticsRequest(gradients=True), sets=True)
+    torch.testing.assert_close(statistics.gate_gradient("kl_square", 1).float(), total / 3, rtol=1e-3, atol=1e-7)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "mixtral", "phi3", "t5-gated", "bert", "whisper"])
 def test_the_gate_gradient_holds_for_every_form_of_weight(name):
     # Scaling a neuron's column of the output weights by 1 + h opens its gate by h.

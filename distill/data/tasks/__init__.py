@@ -7,6 +7,7 @@ from distill.data.tasks.classification import Classification
 from distill.data.tasks.question_answering import QuestionAnswering
 from distill.data.tasks.relation_extraction import RelationExtraction
 from distill.data.tasks.task import Task
+from distill.data.tasks.token_classification import TokenClassification
 
 __all__ = ["TASKS", "Task"]
 
@@ -15,5 +16,6 @@ TASKS: dict[str, Callable[[], Task]] = {
     "causal_lm": CausalLM,
     "question_answering": QuestionAnswering,
     "relation_extraction": RelationExtraction,
+    "token_classification": TokenClassification,
 }
 """Name in a recipe -> task; a function of the user's own that returns a `Task` is named `package.module:function`."""

@@ -1,39 +1,65 @@
-"""Classes, several classes or a number for each text, or for each pair of texts."""
+"""Classes, sets of classes or a number for each text, or for each pair of texts."""
 
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
-from distill.data.tasks.task import TEXT, Column, Encoder, Features, Seeds, Settled, Task, Values
+from distill.data.tasks.classes import class_numbers, list_names, order_classes
+from distill.data.tasks.task import TEXT, Column, Encoder, Features, Ragged, Seeds, Settled, Task, Values
 from distill.errors import InputError
 from distill.models.forward import UNLABELLED, Batch
+from distill.recipe.schema import Data
 
 CROWDED = 0.5
 """Share of the labelled rows above which the number of classes says that labels are no classes."""
+SIGNED = re.compile(r"[+-]?\d+", re.ASCII)
+DECIMAL = re.compile(r"[+-]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][+-]?\d+)?", re.ASCII)
+"""Texts that are numbers: a decimal number has a point or an exponent. Whole numbers may also name classes."""
+PROBLEM_TYPES = {
+    "sequence": "single_label_classification",
+    "multi_label": "multi_label_classification",
+    "regression": "regression",
+}
+"""Kind of predictions -> what transformers calls it in a config."""
+METRICS = {
+    "sequence": ("accuracy", "f1_macro", "loss"),
+    "multi_label": ("f1_micro", "f1_macro", "accuracy", "loss"),
+    "regression": ("pearson", "spearman", "mse"),
+}
+"""Kind of predictions -> metrics that are measured unless the recipe says otherwise."""
 
 
 def read_label(value: Any) -> Any:
-    """Accept a class (text, a whole number, true or false), a number, or a list of classes; empty: no label."""
+    """Accept a class (text, a whole number, true or false), a number, or a list of classes; empty: no label.
+
+    A list may be written as JSON in a text, since a CSV file has nothing else. It becomes a set: sorted.
+    """
     if value is None or value == "":
         return None
-    kinds = {type(item) for item in value} if isinstance(value, list) else {type(value)}
-    if not kinds <= {str, int, bool} and (isinstance(value, list) or kinds != {float}):
+    if isinstance(value, str) and value.startswith("["):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return value  # a class whose name starts with a bracket
+    if isinstance(value, list):
+        if not all(isinstance(item, str | int) for item in value) or len({type(item) for item in value}) > 1:
+            raise ValueError("is no list of classes: all must be text, or all whole numbers")
+        if len(set(value)) < len(value):
+            raise ValueError("names a class twice")
+        return sorted(value)
+    if not isinstance(value, str | int | float):
         raise ValueError("is no label: neither text, a number nor a list of classes")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("is no finite number; leave it empty where there is no label")
     return value
-
-
-def parse_number(text: str) -> float | None:
-    """Read a decimal number from text; None where it is none, or only digits, which may name a class."""
-    try:
-        return float(text) if any(mark in text for mark in ".eE") and text[-1].isdigit() else None
-    except ValueError:
-        return None
 
 
 class Classification(Task):
@@ -43,41 +69,112 @@ class Classification(Task):
     auto_class = "AutoModelForSequenceClassification"
     head = "sequence"
     columns: ClassVar = {"text": TEXT, "pair": TEXT, "label": Column(read_label, answer=True)}
-    metrics = ("accuracy", "f1_macro", "loss")
+    metrics = (
+        *("accuracy", "f1_macro", "loss", "f1_micro", "matthews", "ece"),
+        *("mse", "rmse", "pearson", "spearman"),
+    )
 
-    def settle(self, labels: Mapping[str, Counter[str]]) -> Settled:
+    def metrics_for(self, head: str) -> Sequence[str]:
+        """Choose the metrics that a kind of predictions is measured by, unless the recipe says otherwise."""
+        return METRICS[head]
+
+    def settle(self, labels: Mapping[str, Counter[str]], spec: Data) -> Settled:
         """Tell classes, sets of classes and values by the types of the labels."""
         counts: Counter[str] = sum(labels.values(), Counter())
-        values = {text: json.loads(text) for text in counts}
-        kinds = {"a list" if isinstance(value, list) else _kind(value) for value in values.values()}
-        if "decimal numbers" in kinds and kinds <= {"decimal numbers", "whole numbers"}:
-            raise InputError("data: the labels are numbers, and this task has classes")
-        if len(kinds) > 1:
-            raise InputError(f"data: the labels are of several kinds: {', '.join(sorted(kinds))}")
-        names = tuple(sorted({str(value) for value in values.values()}))
-        if len(names) < 2:
-            raise InputError(f"data: classification needs two or more classes, found {list(names)}")
-        if len(names) > max(2, CROWDED * counts.total()):
+        values = [json.loads(text) for text in counts]
+        head = head_of(values, spec.classes is not None)
+        if head == "regression":
+            numbers = [float(value) for value in values]
+            return Settled("regression", about=f"{_range(numbers)}, so this is a regression")
+        each = [item for value in values for item in (value if head == "multi_label" else [value])]
+        classes = order_classes(each, spec.classes)
+        if len(classes) < 2:
+            raise InputError(f"data: classification needs two or more classes, found {list(classes)}")
+        if spec.classes is None and len(classes) > max(2, CROWDED * counts.total()):
             raise InputError(
-                f"data: {len(names)} classes for {counts.total()} labels, e.g. {', '.join(names[:3])}: these are no "
-                f"classes; write decimal numbers as such, and check data.columns"
+                f"data: {len(classes)} classes for {counts.total()} labels, e.g. {list_names(classes[:3])}: these are "
+                f"no classes; write decimal numbers as such (3.0), and check data.columns"
             )
-        return Settled("sequence", names)
+        return Settled(head, classes, f"{'sets of ' if head == 'multi_label' else ''}{len(classes)} classes")
+
+    def model_settings(self, settled: Settled) -> dict[str, Any]:
+        """Return the kind of labels as transformers names it, and the one output of a regression."""
+        one = {"num_labels": 1} if settled.head == "regression" else {}
+        return {"problem_type": PROBLEM_TYPES[settled.head], **one}
 
     def encode(self, rows: Values, encoder: Encoder) -> Features:
-        """Encode texts or pairs, and look labels up among the classes."""
-        index = {name: number for number, name in enumerate(encoder.settled.classes)}
-        labels = [UNLABELLED if label is None else index[str(label)] for label in rows["label"]]
-        labelled = [label is not None for label in rows["label"]]
-        return {**encoder(rows["text"], rows.get("pair")), "label": labels, "labelled": labelled}
+        """Encode texts or pairs, and turn labels into numbers: of the class, a 0 or 1 for each class, or their own."""
+        given = rows["label"]
+        labelled = [label is not None for label in given]
+        found = encoder(rows["text"], rows.get("pair"))
+        classes, head = encoder.settled.classes, encoder.settled.head
+        labels: list[Any]
+        if head == "regression":
+            labels = [float(UNLABELLED) if label is None else float(label) for label in given]
+        else:
+            number_of = class_numbers(classes)
+            sets = [[] if label is None else label if isinstance(label, list) else [label] for label in given]
+            numbers = [[number_of(name) for name in names] for names in sets]
+            encoder.classes.update(classes[number] for each in numbers for number in each)
+            if head == "multi_label":
+                labels = [_indicators(each, len(classes), has) for each, has in zip(numbers, labelled, strict=True)]
+            else:
+                labels = [each[0] if each else UNLABELLED for each in numbers]
+        return {**found, "label": labels, "labelled": labelled}
 
     def collate(self, examples: Mapping[str, Any], padding: int, seeds: Seeds) -> Batch:
-        """Add one label per example."""
-        labels = torch.from_numpy(np.asarray(examples["label"]))
-        return {**super().collate(examples, padding, seeds), "labels": labels}
+        """Add the labels: class or number [B], or 0 and 1 for each class [B, V]."""
+        given = examples["label"]
+        labels = given.pad(UNLABELLED) if isinstance(given, Ragged) else np.asarray(given)
+        labels = labels.astype(np.float32) if labels.dtype.kind == "f" else labels
+        return {**super().collate(examples, padding, seeds), "labels": torch.from_numpy(labels)}
+
+
+def head_of(values: Collection[Any], stated: bool) -> str:
+    """Tell the kind of predictions by the labels: those of one data set are all of one kind.
+
+    Args:
+        values: The labels.
+        stated: The recipe lists the classes, so that numbers are classes as well.
+
+    Raises:
+        InputError: They are of several kinds.
+    """
+    kinds = {_kind(value): value for value in values}
+    if set(kinds) == {"lists"}:
+        return "multi_label"
+    if stated and "lists" not in kinds:
+        return "sequence"
+    for decimal, whole in (("decimal numbers", "whole numbers"), ("decimal numbers as text", "whole numbers as text")):
+        if decimal in kinds and kinds.keys() <= {decimal, whole}:
+            return "regression"
+    if len(kinds) < 2 or kinds.keys() <= {"text", "whole numbers as text"}:
+        return "sequence"
+    listed = " and ".join(f"{kind} (e.g. {value!r})" for kind, value in sorted(kinds.items()))
+    raise InputError(
+        f"data: the labels are of several kinds: {listed}; write them alike, and leave the label empty where there is "
+        f"none; or list all in data.classes, if these are names of classes"
+    )
 
 
 def _kind(value: Any) -> str:
-    if isinstance(value, float) or (isinstance(value, str) and parse_number(value) is not None):
-        return "decimal numbers"
-    return "whole numbers" if type(value) is int else "text"
+    if isinstance(value, str):
+        text = value.strip()
+        kind = "decimal numbers" if DECIMAL.fullmatch(text) else "whole numbers" if SIGNED.fullmatch(text) else ""
+        return f"{kind} as text" if kind else "text"
+    kinds = {list: "lists", bool: "true or false", int: "whole numbers", float: "decimal numbers"}
+    return kinds[type(value)]
+
+
+def _range(numbers: Sequence[float]) -> str:
+    lowest, highest = min(numbers), max(numbers)
+    if lowest == highest:
+        raise InputError(f"data: every label is {lowest:g}, so there is nothing to learn")
+    if np.float32(UNLABELLED) in np.array(numbers, dtype=np.float32):
+        raise InputError(f"data: the label {UNLABELLED} stands for rows without a label; scale or shift the numbers")
+    return f"numbers from {lowest:g} to {highest:g}"
+
+
+def _indicators(numbers: Sequence[int], classes: int, labelled: bool) -> list[int]:
+    """Write a set of classes as 0 and 1 for each class; without a label `UNLABELLED` for each."""
+    return [int(number in numbers) if labelled else UNLABELLED for number in range(classes)]

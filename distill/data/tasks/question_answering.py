@@ -14,6 +14,7 @@ import torch
 from distill.data.tasks.task import TEXT, Column, Encoder, Features, Seeds, Settled, Task, Values
 from distill.errors import InputError
 from distill.models.forward import UNLABELLED, Batch, Outputs
+from distill.recipe.schema import Data
 
 LONGEST_ANSWER = 30
 """Tokens that an answer has at most, as in the scripts of transformers."""
@@ -90,7 +91,7 @@ class QuestionAnswering(Task):
     observed_in_training = True
     sample = ("Who wrote the program?", "Ada wrote the program in 1843.")
 
-    def settle(self, labels: Mapping[str, Counter[str]]) -> Settled:
+    def settle(self, labels: Mapping[str, Counter[str]], _spec: Data) -> Settled:
         """See whether some questions have no answer."""
         return Settled(self.head, may_lack_answers=any("[]" in own for own in labels.values()))
 

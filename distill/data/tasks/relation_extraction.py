@@ -13,6 +13,7 @@ import torch
 from distill.data.tasks.task import TEXT, Column, Encoder, Features, Seeds, Settled, Task, Values
 from distill.errors import InputError
 from distill.models.forward import UNLABELLED, Batch, Outputs
+from distill.recipe.schema import Data
 
 MARKERS = {"head": ("[E1]", "[/E1]"), "tail": ("[E2]", "[/E2]")}
 NO_RELATION = ("none", "no_relation", "no relation", "na", "other")
@@ -58,13 +59,13 @@ class RelationExtraction(Task):
     added_tokens = (*MARKERS["head"], *MARKERS["tail"])
     sample = ("[E1] Marie Curie [/E1] was born in [E2] Warsaw [/E2].",)
 
-    def settle(self, labels: Mapping[str, Counter[str]]) -> Settled:
+    def settle(self, labels: Mapping[str, Counter[str]], _spec: Data) -> Settled:
         """Take every relation as a class."""
         counts: Counter[str] = sum(labels.values(), Counter())
         names = tuple(sorted(json.loads(text) for text in counts))
         if len(names) < 2:
             raise InputError(f"data: {self.name} needs two or more classes, found {list(names)}")
-        return Settled(self.head, names)
+        return Settled(self.head, names, f"{len(names)} relations")
 
     def check_row(self, values: dict[str, Any]) -> dict[str, Any]:
         """Refuse spans that are not in the text or overlap, and texts that hold markers already."""
@@ -94,6 +95,7 @@ class RelationExtraction(Task):
         if len(kept) < len(ids):
             encoder.notes["rows left out: max_length does not reach from one span to the other"] += len(ids) - len(kept)
         classes = encoder.settled.classes
+        encoder.classes.update(rows["relation"][row] for row in kept if rows["relation"][row] is not None)
         index = {name: number for number, name in enumerate(classes)} | {None: UNLABELLED}
         labels = [index[rows["relation"][row]] for row in kept]
         none = find_none_class(classes, encoder.spec.none_class)

@@ -57,6 +57,8 @@ class Settled:
     """The kind of predictions, a name from `distill.losses.PREDICTION_KINDS`."""
     classes: tuple[str, ...] = ()
     """Class names by index; empty where the model has no classes of its own."""
+    about: str = ""
+    """What the labels are, in words; empty where a task has only one kind."""
     may_lack_answers: bool = False
     """Some questions have no answer, so that a model may give none."""
 
@@ -74,6 +76,8 @@ class Encoder:
     unknown: int = 0
     """Tokens that stand for what the tokenizer does not know."""
     examples: int = 0
+    classes: Counter[str] = field(default_factory=Counter)
+    """Labels that examples have, by class."""
     notes: Counter[str] = field(default_factory=Counter)
     """Other things that happened -> how often."""
 
@@ -143,7 +147,7 @@ class Task:
     """The kind of predictions, a name from `distill.losses.PREDICTION_KINDS`; `settle` may find another."""
     columns: ClassVar[Mapping[str, Column]] = {"text": TEXT}
     metrics: ClassVar[tuple[str, ...]]
-    """Measured unless the recipe says otherwise; the first is the one that stands in headlines."""
+    """Metrics that it has; see `metrics_for`."""
     observed: ClassVar[tuple[str, ...]] = ()
     """Columns that `observe` adds to the predictions."""
     observed_in_training: ClassVar[bool] = False
@@ -159,9 +163,13 @@ class Task:
     divisible: ClassVar[bool] = False
     """A text is prose that may be split into a part for training and one for the test."""
 
-    def settle(self, _labels: Mapping[str, Counter[str]]) -> Settled:
+    def settle(self, _labels: Mapping[str, Counter[str]], _spec: Data) -> Settled:
         """Decide on head and classes from split -> label, as JSON -> number of rows. Raises InputError."""
         return Settled(self.head)
+
+    def metrics_for(self, _head: str) -> Sequence[str]:
+        """Choose the metrics measured unless the recipe says otherwise; the first one stands in headlines."""
+        return self.metrics
 
     def model_settings(self, _settled: Settled) -> dict[str, Any]:
         """Return what the config of a model for this task must say, beside its classes."""

@@ -52,6 +52,7 @@ def calibrate(
     wanted: StatisticsRequest | None = None,
     loss: LabelLoss | None = None,
     reduce: Reduce = lambda total: total,
+    sets: bool = False,
 ) -> Statistics:
     """Run the model over the batches and collect the statistics of every layer; the model is left as it was.
 
@@ -61,6 +62,7 @@ def calibrate(
         wanted: Statistics beyond the sums that one forward pass gives.
         loss: (logits, batch) -> the labels' loss summed over valid positions, and their number.
         reduce: With several ranks, each with its own batches: adds a tensor up over them.
+        sets: Each class of the model is a yes or no of its own.
 
     Raises:
         RunError: The sample has no real token, or an activation is not finite.
@@ -78,7 +80,7 @@ def calibrate(
         run_base(model, sample, [handle for collector in collectors for handle in collector.watch()], note_masks)
         sums = {name: total for collector in collectors for name, total in collector.sums.items()}
         if wanted.gradients:
-            sums |= gradient_sums(model, sample, loss)
+            sums |= gradient_sums(model, sample, loss, sets)
         decisions: dict[str, Tensor] = {}
         if wanted.losses_without or wanted.removals:
             label_loss = _require_labels(loss, sample, reduce, model.device)

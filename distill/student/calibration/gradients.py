@@ -23,13 +23,14 @@ from distill.student.calibration.sums import column_sums
 Gate = tuple[StackName, int, NeuronAxis]
 
 
-def gradient_sums(model: Any, sample: list[Batch], loss: LabelLoss | None) -> dict[str, Tensor]:
+def gradient_sums(model: Any, sample: list[Batch], loss: LabelLoss | None, sets: bool = False) -> dict[str, Tensor]:
     """Sum over examples |c| and c² for the labels' loss, and of c² for labels drawn from the teacher.
 
     The second kind is about KL(teacher ‖ pruned). At the teacher itself this KL is at its minimum, 0, and so is its
     gradient: the first-order Taylor term vanishes. The leading term of closing a gate is ½ · E[c²] over labels drawn
     from the teacher's own distribution (the gate's true Fisher information), with the loss summed over the positions
-    of an example. One label is drawn per position, by a generator seeded from the example's content.
+    of an example. One label is drawn per position, by a generator seeded from the example's content; with `sets`, where
+    the model has logits [B, V], a yes or no for each class.
 
     Raises:
         InputError: The model gives no logits.
@@ -42,7 +43,7 @@ def gradient_sums(model: Any, sample: list[Batch], loss: LabelLoss | None) -> di
     try:
         for batch in sample:
             for example in examples(batch):
-                _add_example(model, to_device(example, model.device), loss, gates, weights, sums)
+                _add_example(model, to_device(example, model.device), loss, sets, gates, weights, sums)
     finally:
         for weight in weights:
             weight.requires_grad_(False)
@@ -62,6 +63,7 @@ def _add_example(
     model: Any,
     example: Batch,
     loss: LabelLoss | None,
+    sets: bool,
     gates: list[Gate],
     weights: list[nn.Parameter],
     sums: dict[str, Tensor],
@@ -70,7 +72,8 @@ def _add_example(
         logits = forward(model, example, Capture()).logits
         if logits is None or logits.shape[-1] < 2:
             raise InputError("gradient statistics need a head that gives logits over two or more classes")
-        losses = {"kl": _loss_of_draw(logits, example)}
+        drawn_from = torch.stack([torch.zeros_like(logits), logits], -1).flatten(0, 1) if sets else logits
+        losses = {"kl": _loss_of_draw(drawn_from, example)}
         if loss is not None and "labels" in example:
             value, count = loss(logits, example)
             losses |= {"task": value} if count else {}

@@ -1,0 +1,319 @@
+"""A tag for each word, as in named-entity recognition: words with tags, or texts with spans.
+
+Words are put together to a text as people write it, so that the tokenizer sees in training what it will see later, and
+its offsets lead back to the words: the first token of a word has its tag, the others have none. Of texts with spans
+each token has a tag of its own, whatever the script.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import torch
+
+from distill.data.tasks.classes import class_numbers, list_names, order_classes
+from distill.data.tasks.task import TEXT, Column, Encoder, Features, Seeds, Settled, Task, Values
+from distill.errors import InputError
+from distill.models.forward import UNLABELLED, Batch, Outputs
+from distill.recipe.names import columns_read
+from distill.recipe.schema import Data
+
+OUTSIDE = "O"
+TAG = re.compile(r"([BIESLU])-(.+)", re.DOTALL)
+"""Beginning, inside, end and single of BIOES; last and unit of BILOU, which are the same."""
+UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff00-\uffef"
+    "\U00020000-\U0003ffff]"
+)
+"""Characters of scripts without spaces between words: Thai, Lao, Burmese, Khmer, Chinese, Japanese."""
+Place = tuple[int, int]
+"""Start and end in a text."""
+
+
+def read_tokens(value: Any) -> list[str]:
+    """Accept a list of words, or its JSON; nothing at all is an empty list."""
+    words = _parse_list(value)
+    if not all(isinstance(word, str) for word in words or ()):
+        raise ValueError("is no list of words")
+    return words or []
+
+
+def read_tags(value: Any) -> list[str | int | None] | None:
+    """Accept a list of tags, or its JSON: names or class numbers, null for a word without one; empty: no labels."""
+    tags = _parse_list(value)
+    if not all(tag is None or type(tag) in (str, int) for tag in tags or ()):
+        raise ValueError("is no list of tags: each is a name or a class number")
+    return tags if tags and any(tag is not None for tag in tags) else None
+
+
+def read_spans(value: Any) -> list[list[Any]] | None:
+    """Accept a list of spans, {start, end, label} or [start, end, label], or its JSON; returns a list of the latter.
+
+    Start and end count characters from 0, and the end is the first one behind the span.
+    """
+    given = _parse_list(value)
+    if given is None:
+        return None
+    keys = ("start", "end", "label")
+    spans: list[Any] = [[span.get(key) for key in keys] if isinstance(span, dict) else span for span in given]
+    for span in spans:
+        if not isinstance(span, list) or [type(part) for part in span] != [int, int, str]:
+            raise ValueError("is no list of spans: each is {start, end, label} with two whole numbers and a name")
+        if not 0 <= span[0] < span[1] or not span[2]:
+            raise ValueError(f"has the span {span}, which has no character or no name")
+    spans.sort()
+    for one, other in pairwise(spans):
+        if other[0] < one[1]:
+            raise ValueError(f"has spans that overlap, {one} and {other}; a token has one tag")
+    return spans
+
+
+def _parse_list(value: Any) -> list[Any] | None:
+    if isinstance(value, str) and value:
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"is no list as JSON ({error})") from error
+    if value is None or value == "":
+        return None
+    if not isinstance(value, list):
+        raise ValueError("is no list")
+    return value
+
+
+class TokenClassification(Task):
+    """A tag for the first token of each word, or for each token of a text with spans."""
+
+    name = "token_classification"
+    auto_class = "AutoModelForTokenClassification"
+    head = "token"
+    columns: ClassVar = {
+        "tokens": Column(read_tokens),
+        "tags": Column(read_tags, answer=True),
+        "text": TEXT,
+        "spans": Column(read_spans, answer=True),
+    }
+    metrics = ("entity_f1", "entity_precision", "entity_recall", "token_accuracy", "loss")
+    observed = ("entities_found", "entities_predicted", "entities_true")
+    observed_in_training = True
+
+    def check_row(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Refuse a row without a tag for each word, or with a span that leaves the text."""
+        words, tags = values.get("tokens", []), values.get("tags")
+        if tags is not None and len(tags) != len(words):
+            raise ValueError(f"has {len(words)} tokens and {len(tags)} tags")
+        text, spans = values.get("text", ""), values.get("spans") or []
+        if spans and spans[-1][1] > len(text):
+            raise ValueError(f"the span {spans[-1]} leaves the text, which has {len(text)} characters")
+        return values
+
+    def settle(self, labels: Mapping[str, Counter[str]], spec: Data) -> Settled:
+        """Collect the tags; of spans each label makes a tag B- and a tag I-."""
+        counts: Counter[str] = sum(labels.values(), Counter())
+        items = [item for text in counts for item in json.loads(text) if item is not None]
+        if "spans" in columns_read(self.name, self.columns, spec.columns):
+            classes = _tags_of_spans(sorted({label for _, _, label in items}), spec.classes)
+        else:
+            if len({type(tag) for tag in items}) > 1:
+                raise InputError("data: some tags are names and others numbers; write them alike")
+            if spec.classes is None and any(isinstance(tag, int) for tag in items):
+                raise InputError(
+                    "data: the tags are numbers without names; write the names under data, number 0 first, e.g. "
+                    "classes: [O, B-PER, I-PER]"
+                )
+            classes = order_classes(set(items), spec.classes)
+            if spec.classes is None:
+                classes = tuple(sorted(classes, key=lambda tag: (tag != OUTSIDE, tag)))
+        if len(classes) < 2:
+            raise InputError(f"data: token_classification needs two or more tags, found {list(classes)}")
+        return Settled("token", classes, f"{len(classes)} tags, {list_names(classes)}")
+
+    def encode(self, rows: Values, encoder: Encoder) -> Features:
+        """Encode texts, cut to length, and give tags to their tokens."""
+        tokenizer, limit = encoder.tokenizer, encoder.spec.max_length
+        if not tokenizer.is_fast:
+            raise InputError(
+                f"{type(tokenizer).__name__} does not say where its tokens are in a text, which tags need; the teacher "
+                f"needs a tokenizer.json"
+            )
+        words = [join_words(each) for each in rows["tokens"]] if "tokens" in rows else None
+        texts = [text for text, _ in words] if words is not None else list(rows["text"])
+        encoded = tokenizer(texts, truncation=True, max_length=limit, return_offsets_mapping=True)
+        encoder.count(encoded["input_ids"])
+        tagger = _Tagger(encoder)
+        labels: list[list[int]] = []
+        for row, (text, offsets) in enumerate(zip(texts, encoded["offset_mapping"], strict=True)):
+            places = [_without_spaces(text, start, end) for start, end in offsets]
+            seen = max((place[1] for place in places if place), default=0)
+            cut = len(text.rstrip()) if seen < len(text.rstrip()) and len(offsets) >= limit else None
+            encoder.truncated += cut is not None
+            labels.append(
+                tagger.tag_words(places, words[row][1], rows["tags"][row], cut and seen)
+                if words is not None
+                else tagger.tag_spans(places, rows["spans"][row], cut and seen)
+            )
+        labelled = [any(label != UNLABELLED for label in each) for each in labels]
+        return {"input_ids": encoded["input_ids"], "label": labels, "labelled": labelled}
+
+    def collate(self, examples: Mapping[str, Any], padding: int, seeds: Seeds) -> Batch:
+        """Add the tags [B, L]."""
+        labels = torch.from_numpy(examples["label"].pad(UNLABELLED))
+        return {**super().collate(examples, padding, seeds), "labels": labels}
+
+    def observe(self, model: Any, outputs: Outputs, batch: Batch, _examples: Mapping[str, Any]) -> dict[str, Any]:
+        """Count spans: those predicted, the true ones, and those that are both."""
+        assert outputs.logits is not None, "a head of classes gives logits"
+        names = model.config.id2label
+        columns: dict[str, list[int]] = {name: [] for name in self.observed}
+        for predicted, labels in zip(outputs.logits.argmax(-1).tolist(), batch["labels"].tolist(), strict=True):
+            pairs = [(ours, true) for ours, true in zip(predicted, labels, strict=True) if true != UNLABELLED]
+            ours, true = ({*spans_of([names[pair[side]] for pair in pairs])} for side in (0, 1))
+            for name, count in zip(self.observed, (len(ours & true), len(ours), len(true)), strict=True):
+                columns[name].append(count)
+        return columns
+
+
+class _Tagger:
+    """Gives the tags of words or spans to tokens, and counts what did not find one."""
+
+    def __init__(self, encoder: Encoder):
+        self.encoder, self.classes = encoder, encoder.settled.classes
+        self.number_of = class_numbers(self.classes)
+        self.begins = any(name.startswith("B-") for name in self.classes)
+
+    def tag_words(
+        self, places: Sequence[Place | None], words: Sequence[Place], tags: Sequence[Any] | None, cut: int | None
+    ) -> list[int]:
+        """Give each word's tag to its first token; `cut` is the end of what is left of a text that is too long."""
+        if tags is None:
+            return [UNLABELLED] * len(places)
+        first: dict[int, int] = {}
+        ends = [end for _, end in words]
+        for token, place in enumerate(places):
+            if place:
+                word = bisect_right(ends, place[0])  # the first one that ends behind the start of the token
+                if word < len(words) and words[word][0] < place[1]:
+                    first.setdefault(word, token)
+        lost = [start for number, (start, _) in enumerate(words) if number not in first]
+        beyond = sum(cut is not None and start >= cut for start in lost)
+        self._note("words beyond max_length", beyond)
+        self._note("words without a token of their own", len(lost) - beyond)
+        names = [None if tag is None else self.classes[self.number_of(tag)] for tag in tags]
+        if self.begins:
+            self._note("spans that begin with I- and not with B-", count_strays(names))
+        return self._labels(len(places), {token: names[number] for number, token in first.items()})
+
+    def tag_spans(
+        self, places: Sequence[Place | None], spans: Sequence[tuple[int, int, str]] | None, cut: int | None
+    ) -> list[int]:
+        """Give each token the tag of the span that it is in."""
+        if spans is None:
+            return [UNLABELLED] * len(places)
+        tags: dict[int, str | None] = {token: OUTSIDE for token, place in enumerate(places) if place}
+        for start, end, kind in spans:
+            inside = [(token, place) for token, place in enumerate(places) if place]
+            inside = [(token, place) for token, place in inside if place[0] < end and place[1] > start]
+            own = [(token, place) for token, place in inside if tags[token] == OUTSIDE]
+            for number, (token, _) in enumerate(own):
+                tags[token] = choose_tag(kind, number == 0, number == len(own) - 1, self.classes)
+            beyond = cut is not None and end > cut
+            self._note("spans cut at max_length", beyond)
+            self._note("spans without a token of their own", not own and not beyond)
+            self._note(
+                "spans that begin or end inside a token", bool(own) and (own[0][1][0] < start or own[-1][1][1] > end)
+            )
+        return self._labels(len(places), tags)
+
+    def _labels(self, length: int, tags: Mapping[int, str | None]) -> list[int]:
+        labels = [UNLABELLED] * length
+        for token, tag in tags.items():
+            if tag is not None:
+                labels[token] = self.number_of(tag)
+                self.encoder.classes[tag] += 1
+        return labels
+
+    def _note(self, what: str, count: int) -> None:
+        if count:
+            self.encoder.notes[what] += int(count)
+
+
+def join_words(words: Sequence[str]) -> tuple[str, list[Place]]:
+    """Write words as a text, with spaces except between scripts that have none, and where each of them is in it."""
+    text, places = "", []
+    for word in words:
+        if text and not (UNSPACED.fullmatch(text[-1]) and UNSPACED.match(word)):
+            text += " "
+        places.append((len(text), len(text) + len(word)))
+        text += word
+    return text, places
+
+
+def _without_spaces(text: str, start: int, end: int) -> Place | None:
+    """Trim the place of a token to what is no space; None for special tokens and those of spaces alone."""
+    own = text[start:end]
+    start += len(own) - len(own.lstrip())
+    return (start, start + len(own.strip())) if own.strip() else None
+
+
+def _tags_of_spans(kinds: Sequence[str], stated: Sequence[Any] | None) -> tuple[str, ...]:
+    if stated is None:
+        if not kinds:
+            raise InputError("data: no text has a span")
+        return (OUTSIDE, *(f"{place}-{kind}" for kind in kinds for place in "BI"))
+    classes = tuple(str(each) for each in stated)
+    if OUTSIDE not in classes:
+        raise InputError(f"data.classes: has no {OUTSIDE}, the tag of what is in no span")
+    for kind in kinds:
+        for first in (True, False):
+            choose_tag(kind, first, False, classes)
+    return classes
+
+
+def choose_tag(kind: str, first: bool, last: bool, classes: Collection[str]) -> str:
+    """Choose the tag of a token in a span, of those that there are: BIO, BIOES, BILOU, I- alone or plain.
+
+    Raises:
+        InputError: None fits.
+    """
+    places = "SUBI" if first and last else "BI" if first else "ELI" if last else "I"
+    for tag in (*(f"{place}-{kind}" for place in places), kind):
+        if tag in classes:
+            return tag
+    raise InputError(f"data: there is no tag for spans called {kind!r} among {list_names(list(classes))}")
+
+
+def split_tag(tag: str | None) -> tuple[str, str | None]:
+    """Split a tag into its place and its kind; a plain tag is inside of a span of its own name."""
+    if tag in (None, OUTSIDE):
+        return "", None
+    found = TAG.fullmatch(str(tag))
+    return (found[1], found[2]) if found else ("I", tag)
+
+
+def spans_of(tags: Sequence[str | None]) -> list[tuple[str, int, int]]:
+    """Find the spans that tags stand for: kind, first and last position.
+
+    As seqeval does unless it is told to be strict: a span begins with B- or S-, after E- or S-, or wherever the kind
+    changes, so that an I- without a B- begins one as well.
+    """
+    found: list[tuple[str, int, int]] = []
+    kind, start, ended = None, 0, True
+    for position, tag in enumerate([*tags, OUTSIDE]):
+        place, own = split_tag(tag)
+        if ended or own != kind or place in ("B", "S", "U"):
+            if kind is not None:
+                found.append((kind, start, position - 1))
+            kind, start = own, position
+        ended = place in ("E", "S", "L", "U")
+    return found
+
+
+def count_strays(tags: Sequence[str | None]) -> int:
+    """Count the spans whose first tag says that they began before."""
+    return sum(split_tag(tags[start])[0] in ("I", "E", "L") for _, start, _ in spans_of(tags))
