@@ -1,6 +1,6 @@
 """Rows to batches: sources, splits, tasks, and an order that is a pure function of the step."""
 
-from distill.data.batches import TrainingBatches, collate, evaluation_batches
+from distill.data.batches import TrainingBatches, collate, evaluation_batches, observe_batch
 from distill.data.corpus import Corpus, Examples, load_corpus
 from distill.data.prepare import Order, prepare
 from distill.data.tasks import TASKS, Task
@@ -15,5 +15,6 @@ __all__ = [
     "collate",
     "evaluation_batches",
     "load_corpus",
+    "observe_batch",
     "prepare",
 ]

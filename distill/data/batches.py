@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from distill.data.corpus import Corpus, Examples
 from distill.data.tasks.task import Seeds
-from distill.models.forward import Batch
+from distill.models.forward import Batch, Outputs
 
 WORKER_TIMEOUT = 45
 """Seconds after which a loader worker that gives no batch is taken for dead."""
@@ -52,7 +52,8 @@ def micro_batches(indices: Sequence[int], lengths: np.ndarray, size: int) -> lis
 
 def collate(corpus: Corpus, examples: Examples, indices: Sequence[int], seeds: Seeds | None = None) -> Batch:
     """Make a batch of some examples, as their task does it; without `seeds` always the same one."""
-    return corpus.task.collate(examples.take(indices), corpus.padding, seeds or [(int(index),) for index in indices])
+    given = {**examples.take(indices), **corpus.constants}
+    return corpus.task.collate(given, corpus.padding, seeds or [(int(index),) for index in indices])
 
 
 @dataclass(frozen=True)
@@ -150,3 +151,8 @@ def evaluation_batches(
     groups = micro_batches(range(len(examples)), examples.lengths, batch_size)
     for indices in groups[rank::world]:
         yield collate(corpus, examples, indices) | {"examples": torch.tensor(indices)}
+
+
+def observe_batch(corpus: Corpus, examples: Examples, model: Any, outputs: Outputs, batch: Batch) -> dict[str, Any]:
+    """Return the columns that the task observes for a batch of `evaluation_batches`."""
+    return corpus.task.observe(model, outputs, batch, examples.take(batch["examples"].tolist()))

@@ -20,7 +20,7 @@ from datasets import Dataset
 from distill.data.sources import read_source
 from distill.data.tasks.task import Column, Task, as_json
 from distill.errors import InputError
-from distill.recipe.names import OPTIONAL_COLUMNS
+from distill.recipe.names import OFFERED_COLUMNS, OPTIONAL_COLUMNS
 from distill.recipe.schema import Data, Source
 
 BLOCK = 1000
@@ -68,7 +68,7 @@ def read_split(split: str, task: Task, spec: Data, seed: int, base: Path, folder
     found = (
         (place, values, source.weight)
         for source in spec.origins(split)
-        for place, values in _read(source, split, spec.key_of(split), names, columns, base)
+        for place, values in _read(source, split, spec.key_of(split), names, task, base)
     )
     return _collect(found, columns, seed, folder / f"{split}.rows.arrow")
 
@@ -139,7 +139,7 @@ def write_arrow(path: Path, blocks: Iterator[Mapping[str, Sequence[Any]]], schem
 
 
 def _read(
-    source: Source, split: str, key: str, names: Mapping[str, str], columns: Mapping[str, Column], base: Path
+    source: Source, split: str, key: str, names: Mapping[str, str], task: Task, base: Path
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Read a source and judge its values; yields each row's place and its values by the task's names."""
     seen: set[str] = set()
@@ -149,14 +149,19 @@ def _read(
         for role, name in names.items():
             given = row.get(name)
             try:
-                values[role] = columns[role].read(given)
+                values[role] = task.columns[role].read(given)
             except ValueError as error:
                 raise InputError(f"data.{key}: {place}: column {name!r} {error}: {as_json(given)[:60]}") from error
+        try:
+            values = task.check_row(values)
+        except ValueError as error:
+            raise InputError(f"data.{key}: {place}: {error}") from error
         seen |= names.values() & row.keys()
         yield place, values
     if not row:
         raise InputError(f"data.{key}: {source.source} has no row")
-    if lacking := [name for name in names.values() if name not in seen]:
+    offered = {role for role in OFFERED_COLUMNS if names.get(role) == role}
+    if lacking := [name for role, name in names.items() if name not in seen and role not in offered]:
         raise InputError(f"data.{key}: {source.source} has no column {lacking[0]!r}; it has {', '.join(row)}")
 
 

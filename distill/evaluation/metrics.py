@@ -5,6 +5,7 @@ A column is an array with one entry, number, text or row of numbers, per example
     example                  its number within the split
     predictions, references, teacher_predictions   class, where an example has one label
     nll, tokens, correct     sum of negative log-likelihoods in nats, scored labels, labels predicted right
+    text_bytes               bytes of the text in UTF-8, of texts whose tokens are predicted
     agreed, kl_sum, positions   positions with the teacher's prediction, sum of KL(teacher || student) in nats, compared
                              positions
 
@@ -69,6 +70,11 @@ def perplexity(nll: Column, tokens: Column) -> float:
         return math.exp(loss(nll, tokens))
     except OverflowError:
         return math.inf
+
+
+def bits_per_byte(nll: Column, text_bytes: Column) -> float:
+    """Bits that the model needs for a byte of the text, whatever tokens it is cut into: sum of nll / (ln 2 · bytes)."""
+    return _per(nll, text_bytes) / math.log(2)
 
 
 def token_accuracy(correct: Column, tokens: Column) -> float:
@@ -173,9 +179,13 @@ METRICS: dict[str, Function] = {
     "token_accuracy": token_accuracy,
     "kl": kl,
     "loss": loss,
+    "bits_per_byte": bits_per_byte,
+    # The same formulas, over masked tokens: another question, so not to be compared with those of causal models.
+    "masked_perplexity": perplexity,
+    "masked_accuracy": token_accuracy,
 }
 
-LOWER_IS_BETTER = ("perplexity", "kl", "loss")
+LOWER_IS_BETTER = ("perplexity", "kl", "loss", "bits_per_byte", "masked_perplexity")
 
 
 def higher_is_better(name: str) -> bool:

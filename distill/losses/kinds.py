@@ -20,8 +20,8 @@ from distill.losses.align import widen, without_autocast
 from distill.losses.chunked import HeadInput
 from distill.models.forward import UNLABELLED, Batch, Outputs
 
-Mask = Literal["labelled", "predicted", "tokens"]
-"""Positions: those that have a label, those where something is predicted, the real tokens."""
+Mask = Literal["labelled", "predicted", "states"]
+"""Positions: those that have a label, those where something is predicted, the tokens whose states are compared."""
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -67,6 +67,14 @@ class PredictionKind:
         """Find where there is a label, boolean [*]."""
         return self.labels(batch) != UNLABELLED
 
+    def states(self, batch: Batch) -> Tensor:
+        """Find the tokens whose hidden states and attention are compared, boolean [B, L].
+
+        They are the real tokens; where a batch says which tokens are `learned`, those that predict one.
+        """
+        tokens = self.tokens(batch)
+        return tokens & functional.pad(batch["learned"][:, 1:], (0, 1)) if "learned" in batch else tokens
+
     def mask(self, name: Mask) -> Callable[[Batch], Tensor]:
         """Look up the function that makes a mask of a batch."""
         function: Callable[[Batch], Tensor] = getattr(self, name)
@@ -101,11 +109,16 @@ def _real_examples(batch: Batch) -> Tensor:
 
 
 def _predicted_tokens(batch: Batch) -> Tensor:
-    """Mask [B, L - 1]: the token a prediction is made at and the one it is about are real and of one document."""
+    """Mask [B, L - 1]: the token a prediction is made at and the one it is about are real and of one document.
+
+    Where a batch says which tokens are `learned` [B, L], only these are predicted.
+    """
     real = _real_tokens(batch)
     valid = real[:, 1:] & real[:, :-1]
     if "document_ids" in batch:
         valid = valid & (batch["document_ids"][:, 1:] == batch["document_ids"][:, :-1])
+    if "learned" in batch:
+        valid = valid & batch["learned"][:, 1:]
     return valid
 
 

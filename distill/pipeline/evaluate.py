@@ -8,7 +8,7 @@ from typing import Any
 from accelerate.utils import gather_object
 from safetensors.numpy import save_file
 
-from distill.data import evaluation_batches
+from distill.data import evaluation_batches, observe_batch
 from distill.evaluation.arms import ARMS, measured_arms, rivals
 from distill.evaluation.efficiency import add_disk_bytes, measure_efficiency
 from distill.evaluation.metrics import find_metric, higher_is_better
@@ -17,7 +17,7 @@ from distill.evaluation.recorded import record_teacher
 from distill.evaluation.table import tabulate_arms
 from distill.files import fresh_folder, write_json
 from distill.models.family import layers_of
-from distill.models.forward import Batch, Capture, Outputs
+from distill.models.forward import Capture
 from distill.models.load import folder_fingerprint
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage, settings_of
@@ -76,9 +76,7 @@ def predict_arms(session: Session, teacher: LiveTeacher, steps: int, rank: int, 
         ranks: Number of those that take part.
     """
     corpus, rows = session.corpus, {}
-
-    def observe(model: Any, outputs: Outputs, batch: Batch) -> dict[str, Any]:
-        return corpus.task.observe(model, outputs, batch, corpus.test.take(batch["examples"].tolist()))
+    observe = partial(observe_batch, corpus, corpus.test)
 
     with record_teacher(teacher, session.folder.root / f".teacher-{rank}") as recording:
         for arm in measured_arms(session.recipe):

@@ -12,7 +12,7 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
-from distill.data import TrainingBatches, evaluation_batches
+from distill.data import TrainingBatches, evaluation_batches, observe_batch
 from distill.errors import InputError
 from distill.evaluation.arms import ARMS, controls
 from distill.evaluation.metrics import compute, higher_is_better, measurable
@@ -131,7 +131,8 @@ def measure_held_out(session: Session, model: Any, stopped: Callable[[], bool]) 
     assert examples is not None, "nothing is measured during training without a validation split"
     batches = evaluation_batches(corpus, examples, size, state.process_index, state.num_processes)
     wanted = takewhile(lambda _batch: not stopped(), batches)
-    rows = predict(model, wanted, corpus.head, vocabulary=session.vocabulary)
+    observe = partial(observe_batch, corpus, examples) if corpus.task.observed_in_training else None
+    rows = predict(model, wanted, corpus.head, vocabulary=session.vocabulary, observe=observe)
     columns = merge_rows(gather_object([rows]))
     return finite_or_none(compute(measurable(corpus.task.metrics, columns), columns)) if columns else {}
 

@@ -21,7 +21,7 @@ from distill.recipe.locate import (
     teacher_folder,
     teacher_size,
 )
-from distill.recipe.names import OPTIONAL_COLUMNS, TASK_COLUMNS
+from distill.recipe.names import OFFERED_COLUMNS, OPTIONAL_COLUMNS, TASK_COLUMNS
 from distill.recipe.schema import Data, Source, Teacher
 
 MAX_ROWS = 100_000
@@ -104,7 +104,7 @@ def look_at_data(data: Data | None, base: Path) -> Iterator[Mistake]:
     if data is None:
         return
     roles = TASK_COLUMNS.get(data.task, ())  # type: ignore[call-overload]
-    needed = [role for role in roles if role not in OPTIONAL_COLUMNS or role in data.columns]
+    needed = [role for role in roles if role not in (*OPTIONAL_COLUMNS, *OFFERED_COLUMNS) or role in data.columns]
     wanted = {role: data.columns.get(role, role) for role in needed}
     for split in SPLITS:
         key = data.key_of(split)

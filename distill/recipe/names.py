@@ -25,8 +25,11 @@ MaskScore = Literal["magnitude", "random"]
 Allocation = Literal["uniform", "threshold", "global", "sensitivity"]
 Optimizer = Literal["adamw"]
 BuiltInSource = Literal["stdlib-docstrings", "pydoc-topics", "stdlib-sources"]
-TaskName = Literal["classification", "causal_lm"]
-Metric = Literal["accuracy", "f1_macro", "agreement", "perplexity", "token_accuracy", "kl", "loss"]
+TaskName = Literal["classification", "causal_lm", "chat", "masked_lm"]
+Metric = Literal[
+    "accuracy", "f1_macro", "agreement", "perplexity", "token_accuracy", "kl", "loss", "bits_per_byte",
+    "masked_perplexity", "masked_accuracy",
+]  # fmt: skip
 LogitLoss = Literal[
     "forward_kl", "reverse_kl", "symmetric_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation",
     "soft_cross_entropy", "logit_mse", "adaptive_kl",
@@ -67,15 +70,26 @@ READS: dict[Score, str] = {
 TASK_COLUMNS: dict[TaskName, tuple[str, ...]] = {
     "classification": ("text", "label", "pair"),
     "causal_lm": ("text",),
+    "chat": ("messages", "prompt", "completion", "tools"),
+    "masked_lm": ("text",),
 }
 """Columns of each task."""
 OPTIONAL_COLUMNS = ("pair",)
 """Columns that are read only where `data.columns` names them."""
-TASK_KEYS: dict[str, tuple[TaskName, ...]] = {"labelled": ("classification",), "contradictions": ("classification",)}
+OFFERED_COLUMNS = ("messages", "prompt", "completion", "tools")
+"""Columns that are read where a file has them; the task judges whether a row has enough."""
+TASK_KEYS: dict[str, tuple[TaskName, ...]] = {
+    "labelled": ("classification",),
+    "contradictions": ("classification",),
+    "learn_from": ("chat",),
+    "mask_share": ("masked_lm",),
+}
 """Key of `data` -> tasks for which it means something; other keys are for all."""
 TASK_METRICS: dict[TaskName, tuple[Metric, ...]] = {
     "classification": ("accuracy", "f1_macro", "loss"),
-    "causal_lm": ("perplexity", "token_accuracy", "loss"),
+    "causal_lm": ("perplexity", "token_accuracy", "loss", "bits_per_byte"),
+    "chat": ("perplexity", "token_accuracy", "loss"),
+    "masked_lm": ("masked_perplexity", "masked_accuracy", "loss"),
 }
 """Metrics that each task measures by itself, in training too."""
 TEACHER_METRICS: tuple[Metric, ...] = ("agreement", "kl")

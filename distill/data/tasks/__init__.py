@@ -3,10 +3,17 @@
 from collections.abc import Callable
 
 from distill.data.tasks.causal_lm import CausalLM
+from distill.data.tasks.chat import Chat
 from distill.data.tasks.classification import Classification
+from distill.data.tasks.masked_lm import MaskedLM
 from distill.data.tasks.task import Task
 
 __all__ = ["TASKS", "Task"]
 
-TASKS: dict[str, Callable[[], Task]] = {"classification": Classification, "causal_lm": CausalLM}
+TASKS: dict[str, Callable[[], Task]] = {
+    "classification": Classification,
+    "causal_lm": CausalLM,
+    "chat": Chat,
+    "masked_lm": MaskedLM,
+}
 """Name in a recipe -> task; a function of the user's own that returns a `Task` is named `package.module:function`."""
