@@ -18,8 +18,8 @@ MARKS = (
 # What the assistant says stands between « and »: the `{% generation %}` of the template, or nothing at all.
 _TEMPLATES = {
     "chatml": (
-        "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant\n«{{ m.content }}<|im_end|>»{{ '\n' }}"
-        "{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+        "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant\n«{{ m.content }}<|im_end|>»"
+        "{{ '\n' }}{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     ),
     "llama2": (
@@ -53,8 +53,7 @@ _TEMPLATES = {
 }
 TEMPLATES = {name: text.replace("«", "").replace("»", "") for name, text in _TEMPLATES.items()}
 MARKED = {
-    name: text.replace("«", "{% generation %}").replace("»", "{% endgeneration %}")
-    for name, text in _TEMPLATES.items()
+    name: text.replace("«", "{% generation %}").replace("»", "{% endgeneration %}") for name, text in _TEMPLATES.items()
 }
 """The same ones, which say themselves what the assistant writes."""
 

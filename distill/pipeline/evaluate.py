@@ -51,7 +51,7 @@ def work(session: Session) -> None:
     sources = {without_folders(each.source): None for split in SPLITS for each in recipe.data.origins(split)}
     data = {"source": ", ".join(sources), "split": "test", "examples": len(corpus.test)}
     data |= {"train_examples": len(corpus.train), "labelled": len(corpus.labelled), "fingerprint": corpus.fingerprint}
-    data |= {"summary": corpus.summary}
+    data |= {"summary": corpus.summary, "unit": "rows of documents" if session.task.packed else "examples"}
     table = {
         "data": data,
         "metrics": names,

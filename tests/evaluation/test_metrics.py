@@ -49,6 +49,7 @@ def test_all_metrics_by_hand_in_one_call():
         "correct": array(1, 0, 0, 0),
         "kl_sum": array(0.75, 0.75, 0.0, 0.0),
         "positions": array(2, 4, 0, 0),
+        "text_bytes": array(3, 9, 0, 0),
     }
     found = compute(list(METRICS), columns)
     assert found == pytest.approx(
@@ -60,6 +61,9 @@ def test_all_metrics_by_hand_in_one_call():
             "token_accuracy": 1 / 4,
             "kl": 1.5 / 6,
             "loss": 1.5,
+            "bits_per_byte": 6 / (12 * math.log(2)),
+            "masked_perplexity": math.exp(1.5),
+            "masked_accuracy": 1 / 4,
         }
     )
     assert {type(value) for value in found.values()} == {float}
