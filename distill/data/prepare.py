@@ -116,6 +116,9 @@ def _encode(
                 if features["row"]:  # the task may leave rows out
                     yield features
                 progress(min(start + BLOCK, len(split.index)), len(split.index))
+        if not encoder.examples:
+            reasons = "; ".join(f"{note}: {count}" for note, count in encoder.notes.items())
+            raise InputError(f"data: no example is left of the {path.stem} split{reasons and f' ({reasons})'}")
 
     if not task.packed:
         return _write_examples(path, blocks())

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import re
 
+import datasets
 import pytest
 import torch
 from conversations import MARKED, PROMPTING_THOUGHTS, SYSTEM_LAST, TEMPLATES, THINKING, byte_tokenizer, encoded
 
+from distill.data import Order, collate, prepare
 from distill.data.tasks.chat import Chat, read_conversation, read_messages, read_tools
 from distill.data.tasks.task import Ragged
 from distill.errors import InputError
 from distill.losses import PREDICTION_KINDS, Objective
 from distill.models.forward import UNLABELLED, Outputs
-from distill.recipe.schema import Term
+from distill.recipe.schema import Data, Term
 
 TASK = Chat()
 
@@ -247,3 +251,92 @@ def test_what_is_not_learned_has_no_gradient():
 def test_a_conversation_reads_the_same_after_it_is_kept_as_json():
     values = {"messages": TALK, "prompt": None, "completion": None, "tools": None}
     assert read_conversation(json.loads(json.dumps(values))).messages == TALK
+
+
+def prepared(folder, template="chatml", packs=True, **spec):
+    """The corpus of a file, packed, and its tokenizer."""
+    tokenizer = byte_tokenizer(TEMPLATES[template])
+    own = Data(task="chat", **{"max_length": 128, "test_share": 0.5, **spec})
+    (folder / "out").mkdir(exist_ok=True)
+    return prepare(Order(TASK, own, tokenizer, 0, folder, packs=packs), folder / "out"), tokenizer
+
+
+ASKED = [turns(f"What is {number}?", f"It is {number}.") for number in range(40)]
+
+
+def write_jsonl(path):
+    path.write_text("".join(json.dumps({"id": 1, "messages": talk}) + "\n" for talk in ASKED))
+
+
+def write_json_text(path):
+    rows = [[json.dumps(talk), ""] for talk in ASKED]
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([["messages", "tools"], *rows])
+
+
+def write_pairs(path):
+    rows = [[talk[0]["content"], talk[1]["content"]] for talk in ASKED]
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([["prompt", "completion"], *rows])
+
+
+def write_structs(path):
+    rows = [[{**message, "tool_calls": None, "name": None} for message in talk] for talk in ASKED]
+    datasets.Dataset.from_dict({"messages": rows}).to_parquet(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [("a.jsonl", write_jsonl), ("a.csv", write_json_text), ("b.csv", write_pairs), ("a.parquet", write_structs)],
+)
+def test_every_kind_of_file_gives_the_same_conversations(tmp_path, name, write):
+    write(tmp_path / name)
+    corpus, tokenizer = prepared(tmp_path, source=f"./{name}")
+    texts = "".join(tokenizer.decode(ids) for split in corpus.splits.values() for ids in split)
+    assert sorted(re.findall(r"assistant\n(.*?)<\|im_end", texts)) == sorted(talk[1]["content"] for talk in ASKED)
+
+
+def test_conversations_share_rows_and_keep_what_is_learned(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl")
+    packed, tokenizer = prepared(tmp_path, source="./a.jsonl")
+    assert packed.summary["test"]["filled"] > 0.8
+    batch = collate(packed, packed.test, range(len(packed.test)))
+    assert {"learned", "document_ids", "position_ids"} < batch.keys()
+    for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+        said = tokenizer.decode(labels[labels != UNLABELLED])
+        count = tokenizer.decode(ids).count("<|im_start|>assistant")
+        assert len(re.findall(r"It is \d+\.<\|im_end\|>", said)) == count and said.count("It") == count
+
+
+def test_a_broken_row_is_named_with_its_file_and_line(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl")
+    with (tmp_path / "a.jsonl").open("a") as file:
+        file.write(json.dumps({"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}) + "\n")
+    with pytest.raises(
+        InputError, match=r"data\.source: a\.jsonl, line 41: message 0: a part of its content is 'image'"
+    ):
+        prepared(tmp_path, source="./a.jsonl")
+    (tmp_path / "b.jsonl").write_text('{"conversation": []}\n')
+    with pytest.raises(InputError, match=r"b\.jsonl, line 1: has neither messages nor prompt and completion"):
+        prepared(tmp_path, source="./b.jsonl")
+    write_jsonl(tmp_path / "a.jsonl")
+    with pytest.raises(InputError, match="no column 'talk'"):
+        prepared(tmp_path, source="./a.jsonl", columns={"prompt": "talk"})
+    with pytest.raises(InputError, match=r"data: a\.jsonl, line \d+: the chat template refuses .* must alternate"):
+        with (tmp_path / "a.jsonl").open("a") as file:
+            file.write(json.dumps({"messages": turns("Hi", "a", first="assistant")}) + "\n")
+        prepared(tmp_path, "gemma", source="./a.jsonl")
+
+
+def test_data_in_which_nobody_answers_are_refused(tmp_path):
+    rows = [json.dumps({"messages": turns(f"question {number}")}) + "\n" for number in range(20)]
+    (tmp_path / "a.jsonl").write_text("".join(rows))
+    with pytest.raises(InputError, match=r"no example is left of the train split .*without a turn of the assistant"):
+        prepared(tmp_path, source="./a.jsonl")
+
+
+@pytest.mark.parametrize(("task", "key"), [("causal_lm", "learn_from: all"), ("chat", "mask_share: 0.3")])
+def test_keys_of_other_tasks_are_refused(task, key):
+    name, value = key.split(": ")
+    with pytest.raises(ValueError, match=f"with task: {task}"):
+        Data.model_validate({"source": "./x.jsonl", "task": task, name: float(value) if "0" in value else value})
