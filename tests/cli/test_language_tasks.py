@@ -7,14 +7,18 @@ import os
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from tiny import tiny_config
+from safetensors.numpy import load_file
+from tiny import RECIPE as TINY
+from tiny import tiny_config, tiny_project
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from distill.cli import main
 
+RECIPES = Path(__file__).parents[2] / "recipes"
 SOUNDS = {"cat": "meow", "dog": "woof", "cow": "moo", "duck": "quack", "owl": "hoot", "pig": "oink"}
 COLOURS = {"red": "warm", "blue": "cold", "white": "pale", "black": "dark"}
 WORDS = [*SOUNDS, *SOUNDS.values(), *COLOURS, *COLOURS.values(), "user", "assistant", "says", "looks", "the", "and"]
@@ -81,6 +85,19 @@ def with_stock_transformers(code):
     ).stdout
 
 
+@pytest.mark.slow
+def test_bits_per_byte_are_measured_in_training_too_and_over_every_byte_of_the_test(tmp_path):
+    plain = TINY.replace("task: classification, labelled: 24", "task: causal_lm, test: ./test.jsonl")
+    path = tiny_project(tmp_path, plain.replace("log_every: 2}", "log_every: 2, keep_best: bits_per_byte}"), "llama")
+    texts = ["red cat runs fast " * 6, "blue dog", "green fish  sleeps there"]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    assert main(["evaluate", str(path), "evaluation.efficiency=false", "--out", str(tmp_path / "run")]) == 0
+    looks = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert all(look["metrics"]["bits_per_byte"] > 0 for look in looks if look["event"] == "evaluate")
+    rows = load_file(tmp_path / "run/predictions/teacher.safetensors")
+    assert rows["text_bytes"].sum() == sum(len(text.encode()) for text in texts)
+
+
 def conversations():
     chooser, rows = random.Random(0), []
     for _ in range(400):
@@ -134,3 +151,10 @@ def test_a_masked_language_model_is_cut_taught_and_released(tmp_path):
         "print(fill('the black owl says [MASK] and looks dark')[0]['token_str'])"
     )
     assert said.strip() == "hoot"
+
+
+@pytest.mark.slow
+def test_the_recipe_for_prose_runs(tmp_path):
+    few = ["teacher.fit.steps=3", "training.steps=3", "data.limit=24", "evaluation.arms=[teacher, cut, distilled]"]
+    assert main(["run", str(RECIPES / "masked-lm/recipe.yaml"), *few, "--out", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run/release/model.safetensors").exists()

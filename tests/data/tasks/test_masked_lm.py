@@ -6,15 +6,19 @@ import numpy as np
 import pytest
 import torch
 from conversations import byte_tokenizer, encoded
+from language_models import ENCODERS, language_model
 from tokenizers import processors
 
 from distill.data import Corpus, Examples, TrainingBatches, evaluation_batches
 from distill.data.prepare import _write_examples
 from distill.data.tasks.masked_lm import MaskedLM, mask
-from distill.data.tasks.task import Encoder, Settled
+from distill.data.tasks.task import Encoder, Ragged, Settled
 from distill.errors import InputError
+from distill.evaluation.metrics import compute
+from distill.evaluation.predict import predict
+from distill.losses import LayerMap, Objective
 from distill.models.forward import UNLABELLED
-from distill.recipe.schema import Data
+from distill.recipe.schema import Data, Term
 
 TASK = MaskedLM()
 SPECIAL, ORDINARY = np.array([0, 1, 2, 99]), np.arange(3, 99)
@@ -127,3 +131,18 @@ def test_special_tokens_and_padding_have_no_label(corpus):
         assert not torch.isin(labels[labels != UNLABELLED], special).any()
         assert (labels[batch["attention_mask"] == 0] == UNLABELLED).all()
         assert ((labels != UNLABELLED).sum(1) >= 1).all()
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_what_is_measured_is_the_loss_that_transformers_computes(family):
+    model, ids = language_model(family), Ragged(np.random.default_rng(1).integers(3, 60, 40), np.array([14, 6, 20]))
+    given = {"input_ids": ids, "mask": 63, "special": [0, 1, 2, 63], "vocabulary": 64, "share": 0.3}
+    batch = TASK.collate(given, 0, [(0,), (1,), (2,)])
+    rows = predict(model, [batch | {"examples": torch.arange(3)}], TASK.head)
+    with torch.no_grad():
+        own = model(**batch).loss
+    assert compute(["loss", "masked_perplexity"], rows)["loss"] == pytest.approx(float(own), rel=1e-5)
+    assert rows["tokens"].tolist() == [4, 2, 6]
+    objective = Objective([Term(match="labels"), Term(match="logits"), Term(match="hidden", map=[[0, 0]])], TASK.head,
+        lambda _map: LayerMap(((0, 0),)))  # fmt: skip
+    assert objective.counts([batch]).tolist() == [12, 12, 40]
