@@ -160,7 +160,10 @@ def _read(
         yield place, values
     if not row:
         raise InputError(f"data.{key}: {source.source} has no row")
-    offered = {role for role in OFFERED_COLUMNS if names.get(role) == role}
+    offered = [role for role in OFFERED_COLUMNS if names.get(role) == role]
+    if len(offered) == len(names) and not seen:
+        listed, fix = ", ".join(offered), f"as in columns: {{{offered[0]}: {next(iter(row))}}}"
+        raise InputError(f"data.{key}: {source.source} has none of {listed}, but {', '.join(row)}; name them, {fix}")
     if lacking := [name for role, name in names.items() if name not in seen and role not in offered]:
         raise InputError(f"data.{key}: {source.source} has no column {lacking[0]!r}; it has {', '.join(row)}")
 

@@ -36,7 +36,7 @@ NO_TEMPLATE = (
     "the teacher's tokenizer has no chat template, so nobody knows how it writes a conversation: put the template of "
     "the model, or of its instruct version, as chat_template.jinja into its folder, or use task: causal_lm"
 )
-EMPTY_TURN = "conversations with a turn that says nothing, left out"
+EMPTY_TURN = "conversations that are empty, or have a turn that says nothing, left out"
 NO_ANSWER = "conversations without a turn of the assistant to learn from, left out"
 CUT_ANSWER = "conversations whose first max_length tokens hold no answer, left out"
 HIDDEN_ANSWER = "conversations whose answers are not found in what the chat template writes, left out"
@@ -178,17 +178,16 @@ def _features(
 
 def read_conversation(values: Mapping[str, Any]) -> Conversation:
     """Bring the columns of a row, messages or prompt and completion, into one form. Raises ValueError."""
-    found = Conversation([], values.get("tools"))
+    found = Conversation([], values.get("tools") or None)
     messages, prompt, completion = (values.get(name) for name in ("messages", "prompt", "completion"))
     if messages:
         if prompt or completion:
             found.notes["rows with messages and a prompt or completion beside them, which is not read"] += 1
         sides = [messages]
+    elif prompt is None and completion is None:
+        found.empty, sides = True, []
     elif prompt is None or completion is None:
-        raise ValueError(
-            "has neither messages nor prompt and completion; name the columns that do, as in columns: "
-            "{messages: conversations}"
-        )
+        raise ValueError(f"has a {'completion' if prompt is None else 'prompt'} and nothing on the other side")
     else:
         sides = [
             [{"role": role, "content": side}] if isinstance(side, str) else side

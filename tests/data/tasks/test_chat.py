@@ -167,8 +167,8 @@ def test_other_forms_of_messages_are_read_and_counted():
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({}, "neither messages nor prompt and completion"),
-        ({"prompt": "a"}, "neither messages nor prompt and completion"),
+        ({"prompt": "a"}, "has a prompt and nothing on the other side"),
+        ({"completion": "a"}, "has a completion and nothing on the other side"),
         ({"messages": [{"content": "a"}]}, "message 0: needs a role"),
         ({"messages": [{"role": "user", "value": "a"}, {"role": "user", "content": 3}]}, "message 1: its content is"),
         ({"messages": [{"from": "martian", "value": "a"}]}, "martian"),
@@ -199,10 +199,12 @@ def test_conversations_that_teach_nothing_are_left_out_and_counted():
         {"messages": turns("a", "  ")},
         {"messages": turns("a")},
         {"messages": turns("a" * 40, "b")},
+        {"messages": []},
+        {},
     ]
     features, encoder = encoded(TASK, byte_tokenizer(TEMPLATES["chatml"]), rows, max_length=32)
     assert features["row"] == [0]
-    assert sorted(encoder.notes.values()) == [1, 1, 1] and len(encoder.notes) == 3
+    assert sorted(encoder.notes.values()) == [1, 1, 3]
 
 
 def test_a_long_conversation_keeps_its_beginning_and_is_counted():
@@ -317,7 +319,7 @@ def test_a_broken_row_is_named_with_its_file_and_line(tmp_path):
     ):
         prepared(tmp_path, source="./a.jsonl")
     (tmp_path / "b.jsonl").write_text('{"conversation": []}\n')
-    with pytest.raises(InputError, match=r"b\.jsonl, line 1: has neither messages nor prompt and completion"):
+    with pytest.raises(InputError, match=r"b\.jsonl has none of messages, .* but conversation; name them"):
         prepared(tmp_path, source="./b.jsonl")
     write_jsonl(tmp_path / "a.jsonl")
     with pytest.raises(InputError, match="no column 'talk'"):
