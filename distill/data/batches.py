@@ -52,7 +52,8 @@ def micro_batches(indices: Sequence[int], lengths: np.ndarray, size: int) -> lis
 
 def collate(corpus: Corpus, examples: Examples, indices: Sequence[int], seeds: Seeds | None = None) -> Batch:
     """Make a batch of some examples, as their task does it; without `seeds` always the same one."""
-    return corpus.task.collate(examples.take(indices), corpus.padding, seeds or [(int(index),) for index in indices])
+    given = {**examples.take(indices), **corpus.constants}
+    return corpus.task.collate(given, corpus.padding, seeds or [(int(index),) for index in indices])
 
 
 @dataclass(frozen=True)

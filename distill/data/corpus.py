@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -125,6 +125,8 @@ class Corpus:
     """sha256 over every feature of every split, and the classes."""
     summary: dict[str, Any]
     """Counts of rows, classes and tokens, for people."""
+    constants: dict[str, Any] = field(default_factory=dict)
+    """`Task.constants` of the tokenizer and the recipe."""
 
     @property
     def head(self) -> str:
@@ -161,6 +163,7 @@ class Corpus:
 def save_facts(corpus: Corpus, folder: Path) -> None:
     """Write what is not in the Arrow files of a corpus."""
     facts = {"padding": corpus.padding, "fingerprint": corpus.fingerprint, "summary": corpus.summary}
+    facts |= {"constants": corpus.constants}
     write_json(folder / FACTS, {"settled": asdict(corpus.settled), **facts})
 
 
@@ -176,6 +179,7 @@ def load_corpus(folder: Path, task: Task) -> Corpus:
         for examples in splits.values():
             len(examples)  # maps the file
         settled = Settled(**{**facts["settled"], "classes": tuple(facts["settled"]["classes"])})
-        return Corpus(task, settled, splits, facts["padding"], facts["fingerprint"], facts["summary"])
+        padding, constants = facts["padding"], facts["constants"]
+        return Corpus(task, settled, splits, padding, facts["fingerprint"], facts["summary"], constants)
     except (OSError, ValueError, LookupError, TypeError, pa.ArrowException) as error:
         raise InputError(f"{folder} holds no tokenised corpus: {error}") from error

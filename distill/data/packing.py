@@ -15,12 +15,19 @@ Pieces = np.ndarray
 
 
 def cut_documents(lengths: np.ndarray, size: int) -> Pieces:
-    """Cut documents of these lengths into pieces of `size` tokens and a rest, in their order."""
+    """Cut documents of these lengths into pieces of `size` tokens and a rest, in their order.
+
+    A rest of one token would predict nothing: it gets the last token of the piece before it.
+    """
     counts = -(-lengths // size)
     document = np.repeat(np.arange(len(lengths)), counts)
     first = np.cumsum(counts) - counts
     start = (np.arange(len(document)) - first[document]) * size
-    return np.stack([document, start, np.minimum(start + size, lengths[document])], axis=1)
+    stop = np.minimum(start + size, lengths[document])
+    lonely = np.flatnonzero((stop - start == 1) & (start > 0))
+    start[lonely] -= 1
+    stop[lonely - 1] -= 1
+    return np.stack([document, start, stop], axis=1)
 
 
 def pack(lengths: np.ndarray, size: int) -> list[list[int]]:

@@ -71,19 +71,20 @@ def prepare(order: Order, folder: Path, progress: Report = lambda _split, _done,
     asked = [role for role in columns_of(task, spec) if task.columns[role].answer]
     labels = {name: sum((own.labels(column) for column in asked), start=Counter()) for name, own in splits.items()}
     settled = order.own_order(task.settle(labels, spec))
-    digest = hashlib.sha256(json.dumps([settled.head, settled.classes]).encode())
+    constants = task.constants(tokenizer, spec)
+    digest = hashlib.sha256(json.dumps([settled.head, settled.classes, *sorted(constants.items())]).encode())
     parts: dict[str, Examples] = {}
     counts: dict[str, Any] = {}
     for name in order.spec.splits:
         if name in splits:
-            encoder = Encoder(tokenizer, spec, settled)
+            encoder = Encoder(tokenizer, spec, settled, measured=name != "train")
             path, report = folder / f"{name}.arrow", partial(progress, name)
             examples = _encode(task, splits[name], encoder, path, order.packs, report)
             digest.update(f"{name}:{len(examples)}".encode())
             _add_content(digest, examples)
             parts[name] = examples
             counts[name] = summarise(splits[name], encoder, examples)
-    corpus = Corpus(task, settled, parts, int(tokenizer.pad_token_id), digest.hexdigest(), counts)
+    corpus = Corpus(task, settled, parts, int(tokenizer.pad_token_id), digest.hexdigest(), counts, constants)
     save_facts(corpus, folder)
     for leftover in (*folder.glob("*.rows.arrow"), *folder.glob("*.parts.arrow"), *folder.glob("*.documents.arrow")):
         leftover.unlink()
@@ -114,6 +115,9 @@ def _encode(
                 if features["row"]:  # the task may leave rows out
                     yield features
                 progress(min(start + BLOCK, len(split.index)), len(split.index))
+        if not encoder.examples:
+            reasons = "; ".join(f"{note}: {count}" for note, count in encoder.notes.items())
+            raise InputError(f"data: no example is left of the {path.stem} split{reasons and f' ({reasons})'}")
 
     if not task.packed:
         return _write_examples(path, blocks())
@@ -124,7 +128,7 @@ def _encode(
 def _encode_block(task: Task, split: Split, part: slice, encoder: Encoder) -> Features:
     index, labelled = split.index[part], split.labelled[part]
     found = split.rows.table[index.tolist()]
-    values: dict[str, list[Any]] = {}
+    values: dict[str, list[Any]] = {"place": found["place"]}
     for name, column in task.columns.items():
         if name in found:
             read = found[name] if column.plain else [json.loads(text) for text in found[name]]

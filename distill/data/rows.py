@@ -20,7 +20,7 @@ from datasets import Dataset
 from distill.data.sources import read_source
 from distill.data.tasks.task import Column, Task, as_json
 from distill.errors import InputError
-from distill.recipe.names import columns_read
+from distill.recipe.names import OFFERED_COLUMNS, columns_read
 from distill.recipe.schema import Data, Source
 
 BLOCK = 1000
@@ -159,7 +159,11 @@ def _read(
         yield place, values
     if not row:
         raise InputError(f"data.{key}: {source.source} has no row")
-    if lacking := [name for name in names.values() if name not in seen]:
+    offered = [role for role in OFFERED_COLUMNS if names.get(role) == role]
+    if len(offered) == len(names) and not seen:
+        listed, fix = ", ".join(offered), f"as in columns: {{{offered[0]}: {next(iter(row))}}}"
+        raise InputError(f"data.{key}: {source.source} has none of {listed}, but {', '.join(row)}; name them, {fix}")
+    if lacking := [name for role, name in names.items() if name not in seen and role not in offered]:
         raise InputError(f"data.{key}: {source.source} has no column {lacking[0]!r}; it has {', '.join(row)}")
 
 

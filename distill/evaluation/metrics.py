@@ -10,6 +10,7 @@ A column is an array with one entry, number, text or row of numbers, per example
     nll, tokens, correct     sum of negative log-likelihoods in nats, scored labels, labels predicted right
     answers, gold            text of an answer, empty for none; JSON list of the true ones
     none_class               class of examples without a relation, the same for all; negative: there is none
+    text_bytes               bytes of the text in UTF-8, of texts whose tokens are predicted
     agreed, kl_sum, positions   positions with the teacher's prediction, sum of KL(teacher || student) in nats, compared
                              positions; of a set each class is a position, since each is a choice of its own
     entities_found, entities_predicted, entities_true   spans predicted and true, spans predicted, true spans
@@ -187,6 +188,11 @@ def perplexity(nll: Column, tokens: Column) -> float:
         return math.inf
 
 
+def bits_per_byte(nll: Column, text_bytes: Column) -> float:
+    """Bits that the model needs for a byte of the text, whatever tokens it is cut into: sum of nll / (ln 2 · bytes)."""
+    return _per(nll, text_bytes) / math.log(2)
+
+
 def token_accuracy(correct: Column, tokens: Column) -> float:
     """Share of the scored tokens that are predicted right; nan without any token."""
     return _per(correct, tokens)
@@ -303,9 +309,15 @@ METRICS: dict[str, Function] = {
     "entity_f1": entity_f1,
     "entity_precision": entity_precision,
     "entity_recall": entity_recall,
+    "bits_per_byte": bits_per_byte,
+    # The same formulas, over masked tokens: another question, so not to be compared with those of causal models.
+    "masked_perplexity": perplexity,
+    "masked_accuracy": token_accuracy,
 }
 
-LOWER_IS_BETTER = ("perplexity", "kl", "loss", "ece", "mse", "rmse", "teacher_mse")
+LOWER_IS_BETTER = (
+    "perplexity", "kl", "loss", "ece", "mse", "rmse", "teacher_mse", "bits_per_byte", "masked_perplexity",
+)  # fmt: skip
 
 
 def higher_is_better(name: str) -> bool:

@@ -20,9 +20,9 @@ from distill.losses.align import widen, without_autocast
 from distill.losses.chunked import HeadInput
 from distill.models.forward import UNLABELLED, Batch, Outputs
 
-Mask = Literal["labelled", "predicted", "tokens", "source"]
-"""Positions: those that have a label, those where something is predicted, the real tokens of the stack that has the
-head, and those that the encoder of an encoder-decoder reads."""
+Mask = Literal["labelled", "predicted", "states", "source"]
+"""Positions: those that have a label, those where something is predicted, the tokens whose states are compared in the stack
+that has the head, and the real tokens that the encoder of an encoder-decoder reads."""
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -80,6 +80,14 @@ class PredictionKind:
         """Find where there is a label, boolean [*]."""
         return self.labels(batch) != UNLABELLED
 
+    def states(self, batch: Batch) -> Tensor:
+        """Find the tokens whose hidden states and attention are compared, boolean [B, L].
+
+        They are the real tokens; where a batch says which tokens are `learned`, those that predict one.
+        """
+        tokens = self.tokens(batch)
+        return tokens & functional.pad(batch["learned"][:, 1:], (0, 1)) if "learned" in batch else tokens
+
     def mask(self, name: Mask) -> Callable[[Batch], Tensor]:
         """Look up the function that makes a mask of a batch."""
         function: Callable[[Batch], Tensor] = getattr(self, name)
@@ -114,11 +122,16 @@ def _real_examples(batch: Batch) -> Tensor:
 
 
 def _predicted_tokens(batch: Batch) -> Tensor:
-    """Mask [B, L - 1]: the token a prediction is made at and the one it is about are real and of one document."""
+    """Mask [B, L - 1]: the token a prediction is made at and the one it is about are real and of one document.
+
+    Where a batch says which tokens are `learned` [B, L], only these are predicted.
+    """
     real = _real_tokens(batch)
     valid = real[:, 1:] & real[:, :-1]
     if "document_ids" in batch:
         valid = valid & (batch["document_ids"][:, 1:] == batch["document_ids"][:, :-1])
+    if "learned" in batch:
+        valid = valid & batch["learned"][:, 1:]
     return valid
 
 

@@ -200,20 +200,20 @@ MATCHES: dict[str, Match] = {
         "predicted", on_logits=True, problem=_without_distribution,
     ),
     "hidden": Match(
-        "outputs of mapped layers", HIDDEN, partial(_compare_states, "hidden"), "tokens",
+        "outputs of mapped layers", HIDDEN, partial(_compare_states, "hidden"), "states",
         capture="hidden", projected=True,
     ),
     "embeddings": Match(
-        "what goes into the first layer", HIDDEN, partial(_compare_states, "hidden"), "tokens",
+        "what goes into the first layer", HIDDEN, partial(_compare_states, "hidden"), "states",
         capture="hidden", pairs=((-1, -1),), projected=True,
     ),
     "attention": Match(
         "attention probabilities of mapped layers", ATTENTION,
-        partial(_compare_attention, "attention"), "tokens", _example_attention, capture="attention",
+        partial(_compare_attention, "attention"), "states", _example_attention, capture="attention",
     ),
     "relations": Match(
         "queries, keys and values of mapped layers, each with itself", RELATION,
-        partial(_compare_attention, "relations"), "tokens", _example_relations,
+        partial(_compare_attention, "relations"), "states", _example_relations,
         capture="relations", fits_teacher=_check_relation_heads,
     ),
     "output": Match(

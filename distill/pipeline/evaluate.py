@@ -78,6 +78,7 @@ def describe_data(session: Session, measured: int) -> dict[str, Any]:
         "kind": corpus.head,
         "labels": corpus.settled.about,
         "summary": corpus.summary,
+        "unit": "rows of documents" if session.task.packed else "examples",
     }
 
 

@@ -106,6 +106,10 @@ class Data(Section):
     none_class: StrictStr | None = None
     """Relation extraction: the class of pairs without a relation, which `f1_relations` leaves out; null: a class
     called none, no_relation, NA or Other; "": there is none."""
+    learn_from: Literal["assistant", "all"] = "assistant"
+    """Chat: learn the assistant's turns and the tokens that end them, or every token of a conversation."""
+    mask_share: Annotated[float, Field(gt=0, lt=1), NotASwitch] = 0.15
+    """Masked language models: share of the tokens that are to be predicted; 0.3 is what ModernBERT was trained with."""
 
     def mistakes(self) -> Iterator[Mistake]:
         """Refuse rows from two sides or from none, columns that the task does not have, and keys without effect."""

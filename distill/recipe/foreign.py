@@ -30,6 +30,7 @@ _NAMES = {
     "log_every": "logging_steps",
     "keep_best": "metric_for_best_model",
     "trackers": "report_to",
+    "mask_share": "mlm_probability mlm_prob masking_ratio",
 }
 RENAMED = {theirs: ours for ours, names in _NAMES.items() for theirs in names.split()}
 """Key of another tool -> key of a recipe, in whichever section has it."""
@@ -43,6 +44,10 @@ ADVICE = {
     **dict.fromkeys(("adam_beta1", "adam_beta2"), "write betas: [0.9, 0.999] under training:"),
     **dict.fromkeys(("text", "text_column", "dataset_text_field"), "write columns: {text: COLUMN} under data:"),
     **dict.fromkeys(("label", "label_column"), "write columns: {label: COLUMN} under data:"),
+    **dict.fromkeys(
+        ("assistant_only_loss", "completion_only_loss", "train_on_inputs", "train_on_prompt"),
+        "write learn_from: assistant, or all, under data:, for task: chat",
+    ),
     "gradient_accumulation_steps": "give batch_size for the whole step and micro_batch_size for one forward pass",
     "adam_epsilon": "write optimizer_params: {eps: 1.0e-8} under training:",
     "trust_remote_code": "give --trust-remote-code on the command line",

@@ -87,7 +87,8 @@ def look_at_data(data: Data | None, base: Path) -> Iterator[Mistake]:
     if data is None:
         return
     needed = columns_read(data.task, TASK_COLUMNS.get(data.task, ()), data.columns)  # type: ignore[call-overload]
-    wanted = {role: data.columns.get(role, role) for role in needed}
+    sure = [role for role in needed if role not in OFFERED_COLUMNS or role in data.columns]
+    wanted = {role: data.columns.get(role, role) for role in sure}
     for split in data.splits:
         key = data.key_of(split)
         for source in data.origins(split):

@@ -27,12 +27,13 @@ Allocation = Literal["uniform", "threshold", "global", "sensitivity"]
 Optimizer = Literal["adamw"]
 BuiltInSource = Literal["stdlib-docstrings", "pydoc-topics", "stdlib-sources"]
 TaskName = Literal[
-    "classification", "causal_lm", "question_answering", "relation_extraction", "token_classification",
+    "classification", "causal_lm", "question_answering", "relation_extraction", "token_classification", "chat",
+    "masked_lm",
 ]  # fmt: skip
 Metric = Literal[
     "accuracy", "f1_macro", "agreement", "perplexity", "token_accuracy", "kl", "loss", "exact_match_answer",
     "f1_answer", "f1_relations", "f1_micro", "matthews", "ece", "mse", "rmse", "pearson", "spearman", "teacher_mse",
-    "entity_f1", "entity_precision", "entity_recall",
+    "entity_f1", "entity_precision", "entity_recall", "bits_per_byte", "masked_perplexity", "masked_accuracy",
 ]  # fmt: skip
 LogitLoss = Literal[
     "forward_kl", "reverse_kl", "symmetric_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation",
@@ -77,10 +78,14 @@ TASK_COLUMNS: dict[TaskName, tuple[str, ...]] = {
     "question_answering": ("question", "context", "answers"),
     "relation_extraction": ("text", "head", "tail", "relation"),
     "token_classification": ("tokens", "tags", "text", "spans"),
+    "chat": ("messages", "prompt", "completion", "tools"),
+    "masked_lm": ("text",),
 }
 """Columns of each task."""
 OPTIONAL_COLUMNS = ("pair",)
 """Columns that are read only where `data.columns` names them."""
+OFFERED_COLUMNS = ("messages", "prompt", "completion", "tools")
+"""Columns that are read where a file has them; the task judges whether a row has enough."""
 FORMS: dict[TaskName, tuple[tuple[str, ...], ...]] = {"token_classification": (("tokens", "tags"), ("text", "spans"))}
 """Tasks whose rows may have several forms -> the columns of each; the first, unless `data.columns` names another's."""
 LABELLED_TASKS: tuple[TaskName, ...] = (
@@ -93,19 +98,23 @@ TASK_KEYS: dict[str, tuple[TaskName, ...]] = {
     "classes": ("classification", "token_classification"),
     "stride": ("question_answering",),
     "none_class": ("relation_extraction",),
+    "learn_from": ("chat",),
+    "mask_share": ("masked_lm",),
 }
 """Key of `data` -> tasks for which it means something; other keys are for all."""
 TASK_METRICS: dict[TaskName, tuple[Metric, ...]] = {
     "classification": (
         "accuracy", "f1_macro", "loss", "f1_micro", "matthews", "ece", "mse", "rmse", "pearson", "spearman",
     ),
-    "causal_lm": ("perplexity", "token_accuracy", "loss"),
+    "causal_lm": ("perplexity", "token_accuracy", "loss", "bits_per_byte"),
     "question_answering": ("exact_match_answer", "f1_answer", "loss"),
     "relation_extraction": ("accuracy", "f1_macro", "f1_relations", "loss"),
     "token_classification": ("entity_f1", "entity_precision", "entity_recall", "token_accuracy", "loss"),
+    "chat": ("perplexity", "token_accuracy", "loss"),
+    "masked_lm": ("masked_perplexity", "masked_accuracy", "loss"),
 }  # fmt: skip
 """Metrics of each task; the labels decide which of them its data have."""
-CAUSAL_TASKS: tuple[TaskName, ...] = ("causal_lm",)
+CAUSAL_TASKS: tuple[TaskName, ...] = ("causal_lm", "chat")
 """Tasks in which every token is predicted from those before it alone."""
 TEACHER_METRICS: tuple[Metric, ...] = ("agreement", "kl", "teacher_mse")
 """Metrics that compare with the teacher, after training; a task has those that its kind of predictions allows."""

@@ -31,7 +31,11 @@ USES = {
         "text-generation",
         "text = tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0], skip_special_tokens=True)",
     ),
-    "AutoModelForMaskedLM": ("fill-mask", "logits = model(**inputs).logits"),
+    "AutoModelForMaskedLM": (
+        "fill-mask",
+        "logits = model(**inputs).logits[inputs.input_ids == tokenizer.mask_token_id]\n"
+        "words = tokenizer.batch_decode(logits.argmax(-1))",
+    ),
     "AutoModelForSeq2SeqLM": (
         "text2text-generation",
         "text = tokenizer.decode(model.generate(**inputs)[0], skip_special_tokens=True)",
@@ -127,14 +131,20 @@ def snippet(evidence: Evidence) -> str:
     _, use = USES.get(name, ("", "output = model(**inputs)"))
     use = KIND_USES.get(str(evidence.evaluation["data"].get("kind")), use)
     code = ", trust_remote_code=True" if evidence.release_format == "native" else ""
-    sample = ("Paris is the [MASK] of France.",) if name == "AutoModelForMaskedLM" else evidence.sample
-    texts = ", ".join(json.dumps(one_line(text), ensure_ascii=False) for text in sample)
+    texts = ", ".join(json.dumps(one_line(text), ensure_ascii=False) for text in evidence.sample)
+    given = f'tokenizer({texts}, return_tensors="pt")'
+    if name == "AutoModelForMaskedLM":
+        given = 'tokenizer(f"Paris is the {tokenizer.mask_token} of France.", return_tensors="pt")'
+    if evidence.recipe.data.task == "chat":
+        given = """tokenizer.apply_chat_template(
+    [{"role": "user", "content": "Hello!"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+)"""
     return f"""from transformers import {name}, AutoTokenizer
 
 folder = "{evidence.recipe.name}"  # this folder, or its id on the hub
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = {name}.from_pretrained(folder{code})
-inputs = tokenizer({texts}, return_tensors="pt")
+inputs = {given}
 {use}"""
 
 
@@ -182,8 +192,9 @@ def caveats(evidence: Evidence) -> list[str]:
     """List the limits of the figures."""
     data, score = evidence.evaluation["data"], evidence.score("distilled")
     error = None if score is None else standard_error(evidence, score)
+    unit = data.get("unit", "examples")
     notes = [
-        f"Measured on {data['examples']} examples of the {data['split']} split of {data['source']} with one seed; "
+        f"Measured on {data['examples']} {unit} of the {data['split']} split of {data['source']} with one seed; "
         "other texts and seeds were not tried.",
         f"Texts longer than {evidence.recipe.data.max_length} tokens were cut or split.",
         "The student inherits the biases and mistakes of its teacher, and cutting can add its own.",

@@ -60,6 +60,7 @@ def test_all_metrics_by_hand_in_one_call():
         "entities_found": array(1, 0, 2, 0),
         "entities_predicted": array(1, 1, 2, 0),
         "entities_true": array(2, 0, 2, 1),
+        "text_bytes": array(3, 9, 0, 0),
     }
     found = compute(list(METRICS), columns)
     assert found == pytest.approx(
@@ -85,6 +86,9 @@ def test_all_metrics_by_hand_in_one_call():
             "entity_f1": 2 * 3 / (4 + 5),
             "entity_precision": 3 / 4,
             "entity_recall": 3 / 5,
+            "bits_per_byte": 6 / (12 * math.log(2)),
+            "masked_perplexity": math.exp(1.5),
+            "masked_accuracy": 1 / 4,
         }
     )
     assert {type(value) for value in found.values()} == {float}

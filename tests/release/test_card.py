@@ -249,6 +249,13 @@ def test_loading_snippet_is_python(evidence: Evidence, auto_class: str) -> None:
     compile(snippet(replace(evidence, auto_class=auto_class)), "snippet", "exec")
 
 
+def test_a_chat_model_is_loaded_with_messages(evidence: Evidence) -> None:
+    data = evidence.recipe.data.model_copy(update={"task": "chat"})
+    code = snippet(replace(evidence, recipe=evidence.recipe.model_copy(update={"data": data})))
+    compile(code, "snippet", "exec")
+    assert "tokenizer.apply_chat_template(" in code
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

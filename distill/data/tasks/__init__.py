@@ -3,7 +3,9 @@
 from collections.abc import Callable
 
 from distill.data.tasks.causal_lm import CausalLM
+from distill.data.tasks.chat import Chat
 from distill.data.tasks.classification import Classification
+from distill.data.tasks.masked_lm import MaskedLM
 from distill.data.tasks.question_answering import QuestionAnswering
 from distill.data.tasks.relation_extraction import RelationExtraction
 from distill.data.tasks.task import Task
@@ -17,5 +19,7 @@ TASKS: dict[str, Callable[[], Task]] = {
     "question_answering": QuestionAnswering,
     "relation_extraction": RelationExtraction,
     "token_classification": TokenClassification,
+    "chat": Chat,
+    "masked_lm": MaskedLM,
 }
 """Name in a recipe -> task; a function of the user's own that returns a `Task` is named `package.module:function`."""

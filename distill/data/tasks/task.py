@@ -19,7 +19,8 @@ from distill.models.forward import Batch, Outputs
 from distill.recipe.schema import Data
 
 Values = Mapping[str, Sequence[Any]]
-"""Column of the task -> its values, one per row; None for a label that is hidden or not there."""
+"""Column of the task -> its values, one per row; None for a label that is hidden or not there. `place` says where each
+row comes from, for messages."""
 Seeds = Sequence[tuple[int, ...]]
 """For each example the numbers that its random draws follow from: in training the seed of the recipe, the step and the
 example; in evaluations the example alone."""
@@ -70,6 +71,8 @@ class Encoder:
     tokenizer: Any
     spec: Data
     settled: Settled
+    measured: bool = False
+    """The examples are measured, not trained on, so that features for metrics are wanted."""
     truncated: int = 0
     """Examples that were cut."""
     tokens: int = 0
@@ -179,6 +182,10 @@ class Task:
         """Judge the values of one row together, and complete them. Raises ValueError that says what is wrong."""
         return values
 
+    def constants(self, _tokenizer: Any, _spec: Data) -> dict[str, Any]:
+        """Return, as JSON, what `collate` needs to know of the tokenizer and the recipe beside the features."""
+        return {}
+
     def encode(self, rows: Values, encoder: Encoder) -> Features:
         """Turn rows into examples. One that gives several, or none, adds `row`, the number of each one's row."""
         return {**encoder(rows["text"]), "labelled": [True] * len(rows["text"])}
@@ -187,7 +194,7 @@ class Task:
         """Make a batch of examples: input_ids, attention_mask [B, L], labels [B] or [B, L].
 
         Args:
-            examples: Feature -> `Ragged`, an array, or a list of texts.
+            examples: Feature -> `Ragged`, an array, or a list of texts; and the `constants` by name.
             padding: Token id that fills short rows.
             _seeds: Of each example, for what is drawn at random.
         """
