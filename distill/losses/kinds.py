@@ -21,8 +21,8 @@ from distill.losses.chunked import HeadInput
 from distill.models.forward import UNLABELLED, Batch, Outputs
 
 Mask = Literal["labelled", "predicted", "states", "source"]
-"""Positions: those that have a label, those where something is predicted, the tokens whose states are compared in the stack
-that has the head, and the real tokens that the encoder of an encoder-decoder reads."""
+"""Positions: those that have a label, those where something is predicted, the tokens whose states are compared (of the
+stack that has the head), and the real tokens that the encoder of an encoder-decoder reads."""
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

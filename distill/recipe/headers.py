@@ -20,7 +20,7 @@ from distill.recipe.locate import (
     teacher_folder,
     teacher_size,
 )
-from distill.recipe.names import TASK_COLUMNS, columns_read
+from distill.recipe.names import OFFERED_COLUMNS, TASK_COLUMNS, columns_read
 from distill.recipe.schema import Data, Source, Teacher
 from distill.recipe.weights import check_tensors, parameter_names, read_headers
 
