@@ -5,6 +5,9 @@ A column is an array with one entry, number, text or row of numbers, per example
     example                  its number within the split
     predictions, references, teacher_predictions   class, where an example has one label
     nll, tokens, correct     sum of negative log-likelihoods in nats, scored labels, labels predicted right
+    embeddings, pair_embeddings, teacher_embeddings   vector of the text, of its pair, the teacher's of the text
+    teacher_cosine           cosine with the teacher's vectors, mean over the texts of an example
+    similarity, score        cosine of the two texts of an example, and the value that it was rated with
     agreed, kl_sum, positions   positions with the teacher's prediction, sum of KL(teacher || student) in nats, compared
                              positions
 
@@ -79,6 +82,69 @@ def token_accuracy(correct: Column, tokens: Column) -> float:
 def kl(kl_sum: Column, positions: Column) -> float:
     """Mean KL(teacher || student) per position, in nats; nan without any position."""
     return _per(kl_sum, positions)
+
+
+def mrr_at_10(embeddings: Column, pair_embeddings: Column) -> float:
+    """Mean over texts of 1 / rank of their own pair among all pairs by cosine; 0 where it is not among the first 10."""
+    import numpy as np
+
+    return _mean_gain(embeddings, pair_embeddings, lambda ranks: 1 / ranks.astype(np.float64))
+
+
+def ndcg_at_10(embeddings: Column, pair_embeddings: Column) -> float:
+    """As `mrr_at_10`, with 1 / log2(1 + rank): one pair is right, so the ideal gain is 1."""
+    import numpy as np
+
+    return _mean_gain(embeddings, pair_embeddings, lambda ranks: 1 / np.log2(1 + ranks))
+
+
+def recall_at_10(embeddings: Column, pair_embeddings: Column) -> float:
+    """Share of the texts whose own pair is among the first 10."""
+    return _mean_gain(embeddings, pair_embeddings, lambda _ranks: 1.0)
+
+
+def _mean_gain(texts: Column, pairs: Column, gain: Callable[[Column], Any]) -> float:
+    import numpy as np
+
+    from distill.evaluation.vectors import NEIGHBOURS, ranks_of_pairs
+
+    ranks = ranks_of_pairs(texts, pairs)
+    return float(np.where(ranks <= NEIGHBOURS, gain(ranks), 0.0).mean())
+
+
+def spearman(similarity: Column, score: Column) -> float:
+    """Correlation of the ranks of cosines and scores, equal ones sharing theirs; nan where all are equal."""
+    import numpy as np
+
+    ranks = [_mean_ranks(values) for values in (similarity, score)]
+    if any(values.std() == 0 for values in ranks):
+        return math.nan
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+
+
+def _mean_ranks(values: Column) -> Column:
+    import numpy as np
+
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ranks: Column = (np.cumsum(counts) - (counts - 1) / 2)[place]
+    return ranks
+
+
+def cosine_to_teacher(teacher_cosine: Column) -> float:
+    """Mean cosine of a text's vector with the teacher's."""
+    return float(teacher_cosine.mean())
+
+
+def neighbours_kept(embeddings: Column, teacher_embeddings: Column) -> float:
+    """Share of the teacher's ten nearest other texts that are among the ten nearest here; nan for a single text."""
+    import numpy as np
+
+    from distill.evaluation.vectors import neighbours
+
+    if len(embeddings) < 2:
+        return math.nan
+    own, theirs = neighbours(embeddings), neighbours(teacher_embeddings)
+    return float(np.mean([len(np.intersect1d(*rows)) for rows in zip(own, theirs, strict=True)]) / own.shape[1])
 
 
 def _per(amount: Column, count: Column) -> float:
@@ -173,6 +239,12 @@ METRICS: dict[str, Function] = {
     "token_accuracy": token_accuracy,
     "kl": kl,
     "loss": loss,
+    "mrr_at_10": mrr_at_10,
+    "ndcg_at_10": ndcg_at_10,
+    "recall_at_10": recall_at_10,
+    "spearman": spearman,
+    "cosine_to_teacher": cosine_to_teacher,
+    "neighbours_kept": neighbours_kept,
 }
 
 LOWER_IS_BETTER = ("perplexity", "kl", "loss")

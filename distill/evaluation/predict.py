@@ -5,7 +5,7 @@ B examples, L positions, N labelled positions, V classes or vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from distill.evaluation.vectors import score_vectors
 from distill.losses import LOGITS, PREDICTION_KINDS
 from distill.losses.chunked import chunks
 from distill.models.forward import UNLABELLED, Batch, Capture, Outputs, forward, to_device
@@ -29,12 +30,16 @@ Observe = Callable[[Any, Outputs, Batch], dict[str, Any]]
 SUMS = ("example", "nll", "tokens", "correct", "agreed", "kl_sum", "positions")
 CLASSES = ("predictions", "references", "teacher_predictions")
 """Columns where an example has one label."""
+VECTORS = ("example", "embeddings", "pair_embeddings", "similarity", "score", "teacher_embeddings", "teacher_cosine")
+"""Columns of texts with a vector each."""
 ONE_LABEL = ("sequence",)
 """Kinds of predictions with one label per example."""
 
 
 def column_names(head: str) -> tuple[str, ...]:
-    """List the columns that an evaluation against the teacher gives."""
+    """List the columns that an evaluation against the teacher gives; vectors of pairs, or scores, where there are."""
+    if PREDICTION_KINDS[head].vectors:
+        return VECTORS
     return (*SUMS, *CLASSES) if head in ONE_LABEL else SUMS
 
 
@@ -79,10 +84,13 @@ def compare(
     kind, parts, device = PREDICTION_KINDS[head], [], next(model.parameters()).device
     for cpu_batch in batches:
         batch = to_device(cpu_batch, device)
-        labels = kind.labels(batch)
-        labelled = (labels != UNLABELLED).nonzero(as_tuple=True)
         outputs = ask(batch)
         taught = [teacher(batch)] if teacher else []
+        if kind.vectors:
+            parts.append(_vectors(batch, outputs, taught) | (observe(model, outputs, batch) if observe else {}))
+            continue
+        labels = kind.labels(batch)
+        labelled = (labels != UNLABELLED).nonzero(as_tuple=True)
         sides = [kind.select(each, batch, labelled) for each in (outputs, *taught)]
         owner = labelled[0].cpu()  # row of the batch that each labelled position belongs to
         totals: dict[str, Tensor] = {}
@@ -99,6 +107,13 @@ def compare(
             seen = observe(model, outputs, batch) if observe else {}
             parts.append(own | {name: np.asarray(values)[has_label.numpy()] for name, values in seen.items()})
     return merge_rows(parts)
+
+
+def _vectors(batch: Batch, outputs: Outputs, taught: Sequence[Outputs]) -> Rows:
+    """Compute the columns of texts with a vector each; every example counts."""
+    assert outputs.logits is not None, "a vector is no vocabulary"
+    columns = score_vectors(batch, outputs.logits, taught[0].logits if taught else None)
+    return {name: values.cpu().numpy() for name, values in {"example": batch["examples"], **columns}.items()}
 
 
 def _score(labels: Tensor, classes: slice, logits: Tensor, teacher_logits: Tensor | None = None) -> dict[str, Tensor]:

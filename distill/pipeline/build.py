@@ -13,7 +13,7 @@ from distill.data import collate
 from distill.errors import InputError
 from distill.files import content_of
 from distill.models.family import layers_of
-from distill.models.forward import Batch, Capture, forward
+from distill.models.forward import MODEL_INPUTS, Batch, Capture, forward
 from distill.models.load import folder_fingerprint
 from distill.models.plan import StudentPlan
 from distill.pipeline.session import Session
@@ -38,7 +38,7 @@ def work(session: Session) -> None:
     size, free = sum(tensor.nbytes for tensor in teacher.state_dict().values()), _free_memory()
     if size < free:
         batch = collate(corpus, corpus.train, range(min(PROBES, len(corpus.train))))
-        check_keeps_all(teacher, {name: batch[name][:, :PROBE_LENGTH] for name in batch if name != "labels"})
+        check_keeps_all(teacher, {name: batch[name][:, :PROBE_LENGTH] for name in MODEL_INPUTS if name in batch})
     else:
         session.say(
             f"  not checked that keeping everything gives the teacher's logits: a second copy of the teacher "

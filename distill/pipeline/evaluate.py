@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 from distill.data import evaluation_batches
 from distill.evaluation.arms import ARMS, measured_arms, rivals
 from distill.evaluation.efficiency import add_disk_bytes, measure_efficiency
-from distill.evaluation.metrics import find_metric, higher_is_better
+from distill.evaluation.metrics import find_metric, higher_is_better, measurable
 from distill.evaluation.predict import Rows, column_names, compare, merge_rows, predict
 from distill.evaluation.recorded import record_teacher
 from distill.evaluation.table import tabulate_arms
@@ -46,7 +46,9 @@ def work(session: Session) -> None:
             save_file(numbers, folder / f"{arm}.safetensors", {"data": corpus.fingerprint})
             if texts := {name: values.tolist() for name, values in columns.items() if name not in numbers}:
                 write_json(folder / f"{arm}.json", texts)
-    names = list(dict.fromkeys([*(recipe.evaluation.metrics or session.task.metrics), *TEACHER_METRICS]))
+    there = next(iter(rows.values()))
+    own = recipe.evaluation.metrics or measurable(session.task.metrics, there)
+    names = list(dict.fromkeys([*own, *measurable(TEACHER_METRICS, there)]))
     student = session.load(session.folder.distilled)
     sources = {without_folders(each.source): None for split in SPLITS for each in recipe.data.origins(split)}
     data = {"source": ", ".join(sources), "split": "test", "examples": len(corpus.test)}

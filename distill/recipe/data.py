@@ -92,6 +92,15 @@ class Data(Section):
     """Rows with equal inputs and different labels: refuse the data, take the first or the most frequent label, or drop
     all of them."""
 
+    prompts: Columns = {}
+    """Text in front of the texts of a column, e.g. `{text: "query: ", pair: "passage: "}`; what is not given is as the
+    teacher's folder says, and so does the release."""
+
+    @property
+    def learns_from_pairs(self) -> bool:
+        """Tell whether the rows of `embedding` are pairs that belong together, all of them."""
+        return "pair" in self.columns and "score" not in self.columns
+
     def mistakes(self) -> Iterator[Mistake]:
         """Refuse rows from two sides or from none, columns that the task does not have, and keys without effect."""
         yield from self.not_one_of("source", "train")
@@ -102,6 +111,12 @@ class Data(Section):
         for key, tasks in TASK_KEYS.items():
             if ":" not in self.task and self.task not in tasks:
                 yield from self.without_effect((key,), f" with task: {self.task}", f"remove it; it is for {tasks[0]}")
+        if "score" in self.columns and "pair" not in self.columns:
+            yield Mistake(("columns", "score"), "a score is that of a text and its pair", "name pair as well", at="key")
+        for side in self.prompts:
+            if side not in (("text", "pair") if self.learns_from_pairs else ("text",)):
+                message = f"{side} is no column with a prompt of its own here"
+                yield Mistake(("prompts", side), message, "write text; it holds for both texts of a score", at="key")
         roles = TASK_COLUMNS.get(self.task)  # type: ignore[call-overload]
         for role in self.columns if roles is not None else ():
             if role not in roles:

@@ -24,9 +24,12 @@ Score = Literal[
 MaskScore = Literal["magnitude", "random"]
 Allocation = Literal["uniform", "threshold", "global", "sensitivity"]
 Optimizer = Literal["adamw"]
-BuiltInSource = Literal["stdlib-docstrings", "pydoc-topics", "stdlib-sources"]
-TaskName = Literal["classification", "causal_lm"]
-Metric = Literal["accuracy", "f1_macro", "agreement", "perplexity", "token_accuracy", "kl", "loss"]
+BuiltInSource = Literal["stdlib-docstrings", "pydoc-topics", "stdlib-sources", "stdlib-names"]
+TaskName = Literal["classification", "causal_lm", "embedding"]
+Metric = Literal[
+    "accuracy", "f1_macro", "agreement", "perplexity", "token_accuracy", "kl", "loss",
+    "mrr_at_10", "ndcg_at_10", "recall_at_10", "spearman", "cosine_to_teacher", "neighbours_kept",
+]  # fmt: skip
 LogitLoss = Literal[
     "forward_kl", "reverse_kl", "symmetric_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation",
     "soft_cross_entropy", "logit_mse", "adaptive_kl",
@@ -67,16 +70,25 @@ READS: dict[Score, str] = {
 TASK_COLUMNS: dict[TaskName, tuple[str, ...]] = {
     "classification": ("text", "label", "pair"),
     "causal_lm": ("text",),
+    "embedding": ("text", "pair", "score"),
 }
 """Columns of each task."""
-OPTIONAL_COLUMNS = ("pair",)
+OPTIONAL_COLUMNS = ("pair", "score")
 """Columns that are read only where `data.columns` names them."""
-TASK_KEYS: dict[str, tuple[TaskName, ...]] = {"labelled": ("classification",), "contradictions": ("classification",)}
+TASK_KEYS: dict[str, tuple[TaskName, ...]] = {
+    "labelled": ("classification",),
+    "contradictions": ("classification",),
+    "prompts": ("embedding",),
+}
 """Key of `data` -> tasks for which it means something; other keys are for all."""
 TASK_METRICS: dict[TaskName, tuple[Metric, ...]] = {
     "classification": ("accuracy", "f1_macro", "loss"),
     "causal_lm": ("perplexity", "token_accuracy", "loss"),
+    "embedding": ("mrr_at_10", "ndcg_at_10", "recall_at_10", "spearman"),
 }
 """Metrics that each task measures by itself, in training too."""
-TEACHER_METRICS: tuple[Metric, ...] = ("agreement", "kl")
-"""Metrics that compare with the teacher; every task has them, after training."""
+TEACHER_METRICS: tuple[Metric, ...] = ("agreement", "kl", "cosine_to_teacher", "neighbours_kept")
+"""Metrics that compare with the teacher, after training: the first two predictions, the others vectors."""
+RETRIEVAL_METRICS: tuple[Metric, ...] = ("mrr_at_10", "ndcg_at_10", "recall_at_10")
+"""Metrics of `embedding` that need a `pair`, the text that each text has to find; the others of the task need a `score`
+beside it."""
