@@ -35,9 +35,11 @@ USES = {
         "text = tokenizer.decode(model.generate(**inputs)[0], skip_special_tokens=True)",
     ),
     "AutoModelForQuestionAnswering": ("question-answering", "output = model(**inputs)"),
-    "AutoModel": ("feature-extraction", "vectors = model(**inputs).last_hidden_state"),
+    "AutoModel": ("sentence-similarity", "vectors = model.encode(['Some text.'])"),
 }
 """Class of transformers -> hub task and the line that uses the model."""
+VECTORS = "AutoModel"
+"""Class of models without a head, whose vectors sentence-transformers makes."""
 LOADING = {
     "uniform": "The folder loads with stock `transformers`; it holds no code.",
     "padded": (
@@ -108,6 +110,12 @@ def snippet(evidence: Evidence) -> str:
     name = one_line(evidence.auto_class)
     _, use = USES.get(name, ("", "output = model(**inputs)"))
     code = ", trust_remote_code=True" if evidence.release_format == "native" else ""
+    if name == VECTORS:
+        return f"""from sentence_transformers import SentenceTransformer
+
+folder = "{evidence.recipe.name}"  # this folder, or its id on the hub
+model = SentenceTransformer(folder{code})
+{use}"""
     text = "Paris is the [MASK] of France." if name == "AutoModelForMaskedLM" else "Some text."
     return f"""from transformers import {name}, AutoTokenizer
 
@@ -127,7 +135,7 @@ def metadata(evidence: Evidence) -> ModelCardData:
     return ModelCardData(
         base_model=model if on_hub else None,
         base_model_relation="finetune" if on_hub else None,
-        library_name="transformers",
+        library_name="sentence-transformers" if evidence.auto_class == VECTORS else "transformers",
         pipeline_tag=task,
         license=release.license,
         language=release.language,
