@@ -1,6 +1,6 @@
 """Train the student of an embedding recipe as sentence-transformers does it, and measure it beside the recipe's run.
 
-    pip install -c constraints.txt -e '.[quickstart,sentences]'
+    pip install -c constraints.txt -e '.[test]'
     distill run recipes/embedding-minilm/recipe.yaml
     python scripts/benchmarks/embedding_rival.py recipes/embedding-minilm/recipe.yaml --run runs/embedding-minilm
     python scripts/benchmarks/embedding_rival.py recipes/embedding-minilm/recipe.yaml --loss cosine --lr 3e-4

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,13 +14,16 @@ import torch
 from embeddings import FIT, PROMPTS, RECIPE, SPECIALS, WORDS, project, word_tokenizer
 from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file
-from tiny import tiny_model
+from tiny import tiny_config, tiny_model
+from transformers import AutoModel
 
 from distill.cli import main
 from distill.data import TASKS, load_corpus
 from distill.evaluation.arms import controls, measured_arms, rivals
+from distill.models.load import load_tokenizer
 from distill.models.sentence import SentenceHead, sentence_head
 from distill.recipe import load_recipe
+from distill.recipe.locate import teacher_folder
 
 
 def evaluated(run):
@@ -156,6 +161,13 @@ def test_what_an_embedding_does_not_have_is_refused(override, words, tmp_path, c
     assert words in " ".join(capsys.readouterr().err.split())
 
 
+def test_classes_have_no_vectors_to_compare(tmp_path, capsys):
+    other = RECIPE.replace("task: embedding, columns: {text: query, pair: answer}",
+                           "task: classification, columns: {text: query, label: answer}")  # fmt: skip
+    assert main(["validate", str(project(tmp_path, other))]) == 2
+    assert "match: output compares sentence embeddings, and task: classification makes none" in capsys.readouterr().err
+
+
 def test_a_metric_of_vectors_is_none_of_classes(tmp_path, capsys):
     other = RECIPE.replace("task: embedding, columns: {text: query, pair: answer}",
                            "task: classification, columns: {text: query, label: answer}")  # fmt: skip
@@ -169,3 +181,28 @@ def test_an_encoder_decoder_has_no_vectors(tmp_path, capsys):
     tiny_model("t5", vocab_size=len(SPECIALS) + len(WORDS)).save_pretrained(tmp_path / "teacher")
     assert main(["train", str(recipe), "--out", str(tmp_path / "run")]) == 2
     assert "the vectors of an encoder-decoder (t5) cannot be distilled" in " ".join(capsys.readouterr().err.split())
+
+
+MINILM = Path(__file__).parents[2] / "recipes/embedding-minilm/recipe.yaml"
+
+
+@pytest.mark.slow
+def test_the_recipe_of_minilm_runs_on_a_tiny_teacher_of_the_same_form(tmp_path):
+    shape = {"vocab_size": 30522, "max_position_embeddings": 512, "num_hidden_layers": 6, "pad_token_id": 0}
+    AutoModel.from_config(tiny_config("bert", **shape)).save_pretrained(tmp_path / "teacher")
+    package = teacher_folder(load_recipe(MINILM).teacher.model, tmp_path)
+    load_tokenizer(package).save_pretrained(tmp_path / "teacher")
+    for name in ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json"):
+        (tmp_path / "teacher" / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(package / name, tmp_path / "teacher" / name)
+    tiny = [
+        "teacher.sha256=null",
+        f"teacher.model={tmp_path / 'teacher'}",
+        "data.limit=120",
+        "evaluation.efficiency=false",
+    ]
+    few = ["training.steps=3", "training.batch_size=8"]
+    assert main(["run", str(MINILM), *tiny, *few, "--out", str(tmp_path / "run")]) == 0
+    arms, found = evaluated(tmp_path / "run")
+    assert found["primary"] == "cosine_to_teacher" and arms.keys() == {"teacher", "cut", "distilled", "labels_only"}
+    assert sentence_head(tmp_path / "run/release") == sentence_head(package)

@@ -49,6 +49,12 @@ def test_all_metrics_by_hand_in_one_call():
         "correct": array(1, 0, 0, 0),
         "kl_sum": array(0.75, 0.75, 0.0, 0.0),
         "positions": array(2, 4, 0, 0),
+        "embeddings": (vectors := np.eye(4)),
+        "pair_embeddings": vectors[[0, 1, 3, 2]],  # the last two find their pair among those that say nothing: last
+        "teacher_embeddings": vectors,
+        "teacher_cosine": array(1.0, 1.0, 0.5, 0.5),
+        "similarity": array(0.1, 0.2, 0.3, 0.4),
+        "score": array(1, 2, 4, 3),
     }
     found = compute(list(METRICS), columns)
     assert found == pytest.approx(
@@ -60,6 +66,12 @@ def test_all_metrics_by_hand_in_one_call():
             "token_accuracy": 1 / 4,
             "kl": 1.5 / 6,
             "loss": 1.5,
+            "mrr_at_10": (1 + 1 + 1 / 4 + 1 / 4) / 4,
+            "ndcg_at_10": (1 + 1 + 2 / math.log2(5)) / 4,
+            "recall_at_10": 1.0,
+            "spearman": 0.8,
+            "cosine_to_teacher": 0.75,
+            "neighbours_kept": 1.0,
         }
     )
     assert {type(value) for value in found.values()} == {float}
