@@ -6,12 +6,12 @@ import json
 
 import pytest
 import torch
-from tiny import tiny_batch, tiny_config
+from tiny import ENCODERS, tiny_batch, tiny_config
 from transformers import AutoModel
 
 from distill.errors import InputError
 from distill.models.forward import Capture, forward
-from distill.models.sentence import LEGACY, SentenceHead, sentence_head
+from distill.models.sentence import LEGACY, SentenceHead, sentence_head, unused_parameters
 
 STATES = torch.tensor([[[1.0, -2.0], [3.0, 4.0], [50.0, 60.0]], [[2.0, 2.0], [0.0, 1.0], [4.0, -3.0]]])
 MASK = torch.tensor([[1, 1, 0], [1, 1, 1]])
@@ -102,3 +102,14 @@ def test_vectors_of_a_decoder_are_those_of_its_last_tokens():
     lengths = batch["attention_mask"].sum(1)
     alone = [model(batch["input_ids"][row : row + 1, :length])[0][0, -1] for row, length in enumerate(lengths)]
     torch.testing.assert_close(found, torch.stack(alone))
+
+
+@pytest.mark.parametrize("family", [*ENCODERS, "llama", "gpt2", "qwen3"])
+def test_every_parameter_but_those_named_unused_learns_from_vectors(family):
+    model = AutoModel.from_config(tiny_config(family, num_hidden_layers=2))
+    assert not unused_parameters(model)  # nothing is known of what a model without vectors puts out
+    model.sentence_head = SentenceHead(normalize=True)
+    vectors = forward(model, tiny_batch(), Capture()).logits
+    vectors[:, 0].sum().backward()
+    silent = {name for name, parameter in model.named_parameters() if parameter.grad is None}
+    assert silent == set(unused_parameters(model))
