@@ -87,7 +87,7 @@ def tokenizer_fingerprint(folder: Path) -> str:
 
 def _fingerprint(folder: Path, patterns: Sequence[str]) -> str:
     files = {file for pattern in patterns for file in folder.glob(pattern)}
-    files |= {*folder.glob("additional_chat_templates/*.jinja"), *folder.glob("*_Pooling/config.json")}
+    files |= {*folder.glob("additional_chat_templates/*.jinja"), *folder.glob("*/config.json")}
     listing = {str(file.relative_to(folder)): sha256_of(file) for file in sorted(files)}
     return hashlib.sha256(json.dumps(listing, sort_keys=True).encode()).hexdigest()
 
@@ -165,14 +165,20 @@ def _class_of(head: ModelHead, config: Any) -> Any:
         raise InputError(f"{head.auto_class} has no class for a {config.model_type}") from error
 
 
-def random_model(folder: Path, head: ModelHead, seed: int, remote_code: bool = False) -> Any:
+def random_model(
+    folder: Path,
+    head: ModelHead,
+    seed: int,
+    remote_code: bool = False,
+    say: Callable[[str], None] = lambda _line: None,
+) -> Any:
     """Build a model with random weights from the folder's config (`teacher.init: random`)."""
     config = load_config(folder, head, remote_code)
     torch.manual_seed(seed)
     with as_input_error(f"cannot build {head.auto_class} from the config.json of {folder}"):
         model = getattr(transformers, head.auto_class).from_config(config, trust_remote_code=remote_code).eval()
     if head.pooled:
-        model.sentence_head = sentence_head(folder)
+        model.sentence_head = sentence_head(folder, say)
     return model
 
 

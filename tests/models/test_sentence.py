@@ -11,6 +11,7 @@ from transformers import AutoModel
 
 from distill.errors import InputError
 from distill.models.forward import Capture, forward
+from distill.models.load import folder_fingerprint
 from distill.models.sentence import LEGACY, SentenceHead, sentence_head, unused_parameters
 
 STATES = torch.tensor([[[1.0, -2.0], [3.0, 4.0], [50.0, 60.0]], [[2.0, 2.0], [0.0, 1.0], [4.0, -3.0]]])
@@ -113,3 +114,8 @@ def test_every_parameter_but_those_named_unused_learns_from_vectors(family):
     vectors[:, 0].sum().backward()
     silent = {name for name, parameter in model.named_parameters() if parameter.grad is None}
     assert silent == set(unused_parameters(model))
+
+
+def test_another_way_of_pooling_makes_another_folder(tmp_path):
+    before = folder_fingerprint(written(tmp_path, SentenceHead()))
+    assert folder_fingerprint(written(tmp_path, SentenceHead(("cls",)))) != before
