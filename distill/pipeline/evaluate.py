@@ -46,9 +46,9 @@ def work(session: Session) -> None:
             save_file(numbers, folder / f"{arm}.safetensors", {"data": corpus.fingerprint})
             if texts := {name: values.tolist() for name, values in columns.items() if name not in numbers}:
                 write_json(folder / f"{arm}.json", texts)
-    there = next(iter(rows.values()))
-    own = recipe.evaluation.metrics or measurable(session.task.metrics, there)
-    names = list(dict.fromkeys([*own, *measurable(TEACHER_METRICS, there)]))
+    columns = next(iter(rows.values()))
+    own = recipe.evaluation.metrics or measurable(session.task.metrics, columns)
+    names = list(dict.fromkeys([*own, *measurable(TEACHER_METRICS, columns)]))
     student = session.load(session.folder.distilled)
     sources = {without_folders(each.source): None for split in SPLITS for each in recipe.data.origins(split)}
     data = {"source": ", ".join(sources), "split": "test", "examples": len(corpus.test)}

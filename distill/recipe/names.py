@@ -88,7 +88,9 @@ TASK_METRICS: dict[TaskName, tuple[Metric, ...]] = {
 }
 """Metrics that each task measures by itself, in training too."""
 TEACHER_METRICS: tuple[Metric, ...] = ("agreement", "kl", "cosine_to_teacher", "neighbours_kept")
-"""Metrics that compare with the teacher, after training: the first two predictions, the others vectors."""
+"""Metrics that compare with the teacher, after training."""
+VECTOR_METRICS: tuple[Metric, ...] = ("cosine_to_teacher", "neighbours_kept")
+"""Those of them that compare vectors; the others compare predictions."""
 RETRIEVAL_METRICS: tuple[Metric, ...] = ("mrr_at_10", "ndcg_at_10", "recall_at_10")
 """Metrics of `embedding` that need a `pair`, the text that each text has to find; the others of the task need a `score`
 beside it."""

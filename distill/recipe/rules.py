@@ -14,7 +14,7 @@ from typing import Any
 from distill.recipe.data import Data
 from distill.recipe.fields import KeyPath, Mistake
 from distill.recipe.locate import TeacherSize
-from distill.recipe.names import READS, RETRIEVAL_METRICS, TASK_METRICS, TEACHER_METRICS
+from distill.recipe.names import READS, RETRIEVAL_METRICS, TASK_METRICS, TEACHER_METRICS, VECTOR_METRICS
 from distill.recipe.sections import Evaluation, Optimization, Release, Teacher, Training
 from distill.recipe.student import Calibration, Layers, Mask, Mlp, Repair, Target
 from distill.recipe.terms import TERM_KEYS, Term
@@ -227,7 +227,7 @@ def metrics_fit_the_task(data: Data, evaluation: Evaluation, training: Training)
     if own is None:
         return
     message = f"task: {data.task} has no such metric"
-    compared = TEACHER_METRICS[2:] if data.task == "embedding" else TEACHER_METRICS[:2]
+    compared = [name for name in TEACHER_METRICS if (name in VECTOR_METRICS) == (data.task == "embedding")]
     for position, metric in enumerate(evaluation.metrics or []):
         if metric not in (*own, *compared) and ":" not in metric:
             fix = f"use {', '.join((*own, *compared))}"
@@ -237,10 +237,10 @@ def metrics_fit_the_task(data: Data, evaluation: Evaluation, training: Training)
         yield Mistake(("training", "keep_best"), f"{message} as {training.keep_best} during training", fix)
 
 
-def embeddings_have_what_they_are_measured_by(
-    teacher: Teacher, data: Data, terms: Mapping[int, Term], mlp: Mlp, evaluation: Evaluation, training: Training
+def embeddings_have_what_is_learnt_and_measured(
+    teacher: Teacher, data: Data, terms: Mapping[int, Term], evaluation: Evaluation, training: Training
 ) -> Iterator[Mistake]:
-    """Refuse what needs pairs, or scores, of an embedding without them, and gradients of classes that it has not."""
+    """Refuse what needs pairs, or scores, of an embedding without them."""
     if data.task != "embedding":
         return
     pairs, scores = data.learns_from_pairs, "score" in data.columns
@@ -258,9 +258,18 @@ def embeddings_have_what_they_are_measured_by(
         if (name in RETRIEVAL_METRICS and not pairs) or (name == "spearman" and not scores):
             needs = "a pair without a score" if name != "spearman" else "a score"
             yield Mistake(path, f"{name} needs {needs} in data.columns", "remove it")
+
+
+def gradients_have_a_loss(data: Data, mlp: Mlp, calibration: Calibration) -> Iterator[Mistake]:
+    """Refuse gradients for an embedding: the loss of a text alone is none."""
+    if data.task != "embedding":
+        return
     if READS.get(mlp.score) == "gradients":  # type: ignore[call-overload]
         message = f"score: {mlp.score} reads gradients of the loss of single examples, and an embedding has none"
         yield Mistake((*MLP, "score"), message, "choose activation, or another that reads activations")
+    if calibration.gradients:
+        message = "an embedding has no loss of single examples, and so no gradients"
+        yield Mistake(("student", "calibration", "gradients"), message, "remove it")
 
 
 def compiled_layers_are_not_read(terms: Mapping[int, Term], training: Training) -> Iterator[Mistake]:
@@ -310,7 +319,8 @@ RULES = (
     mapped_layers_exist,
     terms_fit_the_task,
     metrics_fit_the_task,
-    embeddings_have_what_they_are_measured_by,
+    embeddings_have_what_is_learnt_and_measured,
+    gradients_have_a_loss,
     compiled_layers_are_not_read,
     examples_fit,
     patterns_match,

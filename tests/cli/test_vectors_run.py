@@ -151,6 +151,7 @@ def test_rated_pairs_are_measured_by_spearman(tmp_path):
         ("data.prompts={pair: x}", "pair is no column with a prompt of its own here"),
         ("data.labelled=5", "data.labelled: has no effect with task: embedding"),
         ("student.mlp.score=taylor", "reads gradients of the loss of single examples"),
+        ("student.calibration.gradients=true", "an embedding has no loss of single examples"),
         ("data.max_length=40", "settings cut texts to 32"),
     ],
 )
