@@ -48,6 +48,8 @@ class Order:
     """Something looks at a validation split during training."""
     packs: bool = False
     """The teacher's family can tell documents apart that share a row."""
+    teacher: Path | None = None
+    """Folder of the teacher, where a task reads more of it than the tokenizer."""
     own_order: Callable[[Settled], Settled] = lambda settled: settled
     """Puts the classes into the order of a teacher that is already trained. Raises InputError."""
 
@@ -77,7 +79,7 @@ def prepare(order: Order, folder: Path, progress: Report = lambda _split, _done,
     counts: dict[str, Any] = {}
     for name in order.spec.splits:
         if name in splits:
-            encoder = Encoder(tokenizer, spec, settled, measured=name != "train")
+            encoder = Encoder(tokenizer, spec, settled, measured=name != "train", teacher=order.teacher)
             path, report = folder / f"{name}.arrow", partial(progress, name)
             examples = _encode(task, splits[name], encoder, path, order.packs, report)
             digest.update(f"{name}:{len(examples)}".encode())

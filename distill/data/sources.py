@@ -1,6 +1,7 @@
 """Sources of rows: built-in corpora that every Python brings along, files, saved and hub datasets, the user's function.
 
-A built-in corpus is a `datasets.Dataset` with the columns `text` (str) and `label` (str, or None where unlabelled).
+A built-in corpus is a `datasets.Dataset` with the columns `text` (str) and `label` (str, or None where unlabelled), or
+`text` and `pair`.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ import ast
 import hashlib
 import json
 import os
+import re
 import sys
 import sysconfig
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -58,8 +60,7 @@ def _first_paragraphs(path: Path) -> list[str]:
     except (SyntaxError, ValueError):  # the standard library ships deliberately broken files
         return []
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    docstrings = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented)]
-    return [" ".join(text.split("\n\n")[0].split()) for text in docstrings if text]
+    return [text for node in ast.walk(tree) if isinstance(node, documented) if (text := _first_paragraph(node))]
 
 
 def pydoc_topics() -> Any:
@@ -81,6 +82,48 @@ def stdlib_sources(*, largest: int = 200_000) -> Any:
     root = Path(sysconfig.get_paths()["stdlib"])
     texts = [path.read_text(encoding="utf-8") for path in _library_files(root) if 0 < path.stat().st_size <= largest]
     return _dataset(texts, [None] * len(texts))
+
+
+def stdlib_names(*, shortest: int = 20) -> Any:
+    """Read what the public functions and classes of the standard library are called, and how they are described.
+
+    `text` is a name in words after those of its module and class, `pair` the first paragraph of its docstring. The
+    texts differ a little between Python versions; the corpus fingerprint in every result says which one it was.
+
+    Args:
+        shortest: Paragraphs with fewer characters are left out.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    name_of: dict[str, str] = {}  # keyed by paragraph, as two names with one would both be right
+    for path in _library_files(root):
+        module = [part for part in path.relative_to(root).with_suffix("").parts if part != "__init__"]
+        for names, paragraph in _described(path, module):
+            if len(paragraph) >= shortest and not any(name.startswith("_") for name in names):
+                name_of.setdefault(paragraph, " ".join(map(_in_words, names)))
+    return _dataset(list(name_of.values()), list(name_of), "pair")
+
+
+def _described(path: Path, module: list[str]) -> Iterator[tuple[list[str], str]]:
+    """Yield the qualified name of each function and class in a file, and the first paragraph of its docstring."""
+    try:
+        found: list[tuple[list[str], ast.AST]] = [(module, ast.parse(path.read_bytes()))]
+    except (SyntaxError, ValueError):  # the standard library ships deliberately broken files
+        return
+    for names, node in found:
+        for inner in ast.iter_child_nodes(node):
+            if isinstance(inner, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                own = [*names, inner.name]
+                yield own, _first_paragraph(inner)
+                found += [(own, inner)] if isinstance(inner, ast.ClassDef) else []
+
+
+def _first_paragraph(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef | ast.Module) -> str:
+    return " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
+
+
+def _in_words(name: str) -> str:
+    """Write `snake_case` and `CamelCase` as words in lower case."""
+    return " ".join(re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", name)).lower()
 
 
 def source_fingerprint(source: Source, base: Path) -> str:
@@ -211,15 +254,16 @@ def _hub_builder(source: Source, download: bool = False) -> Any:
         return builder
 
 
-def _dataset(texts: list[str], labels: list[str | None]) -> Any:
+def _dataset(texts: Sequence[str], others: Sequence[str | None], column: str = "label") -> Any:
     import datasets
 
-    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.Value("string")})
-    return datasets.Dataset.from_dict({"text": texts, "label": labels}, features=features)
+    features = datasets.Features({"text": datasets.Value("string"), column: datasets.Value("string")})
+    return datasets.Dataset.from_dict({"text": texts, column: others}, features=features)
 
 
 SOURCES: dict[str, Callable[..., Any]] = {
     "stdlib-docstrings": stdlib_docstrings,
     "pydoc-topics": pydoc_topics,
     "stdlib-sources": stdlib_sources,
+    "stdlib-names": stdlib_names,
 }

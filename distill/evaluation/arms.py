@@ -58,6 +58,8 @@ ARMS: dict[str, Arm] = {
 
 
 def _is_made(recipe: Recipe, arm: str) -> bool:
+    if arm == "labels_only" and recipe.data.task == "embedding" and not recipe.data.learns_from_pairs:
+        return False
     return ARMS[arm].start != "repaired" or recipe.student.repair.wanted
 
 
@@ -68,7 +70,7 @@ def measured_arms(recipe: Recipe) -> list[str]:
 
 def controls(recipe: Recipe) -> list[str]:
     """List the arms of a recipe that are trained beside `distilled`."""
-    return [arm for arm in recipe.evaluation.arms if ARMS[arm].terms is not None and arm != "distilled"]
+    return [arm for arm in measured_arms(recipe) if ARMS[arm].terms is not None and arm != "distilled"]
 
 
 def rivals(recipe: Recipe) -> dict[str, str]:

@@ -6,11 +6,13 @@ A column is an array with one entry, number, text or row of numbers, per example
     predictions, references, teacher_predictions   class, where an example has one label; where it has a set of classes
                              a row of 0 and 1, one for each class (and none of the teacher)
     confidence               probability of the predicted class, where an example has one label
-    values, targets, teacher_values   number, in a regression
+    values, targets, teacher_values   number, in a regression; cosine of two texts, and the score of their pair
     nll, tokens, correct     sum of negative log-likelihoods in nats, scored labels, labels predicted right
     answers, gold            text of an answer, empty for none; JSON list of the true ones
     none_class               class of examples without a relation, the same for all; negative: there is none
     text_bytes               bytes of the text in UTF-8, of texts whose tokens are predicted
+    embeddings, pair_embeddings, teacher_embeddings   vector of the text, of its pair, the teacher's of the text
+    teacher_cosine           cosine with the teacher's vectors, mean over the texts of an example
     agreed, kl_sum, positions   positions with the teacher's prediction, sum of KL(teacher || student) in nats, compared
                              positions; of a set each class is a position, since each is a choice of its own
     entities_found, entities_predicted, entities_true   spans predicted and true, spans predicted, true spans
@@ -203,6 +205,51 @@ def kl(kl_sum: Column, positions: Column) -> float:
     return _per(kl_sum, positions)
 
 
+def mrr_at_10(embeddings: Column, pair_embeddings: Column) -> float:
+    """Mean over texts of 1 / rank of their own pair among all pairs by cosine; 0 where it is not among the first 10."""
+    import numpy as np
+
+    return _mean_gain(embeddings, pair_embeddings, lambda ranks: 1 / ranks.astype(np.float64))
+
+
+def ndcg_at_10(embeddings: Column, pair_embeddings: Column) -> float:
+    """As `mrr_at_10`, with 1 / log2(1 + rank): one pair is right, so the ideal gain is 1."""
+    import numpy as np
+
+    return _mean_gain(embeddings, pair_embeddings, lambda ranks: 1 / np.log2(1 + ranks))
+
+
+def recall_at_10(embeddings: Column, pair_embeddings: Column) -> float:
+    """Share of the texts whose own pair is among the first 10."""
+    return _mean_gain(embeddings, pair_embeddings, lambda _ranks: 1.0)
+
+
+def _mean_gain(texts: Column, pairs: Column, gain: Callable[[Column], Any]) -> float:
+    import numpy as np
+
+    from distill.evaluation.vectors import NEIGHBOURS, ranks_of_pairs
+
+    ranks = ranks_of_pairs(texts, pairs)
+    return float(np.where(ranks <= NEIGHBOURS, gain(ranks), 0.0).mean())
+
+
+def cosine_to_teacher(teacher_cosine: Column) -> float:
+    """Mean cosine of a text's vector with the teacher's."""
+    return float(teacher_cosine.mean())
+
+
+def neighbours_kept(embeddings: Column, teacher_embeddings: Column) -> float:
+    """Share of the teacher's ten nearest other texts that are among the ten nearest here; nan for a single text."""
+    import numpy as np
+
+    from distill.evaluation.vectors import neighbours
+
+    if len(embeddings) < 2:
+        return math.nan
+    own, theirs = neighbours(embeddings), neighbours(teacher_embeddings)
+    return float(np.mean([len(np.intersect1d(*rows)) for rows in zip(own, theirs, strict=True)]) / own.shape[1])
+
+
 def _per(amount: Column, count: Column) -> float:
     """Ratio of two totals."""
     total = float(count.sum())
@@ -313,6 +360,11 @@ METRICS: dict[str, Function] = {
     # The same formulas, over masked tokens: another question, so not to be compared with those of causal models.
     "masked_perplexity": perplexity,
     "masked_accuracy": token_accuracy,
+    "mrr_at_10": mrr_at_10,
+    "ndcg_at_10": ndcg_at_10,
+    "recall_at_10": recall_at_10,
+    "cosine_to_teacher": cosine_to_teacher,
+    "neighbours_kept": neighbours_kept,
 }
 
 LOWER_IS_BETTER = (

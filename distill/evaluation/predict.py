@@ -5,7 +5,7 @@ B examples, L positions, N labelled positions, V classes or vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from distill.evaluation.vectors import score_vectors
 from distill.losses import LOGITS, PREDICTION_KINDS
 from distill.losses.chunked import chunks
 from distill.models.forward import UNLABELLED, Batch, Capture, Outputs, forward, to_device
@@ -31,8 +32,11 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "sequence": (*SUMS, "predictions", "references", "teacher_predictions", "confidence"),
     "multi_label": (*SUMS, "predictions", "references"),
     "regression": ("example", "tokens", "values", "targets", "teacher_values"),
-}
-"""Kind of predictions -> columns; `SUMS` where nothing else is said."""
+    "embedding": (
+        "example", "embeddings", "pair_embeddings", "values", "targets", "teacher_embeddings", "teacher_cosine",
+    ),
+}  # fmt: skip
+"""Kind of predictions -> columns (those about pairs and scores may be missing); `SUMS` where nothing else is said."""
 
 
 def column_names(head: str) -> tuple[str, ...]:
@@ -82,10 +86,13 @@ def compare(
     score = _score_values if head == "regression" else partial(_score, confidence="confidence" in column_names(head))
     for cpu_batch in batches:
         batch = to_device(cpu_batch, device)
-        labels = kind.labels(batch)
-        labelled = (labels != UNLABELLED).nonzero(as_tuple=True)
         outputs = ask(batch)
         taught = [teacher(batch)] if teacher else []
+        if kind.vectors:
+            parts.append(_vectors(batch, outputs, taught) | (observe(model, outputs, batch) if observe else {}))
+            continue
+        labels = kind.labels(batch)
+        labelled = (labels != UNLABELLED).nonzero(as_tuple=True)
         sides = [kind.select(each, batch, labelled) for each in (outputs, *taught)]
         owner = labelled[0].cpu()  # row of the batch that each labelled position belongs to
         totals: dict[str, Tensor] = {}
@@ -104,6 +111,13 @@ def compare(
             seen = observe(model, outputs, batch) if observe else {}
             parts.append(own | {name: np.asarray(values)[has_label.numpy()] for name, values in seen.items()})
     return merge_rows(parts)
+
+
+def _vectors(batch: Batch, outputs: Outputs, taught: Sequence[Outputs]) -> Rows:
+    """Compute the columns of texts with a vector each; every example counts."""
+    assert outputs.logits is not None, "a vector is no vocabulary"
+    columns = score_vectors(batch, outputs.logits, taught[0].logits if taught else None)
+    return {name: values.cpu().numpy() for name, values in {"example": batch["examples"], **columns}.items()}
 
 
 def _score(

@@ -20,6 +20,7 @@ from distill.losses.align import widen, without_autocast
 from distill.losses.chunked import HeadInput
 from distill.models.forward import UNLABELLED, Batch, Outputs
 
+CONTRASTIVE_TEMPERATURE = 0.05
 Mask = Literal["labelled", "predicted", "states", "source"]
 """Positions: those that have a label, those where something is predicted, the tokens whose states are compared (of the
 stack that has the head), and the real tokens that the encoder of an encoder-decoder reads."""
@@ -28,6 +29,14 @@ stack that has the head), and the real tokens that the encoder of an encoder-dec
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Compute -log S(label) in fp32, [N]; 0 where the label is `UNLABELLED`."""
     return functional.cross_entropy(widen(logits), labels, reduction="none", ignore_index=UNLABELLED)
+
+
+def contrastive(cosines: Tensor, partners: Tensor) -> Tensor:
+    """Compute the cross-entropy of finding each text's partner among the others by cosine, [N]: InfoNCE, NT-Xent.
+
+    Source: Chen et al. 2020 (SimCLR), arXiv:2002.05709, equation 1, with the temperature of sentence-transformers.
+    """
+    return cross_entropy(cosines / CONTRASTIVE_TEMPERATURE, partners)
 
 
 def label_squared_error(values: Tensor, labels: Tensor) -> Tensor:
@@ -71,6 +80,9 @@ class PredictionKind:
     """Columns of the predictions, where they are always as many."""
     compares_classes: bool = True
     """Labels are classes among those of the model, the same at every position."""
+    vectors: bool = False
+    """True where a model puts out a vector of each text; predictions are about the others of the micro-batch, whose
+    size therefore counts."""
 
     def labels(self, batch: Batch) -> Tensor:
         """Give the labels [*]: the mask moves with them, so where nothing is predicted there is none."""
@@ -162,8 +174,12 @@ def _similarities(embeddings: Tensor, batch: Batch) -> Tensor:
     return cosines.masked_fill(oneself | ~_real_examples(batch)[None, :], -torch.inf)
 
 
-def _no_labels(batch: Batch) -> Tensor:
-    return torch.full_like(batch["attention_mask"][:, 0], UNLABELLED, dtype=torch.int64)
+def _partners(batch: Batch) -> Tensor:
+    """Find for each text the first other one with its label, [B]; `UNLABELLED` where there is none."""
+    labels = batch["labels"]
+    same = (labels[:, None] == labels) & (labels != UNLABELLED)
+    same.fill_diagonal_(False)
+    return torch.where(same.any(-1), same.int().argmax(-1), UNLABELLED)
 
 
 PREDICTION_KINDS: dict[str, PredictionKind] = {
@@ -179,8 +195,11 @@ PREDICTION_KINDS: dict[str, PredictionKind] = {
     "token": PredictionKind(_same, _labels, _real_tokens),
     # Start and end of an answer among the tokens: logits [B, 2, L], labels [B, 2].
     "span": PredictionKind(_real_positions, _labels, _both_ends, compares_classes=False),
-    # One vector per example: [B, D], no labels; its logits are the cosines within the micro-batch.
-    "embedding": PredictionKind(_similarities, _no_labels, _real_examples, compares_classes=False),
+    # One vector per text: [B, D], labels [B] that texts of one pair share; its logits are the cosines within the
+    # micro-batch.
+    "embedding": PredictionKind(
+        _similarities, _partners, _real_examples, label_loss=contrastive, vectors=True, compares_classes=False
+    ),
     # The token after each one: logits [B, L, V], labels [B, L], not shifted.
     "next_token": PredictionKind(
         lambda logits, _: logits[:, :-1], _next_labels, _predicted_tokens, vocabulary=True, causal=True

@@ -165,10 +165,6 @@ def _example_relations(draw: Callable[..., Tensor], columns: int) -> tuple[Any, 
     return student, teacher, visible
 
 
-def _without_labels(kind: str, _loss: str) -> str | None:
-    return "an embedding has no labels; match its output, or logits (similarities)" if kind == "embedding" else None
-
-
 def _without_distribution(kind: str, loss: str) -> str | None:
     if kind != "regression" or loss == "logit_mse" or ":" in loss:
         return None
@@ -193,7 +189,7 @@ def _check_relation_heads(teacher: Any, params: Mapping[str, Any], where: str) -
 MATCHES: dict[str, Match] = {
     "labels": Match(
         "predictions with labels", {}, _compare_labels, "labelled",
-        on_logits=True, needs_teacher=False, problem=_without_labels,
+        on_logits=True, needs_teacher=False,
     ),
     "logits": Match(
         "predictions with the teacher's", LOGITS, _compare_logits,

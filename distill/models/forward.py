@@ -22,7 +22,8 @@ from distill.models.head import OutputHead, output_head, stop_at_head, widen_cla
 from distill.models.layout import AttentionLayout, StackName
 
 Batch = dict[str, Tensor]
-"""`input_ids` [B, L], `attention_mask` [B, L], `labels` [B] or [B, L] (`UNLABELLED`: none, or padding)."""
+"""`input_ids` [B, L], `attention_mask` [B, L], `labels` [B] or [B, L] (`UNLABELLED`: none, or padding). Where an
+example has several texts, one after the other, B is the number of texts, and `texts` has an entry per example."""
 
 UNLABELLED = -100
 """The label of positions without one, as in torch and transformers."""
@@ -83,7 +84,7 @@ def without_cache(model: Any) -> dict[str, Any]:
 
 def row_count(batch: Batch) -> int:
     """Number of examples in a batch."""
-    return len(next(iter(batch.values())))
+    return len(batch["texts"] if "texts" in batch else next(iter(batch.values())))
 
 
 def device_of(batch: Batch) -> torch.device:
@@ -117,8 +118,8 @@ class Outputs:
     """Results of one forward pass: logits, or the input of the head and the head."""
 
     logits: Tensor | None
-    """[B, V] (sequence heads), [B, L, V] (token heads), [B, 2, L] (start and end of an answer); None where `last` and
-    `head` stand for them."""
+    """[B, V] (sequence heads), [B, L, V] (token heads), [B, 2, L] (start and end of an answer), [B, D] (the vector of
+    each text); None where `last` and `head` stand for them."""
     hidden: dict[int, Tensor] = field(default_factory=dict)
     """Layer index -> that layer's own output [B, L, D], before any final norm; -1 -> the first layer's input."""
     last: Tensor | None = None
@@ -140,7 +141,9 @@ def forward(model: Any, batch: Batch, wanted: Capture) -> Outputs:
     with capture(model, wanted) as found:
         if head is None:
             with widen_class_logits(model):
-                return replace(found, logits=_logits(model(**inputs)))
+                output = model(**inputs)
+            pool = getattr(model, "sentence_head", None)
+            return replace(found, logits=pool(output[0], batch["attention_mask"]) if pool else _logits(output))
         with stop_at_head(model) as read:
             model(**inputs)
     return replace(found, last=read[0], head=head)

@@ -21,6 +21,7 @@ from distill.files import read_object, sha256_of
 from distill.models.gguf import dequantised
 from distill.models.pattern import settle_periods
 from distill.models.report import check_loaded, untie_config
+from distill.models.sentence import sentence_head
 from distill.models.weights import as_input_error, check_links, weights_sha256
 from distill.models.widths import as_stock, is_unequal, with_widths
 from distill.recipe.locate import is_gguf, teacher_folder, teacher_size
@@ -45,6 +46,8 @@ class ModelHead:
     """Token id of padding; decoders with a class head need it to find the last token."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Other attributes that the config must have."""
+    pooled: bool = False
+    """The last hidden states of a text become one vector, as the folder says."""
 
 
 def teacher_path(
@@ -98,7 +101,7 @@ def tokenizer_fingerprint(folder: Path) -> str:
 
 def _fingerprint(folder: Path, patterns: Sequence[str]) -> str:
     files = {file for pattern in patterns for file in folder.glob(pattern)}
-    files |= {*folder.glob("additional_chat_templates/*.jinja")}
+    files |= {*folder.glob("additional_chat_templates/*.jinja"), *folder.glob("*/config.json")}
     listing = {str(file.relative_to(folder)): sha256_of(file) for file in sorted(files)}
     return hashlib.sha256(json.dumps(listing, sort_keys=True).encode()).hexdigest()
 
@@ -203,6 +206,8 @@ def load_model(
     check_loaded(folder, model, info, allow_untrained_head, say)
     untie_config(model, say)
     settle_periods(model.config)
+    if head.pooled:
+        model.sentence_head = sentence_head(folder, say)
     return (as_stock(model) if unequal else model).eval()
 
 
@@ -216,12 +221,21 @@ def _class_of(head: ModelHead, config: Any) -> Any:
         raise InputError(f"{head.auto_class} has no class for a {config.model_type}") from error
 
 
-def random_model(folder: Path, head: ModelHead, seed: int, remote_code: bool = False) -> Any:
+def random_model(
+    folder: Path,
+    head: ModelHead,
+    seed: int,
+    remote_code: bool = False,
+    say: Callable[[str], None] = lambda _line: None,
+) -> Any:
     """Build a model with random weights from the folder's config (`teacher.init: random`)."""
     config = load_config(folder, head, remote_code)
     torch.manual_seed(seed)
     with as_input_error(f"cannot build {head.auto_class} from the config.json of {folder}"):
-        return getattr(transformers, head.auto_class).from_config(config, trust_remote_code=remote_code).eval()
+        model = getattr(transformers, head.auto_class).from_config(config, trust_remote_code=remote_code).eval()
+    if head.pooled:
+        model.sentence_head = sentence_head(folder, say)
+    return model
 
 
 def hollow_model(folder: Path, remote_code: bool = False) -> Any:
@@ -249,6 +263,8 @@ def load_config(folder: Path, head: ModelHead, remote_code: bool = False) -> Any
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=remote_code)
     if head.padding is not None and getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = head.padding
+    if head.pooled and config.is_encoder_decoder:
+        raise InputError(f"{folder}: the vectors of an encoder-decoder ({config.model_type}) cannot be distilled")
     for name, value in head.settings.items():
         setattr(config, name, value)
     if head.labels:

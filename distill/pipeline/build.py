@@ -13,7 +13,7 @@ from distill.data import collate
 from distill.errors import InputError
 from distill.files import content_of
 from distill.models.family import layers_of, layout_of
-from distill.models.forward import Batch, Capture, forward
+from distill.models.forward import MODEL_INPUTS, Batch, Capture, forward
 from distill.models.layout import StackName
 from distill.models.load import folder_fingerprint
 from distill.models.pattern import pattern_note
@@ -41,7 +41,7 @@ def work(session: Session) -> None:
     size, free = sum(tensor.nbytes for tensor in teacher.state_dict().values()), _free_memory()
     if size < free:
         batch = collate(corpus, corpus.train, range(min(PROBES, len(corpus.train))))
-        probe = {name: batch[name][:, :PROBE_LENGTH] for name in batch if name != "labels"}
+        probe = {name: batch[name][:, :PROBE_LENGTH] for name in MODEL_INPUTS if name in batch}
         check_keeps_all(teacher, probe)
         check_kept_layers(teacher, plan, probe)
     else:

@@ -72,6 +72,7 @@ def _prepare(session: Session, cache: Path) -> None:
             session.base,
             looks=looks(session),
             packs=tells_documents_apart(config),
+            teacher=session.source,
             own_order=own_order,
         )
 

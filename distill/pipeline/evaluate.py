@@ -46,11 +46,12 @@ def work(session: Session) -> None:
         for split, arms in rows.items():
             for arm, columns in arms.items():
                 save_rows(columns, folder / (arm if split == "test" else f"{arm}.{split}"), corpus.fingerprint)
-    wanted = recipe.evaluation.metrics or session.task.metrics_for(corpus.head)
-    names = list(dict.fromkeys([*wanted, *measurable(TEACHER_METRICS, column_names(corpus.head))]))
+    columns = next(iter(rows["test"].values()))
+    wanted = recipe.evaluation.metrics or measurable(session.task.metrics_for(corpus.head), columns)
+    names = list(dict.fromkeys([*wanted, *measurable(TEACHER_METRICS, columns)]))
     student = session.load(session.folder.distilled)
     table = {
-        "data": describe_data(session, len(next(iter(rows["test"].values()))["example"])),
+        "data": describe_data(session, len(columns["example"])),
         "metrics": names,
         "primary": names[0],
         "higher_is_better": {name: higher_is_better(name) for name in names},

@@ -18,6 +18,7 @@ from distill.files import content_of, fresh_folder, write_text
 from distill.models.forward import MODEL_INPUTS
 from distill.models.pattern import pattern_note
 from distill.models.plan import StudentPlan
+from distill.models.sentence import sentence_files
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage
 from distill.ranks import process_state
@@ -33,8 +34,8 @@ from distill.training.loop import METRICS
 
 def work(session: Session) -> None:
     """Write the folder that is handed out, and prove that whoever loads it gets the same model."""
-    model = session.load(session.folder.distilled)
-    release_format = format_of(model, session.recipe.release.format)
+    recipe, model = session.recipe, session.load(session.folder.distilled)
+    release_format = format_of(model, recipe.release.format)
     evidence = replace(collect_evidence(session, release_format), pattern_note=pattern_note(model.config))
     report = render_report(evidence)
     texts = {
@@ -45,6 +46,7 @@ def work(session: Session) -> None:
         "evaluation.json": session.folder.evaluation.read_text(encoding="utf-8"),
     }
     probe = collate(session.corpus, session.corpus.test, range(min(8, len(session.corpus.test))))
+    texts |= sentence_files(model, recipe.data.prompts, recipe.data.learns_from_pairs)
     # Documents need not be told apart: any tokens will do, as long as all loaders get the same.
     probe = {name: tensor for name, tensor in probe.items() if name in MODEL_INPUTS and name != "position_ids"}
     with fresh_folder(session.folder.release) as folder:

@@ -82,7 +82,8 @@ class Session:
     def head(self) -> ModelHead:
         """The task's model class and class names."""
         settings = self.task.model_settings(self.corpus.settled)
-        return ModelHead(self.task.auto_class, self.corpus.classes, self.corpus.padding, settings)
+        pooled = PREDICTION_KINDS[self.corpus.head].vectors
+        return ModelHead(self.task.auto_class, self.corpus.classes, self.corpus.padding, settings, pooled)
 
     @property
     def vocabulary(self) -> int | None:

@@ -23,7 +23,7 @@ def work(session: Session) -> None:
     spec, seed, code = session.recipe.teacher.fit, session.recipe.seed, session.remote_code
     assert spec is not None, "the stage is not wanted without `teacher.fit`"
     if session.recipe.teacher.init == "random":
-        model = random_model(session.source, session.head, seed, code)
+        model = random_model(session.source, session.head, seed, code, session.say_once)
     else:
         model = load_model(
             session.source,

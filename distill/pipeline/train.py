@@ -18,11 +18,12 @@ from distill.evaluation.arms import ARMS, controls
 from distill.evaluation.metrics import compute, higher_is_better, measurable
 from distill.evaluation.predict import column_names, merge_rows, predict
 from distill.evaluation.table import finite_or_none
-from distill.files import content_of, fresh_folder
-from distill.losses import MATCHES, LayerMap, Maps, Objective, Policy, layer_map
+from distill.files import content_of, fresh_folder, write_text
+from distill.losses import MATCHES, PREDICTION_KINDS, LayerMap, Maps, Objective, Policy, layer_map
 from distill.models.cost import matmul_rate, training_flops
 from distill.models.load import folder_fingerprint, hollow_model
 from distill.models.plan import StudentPlan
+from distill.models.sentence import sentence_files
 from distill.pipeline.session import DTYPES, Session
 from distill.pipeline.stage import Stage, settings_of, with_version
 from distill.ranks import process_state
@@ -159,6 +160,8 @@ def save_model(session: Session, model: Any, folder: Path) -> None:
         with fresh_folder(folder) as temporary:
             model.save_pretrained(temporary)
             session.tokenizer.save_pretrained(temporary)
+            for name, text in sentence_files(model).items():
+                write_text(temporary / name, text)
 
 
 def arm_inputs(session: Session, arm: str) -> dict[str, Any]:
@@ -172,6 +175,8 @@ def arm_inputs(session: Session, arm: str) -> dict[str, Any]:
         "losses": [term.model_dump(mode="json") for term in terms],
         "seed": recipe.seed,
     }
+    if PREDICTION_KINDS[session.corpus.head].vectors:  # each text is compared with the others of its forward pass
+        own["micro_batch_size"] = deal_out(recipe.training)[0]
     taught_by = {"teacher": session.teacher_inputs(), "plan": content_of(session.folder.plan)}
     return own | taught_by if is_taught(terms) else own
 

@@ -111,6 +111,15 @@ class Data(Section):
     mask_share: Annotated[float, Field(gt=0, lt=1), NotASwitch] = 0.15
     """Masked language models: share of the tokens that are to be predicted; 0.3 is what ModernBERT was trained with."""
 
+    prompts: Columns = {}
+    """Text in front of the texts of a column, e.g. `{text: "query: ", pair: "passage: "}`; what is not given is as the
+    teacher's folder says, and so does the release."""
+
+    @property
+    def learns_from_pairs(self) -> bool:
+        """Tell whether the rows of `embedding` are pairs that belong together, all of them."""
+        return "pair" in self.columns and "score" not in self.columns
+
     def mistakes(self) -> Iterator[Mistake]:
         """Refuse rows from two sides or from none, columns that the task does not have, and keys without effect."""
         yield from self.not_one_of("source", "train")
@@ -124,6 +133,16 @@ class Data(Section):
             if ":" not in self.task and self.task not in tasks:
                 yield from self.without_effect((key,), f" with task: {self.task}", f"remove it; it is for {tasks[0]}")
         yield from self.repeated("classes", "the class {}")
+        yield from self._wrong_columns()
+
+    def _wrong_columns(self) -> Iterator[Mistake]:
+        """Refuse columns that the task does not have, or that do not go together."""
+        if "score" in self.columns and "pair" not in self.columns:
+            yield Mistake(("columns", "score"), "a score is that of a text and its pair", "name pair as well", at="key")
+        for side in self.prompts:
+            if side not in (("text", "pair") if self.learns_from_pairs else ("text",)):
+                message = f"{side} is no column with a prompt of its own here"
+                yield Mistake(("prompts", side), message, "write text; it holds for both texts of a score", at="key")
         roles = TASK_COLUMNS.get(self.task)  # type: ignore[call-overload]
         forms = [form for form in FORMS.get(self.task, ()) if {*form} & {*self.columns}]  # type: ignore[call-overload]
         if len(forms) > 1:

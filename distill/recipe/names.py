@@ -25,15 +25,16 @@ Score = Literal[
 MaskScore = Literal["magnitude", "random"]
 Allocation = Literal["uniform", "threshold", "global", "sensitivity"]
 Optimizer = Literal["adamw"]
-BuiltInSource = Literal["stdlib-docstrings", "pydoc-topics", "stdlib-sources"]
+BuiltInSource = Literal["stdlib-docstrings", "pydoc-topics", "stdlib-sources", "stdlib-names"]
 TaskName = Literal[
     "classification", "causal_lm", "question_answering", "relation_extraction", "token_classification", "chat",
-    "masked_lm",
+    "masked_lm", "embedding",
 ]  # fmt: skip
 Metric = Literal[
     "accuracy", "f1_macro", "agreement", "perplexity", "token_accuracy", "kl", "loss", "exact_match_answer",
     "f1_answer", "f1_relations", "f1_micro", "matthews", "ece", "mse", "rmse", "pearson", "spearman", "teacher_mse",
     "entity_f1", "entity_precision", "entity_recall", "bits_per_byte", "masked_perplexity", "masked_accuracy",
+    "mrr_at_10", "ndcg_at_10", "recall_at_10", "cosine_to_teacher", "neighbours_kept",
 ]  # fmt: skip
 LogitLoss = Literal[
     "forward_kl", "reverse_kl", "symmetric_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation",
@@ -80,9 +81,10 @@ TASK_COLUMNS: dict[TaskName, tuple[str, ...]] = {
     "token_classification": ("tokens", "tags", "text", "spans"),
     "chat": ("messages", "prompt", "completion", "tools"),
     "masked_lm": ("text",),
+    "embedding": ("text", "pair", "score"),
 }
 """Columns of each task."""
-OPTIONAL_COLUMNS = ("pair",)
+OPTIONAL_COLUMNS = ("pair", "score")
 """Columns that are read only where `data.columns` names them."""
 OFFERED_COLUMNS = ("messages", "prompt", "completion", "tools")
 """Columns that are read where a file has them; the task judges whether a row has enough."""
@@ -100,6 +102,7 @@ TASK_KEYS: dict[str, tuple[TaskName, ...]] = {
     "none_class": ("relation_extraction",),
     "learn_from": ("chat",),
     "mask_share": ("masked_lm",),
+    "prompts": ("embedding",),
 }
 """Key of `data` -> tasks for which it means something; other keys are for all."""
 TASK_METRICS: dict[TaskName, tuple[Metric, ...]] = {
@@ -112,12 +115,18 @@ TASK_METRICS: dict[TaskName, tuple[Metric, ...]] = {
     "token_classification": ("entity_f1", "entity_precision", "entity_recall", "token_accuracy", "loss"),
     "chat": ("perplexity", "token_accuracy", "loss"),
     "masked_lm": ("masked_perplexity", "masked_accuracy", "loss"),
+    "embedding": ("mrr_at_10", "ndcg_at_10", "recall_at_10", "spearman"),
 }  # fmt: skip
 """Metrics of each task; the labels decide which of them its data have."""
 CAUSAL_TASKS: tuple[TaskName, ...] = ("causal_lm", "chat")
 """Tasks in which every token is predicted from those before it alone."""
-TEACHER_METRICS: tuple[Metric, ...] = ("agreement", "kl", "teacher_mse")
+TEACHER_METRICS: tuple[Metric, ...] = ("agreement", "kl", "teacher_mse", "cosine_to_teacher", "neighbours_kept")
 """Metrics that compare with the teacher, after training; a task has those that its kind of predictions allows."""
+VECTOR_METRICS: tuple[Metric, ...] = ("cosine_to_teacher", "neighbours_kept")
+"""Those of them that compare vectors; the others compare predictions."""
+RETRIEVAL_METRICS: tuple[Metric, ...] = ("mrr_at_10", "ndcg_at_10", "recall_at_10")
+"""Metrics of `embedding` that need a `pair`, the text that each text has to find; the others of the task need a `score`
+beside it."""
 
 
 def columns_read(task: str, roles: Iterable[str], named: Collection[str]) -> list[str]:

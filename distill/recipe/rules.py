@@ -14,8 +14,8 @@ from typing import Any
 from distill.recipe.data import Data
 from distill.recipe.fields import KeyPath, Mistake
 from distill.recipe.locate import DECODER_FLAGS, TeacherSize
-from distill.recipe.names import CAUSAL_TASKS, READS, TASK_METRICS, TEACHER_METRICS
-from distill.recipe.sections import Evaluation, Optimization, Release, Training
+from distill.recipe.names import CAUSAL_TASKS, READS, RETRIEVAL_METRICS, TASK_METRICS, TEACHER_METRICS, VECTOR_METRICS
+from distill.recipe.sections import Evaluation, Optimization, Release, Teacher, Training
 from distill.recipe.student import Calibration, Layers, Mask, Mlp, Repair, Target
 from distill.recipe.terms import TERM_KEYS, Term
 
@@ -244,13 +244,49 @@ def metrics_fit_the_task(data: Data, evaluation: Evaluation, training: Training)
     if own is None:
         return
     message = f"task: {data.task} has no such metric"
+    compared = [name for name in TEACHER_METRICS if (name in VECTOR_METRICS) == (data.task == "embedding")]
     for position, metric in enumerate(evaluation.metrics or []):
-        if metric not in (*own, *TEACHER_METRICS) and ":" not in metric:
-            fix = f"use {', '.join((*own, *TEACHER_METRICS))}"
+        if metric not in (*own, *compared) and ":" not in metric:
+            fix = f"use {', '.join((*own, *compared))}"
             yield Mistake(("evaluation", "metrics", position), f"{message} as {metric}", fix)
     if training.keep_best not in (None, *own):
         fix = f"use {', '.join(own)}"
         yield Mistake(("training", "keep_best"), f"{message} as {training.keep_best} during training", fix)
+
+
+def embeddings_have_what_is_learnt_and_measured(
+    teacher: Teacher, data: Data, terms: Mapping[int, Term], evaluation: Evaluation, training: Training
+) -> Iterator[Mistake]:
+    """Refuse what needs pairs, or scores, of an embedding without them."""
+    if data.task != "embedding":
+        return
+    pairs, scores = data.learns_from_pairs, "score" in data.columns
+    learners: list[KeyPath] = [("losses", index, "match") for index, term in terms.items() if term.match == "labels"]
+    learners += [("teacher", "fit")] if teacher.fit else []
+    if evaluation.changed("arms") and "labels_only" in evaluation.arms:
+        learners.append(("evaluation", "arms", evaluation.arms.index("labels_only")))
+    for path in learners if not pairs else ():
+        message = "learns that text and pair belong together, and data.columns names no pair, or a score beside it"
+        yield Mistake(path, message, "remove it, or name a pair")
+    given: list[tuple[KeyPath, str]]
+    given = [(("evaluation", "metrics", at), name) for at, name in enumerate(evaluation.metrics or [])]
+    given += [(("training", "keep_best"), training.keep_best)] if training.keep_best else []
+    for path, name in given:
+        if (name in RETRIEVAL_METRICS and not pairs) or (name == "spearman" and not scores):
+            needs = "a pair without a score" if name != "spearman" else "a score"
+            yield Mistake(path, f"{name} needs {needs} in data.columns", "remove it")
+
+
+def gradients_have_a_loss(data: Data, mlp: Mlp, calibration: Calibration) -> Iterator[Mistake]:
+    """Refuse gradients for an embedding: the loss of a text alone is none."""
+    if data.task != "embedding":
+        return
+    if READS.get(mlp.score) == "gradients":  # type: ignore[call-overload]
+        message = f"score: {mlp.score} reads gradients of the loss of single examples, and an embedding has none"
+        yield Mistake((*MLP, "score"), message, "choose activation, or another that reads activations")
+    if calibration.gradients:
+        message = "an embedding has no loss of single examples, and so no gradients"
+        yield Mistake(("student", "calibration", "gradients"), message, "remove it")
 
 
 def compiled_layers_are_not_read(terms: Mapping[int, Term], training: Training) -> Iterator[Mistake]:
@@ -315,6 +351,8 @@ RULES = (
     mapped_layers_exist,
     terms_fit_the_task,
     metrics_fit_the_task,
+    embeddings_have_what_is_learnt_and_measured,
+    gradients_have_a_loss,
     compiled_layers_are_not_read,
     teacher_fits_the_task,
     examples_fit,

@@ -31,7 +31,7 @@ TERM_KEYS = {
     "embeddings": TermKeys(("loss", "stack", "params"), get_args(HiddenLoss)),
     "attention": TermKeys(("loss", "map", "params"), get_args(AttentionLoss)),
     "relations": TermKeys(("loss", "map", "params"), get_args(RelationLoss)),
-    "output": TermKeys(("loss", "params"), get_args(HiddenLoss), tasks=()),
+    "output": TermKeys(("loss", "params"), get_args(HiddenLoss), tasks=("embedding",)),
 }
 """`match` -> keys, losses and tasks."""
 

@@ -47,7 +47,7 @@ USES = {
         "end = start + output.end_logits[0, start:].argmax()\n"
         "print(tokenizer.decode(inputs.input_ids[0, start : end + 1], skip_special_tokens=True))",
     ),
-    "AutoModel": ("feature-extraction", "vectors = model(**inputs).last_hidden_state"),
+    "AutoModel": ("sentence-similarity", "vectors = model.encode(['Some text.'])"),
 }
 """Class of transformers -> hub task and the lines that use the model."""
 """Class of transformers -> hub task and the line that uses the model."""
@@ -59,6 +59,8 @@ KIND_USES = {
     "regression": "value = model(**inputs).logits.item()",
 }
 """Kind of predictions -> that line, where it is not the one of the class."""
+VECTORS = "AutoModel"
+"""Class of models without a head, whose vectors sentence-transformers makes."""
 LOADING = {
     "uniform": "The folder loads with stock `transformers`; it holds no code.",
     "padded": (
@@ -131,6 +133,12 @@ def snippet(evidence: Evidence) -> str:
     _, use = USES.get(name, ("", "output = model(**inputs)"))
     use = KIND_USES.get(str(evidence.evaluation["data"].get("kind")), use)
     code = ", trust_remote_code=True" if evidence.release_format == "native" else ""
+    if name == VECTORS:
+        return f"""from sentence_transformers import SentenceTransformer
+
+folder = "{evidence.recipe.name}"  # this folder, or its id on the hub
+model = SentenceTransformer(folder{code})
+{use}"""
     texts = ", ".join(json.dumps(one_line(text), ensure_ascii=False) for text in evidence.sample)
     given = f'tokenizer({texts}, return_tensors="pt")'
     if name == "AutoModelForMaskedLM":
@@ -157,7 +165,7 @@ def metadata(evidence: Evidence) -> ModelCardData:
     return ModelCardData(
         base_model=model if on_hub else None,
         base_model_relation="finetune" if on_hub else None,
-        library_name="transformers",
+        library_name="sentence-transformers" if evidence.auto_class == VECTORS else "transformers",
         pipeline_tag=task,
         license=release.license,
         language=release.language,

@@ -112,7 +112,8 @@ def write_release(
         write_modelling(folder, model, auto_class)
     for name, text in texts.items():
         write_text(folder / name, text)
-    lines = [f"{sha256_of(file)}  {file.name}\n" for file in sorted(folder.iterdir()) if file.is_file()]
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    lines = [f"{sha256_of(file)}  {file.relative_to(folder)}\n" for file in files]
     write_text(folder / CHECKSUMS, "".join(lines))
     return written
 

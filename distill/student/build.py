@@ -45,6 +45,8 @@ def build_student(teacher: Any, plan: StudentPlan) -> Any:
     _copy_cut(teacher, student, plan)
     if teacher.can_generate():
         student.generation_config = copy.deepcopy(teacher.generation_config)
+    if hasattr(teacher, "sentence_head"):
+        student.sentence_head = teacher.sentence_head
     return student.eval()
 
 

@@ -14,6 +14,7 @@ from accelerate.utils import GradientAccumulationPlugin
 
 from distill.errors import InputError
 from distill.models.family import layers_of
+from distill.models.sentence import unused_parameters
 from distill.models.trainable import freeze
 from distill.ranks import process_state
 from distill.recipe.schema import Optimization, Training
@@ -96,7 +97,7 @@ def make_learner(
     Raises:
         InputError: A name pattern matches nothing.
     """
-    freeze(student, spec.freeze, spec.only)
+    freeze(student, [*spec.freeze, *unused_parameters(student)], spec.only)
     masks = constrain(student) if constrain else None
     kind = ZeroLearner if accelerator.distributed_type == DistributedType.DEEPSPEED else Learner
     trained = copy.deepcopy(student) if accelerator.distributed_type in SHARDING else student

@@ -159,8 +159,12 @@ def _split(numbered: Sequence[tuple[int, Batch]], pieces: int) -> Iterator[tuple
         if pieces == 1:
             yield (number,), batch
             continue
-        for piece in range(min(pieces, row_count(batch))):
-            yield (number, piece), {name: tensor.tensor_split(pieces)[piece] for name, tensor in batch.items()}
+        rows = row_count(batch)
+        # The texts of one example stay together.
+        examples = {name: tensor.reshape(rows, -1, *tensor.shape[1:]) for name, tensor in batch.items()}
+        for piece in range(min(pieces, rows)):
+            parts = {name: tensor.tensor_split(pieces)[piece] for name, tensor in examples.items()}
+            yield (number, piece), {name: tensor.flatten(0, 1) for name, tensor in parts.items()}
 
 
 def seed_of(*numbers: int) -> int:

@@ -286,6 +286,22 @@ RUNS = {
         release.format=padded
         """,
     ),
+    "vectors of pairs": (
+        "bert",
+        """
+        data={source: ./data.jsonl, task: embedding, columns: {text: text, pair: label}, max_length: 16,
+          prompts: {text: "red "}}
+        losses=[
+          {match: labels},
+          {match: output, loss: mse},
+          {match: logits, temperature: 0.1, scale_by_temperature: false},
+        ]
+        training.evaluate_every=2
+        training.keep_best=mrr_at_10
+        evaluation.metrics=[mrr_at_10, ndcg_at_10, recall_at_10, cosine_to_teacher, neighbours_kept]
+        evaluation.efficiency=true
+        """,
+    ),
     "time as the target": (
         "wide",
         """
@@ -304,9 +320,10 @@ REFUSED = {
     ("Optimization.precision", "fp16"): ("training.precision=fp16", "training.precision: fp16 needs a GPU"),
     ("Training.keep_best", "agreement"): ("training.keep_best=agreement", "training.keep_best"),
     ("Training.keep_best", "kl"): ("training.keep_best=kl", "training.keep_best"),
-    ("Term.match", "output"): ("losses.0={match: output}", "compares sentence embeddings"),
+    ("Training.keep_best", "cosine_to_teacher"): ("training.keep_best=cosine_to_teacher", "training.keep_best"),
+    ("Training.keep_best", "neighbours_kept"): ("training.keep_best=neighbours_kept", "training.keep_best"),
 }
-"""(key, value) -> the override that asks for it, and what is said: here is no GPU, no hub, no task for embeddings."""
+"""(key, value) -> the override that asks for it, and what is said: here is no GPU and no hub."""
 REFUSED |= {
     ("Training.trackers", name): (f"training.trackers=[{name}]", f"pip install 'distill[{name}]'")
     for name in ("trackio", "wandb")
@@ -321,6 +338,12 @@ ELSEWHERE = {
     ("Data.none_class", "a value"): "tests/data/tasks/test_relation_extraction.py",
     ("Data.task", "token_classification"): "tests/cli/test_label_tasks.py has it",
     ("Data.classes", "a value"): "tests/data/tasks/test_classification.py has it",
+    ("Data.source", "stdlib-names"): "recipes/embedding-minilm has it",
+    ("Training.keep_best", "ndcg_at_10"): "read as mrr_at_10 is",
+    ("Training.keep_best", "recall_at_10"): "read as mrr_at_10 is",
+    **{("Data.task", task): "tests/cli/test_language_tasks.py" for task in ("chat", "masked_lm")},
+    ("Data.learn_from", "all"): "tests/data/tasks/test_chat.py",
+    ("Data.mask_share", "a value"): "tests/data/tasks/test_masked_lm.py",
 }
 ELSEWHERE |= {
     (key, metric): "tests/cli/test_label_tasks.py and tests/data/tasks/test_classification.py have each kind of labels"
@@ -391,7 +414,7 @@ def test_every_choice_passes_through_a_run_to_a_release_that_stock_transformers_
     batch = AutoTokenizer.from_pretrained(run / "release")(["red cat runs fast here"], return_tensors="pt")
     batch.pop("token_type_ids", None)
     with torch.no_grad():
-        logits, trained = released(**batch).logits, load_student(run / "distilled")(**batch).logits
+        logits, trained = released(**batch)[0], load_student(run / "distilled")(**batch)[0]
     torch.testing.assert_close(logits, trained, rtol=0, atol=1e-6)  # zeros of padding change the order of a sum
     found = json.loads((run / "evaluation.json").read_text())
     assert [arm["name"] for arm in found["arms"]] == asked.evaluation.arms

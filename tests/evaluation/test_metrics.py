@@ -61,6 +61,10 @@ def test_all_metrics_by_hand_in_one_call():
         "entities_predicted": array(1, 1, 2, 0),
         "entities_true": array(2, 0, 2, 1),
         "text_bytes": array(3, 9, 0, 0),
+        "embeddings": (vectors := np.eye(4)),
+        "pair_embeddings": vectors[[0, 1, 3, 2]],  # the last two find their pair among those that say nothing: last
+        "teacher_embeddings": vectors,
+        "teacher_cosine": array(1.0, 1.0, 0.5, 0.5),
     }
     found = compute(list(METRICS), columns)
     assert found == pytest.approx(
@@ -89,6 +93,11 @@ def test_all_metrics_by_hand_in_one_call():
             "bits_per_byte": 6 / (12 * math.log(2)),
             "masked_perplexity": math.exp(1.5),
             "masked_accuracy": 1 / 4,
+            "mrr_at_10": (1 + 1 + 1 / 4 + 1 / 4) / 4,
+            "ndcg_at_10": (1 + 1 + 2 / math.log2(5)) / 4,
+            "recall_at_10": 1.0,
+            "cosine_to_teacher": 0.75,
+            "neighbours_kept": 1.0,
         }
     )
     assert {type(value) for value in found.values()} == {float}

@@ -1,5 +1,7 @@
 """Each kind of head against the textbook formula of its task."""
 
+import math
+
 import pytest
 import torch
 from torch.nn import functional
@@ -110,9 +112,21 @@ def test_embeddings_are_compared_by_their_similarities_and_themselves():
     torch.testing.assert_close(loss, 1 - functional.cosine_similarity(own, teacher[:, :6]).mean())
 
 
+def test_labels_are_learnt_by_telling_the_partner_among_the_others():
+    vectors = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 2.0], [-1.0, 0.0], [1.0, 1.0]])
+    batch = {"attention_mask": torch.ones(5, 2), "labels": torch.tensor([0, 0, 1, 1, -100])}
+    objective = Objective([Term(match="labels")], "embedding")
+    counts = objective.counts([batch])
+    loss, _ = objective(Outputs(vectors), None, batch, counts)
+    half = math.sqrt(0.5)
+    cosines = {0: [0.6, 0.0, -1.0, half], 1: [0.6, 0.8, -0.6, 1.4 * half], 2: [0.0, 0.8, 0.0, half],
+               3: [-1.0, -0.6, 0.0, -half]}  # fmt: skip
+    partner = {0: 0, 1: 0, 2: 2, 3: 2}
+    expected = [math.log(sum(math.exp((c - row[partner[k]]) / 0.05) for c in row)) for k, row in cosines.items()]
+    assert counts.tolist() == [4] and loss.item() == pytest.approx(sum(expected) / 4, rel=1e-5)
+
+
 def test_terms_that_a_head_has_nothing_for_are_refused():
-    with pytest.raises(InputError, match="no labels"):
-        Objective(BOTH, "embedding")
     with pytest.raises(InputError, match="sentence embeddings"):
         Objective([Term(match="output")], "sequence")
 

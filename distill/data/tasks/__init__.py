@@ -5,6 +5,7 @@ from collections.abc import Callable
 from distill.data.tasks.causal_lm import CausalLM
 from distill.data.tasks.chat import Chat
 from distill.data.tasks.classification import Classification
+from distill.data.tasks.embedding import Embedding
 from distill.data.tasks.masked_lm import MaskedLM
 from distill.data.tasks.question_answering import QuestionAnswering
 from distill.data.tasks.relation_extraction import RelationExtraction
@@ -21,5 +22,6 @@ TASKS: dict[str, Callable[[], Task]] = {
     "token_classification": TokenClassification,
     "chat": Chat,
     "masked_lm": MaskedLM,
+    "embedding": Embedding,
 }
 """Name in a recipe -> task; a function of the user's own that returns a `Task` is named `package.module:function`."""

@@ -10,12 +10,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from distill.models.forward import Batch, Outputs
+from distill.models.sentence import SentenceHead, sentence_head
 from distill.recipe.schema import Data
 
 Values = Mapping[str, Sequence[Any]]
@@ -83,12 +85,19 @@ class Encoder:
     """Labels that examples have, by class."""
     notes: Counter[str] = field(default_factory=Counter)
     """Other things that happened -> how often."""
+    teacher: Path | None = None
+    """Folder of the teacher; None where none is at hand."""
 
     @cached_property
     def unknown_id(self) -> int | None:
         """Id of unknown text; None where the tokenizer can write everything, or uses the token for something else."""
         found = self.tokenizer.unk_token_id
         return None if found in (self.tokenizer.eos_token_id, self.tokenizer.bos_token_id) else found
+
+    @cached_property
+    def sentence(self) -> SentenceHead:
+        """Prompts and lengths of the teacher's sentence embeddings."""
+        return sentence_head(self.teacher) if self.teacher else SentenceHead()
 
     def __call__(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> dict[str, list[list[int]]]:
         """Encode texts, or pairs of them, with special tokens, each cut to `max_length`.
