@@ -97,7 +97,7 @@ def save_tokenizer(folder: Path, template: str | None = None, **names) -> Path:
 def encoded(task, tokenizer, rows, measured=False, **spec):
     """The features of rows, given as values by column, and the encoder with its counts."""
     own = Data(source="./x.jsonl", task=task.name, **spec)
-    encoder = Encoder(tokenizer, own, task.settle({}), measured=measured)
+    encoder = Encoder(tokenizer, own, task.settle({}, own), measured=measured)
     columns = {name: [row.get(name) for row in rows] for name in task.columns}
     columns["place"] = [f"x.jsonl, line {number}" for number in range(1, len(rows) + 1)]
     return task.encode(columns, encoder), encoder

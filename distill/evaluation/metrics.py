@@ -279,6 +279,8 @@ def compute(names: Sequence[str], columns: Mapping[str, Column]) -> dict[str, fl
     lengths = {column: len(values) for column, values in read.items()}
     if len(set(lengths.values())) > 1 or 0 in lengths.values():
         raise InputError(f"metrics need columns with one row per example, at least one: the rows are {lengths}")
+    if not names:
+        return {}
     with tempfile.TemporaryDirectory() as folder:  # evaluate would keep files in the user's cache
         metric = metric_class(functions, read)(keep_in_memory=True, cache_dir=folder)
         return dict(metric.compute(**read))

@@ -123,7 +123,7 @@ def load_tokenizer(folder: Path, remote_code: bool = False) -> Any:
             raise InputError(f"the tokenizer in {folder} has neither a padding nor an end-of-text token")
         else:
             tokenizer.pad_token = tokenizer.eos_token
-    positions = teacher_size(folder).positions
+    positions = teacher_size(folder).positions if (folder / "config.json").exists() else None
     if positions is not None and tokenizer.model_max_length > UNLIMITED:
         tokenizer.model_max_length = positions  # a text cut to nothing else runs into an index error in the model
     return tokenizer

@@ -11,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from tiny import tiny_config, tiny_model, tiny_project
+from transformers import AutoModelForSequenceClassification
 
 from distill.data import TASKS, Order, prepare
 from distill.data.batches import collate
@@ -222,7 +223,8 @@ def session_of(folder, labels, *overrides, **config):
     path = tiny_project(folder)
     rows = [{"text": text, "label": labels[i % len(labels)]} for i, text in enumerate(texts(90))]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tiny_config("bert", pad_token_id=0, **config).save_pretrained(folder / "teacher")
+    own = tiny_config("bert", pad_token_id=0, **config)
+    AutoModelForSequenceClassification.from_config(own).save_pretrained(folder / "teacher")
     lines = []
     recipe = load_recipe(path, ["teacher.init=pretrained", "teacher.fit=null", "data.labelled=null", *overrides])
     return Session(recipe, folder, RunDir(folder / "run"), lines.append), lines
