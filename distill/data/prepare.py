@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
+from distill.data.arrow import write_arrow
 from distill.data.corpus import Corpus, Examples, save_facts
 from distill.data.packing import cut_documents, pack
-from distill.data.rows import BLOCK, read_split, split_documents, write_arrow
+from distill.data.rows import BLOCK, BLOCK_CHARACTERS, read_split, split_documents
 from distill.data.splits import Split, divide
 from distill.data.summary import summarise
 from distill.data.tasks.task import Encoder, Features, Ragged, Settled, Task
@@ -70,7 +68,7 @@ def prepare(order: Order, folder: Path, progress: Report = lambda _split, _done,
         raise InputError(f"data.max_length: {spec.max_length} is more than the tokenizer's {limit} positions")
     splits = _read_splits(order, folder)
     asked = [name for name, column in task.columns.items() if column.answer]
-    labels = {name: sum((own.labels(column) for column in asked), start=Counter()) for name, own in splits.items()}
+    labels = {name: own.count_labels(asked) for name, own in splits.items()}
     settled = order.own_order(task.settle(labels))
     digest = hashlib.sha256(json.dumps([settled.head, settled.classes]).encode())
     parts: dict[str, Examples] = {}
@@ -80,13 +78,13 @@ def prepare(order: Order, folder: Path, progress: Report = lambda _split, _done,
             encoder = Encoder(tokenizer, spec, settled)
             path, report = folder / f"{name}.arrow", partial(progress, name)
             examples = _encode(task, splits[name], encoder, path, order.packs, report)
-            digest.update(f"{name}:{len(examples)}".encode())
-            _add_content(digest, examples)
+            digest.update(f"{name}:{_content_of(examples)}".encode())
             parts[name] = examples
-            counts[name] = summarise(splits[name], labels[name], settled, encoder, examples)
+            kept = splits[name].count_labels(asked, kept=True)
+            counts[name] = summarise(splits[name], kept, settled, encoder, examples)
     corpus = Corpus(task, settled, parts, int(tokenizer.pad_token_id), digest.hexdigest(), counts)
     save_facts(corpus, folder)
-    for leftover in (*folder.glob("*.rows.arrow"), *folder.glob("*.parts.arrow"), *folder.glob("*.documents.arrow")):
+    for leftover in folder.glob("*.*.arrow"):  # rows, parts, documents
         leftover.unlink()
     return corpus
 
@@ -110,9 +108,9 @@ def _encode(
 
     def blocks() -> Iterator[Features]:
         with as_input_error(f"the tokenizer cannot read the {path.stem} split"):
-            for start in range(0, len(split.index), BLOCK):
-                yield _encode_block(task, split, slice(start, start + BLOCK), encoder)
-                progress(min(start + BLOCK, len(split.index)), len(split.index))
+            for part in _blocks(split):
+                yield _encode_block(task, split, part, encoder)
+                progress(part.stop, len(split.index))
 
     if not task.packed:
         return _write_examples(path, blocks())
@@ -121,17 +119,31 @@ def _encode(
 
 
 def _encode_block(task: Task, split: Split, part: slice, encoder: Encoder) -> Features:
-    index, labelled = split.index[part], split.labelled[part]
-    found = split.rows.table[index.tolist()]
+    index, labelled = split.index[part], split.labelled[part].tolist()
     values: dict[str, list[Any]] = {}
-    for name, column in task.columns.items():
-        if name in found:
-            read = found[name] if column.plain else [json.loads(text) for text in found[name]]
-            keeps = labelled if column.answer else np.ones(len(index), dtype=bool)
-            values[name] = [value if keep else None for value, keep in zip(read, keeps, strict=True)]
+    for name in task.columns.keys() & split.rows.file.columns.keys():
+        column = task.columns[name]
+        texts = values[name] = split.rows.file.columns[name].take(index)  # type: ignore[assignment]
+        if not column.plain:
+            known = {text: json.loads(text) for text in set(texts)}
+            texts = values[name] = [known[text] for text in texts]
+        if column.answer:
+            values[name] = [value if keep else None for value, keep in zip(texts, labelled, strict=True)]
     features = task.encode(values, encoder)
     numbers = features.pop("row", range(len(index)))
     return {**features, "row": [part.start + number for number in numbers]}
+
+
+def _blocks(split: Split) -> Iterator[slice]:
+    """Cut the rows of a split into blocks of so many rows, or fewer where their texts are long."""
+    lengths = np.sum([column.lengths for column in split.rows.file.columns.values()], axis=0)
+    ends = np.cumsum(lengths[split.index])
+    start = 0
+    while start < len(ends):
+        before = ends[start - 1] if start else 0
+        stop = min(start + BLOCK, max(start + 1, int(np.searchsorted(ends, before + BLOCK_CHARACTERS))))
+        yield slice(start, min(stop, len(ends)))
+        start = stop
 
 
 def _packed(documents: Examples, size: int, packs: bool) -> Iterator[Features]:
@@ -156,31 +168,17 @@ def _join(values: Ragged, pieces: np.ndarray) -> np.ndarray:
 
 
 def _write_examples(path: Path, blocks: Iterator[Features]) -> Examples:
-    """Write examples as they come; the first block decides the types of the features."""
-    first = next(blocks, None)
-    if first is None:
+    if not write_arrow(path, blocks):
         raise InputError(f"data: the {path.name.partition('.')[0]} split has no example")
-    schema = pa.schema([(name, _type_of(values)) for name, values in first.items()])
-    write_arrow(path, chain([first], blocks), schema)
     return Examples(path)
 
 
-def _type_of(values: Sequence[Any]) -> pa.DataType:
-    value = next((each for each in values if not hasattr(each, "__len__") or len(each)), values[0])
-    if isinstance(value, str):
-        return pa.large_string()
-    if isinstance(value, bool | np.bool_):
-        return pa.bool_()
-    if hasattr(value, "__len__"):
-        return pa.list_(pa.float32() if len(value) and isinstance(value[0], float | np.floating) else pa.int32())
-    return pa.float64() if isinstance(value, float) else pa.int64()
-
-
-def _add_content(digest: Any, examples: Examples) -> None:
-    """Add every feature of every example to a hash, whatever the blocks they were written in."""
-    for name in sorted(examples.table.column_names):
-        for start in range(0, len(examples), BLOCK):
-            content = examples.take(range(start, min(start + BLOCK, len(examples))))[name]
-            parts = [content.flat, content.lengths] if isinstance(content, Ragged) else [content]
-            for part in parts:
-                digest.update(part.tobytes() if isinstance(part, np.ndarray) else json.dumps(part).encode())
+def _content_of(examples: Examples) -> str:
+    """Hash every feature of every example, whatever the blocks they were written in."""
+    digest = hashlib.sha256()
+    for name, column in sorted(examples.columns.items()):
+        own = hashlib.sha256(column.lengths.tobytes())
+        for part in column.content():
+            own.update(part)
+        digest.update(f"{name}:{own.hexdigest()}".encode())
+    return digest.hexdigest()

@@ -1,22 +1,22 @@
 """The rows of each split as they are read: judged, hashed and written to memory-mapped Arrow files.
 
-In memory are some eighty bytes per row.
+In memory are some sixty bytes per row.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import reprlib
+from array import array
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-from datasets import Dataset
 
+from distill.data.arrow import ArrowFile, write_arrow
 from distill.data.sources import read_source
 from distill.data.tasks.task import Column, Task, as_json
 from distill.errors import InputError
@@ -24,31 +24,41 @@ from distill.recipe.names import OPTIONAL_COLUMNS
 from distill.recipe.schema import Data, Source
 
 BLOCK = 1000
-"""Rows that are read, written or encoded at once."""
-DRAWS = ("split", "validation", "weight")
-"""What is drawn for each row: rows with a small number go to the test split, to the validation split, or count once
-more where the weight of their source is no whole number."""
+"""Rows that are read, written or encoded at once; fewer of long texts."""
+BLOCK_CHARACTERS = 2**22
+CUT_WITHIN = 2000
+"""Characters within which a line or a word ends where a document is cut."""
 
 
 @dataclass(frozen=True)
 class Rows:
     """The rows of one split as read, and the hashes that decide what becomes of them; n rows."""
 
-    table: Any
-    """`datasets.Dataset` with the task's columns and `place`, memory-mapped."""
+    file: ArrowFile
+    """The task's columns, and `place`."""
     keys: np.ndarray
     """bytes [n], sha256 of what the model is given of a row."""
     answers: np.ndarray
     """int64 [n], hash of what is asked for; 0 where there is no label."""
     draws: np.ndarray
-    """float64 [n, 4] in [0, 1), from hashes of the same: see `DRAWS`; last, those that choose who keeps a label."""
-    weights: np.ndarray
-    """float64 [n], of the row's source."""
+    """float64 [n] in [0, 1), from a hash of what is given: rows with a small number go to the test split."""
+    label_draws: np.ndarray
+    """float64 [n] in the same way; rows with small numbers keep their label. Empty where all keep it."""
+    origins: np.ndarray
+    """int64 [n], the source of a row, as an index of `sources`."""
     empty: np.ndarray
     """bool [n], a text that the task needs is blank."""
+    sources: tuple[Source, ...]
+    parts_of: int = 0
+    """Documents that these rows are parts of, where long documents were split by place."""
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def draw(self, number: int) -> np.ndarray:
+        """Return float64 [n] in [0, 1), from four bytes of the keys; the first ones, as numbers, order the rows."""
+        words = np.frombuffer(self.keys.tobytes(), dtype=">u4").reshape(-1, 8)
+        return words[:, number] / 2**32
 
 
 def columns_of(task: Task, spec: Data) -> dict[str, str]:
@@ -63,14 +73,19 @@ def read_split(split: str, task: Task, spec: Data, seed: int, base: Path, folder
     Raises:
         InputError: A source is broken, has no such column, or a row holds something else than the task needs.
     """
-    names = columns_of(task, spec)
+    names, sources = columns_of(task, spec), spec.origins(split)
     columns = {role: task.columns[role] for role in names}
     found = (
-        (place, values, source.weight)
-        for source in spec.origins(split)
+        (place, values, number)
+        for number, source in enumerate(sources)
         for place, values in _read(source, split, spec.key_of(split), names, columns, base)
     )
-    return _collect(found, columns, seed, folder / f"{split}.rows.arrow")
+    return _collect(found, columns, sources, label_draw(spec, seed), folder / f"{split}.rows.arrow")
+
+
+def label_draw(spec: Data, seed: int) -> str:
+    """Name the draws that choose who keeps a label; empty where all keep theirs."""
+    return "" if spec.labelled is None else str(seed)
 
 
 def split_documents(rows: Rows, task: Task, spec: Data, seed: int, looks: bool, folder: Path) -> dict[str, Rows]:
@@ -86,93 +101,109 @@ def split_documents(rows: Rows, task: Task, spec: Data, seed: int, looks: bool, 
     for name, end in ends.items():
         if end > start:
             parts = (
-                (row["place"], {"text": _between(row["text"], start, end)}, float(weight))
-                for row, weight in zip(rows.table, rows.weights, strict=True)
+                (place, {"text": text[_cut_at(text, start) : _cut_at(text, end)]}, number)
+                for index, number in enumerate(rows.origins.tolist())
+                for text, place in [(each[0] for each in rows.file.take([index]).values())]
             )
-            found[name] = _collect(parts, columns, seed, folder / f"{name}.parts.arrow")
+            path = folder / f"{name}.parts.arrow"
+            found[name] = _collect(parts, columns, rows.sources, label_draw(spec, seed), path, len(rows))
         start = end
     return found
 
 
-def _between(text: str, start: float, end: float) -> str:
-    """Return the lines of a document that begin between two shares of its length."""
-    lines = text.splitlines(keepends=True)
-    places = [0, *np.cumsum([len(line) for line in lines])]
-    return "".join(line for line, place in zip(lines, places, strict=False) if start <= place / len(text) < end)
+def _cut_at(text: str, share: float) -> int:
+    """Return the place after the first line, or word, that ends behind a share of a text."""
+    place = round(share * len(text))
+    if 0 < place < len(text):
+        ends = (text.find(mark, place, place + CUT_WITHIN) + 1 for mark in "\n ")
+        return next((end for end in ends if end), place)
+    return place
 
 
 def _collect(
-    found: Iterator[tuple[str, dict[str, Any], float]], columns: Mapping[str, Column], seed: int, path: Path
+    found: Iterator[tuple[str, dict[str, Any], int]],
+    columns: Mapping[str, Column],
+    sources: list[Source] | tuple[Source, ...],
+    labels: str,
+    path: Path,
+    parts_of: int = 0,
 ) -> Rows:
-    """Write rows, given as place, values and weight, to an Arrow file, and hash them."""
-    marks: list[tuple[bytes, int, tuple[float, ...], float, bool]] = []
+    """Write rows, given as place, values and number of the source, to an Arrow file, and hash them."""
+    keys, answers, draws, label_draws = bytearray(), array("q"), array("d"), array("d")
+    origins, empty = array("q"), bytearray()
+    given = [role for role, column in columns.items() if not column.answer]
+    asked = [role for role, column in columns.items() if column.answer]
+    written = {role: _itself if column.plain else as_json for role, column in columns.items()}
 
     def blocks() -> Iterator[dict[str, list[str]]]:
-        while part := list(islice(found, BLOCK)):
-            block: dict[str, list[str]] = {role: [] for role in (*columns, "place")}
-            for place, values, weight in part:
-                texts = {role: values[role] if columns[role].plain else as_json(values[role]) for role in columns}
-                marks.append((*_hash_row(texts, columns, values, seed), weight, _is_empty(values, columns)))
-                for role, text in (*texts.items(), ("place", place)):
-                    block[role].append(text)
+        block: dict[str, list[str]] = {role: [] for role in (*columns, "place")}
+        characters = 0
+        for place, values, number in found:
+            try:
+                texts = {role: write(values[role]) for role, write in written.items()}
+                content = texts[given[0]] if len(given) == 1 else json.dumps([texts[role] for role in given])
+                keys.extend(_digest(content))
+                answer = "\n".join(texts[role] for role in asked if values[role] is not None)
+                answers.append(int.from_bytes(_digest(answer)[:7], "big") + 1 if answer else 0)
+            except UnicodeEncodeError as error:
+                raise InputError(
+                    f"{place}: half of a surrogate pair is no text: {reprlib.repr(error.object)}"
+                ) from error
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{place}: {error}") from error
+            draws.append(_share("split:" + content))
+            if labels:
+                label_draws.append(_share(f"{labels}:{content}"))
+            origins.append(number)
+            empty.append(any(_is_empty(values[role]) for role in given))
+            for role, text in texts.items():
+                block[role].append(text)
+            block["place"].append(place)
+            characters += len(content)
+            if len(block["place"]) == BLOCK or characters > BLOCK_CHARACTERS:
+                yield block
+                block, characters = {role: [] for role in block}, 0
+        if block["place"]:
             yield block
 
-    table = write_arrow(path, blocks(), pa.schema([(role, pa.large_string()) for role in (*columns, "place")]))
-    keys, answers, draws, weights, empty = zip(*marks, strict=True) if marks else ((),) * 5
+    write_arrow(path, blocks())
     return Rows(
-        table,
-        np.array(keys, dtype="S32"),
-        np.array(answers, dtype=np.int64),
-        np.array(draws, dtype=np.float64).reshape(-1, len(DRAWS) + 1),
-        np.array(weights, dtype=np.float64),
-        np.array(empty, dtype=bool),
+        ArrowFile(path),
+        np.frombuffer(keys, dtype="S32"),
+        np.frombuffer(answers, dtype=np.int64),
+        np.frombuffer(draws, dtype=np.float64),
+        np.frombuffer(label_draws, dtype=np.float64),
+        np.frombuffer(origins, dtype=np.int64),
+        np.frombuffer(empty, dtype=bool),
+        tuple(sources),
+        parts_of,
     )
-
-
-def write_arrow(path: Path, blocks: Iterator[Mapping[str, Sequence[Any]]], schema: pa.Schema) -> Any:
-    """Write blocks of columns to an Arrow file as they come; returns it as a memory-mapped `datasets.Dataset`."""
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        for block in blocks:
-            arrays = [pa.array(block[field.name], field.type) for field in schema]
-            writer.write_batch(pa.record_batch(arrays, schema=schema))
-    return Dataset.from_file(str(path))
 
 
 def _read(
     source: Source, split: str, key: str, names: Mapping[str, str], columns: Mapping[str, Column], base: Path
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Read a source and judge its values; yields each row's place and its values by the task's names."""
-    seen: set[str] = set()
-    row: dict[str, Any] = {}
+    readers: list[tuple[str, str, Callable[[Any], Any]]] = [
+        (role, name, columns[role].read) for role, name in names.items()
+    ]
     for place, row in read_source(source, split, set(names.values()), base):
         values = {}
-        for role, name in names.items():
-            given = row.get(name)
+        for role, name, read in readers:
             try:
-                values[role] = columns[role].read(given)
+                values[role] = read(row.get(name))
             except ValueError as error:
-                raise InputError(f"data.{key}: {place}: column {name!r} {error}: {as_json(given)[:60]}") from error
-        seen |= names.values() & row.keys()
+                given = reprlib.repr(row.get(name))
+                raise InputError(f"data.{key}: {place}: column {name!r} {error}: {given}") from error
         yield place, values
-    if not row:
-        raise InputError(f"data.{key}: {source.source} has no row")
-    if lacking := [name for name in names.values() if name not in seen]:
-        raise InputError(f"data.{key}: {source.source} has no column {lacking[0]!r}; it has {', '.join(row)}")
 
 
-def _hash_row(
-    texts: Mapping[str, str], columns: Mapping[str, Column], values: Mapping[str, Any], seed: int
-) -> tuple[bytes, int, tuple[float, ...]]:
-    """Hash what is given of a row, and what is asked for."""
-    given = [texts[role] for role in texts if not columns[role].answer]
-    asked = [texts[role] for role in texts if columns[role].answer and values[role] is not None]
-    content = given[0] if len(given) == 1 else json.dumps(given)
-    answer = int.from_bytes(_digest("\n".join(asked))[:7], "big") + 1 if asked else 0
-    return _digest(content), answer, tuple(_share(f"{name}:{content}") for name in (*DRAWS, seed))
+def _itself(value: Any) -> Any:
+    return value
 
 
 def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    return hashlib.sha256(text.encode()).digest()
 
 
 def _share(text: str) -> float:
@@ -180,5 +211,6 @@ def _share(text: str) -> float:
     return int.from_bytes(_digest(text)[:4], "big") / 2**32
 
 
-def _is_empty(values: Mapping[str, Any], columns: Mapping[str, Column]) -> bool:
-    return any(not str(values[role]).strip() for role, column in columns.items() if column.plain and not column.answer)
+def _is_empty(value: Any) -> bool:
+    """Tell whether a text that is given to the model is blank, or a list that is given has nothing in it."""
+    return not value.strip() if isinstance(value, str) else value == []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StrictStr
+from pydantic import Field, StrictBool, StrictStr
 
 from distill.recipe.fields import Columns, Count, Mistake, NotASwitch, Positive, Section
 from distill.recipe.locate import is_path
@@ -34,6 +34,9 @@ class Source(Section):
     a hash."""
     delimiter: Annotated[StrictStr, Field(min_length=1, max_length=1)] | None = None
     """Character between the columns of a `.csv` or `.tsv` file; null: a comma, a tab."""
+    quotes: StrictBool | None = None
+    """Double quotes enclose values of a `.csv` or `.tsv` file, which may then hold delimiters; false: they are text.
+    null: they enclose, and in a `.tsv` file no line break may stand between them."""
     encoding: StrictStr = "utf-8"
     """Encoding of a text file, e.g. latin-1."""
     separator: StrictStr | None = None
@@ -49,7 +52,7 @@ class Source(Section):
         """Refuse keys that this kind of source does not have."""
         file = is_path(self.source)
         if not file:
-            yield from self.without_effect(("delimiter", "encoding", "separator"), ": only files have it")
+            yield from self.without_effect(("delimiter", "quotes", "encoding", "separator"), ": only files have it")
         if not self.source.startswith("hub:"):
             yield from self.without_effect(("revision", "config"), ": only hub datasets have it")
             if not file:

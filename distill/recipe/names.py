@@ -71,6 +71,12 @@ TASK_COLUMNS: dict[TaskName, tuple[str, ...]] = {
 """Columns of each task."""
 OPTIONAL_COLUMNS = ("pair",)
 """Columns that are read only where `data.columns` names them."""
+SOURCE_COLUMNS: dict[BuiltInSource, tuple[str, ...]] = {
+    "stdlib-docstrings": ("text", "label"),
+    "pydoc-topics": ("text", "label"),
+    "stdlib-sources": ("text", "label"),
+}
+"""Columns of each built-in corpus."""
 TASK_KEYS: dict[str, tuple[TaskName, ...]] = {"labelled": ("classification",), "contradictions": ("classification",)}
 """Key of `data` -> tasks for which it means something; other keys are for all."""
 TASK_METRICS: dict[TaskName, tuple[Metric, ...]] = {
