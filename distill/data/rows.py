@@ -5,12 +5,13 @@ In memory are some sixty bytes per row.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import reprlib
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -123,61 +124,99 @@ def _cut_at(text: str, share: float) -> int:
 def _collect(
     found: Iterator[tuple[str, dict[str, Any], int]],
     columns: Mapping[str, Column],
-    sources: list[Source] | tuple[Source, ...],
+    sources: Sequence[Source],
     labels: str,
     path: Path,
     parts_of: int = 0,
 ) -> Rows:
     """Write rows, given as place, values and number of the source, to an Arrow file, and hash them."""
-    keys, answers, draws, label_draws = bytearray(), array("q"), array("d"), array("d")
+    keys, answers, draws, label_draws = bytearray(), array("q"), bytearray(), bytearray()
     origins, empty = array("q"), bytearray()
     given = [role for role, column in columns.items() if not column.answer]
     asked = [role for role, column in columns.items() if column.answer]
-    written = {role: _itself if column.plain else as_json for role, column in columns.items()}
 
     def blocks() -> Iterator[dict[str, list[str]]]:
-        block: dict[str, list[str]] = {role: [] for role in (*columns, "place")}
-        characters = 0
-        for place, values, number in found:
-            try:
-                texts = {role: write(values[role]) for role, write in written.items()}
-                content = texts[given[0]] if len(given) == 1 else json.dumps([texts[role] for role in given])
-                keys.extend(_digest(content))
-                answer = "\n".join(texts[role] for role in asked if values[role] is not None)
-                answers.append(int.from_bytes(_digest(answer)[:7], "big") + 1 if answer else 0)
-            except UnicodeEncodeError as error:
-                raise InputError(
-                    f"{place}: half of a surrogate pair is no text: {reprlib.repr(error.object)}"
-                ) from error
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{place}: {error}") from error
-            draws.append(_share("split:" + content))
+        for places, values, numbers in _blocks(found, columns):
+            texts = {
+                role: values[role] if columns[role].plain else _map(as_json, values[role], places) for role in values
+            }
+            contents = _encode([texts[role] for role in given], places)
+            keys.extend(b"".join([sha256(content).digest() for content in contents]))
+            draws.extend(b"".join([sha256(b"split:" + content).digest()[:4] for content in contents]))
             if labels:
-                label_draws.append(_share(f"{labels}:{content}"))
-            origins.append(number)
-            empty.append(any(_is_empty(values[role]) for role in given))
-            for role, text in texts.items():
-                block[role].append(text)
-            block["place"].append(place)
-            characters += len(content)
-            if len(block["place"]) == BLOCK or characters > BLOCK_CHARACTERS:
-                yield block
-                block, characters = {role: [] for role in block}, 0
-        if block["place"]:
-            yield block
+                start = f"{labels}:".encode()
+                label_draws.extend(b"".join([sha256(start + content).digest()[:4] for content in contents]))
+            said = (_or_nothing(texts[role], values[role]) for role in asked)
+            answers.extend(_map(_hash_answer, zip(*said, strict=True), places) if asked else [0] * len(places))
+            origins.extend(numbers)
+            empty.extend(map(any, zip(*(map(_is_empty, values[role]) for role in given), strict=True)))
+            yield {**texts, "place": places}
 
     write_arrow(path, blocks())
     return Rows(
         ArrowFile(path),
         np.frombuffer(keys, dtype="S32"),
         np.frombuffer(answers, dtype=np.int64),
-        np.frombuffer(draws, dtype=np.float64),
-        np.frombuffer(label_draws, dtype=np.float64),
+        np.frombuffer(draws, dtype=">u4") / 2**32,
+        np.frombuffer(label_draws, dtype=">u4") / 2**32,
         np.frombuffer(origins, dtype=np.int64),
         np.frombuffer(empty, dtype=bool),
         tuple(sources),
         parts_of,
     )
+
+
+def _blocks(
+    found: Iterator[tuple[str, dict[str, Any], int]], columns: Mapping[str, Column]
+) -> Iterator[tuple[list[str], dict[str, list[Any]], list[int]]]:
+    """Gather rows to blocks of so many, or fewer where their texts are long: places, values by column, sources."""
+    plain = [role for role, column in columns.items() if column.plain]
+    places: list[str] = []
+    values: dict[str, list[Any]] = {role: [] for role in columns}
+    numbers: list[int] = []
+    characters = 0
+    for place, row, number in found:
+        places.append(place)
+        numbers.append(number)
+        for role, own in values.items():
+            own.append(row[role])
+        for role in plain:
+            characters += len(row[role])
+        if len(places) == BLOCK or characters > BLOCK_CHARACTERS:
+            yield places, values, numbers
+            places, values, numbers, characters = [], {role: [] for role in values}, [], 0
+    if places:
+        yield places, values, numbers
+
+
+def _map(function: Callable[[Any], Any], values: Iterable[Any], places: Sequence[str]) -> list[Any]:
+    """Apply a function to a value of each row. Raises InputError that names the first row where it cannot be."""
+    found: list[Any] = []
+    try:
+        found.extend(map(function, values))
+    except UnicodeEncodeError as error:
+        given = reprlib.repr(error.object)
+        raise InputError(f"{places[len(found)]}: half of a surrogate pair is no character: {given}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{places[len(found)]}: {error}") from error
+    return found
+
+
+def _encode(columns: list[list[str]], places: Sequence[str]) -> list[bytes]:
+    """Encode what is given of each row: its text, or the JSON of several."""
+    encoded = [_map(str.encode, texts, places) for texts in columns]
+    return encoded[0] if len(columns) == 1 else [json.dumps(texts).encode() for texts in zip(*columns, strict=True)]
+
+
+def _or_nothing(texts: Sequence[str], values: Sequence[Any]) -> list[str]:
+    return [text if value is not None else "" for text, value in zip(texts, values, strict=True)]
+
+
+@lru_cache(maxsize=2**16)
+def _hash_answer(texts: tuple[str, ...]) -> int:
+    """Hash what is asked for of a row; 0 where nothing is given."""
+    text = "\n".join(filter(None, texts))
+    return int.from_bytes(sha256(text.encode()).digest()[:7], "big") + 1 if text else 0
 
 
 def _read(
@@ -196,19 +235,6 @@ def _read(
                 given = reprlib.repr(row.get(name))
                 raise InputError(f"data.{key}: {place}: column {name!r} {error}: {given}") from error
         yield place, values
-
-
-def _itself(value: Any) -> Any:
-    return value
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode()).digest()
-
-
-def _share(text: str) -> float:
-    """Draw a number in [0, 1) from a text; the same hash gave the split since the first version."""
-    return int.from_bytes(_digest(text)[:4], "big") / 2**32
 
 
 def _is_empty(value: Any) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,13 @@ from distill.data.corpus import Examples
 from distill.data.splits import Split
 from distill.data.tasks.task import Encoder, Settled
 from distill.errors import InputError
+from distill.recipe.jsonrows import LISTED, list_names
+from distill.recipe.locate import is_path
+from distill.recipe.schema import Source
 
 FEW_TEST_EXAMPLES = 100
 UNKNOWN_WARNED, UNKNOWN_REFUSED = 0.05, 0.5
 """Shares of unknown tokens: above the first a line says so, above the second the data are refused."""
-LISTED = 10
-"""Classes in a line; of the others there is the number."""
 
 
 def summarise(
@@ -36,8 +38,11 @@ def summarise(
             f"the teacher was made for another language or alphabet"
         )
     quantiles = np.quantile(examples.lengths, [0, 0.5, 0.9, 1], method="nearest").tolist()
+    names, origins = list_sources(split.rows.sources), np.bincount(split.rows.origins[split.index])
     return {
         "rows": {name: count for name, count in split.counts.items() if count or name == "read"},
+        "sources": {name: int(count) for name, count in zip(names, origins, strict=False)},
+        "parts_of": split.rows.parts_of,
         "used": len(split.index),
         "labelled": int(split.labelled.sum()),
         "classes": {name: labels_of(labels).get(name, 0) for name in settled.classes},
@@ -50,6 +55,12 @@ def summarise(
         "filled": round(float(examples.lengths.mean()) / encoder.spec.max_length, 4),
         "notes": dict(encoder.notes),
     }
+
+
+def list_sources(sources: Sequence[Source]) -> list[str]:
+    """Name sources without the folders that they lie in, each once."""
+    names = [Path(source.source).name if is_path(source.source) else source.source for source in sources]
+    return [name if names.count(name) == 1 else f"{number}: {name}" for number, name in enumerate(names, start=1)]
 
 
 def labels_of(labels: Mapping[str, int]) -> dict[str, int]:
@@ -65,21 +76,46 @@ def labels_of(labels: Mapping[str, int]) -> dict[str, int]:
 def describe(summary: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """Say in lines what became of the rows: all that was left out or cut, and what a careful person would doubt."""
     for name, own in summary.items():
-        rows = own["rows"]
-        reasons = [f"{count:,} {reason.replace('_', ' ')}" for reason, count in rows.items() if reason != "read"]
-        left = f" ({', '.join(reasons)})" if reasons else ""
-        read = f"{rows['read']:,} rows read{left}; " if "read" in rows else ""
-        labelled = f", {own['labelled']:,} with a label" if own["labelled"] != own["used"] else ""
-        lengths = f"{own['lengths']['median']:,} tokens at the median, {own['lengths']['longest']:,} at most"
-        cut = f", {own['truncated']:,} cut" if own["truncated"] else ""
-        yield f"  {name}: {read}{own['examples']:,} examples{labelled}; {lengths}{cut}"
+        yield f"  {name}: {describe_split(own)}"
+        if own["parts_of"]:
+            what = "1 document is" if own["parts_of"] == 1 else f"{own['parts_of']} documents are"
+            where = {"train": "beginning", "validation": "part before the end", "test": "end"}[name]
+            yield f"  {what} split by place: the {where} is the {name} split"
+        if len(own["sources"]) > 1:
+            yield f"  {name}: rows used by source: {', '.join(f'{key} {n:,}' for key, n in own['sources'].items())}"
         yield from (f"  {name}: {note}: {count:,}" for note, count in own["notes"].items())
         if own["unknown_share"] > UNKNOWN_WARNED:
             yield f"  {name}: {own['unknown_share']:.1%} of the tokens are unknown to the tokenizer"
-    for name in ("train", "test"):
-        lacking = [f"{each!r}" for each, count in summary[name]["classes"].items() if not count]
-        if lacking:
-            more = f" and {len(lacking) - LISTED} more" if len(lacking) > LISTED else ""
-            yield f"  no {name} example of the class {', '.join(lacking[:LISTED])}{more}"
+    yield from _describe_classes(summary)
     if summary["test"]["examples"] < FEW_TEST_EXAMPLES:
         yield f"  only {summary['test']['examples']} test examples: differences of a few points are chance"
+
+
+def describe_split(own: Mapping[str, Any]) -> str:
+    """Say in a line what was read, left out, used and cut."""
+    rows = own["rows"]
+    reasons = [f"{count:,} {reason.replace('_', ' ')}" for reason, count in rows.items() if reason != "read"]
+    left = f" ({', '.join(reasons)})" if reasons else ""
+    read = f"{rows['read']:,} rows read{left}; " if "read" in rows else f"{left.strip()} " if left else ""
+    labelled = f", {own['labelled']:,} with a label" if own["labelled"] != own["used"] else ""
+    lengths = f"{own['lengths']['median']:,} tokens at the median, {own['lengths']['longest']:,} at most"
+    cut = f", {own['truncated']:,} cut" if own["truncated"] else ""
+    return f"{read}{own['examples']:,} examples{labelled}; {lengths}{cut}"
+
+
+def _describe_classes(summary: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Say how many examples the classes have, which have none, and which are easily taken for another."""
+    for name in ("train", "test"):
+        counts = summary[name]["classes"]
+        if counts:
+            some = ", ".join(f"{each} {count:,}" for each, count in [*counts.items()][:LISTED])
+            yield f"  {name}: {some}{f', and {len(counts) - LISTED} more classes' if len(counts) > LISTED else ''}"
+        for number, words in enumerate((f"no {name} example", f"only one {name} example")):
+            if found := [each for each, count in counts.items() if count == number]:
+                yield f"  {words} of the class {list_names(found)}"
+    alike: dict[str, list[str]] = {}
+    for each in summary["train"]["classes"]:
+        alike.setdefault(" ".join(each.split()).casefold(), []).append(each)
+    for names in alike.values():
+        if len(names) > 1:
+            yield f"  the classes {list_names(names)} differ in nothing but case or spaces"

@@ -158,6 +158,17 @@ def eval_results(evidence: Evidence, task: str) -> list[EvalResult]:
     ]
 
 
+def describe_cuts(evidence: Evidence) -> str:
+    """Say how many texts were longer than an example may be."""
+    length, splits = evidence.recipe.data.max_length, evidence.evaluation["data"].get("summary") or {}
+    counts = [
+        f"{own['truncated']:,} of the {name} split ({own['truncated_share']:.1%})" for name, own in splits.items()
+    ]
+    if not any(own["truncated"] for own in splits.values()):
+        return f"Examples have up to {length} tokens; " + ("no text was cut." if splits else "longer texts were cut.")
+    return f"Texts longer than {length} tokens were cut: {', '.join(counts)}."
+
+
 def caveats(evidence: Evidence) -> list[str]:
     """List the limits of the figures."""
     data, score = evidence.evaluation["data"], evidence.score("distilled")
@@ -165,7 +176,7 @@ def caveats(evidence: Evidence) -> list[str]:
     notes = [
         f"Measured on {data['examples']} examples of the {data['split']} split of {data['source']} with one seed; "
         "other texts and seeds were not tried.",
-        f"Texts longer than {evidence.recipe.data.max_length} tokens were cut or split.",
+        describe_cuts(evidence),
         "The student inherits the biases and mistakes of its teacher, and cutting can add its own.",
     ]
     if error is not None:
