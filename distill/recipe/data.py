@@ -102,6 +102,12 @@ class Data(Section):
             yield from self.without_effect(("test_share",), ": test is given")
         if self.validation is not None:
             yield from self.without_effect(("validation_share",), ": validation is given")
+        for key in ("validation", "test"):
+            each = getattr(self, key)
+            for number, source in enumerate(each if isinstance(each, list) else [each]):
+                if isinstance(source, Source) and source.weight != 1:
+                    path = (key, number, "weight") if isinstance(each, list) else (key, "weight")
+                    yield Mistake(path, "has no effect: it is for training rows only", "remove it", at="key")
         for key, tasks in TASK_KEYS.items():
             if ":" not in self.task and self.task not in tasks:
                 yield from self.without_effect((key,), f" with task: {self.task}", f"remove it; it is for {tasks[0]}")
