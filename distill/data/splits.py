@@ -178,7 +178,8 @@ def refuse_empty(splits: Mapping[str, Split]) -> None:
     for name, own in splits.items():
         if not len(own.index):
             what = "row with a label" if own.counts.get("unlabelled") else "row"
-            raise InputError(f"data: no {what} is left for {name}; {count_rows(splits)}")
+            fix = " (to look at none, set evaluate_every: 0 and no keep_best)" if name == "validation" else ""
+            raise InputError(f"data: no {what} is left for {name}{fix}; {count_rows(splits)}")
 
 
 def count_rows(splits: Mapping[str, Split]) -> str:

@@ -92,6 +92,14 @@ def data_files(source: str, base: Path) -> list[Path]:
     return found
 
 
+def searched_paths(source: str, base: Path) -> list[Path]:
+    """List what must not hold anything else: the files of a source, and the folder where all files are taken."""
+    files = data_files(source, base)
+    path = base / Path(source).expanduser()
+    start = next((folder for folder in path.parents if "**" not in str(folder)), path) if "**" in source else path
+    return [start, *files] if files and start.is_dir() else files
+
+
 def check_folder(path: Path, files: Collection[Path]) -> None:
     """Refuse a folder whose files are named after splits: to mix them is hardly what is meant."""
     words = {file: set(re.split("[^a-z]+", str(file.relative_to(path)).lower())) for file in files}

@@ -220,7 +220,9 @@ CROSS_CHECKS = [
     Bad("labelled: 160", "text: body", 12, "data.text", "unknown key write columns: {text: COLUMN} under data:"),
     Bad("labelled: 160", "columns: {txt: body}", 12, "data.columns.txt", "no column txt did you mean 'text'"),
     Bad("labelled: 160", "columns: {text: body}", 12, "data.columns.text", "has no column 'body' 'text', 'label'"),
-    Bad("stdlib-docstrings", "{source: pydoc-topics, split: a}", 10, "data.source.split", "only hub datasets and saved"),
+    Bad(
+        "stdlib-docstrings", "{source: pydoc-topics, split: a}", 10, "data.source.split", "only hub datasets and saved"
+    ),
     Bad("stdlib-docstrings", "{source: ./texts.csv, config: a}", 10, "data.source.config", "only hub datasets have it"),
     Bad("stdlib-docstrings", "./texts.csv\n  train: ./texts.csv", 11, "data.train", "source and train are both given"),
     Bad("labelled: 160", "test: [{source: ./a.csv, weight: 2}]", 12, "data.test.0.weight", "training rows only"),

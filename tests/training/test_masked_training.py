@@ -202,15 +202,11 @@ from accelerate.utils import gather_object
 sys.path[:0] = [{tests!r}, {here!r}]
 from safetensors.torch import save_file
 from test_masked_training import CUBIC, alive, run
-from tiny import tiny_project
-from distill.data import read_texts, tokenise
-from distill.models.load import load_tokenizer
-from distill.recipe import load_recipe
+from tiny import tiny_corpus
 from distill.ranks import process_state
 
 folder, rank = Path(sys.argv[1]), process_state().process_index
-spec = load_recipe(folder / "recipe.yaml").data
-corpus = tokenise(read_texts(spec, 0, folder), spec, load_tokenizer(folder / "teacher"))
+corpus = tiny_corpus(folder, seed=0)
 model, masks = run(corpus, folder / "run", CUBIC, micro=4)
 assert alive(model, masks) == 0
 save_file({{name: mask.contiguous() for name, mask in masks.masks.items()}}, folder / f"masks-{{rank}}.safetensors")
