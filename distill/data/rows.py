@@ -138,7 +138,7 @@ def _collect(
     def blocks() -> Iterator[dict[str, list[str]]]:
         for places, values, numbers in _blocks(found, columns):
             texts = {
-                role: values[role] if columns[role].plain else _map(as_json, values[role], places) for role in values
+                role: values[role] if columns[role].plain else _map(as_json, values[role], places, role) for role in values
             }
             contents = _encode([texts[role] for role in given], places)
             keys.extend(b"".join([sha256(content).digest() for content in contents]))
@@ -189,7 +189,9 @@ def _blocks(
         yield places, values, numbers
 
 
-def _map(function: Callable[[Any], Any], values: Iterable[Any], places: Sequence[str]) -> list[Any]:
+def _map(
+    function: Callable[[Any], Any], values: Iterable[Any], places: Sequence[str], what: str = "content"
+) -> list[Any]:
     """Apply a function to a value of each row. Raises InputError that names the first row where it cannot be."""
     found: list[Any] = []
     try:
@@ -198,7 +200,7 @@ def _map(function: Callable[[Any], Any], values: Iterable[Any], places: Sequence
         given = reprlib.repr(error.object)
         raise InputError(f"{places[len(found)]}: half of a surrogate pair is no character: {given}") from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{places[len(found)]}: {error}") from error
+        raise InputError(f"{places[len(found)]}: its {what} {error}") from error
     return found
 
 

@@ -52,7 +52,7 @@ def json_rows(file: TextIO, _source: Any = None) -> Iterator[Row]:
                 item = JSON.decode(text)
             except (ValueError, RecursionError) as error:
                 raise ValueError(
-                    f"line {number}: {getattr(error, 'msg', error)}; a row is one object a line"
+                    f"line {number}: {getattr(error, 'msg', error)}; a row is one object on one line"
                 ) from error
             if not isinstance(item, dict):
                 raise ValueError(f"line {number} is no object with columns: {reprlib.repr(item)}")
@@ -108,7 +108,7 @@ class _ListReader:
         more = self.file.read(max(2**16, len(self.text)))
         if not more or len(self.text) > LONGEST:
             problem = f"more than {LONGEST:,} characters are one item" if more else "its list does not end"
-            raise ValueError(f"{problem}, after item {self.number}")
+            raise ValueError(f"{problem}, at item {max(1, self.number)}")
         self.text, self.place = self.text[self.place :] + more, 0
 
 

@@ -190,5 +190,5 @@ def as_json(value: Any) -> str:
     """Write a value as it is kept, the same for equal ones. Raises ValueError where JSON has no such value."""
     try:
         return _WRITER.encode(value)
-    except TypeError as error:
-        raise ValueError(str(error)) from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"is nothing that JSON can hold ({error})") from error
