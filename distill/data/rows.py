@@ -138,7 +138,8 @@ def _collect(
     def blocks() -> Iterator[dict[str, list[str]]]:
         for places, values, numbers in _blocks(found, columns):
             texts = {
-                role: values[role] if columns[role].plain else _map(as_json, values[role], places, role) for role in values
+                role: values[role] if columns[role].plain else _map(as_json, values[role], places, role)
+                for role in values
             }
             contents = _encode([texts[role] for role in given], places)
             keys.extend(b"".join([sha256(content).digest() for content in contents]))

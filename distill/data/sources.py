@@ -10,6 +10,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import reprlib
 import sys
 import sysconfig
@@ -33,6 +34,7 @@ NOT_LIBRARY = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-pac
 Row = dict[str, Any]
 ClassNames = dict[str, list[str]]
 """Column -> names of the classes that it gives by their numbers."""
+NUMBER = re.compile(r"-?\d{1,9}", re.ASCII)
 BLOCK = 1000
 """Rows that are read at once."""
 
@@ -199,11 +201,14 @@ def _class_of(value: Any, names: Sequence[str], place: str) -> Any:
     """Return the name of a class that is given by its number, or of several; -1 stands for none."""
     if isinstance(value, list):
         return [_class_of(each, names, place) for each in value]
-    if type(value) is not int or value == -1:
-        return None if value == -1 else value
-    if not 0 <= value < len(names):
-        raise InputError(f"{place} has the class number {value}, and the dataset has {len(names)} classes")
-    return names[value]
+    if value is None or value in names:
+        return value
+    number = int(value) if isinstance(value, str) and NUMBER.fullmatch(value) else value
+    if type(number) is not int or not -1 <= number < len(names):
+        raise InputError(
+            f"{place} is {value!r}, and the dataset has the classes 0 to {len(names) - 1}, {list_names(names)}"
+        )
+    return None if number == -1 else names[number]
 
 
 def _class_names(features: Any) -> ClassNames:

@@ -492,7 +492,7 @@ REFUSED = [
     Odd(
         "class that is not named",
         {"a.parquet": described(TAGGED, text=["one"], label=[2])},
-        words="a.parquet, row 1: column 'label' has the class number 2 has 2 classes",
+        words="a.parquet, row 1: column 'label' is 2, classes 0 to 1, 'no', 'yes'",
     ),
     Odd(
         "broken metadata",
@@ -506,7 +506,7 @@ REFUSED = [
     Odd(
         "picture in a saved dataset", {"in": saved_picture}, words="in, row 1: column 'text' is no text: {'bytes': None"
     ),
-    Odd("saved class that is not named", {"in": unsound}, words="in, row 1: column 'label' has the class number 2"),
+    Odd("saved class that is not named", {"in": unsound}, words="in, row 1: column 'label' is 2"),
     Odd(
         "saved dataset that is none",
         {"in/state.json": "{}"},

@@ -80,4 +80,4 @@ class Classification(Task):
 def _kind(value: Any) -> str:
     if isinstance(value, float) or (isinstance(value, str) and parse_number(value) is not None):
         return "decimal numbers"
-    return "whole numbers" if type(value) is int else "text"
+    return {int: "whole numbers", bool: "true or false"}.get(type(value), "text")
