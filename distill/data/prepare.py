@@ -15,7 +15,7 @@ import numpy as np
 from distill.data.arrow import write_arrow
 from distill.data.corpus import Corpus, Examples, save_facts
 from distill.data.packing import cut_documents, pack
-from distill.data.rows import BLOCK, BLOCK_CHARACTERS, read_split, split_documents
+from distill.data.rows import BLOCK, BLOCK_CHARACTERS, draws_for, read_split, split_documents
 from distill.data.splits import Split, divide
 from distill.data.summary import summarise
 from distill.data.tasks.task import Encoder, Features, Ragged, Settled, Task
@@ -90,11 +90,11 @@ def prepare(order: Order, folder: Path, progress: Report = lambda _split, _done,
 
 
 def _read_splits(order: Order, folder: Path) -> dict[str, Split]:
-    task, spec, seed, looks = order.task, order.spec, order.seed, order.looks
-    given = [name for name in SPLITS if spec.origins(name)]
-    rows = {name: read_split(name, task, spec, seed, order.base, folder) for name in given}
+    task, spec, looks = order.task, order.spec, order.looks
+    given, draws = [name for name in SPLITS if spec.origins(name)], draws_for(spec, order.seed, looks)
+    rows = {name: read_split(name, task, spec, draws if name == "train" else {}, order.base, folder) for name in given}
     if task.divisible and given == ["train"] and len(rows["train"]) < FEW_DOCUMENTS:
-        rows = split_documents(rows["train"], task, spec, seed, looks, folder)
+        rows = split_documents(rows["train"], task, spec, draws, looks, folder)
     asks = any(column.answer for column in task.columns.values())
     if spec.labelled is not None and not asks:
         raise InputError(f"data.labelled: task: {task.name} has no labels to hide; remove the key")

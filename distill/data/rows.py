@@ -41,10 +41,8 @@ class Rows:
     """bytes [n], sha256 of what the model is given of a row."""
     answers: np.ndarray
     """int64 [n], hash of what is asked for; 0 where there is no label."""
-    draws: np.ndarray
-    """float64 [n] in [0, 1), from a hash of what is given: rows with a small number go to the test split."""
-    label_draws: np.ndarray
-    """float64 [n] in the same way; rows with small numbers keep their label. Empty where all keep it."""
+    draws: Mapping[str, np.ndarray]
+    """Purpose, see `draws_for` -> float64 [n] in [0, 1), from hashes of what is given."""
     origins: np.ndarray
     """int64 [n], the source of a row, as an index of `sources`."""
     empty: np.ndarray
@@ -56,11 +54,6 @@ class Rows:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def draw(self, number: int) -> np.ndarray:
-        """Return float64 [n] in [0, 1), from four bytes of the keys; the first ones, as numbers, order the rows."""
-        words = np.frombuffer(self.keys.tobytes(), dtype=">u4").reshape(-1, 8)
-        return words[:, number] / 2**32
-
 
 def columns_of(task: Task, spec: Data) -> dict[str, str]:
     """Map the columns that a task reads from the recipe's sources to their names there."""
@@ -68,8 +61,32 @@ def columns_of(task: Task, spec: Data) -> dict[str, str]:
     return {role: spec.columns.get(role, role) for role in wanted}
 
 
-def read_split(split: str, task: Task, spec: Data, seed: int, base: Path, folder: Path) -> Rows:
+def draws_for(spec: Data, seed: int, looks: bool) -> dict[str, str]:
+    """Choose what is drawn for training rows; the words are hashed with each row.
+
+    Rows with small numbers go to the test split, or to the validation split, or count once more where the weight of
+    their source is no whole number, or keep their label where only some do.
+    """
+    wanted = {
+        "test": spec.test is None,
+        "validation": looks and spec.validation is None,
+        "weight": any(source.weight % 1 for source in spec.origins("train")),
+        "labels": spec.labelled is not None,
+    }
+    words = {"test": "split", "validation": "validation", "weight": "weight", "labels": str(seed)}
+    return {purpose: word for purpose, word in words.items() if wanted[purpose]}
+
+
+def read_split(split: str, task: Task, spec: Data, draws: Mapping[str, str], base: Path, folder: Path) -> Rows:
     """Read all rows of a split into an Arrow file of the folder.
+
+    Args:
+        split: `train`, `validation` or `test`.
+        task: Judges the values.
+        spec: The recipe's section.
+        draws: As `draws_for` chooses them.
+        base: Folder that relative paths start from.
+        folder: Where the file goes.
 
     Raises:
         InputError: A source is broken, has no such column, or a row holds something else than the task needs.
@@ -81,15 +98,12 @@ def read_split(split: str, task: Task, spec: Data, seed: int, base: Path, folder
         for number, source in enumerate(sources)
         for place, values in _read(source, split, spec.key_of(split), names, columns, base)
     )
-    return _collect(found, columns, sources, label_draw(spec, seed), folder / f"{split}.rows.arrow")
+    return _collect(found, columns, sources, draws, folder / f"{split}.rows.arrow")
 
 
-def label_draw(spec: Data, seed: int) -> str:
-    """Name the draws that choose who keeps a label; empty where all keep theirs."""
-    return "" if spec.labelled is None else str(seed)
-
-
-def split_documents(rows: Rows, task: Task, spec: Data, seed: int, looks: bool, folder: Path) -> dict[str, Rows]:
+def split_documents(
+    rows: Rows, task: Task, spec: Data, draws: Mapping[str, str], looks: bool, folder: Path
+) -> dict[str, Rows]:
     """Split each of a few long documents by place: its end is the test split, what comes before it the validation.
 
     A split by the hashes of whole documents would leave one side empty, or leave everything to chance.
@@ -107,7 +121,7 @@ def split_documents(rows: Rows, task: Task, spec: Data, seed: int, looks: bool, 
                 for text, place in [(each[0] for each in rows.file.take([index]).values())]
             )
             path = folder / f"{name}.parts.arrow"
-            found[name] = _collect(parts, columns, rows.sources, label_draw(spec, seed), path, len(rows))
+            found[name] = _collect(parts, columns, rows.sources, draws, path, len(rows))
         start = end
     return found
 
@@ -125,13 +139,13 @@ def _collect(
     found: Iterator[tuple[str, dict[str, Any], int]],
     columns: Mapping[str, Column],
     sources: Sequence[Source],
-    labels: str,
+    draws: Mapping[str, str],
     path: Path,
     parts_of: int = 0,
 ) -> Rows:
     """Write rows, given as place, values and number of the source, to an Arrow file, and hash them."""
-    keys, answers, draws, label_draws = bytearray(), array("q"), bytearray(), bytearray()
-    origins, empty = array("q"), bytearray()
+    keys, answers, origins, empty = bytearray(), array("q"), array("q"), bytearray()
+    drawn = {purpose: bytearray() for purpose in draws}
     given = [role for role, column in columns.items() if not column.answer]
     asked = [role for role, column in columns.items() if column.answer]
 
@@ -143,10 +157,9 @@ def _collect(
             }
             contents = _encode([texts[role] for role in given], places)
             keys.extend(b"".join([sha256(content).digest() for content in contents]))
-            draws.extend(b"".join([sha256(b"split:" + content).digest()[:4] for content in contents]))
-            if labels:
-                start = f"{labels}:".encode()
-                label_draws.extend(b"".join([sha256(start + content).digest()[:4] for content in contents]))
+            for purpose, word in draws.items():
+                start = f"{word}:".encode()
+                drawn[purpose].extend(b"".join([sha256(start + content).digest()[:4] for content in contents]))
             said = (_or_nothing(texts[role], values[role]) for role in asked)
             answers.extend(_map(_hash_answer, zip(*said, strict=True), places) if asked else [0] * len(places))
             origins.extend(numbers)
@@ -158,8 +171,7 @@ def _collect(
         ArrowFile(path),
         np.frombuffer(keys, dtype="S32"),
         np.frombuffer(answers, dtype=np.int64),
-        np.frombuffer(draws, dtype=">u4") / 2**32,
-        np.frombuffer(label_draws, dtype=">u4") / 2**32,
+        {purpose: np.frombuffer(digits, dtype=">u4") / 2**32 for purpose, digits in drawn.items()},
         np.frombuffer(origins, dtype=np.int64),
         np.frombuffer(empty, dtype=bool),
         tuple(sources),

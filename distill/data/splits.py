@@ -92,8 +92,7 @@ class Split:
 
     def take(self, name: str, share: float) -> Split:
         """Move the share of rows with the smallest draws to a new split of that name."""
-        draws = self.rows.draws if name == "test" else self.rows.draw(6)
-        chosen = draws[self.index] < share
+        chosen = self.rows.draws[name][self.index] < share
         taken = Split(name, self.rows, self.index[chosen])
         self.index = self.index[~chosen]
         return taken
@@ -113,7 +112,7 @@ class Split:
         if wanted is not None:
             if wanted > has.sum():
                 raise InputError(f"data.labelled: {wanted} labels asked, the {self.name} split has {has.sum()}")
-            draws = np.where(has, self.rows.label_draws[self.index], np.inf)
+            draws = np.where(has, self.rows.draws["labels"][self.index], np.inf)
             has &= np.isin(np.arange(len(has)), np.argsort(draws, kind="stable")[:wanted])
         self.labelled = has
 
@@ -121,7 +120,8 @@ class Split:
         """Repeat or leave out rows as the weights of their sources say."""
         weights = np.array([source.weight for source in self.rows.sources])[self.rows.origins[self.index]]
         if (weights != 1).any():
-            times = (np.floor(weights) + (self.rows.draw(7)[self.index] < weights % 1)).astype(np.int64)
+            draws = self.rows.draws["weight"][self.index] if (weights % 1).any() else 1.0
+            times = (np.floor(weights) + (draws < weights % 1)).astype(np.int64)
             self.counts["left_out_by_weight"] = int((times == 0).sum())
             self.counts["repeated_by_weight"] = int(np.maximum(times - 1, 0).sum())
             self.index, self.labelled = np.repeat(self.index, times), np.repeat(self.labelled, times)

@@ -60,7 +60,7 @@ def read(folder, split="train", **source):
     """Texts, labels and places of the first two rows of a split."""
     given = {split: {"source": "hub:org/set", **source}}
     spec = Data(**{"train": "./x", **given}, task="classification")
-    values = read_split(split, TASKS["classification"](), spec, 0, folder, folder).file.take([0, 1])
+    values = read_split(split, TASKS["classification"](), spec, {}, folder, folder).file.take([0, 1])
     return [*zip(values["text"], map(json.loads, values["label"]), values["place"], strict=True)]
 
 
