@@ -13,7 +13,7 @@ from markupsafe import Markup
 from distill.recipe.names import TEACHER_METRICS
 from distill.release.evidence import Evidence, judge, standard_error, summarize
 from distill.release.tables import tables
-from distill.release.wording import one_line
+from distill.release.wording import format_percent, one_line
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 USES = {
@@ -162,7 +162,8 @@ def describe_cuts(evidence: Evidence) -> str:
     """Say how many texts were longer than an example may be."""
     length, splits = evidence.recipe.data.max_length, evidence.evaluation["data"].get("summary") or {}
     counts = [
-        f"{own['truncated']:,} of the {name} split ({own['truncated_share']:.1%})" for name, own in splits.items()
+        f"{own['truncated']:,} of the {name} split ({format_percent(own['truncated_share'])})"
+        for name, own in splits.items()
     ]
     if not any(own["truncated"] for own in splits.values()):
         return f"Examples have up to {length} tokens; " + ("no text was cut." if splits else "longer texts were cut.")
