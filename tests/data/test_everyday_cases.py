@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import re
+from pathlib import Path
 
 import pytest
 from prepared import is_held_out, labels_of, prepared, texts_of, write_rows
@@ -15,6 +17,7 @@ from distill.data import TASKS, Order, collate, prepare
 from distill.data.summary import describe
 from distill.errors import InputError
 from distill.recipe.schema import Data
+from distill.recipe.yaml import read_text
 
 
 def words(count: int) -> list[str]:
@@ -140,3 +143,12 @@ def test_the_length_that_cuts_is_that_of_the_recipe_and_counted(tmp_path):
     cut = sum(own["truncated"] for own in corpus.summary.values())
     assert cut == sum(len(text.split()) > 7 for text in texts) > 0
     assert corpus.train.lengths.max() == 7
+
+
+EXAMPLES = re.findall("```yaml\n(.*?)```", (Path(__file__).parents[2] / "docs/data.md").read_text("utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda text: text.splitlines()[0].strip("# ")[:40])
+def test_every_example_of_the_documentation_is_a_section_data(example):
+    spec = Data.model_validate(read_text(example, "docs/data.md").data["data"])
+    assert spec.origins("train")
