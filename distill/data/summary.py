@@ -52,6 +52,7 @@ def summarise(
         "truncated": encoder.truncated,
         "truncated_share": round(encoder.truncated / max(1, encoder.examples), 4),
         "unknown_share": round(unknown, 4),
+        "documents": int(examples.columns["documents"].lengths.sum()) if "documents" in examples.columns else None,
         "filled": round(float(examples.lengths.mean()) / encoder.spec.max_length, 4),
         "notes": dict(encoder.notes),
     }
@@ -100,6 +101,8 @@ def describe_split(own: Mapping[str, Any]) -> str:
     labelled = f", {own['labelled']:,} with a label" if own["labelled"] != own["used"] else ""
     lengths = f"{own['lengths']['median']:,} tokens at the median, {own['lengths']['longest']:,} at most"
     cut = f", {own['truncated']:,} cut" if own["truncated"] else ""
+    if own["documents"] is not None:
+        cut = f"; {own['documents']:,} documents, or pieces of them, fill the rows to {own['filled']:.1%}"
     return f"{read}{own['examples']:,} examples{labelled}; {lengths}{cut}"
 
 

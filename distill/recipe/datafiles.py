@@ -28,6 +28,11 @@ COMPRESSED: dict[str, Callable[..., TextIO]] = {".gz": gzip.open, ".bz2": bz2.op
 """Endings that may follow, except after .parquet, which compresses by itself."""
 SAVED = ("state.json", "dataset_dict.json")
 """Files that tell a folder of `Dataset.save_to_disk`, or of `DatasetDict.save_to_disk`."""
+UNREAD = (
+    *(".zst", ".zip", ".tar", ".tgz", ".7z", ".arrow", ".feather", ".orc", ".avro", ".xlsx", ".xls", ".xml"),
+    *(".pkl", ".npy", ".db", ".sqlite", ".ndjson", ".jsonlines"),
+)
+"""Endings of data that is not read; in a folder they are refused, while other files are no data."""
 OPTIONS = {
     "delimiter": (".csv", ".tsv"),
     "quotes": (".csv", ".tsv"),
@@ -101,7 +106,9 @@ def searched_paths(source: str, base: Path) -> list[Path]:
 
 
 def check_folder(path: Path, files: Collection[Path]) -> None:
-    """Refuse a folder whose files are named after splits: to mix them is hardly what is meant."""
+    """Refuse a folder with data that would be passed over, or with files named after splits, which would be mixed."""
+    if unread := [file for file in sorted(path.rglob("*")) if file.suffix.lower() in UNREAD]:
+        raise InputError(f"{path} holds {unread[0].relative_to(path)}, which cannot be read; convert or move it")
     words = {file: set(re.split("[^a-z]+", str(file.relative_to(path)).lower())) for file in files}
     training = [file for file, found in words.items() if "train" in found]
     held_out = [file for file, found in words.items() if found & {"test", "validation", "valid", "dev", "eval"}]

@@ -12,7 +12,7 @@ from typing import Any
 from distill.errors import InputError
 from distill.files import MAX_JSON, read_object
 from distill.recipe.data import SPLITS
-from distill.recipe.datafiles import check_options, data_files, ending_of, read_rows
+from distill.recipe.datafiles import check_options, data_files, ending_of, is_saved_dataset, read_rows
 from distill.recipe.fields import KeyPath, Mistake
 from distill.recipe.jsonrows import list_names
 from distill.recipe.locate import (
@@ -134,9 +134,10 @@ def first_columns(path: Path, source: Source, wanted: set[str]) -> Collection[st
     Raises:
         InputError: The file is broken, or has no row.
     """
-    if ending_of(path) in ("", ".parquet"):
-        if ending_of(path):
-            check_parquet(path)
+    if is_saved_dataset(path):
+        return None
+    if ending_of(path) == ".parquet":
+        check_parquet(path)
         return None
     columns: dict[str, None] = {}
     for _, row in islice(read_rows(path, source), MAX_ROWS):

@@ -261,6 +261,7 @@ READ = [
         {"in": saved({"text": ["one", "two"], "label": [1, -1]}, CLASSES)},
         [("one", "yes"), ("two", None)],
     ),
+    Odd("saved dataset with the name of a file", {"in.csv": saved({"text": ["one"], "label": ["a"]})}, AB[:1]),
     Odd("saved splits", {"in": saved_splits}, [("train", "x")]),
     Odd("one of the saved splits", {"in": saved_splits}, [("test", "x")], source={"split": "test"}),
 ]
@@ -338,6 +339,12 @@ REFUSED = [
     Odd("no file", {}, source="./a.jsonl", words="there is no file a.jsonl"),
     Odd("pattern without a file", {"b.csv": CSV}, source="./a*.csv", words="there is no file a*.csv"),
     Odd("folder without a file", {"in/notes.md": "x"}, source="./in", words="in holds no file that ends in .jsonl"),
+    Odd(
+        "folder with data that is not read",
+        {"in/a.csv": CSV, "in/b.csv.zst": b"x"},
+        source="./in",
+        words="in holds b.csv.zst, which cannot be read",
+    ),
     Odd(
         "folder of several kinds",
         {"in/a.csv": CSV, "in/b.jsonl": JSONL},

@@ -22,6 +22,7 @@ from distill.data.batches import micro_batches, step_indices
 from distill.data.packing import cut_documents, pack
 from distill.data.sources import pydoc_topics, source_fingerprint, stdlib_docstrings
 from distill.errors import InputError
+from distill.models.load import load_tokenizer
 from distill.recipe import load_recipe
 from distill.recipe.schema import Data, Source
 
@@ -301,3 +302,20 @@ def test_a_micro_batch_is_taken_in_well_under_a_millisecond(tmp_path):
         taken = examples.take(chosen)
     assert taken["input_ids"].pad(0).shape == (32, 128)
     assert (time.process_time() - start) / 100 < 1e-3  # of this process alone, so not of how busy the machine is
+
+
+def test_texts_that_are_cut_are_counted_by_both_kinds_of_tokenizers(folder):
+    from distill.data.tasks.task import Encoder, Settled
+
+    class Slow(dict):
+        """What a tokenizer written in Python returns: no encodings."""
+
+        encodings = None
+
+    fast = load_tokenizer(folder / "teacher")
+    spec = Data(source="./data.jsonl", task="classification", max_length=3)
+    for tokenizer in (fast, lambda *given, **own: Slow(fast(*given, **own))):
+        encoder = Encoder(tokenizer, spec, Settled("sequence"))
+        encoder.__dict__["unknown_id"] = None
+        ids = encoder(["red", "red cat dog", "red cat dog fish", "red cat dog fish runs here"])["input_ids"]
+        assert [len(each) for each in ids] == [1, 3, 3, 3] and encoder.truncated == 2

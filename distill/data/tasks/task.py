@@ -93,7 +93,9 @@ class Encoder:
         own = {"return_attention_mask": False, "return_token_type_ids": kinds}
         encoded = self.tokenizer(*given, truncation=True, max_length=limit, **own)
         full = [row for row, ids in enumerate(encoded["input_ids"]) if len(ids) >= limit]
-        if full:
+        if full and encoded.encodings:
+            self.truncated += sum(bool(encoded.encodings[row].overflowing) for row in full)
+        elif full:
             whole = self.tokenizer(*([part[row] for row in full] for part in given), verbose=False)["input_ids"]
             self.truncated += sum(len(ids) > limit for ids in whole)
         self.count(encoded["input_ids"])
