@@ -78,15 +78,15 @@ def describe(summary: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """Say in lines what became of the rows: all that was left out or cut, and what a careful person would doubt."""
     for name, own in summary.items():
         yield f"  {name}: {describe_split(own)}"
-        if own["parts_of"]:
-            what = "1 document is" if own["parts_of"] == 1 else f"{own['parts_of']} documents are"
-            where = {"train": "beginning", "validation": "part before the end", "test": "end"}[name]
-            yield f"  {what} split by place: the {where} is the {name} split"
         if len(own["sources"]) > 1:
             yield f"  {name}: rows used by source: {', '.join(f'{key} {n:,}' for key, n in own['sources'].items())}"
         yield from (f"  {name}: {note}: {count:,}" for note, count in own["notes"].items())
         if own["unknown_share"] > UNKNOWN_WARNED:
             yield f"  {name}: {own['unknown_share']:.1%} of the tokens are unknown to the tokenizer"
+    if parts := summary["test"]["parts_of"]:
+        what, its = ("1 document is", "its") if parts == 1 else (f"{parts} documents are", "their")
+        before = f", the part before {'it' if parts == 1 else 'them'} the validation split" if len(summary) > 2 else ""
+        yield f"  {what} split by place: {its} end is the test split{before}"
     yield from _describe_classes(summary)
     if summary["test"]["examples"] < FEW_TEST_EXAMPLES:
         yield f"  only {summary['test']['examples']} test examples: differences of a few points are chance"

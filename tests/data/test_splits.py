@@ -158,7 +158,9 @@ def test_one_document_keeps_its_order_and_is_split_by_place(tmp_path):
     shares = [len(part) / len(text) for (part,) in parts]
     assert shares == pytest.approx([0.72, 0.08, 0.2], abs=0.02)
     said = [*describe(corpus.summary)]
-    assert "  1 document is split by place: the end is the test split" in said
+    assert (
+        said[-2] == "  1 document is split by place: its end is the test split, the part before it the validation split"
+    )
     assert [*prepared(tmp_path, train="./data.txt", task="causal_lm", max_length=10**5).splits] == ["train", "test"]
 
 
