@@ -38,14 +38,15 @@ def summarise(
             f"the teacher was made for another language or alphabet"
         )
     quantiles = np.quantile(examples.lengths, [0, 0.5, 0.9, 1], method="nearest").tolist()
-    names, origins = list_sources(split.rows.sources), np.bincount(split.rows.origins[split.index])
+    names, counts = list_sources(split.rows.sources), labels_of(labels)
+    origins = np.bincount(split.rows.origins[split.index], minlength=len(names)).tolist()
     return {
         "rows": {name: count for name, count in split.counts.items() if count or name == "read"},
-        "sources": {name: int(count) for name, count in zip(names, origins, strict=False)},
+        "sources": dict(zip(names, origins, strict=True)),
         "parts_of": split.rows.parts_of,
         "used": len(split.index),
         "labelled": int(split.labelled.sum()),
-        "classes": {name: labels_of(labels).get(name, 0) for name in settled.classes},
+        "classes": {name: counts.get(name, 0) for name in settled.classes},
         "examples": len(examples),
         "tokens": int(examples.lengths.sum()),
         "lengths": dict(zip(("shortest", "median", "90 %", "longest"), quantiles, strict=True)),
