@@ -86,6 +86,7 @@ def main() -> None:
         write_rows(folder / "rows.jsonl", rows)
         (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
 
+        from distill import files
         from distill.pipeline import RunDir, Session, run_stages
         from distill.pipeline import data as stage
         from distill.recipe import load_recipe
@@ -94,6 +95,7 @@ def main() -> None:
 
         def run() -> np.ndarray:
             recipe = load_recipe(folder / "recipe.yaml")
+            files._sha256.cache_clear()  # another process would not know the content of any file
             start = now()
             run_stages(Session(recipe, folder, RunDir(folder / "run"), lines.append), [stage.STAGE])
             return now() - start

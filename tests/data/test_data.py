@@ -20,10 +20,11 @@ import distill.data.rows as rows_module
 from distill.data import TASKS, Order, TrainingBatches, collate, evaluation_batches, load_corpus, prepare
 from distill.data.batches import micro_batches, step_indices
 from distill.data.packing import cut_documents, pack
-from distill.data.sources import pydoc_topics, source_fingerprint, stdlib_docstrings
+from distill.data.sources import SOURCES, pydoc_topics, source_fingerprint, stdlib_docstrings
 from distill.errors import InputError
 from distill.models.load import load_tokenizer
 from distill.recipe import load_recipe
+from distill.recipe.names import SOURCE_COLUMNS
 from distill.recipe.schema import Data, Source
 
 prepare_module = sys.modules["distill.data.prepare"]  # its name in the package is that of the function
@@ -285,6 +286,8 @@ def test_built_in_sources_have_text_and_labels():
     assert len(docstrings) > 2000 and len(set(docstrings["label"])) == 12
     assert len(set(docstrings["text"])) == len(docstrings)
     assert sum(map(len, pydoc_topics()["text"])) > 400_000
+    assert SOURCE_COLUMNS.keys() == SOURCES.keys()
+    assert tuple(docstrings.column_names) == SOURCE_COLUMNS["stdlib-docstrings"]
 
 
 def test_a_micro_batch_is_taken_in_well_under_a_millisecond(tmp_path):
