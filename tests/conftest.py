@@ -24,6 +24,14 @@ def pytest_xdist_make_scheduler(config, log):
     return WorkStealingScheduling(config, log)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """A cache of tokenised corpora of these tests alone, also for the processes that they start."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["DISTILL_CACHE"] = str(folder)
+    return folder
+
+
 @pytest.fixture(params=FORMS)
 def form(request):
     """A family for each form of layer: for tests of what depends on the form, not on the family's row."""

@@ -186,6 +186,22 @@ def cut_by_hand(teacher, kept, widths=None, encoder=None):
     return build_student(teacher, plan)
 
 
+def tiny_corpus(folder, *overrides, spec=None, seed=None, looks=False, packs=False):
+    """The corpus of the recipe in a folder, prepared in a new folder beside it; `spec` instead of its section data."""
+    import tempfile
+    from pathlib import Path
+
+    from distill.data import TASKS, Order, prepare
+    from distill.models.load import load_tokenizer
+    from distill.recipe import load_recipe
+
+    recipe = load_recipe(folder / "recipe.yaml", overrides)
+    spec, tokenizer = spec or recipe.data, load_tokenizer(folder / "teacher")
+    seed = recipe.seed if seed is None else seed
+    order = Order(TASKS[spec.task](), spec, tokenizer, seed, folder, looks=looks, packs=packs)
+    return prepare(order, Path(tempfile.mkdtemp(dir=folder)))
+
+
 WORDS = ("red", "green", "blue", "cat", "dog", "fish", "runs", "sleeps", "eats", "fast", "slow", "here", "there")
 CLASSES = {"cat": "mammal", "dog": "mammal", "fish": "swimmer"}
 

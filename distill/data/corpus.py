@@ -11,104 +11,36 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from distill.data.arrow import ArrowFile
 from distill.data.tasks.task import Ragged, Settled, Task
 from distill.errors import InputError
-from distill.files import read_object, write_json
+from distill.files import content_of, read_object, sha256_of, write_json
 
 FACTS = "corpus.json"
 
 
-@dataclass(frozen=True)
-class Examples:
-    """The examples of one split, n of them; they stay in their file until they are looked at."""
-
-    path: Path
-    """An Arrow file of the features of the task, `labelled`, and `row`, the number of an example's row."""
-
-    def __reduce__(self) -> Any:
-        return Examples, (self.path,)  # a loader worker maps the file by itself
-
-    @cached_property
-    def table(self) -> pa.Table:
-        """The file, mapped into memory."""
-        with pa.memory_map(str(self.path)) as file:
-            return pa.ipc.open_stream(file).read_all()
-
-    def __len__(self) -> int:
-        return len(self.table)
+class Examples(ArrowFile):
+    """The examples of one split, n of them: the features of the task, `labelled`, and `row`, an example's row."""
 
     def __getitem__(self, index: int) -> np.ndarray:
         """Token ids of one example, int32 [L]."""
-        ids: np.ndarray = self._columns["input_ids"].take([index]).flat
-        return ids
-
-    def take(self, indices: Sequence[int]) -> dict[str, Any]:
-        """Return the features of some examples: `Ragged` for lists, arrays for numbers, lists for texts."""
-        return {name: column.take(indices) for name, column in self._columns.items()}
+        ids: Ragged = self.take([index])["input_ids"]
+        return ids.flat
 
     @cached_property
     def lengths(self) -> np.ndarray:
         """int64 [n] tokens per example."""
-        return np.concatenate([np.diff(offsets) for offsets, _ in self._columns["input_ids"].chunks])
+        return self.columns["input_ids"].lengths
 
     @property
     def highest(self) -> int:
         """Highest token id."""
-        return int(pa.compute.max(self.table.column("input_ids").combine_chunks().flatten()).as_py())
+        return max(int(part.max(initial=0)) for part in self.columns["input_ids"].content())
 
     @cached_property
     def labelled(self) -> np.ndarray:
         """Bool [n], the example has a label."""
-        found: np.ndarray = self._columns["labelled"].values
-        return found
-
-    @cached_property
-    def _columns(self) -> dict[str, Any]:
-        kinds = {field.name: field.type for field in self.table.schema}
-        return {
-            name: (_Lists if pa.types.is_list(kind) else _Texts if pa.types.is_large_string(kind) else _Numbers)(
-                self.table.column(name)
-            )
-            for name, kind in kinds.items()
-        }
-
-
-class _Lists:
-    """A column of lists of numbers, each chunk as views of the file."""
-
-    def __init__(self, column: pa.ChunkedArray):
-        self.starts = np.cumsum([0, *(len(chunk) for chunk in column.chunks)])
-        self.chunks = [(chunk.offsets.to_numpy().astype(np.int64), chunk.values.to_numpy()) for chunk in column.chunks]
-
-    def take(self, indices: Sequence[int]) -> Ragged:
-        found = []
-        numbers = np.searchsorted(self.starts, indices, side="right") - 1
-        for number, index in zip(numbers, indices, strict=True):
-            offsets, values = self.chunks[number]
-            place = index - self.starts[number]
-            found.append(values[offsets[place] : offsets[place + 1]])
-        return Ragged(np.concatenate(found), np.array([len(each) for each in found]))
-
-
-class _Numbers:
-    """A column of numbers, in memory."""
-
-    def __init__(self, column: pa.ChunkedArray):
-        self.values = column.to_numpy()
-
-    def take(self, indices: Sequence[int]) -> np.ndarray:
-        found: np.ndarray = self.values[list(indices)]
-        return found
-
-
-class _Texts:
-    """A column of texts."""
-
-    def __init__(self, column: pa.ChunkedArray):
-        self.column = column
-
-    def take(self, indices: Sequence[int]) -> list[str]:
-        return [self.column[int(index)].as_py() for index in indices]
+        return self.columns["labelled"].take(range(len(self)))  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -126,7 +58,7 @@ class Corpus:
     summary: dict[str, Any]
     """Counts of rows, classes and tokens, for people."""
     constants: dict[str, Any] = field(default_factory=dict)
-    """`Task.constants` of the tokenizer and the recipe."""
+    """What collating needs beside the features, see `Task.constants`."""
 
     @property
     def head(self) -> str:
@@ -161,10 +93,18 @@ class Corpus:
 
 
 def save_facts(corpus: Corpus, folder: Path) -> None:
-    """Write what is not in the Arrow files of a corpus."""
+    """Write what is not in the Arrow files of a corpus, and the checksums of these."""
     facts = {"padding": corpus.padding, "fingerprint": corpus.fingerprint, "summary": corpus.summary}
     facts |= {"constants": corpus.constants}
-    write_json(folder / FACTS, {"settled": asdict(corpus.settled), **facts})
+    files = {name: sha256_of(examples.path) for name, examples in corpus.splits.items()}
+    write_json(folder / FACTS, {"settled": asdict(corpus.settled), **facts, "files": files})
+
+
+def check_files(folder: Path) -> None:
+    """Refuse a corpus whose files are not those that were written. Raises InputError."""
+    for name, content in read_object(folder / FACTS)["files"].items():
+        if content_of(folder / f"{name}.arrow") != content:
+            raise InputError(f"{folder / name}.arrow is not what was written")
 
 
 def load_corpus(folder: Path, task: Task) -> Corpus:
@@ -175,9 +115,9 @@ def load_corpus(folder: Path, task: Task) -> Corpus:
     """
     try:
         facts = read_object(folder / FACTS)
-        splits = {name: Examples(folder / f"{name}.arrow") for name in facts["summary"]}
-        for examples in splits.values():
-            len(examples)  # maps the file
+        splits = {name: Examples(folder / f"{name}.arrow") for name in dict(facts["files"])}
+        for examples in (splits["train"], splits["test"], *splits.values()):
+            len(examples)
         settled = Settled(**{**facts["settled"], "classes": tuple(facts["settled"]["classes"])})
         padding, constants = facts["padding"], facts["constants"]
         return Corpus(task, settled, splits, padding, facts["fingerprint"], facts["summary"], constants)

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
+from distill.data.arrow import write_arrow
 from distill.data.corpus import Corpus, Examples, save_facts
 from distill.data.packing import cut_documents, pack
-from distill.data.rows import BLOCK, columns_of, read_split, split_documents, write_arrow
+from distill.data.rows import BLOCK, BLOCK_CHARACTERS, columns_of, draws_for, read_split, split_documents
 from distill.data.splits import Split, divide
 from distill.data.summary import summarise
 from distill.data.tasks.task import Encoder, Features, Ragged, Settled, Task
@@ -49,7 +47,7 @@ class Order:
     packs: bool = False
     """The teacher's family can tell documents apart that share a row."""
     teacher: Path | None = None
-    """Folder of the teacher, where a task reads more of it than the tokenizer."""
+    """Folder of the teacher, for tasks that read more of it than the tokenizer."""
     own_order: Callable[[Settled], Settled] = lambda settled: settled
     """Puts the classes into the order of a teacher that is already trained. Raises InputError."""
 
@@ -71,34 +69,33 @@ def prepare(order: Order, folder: Path, progress: Report = lambda _split, _done,
         raise InputError(f"data.max_length: {spec.max_length} is more than the tokenizer's {limit} positions")
     splits = _read_splits(order, folder)
     asked = [role for role in columns_of(task, spec) if task.columns[role].answer]
-    labels = {name: sum((own.labels(column) for column in asked), start=Counter()) for name, own in splits.items()}
+    labels = {name: own.count_labels(asked) for name, own in splits.items()}
     settled = order.own_order(task.settle(labels, spec))
     constants = task.constants(tokenizer, spec)
     digest = hashlib.sha256(json.dumps([settled.head, settled.classes, *sorted(constants.items())]).encode())
     parts: dict[str, Examples] = {}
     counts: dict[str, Any] = {}
-    for name in order.spec.splits:
+    for name in spec.splits:
         if name in splits:
             encoder = Encoder(tokenizer, spec, settled, measured=name != "train", teacher=order.teacher)
             path, report = folder / f"{name}.arrow", partial(progress, name)
             examples = _encode(task, splits[name], encoder, path, order.packs, report)
-            digest.update(f"{name}:{len(examples)}".encode())
-            _add_content(digest, examples)
+            digest.update(f"{name}:{_content_of(examples)}".encode())
             parts[name] = examples
             counts[name] = summarise(splits[name], encoder, examples)
     corpus = Corpus(task, settled, parts, int(tokenizer.pad_token_id), digest.hexdigest(), counts, constants)
     save_facts(corpus, folder)
-    for leftover in (*folder.glob("*.rows.arrow"), *folder.glob("*.parts.arrow"), *folder.glob("*.documents.arrow")):
+    for leftover in [file for kind in ("rows", "parts", "documents") for file in folder.glob(f"*.{kind}.arrow")]:
         leftover.unlink()
     return corpus
 
 
 def _read_splits(order: Order, folder: Path) -> dict[str, Split]:
-    task, spec, seed, looks = order.task, order.spec, order.seed, order.looks
-    given = [name for name in spec.splits if spec.origins(name)]
-    rows = {name: read_split(name, task, spec, seed, order.base, folder) for name in given}
+    task, spec, looks = order.task, order.spec, order.looks
+    given, draws = [name for name in spec.splits if spec.origins(name)], draws_for(spec, order.seed, looks)
+    rows = {name: read_split(name, task, spec, draws if name == "train" else {}, order.base, folder) for name in given}
     if task.divisible and not {"validation", "test"} & {*given} and len(rows["train"]) < FEW_DOCUMENTS:
-        rows |= split_documents(rows["train"], task, spec, seed, looks, folder)
+        rows |= split_documents(rows["train"], task, spec, draws, looks, folder)
     asks = any(column.answer for column in task.columns.values())
     if spec.labelled is not None and not asks:
         raise InputError(f"data.labelled: task: {task.name} has no labels to hide; remove the key")
@@ -112,11 +109,11 @@ def _encode(
 
     def blocks() -> Iterator[Features]:
         with as_input_error(f"the tokenizer cannot read the {path.stem} split"):
-            for start in range(0, len(split.index), BLOCK):
-                features = _encode_block(task, split, slice(start, start + BLOCK), encoder)
+            for part in _blocks(split):
+                features = _encode_block(task, split, part, encoder)
                 if features["row"]:  # the task may leave rows out
                     yield features
-                progress(min(start + BLOCK, len(split.index)), len(split.index))
+                progress(part.stop, len(split.index))
         if not encoder.examples:
             reasons = "; ".join(f"{note}: {count}" for note, count in encoder.notes.items())
             raise InputError(f"data: no example is left of the {path.stem} split{reasons and f' ({reasons})'}")
@@ -128,17 +125,32 @@ def _encode(
 
 
 def _encode_block(task: Task, split: Split, part: slice, encoder: Encoder) -> Features:
-    index, labelled = split.index[part], split.labelled[part]
-    found = split.rows.table[index.tolist()]
-    values: dict[str, list[Any]] = {"place": found["place"]}
-    for name, column in task.columns.items():
-        if name in found:
-            read = found[name] if column.plain else [json.loads(text) for text in found[name]]
-            keeps = labelled if column.answer else np.ones(len(index), dtype=bool)
-            values[name] = [value if keep else None for value, keep in zip(read, keeps, strict=True)]
+    index, labelled = split.index[part], split.labelled[part].tolist()
+    values: dict[str, list[Any]] = {}
+    values["place"] = split.rows.file.columns["place"].take(index)  # type: ignore[assignment]
+    for name in task.columns.keys() & split.rows.file.columns.keys():
+        column = task.columns[name]
+        texts = values[name] = split.rows.file.columns[name].take(index)  # type: ignore[assignment]
+        if not column.plain:
+            known = {text: json.loads(text) for text in set(texts)}
+            texts = values[name] = [known[text] for text in texts]
+        if column.answer:
+            values[name] = [value if keep else None for value, keep in zip(texts, labelled, strict=True)]
     features = task.encode(values, encoder)
     numbers = features.pop("row", range(len(index)))
     return {**features, "row": [part.start + number for number in numbers]}
+
+
+def _blocks(split: Split) -> Iterator[slice]:
+    """Cut the rows of a split into blocks of so many rows, or fewer where their texts are long."""
+    lengths = np.sum([column.lengths for column in split.rows.file.columns.values()], axis=0)
+    ends = np.cumsum(lengths[split.index])
+    start = 0
+    while start < len(ends):
+        before = ends[start - 1] if start else 0
+        stop = min(start + BLOCK, max(start + 1, int(np.searchsorted(ends, before + BLOCK_CHARACTERS))))
+        yield slice(start, min(stop, len(ends)))
+        start = stop
 
 
 def _packed(documents: Examples, size: int, packs: bool) -> Iterator[Features]:
@@ -163,31 +175,17 @@ def _join(values: Ragged, pieces: np.ndarray) -> np.ndarray:
 
 
 def _write_examples(path: Path, blocks: Iterator[Features]) -> Examples:
-    """Write examples as they come; the first block decides the types of the features."""
-    first = next(blocks, None)
-    if first is None:
+    if not write_arrow(path, blocks):
         raise InputError(f"data: the {path.name.partition('.')[0]} split has no example")
-    schema = pa.schema([(name, _type_of(values)) for name, values in first.items()])
-    write_arrow(path, chain([first], blocks), schema)
     return Examples(path)
 
 
-def _type_of(values: Sequence[Any]) -> pa.DataType:
-    value = next((each for each in values if not hasattr(each, "__len__") or len(each)), values[0])
-    if isinstance(value, str):
-        return pa.large_string()
-    if isinstance(value, bool | np.bool_):
-        return pa.bool_()
-    if hasattr(value, "__len__"):
-        return pa.list_(pa.float32() if len(value) and isinstance(value[0], float | np.floating) else pa.int32())
-    return pa.float64() if isinstance(value, float) else pa.int64()
-
-
-def _add_content(digest: Any, examples: Examples) -> None:
-    """Add every feature of every example to a hash, whatever the blocks they were written in."""
-    for name in sorted(examples.table.column_names):
-        for start in range(0, len(examples), BLOCK):
-            content = examples.take(range(start, min(start + BLOCK, len(examples))))[name]
-            parts = [content.flat, content.lengths] if isinstance(content, Ragged) else [content]
-            for part in parts:
-                digest.update(part.tobytes() if isinstance(part, np.ndarray) else json.dumps(part).encode())
+def _content_of(examples: Examples) -> str:
+    """Hash every feature of every example, whatever the blocks they were written in."""
+    digest = hashlib.sha256()
+    for name, column in sorted(examples.columns.items()):
+        own = hashlib.sha256(column.lengths.tobytes())
+        for part in column.content():
+            own.update(part)
+        digest.update(f"{name}:{own.hexdigest()}".encode())
+    return digest.hexdigest()

@@ -1,22 +1,24 @@
 """The rows of each split as they are read: judged, hashed and written to memory-mapped Arrow files.
 
-In memory are some eighty bytes per row.
+In memory are some sixty bytes per row.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import reprlib
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-from datasets import Dataset
 
+from distill.data.arrow import ArrowFile, write_arrow
 from distill.data.sources import read_source
 from distill.data.tasks.task import Column, Task, as_json
 from distill.errors import InputError
@@ -24,28 +26,31 @@ from distill.recipe.names import OFFERED_COLUMNS, columns_read
 from distill.recipe.schema import Data, Source
 
 BLOCK = 1000
-"""Rows that are read, written or encoded at once."""
-DRAWS = ("split", "validation", "weight")
-"""What is drawn for each row: rows with a small number go to the test split, to the validation split, or count once
-more where the weight of their source is no whole number."""
+"""Rows that are read, written or encoded at once; fewer of long texts."""
+BLOCK_CHARACTERS = 2**22
+CUT_WITHIN = 2000
+"""Characters within which a line or a word ends where a document is cut."""
 
 
 @dataclass(frozen=True)
 class Rows:
     """The rows of one split as read, and the hashes that decide what becomes of them; n rows."""
 
-    table: Any
-    """`datasets.Dataset` with the task's columns and `place`, memory-mapped."""
+    file: ArrowFile
+    """The task's columns, and `place`."""
     keys: np.ndarray
     """bytes [n], sha256 of what the model is given of a row."""
     answers: np.ndarray
     """int64 [n], hash of what is asked for; 0 where there is no label."""
-    draws: np.ndarray
-    """float64 [n, 4] in [0, 1), from hashes of the same: see `DRAWS`; last, those that choose who keeps a label."""
-    weights: np.ndarray
-    """float64 [n], of the row's source."""
+    draws: Mapping[str, np.ndarray]
+    """Purpose, see `draws_for` -> float64 [n] in [0, 1), from hashes of what is given."""
+    origins: np.ndarray
+    """int64 [n], the source of a row, as an index of `sources`."""
     empty: np.ndarray
     """bool [n], a text that the task needs is blank."""
+    sources: tuple[Source, ...]
+    parts_of: int = 0
+    """Documents that these rows are parts of, where long documents were split by place."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -56,23 +61,49 @@ def columns_of(task: Task, spec: Data) -> dict[str, str]:
     return {role: spec.columns.get(role, role) for role in columns_read(task.name, task.columns, spec.columns)}
 
 
-def read_split(split: str, task: Task, spec: Data, seed: int, base: Path, folder: Path) -> Rows:
+def draws_for(spec: Data, seed: int, looks: bool) -> dict[str, str]:
+    """Choose what is drawn for training rows; the words are hashed with each row.
+
+    Rows with small numbers go to the test split, or to the validation split, or count once more where the weight of
+    their source is no whole number, or keep their label where only some do.
+    """
+    wanted = {
+        "test": spec.test is None,
+        "validation": looks and spec.validation is None,
+        "weight": any(source.weight % 1 for source in spec.origins("train")),
+        "labels": spec.labelled is not None,
+    }
+    words = {"test": "split", "validation": "validation", "weight": "weight", "labels": str(seed)}
+    return {purpose: word for purpose, word in words.items() if wanted[purpose]}
+
+
+def read_split(split: str, task: Task, spec: Data, draws: Mapping[str, str], base: Path, folder: Path) -> Rows:
     """Read all rows of a split into an Arrow file of the folder.
+
+    Args:
+        split: `train`, `validation`, `test`, or `also.NAME`.
+        task: Judges the values.
+        spec: The recipe's section.
+        draws: As `draws_for` chooses them.
+        base: Folder that relative paths start from.
+        folder: Where the file goes.
 
     Raises:
         InputError: A source is broken, has no such column, or a row holds something else than the task needs.
     """
-    names = columns_of(task, spec)
+    names, sources = columns_of(task, spec), spec.origins(split)
     columns = {role: task.columns[role] for role in names}
     found = (
-        (place, values, source.weight)
-        for source in spec.origins(split)
+        (place, values, number)
+        for number, source in enumerate(sources)
         for place, values in islice(_read(source, split, spec.key_of(split), names, task, base), source.limit)
     )
-    return _collect(found, columns, seed, folder / f"{split}.rows.arrow")
+    return _collect(found, columns, sources, draws, folder / f"{split}.rows.arrow")
 
 
-def split_documents(rows: Rows, task: Task, spec: Data, seed: int, looks: bool, folder: Path) -> dict[str, Rows]:
+def split_documents(
+    rows: Rows, task: Task, spec: Data, draws: Mapping[str, str], looks: bool, folder: Path
+) -> dict[str, Rows]:
     """Split each of a few long documents by place: its end is the test split, what comes before it the validation.
 
     A split by the hashes of whole documents would leave one side empty, or leave everything to chance.
@@ -85,109 +116,147 @@ def split_documents(rows: Rows, task: Task, spec: Data, seed: int, looks: bool, 
     for name, end in ends.items():
         if end > start:
             parts = (
-                (row["place"], {"text": _between(row["text"], start, end)}, float(weight))
-                for row, weight in zip(rows.table, rows.weights, strict=True)
+                (place, {"text": text[_cut_at(text, start) : _cut_at(text, end)]}, number)
+                for index, number in enumerate(rows.origins.tolist())
+                for text, place in [(each[0] for each in rows.file.take([index]).values())]
             )
-            found[name] = _collect(parts, columns, seed, folder / f"{name}.parts.arrow")
+            path = folder / f"{name}.parts.arrow"
+            found[name] = _collect(parts, columns, rows.sources, draws, path, len(rows))
         start = end
     return found
 
 
-def _between(text: str, start: float, end: float) -> str:
-    """Return the lines of a document that begin between two shares of its length."""
-    lines = text.splitlines(keepends=True)
-    places = [0, *np.cumsum([len(line) for line in lines])]
-    return "".join(line for line, place in zip(lines, places, strict=False) if start <= place / len(text) < end)
+def _cut_at(text: str, share: float) -> int:
+    """Return the place after the first line, or word, that ends behind a share of a text."""
+    place = round(share * len(text))
+    if 0 < place < len(text):
+        ends = (text.find(mark, place, place + CUT_WITHIN) + 1 for mark in "\n ")
+        return next((end for end in ends if end), place)
+    return place
 
 
 def _collect(
-    found: Iterator[tuple[str, dict[str, Any], float]], columns: Mapping[str, Column], seed: int, path: Path
+    found: Iterator[tuple[str, dict[str, Any], int]],
+    columns: Mapping[str, Column],
+    sources: Sequence[Source],
+    draws: Mapping[str, str],
+    path: Path,
+    parts_of: int = 0,
 ) -> Rows:
-    """Write rows, given as place, values and weight, to an Arrow file, and hash them."""
-    marks: list[tuple[bytes, int, tuple[float, ...], float, bool]] = []
+    """Write rows, given as place, values and number of the source, to an Arrow file, and hash them."""
+    keys, answers, origins, empty = bytearray(), array("q"), array("q"), bytearray()
+    drawn = {purpose: bytearray() for purpose in draws}
+    given = [role for role, column in columns.items() if not column.answer]
+    asked = [role for role, column in columns.items() if column.answer]
 
     def blocks() -> Iterator[dict[str, list[str]]]:
-        while part := list(islice(found, BLOCK)):
-            block: dict[str, list[str]] = {role: [] for role in (*columns, "place")}
-            for place, values, weight in part:
-                texts = {role: values[role] if columns[role].plain else as_json(values[role]) for role in columns}
-                marks.append((*_hash_row(texts, columns, values, seed), weight, _is_empty(values, columns)))
-                for role, text in (*texts.items(), ("place", place)):
-                    block[role].append(text)
-            yield block
+        for places, values, numbers in _blocks(found, columns):
+            texts = {
+                role: values[role] if columns[role].plain else _map(as_json, values[role], places, role)
+                for role in values
+            }
+            contents = _encode([texts[role] for role in given], places)
+            keys.extend(b"".join([sha256(content).digest() for content in contents]))
+            for purpose, word in draws.items():
+                start = f"{word}:".encode()
+                drawn[purpose].extend(b"".join([sha256(start + content).digest()[:4] for content in contents]))
+            said = (_or_nothing(texts[role], values[role]) for role in asked)
+            answers.extend(_map(_hash_answer, zip(*said, strict=True), places) if asked else [0] * len(places))
+            origins.extend(numbers)
+            empty.extend(map(any, zip(*(map(_is_empty, values[role]) for role in given), strict=True)))
+            yield {**texts, "place": places}
 
-    table = write_arrow(path, blocks(), pa.schema([(role, pa.large_string()) for role in (*columns, "place")]))
-    keys, answers, draws, weights, empty = zip(*marks, strict=True) if marks else ((),) * 5
+    write_arrow(path, blocks())
     return Rows(
-        table,
-        np.array(keys, dtype="S32"),
-        np.array(answers, dtype=np.int64),
-        np.array(draws, dtype=np.float64).reshape(-1, len(DRAWS) + 1),
-        np.array(weights, dtype=np.float64),
-        np.array(empty, dtype=bool),
+        ArrowFile(path),
+        np.frombuffer(keys, dtype="S32"),
+        np.frombuffer(answers, dtype=np.int64),
+        {purpose: np.frombuffer(digits, dtype=">u4") / 2**32 for purpose, digits in drawn.items()},
+        np.frombuffer(origins, dtype=np.int64),
+        np.frombuffer(empty, dtype=bool),
+        tuple(sources),
+        parts_of,
     )
 
 
-def write_arrow(path: Path, blocks: Iterator[Mapping[str, Sequence[Any]]], schema: pa.Schema) -> Any:
-    """Write blocks of columns to an Arrow file as they come; returns it as a memory-mapped `datasets.Dataset`."""
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        for block in blocks:
-            arrays = [pa.array(block[field.name], field.type) for field in schema]
-            writer.write_batch(pa.record_batch(arrays, schema=schema))
-    return Dataset.from_file(str(path))
+def _blocks(
+    found: Iterator[tuple[str, dict[str, Any], int]], columns: Mapping[str, Column]
+) -> Iterator[tuple[list[str], dict[str, list[Any]], list[int]]]:
+    """Gather rows to blocks of so many, or fewer where their texts are long: places, values by column, sources."""
+    plain = [role for role, column in columns.items() if column.plain]
+    places: list[str] = []
+    values: dict[str, list[Any]] = {role: [] for role in columns}
+    numbers: list[int] = []
+    characters = 0
+    for place, row, number in found:
+        places.append(place)
+        numbers.append(number)
+        for role, own in values.items():
+            own.append(row[role])
+        for role in plain:
+            characters += len(row[role])
+        if len(places) == BLOCK or characters > BLOCK_CHARACTERS:
+            yield places, values, numbers
+            places, values, numbers, characters = [], {role: [] for role in values}, [], 0
+    if places:
+        yield places, values, numbers
+
+
+def _map(
+    function: Callable[[Any], Any], values: Iterable[Any], places: Sequence[str], what: str = "content"
+) -> list[Any]:
+    """Apply a function to a value of each row. Raises InputError that names the first row where it cannot be."""
+    found: list[Any] = []
+    try:
+        found.extend(map(function, values))
+    except UnicodeEncodeError as error:
+        given = reprlib.repr(error.object)
+        raise InputError(f"{places[len(found)]}: half of a surrogate pair is no character: {given}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{places[len(found)]}: its {what} {error}") from error
+    return found
+
+
+def _encode(columns: list[list[str]], places: Sequence[str]) -> list[bytes]:
+    """Encode what is given of each row: its text, or the JSON of several."""
+    encoded = [_map(str.encode, texts, places) for texts in columns]
+    return encoded[0] if len(columns) == 1 else [json.dumps(texts).encode() for texts in zip(*columns, strict=True)]
+
+
+def _or_nothing(texts: Sequence[str], values: Sequence[Any]) -> list[str]:
+    return [text if value is not None else "" for text, value in zip(texts, values, strict=True)]
+
+
+@lru_cache(maxsize=2**16)
+def _hash_answer(texts: tuple[str, ...]) -> int:
+    """Hash what is asked for of a row; 0 where nothing is given."""
+    text = "\n".join(filter(None, texts))
+    return int.from_bytes(sha256(text.encode()).digest()[:7], "big") + 1 if text else 0
 
 
 def _read(
     source: Source, split: str, key: str, names: Mapping[str, str], task: Task, base: Path
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Read a source and judge its values; yields each row's place and its values by the task's names."""
-    seen: set[str] = set()
-    row: dict[str, Any] = {}
-    for place, row in read_source(source, split, set(names.values()), base):
+    readers: list[tuple[str, str, Callable[[Any], Any]]] = [
+        (role, name, task.columns[role].read) for role, name in names.items()
+    ]
+    offered = [role for role in OFFERED_COLUMNS if names.get(role) == role]
+    for place, row in read_source(source, split, set(names.values()), base, offered):
         values = {}
-        for role, name in names.items():
-            given = row.get(name)
+        for role, name, read in readers:
             try:
-                values[role] = task.columns[role].read(given)
+                values[role] = read(row.get(name))
             except ValueError as error:
-                raise InputError(f"data.{key}: {place}: column {name!r} {error}: {as_json(given)[:60]}") from error
+                given = reprlib.repr(row.get(name))
+                raise InputError(f"data.{key}: {place}: column {name!r} {error}: {given}") from error
         try:
             values = task.check_row(values)
         except ValueError as error:
             raise InputError(f"data.{key}: {place}: {error}") from error
-        seen |= names.values() & row.keys()
         yield place, values
-    if not row:
-        raise InputError(f"data.{key}: {source.source} has no row")
-    offered = [role for role in OFFERED_COLUMNS if names.get(role) == role]
-    if len(offered) == len(names) and not seen:
-        listed, fix = ", ".join(offered), f"as in columns: {{{offered[0]}: {next(iter(row))}}}"
-        raise InputError(f"data.{key}: {source.source} has none of {listed}, but {', '.join(row)}; name them, {fix}")
-    if lacking := [name for role, name in names.items() if name not in seen and role not in offered]:
-        raise InputError(f"data.{key}: {source.source} has no column {lacking[0]!r}; it has {', '.join(row)}")
 
 
-def _hash_row(
-    texts: Mapping[str, str], columns: Mapping[str, Column], values: Mapping[str, Any], seed: int
-) -> tuple[bytes, int, tuple[float, ...]]:
-    """Hash what is given of a row, and what is asked for."""
-    given = [texts[role] for role in texts if not columns[role].answer]
-    asked = [texts[role] for role in texts if columns[role].answer and values[role] is not None]
-    content = given[0] if len(given) == 1 else json.dumps(given)
-    answer = int.from_bytes(_digest("\n".join(asked))[:7], "big") + 1 if asked else 0
-    return _digest(content), answer, tuple(_share(f"{name}:{content}") for name in (*DRAWS, seed))
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
-
-
-def _share(text: str) -> float:
-    """Draw a number in [0, 1) from a text; the same hash gave the split since the first version."""
-    return int.from_bytes(_digest(text)[:4], "big") / 2**32
-
-
-def _is_empty(values: Mapping[str, Any], columns: Mapping[str, Column]) -> bool:
+def _is_empty(value: Any) -> bool:
     """Tell whether a text that is given to the model is blank, or a list that is given has nothing in it."""
-    given = [values[role] for role, column in columns.items() if not column.answer]
-    return any(not value.strip() if isinstance(value, str) else value == [] for value in given)
+    return not value.strip() if isinstance(value, str) else value == []

@@ -7,14 +7,16 @@ A built-in corpus is a `datasets.Dataset` with the columns `text` (str) and `lab
 from __future__ import annotations
 
 import ast
+import glob
 import hashlib
 import json
 import os
 import re
+import reprlib
 import sys
 import sysconfig
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,8 @@ from typing import Any
 from distill.errors import InputError
 from distill.files import content_of
 from distill.models.weights import as_input_error
-from distill.recipe.datafiles import data_files, ending_of, is_saved_dataset, read_rows
-from distill.recipe.locate import is_path
+from distill.recipe.datafiles import check_kinds, check_options, data_files, ending_of, is_saved_dataset, read_rows
+from distill.recipe.jsonrows import quote_names
 from distill.recipe.schema import Source
 from distill.registry import find
 
@@ -31,6 +33,11 @@ NOT_LIBRARY = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-pac
 """Folders of the standard library that are tests, applications or not the library at all."""
 
 Row = dict[str, Any]
+ClassNames = dict[str, list[str]]
+"""Column -> names of the classes that it gives by their numbers."""
+NUMBER = re.compile(r"-?\d{1,9}", re.ASCII)
+BLOCK = 1000
+"""Rows that are read at once."""
 
 
 def stdlib_docstrings(*, packages: int = 12, shortest: int = 20) -> Any:
@@ -126,21 +133,22 @@ def _in_words(name: str) -> str:
     return " ".join(re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", name)).lower()
 
 
-def source_fingerprint(source: Source, base: Path) -> str:
+def source_fingerprint(source: Source, split: str, base: Path) -> str:
     """Return a sha256 of what a source is made from, without reading rows from it where that can be.
 
-    Of a file its content decides, never its time. A built-in corpus follows from the Python version and the content of
-    its standard library, a hub dataset from its commit. What the user's own function reads is not known, so it is
-    called, and its rows are hashed.
+    Of files their content decides, never their time; hub datasets are files. A built-in corpus follows from the Python
+    version and the content of its standard library. What the user's own function reads is not known, so it is called,
+    and its rows are hashed.
     """
-    if files := data_files(source.source, base):
-        return hashlib.sha256("".join(map(content_of, files)).encode()).hexdigest()
-    if source.source.startswith("hub:"):
-        return str(_hub_builder(source).hash)
+    files, names = find_files(source, split, base)
+    if files:
+        return hashlib.sha256(json.dumps([[*map(content_of, files)], names]).encode()).hexdigest()
     if source.source in SOURCES:
         return _library_fingerprint()
-    rows = list(find(SOURCES, source.source, "data source")())
-    return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
+    digest = hashlib.sha256()
+    for row in find(SOURCES, source.source, "data source")():
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
 
 
 @lru_cache(maxsize=1)
@@ -161,73 +169,144 @@ def _library_files(root: Path) -> list[Path]:
     return sorted(found)
 
 
-def read_source(source: Source, split: str, columns: Collection[str], base: Path) -> Iterator[tuple[str, Row]]:
+def find_files(source: Source, split: str, base: Path) -> tuple[list[Path], ClassNames]:
+    """List the files of a source, and the classes that a hub dataset numbers; of other kinds of sources there are none.
+
+    Raises:
+        InputError: They are not there, or are no data files.
+    """
+    if source.source.startswith("hub:"):
+        return _hub_files(source, split)
+    files = data_files(source.source, base)
+    for path in files:
+        check_options(source, path)
+    return files, {}
+
+
+def read_source(
+    source: Source, split: str, columns: Collection[str], base: Path, optional: Collection[str] = ()
+) -> Iterator[tuple[str, Row]]:
     """Read a source row by row.
 
     Args:
         source: As the recipe names it.
         split: The split of a dataset that has several, unless the source names one.
-        columns: Columns that are needed; others may be left out.
+        columns: Columns that are read; others may be left out.
         base: The folder that relative paths start from.
+        optional: Those of them that a source need not have.
 
     Yields:
         Where a row comes from, in words, and its values by column.
 
     Raises:
-        InputError: The source is broken; names file and line.
+        InputError: The source is broken, or one of its files lacks a column; names file and line.
     """
-    for path in data_files(source.source, base):
+    files, names = find_files(source, split, base)
+    needed = {*columns} - {*optional}
+    for path in files:
+        place, rows = str(path.relative_to(base) if path.is_relative_to(base) else path), None
+        own: ClassNames = {}
         if is_saved_dataset(path):
-            yield from _dataset_rows(_saved_dataset(path, source.split or split), path.name, columns)
+            rows, own = _dataset_rows(_saved_dataset(path, source.split or split), columns, needed, place)
         elif ending_of(path) == ".parquet":
-            yield from ((f"{path.name}, row {number}", row) for number, row in _parquet_rows(path, columns))
-        else:
-            yield from ((f"{path.name}, line {number}", row) for number, row in read_rows(path, source))
-    if source.source.startswith("hub:"):
-        with as_input_error(f"{source.source}: cannot get it from the hub"):
-            rows = _hub_builder(source, download=True).as_dataset(split=source.split or split)
-        yield from _dataset_rows(rows, source.source, columns)
-    elif not is_path(source.source):
-        yield from _dataset_rows(find(SOURCES, source.source, "data source")(), source.source, columns)
+            rows, own = _parquet_rows(path, columns, needed, place)
+        unit = "line" if rows is None else "row"
+        yield from _checked(rows or read_rows(path, source), place, unit, names or own, needed)
+    if not files:
+        name = source.source
+        rows, own = _dataset_rows(find(SOURCES, name, "data source")(), columns, needed, name)
+        yield from _checked(rows, name, "row", own, needed)
 
 
-def _dataset_rows(rows: Any, name: str, columns: Collection[str]) -> Iterator[tuple[str, Row]]:
-    """Read the rows of a `datasets.Dataset`, or of any iterable of rows; classes that it numbers come by name."""
-    features = getattr(rows, "features", None) or {}
-    if features:
-        rows = rows.select_columns([column for column in columns if column in features])
-    for number, row in enumerate(rows, start=1):
-        yield f"{name}, row {number}", _by_name(row, features)
+def _checked(
+    rows: Iterable[tuple[int, Row]], name: str, unit: str, classes: ClassNames, columns: Collection[str]
+) -> Iterator[tuple[str, Row]]:
+    """Give rows their place and the names of their classes; refuse a file that has none, or lacks a column."""
+    lacking, row = set(columns), None
+    for number, row in rows:
+        place = f"{name}, {unit} {number}"
+        if not isinstance(row, dict):
+            raise InputError(f"{place} is no row with columns: {reprlib.repr(row)}")
+        if lacking:
+            lacking -= row.keys()
+        for column in classes.keys() & row.keys():
+            row[column] = _class_of(row[column], classes[column], f"{place}: column {column!r}")
+        yield place, row
+    if row is None:
+        raise InputError(f"{name} has no row")
+    check_columns(lacking, row, name)
 
 
-def _by_name(row: Row, features: Mapping[str, Any]) -> Row:
-    """Replace the numbers of classes, alone or in a list, by their names; a number below 0 stands for none."""
-    for column, feature in features.items():
-        if column in row and (name := getattr(getattr(feature, "feature", feature), "int2str", None)):
-            value = row[column]
-            named = [None if each is None or each < 0 else name(each) for each in _listed(value)]
-            row[column] = named if isinstance(value, list) else named[0]
-    return row
+def check_columns(wanted: Collection[str], names: Collection[str], place: str) -> None:
+    """Refuse a source without one of the columns. Raises InputError."""
+    if lacking := [column for column in wanted if column not in names]:
+        raise InputError(f"{place} has no column {lacking[0]!r}; it has {quote_names(names)}")
 
 
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
+def _class_of(value: Any, names: Sequence[str], place: str) -> Any:
+    """Return the name of a class that is given by its number, or of several; -1 stands for none."""
+    if isinstance(value, list):
+        return [_class_of(each, names, place) for each in value]
+    if value is None or value in names:
+        return value
+    number = int(value) if isinstance(value, str) and NUMBER.fullmatch(value) else value
+    if type(number) is not int or not -1 <= number < len(names):
+        raise InputError(
+            f"{place} is {value!r}, and the dataset has the classes 0 to {len(names) - 1}, {quote_names(names)}"
+        )
+    return None if number == -1 else names[number]
 
 
-def _parquet_rows(path: Path, columns: Collection[str]) -> Iterator[tuple[int, Row]]:
-    from datasets import Features
+def _class_names(features: Any) -> ClassNames:
+    """Find the classes that columns number, in the features of a dataset as JSON; a stranger may have written them."""
+    found = {}
+    for column, kind in features.items() if isinstance(features, dict) else ():
+        inner = kind.get("feature", kind) if isinstance(kind, dict) else None
+        if isinstance(inner, dict) and inner.get("_type") == "ClassLabel" and isinstance(inner.get("names"), list):
+            found[column] = [str(name) for name in inner["names"]]
+    return found
+
+
+def _dataset_rows(
+    rows: Any, columns: Collection[str], needed: Collection[str], place: str
+) -> tuple[Iterable[tuple[int, Row]], ClassNames]:
+    """Read the rows of a `datasets.Dataset`, or of any iterable of rows, and the classes that it numbers."""
+    import datasets
+
+    if isinstance(rows, datasets.DatasetDict):
+        raise InputError(f"{place} returns the splits {', '.join(rows)}; let it return one of them")
+    if not isinstance(rows, datasets.Dataset):
+        return enumerate(rows, start=1), {}
+    check_columns(needed, rows.column_names, place)
+    tables = rows.select_columns(sorted({*columns} & {*rows.column_names})).with_format(
+        "arrow"
+    )  # as stored: pictures and sounds stay closed
+    return _table_rows(tables.iter(BLOCK), place), _class_names(rows.features.to_dict())
+
+
+def _parquet_rows(
+    path: Path, columns: Collection[str], needed: Collection[str], place: str
+) -> tuple[Iterable[tuple[int, Row]], ClassNames]:
+    """Read the needed columns of a parquet file as plain values; its metadata may name classes, and nothing else."""
     from pyarrow import parquet
 
     with as_input_error(f"{path}: cannot read it"):
-        file = parquet.ParquetFile(path)  # the needed columns alone are decoded, as plain values
-        features = Features.from_arrow_schema(file.schema_arrow)  # with the names of classes, where `datasets` wrote it
-        wanted = [name for name in file.schema_arrow.names if name in columns]
-        batches = file.iter_batches(batch_size=1000, columns=wanted)
-        number = 0
-        for batch in batches:
-            for row in batch.to_pylist():
+        file = parquet.ParquetFile(path)
+        metadata = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
+        classes = _class_names(metadata["info"]["features"] if metadata else {})
+    check_columns(needed, file.schema_arrow.names, place)
+    wanted = sorted({*columns} & {*file.schema_arrow.names})
+    return _table_rows(file.iter_batches(BLOCK, columns=wanted), str(path)), classes
+
+
+def _table_rows(tables: Iterable[Any], place: str) -> Iterator[tuple[int, Row]]:
+    """Read the rows of Arrow tables, as plain values."""
+    number = 0
+    with as_input_error(f"{place}: cannot read it"):
+        for table in tables:
+            for row in table.to_pylist():
                 number += 1
-                yield number, _by_name(row, features) or dict.fromkeys(file.schema_arrow.names)
+                yield number, row
 
 
 def _saved_dataset(path: Path, split: str) -> Any:
@@ -236,22 +315,36 @@ def _saved_dataset(path: Path, split: str) -> Any:
     with as_input_error(f"{path} is no folder that `datasets` saved"):
         found = datasets.load_from_disk(str(path))
     if isinstance(found, datasets.DatasetDict):
-        if split not in found:
-            raise InputError(f"{path} has the splits {', '.join(found)}, not {split}; name one, as in {{split: …}}")
-        return found[split]
+        return found[_one_of(found, split, str(path))]
     return found
 
 
-def _hub_builder(source: Source, download: bool = False) -> Any:
-    """Look up a dataset of the hub, and download it where asked; no code of it is run."""
-    import datasets
+def _one_of(splits: Collection[str], split: str, place: str) -> str:
+    if split not in splits:
+        raise InputError(f"{place} has the splits {', '.join(splits)}, not {split}; name one, as in {{split: …}}")
+    return split
 
-    name = source.source.removeprefix("hub:")
+
+@lru_cache
+def _hub_files(source: Source, split: str) -> tuple[list[Path], ClassNames]:
+    """List the files of one split of a hub dataset, downloaded unless offline; no code of it is run."""
+    import datasets
+    from huggingface_hub import constants, snapshot_download
+
+    name, wanted = source.source.removeprefix("hub:"), None
+    if os.path.exists(name):
+        raise InputError(f"{source.source}: there is a folder {name} here, which would be taken for it; use ./{name}")
     with as_input_error(f"{source.source}: cannot get it from the hub"):
-        builder = datasets.load_dataset_builder(name, source.config, revision=source.revision)
-        if download:
-            builder.download_and_prepare()
-        return builder
+        if not constants.HF_HUB_OFFLINE:
+            remote = datasets.load_dataset_builder(name, source.config, revision=source.revision)
+            urls = [str(url) for urls in (remote.config.data_files or {}).values() for url in urls]
+            wanted = ["README.md", *(glob.escape(url.partition("@")[2].partition("/")[2]) for url in urls)]
+        folder = snapshot_download(name, repo_type="dataset", revision=source.revision, allow_patterns=wanted)
+        builder = datasets.load_dataset_builder(folder, source.config)
+    splits = builder.config.data_files or {}
+    files = [Path(file) for file in splits[_one_of([*map(str, splits)], source.split or split, source.source)]]
+    check_kinds(files)
+    return files, _class_names(builder.info.features.to_dict() if builder.info.features else {})
 
 
 def _dataset(texts: Sequence[str], others: Sequence[str | None], column: str = "label") -> Any:

@@ -6,118 +6,140 @@ What becomes of a row depends on the hashes of its texts, never on its place in 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-import pyarrow as pa
 
-from distill.data.rows import Rows
+from distill.data.rows import BLOCK, Rows
 from distill.errors import InputError
-from distill.recipe.data import SPLITS
 from distill.recipe.schema import Data
 
 
-@dataclass(frozen=True)
+@dataclass
 class Split:
-    """The rows of one split that are used."""
+    """The rows of one split that are used, and the others by reason."""
 
+    name: str
     rows: Rows
     index: np.ndarray
     """int64 [m] rows, in the order of their keys; a row may stand there several times."""
-    labelled: np.ndarray
+    labelled: np.ndarray = field(default_factory=lambda: np.ones(0, dtype=bool))
     """bool [m], the row keeps its label."""
     counts: dict[str, int] = field(default_factory=dict)
     """Rows read, and those left out by reason."""
 
-    def labels(self, column: str) -> Counter[str]:
-        """Count the labels, as JSON, of the rows that keep theirs or would if all did."""
-        found = self.rows.table.data.column(column).take(pa.array(self.index)).value_counts().to_pylist()
-        return Counter({each["values"]: each["counts"] for each in found if each["values"] != "null"})
-
-
-class Ledger:
-    """The rows of one split that are left, in the order of their keys, and the others by reason."""
-
-    def __init__(self, rows: Rows, name: str):
-        self.rows, self.name = rows, name
-        self.counts = {"read": len(rows)}
-        order = np.lexsort((np.arange(len(rows)), rows.answers == 0, rows.keys))
-        self.index = order
-        self._keep(~rows.empty[order], "empty")
-
-    def _keep(self, kept: np.ndarray, reason: str) -> None:
-        left_out = int((~kept).sum())
-        self.counts[reason] = self.counts.get(reason, 0) + left_out
-        self.index = self.index[kept]
-
     @property
     def keys(self) -> np.ndarray:
         """Keys of the rows that are left, ascending."""
-        return self.rows.keys[self.index]
+        found: np.ndarray = self.rows.keys[self.index]
+        return found
+
+    def count_labels(self, columns: Collection[str], kept: bool = False) -> Counter[str]:
+        """Count the labels, as JSON, in some columns: all that there are, or those of the rows that keep theirs."""
+        found: Counter[str] = Counter()
+        index = self.index[self.labelled] if kept else self.index
+        for column in set(columns) & self.rows.file.columns.keys():
+            for start in range(0, len(index), BLOCK):
+                found.update(self.rows.file.columns[column].take(index[start : start + BLOCK]))  # type: ignore[arg-type]
+        del found["null"]
+        return found
+
+    def keep(self, kept: np.ndarray, reason: str) -> None:
+        """Leave out all rows but those that are marked, and count them."""
+        self.counts[reason] = self.counts.get(reason, 0) + int((~kept).sum())
+        self.index = self.index[kept]
 
     def resolve_contradictions(self, rule: str, key: str) -> None:
         """Settle groups of rows with equal inputs and different labels. Raises InputError where they are refused."""
         keys, answers = self.keys, self.rows.answers[self.index]
-        starts = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1]])
+        starts = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1]]) if len(keys) else np.zeros(0, dtype=np.int64)
         stops = np.r_[starts[1:], len(keys)]
         kept = np.ones(len(keys), dtype=bool)
         places: list[str] = []
+        groups = 0
         for start, stop in zip(starts[stops - starts > 1], stops[stops - starts > 1], strict=True):
             group = answers[start:stop]
             given = group[group != 0]
-            if len(np.unique(given)) < 2:
+            if not len(given) or (given == given[0]).all():
                 continue
+            groups += 1
             if not places:
-                places = [self.rows.table[int(self.index[at])]["place"] for at in range(start, start + 2)]
-            counts = Counter(given.tolist())
-            winner = counts.most_common(1)[0][0] if rule == "majority" else given[0]
+                other = int(np.flatnonzero((group != 0) & (group != given[0]))[0])
+                places = self.rows.file.take(self.index[[start, start + other]])["place"]
+            winner = Counter(given.tolist()).most_common(1)[0][0] if rule == "majority" else given[0]
             kept[start:stop] = False if rule == "drop" else group == winner
-        if places and rule == "refuse":
+        if groups and rule == "refuse":
             raise InputError(
-                f"data.{key}: equal texts have different labels, {int((~kept).sum())} rows more than one label each "
-                f"allows, e.g. {' and '.join(places)}; mend them, or write data.contradictions: first, majority or drop"
+                f"data.{key}: {groups} texts stand there with different labels, e.g. {' and '.join(places)}; "
+                f"mend them, or write data.contradictions: first, majority or drop"
             )
-        self._keep(kept, "contradicting")
+        self.keep(kept, "contradicting")
 
     def drop_equal(self) -> None:
         """Keep the first of rows that are equal in everything, one with a label before one without."""
         keys = self.keys
-        self._keep(np.r_[True, keys[1:] != keys[:-1]][: len(keys)], "equal")
+        self.keep(np.r_[True, keys[1:] != keys[:-1]][: len(keys)], "equal")
 
     def count_equal(self) -> None:
         """Count rows that are equal, and keep them: a test of the user's own stays as it is."""
         keys = self.keys
         self.counts["equal_kept"] = int((keys[1:] == keys[:-1]).sum())
 
-    def drop_those_of(self, other: Ledger) -> None:
+    def drop_those_of(self, other: Split) -> None:
         """Leave out rows whose input is in another split."""
-        self._keep(~np.isin(self.keys, other.keys), f"also_in_{other.name.removeprefix('also.')}")
+        self.keep(~np.isin(self.keys, other.keys), f"also_in_{other.name.removeprefix('also.')}")
 
-    def take(self, name: str, share: float) -> Ledger:
+    def take(self, name: str, share: float) -> Split:
         """Move the share of rows with the smallest draws to a new split of that name."""
-        taken = Ledger(self.rows, name)
-        chosen = self.rows.draws[self.index, 0 if name == "test" else 1] < share
-        taken.index, taken.counts = self.index[chosen], {}
+        chosen = self.rows.draws[name][self.index] < share
+        taken = Split(name, self.rows, self.index[chosen])
         self.index = self.index[~chosen]
         return taken
 
     def drop_unlabelled(self) -> None:
         """Leave out rows without a label, which cannot be measured."""
-        self._keep(self.rows.answers[self.index] != 0, "unlabelled")
+        self.keep(self.rows.answers[self.index] != 0, "unlabelled")
 
     def cut(self, limit: int | None) -> None:
         """Leave out all rows but the first `limit`."""
         if limit is not None:
-            self._keep(np.arange(len(self.index)) < limit, "beyond_limit")
+            self.keep(np.arange(len(self.index)) < limit, "beyond_limit")
+
+    def choose_labels(self, asks: bool, wanted: int | None) -> None:
+        """Decide which rows keep their label: those with the smallest draws, where only so many are wanted."""
+        has = (self.rows.answers[self.index] != 0) | (not asks)
+        if wanted is not None:
+            if wanted > has.sum():
+                raise InputError(f"data.labelled: {wanted} labels asked, the {self.name} split has {has.sum()}")
+            draws = np.where(has, self.rows.draws["labels"][self.index], np.inf)
+            has &= np.isin(np.arange(len(has)), np.argsort(draws, kind="stable")[:wanted])
+        self.labelled = has
 
     def weigh(self) -> None:
         """Repeat or leave out rows as the weights of their sources say."""
-        weights = self.rows.weights[self.index]
+        weights = np.array([source.weight for source in self.rows.sources])[self.rows.origins[self.index]]
         if (weights != 1).any():
-            times = np.floor(weights) + (self.rows.draws[self.index, 2] < weights % 1)
-            self.counts["by_weight"] = int(times.sum()) - len(self.index)
-            self.index = np.repeat(self.index, times.astype(np.int64))
+            draws = self.rows.draws["weight"][self.index] if (weights % 1).any() else 1.0
+            times = (np.floor(weights) + (draws < weights % 1)).astype(np.int64)
+            self.counts["left_out_by_weight"] = int((times == 0).sum())
+            self.counts["repeated_by_weight"] = int(np.maximum(times - 1, 0).sum())
+            self.index, self.labelled = np.repeat(self.index, times), np.repeat(self.labelled, times)
+
+
+def clean(name: str, rows: Rows, spec: Data, asks: bool) -> Split:
+    """Order rows by their keys, leave out empty ones, settle contradictions, and drop or count equal rows."""
+    order = np.lexsort((np.arange(len(rows)), rows.answers == 0, rows.keys))
+    split = Split(name, rows, order, counts={"read": len(rows)})
+    split.keep(~rows.empty[order], "empty")
+    split.resolve_contradictions(spec.contradictions, spec.key_of(name))
+    if name == "train":
+        split.drop_equal()
+        return split
+    split.count_equal()
+    if asks:
+        split.drop_unlabelled()
+    return split
 
 
 def divide(rows: Mapping[str, Rows], spec: Data, looks: bool, asks: bool) -> dict[str, Split]:
@@ -132,38 +154,39 @@ def divide(rows: Mapping[str, Rows], spec: Data, looks: bool, asks: bool) -> dic
     Raises:
         InputError: Rows contradict each other, or a split is empty.
     """
-    ledgers = {name: Ledger(own, name) for name, own in rows.items()}
-    for name, own in ledgers.items():
-        own.resolve_contradictions(spec.contradictions, spec.key_of(name))
-        own.drop_equal() if name == "train" else own.count_equal()
-    train = ledgers["train"]
-    for name in rows:
-        if name != "train":
-            train.drop_those_of(ledgers[name])
-    if "test" not in rows:
-        train.cut(spec.limit)  # all rows, before they are split
-        ledgers["test"] = train.take("test", spec.test_share)
-    if looks and "validation" not in rows:
-        ledgers["validation"] = train.take("validation", spec.validation_share)
-    for name, own in ledgers.items():
-        if name != "train" and asks:
-            own.drop_unlabelled()
-        if "test" in rows or name not in SPLITS:
-            own.cut(spec.limit)
+    splits = {name: clean(name, own, spec, asks) for name, own in rows.items()}
+    train = splits["train"]
+    if {"validation", "test"} <= rows.keys():
+        splits["validation"].drop_those_of(splits["test"])
+    for name in [name for name in rows if name != "train"]:
+        train.drop_those_of(splits[name])
+    for own in splits.values():
+        own.cut(spec.limit)
+    for name, share in (("test", spec.test_share), ("validation", spec.validation_share)):
+        if name not in rows and (name == "test" or looks):
+            splits[name] = train.take(name, share)
+            if asks:
+                splits[name].drop_unlabelled()
+    for name, own in splits.items():
+        own.choose_labels(asks, spec.labelled if name == "train" else None)
+    train.weigh()
+    refuse_empty(splits)
+    return splits
+
+
+def refuse_empty(splits: Mapping[str, Split]) -> None:
+    """Refuse splits without a row. Raises InputError."""
+    for name, own in splits.items():
         if not len(own.index):
             what = "row with a label" if own.counts.get("unlabelled") else "row"
-            counts = {other: len(each.index) for other, each in ledgers.items()}
-            raise InputError(f"data: no {what} is left for {name} ({counts}; {own.counts})")
-    train.weigh()
-    return {name: _choose_labels(own, spec, name, asks) for name, own in ledgers.items()}
+            fix = " (to look at none, set evaluate_every: 0 and no keep_best)" if name == "validation" else ""
+            raise InputError(f"data: no {what} is left for {name}{fix}; {count_rows(splits)}")
 
 
-def _choose_labels(ledger: Ledger, spec: Data, name: str, asks: bool) -> Split:
-    """Decide which rows keep their label: those with the smallest draws, where the recipe wants only so many."""
-    has = (ledger.rows.answers[ledger.index] != 0) | (not asks)
-    if name == "train" and spec.labelled is not None:
-        if spec.labelled > has.sum():
-            raise InputError(f"data.labelled: {spec.labelled} labels asked, the training split has {has.sum()}")
-        draws = np.where(has, ledger.rows.draws[ledger.index, 3], np.inf)
-        has &= np.isin(np.arange(len(has)), np.argsort(draws, kind="stable")[: spec.labelled])
-    return Split(ledger.rows, ledger.index, has, ledger.counts)
+def count_rows(splits: Mapping[str, Split]) -> str:
+    """Say how many rows each split has, and what was left out."""
+    return "; ".join(
+        f"{name}: {len(own.index)} used"
+        + "".join(f", {count} {reason.replace('_', ' ')}" for reason, count in own.counts.items() if count)
+        for name, own in splits.items()
+    )

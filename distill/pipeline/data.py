@@ -8,18 +8,20 @@ import inspect
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.progress import Progress
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 import distill.data
-from distill.data import Order, load_corpus, prepare
-from distill.data.corpus import FACTS
+from distill.data import Corpus, Order, load_corpus, prepare
+from distill.data.corpus import check_files
+from distill.data.prepare import Report
 from distill.data.sources import source_fingerprint
 from distill.data.summary import describe
 from distill.data.tasks.classes import are_numbers, list_names
@@ -39,12 +41,13 @@ NAMELESS = re.compile(r"LABEL_\d+")
 
 def work(session: Session) -> None:
     """Prepare the corpus, or take it from the cache, and keep it in the run folder."""
-    with _cached(fingerprint(with_version(inputs(session)))) as cache:
-        if (cache / FACTS).exists():
-            session.say(f"  from the cache, {cache.parent}")
-        else:
+    with _cached(fingerprint(with_version(inputs(session))), session.say) as cache:
+        corpus = _load_whole(session, cache)
+        if corpus is None:
             _prepare(session, cache)
-        corpus = load_corpus(cache, session.task)
+            corpus = load_corpus(cache, session.task)
+        else:
+            session.say(f"  from the cache, {cache.parent}")
         if corpus.settled.about:
             session.say(f"  labels: {corpus.settled.about}")
         for line in describe(corpus.summary):
@@ -52,6 +55,19 @@ def work(session: Session) -> None:
         with fresh_folder(session.folder.data) as folder:
             for file in cache.iterdir():
                 _link(file, folder / file.name)
+
+
+def _load_whole(session: Session, cache: Path) -> Corpus | None:
+    """Load a corpus from the cache; None where there is none, or it is damaged."""
+    if not cache.exists():
+        return None
+    try:
+        corpus = load_corpus(cache, session.task)
+        check_files(cache)
+        return corpus
+    except InputError as error:
+        session.say(f"  the cache is damaged, made anew: {error}")
+        return None
 
 
 def _prepare(session: Session, cache: Path) -> None:
@@ -62,8 +78,7 @@ def _prepare(session: Session, cache: Path) -> None:
         asks = settled.classes or settled.head == "regression"
         return _agree_with_teacher(session, settled) if asks and not recipe.teacher.fit else settled
 
-    with fresh_folder(cache) as folder, Progress(transient=True) as bar:
-        tasks = {split: bar.add_task(f"{split}: tokens", visible=False) for split in recipe.data.splits}
+    with fresh_folder(cache) as folder, _progress_bar(recipe.data.splits) as report:
         order = Order(
             session.task,
             recipe.data,
@@ -75,13 +90,20 @@ def _prepare(session: Session, cache: Path) -> None:
             teacher=session.source,
             own_order=own_order,
         )
-
-        def report(split: str, done: int, of: int) -> None:
-            bar.update(tasks[split], completed=done, total=of, visible=True)
-
         _check_padding(session, config)
         corpus = prepare(order, folder, report)
         _check_vocabulary(session, config, corpus)
+    megabytes = sum(file.stat().st_size for file in cache.iterdir()) / 1e6
+    session.say(f"  kept in the cache, {cache.parent} ({megabytes:,.1f} MB; it may be deleted at any time)")
+
+
+@contextmanager
+def _progress_bar(splits: Sequence[str]) -> Iterator[Report]:
+    """Show how far the encoding is, where someone is looking at standard error."""
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        tasks = {split: bar.add_task(f"{split}: tokens", visible=False) for split in splits}
+        yield lambda split, done, of: bar.update(tasks[split], completed=done, total=of, visible=True)
 
 
 def looks(session: Session) -> bool:
@@ -91,13 +113,21 @@ def looks(session: Session) -> bool:
 
 
 @contextmanager
-def _cached(key: str) -> Iterator[Path]:
+def _cached(key: str, say: Callable[[str], None]) -> Iterator[Path]:
     """Give the folder of one corpus in the cache, held by this process; the cache is the user's own to read."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     root = Path(os.environ.get("DISTILL_CACHE") or f"{home}/distill").expanduser() / "data"
-    root.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with (root / f"{key}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = os.open(root / f"{key}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise InputError(f"{root} cannot be the cache: {error.strerror}; set DISTILL_CACHE to a folder") from error
+    with os.fdopen(lock, "w"):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("  another run prepares the same data; waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
         put_back(root / key)
         yield root / key
 
@@ -199,7 +229,7 @@ def inputs(session: Session) -> dict[str, Any]:
     recipe = session.recipe
     return {
         "sources": {
-            split: [source_fingerprint(source, session.base) for source in recipe.data.origins(split)]
+            split: [source_fingerprint(source, split, session.base) for source in recipe.data.origins(split)]
             for split in recipe.data.splits
         },
         "tokenizer": tokenizer_fingerprint(session.source),

@@ -20,7 +20,7 @@ from distill.errors import Stopped
 from distill.files import content_of, write_json, write_text
 from distill.pipeline.session import Session
 from distill.ranks import check_launch, process_state
-from distill.recipe.datafiles import data_files
+from distill.recipe.datafiles import searched_paths
 from distill.recipe.load import dump, fingerprint
 from distill.recipe.locate import is_path, teacher_folder
 from distill.recipe.schema import Optimization, Recipe
@@ -157,12 +157,11 @@ def _patient_wait(state: PartialState) -> Callable[[], Any]:
 
 def local_inputs(recipe: Recipe, base: Path) -> dict[str, Path]:
     """Name the files and folders of this machine that a recipe reads, by the key that names them."""
-    found = {
-        f"data.{recipe.data.key_of(split)}": path
-        for split in recipe.data.splits
-        for source in recipe.data.origins(split)
-        for path in data_files(source.source, base)
-    }
+    found: dict[str, Path] = {}
+    for split in recipe.data.splits:
+        key = f"data.{recipe.data.key_of(split)}"
+        each = [path for source in recipe.data.origins(split) for path in searched_paths(source.source, base)]
+        found |= {f"file {number} of {key}" if number else key: path for number, path in enumerate(each)}
     teacher = teacher_folder(recipe.teacher.model, base)
     return found if teacher is None else {"teacher.model": teacher, **found}
 

@@ -37,6 +37,9 @@ class Source(Section):
     """Use at most so many of its rows, the first ones."""
     delimiter: Annotated[StrictStr, Field(min_length=1, max_length=1)] | None = None
     """Character between the columns of a `.csv` or `.tsv` file; null: a comma, a tab."""
+    quotes: StrictBool | None = None
+    """Double quotes enclose values of a `.csv` or `.tsv` file, which may then hold delimiters; false: they are text.
+    null: they enclose, and in a `.tsv` file no line break may stand between them."""
     encoding: StrictStr = "utf-8"
     """Encoding of a text file, e.g. latin-1."""
     separator: StrictStr | None = None
@@ -52,7 +55,7 @@ class Source(Section):
         """Refuse keys that this kind of source does not have."""
         file = is_path(self.source)
         if not file:
-            yield from self.without_effect(("delimiter", "encoding", "separator"), ": only files have it")
+            yield from self.without_effect(("delimiter", "quotes", "encoding", "separator"), ": only files have it")
         if not self.source.startswith("hub:"):
             yield from self.without_effect(("revision", "config"), ": only hub datasets have it")
             if not file:
@@ -129,6 +132,12 @@ class Data(Section):
             yield from self.without_effect(("validation_share",), ": validation is given")
         if self.stride is not None and self.stride >= self.max_length:
             yield Mistake(("stride",), f"is not less than max_length: {self.max_length}", "share fewer tokens")
+        for key in ("validation", "test"):
+            each = getattr(self, key)
+            for number, source in enumerate(each if isinstance(each, list) else [each]):
+                if isinstance(source, Source) and source.weight != 1:
+                    path = (key, number, "weight") if isinstance(each, list) else (key, "weight")
+                    yield Mistake(path, "has no effect: it is for training rows only", "remove it", at="key")
         for key, tasks in TASK_KEYS.items():
             if ":" not in self.task and self.task not in tasks:
                 yield from self.without_effect((key,), f" with task: {self.task}", f"remove it; it is for {tasks[0]}")

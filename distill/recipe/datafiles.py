@@ -10,15 +10,16 @@ import bz2
 import csv
 import glob
 import gzip
-import json
 import lzma
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from distill.errors import InputError
 from distill.recipe.data import Source
+from distill.recipe.jsonrows import LONGEST, Row, json_rows, read_lines
 from distill.recipe.locate import is_path
 
 ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
@@ -27,9 +28,31 @@ COMPRESSED: dict[str, Callable[..., TextIO]] = {".gz": gzip.open, ".bz2": bz2.op
 """Endings that may follow, except after .parquet, which compresses by itself."""
 SAVED = ("state.json", "dataset_dict.json")
 """Files that tell a folder of `Dataset.save_to_disk`, or of `DatasetDict.save_to_disk`."""
-Row = tuple[int, dict[str, Any]]
-"""Line of a file (of a list in JSON: position of the item), and the values of its columns."""
-csv.field_size_limit(2**30)
+UNREAD = (
+    *(".zst", ".zip", ".tar", ".tgz", ".7z", ".arrow", ".feather", ".orc", ".avro", ".xlsx", ".xls", ".xml"),
+    *(".pkl", ".npy", ".db", ".sqlite", ".ndjson", ".jsonlines"),
+)
+"""Endings of data that is not read; in a folder they are refused, while other files are no data."""
+OPTIONS = {
+    "delimiter": (".csv", ".tsv"),
+    "quotes": (".csv", ".tsv"),
+    "encoding": (".jsonl", ".json", ".csv", ".tsv", ".txt"),
+    "separator": (".txt",),
+}
+"""Option of a source -> kinds of files that have it."""
+OTHER_CONTENT = {
+    b"PK\x03\x04": "a zip archive",
+    b"\x1f\x8b": "compressed with gzip; let its name end in .gz",
+    b"BZh": "compressed with bzip2; let its name end in .bz2",
+    b"\xfd7zXZ": "compressed with xz; let its name end in .xz",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd; unpack it",
+    b"PAR1": "a parquet file; let its name end in .parquet",
+    b"\xff\xfe": "UTF-16; write encoding: utf-16 in a section of its own, as in {source: ./x.csv, encoding: utf-16}",
+    b"\xfe\xff": "UTF-16; write encoding: utf-16 in a section of its own, as in {source: ./x.csv, encoding: utf-16}",
+}
+"""First bytes of files that are not what their name says."""
+csv.field_size_limit(LONGEST)
+QUOTES = "write quotes: true in the section of the source where quotes enclose values, false where they are text"
 
 
 def ending_of(path: Path) -> str:
@@ -64,21 +87,63 @@ def data_files(source: str, base: Path) -> list[Path]:
         found = [file for file in sorted(path.rglob("*")) if file.is_file() and ending_of(file)]
         if not found:
             raise InputError(f"{path} holds no file that ends in {', '.join(ENDINGS)}")
+        check_folder(path, found)
     else:
-        found = [path] if path.is_file() else [Path(file) for file in sorted(glob.glob(str(path), recursive=True))]
+        matches = map(Path, sorted(glob.glob(str(path), recursive=True)))
+        found = [path] if path.exists() else [file for file in matches if not file.is_dir()]
         if not found:
             raise InputError(f"there is no file {path}")
-    kinds = {ending_of(file): file for file in found}
+    check_kinds(found)
+    return found
+
+
+def searched_paths(source: str, base: Path) -> list[Path]:
+    """List what must not hold anything else: the files of a source, and the folder where all files are taken."""
+    files = data_files(source, base)
+    path = base / Path(source).expanduser()
+    start = next((folder for folder in path.parents if "**" not in str(folder)), path) if "**" in source else path
+    return [start, *files] if files and start.is_dir() else files
+
+
+def check_folder(path: Path, files: Collection[Path]) -> None:
+    """Refuse a folder with data that would be passed over, or with files named after splits, which would be mixed."""
+    if unread := [file for file in sorted(path.rglob("*")) if file.suffix.lower() in UNREAD]:
+        raise InputError(f"{path} holds {unread[0].relative_to(path)}, which cannot be read; convert or move it")
+    words = {file: set(re.split("[^a-z]+", str(file.relative_to(path)).lower())) for file in files}
+    training = [file for file, found in words.items() if "train" in found]
+    held_out = [file for file, found in words.items() if found & {"test", "validation", "valid", "dev", "eval"}]
+    if training and held_out:
+        raise InputError(
+            f"{path} holds {training[0].relative_to(path)} and {held_out[0].relative_to(path)}; name the files of each "
+            f"split: train: ./FILE, test: ./FILE"
+        )
+
+
+def check_kinds(files: Collection[Path]) -> None:
+    """Refuse files that are empty, no files, of no known kind or of several. Raises InputError."""
+    kinds = {ending_of(file): file for file in files}
     if "" in kinds:
         raise InputError(
             f"{kinds['']} has none of the known endings {', '.join(ENDINGS)}, which {', '.join(COMPRESSED)} may follow"
         )
     if len(kinds) > 1:
-        raise InputError(f"{path} stands for files of several kinds, {', '.join(sorted(kinds))}; name one kind")
-    for file in found:
+        names = ", ".join(file.name for _, file in sorted(kinds.items()))
+        raise InputError(f"there are files of several kinds, {names}; name one kind")
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"{file} is no regular file")  # a pipe may never end
         if file.stat().st_size == 0:
             raise InputError(f"{file} is empty")
-    return found
+
+
+def check_options(source: Source, path: Path) -> None:
+    """Refuse options that files of this kind do not have. Raises InputError."""
+    kind = "saved dataset" if is_saved_dataset(path) else ending_of(path)
+    for option in source.changed(*OPTIONS):
+        if kind not in OPTIONS[option]:
+            raise InputError(f"{path.name}: {option} has no effect on a {kind}; it is for {', '.join(OPTIONS[option])}")
+    if source.split is not None and kind != "saved dataset" and not source.source.startswith("hub:"):
+        raise InputError(f"{path.name}: split has no effect on a {kind}; name the file of the split")
 
 
 def read_rows(path: Path, source: Source) -> Iterator[Row]:
@@ -98,71 +163,60 @@ def read_rows(path: Path, source: Source) -> Iterator[Row]:
     except LookupError as error:
         raise InputError(f"{path}: {error}") from error
     except UnicodeDecodeError as error:
+        other = _other_content(path)
         fix = "name its encoding, as in {source: ./x.csv, encoding: latin-1}"
-        raise InputError(f"{path}: after line {number} it is not {source.encoding} ({error.reason}); {fix}") from error
+        why = f"it is {other}" if other else f"after line {number} it is not {source.encoding} ({error.reason}); {fix}"
+        raise InputError(f"{path}: {why}") from error
     except (OSError, EOFError, lzma.LZMAError, csv.Error, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot read it: {error}") from error
+        other = _other_content(path)
+        why = f"it is {other}" if other else str(getattr(error, "strerror", None) or error)
+        raise InputError(f"{path}: cannot read it: {why}") from error
 
 
-def _json_rows(file: TextIO, _source: Source) -> Iterator[Row]:
-    """Read one object per line, or one list of objects."""
-    start = file.read(1)
-    while start.isspace():
-        start = file.read(1)
-    if start == "[":
-        for number, item in enumerate(_parse(start + file.read()), start=1):
-            yield number, _checked(item, f"item {number}")
-        return
-    for number, line in enumerate(file, start=1):
-        text = start + line if number == 1 else line
-        if text.strip():
-            try:
-                item = _parse(text)
-            except ValueError as error:
-                raise ValueError(f"line {number}: {error}") from error
-            yield number, _checked(item, f"line {number}")
-
-
-def _parse(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError(f"a key stands twice among {', '.join(key for key, _ in pairs)}")
-    return found
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number")
-
-
-def _checked(item: Any, place: str) -> dict[str, Any]:
-    if not isinstance(item, dict):
-        raise ValueError(f"{place} is not an object with columns: {str(item)[:40]}")
-    return item
+def _other_content(path: Path) -> str:
+    """Say what a file is by its first bytes, where these are not those of its name."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+    except OSError:
+        return ""
+    found = (what for mark, what in OTHER_CONTENT.items() if start.startswith(mark) and path.suffix not in COMPRESSED)
+    return next(found, "")
 
 
 def _csv_rows(delimiter: str, file: TextIO, source: Source) -> Iterator[Row]:
-    reader = csv.reader(file, delimiter=source.delimiter or delimiter, strict=True)
-    names = next(reader, [])
+    """Read rows under a line of names. Text in quotes may hold delimiters and, in .csv files, line breaks."""
+    delimiter, lines = source.delimiter or delimiter, read_lines(file)
+    quoting = csv.QUOTE_NONE if source.quotes is False else csv.QUOTE_MINIMAL
+    reader = csv.reader(lines, delimiter=delimiter, strict=True, quoting=quoting)  # type: ignore[arg-type]
+    names, start = next(reader, []), 1
     if twice := [name for name in names if name and names.count(name) > 1]:
         raise ValueError(f"two columns are called {twice[0]!r}")
     if len(names) == 1 and (other := next((mark for mark in ",;\t|" if mark in names[0]), None)):
         raise ValueError(f"its first line is one column; name the mark between columns, as in {{delimiter: {other!r}}}")
-    for values in reader:
+    while True:
+        start = reader.line_num + 1
+        try:
+            values = next(reader, None)
+        except csv.Error as error:
+            raise ValueError(f"line {start}: {error}; {QUOTES}") from error
+        if values is None:
+            return
+        if source.quotes is None and delimiter == "\t" and reader.line_num > start:
+            raise ValueError(f"line {start}: a quote opens there and closes in line {reader.line_num}; {QUOTES}")
+        if not values and len(names) == 1:
+            values = [""]
         if values and len(values) != len(names):
-            raise ValueError(f"line {reader.line_num} has {len(values)} columns, the first line has {len(names)}")
+            raise ValueError(f"line {start} has {len(values)} columns, the first line has {len(names)}")
         if values:
-            yield reader.line_num, dict(zip(names, values, strict=True))
+            yield start, dict(zip(names, values, strict=True))
 
 
 def _text_rows(file: TextIO, source: Source) -> Iterator[Row]:
     """Read documents: the whole file, or what stands between the separating lines."""
     start = 1
     lines: list[str] = []
-    for number, line in enumerate(file, start=1):
+    for number, line in enumerate(read_lines(file), start=1):
         if source.separator is not None and line.rstrip("\n") == source.separator:
             yield start, {"text": "".join(lines)}
             start, lines = number + 1, []
@@ -172,7 +226,7 @@ def _text_rows(file: TextIO, source: Source) -> Iterator[Row]:
 
 
 READERS: dict[str, Callable[[TextIO, Source], Iterator[Row]]] = {
-    **dict.fromkeys((".jsonl", ".json"), _json_rows),
+    **dict.fromkeys((".jsonl", ".json"), json_rows),
     ".csv": partial(_csv_rows, ","),
     ".tsv": partial(_csv_rows, "\t"),
     ".txt": _text_rows,

@@ -215,9 +215,10 @@ def _explain(errors: list[ErrorDetails], data: Any) -> list[Mistake]:
             wrong.setdefault(path, []).append(each)
         elif path:  # those of the recipe itself are between sections
             found += [replace(own, path=(*path, *own.path)) for own in each["ctx"]["mistakes"]]
+    reported = [*wrong, *(mistake.path for mistake in found)]
     for path, own in wrong.items():
         # Where several forms are allowed, each complains; the deepest complaint is about the form that was meant.
-        if not any(len(other) > len(path) and other[: len(path)] == path for other in wrong):
+        if not any(len(other) > len(path) and other[: len(path)] == path for other in reported):
             found.append(_wrong_value(path, at(data, path), own))
     return found
 

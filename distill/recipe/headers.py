@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 from distill.errors import InputError
 from distill.files import read_object
-from distill.recipe.datafiles import data_files, ending_of, read_rows
+from distill.recipe.datafiles import check_options, data_files, ending_of, is_saved_dataset, read_rows
 from distill.recipe.fields import KeyPath, Mistake
 from distill.recipe.gguf import gguf_size
+from distill.recipe.jsonrows import quote_names
 from distill.recipe.locate import (
     TeacherSize,
     ambiguous_folder,
@@ -20,12 +21,15 @@ from distill.recipe.locate import (
     teacher_folder,
     teacher_size,
 )
-from distill.recipe.names import OFFERED_COLUMNS, TASK_COLUMNS, columns_read
+from distill.recipe.names import OFFERED_COLUMNS, SOURCE_COLUMNS, TASK_COLUMNS, columns_read
 from distill.recipe.schema import Data, Source, Teacher
 from distill.recipe.weights import check_tensors, parameter_names, read_headers
+from distill.registry import suggest
 
-MAX_ROWS = 100_000
-"""Rows that are read in search of a column; what comes later is seen when the data is read."""
+MAX_ROWS = 20_000
+"""Rows of a file that are read in search of a column; what comes later is seen when the data is read."""
+PARQUET = b"PAR1"
+"""First and last bytes of a parquet file."""
 MAX_TOKENIZER = 20_000_000
 """Bytes of a tokenizer.json that is read to check a recipe."""
 
@@ -94,30 +98,55 @@ def look_at_data(data: Data | None, base: Path) -> Iterator[Mistake]:
         for source in data.origins(split):
             if is_left_behind(source.source, base):
                 continue
+            if columns := SOURCE_COLUMNS.get(source.source):  # type: ignore[call-overload]
+                yield from _lacking(key, source.source, columns, wanted)
             try:
                 for path in data_files(source.source, base):
-                    yield from _lacking(key, path, source, wanted)
+                    check_options(source, path)
+                    columns = first_columns(path, source, set(wanted.values()))
+                    if lacking := [] if columns is None else [*_lacking(key, path.name, columns, wanted)]:
+                        yield from lacking
+                        break  # other files of the source are hardly different
             except InputError as error:
                 yield Mistake(("data", key), str(error))
 
 
-def _lacking(key: str, path: Path, source: Source, wanted: dict[str, str]) -> Iterator[Mistake]:
-    """Yield the columns that a file does not have, as far as its first rows tell."""
-    if ending_of(path) in ("", ".parquet"):
-        if ending_of(path) and path.read_bytes()[:4] != b"PAR1":
-            yield Mistake(("data", key), f"{path} is not a parquet file")
-        return
+def first_columns(path: Path, source: Source, wanted: set[str]) -> Collection[str] | None:
+    """Return the columns of a file's first rows; None where it takes more than the standard library to tell.
+
+    Raises:
+        InputError: The file is broken, or has no row.
+    """
+    if is_saved_dataset(path):
+        return None
+    if ending_of(path) == ".parquet":
+        check_parquet(path)
+        return None
     columns: dict[str, None] = {}
     for _, row in islice(read_rows(path, source), MAX_ROWS):
         columns |= dict.fromkeys(row)
-        if ending_of(path) != ".jsonl" or columns.keys() >= set(wanted.values()):
-            break
-    else:
-        if len(columns) == 0:
-            yield Mistake(("data", key), f"{path} has no row")
-            return
+        if ending_of(path) in (".csv", ".tsv", ".txt") or columns.keys() >= wanted:
+            return columns
+    if not columns:
+        raise InputError(f"{path} has no row")
+    return columns
+
+
+def check_parquet(path: Path) -> None:
+    """Refuse a file that does not begin and end as parquet does. Raises InputError."""
+    try:
+        with path.open("rb") as file:
+            start, end = file.read(4), file.seek(-4, 2) and file.read(4)
+    except OSError as error:
+        raise InputError(f"{path}: cannot read it: {error.strerror}") from error
+    if start != PARQUET or end != PARQUET:
+        raise InputError(f"{path} is {'cut off' if start == PARQUET else 'not a parquet file'}")
+
+
+def _lacking(key: str, name: str, columns: Collection[str], wanted: dict[str, str]) -> Iterator[Mistake]:
+    """Yield the columns that a file or a corpus does not have."""
     for role, column in wanted.items():
         if column not in columns:
-            message = f"{path.name} has no column {column!r}; it has {', '.join(columns)}"
-            fix = f"name it: columns: {{{role}: {next(iter(columns))}}}"
+            message = f"{name} has no column {column!r}; it has {quote_names(columns)}"
+            fix = f"{suggest(column, columns)}Name it: columns: {{{role}: COLUMN}}"
             yield Mistake(("data", "columns", role) if role != column else ("data", key), message, fix)

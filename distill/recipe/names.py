@@ -94,6 +94,13 @@ LABELLED_TASKS: tuple[TaskName, ...] = (
     "classification", "question_answering", "relation_extraction", "token_classification",
 )  # fmt: skip
 """Tasks that ask for something which a row may lack."""
+SOURCE_COLUMNS: dict[BuiltInSource, tuple[str, ...]] = {
+    "stdlib-docstrings": ("text", "label"),
+    "pydoc-topics": ("text", "label"),
+    "stdlib-sources": ("text", "label"),
+    "stdlib-names": ("text", "pair"),
+}
+"""Columns of each built-in corpus."""
 TASK_KEYS: dict[str, tuple[TaskName, ...]] = {
     "labelled": LABELLED_TASKS,
     "contradictions": LABELLED_TASKS,

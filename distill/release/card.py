@@ -15,7 +15,7 @@ from distill.recipe.locate import GGUF
 from distill.recipe.names import TEACHER_METRICS
 from distill.release.evidence import Evidence, judge, standard_error, summarize
 from distill.release.tables import arms_table, tables
-from distill.release.wording import one_line
+from distill.release.wording import format_percent, one_line
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 USES = {
@@ -196,6 +196,18 @@ def eval_results(evidence: Evidence, task: str) -> list[EvalResult]:
     ]
 
 
+def describe_cuts(evidence: Evidence) -> str:
+    """Say how many texts were longer than an example may be."""
+    length, splits = evidence.recipe.data.max_length, evidence.evaluation["data"].get("summary") or {}
+    counts = [
+        f"{own['truncated']:,} of the {name} split ({format_percent(own['truncated_share'])})"
+        for name, own in splits.items()
+    ]
+    if not any(own["truncated"] for own in splits.values()):
+        return f"Examples have up to {length} tokens; " + ("no text was cut." if splits else "longer texts were cut.")
+    return f"Texts longer than {length} tokens were cut: {', '.join(counts)}."
+
+
 def caveats(evidence: Evidence) -> list[str]:
     """List the limits of the figures."""
     data, score = evidence.evaluation["data"], evidence.score("distilled")
@@ -204,7 +216,7 @@ def caveats(evidence: Evidence) -> list[str]:
     notes = [
         f"Measured on {data['examples']} {unit} of the {data['split']} split of {data['source']} with one seed; "
         "other texts and seeds were not tried.",
-        f"Texts longer than {evidence.recipe.data.max_length} tokens were cut or split.",
+        describe_cuts(evidence),
         "The student inherits the biases and mistakes of its teacher, and cutting can add its own.",
     ]
     if error is not None:

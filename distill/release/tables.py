@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distill.losses import MATCHES
+from distill.recipe.jsonrows import LISTED
 from distill.recipe.schema import Schedule
 from distill.recipe.terms import TERM_KEYS
 from distill.release.evidence import Evidence, get_in
@@ -52,6 +53,7 @@ def tables(evidence: Evidence) -> dict[str, Table]:
         "repair": repair_table(evidence),
         "losses": losses_table(evidence),
         "training": Table(("setting", "value"), training_rows(evidence), text_columns=2),
+        "data": data_table(evidence),
         "efficiency": efficiency_table(evidence),
         "versions": Table(("", "version"), [(key, str(value)) for key, value in evidence.environment.items()], 2),
     }
@@ -116,6 +118,35 @@ def format_change(start: Any, end: Any) -> str:
     """Format a setting, and the value at the end of its schedule where it has one."""
     first = format_number(start) if type(start) is float else str(start)
     return first if end is None else f"{first} to {format_number(end)}"
+
+
+def data_table(evidence: Evidence) -> Table:
+    """Tabulate the rows of every split: read, left out by reason, used, cut; and its classes."""
+    splits = evidence.evaluation["data"].get("summary") or {}
+    reasons = dict.fromkeys(reason for own in splits.values() for reason in own["rows"] if reason != "read")
+    classes = [*dict.fromkeys(name for own in splits.values() for name in own["classes"])]
+    paths: dict[str, tuple[str, ...]] = {
+        "rows read": ("rows", "read"),
+        **{reason.replace("_", " "): ("rows", reason) for reason in reasons},
+        "examples": ("examples",),
+        "with a label": ("labelled",),
+        "tokens": ("tokens",),
+        "tokens of an example: median": ("lengths", "median"),
+        "longest": ("lengths", "longest"),
+        "cut to that length": ("truncated",),
+        **{f"class {name}": ("classes", name) for name in classes[:LISTED]},
+    }
+    rows = [(name, *(format_whole(get_in(own, *path)) for own in splits.values())) for name, path in paths.items()]
+    if splits:
+        rows.append(("unknown tokens", *(format_percent(own["unknown_share"]) for own in splits.values())))
+    if len(classes) > LISTED:
+        rows.append((f"and {len(classes) - LISTED} more classes", *("" for _ in splits)))
+    return Table(("", *splits), rows if splits else [])
+
+
+def format_whole(value: int | None) -> str:
+    """Format a number of rows or tokens."""
+    return MISSING if value is None else f"{value:,}"
 
 
 def training_rows(evidence: Evidence) -> list[tuple[str, ...]]:

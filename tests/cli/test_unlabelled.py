@@ -5,23 +5,23 @@ from __future__ import annotations
 import json
 
 import pytest
-from tiny import RECIPE, tiny_model, tiny_project
+from tiny import RECIPE, tiny_corpus, tiny_model, tiny_project
 
 from distill.cli import main
-from distill.data.corpus import read_texts
-from distill.recipe import load_recipe
+from distill.models.load import load_tokenizer
 
-READY = ["teacher.fit=null", "teacher.init=pretrained", "data.labelled=null"]
+ALL = ["training.evaluate_every=0", "data.labelled=null"]
+READY = [*ALL, "teacher.fit=null", "teacher.init=pretrained"]
 UNTAUGHT = RECIPE.replace("  - {match: labels, weight: 0.3}\n", "")
 
 
 def unlabelled_project(folder, recipe):
     """A ready teacher, and a file whose test split alone has labels."""
     path = tiny_project(folder, recipe)
-    loaded = load_recipe(path, READY)
-    training = {text for text, _ in read_texts(loaded.data, loaded.seed, folder).train}
+    decode, test = load_tokenizer(folder / "teacher").decode, tiny_corpus(folder, *READY).test
+    held_out = {decode(test[index].tolist()) for index in range(len(test))}
     rows = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()]
-    rows = [{**row, "label": None if row["text"] in training else row["label"]} for row in rows]
+    rows = [{**row, "label": row["label"] if row["text"] in held_out else None} for row in rows]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tiny_model("bert", id2label=dict(enumerate(["mammal", "none", "swimmer"]))).save_pretrained(folder / "teacher")
     return path
@@ -30,7 +30,11 @@ def unlabelled_project(folder, recipe):
 CASES = {
     "the default arms": (UNTAUGHT, READY, "evaluation.arms (labels_only)"),
     "a term": (RECIPE, [*READY, "evaluation.arms=[teacher, distilled]"], "losses.0 (match: labels)"),
-    "all of them": (RECIPE, READY[2:], "teacher.fit, losses.0 (match: labels), evaluation.arms (labels_only)"),
+    "all of them": (
+        RECIPE,
+        ALL,
+        "teacher.fit, losses.0 (match: labels), evaluation.arms (labels_only)",
+    ),
 }
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import threading
+import time
 
 import pytest
 from tiny import RECIPE, tiny_config, tiny_project
 
 from distill.errors import InputError
-from distill.pipeline import RunDir, Session, run_stages
+from distill.pipeline import RunDir, Session, local_inputs, run_stages
 from distill.pipeline import data as stage
 from distill.pipeline import train as training
 from distill.recipe import load_recipe
@@ -35,7 +38,8 @@ def prepared(folder, *overrides):
 def test_a_finished_corpus_is_read_and_not_made_again(tmp_path):
     tiny_project(tmp_path)
     first, made = prepared(tmp_path)
-    file = tmp_path / "run/data/corpus.safetensors"
+    (tmp_path / "data.jsonl").touch()
+    file = tmp_path / "run/data/train.arrow"
     before = file.stat()
     second, again = prepared(tmp_path, "training.lr=1e-5")
     assert (made, again) == (True, False)
@@ -81,8 +85,9 @@ def test_a_trained_teacher_keeps_its_order_of_classes_and_unknown_ones_are_refus
     assert corpus.classes == ("swimmer", "none", "mammal")
     texts = dict(json.loads(line).values() for line in (tmp_path / "data.jsonl").read_text().splitlines())
     session, _ = session_of(tmp_path)
-    spelt = session.tokenizer.batch_decode([tokens.tolist() for tokens in corpus.test])
-    assert [corpus.classes[label] for label in corpus.test.labels] == [texts[text] for text in spelt]
+    spelt = session.tokenizer.batch_decode([corpus.test[index].tolist() for index in range(len(corpus.test))])
+    labels = corpus.test.take(range(len(spelt)))["label"]
+    assert [corpus.classes[label] for label in labels] == [texts[text] for text in spelt]
     tiny_config("bert", pad_token_id=0, id2label={0: "swimmer", 1: "none"}).save_pretrained(tmp_path / "teacher")
     with pytest.raises(InputError, match="has the classes mammal, the teacher knows swimmer, none"):
         prepared(tmp_path)
@@ -102,12 +107,150 @@ def test_labels_are_asked_for_after_the_data_also_when_a_later_command_needs_the
     corpus, _ = prepared(tmp_path, "data.labelled=null")
     session, _ = session_of(tmp_path)
     decode = session.tokenizer.decode
-    test = {decode(tokens.tolist()) for tokens in corpus.test}
+    test = {decode(corpus.test[index].tolist()) for index in range(len(corpus.test))}
     for row in rows:
         row["label"] = row["label"] if row["text"] in test else None
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for _ in range(2):  # where the data are prepared, and where they are unchanged
-        session, lines = session_of(tmp_path, "data.labelled=null")
+        session, lines = session_of(tmp_path, "data.labelled=null", "training.evaluate_every=0")
         with pytest.raises(InputError, match=r"no training example has a label.*teacher\.fit"):
             run_stages(session, [stage.STAGE], [stage.STAGE, training.STAGE])
     assert "data: unchanged, skipped" in lines
+
+
+def entry_of(cache):
+    """The newest corpus in the cache."""
+    return max((cache / "data").glob("*/corpus.json"), key=lambda path: path.stat().st_mtime_ns).parent
+
+
+def test_another_run_takes_the_same_corpus_from_the_cache(tmp_path, monkeypatch):
+    tiny_project(tmp_path)
+    monkeypatch.setenv("DISTILL_CACHE", str(tmp_path / "cache"))
+    first, _ = prepared(tmp_path)
+    recipe = load_recipe(tmp_path / "recipe.yaml", ["training.lr=1e-5"])
+    lines = []
+    session = Session(recipe, tmp_path, RunDir(tmp_path / "other"), lines.append)
+    run_stages(session, [stage.STAGE])
+    assert any("from the cache" in line for line in lines) and session.corpus.fingerprint == first.fingerprint
+    files = [folder / "data/train.arrow" for folder in (tmp_path / "run", tmp_path / "other")]
+    assert os.path.samefile(*files)
+    assert (tmp_path / "cache/data").stat().st_mode & 0o777 == 0o700
+    assert not [*(tmp_path / "cache").rglob("*.rows.arrow")]
+
+
+def test_the_cache_lies_where_the_environment_says(tmp_path, monkeypatch):
+    tiny_project(tmp_path)
+    monkeypatch.delenv("DISTILL_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    prepared(tmp_path)
+    assert (entry_of(tmp_path / "home/distill") / "train.arrow").exists()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DISTILL_CACHE", str(tmp_path / "file"))
+    with pytest.raises(InputError, match="file/data cannot be the cache: Not a directory; set DISTILL_CACHE"):
+        prepared(tmp_path, "data.max_length=12")
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "without facts", "odd facts", "gone", "no folder"])
+def test_a_damaged_entry_of_the_cache_is_made_anew(damage, tmp_path, monkeypatch):
+    tiny_project(tmp_path)
+    monkeypatch.setenv("DISTILL_CACHE", str(tmp_path / "cache"))
+    first, _ = prepared(tmp_path)
+    entry, before = entry_of(tmp_path / "cache"), (tmp_path / "run/data/train.arrow").read_bytes()
+    shutil.rmtree(tmp_path / "run")
+    file, content = entry / "train.arrow", bytearray(before)
+    file.unlink()
+    content[len(content) // 2] ^= 1
+    if damage in ("cut", "changed", "without facts", "odd facts"):
+        file.write_bytes(before[:-1000] if damage == "cut" else content if damage == "changed" else before)
+    if damage == "without facts":
+        (entry / "corpus.json").unlink()
+    if damage == "odd facts":
+        (entry / "corpus.json").write_text('{"files": [1], "settled": {"classes": []}}')
+    if damage == "no folder":
+        shutil.rmtree(entry)
+    session, lines = session_of(tmp_path)
+    run_stages(session, [stage.STAGE])
+    assert session.corpus.fingerprint == first.fingerprint
+    assert (tmp_path / "run/data/train.arrow").read_bytes() == before == file.read_bytes()
+    assert any("the cache is damaged, made anew" in line for line in lines) == (damage != "no folder")
+
+
+def test_what_a_killed_run_left_in_the_cache_is_swept(tmp_path, monkeypatch):
+    tiny_project(tmp_path)
+    monkeypatch.setenv("DISTILL_CACHE", str(tmp_path / "cache"))
+    first, _ = prepared(tmp_path)
+    entry = entry_of(tmp_path / "cache")
+    shutil.rmtree(tmp_path / "run")
+    shutil.move(entry, half := entry.with_name(f".{entry.name}.tmp"))
+    (half / "test.arrow").unlink()
+    again, _ = prepared(tmp_path)
+    assert again.fingerprint == first.fingerprint and not half.exists() and entry.exists()
+
+
+def test_two_runs_at_once_prepare_the_same_data_once(tmp_path, monkeypatch):
+    tiny_project(tmp_path)
+    monkeypatch.setenv("DISTILL_CACHE", str(tmp_path / "cache"))
+    prepared(tmp_path)
+    entry = entry_of(tmp_path / "cache")
+    lines, holding = [], threading.Event()
+
+    def other_run():
+        with stage._cached(entry.name, print):
+            holding.set()
+            while not lines:
+                time.sleep(0.01)
+
+    holder = threading.Thread(target=other_run)
+    holder.start()
+    holding.wait()
+    with stage._cached(entry.name, lines.append) as cache:
+        assert cache == entry and lines == ["  another run prepares the same data; waiting for it"]
+    holder.join()
+
+
+def test_a_stage_with_nothing_to_do_opens_no_text(tmp_path, monkeypatch):
+    tiny_project(tmp_path)
+    prepared(tmp_path)
+    monkeypatch.setattr("distill.data.rows.read_source", None)
+    monkeypatch.setattr(stage, "load_corpus", None)
+    session, lines = session_of(tmp_path)
+    run_stages(session, [stage.STAGE])
+    assert lines == ["data: unchanged, skipped"]
+
+
+def test_no_progress_bar_is_drawn_where_nobody_looks(tmp_path, capfd):
+    tiny_project(tmp_path)
+    prepared(tmp_path, "data.max_length=11")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_became_of_the_rows_is_said_and_kept(tmp_path):
+    tiny_project(tmp_path)
+    path = tmp_path / "data.jsonl"
+    rows = path.read_text()
+    some = "".join(rows.splitlines(keepends=True)[:10])
+    path.write_text(rows + some + '{"text": " ", "label": "none"}\n{"text": "red wolf", "label": ""}\n')
+    session, lines = session_of(tmp_path, "data.labelled=null", "data.max_length=6", "evaluation.arms=[teacher, cut]")
+    run_stages(session, [stage.STAGE])
+    count, own = rows.count("\n") + 12, session.corpus.summary["train"]
+    assert own["rows"] == {"read": count, "empty": 1, "equal": 10}
+    said = "\n".join(lines)
+    assert f"train: {count} rows read (1 empty, 10 equal); {own['examples']} examples" in said
+    assert f", {own['truncated']} cut" in said and own["truncated"] > 50
+    assert f"only {len(session.corpus.test)} test examples: differences of a few points are chance" in said
+    for name in ("train", "test"):
+        counts = session.corpus.summary[name]["classes"]
+        assert sum(counts.values()) == session.corpus.summary[name]["labelled"]
+        assert f"  {name}: mammal {counts['mammal']}, none {counts['none']}, swimmer {counts['swimmer']}" in said
+
+
+def test_a_glob_cannot_read_the_run_and_a_folder_cannot_hold_it(tmp_path):
+    tiny_project(tmp_path)
+    (tmp_path / "texts").mkdir()
+    shutil.copy(tmp_path / "data.jsonl", tmp_path / "texts")
+    for source, out in (("./**/*.jsonl", "run"), ("./texts", "texts/run"), ("./d*.jsonl", "data.jsonl")):
+        recipe = load_recipe(tmp_path / "recipe.yaml", [f"data.source={source}"])
+        with pytest.raises(InputError, match=r"--out: the run folder .* data\.source"):
+            RunDir(tmp_path / out).check(local_inputs(recipe, tmp_path))
+    recipe = load_recipe(tmp_path / "recipe.yaml", ["data.source=./*.jsonl"])
+    RunDir(tmp_path / "run").check(local_inputs(recipe, tmp_path))

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from tiny import RECIPE, tiny_model, tiny_project
 
 from distill.errors import InputError
+from distill.pipeline import run_stages
+from distill.pipeline.data import STAGE as prepared
 from distill.pipeline.data import work as prepare_data
-from distill.pipeline.evaluate import check
+from distill.pipeline.evaluate import STAGE as evaluate_stage
 from distill.pipeline.evaluate import work as evaluate
 from distill.pipeline.folder import RunDir
 from distill.pipeline.session import Session
@@ -31,17 +34,19 @@ def session(tmp_path):
 
 
 def test_what_a_padded_head_says_beyond_the_vocabulary_is_no_prediction(session):
+    prepare_data(session)
     assert session.vocabulary == 17
     teacher, student = (tiny_model("llama", tie_word_embeddings=False) for _ in range(2))
     with torch.no_grad():
         student.lm_head.weight[17:] *= 3
     teacher.save_pretrained(session.teacher)
-    prepare_data(session)
     save_model(session, student, session.folder.distilled)
     evaluate(session)
     arms = {arm["name"]: arm["metrics"] for arm in json.loads(session.folder.evaluation.read_text())["arms"]}
     assert arms["distilled"]["kl"] == 0 and arms["distilled"]["agreement"] == 1
     assert arms["distilled"]["token_accuracy"] == arms["teacher"]["token_accuracy"] > 0
+    splits = session.corpus.splits
+    vars(session)["corpus"] = replace(session.corpus, splits={**splits, "validation": splits["test"]})
     in_training = measure_held_out(session, student, lambda: False)
     assert in_training == pytest.approx({name: arms["distilled"][name] for name in in_training})
     assert "token_accuracy" in in_training
@@ -57,5 +62,7 @@ def test_a_metric_of_ones_own_that_the_task_has_no_columns_for_is_refused_before
     monkeypatch.setitem(sys.modules, "theirs", sys.modules[__name__])
     metrics = "evaluation.metrics=[perplexity, 'theirs:own_metric']"
     recipe = load_recipe(tiny_project(tmp_path, LM, family="llama"), [metrics])
+    session = Session(recipe, tmp_path, RunDir(tmp_path / "run"), say=lambda _text: None)
     with pytest.raises(InputError, match="'theirs:own_metric' needs the columns predictions, references"):
-        check(Session(recipe, tmp_path, RunDir(tmp_path / "run"), say=lambda _text: None))
+        run_stages(session, [prepared, evaluate_stage])
+    assert not session.folder.evaluation.exists()

@@ -36,7 +36,7 @@ ACCEPTED = [
     (MLP + "}", "score: taylor_kl}\n  target: {parameters: 0.4}\n  calibration: {gradients: true}"),
     ("loss: mse", "loss: mine:huber, params: {delta: 1}"),
     ("map: plan", "map: [[0, 1], [2, 5]]"),
-    ("stdlib-docstrings", "./texts.csv\n  text: body"),
+    ("stdlib-docstrings", "./texts.csv\n  columns: {text: body}"),
     ("weight: 0.3", "weight: 0"),
     ("{match: labels, weight: 0.3}", "{match: labels, temperature: 1.0, map: plan, loss: null, params: {}}"),
     ("  metrics: [accuracy, f1_macro]\n", ""),

@@ -222,19 +222,20 @@ DATA = GOOD.replace("source: stdlib-docstrings", "source: ./dataENDING")
         (".csv", None, "data.source", "there is no file"),
         (".xlsx", "x", "data.source", "none of the known endings .jsonl"),
         (".csv", "", "data.source", "is empty"),
-        (".csv", "body,label\nhello,a\n", "data.text", "no column 'text'; it has body, label"),
-        (".csv", '\ufeff"text",class\nhello,a\n', "data.label", "no column 'label'; it has text, class"),
+        (".csv", "body,label\nhello,a\n", "data.source", "no column 'text'; it has 'body', 'label'"),
+        (".csv", '\ufeff"text",class\nhello,a\n', "data.source", "no column 'label'; it has 'text', 'class'"),
         (
             ".jsonl",
             '{"text": "a", "class": "b"}\n\n{"text": "a"}\n',
-            "data.label",
-            "no column 'label'; it has text, class",
+            "data.source",
+            "no column 'label'; it has 'text', 'class'",
         ),
         (".jsonl", '{"text": "a"\n', "data.source", "cannot read"),
-        (".jsonl", "3\n", "data.source", "line 1 is not an object"),
-        (".txt", "one\ntwo\n", "data.label", "no column 'label'; it has text"),
+        (".jsonl", "3\n", "data.source", "line 1 is no object"),
+        (".txt", "one\ntwo\n", "data.source", "no column 'label'; it has 'text'"),
         (".parquet", "text,label\n", "data.source", "not a parquet file"),
-        (".csv", b"text,l\xffbel\n", "data.source", "cannot read"),
+        (".parquet", "PAR1 and no end", "data.source", "is cut off"),
+        (".csv", b"text,l\xffbel\n", "data.source", "after line 0 it is not utf-8"),
     ],
 )
 def test_a_data_file_is_looked_at(
@@ -252,7 +253,7 @@ def test_a_data_file_is_looked_at(
         (".csv", "id,text,label\n1,hello,a\n"),
         (".jsonl", '{"text": "unlabelled"}\n' * 50 + '{"text": "a", "label": "b"}\n'),
         (".json", '[{"text": "a", "label": "b"}]'),
-        (".parquet", "PAR1"),
+        (".parquet", "PAR1 ... PAR1"),
     ],
 )
 def test_a_data_file_with_its_columns_is_accepted(ending: str, content: str, write: Write, folder: Path) -> None:

@@ -129,6 +129,14 @@ def metrics(best: float) -> list[dict[str, Any]]:
     return train + [evaluate_record(step, best) for step in range(50, 301, 50)]
 
 
+def summary(examples: int, cut: int, classes: list[str]) -> dict[str, Any]:
+    """What became of the rows of a split, as far as card and report say it."""
+    lengths = {"shortest": 5, "median": 21, "90 %": 40, "longest": 64}
+    counts = {"labelled": 160, "examples": examples, "tokens": 21 * examples, "truncated": cut}
+    shares = {"truncated_share": cut / examples, "unknown_share": 0.012}
+    return {"classes": dict.fromkeys(classes, 80), "lengths": lengths, **counts, **shares}
+
+
 @pytest.fixture
 def evidence() -> Evidence:
     """Every piece is there, and distillation helped."""
@@ -140,6 +148,10 @@ def evidence() -> Evidence:
             "train_examples": 2448,
             "labelled": 160,
             "fingerprint": "c0ffee12",
+            "summary": {
+                "train": {"rows": {"read": 3100, "empty": 12, "equal": 28}, **summary(2448, 7, ["a", "b"])},
+                "test": {"rows": {}, **summary(612, 0, ["a", "b"])},
+            },
         },
         "metrics": ["accuracy", "f1_macro", "agreement", "kl"],
         "primary": "accuracy",
@@ -213,7 +225,8 @@ def hostile(evidence: Evidence) -> Evidence:
         record | {"metrics": {HOSTILE: 0.5} | record["metrics"], "retained": {HOSTILE: 0.9}}
         for record in [*evaluation["arms"], evaluation["arms"][0] | {"name": HOSTILE, "title": HOSTILE}]
     ]
-    data = evaluation["data"] | {"source": HOSTILE, "fingerprint": HOSTILE}
+    split = {"rows": {HOSTILE: 1}, **summary(9, 1, [HOSTILE])}
+    data = evaluation["data"] | {"source": HOSTILE, "fingerprint": HOSTILE, "summary": {HOSTILE: split}}
     protocol = {HOSTILE: HOSTILE}
     train = {"event": "train", "step": 1, "lr": 1e-4, "loss": 1.0, "terms": {HOSTILE: 0.5}}
     return replace(

@@ -14,6 +14,7 @@ from distill.release import wording
 from distill.release.card import KIND_USES, LOADING, USES, fence, inline, render_card, snippet
 from distill.release.evidence import Evidence, judge
 from distill.release.report import render_report
+from distill.release.wording import MISSING
 
 
 def with_score(evidence: Evidence, arm: str, value: float | None) -> Evidence:
@@ -100,7 +101,7 @@ def test_card_tells_what_was_cut_and_how_it_was_trained(evidence: Evidence) -> N
     assert ["1", "2", "1536 → 768", "50.0 %"] in tables[2]
     assert ["logits", "predictions with the teacher's", "forward_kl", "temperature 2", "1"] in tables[3]
     assert ["training examples", "2448, labelled: 160"] in tables[4]
-    assert ["throughput, examples/s", "412.7", "1,031", "2.47x (2.31 to 2.62)"] in tables[5]
+    assert ["throughput, examples/s", "412.7", "1,031", "2.47x (2.31 to 2.62)"] in tables[6]
 
 
 def test_card_holds_command_and_recipe_unchanged(evidence: Evidence) -> None:
@@ -275,3 +276,26 @@ def test_a_chat_model_is_loaded_with_messages(evidence: Evidence) -> None:
 )
 def test_numbers_are_written_for_people(text: str, expected: str) -> None:
     assert text == expected
+
+
+def test_the_card_says_what_became_of_the_rows(evidence: Evidence) -> None:
+    text = render_card(evidence)
+    (table,) = [table for table in rows(text) if table[0] == ["", "train", "test"]]
+    found = {name: values for name, *values in table[2:]}
+    assert (
+        found["rows read"] == ["3,100", MISSING]
+        and found["empty"] == ["12", MISSING]
+        and found["equal"] == ["28", MISSING]
+    )
+    assert found["examples"] == ["2,448", "612"] and found["with a label"] == ["160", "160"]
+    assert found["cut to that length"] == ["7", "0"] and found["class a"] == ["80", "80"]
+    assert found["unknown tokens"] == ["1.2 %", "1.2 %"]
+    assert "Texts longer than 128 tokens were cut: 7 of the train split (0.3 %), 0 of the test split (0.0 %)." in text
+    for own in evidence.evaluation["data"]["summary"].values():
+        own["truncated"] = 0
+    assert "Examples have up to 128 tokens; no text was cut." in render_card(evidence)
+    own["classes"] = {f"class {number}": 1 for number in range(14)}
+    assert "and 6 more classes" in render_card(evidence)
+    evidence.evaluation["data"].pop("summary")
+    assert "## Data" not in render_card(evidence)
+    assert "Examples have up to 128 tokens; longer texts were cut." in render_card(evidence)

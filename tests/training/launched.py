@@ -25,16 +25,13 @@ import torch
 from accelerate import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 from forked import Processes
 from safetensors.torch import save_file
-from tiny import tiny_model, tiny_project
+from tiny import tiny_corpus, tiny_model, tiny_project
 
-from distill.data import read_texts, tokenise
 from distill.errors import DistillError
 from distill.models.dtensor import shard_model
 from distill.models.family import layers_of
 from distill.models.forward import Outputs
-from distill.models.load import load_tokenizer
 from distill.ranks import process_state
-from distill.recipe import load_recipe
 from distill.recipe.schema import Mask
 from distill.student.masks.masks import Masks
 from distill.training import loop
@@ -141,8 +138,8 @@ def main(folder, kind, stop, *fault):
     project.mkdir()
     kind, *options = kind.split("-")
     lm = "lm" in options
-    spec = load_recipe(tiny_project(project), ["data.task=causal_lm", "data.labelled=null"] if lm else []).data
-    corpus = tokenise(read_texts(spec, 0, project), spec, load_tokenizer(project / "teacher"))
+    tiny_project(project)
+    corpus = tiny_corpus(project, *(["data.task=causal_lm", "data.labelled=null"] if lm else []), seed=0)
     shared_out(kind, options)
     if rank == 1:
         break_down(fault, folder)

@@ -107,9 +107,13 @@ class Encoder:
         """
         limit = self.spec.max_length
         given = (list(texts),) if pairs is None else (list(texts), list(pairs))
-        encoded = self.tokenizer(*given, truncation=True, max_length=limit)
+        kinds = None if pairs is not None else False  # of tokens; the tokenizer knows whether pairs have them
+        own = {"return_attention_mask": False, "return_token_type_ids": kinds}
+        encoded = self.tokenizer(*given, truncation=True, max_length=limit, **own)
         full = [row for row, ids in enumerate(encoded["input_ids"]) if len(ids) >= limit]
-        if full:
+        if full and encoded.encodings:
+            self.truncated += sum(bool(encoded.encodings[row].overflowing) for row in full)
+        elif full:
             whole = self.tokenizer(*([part[row] for row in full] for part in given), verbose=False)["input_ids"]
             self.truncated += sum(len(ids) > limit for ids in whole)
         self.count(encoded["input_ids"])
@@ -222,6 +226,12 @@ class Task:
         return columns
 
 
+_WRITER = json.JSONEncoder(ensure_ascii=False, sort_keys=True, allow_nan=False)
+
+
 def as_json(value: Any) -> str:
-    """Write a value as it is kept, the same for equal ones."""
-    return json.dumps(value, ensure_ascii=False, sort_keys=True)
+    """Write a value as it is kept, the same for equal ones. Raises ValueError where JSON has no such value."""
+    try:
+        return _WRITER.encode(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"is nothing that JSON can hold ({error})") from error

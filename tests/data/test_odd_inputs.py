@@ -1,0 +1,82 @@
+"""Everyday and hostile data files: each gives exactly its rows, or one message with file, row or key."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from odd_inputs import JSONL, READ, REFUSED, lines, row
+
+from distill.data import TASKS
+from distill.data.rows import read_split
+from distill.data.splits import clean
+from distill.errors import InputError
+from distill.recipe import jsonrows
+from distill.recipe.headers import look_at_data
+from distill.recipe.schema import Data
+
+
+def written(odd, folder):
+    """The section `data` of an input whose files are written."""
+    for name, content in odd.files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if callable(content):
+            content(path)
+        else:
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    first = f"./{next(iter(odd.files), '')}"
+    source = {"source": first, **odd.source} if isinstance(odd.source, dict) else odd.source or first
+    return Data.model_validate({"source": source, "task": "classification", **odd.keys})
+
+
+def read(spec, folder):
+    """Texts and labels of the training rows that are left, and the counts of the others."""
+    task = TASKS[spec.task]()
+    split = clean("train", read_split("train", task, spec, {}, folder, folder), spec, asks=False)
+    values = split.rows.file.take(split.index)
+    labels = [json.loads(label) for label in values.get("label", ["null"] * len(split.index))]
+    return list(zip(values["text"], labels, strict=True)), {name: n for name, n in split.counts.items() if n}
+
+
+@pytest.mark.parametrize("odd", READ, ids=lambda odd: odd.name)
+def test_what_can_be_read_gives_exactly_its_rows(odd, tmp_path):
+    spec = written(odd, tmp_path)
+    assert [*look_at_data(spec, tmp_path)] == []
+    rows, counts = read(spec, tmp_path)
+    assert sorted(rows, key=str) == sorted(odd.rows, key=str)
+    assert counts == (odd.counts or {"read": len(odd.rows)})
+
+
+@pytest.mark.parametrize("odd", REFUSED, ids=lambda odd: odd.name)
+def test_what_cannot_be_read_is_refused_with_its_place(odd, tmp_path):
+    spec = written(odd, tmp_path)
+    seen = [str(mistake) for mistake in look_at_data(spec, tmp_path)]
+    with pytest.raises(InputError) as caught:
+        read(spec, tmp_path)
+    wanted = ".*".join(map(re.escape, odd.words.split(" ")))
+    assert re.search(wanted, str(caught.value), re.DOTALL), caught.value
+    assert len(str(caught.value)) < 600 and all(len(words) < 600 for words in seen)
+
+
+def test_there_are_many_of_them():
+    names = [odd.name for odd in READ + REFUSED]
+    assert len(names) == len(set(names)) >= 120
+
+
+@pytest.mark.parametrize("content", [JSONL + "x" * 99, '[{"text": "' + "x" * 9**6])
+def test_what_never_ends_does_not_fill_the_memory(content, tmp_path, monkeypatch):
+    monkeypatch.setattr(jsonrows, "LONGEST", 64)
+    (tmp_path / "a.json").write_text(content)
+    spec = Data(source="./a.json", task="classification")
+    with pytest.raises(InputError, match=r"a\.json: cannot read it: .*more than 64 characters"):
+        read(spec, tmp_path)
+
+
+def test_rows_of_several_sources_keep_theirs_apart(tmp_path):
+    (tmp_path / "a.jsonl").write_text(lines(row("one"), row("two")))
+    (tmp_path / "b.jsonl").write_text(lines(row("two"), row("three")))
+    spec = Data(source=["./a.jsonl", {"source": "./b.jsonl", "weight": 3}], task="classification")
+    rows = read_split("train", TASKS["classification"](), spec, {}, tmp_path, tmp_path)
+    assert rows.origins.tolist() == [0, 0, 1, 1] and rows.file.take([3])["place"] == ["b.jsonl, line 2"]
