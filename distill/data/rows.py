@@ -242,6 +242,8 @@ def _read(
         (role, name, task.columns[role].read) for role, name in names.items()
     ]
     offered = [role for role in OFFERED_COLUMNS if names.get(role) == role]
+    seen: set[str] = set()
+    row: dict[str, Any] = {}
     for place, row in read_source(source, split, set(names.values()), base, offered):
         values = {}
         for role, name, read in readers:
@@ -254,7 +256,12 @@ def _read(
             values = task.check_row(values)
         except ValueError as error:
             raise InputError(f"data.{key}: {place}: {error}") from error
+        if offered:
+            seen |= names.values() & row.keys()
         yield place, values
+    if offered and len(offered) == len(names) and not seen:
+        listed, fix = ", ".join(offered), f"as in columns: {{{offered[0]}: {next(iter(row))}}}"
+        raise InputError(f"data.{key}: {source.source} has none of {listed}, but {', '.join(row)}; name them, {fix}")
 
 
 def _is_empty(value: Any) -> bool:

@@ -498,7 +498,7 @@ REFUSED = [
     Odd(
         "NaN in parquet",
         {"a.parquet": table(text=["a"], label=[float("nan")])},
-        words="a.parquet, row 1: its label is nothing that JSON can hold",
+        words="a.parquet, row 1: column 'label' is no finite number",
     ),
     Odd(
         "class that is not named",

@@ -128,7 +128,7 @@ def test_collate_pads_right_and_hides_padding(corpus):
     assert (batch["input_ids"][0, lengths[0] :] == corpus.padding).all()
 
 
-@given(st.lists(st.integers(0, 40), min_size=1, max_size=60), st.integers(1, 16))
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=60), st.integers(3, 16))
 def test_packed_rows_hold_every_token_of_every_document_once_in_its_order(lengths, size):
     pieces = cut_documents(np.array(lengths), size)
     rows = pack(pieces[:, 2] - pieces[:, 1], size)
@@ -184,8 +184,8 @@ def test_documents_are_written_as_the_tokenizer_writes_them_with_one_end_each(
 
 
 def test_documents_in_one_row_have_positions_and_numbers_of_their_own(folder):
-    lm = ["data.task=causal_lm", "data.labelled=null", "data.max_length=32", "evaluation.metrics=null"]
-    corpus = tiny_corpus(folder, *lm, packs=True)
+    lm = {"task": "causal_lm", "labelled": None, "max_length": 32}
+    corpus = tiny_corpus(folder, spec=load_recipe(folder / "recipe.yaml").data.model_copy(update=lm), packs=True)
     assert corpus.summary["train"]["filled"] >= 0.95
     batch = collate(corpus, corpus.train, [0, 1])
     lengths = corpus.train.take([0, 1])["documents"]

@@ -10,8 +10,9 @@ import time
 
 import pytest
 from tiny import RECIPE, tiny_config, tiny_project
+from transformers import AutoModelForSequenceClassification
 
-from distill.errors import InputError
+from distill.errors import InputError, RecipeError
 from distill.pipeline import RunDir, Session, local_inputs, run_stages
 from distill.pipeline import data as stage
 from distill.pipeline import train as training
@@ -77,10 +78,14 @@ def test_another_tokenizer_makes_the_corpus_anew(tmp_path):
     assert made and first.fingerprint != second.fingerprint
 
 
+def _classifier(names):
+    return AutoModelForSequenceClassification.from_config(tiny_config("bert", pad_token_id=0, id2label=names))
+
+
 def test_a_trained_teacher_keeps_its_order_of_classes_and_unknown_ones_are_refused(tmp_path):
     tiny_project(tmp_path, TRAINED)
     names = {0: "swimmer", 1: "none", 2: "mammal"}
-    tiny_config("bert", pad_token_id=0, id2label=names).save_pretrained(tmp_path / "teacher")
+    _classifier(names).save_pretrained(tmp_path / "teacher")
     corpus, _ = prepared(tmp_path)
     assert corpus.classes == ("swimmer", "none", "mammal")
     texts = dict(json.loads(line).values() for line in (tmp_path / "data.jsonl").read_text().splitlines())
@@ -88,7 +93,7 @@ def test_a_trained_teacher_keeps_its_order_of_classes_and_unknown_ones_are_refus
     spelt = session.tokenizer.batch_decode([corpus.test[index].tolist() for index in range(len(corpus.test))])
     labels = corpus.test.take(range(len(spelt)))["label"]
     assert [corpus.classes[label] for label in labels] == [texts[text] for text in spelt]
-    tiny_config("bert", pad_token_id=0, id2label={0: "swimmer", 1: "none"}).save_pretrained(tmp_path / "teacher")
+    _classifier({0: "swimmer", 1: "none"}).save_pretrained(tmp_path / "teacher")
     with pytest.raises(InputError, match="has the classes mammal, the teacher knows swimmer, none"):
         prepared(tmp_path)
 
@@ -96,7 +101,7 @@ def test_a_trained_teacher_keeps_its_order_of_classes_and_unknown_ones_are_refus
 def test_tokens_beyond_the_embeddings_are_refused_by_name(tmp_path):
     tiny_project(tmp_path)
     tiny_config("bert", pad_token_id=0, vocab_size=16).save_pretrained(tmp_path / "teacher")
-    with pytest.raises(InputError, match="the token 'there' with id 16, and the model has 16 embeddings"):
+    with pytest.raises(RecipeError, match="words up to id 16, and config.json says vocab_size 16"):
         prepared(tmp_path)
 
 

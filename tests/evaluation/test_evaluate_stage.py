@@ -11,6 +11,7 @@ import torch
 from tiny import RECIPE, tiny_model, tiny_project
 
 from distill.errors import InputError
+from distill.files import write_json
 from distill.pipeline import run_stages
 from distill.pipeline.data import STAGE as prepared
 from distill.pipeline.data import work as prepare_data
@@ -41,6 +42,7 @@ def test_what_a_padded_head_says_beyond_the_vocabulary_is_no_prediction(session)
         student.lm_head.weight[17:] *= 3
     teacher.save_pretrained(session.teacher)
     save_model(session, student, session.folder.distilled)
+    write_json(session.folder.examined, {})
     evaluate(session)
     arms = {arm["name"]: arm["metrics"] for arm in json.loads(session.folder.evaluation.read_text())["arms"]}
     assert arms["distilled"]["kl"] == 0 and arms["distilled"]["agreement"] == 1

@@ -101,7 +101,7 @@ def test_hidden_numbers_stay_out_of_the_labels_and_sets_are_equal_in_any_order(t
     rows += [{"text": "fish fish fish", "label": []}]
     corpus = corpus_of(tmp_path, tokenizer, rows)
     assert len(corpus.train) + len(corpus.test) == 31  # equal rows, no contradictions
-    with pytest.raises(InputError, match="equal texts have different labels"):
+    with pytest.raises(InputError, match="texts stand there with different labels"):
         corpus_of(tmp_path, tokenizer, [*rows, {"text": "fish fish fish", "label": ["a"]}])
 
 
