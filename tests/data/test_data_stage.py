@@ -101,7 +101,7 @@ def test_a_trained_teacher_keeps_its_order_of_classes_and_unknown_ones_are_refus
 def test_tokens_beyond_the_embeddings_are_refused_by_name(tmp_path):
     tiny_project(tmp_path)
     tiny_config("bert", pad_token_id=0, vocab_size=16).save_pretrained(tmp_path / "teacher")
-    with pytest.raises(RecipeError, match="words up to id 16, and config.json says vocab_size 16"):
+    with pytest.raises(RecipeError, match=r"words up to id 16, and config\.json says vocab_size 16"):
         prepared(tmp_path)
 
 

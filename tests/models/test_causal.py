@@ -96,6 +96,7 @@ def test_every_family_with_a_head_for_masked_tokens_is_known_as_an_encoder():
 )
 def test_a_recipe_with_another_teacher_than_a_decoder_is_refused(family, words, tmp_path):
     recipe = tiny_project(tmp_path, LANGUAGE_MODEL, family=family)
+    model_of(family, "AutoModel").save_pretrained(tmp_path / "teacher")
     with pytest.raises(RecipeError) as caught:
         load_recipe(recipe)
     (problem,) = caught.value.problems
