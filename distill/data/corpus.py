@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -42,19 +42,18 @@ class Examples:
         ids: np.ndarray = self._columns["input_ids"].take([index]).flat
         return ids
 
-    def take(self, indices: Sequence[int]) -> dict[str, Any]:
-        """Return the features of some examples: `Ragged` for lists, arrays for numbers, lists for texts."""
-        return {name: column.take(indices) for name, column in self._columns.items()}
+    def take(self, indices: Sequence[int], names: Collection[str] | None = None) -> dict[str, Any]:
+        """Return these features, or all, of some examples: `Ragged` for lists, arrays for numbers, lists for texts."""
+        return {name: column.take(indices) for name, column in self._columns.items() if names is None or name in names}
 
     @cached_property
     def lengths(self) -> np.ndarray:
         """int64 [n] tokens per example."""
         return np.concatenate([np.diff(offsets) for offsets, _ in self._columns["input_ids"].chunks])
 
-    @property
-    def highest(self) -> int:
-        """Highest token id."""
-        return int(pa.compute.max(self.table.column("input_ids").combine_chunks().flatten()).as_py())
+    def highest(self, name: str = "input_ids") -> int:
+        """Return the highest token id of a feature."""
+        return int(pa.compute.max(self.table.column(name).combine_chunks().flatten()).as_py())
 
     @cached_property
     def labelled(self) -> np.ndarray:

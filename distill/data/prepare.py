@@ -68,7 +68,7 @@ def prepare(order: Order, folder: Path, progress: Report = lambda _split, _done,
     if spec.max_length > limit:
         raise InputError(f"data.max_length: {spec.max_length} is more than the tokenizer's {limit} positions")
     splits = _read_splits(order, folder)
-    asked = [name for name, column in task.columns.items() if column.answer]
+    asked = [name for name, column in task.columns.items() if column.answer and not column.plain]
     labels = {name: sum((own.labels(column) for column in asked), start=Counter()) for name, own in splits.items()}
     settled = order.own_order(task.settle(labels))
     digest = hashlib.sha256(json.dumps([settled.head, settled.classes]).encode())
@@ -80,7 +80,7 @@ def prepare(order: Order, folder: Path, progress: Report = lambda _split, _done,
             path, report = folder / f"{name}.arrow", partial(progress, name)
             examples = _encode(task, splits[name], encoder, path, order.packs, report)
             digest.update(f"{name}:{len(examples)}".encode())
-            _add_content(digest, examples)
+            _add_content(digest, examples, task.block)
             parts[name] = examples
             counts[name] = summarise(splits[name], labels[name], settled, encoder, examples)
     corpus = Corpus(task, settled, parts, int(tokenizer.pad_token_id), digest.hexdigest(), counts)
@@ -109,9 +109,9 @@ def _encode(
 
     def blocks() -> Iterator[Features]:
         with as_input_error(f"the tokenizer cannot read the {path.stem} split"):
-            for start in range(0, len(split.index), BLOCK):
-                yield _encode_block(task, split, slice(start, start + BLOCK), encoder)
-                progress(min(start + BLOCK, len(split.index)), len(split.index))
+            for start in range(0, len(split.index), task.block):
+                yield _encode_block(task, split, slice(start, start + task.block), encoder)
+                progress(min(start + task.block, len(split.index)), len(split.index))
 
     if not task.packed:
         return _write_examples(path, blocks())
@@ -170,16 +170,18 @@ def _type_of(values: Sequence[Any]) -> pa.DataType:
         return pa.large_string()
     if isinstance(value, bool | np.bool_):
         return pa.bool_()
+    if isinstance(value, np.ndarray):
+        return pa.list_(pa.from_numpy_dtype(value.dtype))
     if hasattr(value, "__len__"):
         return pa.list_(pa.float32() if len(value) and isinstance(value[0], float | np.floating) else pa.int32())
     return pa.float64() if isinstance(value, float) else pa.int64()
 
 
-def _add_content(digest: Any, examples: Examples) -> None:
+def _add_content(digest: Any, examples: Examples, block: int) -> None:
     """Add every feature of every example to a hash, whatever the blocks they were written in."""
     for name in sorted(examples.table.column_names):
-        for start in range(0, len(examples), BLOCK):
-            content = examples.take(range(start, min(start + BLOCK, len(examples))))[name]
+        for start in range(0, len(examples), block):
+            content = examples.take(range(start, min(start + block, len(examples))), [name])[name]
             parts = [content.flat, content.lengths] if isinstance(content, Ragged) else [content]
             for part in parts:
                 digest.update(part.tobytes() if isinstance(part, np.ndarray) else json.dumps(part).encode())

@@ -144,7 +144,8 @@ def _read(
     """Read a source and judge its values; yields each row's place and its values by the task's names."""
     seen: set[str] = set()
     row: dict[str, Any] = {}
-    for place, row in read_source(source, split, set(names.values()), base):
+    files = {name for role, name in names.items() if columns[role].content}
+    for place, row in read_source(source, split, set(names.values()), base, files):
         values = {}
         for role, name in names.items():
             given = row.get(name)
@@ -164,7 +165,8 @@ def _hash_row(
     texts: Mapping[str, str], columns: Mapping[str, Column], values: Mapping[str, Any], seed: int
 ) -> tuple[bytes, int, tuple[float, ...]]:
     """Hash what is given of a row, and what is asked for."""
-    given = [texts[role] for role in texts if not columns[role].answer]
+    parts = {role: text if (read := columns[role].content) is None else read(text) for role, text in texts.items()}
+    given = [parts[role] for role in texts if not columns[role].answer]
     asked = [texts[role] for role in texts if columns[role].answer and values[role] is not None]
     content = given[0] if len(given) == 1 else json.dumps(given)
     answer = int.from_bytes(_digest("\n".join(asked))[:7], "big") + 1 if asked else 0

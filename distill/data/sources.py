@@ -21,7 +21,6 @@ from distill.errors import InputError
 from distill.files import content_of
 from distill.models.weights import as_input_error
 from distill.recipe.datafiles import data_files, ending_of, is_saved_dataset, read_rows
-from distill.recipe.locate import is_path
 from distill.recipe.schema import Source
 from distill.registry import find
 
@@ -83,21 +82,33 @@ def stdlib_sources(*, largest: int = 200_000) -> Any:
     return _dataset(texts, [None] * len(texts))
 
 
-def source_fingerprint(source: Source, base: Path) -> str:
+def source_fingerprint(source: Source, base: Path, files: Collection[str] = ()) -> str:
     """Return a sha256 of what a source is made from, without reading rows from it where that can be.
 
-    Of a file its content decides, never its time. A built-in corpus follows from the Python version and the content of
-    its standard library, a hub dataset from its commit. What the user's own function reads is not known, so it is
-    called, and its rows are hashed.
+    Of a file its content decides, never its time; of those that rows name in the columns `files`, of which there may be
+    any number, it is path, size and time, as they are read anew where these change. A built-in corpus follows from the
+    Python version and the content of its standard library, a hub dataset from its commit. What the user's own function
+    reads is not known, so it is called, and its rows are hashed.
     """
-    if files := data_files(source.source, base):
-        return hashlib.sha256("".join(map(content_of, files)).encode()).hexdigest()
+    if found := data_files(source.source, base):
+        digest = hashlib.sha256("".join(map(content_of, found)).encode())
+        for _, row in read_source(source, "train", files, base, files) if files else ():
+            digest.update(json.dumps([_signature(row.get(name)) for name in sorted(files)]).encode())
+        return digest.hexdigest()
     if source.source.startswith("hub:"):
         return str(_hub_builder(source).hash)
     if source.source in SOURCES:
         return _library_fingerprint()
     rows = list(find(SOURCES, source.source, "data source")())
     return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _signature(path: Any) -> Any:
+    try:
+        stat = os.stat(path)
+        return [path, stat.st_size, stat.st_mtime_ns]
+    except (OSError, ValueError, TypeError):  # said with its line when the row is read
+        return str(path)
 
 
 @lru_cache(maxsize=1)
@@ -118,7 +129,9 @@ def _library_files(root: Path) -> list[Path]:
     return sorted(found)
 
 
-def read_source(source: Source, split: str, columns: Collection[str], base: Path) -> Iterator[tuple[str, Row]]:
+def read_source(
+    source: Source, split: str, columns: Collection[str], base: Path, files: Collection[str] = ()
+) -> Iterator[tuple[str, Row]]:
     """Read a source row by row.
 
     Args:
@@ -126,6 +139,8 @@ def read_source(source: Source, split: str, columns: Collection[str], base: Path
         split: The split of a dataset that has several, unless the source names one.
         columns: Columns that are needed; others may be left out.
         base: The folder that relative paths start from.
+        files: Columns whose values are paths, which start from the folder of the data file, or from `base` where there
+            is none; they come as whole paths.
 
     Yields:
         Where a row comes from, in words, and its values by column.
@@ -133,18 +148,37 @@ def read_source(source: Source, split: str, columns: Collection[str], base: Path
     Raises:
         InputError: The source is broken; names file and line.
     """
-    for path in data_files(source.source, base):
-        if is_saved_dataset(path):
-            yield from _dataset_rows(_saved_dataset(path, source.split or split), path.name, columns)
-        elif ending_of(path) == ".parquet":
-            yield from ((f"{path.name}, row {number}", row) for number, row in _parquet_rows(path, columns))
-        else:
-            yield from ((f"{path.name}, line {number}", row) for number, row in read_rows(path, source))
+    found = data_files(source.source, base)
+    for path in found:
+        yield from _with_paths(_file_rows(path, source, split, columns), path.parent, files)
+    if not found:
+        yield from _with_paths(_other_rows(source, split, columns), base, files)
+
+
+def _with_paths(rows: Iterator[tuple[str, Row]], folder: Path, files: Collection[str]) -> Iterator[tuple[str, Row]]:
+    for place, row in rows:
+        for name in files:
+            if isinstance(row.get(name), str) and row[name]:
+                row[name] = str(folder / row[name])
+        yield place, row
+
+
+def _file_rows(path: Path, source: Source, split: str, columns: Collection[str]) -> Iterator[tuple[str, Row]]:
+    if is_saved_dataset(path):
+        yield from _dataset_rows(_saved_dataset(path, source.split or split), path.name, columns)
+    elif ending_of(path) == ".parquet":
+        yield from ((f"{path.name}, row {number}", row) for number, row in _parquet_rows(path, columns))
+    else:
+        yield from ((f"{path.name}, line {number}", row) for number, row in read_rows(path, source))
+
+
+def _other_rows(source: Source, split: str, columns: Collection[str]) -> Iterator[tuple[str, Row]]:
+    """Read a hub dataset, a built-in corpus or what the user's own function gives."""
     if source.source.startswith("hub:"):
         with as_input_error(f"{source.source}: cannot get it from the hub"):
             rows = _hub_builder(source, download=True).as_dataset(split=source.split or split)
         yield from _dataset_rows(rows, source.source, columns)
-    elif not is_path(source.source):
+    else:
         yield from _dataset_rows(find(SOURCES, source.source, "data source")(), source.source, columns)
 
 

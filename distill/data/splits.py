@@ -58,6 +58,8 @@ class Ledger:
 
     def resolve_contradictions(self, rule: str, key: str) -> None:
         """Settle groups of rows with equal inputs and different labels. Raises InputError where they are refused."""
+        if rule == "keep":
+            return
         keys, answers = self.keys, self.rows.answers[self.index]
         starts = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1]])
         stops = np.r_[starts[1:], len(keys)]
@@ -76,14 +78,20 @@ class Ledger:
         if places and rule == "refuse":
             raise InputError(
                 f"data.{key}: equal texts have different labels, {int((~kept).sum())} rows more than one label each "
-                f"allows, e.g. {' and '.join(places)}; mend them, or write data.contradictions: first, majority or drop"
+                f"allows, e.g. {' and '.join(places)}; mend them, or write data.contradictions: first, majority, "
+                f"drop or keep"
             )
         self._keep(kept, "contradicting")
 
-    def drop_equal(self) -> None:
-        """Keep the first of rows that are equal in everything, one with a label before one without."""
-        keys = self.keys
-        self._keep(np.r_[True, keys[1:] != keys[:-1]][: len(keys)], "equal")
+    def drop_equal(self, contradicting: bool) -> None:
+        """Keep the first of rows that are equal in everything, one with a label before one without.
+
+        Where rows may contradict each other, those with equal inputs and different labels all stay.
+        """
+        keys, kept = self.keys, np.zeros(len(self.index), dtype=bool)
+        marks = np.rec.fromarrays([keys, self.rows.answers[self.index]]) if contradicting else keys
+        kept[np.unique(marks, return_index=True)[1]] = True
+        self._keep(kept, "equal")
 
     def count_equal(self) -> None:
         """Count rows that are equal, and keep them: a test of the user's own stays as it is."""
@@ -135,7 +143,7 @@ def divide(rows: Mapping[str, Rows], spec: Data, looks: bool, asks: bool) -> dic
     ledgers = {name: Ledger(own, name) for name, own in rows.items()}
     for name, own in ledgers.items():
         own.resolve_contradictions(spec.contradictions, spec.key_of(name))
-        own.drop_equal() if name == "train" else own.count_equal()
+        own.drop_equal(spec.contradictions == "keep") if name == "train" else own.count_equal()
     train = ledgers["train"]
     for name in rows:
         if name != "train":

@@ -5,6 +5,7 @@ A column is an array with one entry, number, text or row of numbers, per example
     example                  its number within the split
     predictions, references, teacher_predictions   class, where an example has one label
     nll, tokens, correct     sum of negative log-likelihoods in nats, scored labels, labels predicted right
+    generated, target_text   text that a model wrote, text that it should write
     agreed, kl_sum, positions   positions with the teacher's prediction, sum of KL(teacher || student) in nats, compared
                              positions
 
@@ -18,9 +19,11 @@ import inspect
 import math
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from distill.errors import InputError
+from distill.evaluation.texts import characters_of, chrf_counts, chrf_score, error_rate, rouge_lcs, rouge_n, words_of
 from distill.registry import find
 
 # numpy and evaluate are imported where they are used, so that a recipe's metric names are checked at once: they take
@@ -79,6 +82,47 @@ def token_accuracy(correct: Column, tokens: Column) -> float:
 def kl(kl_sum: Column, positions: Column) -> float:
     """Mean KL(teacher || student) per position, in nats; nan without any position."""
     return _per(kl_sum, positions)
+
+
+def rouge_l(generated: Column, target_text: Column) -> float:
+    """Mean over texts of the F1 of the longest common subsequence of words."""
+    return _mean(rouge_lcs, generated, target_text)
+
+
+def rouge_1(generated: Column, target_text: Column) -> float:
+    """Mean over texts of the F1 of words."""
+    return _mean(partial(rouge_n, length=1), generated, target_text)
+
+
+def rouge_2(generated: Column, target_text: Column) -> float:
+    """Mean over texts of the F1 of pairs of words."""
+    return _mean(partial(rouge_n, length=2), generated, target_text)
+
+
+def chrf(generated: Column, target_text: Column) -> float:
+    """chrF2 of all texts together, 0 to 1 (sacrebleu's chrF divided by 100): runs of 1 to 6 characters."""
+    counts = [chrf_counts(*pair) for pair in zip(generated.tolist(), target_text.tolist(), strict=True)]
+    return chrf_score([sum(column) for column in zip(*counts, strict=True)])
+
+
+def exact_text(generated: Column, target_text: Column) -> float:
+    """Share of the texts that are written as they should be, space at both ends left out."""
+    return float((generated == target_text).mean())
+
+
+def wer(generated: Column, target_text: Column) -> float:
+    """Word error rate: words inserted, left out or replaced, per true word of all texts; case and punctuation aside."""
+    return error_rate(generated.tolist(), target_text.tolist(), words_of)
+
+
+def cer(generated: Column, target_text: Column) -> float:
+    """Character error rate, as `wer`, of the characters of words and the spaces between them."""
+    return error_rate(generated.tolist(), target_text.tolist(), characters_of)
+
+
+def _mean(score: Callable[[str, str], float], written: Column, true: Column) -> float:
+    pairs = zip(written.tolist(), true.tolist(), strict=True)
+    return math.fsum(score(*pair) for pair in pairs) / len(written)
 
 
 def _per(amount: Column, count: Column) -> float:
@@ -173,9 +217,16 @@ METRICS: dict[str, Function] = {
     "token_accuracy": token_accuracy,
     "kl": kl,
     "loss": loss,
+    "rouge_l": rouge_l,
+    "rouge_1": rouge_1,
+    "rouge_2": rouge_2,
+    "chrf": chrf,
+    "exact_text": exact_text,
+    "wer": wer,
+    "cer": cer,
 }
 
-LOWER_IS_BETTER = ("perplexity", "kl", "loss")
+LOWER_IS_BETTER = ("perplexity", "kl", "loss", "wer", "cer")
 
 
 def higher_is_better(name: str) -> bool:

@@ -57,6 +57,8 @@ def with_decoder_inputs(model: Any, batch: Batch) -> Batch:
     if "decoder_input_ids" in batch or "labels" not in batch or not two_stacks or not _predicts_tokens(model):
         return batch
     labels = batch["labels"]
+    if getattr(model.config, "decoder_start_token_id", None) is None:
+        raise InputError(f"the config.json of this {model.config.model_type} lacks decoder_start_token_id")
     after_last = (labels != UNLABELLED).flip(-1).cumsum(-1).flip(-1) == 0  # a gap in the labels is no padding
     shifted = _shift_right(model, labels)
     return {**batch, "decoder_input_ids": shifted, "decoder_attention_mask": (~after_last).to(labels.dtype)}
@@ -76,6 +78,20 @@ def _shift_right(model: Any, labels: Tensor) -> Tensor:
     raise InputError(f"a {type(model).__name__} does not say what its decoder reads; give decoder_input_ids")
 
 
+@torch.no_grad()
+def write_greedily(model: Any, batch: Batch, limit: int, **settings: Any) -> Tensor:
+    """Let an encoder-decoder write a text for each source, at most `limit` tokens, the likeliest one each time.
+
+    Forced tokens, shortest lengths and the like are those of the model's own generation config, `settings` go before.
+
+    Returns:
+        Token ids [B, T], with special tokens.
+    """
+    source = {name: tensor for name, tensor in model_inputs(batch).items() if not name.startswith("decoder_")}
+    own = {"max_new_tokens": limit, "max_length": None, "do_sample": False, "num_beams": 1, **settings}
+    return cast("Tensor", model.generate(**source, **own))
+
+
 def without_cache(model: Any) -> dict[str, Any]:
     """Options of a call that turn off the key-value cache, which is for generation; none for models without one."""
     return {"use_cache": False} if "use_cache" in signature(model.forward).parameters else {}
@@ -92,8 +108,8 @@ def device_of(batch: Batch) -> torch.device:
 
 
 def token_count(batch: Batch) -> int:
-    """Number of real positions in a batch of token ids."""
-    return int(batch["attention_mask"].sum())
+    """Number of real tokens in a batch: of the source where there are two texts, of the target where it is sound."""
+    return int(batch["attention_mask"].sum() if "input_ids" in batch else (batch["labels"] != UNLABELLED).sum())
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def work(session: Session) -> None:
             session.say(f"  from the cache, {cache.parent}")
         else:
             _prepare(session, cache)
-        corpus = load_corpus(cache, session.task)
+        corpus = load_corpus(cache, session.bound_task)
         for line in describe(corpus.summary):
             session.say(line)
         with fresh_folder(session.folder.data) as folder:
@@ -55,7 +55,7 @@ def _prepare(session: Session, cache: Path) -> None:
     with fresh_folder(cache) as folder, Progress(transient=True) as bar:
         tasks = {split: bar.add_task(f"{split}: tokens", visible=False) for split in recipe.data.splits}
         order = Order(
-            session.task,
+            session.bound_task,
             recipe.data,
             session.tokenizer,
             recipe.seed,
@@ -112,8 +112,13 @@ def _in_trained_order(session: Session, settled: Settled) -> Settled:
 
 def _check_vocabulary(session: Session, config: Any, corpus: Any) -> None:
     """Refuse a tokenizer that writes tokens for which the teacher has no embedding."""
-    known = getattr(config.get_text_config(), "vocab_size", None)
-    highest = max(corpus.padding, *(int(split.highest) for split in corpus.splits.values()))
+    text = config.get_text_config()
+    known, written = getattr(text, "vocab_size", None), getattr(text, "decoder_vocab_size", None)
+    highest = max(corpus.padding, *(split.highest() for split in corpus.splits.values()))
+    if (target := session.task.target) != "input_ids":
+        highest_written = max(split.highest(target) for split in corpus.splits.values())
+        if highest_written >= (written or known or highest_written + 1):
+            highest, known = highest_written, written or known
     if known is not None and highest >= known:
         raise InputError(
             f"{session.source}: the tokenizer writes the token {session.tokenizer.convert_ids_to_tokens(highest)!r} "
@@ -124,9 +129,10 @@ def _check_vocabulary(session: Session, config: Any, corpus: Any) -> None:
 def inputs(session: Session) -> dict[str, Any]:
     """List the content of the sources, tokenizer and config of the teacher, and how rows are split and labelled."""
     recipe = session.recipe
+    files = [recipe.data.columns.get(name, name) for name, own in session.task.columns.items() if own.content]
     return {
         "sources": {
-            split: [source_fingerprint(source, session.base) for source in recipe.data.origins(split)]
+            split: [source_fingerprint(source, session.base, files) for source in recipe.data.origins(split)]
             for split in recipe.data.splits
         },
         "tokenizer": tokenizer_fingerprint(session.source),

@@ -94,9 +94,16 @@ class Data(Section):
     `evaluate_every` or `keep_best` looks."""
     limit: Count | None = None
     """Use at most this many rows of each split, for trials."""
-    contradictions: Literal["refuse", "first", "majority", "drop"] = "refuse"
-    """Rows with equal inputs and different labels: refuse the data, take the first or the most frequent label, or drop
-    all of them."""
+    contradictions: Literal["refuse", "first", "majority", "drop", "keep"] = "refuse"
+    """Rows with equal inputs and different labels: refuse the data, take the first or the most frequent label, drop all
+    of them, or keep them all, e.g. several translations of one text."""
+    max_target_length: Count | None = None
+    """seq2seq: tokens per target, and of texts that are written; longer targets are cut, and counted. null: as
+    `max_length`, which is for sources."""
+    prefix: StrictStr | None = None
+    """seq2seq: text before each source, by which T5 knows its task, e.g. "translate English to German: "."""
+    language: StrictStr | None = None
+    """speech_to_text: language of all texts, e.g. english; null: as the teacher's own files say."""
 
     def mistakes(self) -> Iterator[Mistake]:
         """Refuse rows from two sides or from none, columns that the task does not have, and keys without effect."""

@@ -25,8 +25,11 @@ MaskScore = Literal["magnitude", "random"]
 Allocation = Literal["uniform", "threshold", "global", "sensitivity"]
 Optimizer = Literal["adamw"]
 BuiltInSource = Literal["stdlib-docstrings", "pydoc-topics", "stdlib-sources"]
-TaskName = Literal["classification", "causal_lm"]
-Metric = Literal["accuracy", "f1_macro", "agreement", "perplexity", "token_accuracy", "kl", "loss"]
+TaskName = Literal["classification", "causal_lm", "seq2seq", "speech_to_text"]
+Metric = Literal[
+    "accuracy", "f1_macro", "agreement", "perplexity", "token_accuracy", "kl", "loss",
+    "rouge_l", "rouge_1", "rouge_2", "chrf", "exact_text", "wer", "cer",
+]  # fmt: skip
 LogitLoss = Literal[
     "forward_kl", "reverse_kl", "symmetric_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation",
     "soft_cross_entropy", "logit_mse", "adaptive_kl",
@@ -67,17 +70,38 @@ READS: dict[Score, str] = {
 TASK_COLUMNS: dict[TaskName, tuple[str, ...]] = {
     "classification": ("text", "label", "pair"),
     "causal_lm": ("text",),
+    "seq2seq": ("source", "target"),
+    "speech_to_text": ("audio", "text"),
 }
 """Columns of each task."""
 OPTIONAL_COLUMNS = ("pair",)
 """Columns that are read only where `data.columns` names them."""
-TASK_KEYS: dict[str, tuple[TaskName, ...]] = {"labelled": ("classification",), "contradictions": ("classification",)}
+TASK_KEYS: dict[str, tuple[TaskName, ...]] = {
+    "labelled": ("classification",),
+    "contradictions": ("classification", "seq2seq", "speech_to_text"),
+    "max_target_length": ("seq2seq",),
+    "prefix": ("seq2seq",),
+    "language": ("speech_to_text",),
+}
 """Key of `data` -> tasks for which it means something; other keys are for all."""
 TASK_METRICS: dict[TaskName, tuple[Metric, ...]] = {
     "classification": ("accuracy", "f1_macro", "loss"),
     "causal_lm": ("perplexity", "token_accuracy", "loss"),
+    "seq2seq": ("rouge_l", "chrf", "exact_text", "perplexity", "token_accuracy"),
+    "speech_to_text": ("wer", "cer", "perplexity", "token_accuracy"),
 }
-"""Metrics that each task measures by itself, in training too."""
+"""Metrics that each task measures by itself, in training too, except those of `GENERATED_METRICS`."""
+OTHER_METRICS: dict[TaskName, tuple[Metric, ...]] = {
+    "seq2seq": ("rouge_1", "rouge_2", "wer", "cer", "loss"),
+    "speech_to_text": ("exact_text", "loss"),
+}
+"""Metrics that a task measures where the recipe asks for them."""
+GENERATED_METRICS: tuple[Metric, ...] = ("rouge_l", "rouge_1", "rouge_2", "chrf", "exact_text", "wer", "cer")
+"""Metrics of texts that a model writes, a forward pass per token: they are measured after training."""
+TWO_STACK_TASKS: tuple[TaskName, ...] = ("seq2seq", "speech_to_text")
+"""Tasks whose models have an encoder and a decoder."""
+SPEECH_FAMILIES = ("whisper",)
+"""Families whose encoder reads sound."""
 CAUSAL_TASKS: tuple[TaskName, ...] = ("causal_lm",)
 """Tasks in which every token is predicted from those before it alone."""
 TEACHER_METRICS: tuple[Metric, ...] = ("agreement", "kl")

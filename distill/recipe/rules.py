@@ -14,7 +14,16 @@ from typing import Any
 from distill.recipe.data import Data
 from distill.recipe.fields import KeyPath, Mistake
 from distill.recipe.locate import DECODER_FLAGS, TeacherSize
-from distill.recipe.names import CAUSAL_TASKS, READS, TASK_METRICS, TEACHER_METRICS
+from distill.recipe.names import (
+    CAUSAL_TASKS,
+    GENERATED_METRICS,
+    OTHER_METRICS,
+    READS,
+    SPEECH_FAMILIES,
+    TASK_METRICS,
+    TEACHER_METRICS,
+    TWO_STACK_TASKS,
+)
 from distill.recipe.sections import Evaluation, Optimization, Release, Training
 from distill.recipe.student import Calibration, Layers, Mask, Mlp, Repair, Target
 from distill.recipe.terms import TERM_KEYS, Term
@@ -244,12 +253,13 @@ def metrics_fit_the_task(data: Data, evaluation: Evaluation, training: Training)
     if own is None:
         return
     message = f"task: {data.task} has no such metric"
+    known = (*own, *OTHER_METRICS.get(data.task, ()), *TEACHER_METRICS)  # type: ignore[call-overload]
     for position, metric in enumerate(evaluation.metrics or []):
-        if metric not in (*own, *TEACHER_METRICS) and ":" not in metric:
-            fix = f"use {', '.join((*own, *TEACHER_METRICS))}"
-            yield Mistake(("evaluation", "metrics", position), f"{message} as {metric}", fix)
-    if training.keep_best not in (None, *own):
-        fix = f"use {', '.join(own)}"
+        if metric not in known and ":" not in metric:
+            yield Mistake(("evaluation", "metrics", position), f"{message} as {metric}", f"use {', '.join(known)}")
+    quick = [metric for metric in own if metric not in GENERATED_METRICS]
+    if training.keep_best not in (None, *quick):
+        fix = f"use {', '.join(quick)}"
         yield Mistake(("training", "keep_best"), f"{message} as {training.keep_best} during training", fix)
 
 
@@ -262,10 +272,17 @@ def compiled_layers_are_not_read(terms: Mapping[int, Term], training: Training) 
 
 
 def teacher_fits_the_task(data: Data, size: TeacherSize) -> Iterator[Mistake]:
-    """Refuse a teacher that sees the tokens that it is to predict, or has two stacks where the task has one text."""
-    if data.task not in CAUSAL_TASKS:
-        return
+    """Refuse a teacher that sees the tokens that it is to predict, or whose stacks are not those of the task."""
     path, family = ("teacher", "model"), size.family
+    speech = family in SPEECH_FAMILIES
+    if size.layers is not None and ":" not in data.task and speech != (data.task == "speech_to_text"):
+        message = f"{family} reads {'sound' if speech else 'text'}, and task: {data.task} does not"
+        yield Mistake(path, message, f"name a {'text model' if speech else 'Whisper'}, or another task")
+    elif data.task in TWO_STACK_TASKS and size.layers is not None and size.encoder_layers is None:
+        message = f"{family} has one stack of layers, and task: {data.task} needs an encoder and a decoder"
+        yield Mistake(path, message, "name an encoder-decoder, e.g. a T5 or BART, or another task")
+    if data.task not in CAUSAL_TASKS or speech:
+        return
     if size.encoder_layers is not None:
         message = f"{family} is an encoder-decoder, and task: {data.task} needs a decoder alone"
         yield Mistake(path, message, "name a decoder, e.g. a Llama or GPT-2, or another task")
@@ -278,9 +295,10 @@ def teacher_fits_the_task(data: Data, size: TeacherSize) -> Iterator[Mistake]:
 
 def examples_fit(data: Data, size: TeacherSize) -> Iterator[Mistake]:
     """Refuse examples that are longer than the teacher has positions for."""
-    if size.positions and data.max_length > size.positions:
-        message = f"{data.max_length} tokens per example, the teacher has {size.positions} positions"
-        yield Mistake(("data", "max_length"), message, f"use at most {size.positions}")
+    for key, length in (("max_length", data.max_length), ("max_target_length", data.max_target_length)):
+        if size.positions and length is not None and length > size.positions:
+            message = f"{length} tokens per example, the teacher has {size.positions} positions"
+            yield Mistake(("data", key), message, f"use at most {size.positions}")
 
 
 def patterns_match(

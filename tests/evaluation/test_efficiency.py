@@ -43,7 +43,7 @@ def layers_of(model):
 
 
 def measure(models, kind="sequence", **own):
-    own = {"length": LENGTH, "batch_size": 2, "repeats": 2, "vocabulary": VOCABULARY, "device": "cpu"} | own
+    own = {"length": LENGTH, "batch_size": 2, "repeats": 2, "vocabulary": VOCABULARY} | own
     return measure_efficiency(models, layers_of, kind=kind, **own)
 
 
@@ -72,7 +72,7 @@ def test_bytes_follow_the_dtype():
 
 
 def count(model):
-    return count_flops(model.eval(), layers_of, torch.ones(1, LENGTH, dtype=torch.long))
+    return count_flops(model.eval(), layers_of, {"input_ids": torch.ones(1, LENGTH, dtype=torch.long)})
 
 
 ATTENTION = 2 * 2 * LENGTH * LENGTH * WIDTH
@@ -118,7 +118,8 @@ class Peeking(nn.Module):
 
 
 def test_flops_of_a_model_that_reads_values_are_counted_on_a_real_pass():
-    found = count_flops(Peeking(), lambda model: model.layers[:1], torch.ones(1, LENGTH, dtype=torch.long))
+    ids = torch.ones(1, LENGTH, dtype=torch.long)
+    found = count_flops(Peeking(), lambda model: model.layers[:1], {"input_ids": ids})
     one_layer = 2 * LENGTH * WIDTH * WIDTH
     assert found == {
         "flops_per_example": 2 * one_layer,
@@ -174,7 +175,6 @@ def test_models_run_in_turns_on_the_same_ids():
         length=4,
         repeats=3,
         vocabulary=9,
-        device="cpu",
         batch_size=2,
     )
     timed = [name for name, shape, _ in log if shape == (2, 4)]

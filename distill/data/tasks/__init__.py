@@ -4,9 +4,14 @@ from collections.abc import Callable
 
 from distill.data.tasks.causal_lm import CausalLM
 from distill.data.tasks.classification import Classification
+from distill.data.tasks.seq2seq import Seq2Seq
 from distill.data.tasks.task import Task
 
 __all__ = ["TASKS", "Task"]
 
-TASKS: dict[str, Callable[[], Task]] = {"classification": Classification, "causal_lm": CausalLM}
+TASKS: dict[str, Callable[[], Task]] = {
+    "classification": Classification,
+    "causal_lm": CausalLM,
+    "seq2seq": Seq2Seq,
+}
 """Name in a recipe -> task; a function of the user's own that returns a `Task` is named `package.module:function`."""
