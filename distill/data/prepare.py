@@ -110,7 +110,9 @@ def _encode(
     def blocks() -> Iterator[Features]:
         with as_input_error(f"the tokenizer cannot read the {path.stem} split"):
             for start in range(0, len(split.index), task.block):
-                yield _encode_block(task, split, slice(start, start + task.block), encoder)
+                features = _encode_block(task, split, slice(start, start + task.block), encoder)
+                if features["labelled"]:
+                    yield features
                 progress(min(start + task.block, len(split.index)), len(split.index))
 
     if not task.packed:

@@ -71,7 +71,7 @@ def chrf_counts(written: str, true: str) -> list[int]:
     counts = []
     for length in range(1, CHRF_ORDER + 1):
         own, other = grams_of(found, length), grams_of(wanted, length)
-        counts += [(own & other).total(), own.total(), other.total()]
+        counts += [(own & other).total(), own.total() if other else 0, other.total()]  # as sacrebleu counts
     return counts
 
 

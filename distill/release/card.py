@@ -35,6 +35,7 @@ USES = {
         "text2text-generation",
         "text = tokenizer.decode(model.generate(**inputs)[0], skip_special_tokens=True)",
     ),
+    "AutoModelForSpeechSeq2Seq": ("automatic-speech-recognition", ""),
     "AutoModelForQuestionAnswering": ("question-answering", "output = model(**inputs)"),
     "AutoModel": ("feature-extraction", "vectors = model(**inputs).last_hidden_state"),
 }
@@ -109,6 +110,11 @@ def snippet(evidence: Evidence) -> str:
     """Write Python that loads and uses the student with transformers, and the release's own code where it has some."""
     name = one_line(evidence.auto_class)
     _, use = USES.get(name, ("", "output = model(**inputs)"))
+    if name == "AutoModelForSpeechSeq2Seq":
+        return f"""from transformers import pipeline
+
+folder = "{evidence.recipe.name}"  # this folder, or its id on the hub
+text = pipeline("automatic-speech-recognition", folder)("speech.wav")["text"]"""
     code = ", trust_remote_code=True" if evidence.release_format == "native" else ""
     text = "Paris is the [MASK] of France." if name == "AutoModelForMaskedLM" else "Some text."
     return f"""from transformers import {name}, AutoTokenizer

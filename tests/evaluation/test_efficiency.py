@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from distill.evaluation.efficiency import add_disk_bytes, count_flops, count_size, measure_efficiency, random_ids
-from distill.models.cost import training_flops
+from distill.evaluation.efficiency import add_disk_bytes, count_flops, count_size, measure_efficiency
+from distill.models.cost import random_ids, training_flops
 
 VOCABULARY, WIDTH, MLP, LENGTH = 64, 32, 48, 8
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from distill.data.tasks.causal_lm import CausalLM
 from distill.data.tasks.classification import Classification
 from distill.data.tasks.seq2seq import Seq2Seq
+from distill.data.tasks.speech_to_text import SpeechToText
 from distill.data.tasks.task import Task
 
 __all__ = ["TASKS", "Task"]
@@ -13,5 +14,6 @@ TASKS: dict[str, Callable[[], Task]] = {
     "classification": Classification,
     "causal_lm": CausalLM,
     "seq2seq": Seq2Seq,
+    "speech_to_text": SpeechToText,
 }
 """Name in a recipe -> task; a function of the user's own that returns a `Task` is named `package.module:function`."""

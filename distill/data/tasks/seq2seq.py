@@ -39,6 +39,7 @@ class WritesText(Task):
         if not getattr(config, "is_encoder_decoder", False) or self.start is None:
             raise InputError(f"{teacher / 'config.json'} is of no encoder-decoder: it has no decoder_start_token_id")
         self.tokenizer, self.limit = tokenizer, spec.max_target_length or spec.max_length
+        self.most_written = self.limit
         self.settings: dict[str, Any] = {}
         """Of generation."""
         return self
@@ -68,7 +69,7 @@ class WritesText(Task):
 
     def observe(self, model: Any, _outputs: Outputs, batch: Batch, examples: Mapping[str, Any]) -> dict[str, Any]:
         """Write a text for each example, the likeliest token after the other."""
-        ids = write_greedily(model, batch, self.limit, **self.settings)
+        ids = write_greedily(model, batch, self.most_written, **self.settings)
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         columns = {"generated": texts, "target_text": examples["target_text"]}
         return {name: np.asarray([text.strip() for text in own], dtype=np.str_) for name, own in columns.items()}

@@ -1,0 +1,67 @@
+"""The task `seq2seq`: what is encoded, written and measured, and from data to release through the command line."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import tiny_config, tiny_model
+from two_stacks import LETTERS, symbols_tokenizer
+
+from distill.data.tasks.seq2seq import Seq2Seq
+from distill.data.tasks.task import Encoder, Ragged, Settled
+from distill.errors import InputError
+from distill.models.forward import write_greedily
+from distill.recipe.data import Data
+
+
+def bound(folder, tokenizer, **settings):
+    """The task and an encoder for it, beside a T5 whose decoder starts with padding."""
+    tiny_config("t5").save_pretrained(folder)
+    spec = Data(source="./x.jsonl", task="seq2seq", **settings)
+    return Seq2Seq().bind(folder, tokenizer, spec), Encoder(tokenizer, spec, Settled("seq2seq"))
+
+
+def test_both_texts_are_cut_at_their_own_length_and_counted(tmp_path):
+    tokenizer = symbols_tokenizer(LETTERS)
+    task, encoder = bound(tmp_path, tokenizer, max_length=4, max_target_length=3, prefix="h ")
+    rows = {"source": ["a b", "a b c d", "a"], "target": ["b c", "b c d", None]}
+    found = task.encode(rows, encoder)
+    a, end = tokenizer.convert_tokens_to_ids(["a", "</s>"])
+    assert found["input_ids"] == [[a + 7, a, a + 1, end], [a + 7, a, a + 1, end]]
+    assert found["target_ids"] == [[a + 1, a + 2, end], [a + 1, a + 2, end]]
+    assert (found["target_text"], found["row"]) == (["b c", "b c d"], [0, 1])
+    assert encoder.truncated == 1
+    assert dict(encoder.notes) == {"rows left out that have no target": 1, "targets cut to 3 tokens": 1}
+
+
+def test_a_target_ends_and_does_not_start_with_the_token_that_is_put_in_front(tmp_path):
+    tokenizer = symbols_tokenizer(LETTERS, writes="$A")
+    task, encoder = bound(tmp_path, tokenizer, max_length=4)
+    a, end = tokenizer.convert_tokens_to_ids(["a", "</s>"])
+    found = task.encode({"source": ["a"] * 3, "target": ["<pad> a b", "a b c d", "a"]}, encoder)
+    assert found["target_ids"] == [[a, a + 1, end], [a, a + 1, a + 2, end], [a, end]]
+    assert encoder.notes == {"targets given the end token that the tokenizer does not write": 3}
+
+
+def test_labels_are_padded_with_no_label(tmp_path):
+    task, _ = bound(tmp_path, symbols_tokenizer(LETTERS))
+    lists = Ragged(torch.tensor([5, 1, 6, 7, 1]).numpy(), torch.tensor([2, 3]).numpy())
+    batch = task.collate({"input_ids": lists, "target_ids": lists}, 0, [])
+    assert batch["labels"].tolist() == [[5, 1, -100], [6, 7, 1]]
+    assert batch["input_ids"].tolist() == [[5, 1, 0], [6, 7, 1]]
+
+
+def test_the_language_of_the_target_is_the_first_token_that_is_written(tmp_path):
+    batch = {"input_ids": torch.tensor([[5, 6, 1]]), "attention_mask": torch.ones(1, 3, dtype=torch.int64)}
+    for writes, forced in (("$A </s> h", False), ("h $A </s>", True)):
+        tokenizer = symbols_tokenizer(LETTERS, writes=writes)
+        tokenizer.tgt_lang = "h"
+        task, _ = bound(tmp_path, tokenizer)
+        assert task.settings == ({"forced_bos_token_id": 10} if forced else {})
+    assert write_greedily(tiny_model("t5"), batch, 4, **task.settings)[0, :2].tolist() == [0, 10]
+
+
+def test_a_model_without_decoder_is_refused(tmp_path):
+    tiny_config("bert").save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="is of no encoder-decoder"):
+        Seq2Seq().bind(tmp_path, symbols_tokenizer(LETTERS), Data(source="./x.jsonl", task="seq2seq"))
