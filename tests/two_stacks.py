@@ -18,7 +18,7 @@ seed: 3
 teacher:
   model: ./teacher
   init: random
-  fit: {steps: 100, batch_size: 16, lr: 5e-3}
+  fit: {steps: 140, batch_size: 16, lr: 2e-3}
 student:
   layers: {keep: 2, choose: every}
   encoder_layers: {keep: 2, choose: every}
@@ -49,16 +49,16 @@ def symbols_tokenizer(symbols, *, between=" ", writes="$A </s>"):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **own)
 
 
-def text_project(folder, family, symbols=LETTERS, between=" ", recipe=RECIPE):
-    """Every symbol becomes the next one: `a b` -> `b c`; returns the recipe."""
+def text_project(folder, family, symbols=LETTERS, between=" ", **changes):
+    """Every symbol becomes the next one: `a b` -> `b c`; returns the recipe. `changes` are those of the config."""
     symbols_tokenizer(symbols, between=between).save_pretrained(folder / "teacher")
     names = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None, "decoder_start_token_id": 0}
-    tiny_config(family, **names).save_pretrained(folder / "teacher")
+    tiny_config(family, **names, **changes).save_pretrained(folder / "teacher")
     after = dict(zip(symbols, symbols[1:] + symbols[:1], strict=True))
     chooser = random.Random(0)
-    texts = {"".join(chooser.choices(symbols, k=chooser.randint(2, 6))) for _ in range(300)}
+    texts = {"".join(chooser.choices(symbols, k=chooser.randint(3, 4))) for _ in range(300)}
     rows = [{"source": between.join(text), "target": between.join(map(after.get, text))} for text in sorted(texts)]
-    return write_project(folder, rows, recipe)
+    return write_project(folder, rows, RECIPE)
 
 
 def write_project(folder, rows, recipe):
@@ -91,16 +91,7 @@ def whisper_folder(folder, **changes):
     """A whisper for one second of sound, its tokenizer with one token per letter, and its feature extractor."""
     letters = {letter: number for number, letter in enumerate([*LETTERS, "\u0120"])}  # the last one is a space
     tokenizer = WhisperTokenizer(vocab=letters, merges=[])
-    special = [
-        "startoftranscript",
-        "en",
-        "translate",
-        "transcribe",
-        "startoflm",
-        "startofprev",
-        "nospeech",
-        "notimestamps",
-    ]
+    special = ["startoftranscript", "en", "translate", "transcribe", "nospeech", "notimestamps"]
     own = [AddedToken(f"<|{name}|>", special=True, normalized=False) for name in special]
     tokenizer.add_tokens(own, special_tokens=True)
     tokenizer.save_pretrained(folder)
@@ -119,6 +110,5 @@ def speech_project(folder, recipe=RECIPE):
         sound = np.concatenate([tone(300 + 500 * LETTERS.index(letter)) for letter in text])
         write_wave(folder / "sounds" / f"{text}.wav", 0.6 * sound)
         rows.append({"audio": f"sounds/{text}.wav", "text": " ".join(text)})
-    return write_project(
-        folder, rows, recipe.replace("task: seq2seq, max_length: 12", "task: speech_to_text, max_length: 16")
-    )
+    own = recipe.replace("task: seq2seq, max_length: 12", "task: speech_to_text, max_length: 16")
+    return write_project(folder, rows, own)

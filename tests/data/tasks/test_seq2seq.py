@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
 from tiny import tiny_config, tiny_model
-from two_stacks import LETTERS, symbols_tokenizer
+from two_stacks import CHINESE, LETTERS, symbols_tokenizer, text_project
 
+from distill.cli import main
 from distill.data.tasks.seq2seq import Seq2Seq
 from distill.data.tasks.task import Encoder, Ragged, Settled
 from distill.errors import InputError
@@ -65,3 +70,40 @@ def test_a_model_without_decoder_is_refused(tmp_path):
     tiny_config("bert").save_pretrained(tmp_path)
     with pytest.raises(InputError, match="is of no encoder-decoder"):
         Seq2Seq().bind(tmp_path, symbols_tokenizer(LETTERS), Data(source="./x.jsonl", task="seq2seq"))
+
+
+ONE_LINE = """
+import sys
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+folder, text = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForSeq2SeqLM.from_pretrained(folder)
+print(tokenizer.decode(model.generate(**tokenizer(text, return_tensors="pt"))[0], skip_special_tokens=True))
+assert "distill" not in sys.modules
+"""
+FAMILIES = {
+    "t5": ("t5", LETTERS, " ", {"dropout_rate": 0.0}),
+    "bart": ("bart", CHINESE, "", {"dropout": 0.0, "init_std": 0.1}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_student_is_cut_distilled_and_released(tmp_path, name):
+    family, symbols, between, settings = FAMILIES[name]
+    recipe, run = text_project(tmp_path, family, symbols, between, **settings), tmp_path / "run"
+    assert main(["run", str(recipe), "--out", str(run)]) == 0
+    table = json.loads((run / "evaluation.json").read_text())
+    arms = {arm["name"]: arm["metrics"] for arm in table["arms"]}
+    assert arms["teacher"]["token_accuracy"] > 0.5
+    assert arms["distilled"]["kl"] < 0.5 * arms["cut"]["kl"]
+    assert arms["distilled"]["perplexity"] < arms["cut"]["perplexity"]
+    assert arms["distilled"]["chrf"] > arms["cut"]["chrf"]
+    texts = json.loads((run / "predictions/distilled.json").read_text())
+    assert set("".join(texts["generated"])) <= {*symbols, *between}
+    plan = json.loads((run / "plan.json").read_text())
+    assert (len(plan["layers"]), len(plan["encoder_layers"])) == (2, 2)
+    command = [sys.executable, "-I", "-c", ONE_LINE, run / "release", between.join(symbols[:3])]
+    used = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert used.returncode == 0, used.stderr
+    assert {*used.stdout.strip()} <= {*symbols, *between}
