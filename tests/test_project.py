@@ -6,6 +6,7 @@ import ast
 import importlib
 import importlib.util
 import inspect
+import json
 import os
 import re
 import shlex
@@ -19,6 +20,7 @@ from typing import get_args
 import pytest
 import torch
 import typer
+from made_data import with_data
 from tiny import tiny_batch, tiny_model, tiny_project
 
 import distill
@@ -85,10 +87,22 @@ CALLS = [(path, arguments) for path, words in COMMANDS if (arguments := distill_
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
-def test_every_recipe_is_valid_and_says_how_to_run_it(path):
-    assert main(["validate", str(path)]) == 0
+def test_every_recipe_is_valid_and_says_how_to_run_it(path, tmp_path):
+    recipe = with_data(path, tmp_path)
+    assert main(["validate", str(recipe)]) == 0
     assert f"distill run {name_of(path)}" in (path.parent / "README.md").read_text(encoding="utf-8")
-    assert load_recipe(path).name == path.parent.name
+    assert load_recipe(recipe).name == path.parent.name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("teacher", ["teacher", "teacher-marian"])
+def test_the_recipe_of_pronunciations_runs_on_a_stand_in(teacher, tmp_path):
+    recipe = with_data(ROOT / "recipes/cmudict-seq2seq/recipe.yaml", tmp_path)
+    small = ["teacher.fit.steps=60", "training.steps=20", "evaluation.efficiency=false", f"teacher.model=./{teacher}"]
+    assert main(["run", str(recipe), "--out", str(tmp_path / "run"), *small]) == 0
+    table = json.loads((tmp_path / "run/evaluation.json").read_text(encoding="utf-8"))
+    kl = {arm["name"]: arm["metrics"]["kl"] for arm in table["arms"]}
+    assert kl["distilled"] < kl["cut"]
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=name_of)
@@ -113,14 +127,14 @@ def test_the_benchmark_of_building_runs_on_a_tiny_model():
 
 
 @pytest.mark.parametrize(("path", "arguments"), CALLS, ids=lambda value: "" if isinstance(value, list) else value.name)
-def test_every_command_in_the_documents_can_be_given(path, arguments):
+def test_every_command_in_the_documents_can_be_given(path, arguments, tmp_path):
     group = typer.main.get_command(app)
     if arguments[0].startswith("-"):
         group.make_context("distill", arguments, resilient_parsing=True)
         return
     context = group.commands[arguments[0]].make_context(arguments[0], arguments[1:])
     if "recipe" in context.params:
-        load_recipe(ROOT / context.params["recipe"], context.params["overrides"] or ())
+        load_recipe(with_data(ROOT / context.params["recipe"], tmp_path), context.params["overrides"] or ())
 
 
 def test_the_documents_show_every_door():

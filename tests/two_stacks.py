@@ -90,10 +90,9 @@ def write_wave(path, samples, rate=RATE):
 def whisper_folder(folder, **changes):
     """A whisper for one second of sound, its tokenizer with one token per letter, and its feature extractor."""
     letters = {letter: number for number, letter in enumerate([*LETTERS, "\u0120"])}  # the last one is a space
-    tokenizer = WhisperTokenizer(vocab=letters, merges=[])
-    special = ["startoftranscript", "en", "translate", "transcribe", "nospeech", "notimestamps"]
-    own = [AddedToken(f"<|{name}|>", special=True, normalized=False) for name in special]
-    tokenizer.add_tokens(own, special_tokens=True)
+    names = ["startoftranscript", "en", "translate", "transcribe", "nospeech", "notimestamps"]
+    special = [AddedToken(f"<|{name}|>", special=True, normalized=False) for name in names]
+    tokenizer = WhisperTokenizer(vocab=letters, merges=[], extra_special_tokens=special)
     tokenizer.save_pretrained(folder)
     WhisperFeatureExtractor(feature_size=8, chunk_length=1).save_pretrained(folder)
     end, start = (tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("endoftext", "startoftranscript"))

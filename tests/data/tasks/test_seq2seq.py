@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -9,9 +10,10 @@ import sys
 import pytest
 import torch
 from tiny import tiny_config, tiny_model
-from two_stacks import CHINESE, LETTERS, symbols_tokenizer, text_project
+from two_stacks import CHINESE, LETTERS, symbols_tokenizer, text_project, write_project
 
 from distill.cli import main
+from distill.data import Order, prepare
 from distill.data.tasks.seq2seq import Seq2Seq
 from distill.data.tasks.task import Encoder, Ragged, Settled
 from distill.errors import InputError
@@ -70,6 +72,68 @@ def test_a_model_without_decoder_is_refused(tmp_path):
     tiny_config("bert").save_pretrained(tmp_path)
     with pytest.raises(InputError, match="is of no encoder-decoder"):
         Seq2Seq().bind(tmp_path, symbols_tokenizer(LETTERS), Data(source="./x.jsonl", task="seq2seq"))
+
+
+LOOKS = "training={keep_best: rouge_l, evaluate_every: 5, steps: 9}"
+REFUSED = {
+    "a decoder": ("llama", [], "teacher.model", "llama has one stack of layers"),
+    "sound": ("whisper", [], "teacher.model", "whisper reads sound, and task: seq2seq does not"),
+    "positions": ("bart", ["data.max_target_length=65"], "data.max_target_length", "the teacher has 64 positions"),
+    "labels hidden": ("t5", ["data.labelled=9"], "data.labelled", "has no effect with task: seq2seq"),
+    "written texts": ("t5", [LOOKS], "training.keep_best", "use perplexity, token_accuracy"),
+    "other metric": ("t5", ["evaluation.metrics=[accuracy]"], "evaluation.metrics.0", "rouge_1, rouge_2, wer, cer"),
+    "repair": ("t5", ["student.repair.refit=true"], "student.repair", "whose layers cannot be repaired yet"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_the_task_cannot_have_is_refused_before_the_first_stage(tmp_path, capsys, name):
+    family, changes, key, words = REFUSED[name]
+    recipe = text_project(tmp_path, family)
+    assert main(["run", str(recipe), "--out", str(tmp_path / "run"), *changes]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert key in said and words in said and "started" not in said
+
+
+def test_several_targets_of_one_source_are_refused_or_kept(tmp_path):
+    symbols_tokenizer(LETTERS).save_pretrained(tmp_path)
+    rows = [{"source": "a", "target": target} for target in ("b", "c", "b")]
+    rows += [{"source": " ".join(pair), "target": "b"} for pair in itertools.product(LETTERS, LETTERS)]
+    write_project(tmp_path, rows, "")
+
+    def prepared(rule):
+        spec = Data(source="./data.jsonl", task="seq2seq", max_length=8, contradictions=rule)
+        task, encoder = bound(tmp_path, symbols_tokenizer(LETTERS), max_length=8)
+        folder = tmp_path / rule
+        folder.mkdir()
+        return prepare(Order(task, spec, encoder.tokenizer, 0, tmp_path), folder)
+
+    with pytest.raises(InputError, match="first, majority, drop or keep"):
+        prepared("refuse")
+    kept = prepared("keep")
+    texts = [text for own in kept.splits.values() for text in own.take(range(len(own)))["target_text"]]
+    assert sorted(texts) == ["b"] * 65 + ["c"]
+    assert kept.summary["train"]["rows"]["equal"] == 1
+    assert len(prepared("majority").train) + len(kept.test) == len(kept.train) + len(kept.test) - ("c" in texts)
+
+
+CLASSES = {"bart": {"forced_eos_token_id": 1}, "t5": {}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", CLASSES)
+def test_an_encoder_decoder_with_a_head_of_classes_is_cut_timed_and_released(tmp_path, family):
+    recipe = text_project(tmp_path, family, **CLASSES[family])
+    rows = [json.loads(line) for line in (tmp_path / "data.jsonl").read_text().splitlines()]
+    labelled = [{"text": row["source"], "label": "yes" if "a" in row["source"] else "no"} for row in rows]
+    own = recipe.read_text().replace("task: seq2seq", "task: classification").replace("steps: 140", "steps: 20")
+    write_project(tmp_path, labelled, own.replace("efficiency: false", "efficiency: true"))
+    assert main(["run", str(recipe), "--out", str(tmp_path / "run")]) == 0
+    table = json.loads((tmp_path / "run/evaluation.json").read_text())
+    assert {arm["name"] for arm in table["arms"]} == {"teacher", "cut", "distilled"}
+    assert table["efficiency"]["protocol"]["length"] == 12
+    assert 0.3 < table["efficiency"]["ratios"]["student"]["layer_parameters"] < 0.5  # both stacks
+    assert (tmp_path / "run/release/model.safetensors").is_file()
 
 
 ONE_LINE = """
