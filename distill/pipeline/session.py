@@ -87,7 +87,7 @@ class Session:
     @property
     def vocabulary(self) -> int | None:
         """Entries of the vocabulary that are tokens; heads are often padded beyond. None for class heads."""
-        return len(self.tokenizer) if PREDICTION_KINDS[self.corpus.head].vocabulary else None
+        return self.task.vocabulary(self.tokenizer) if PREDICTION_KINDS[self.corpus.head].vocabulary else None
 
     def arm_start(self, arm: str) -> Path:
         """Return the folder of the model that an arm starts from."""

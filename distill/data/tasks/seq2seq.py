@@ -44,6 +44,10 @@ class WritesText(Task):
         """Of generation."""
         return self
 
+    def vocabulary(self, tokenizer: Any) -> int:
+        """Count the tokens of targets, where Marian's tokenizer has others for them."""
+        return len(tokenizer.target_encoder if getattr(tokenizer, "separate_vocabs", False) else tokenizer)
+
     def encode_targets(self, texts: Sequence[str], encoder: Encoder) -> list[list[int]]:
         """Encode targets as the tokenizer writes them, with an end token and without the decoder's start token."""
         encoded, cut = encoder.targets(texts, self.limit)

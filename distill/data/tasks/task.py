@@ -182,6 +182,10 @@ class Task:
         """
         return self
 
+    def vocabulary(self, tokenizer: Any) -> int:
+        """Count the tokens that a model may predict."""
+        return len(tokenizer)
+
     def settle(self, _labels: Mapping[str, Counter[str]]) -> Settled:
         """Decide on head and classes from split -> label, as JSON -> number of rows. Raises InputError."""
         return Settled(self.head)
