@@ -78,20 +78,6 @@ def _shift_right(model: Any, labels: Tensor) -> Tensor:
     raise InputError(f"a {type(model).__name__} does not say what its decoder reads; give decoder_input_ids")
 
 
-@torch.no_grad()
-def write_greedily(model: Any, batch: Batch, limit: int, **settings: Any) -> Tensor:
-    """Let an encoder-decoder write a text for each source, at most `limit` tokens, the likeliest one each time.
-
-    Forced tokens, shortest lengths and the like are those of the model's own generation config, `settings` go before.
-
-    Returns:
-        Token ids [B, T], with special tokens.
-    """
-    source = {name: tensor for name, tensor in model_inputs(batch).items() if not name.startswith("decoder_")}
-    own = {"max_new_tokens": limit, "max_length": None, "do_sample": False, "num_beams": 1, **settings}
-    return cast("Tensor", model.generate(**source, **own))
-
-
 def without_cache(model: Any) -> dict[str, Any]:
     """Options of a call that turn off the key-value cache, which is for generation; none for models without one."""
     return {"use_cache": False} if "use_cache" in signature(model.forward).parameters else {}

@@ -11,19 +11,10 @@ import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from distill.recipe import names
 from distill.recipe.data import Data
 from distill.recipe.fields import KeyPath, Mistake
 from distill.recipe.locate import DECODER_FLAGS, TeacherSize
-from distill.recipe.names import (
-    CAUSAL_TASKS,
-    GENERATED_METRICS,
-    OTHER_METRICS,
-    READS,
-    SPEECH_FAMILIES,
-    TASK_METRICS,
-    TEACHER_METRICS,
-    TWO_STACK_TASKS,
-)
 from distill.recipe.sections import Evaluation, Optimization, Release, Training
 from distill.recipe.student import Calibration, Layers, Mask, Mlp, Repair, Target
 from distill.recipe.terms import TERM_KEYS, Term
@@ -178,7 +169,7 @@ def target_decides_alone(mlp: Mlp, target: Target | None) -> Iterator[Mistake]:
 
 def scores_are_fed(mlp: Mlp, calibration: Calibration) -> Iterator[Mistake]:
     """Refuse a calibration without the statistics that the score reads."""
-    key = READS.get(mlp.score)  # type: ignore[call-overload]
+    key = names.READS.get(mlp.score)  # type: ignore[call-overload]
     if key and getattr(calibration, key) is False:
         message = f"score: {mlp.score} reads what this switches off"
         yield Mistake(("student", "calibration", key), message, "remove it, or choose another score")
@@ -249,18 +240,18 @@ def terms_fit_the_task(terms: Mapping[int, Term], data: Data) -> Iterator[Mistak
 
 def metrics_fit_the_task(data: Data, evaluation: Evaluation, training: Training) -> Iterator[Mistake]:
     """Refuse metrics that are neither the task's nor the user's own."""
-    own = TASK_METRICS.get(data.task)  # type: ignore[call-overload]
+    own = names.TASK_METRICS.get(data.task)  # type: ignore[call-overload]
     if own is None:
         return
     message = f"task: {data.task} has no such metric"
-    known = (*own, *OTHER_METRICS.get(data.task, ()), *TEACHER_METRICS)  # type: ignore[call-overload]
+    known = (*own, *names.OTHER_METRICS.get(data.task, ()), *names.TEACHER_METRICS)  # type: ignore[call-overload]
     for position, metric in enumerate(evaluation.metrics or []):
         if metric not in known and ":" not in metric:
             yield Mistake(("evaluation", "metrics", position), f"{message} as {metric}", f"use {', '.join(known)}")
-    quick = [metric for metric in own if metric not in GENERATED_METRICS]
+    quick = [metric for metric in own if metric not in names.GENERATED_METRICS]
     if training.keep_best not in (None, *quick):
-        fix = f"use {', '.join(quick)}"
-        yield Mistake(("training", "keep_best"), f"{message} as {training.keep_best} during training", fix)
+        message += f" as {training.keep_best} during training"
+        yield Mistake(("training", "keep_best"), message, f"use {', '.join(quick)}")
 
 
 def compiled_layers_are_not_read(terms: Mapping[int, Term], training: Training) -> Iterator[Mistake]:
@@ -274,19 +265,17 @@ def compiled_layers_are_not_read(terms: Mapping[int, Term], training: Training) 
 def teacher_fits_the_task(data: Data, size: TeacherSize) -> Iterator[Mistake]:
     """Refuse a teacher that sees the tokens that it is to predict, or whose stacks are not those of the task."""
     path, family = ("teacher", "model"), size.family
-    speech = family in SPEECH_FAMILIES
+    speech, causal = family in names.SPEECH_FAMILIES, data.task in names.CAUSAL_TASKS
     if size.layers is not None and ":" not in data.task and speech != (data.task == "speech_to_text"):
         message = f"{family} reads {'sound' if speech else 'text'}, and task: {data.task} does not"
         yield Mistake(path, message, f"name a {'text model' if speech else 'Whisper'}, or another task")
-    elif data.task in TWO_STACK_TASKS and size.layers is not None and size.encoder_layers is None:
+    elif data.task in names.TWO_STACK_TASKS and size.layers is not None and size.encoder_layers is None:
         message = f"{family} has one stack of layers, and task: {data.task} needs an encoder and a decoder"
         yield Mistake(path, message, "name an encoder-decoder, e.g. a T5 or BART, or another task")
-    if data.task not in CAUSAL_TASKS or speech:
-        return
-    if size.encoder_layers is not None:
+    elif causal and size.encoder_layers is not None:
         message = f"{family} is an encoder-decoder, and task: {data.task} needs a decoder alone"
         yield Mistake(path, message, "name a decoder, e.g. a Llama or GPT-2, or another task")
-    elif size.both_ways:
+    elif causal and size.both_ways:
         flag = DECODER_FLAGS.get(str(family))
         message = f"{family} is an encoder: a token sees those after it, which task: {data.task} lets it predict"
         trained = f"; if it was trained as a decoder, its config.json must say {flag}: true" if flag else ""

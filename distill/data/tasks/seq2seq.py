@@ -11,7 +11,8 @@ import torch
 
 from distill.data.tasks.task import TEXT, Column, Encoder, Features, Ragged, Seeds, Task, Values, read_text
 from distill.errors import InputError
-from distill.models.forward import UNLABELLED, Batch, Outputs, write_greedily
+from distill.models.forward import UNLABELLED, Batch, Outputs
+from distill.models.generate import write_greedily
 from distill.models.load import ModelHead, load_config
 from distill.recipe.names import TASK_METRICS
 from distill.recipe.schema import Data

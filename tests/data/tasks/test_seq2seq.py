@@ -17,7 +17,7 @@ from distill.data import Order, prepare
 from distill.data.tasks.seq2seq import Seq2Seq
 from distill.data.tasks.task import Encoder, Ragged, Settled
 from distill.errors import InputError
-from distill.models.forward import write_greedily
+from distill.models.generate import write_greedily
 from distill.recipe.data import Data
 
 
