@@ -27,9 +27,9 @@ RENAMED = {
     "mixtral": {"num_local_experts": 2, "num_experts_per_tok": 1},
     "qwen3_moe": {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "decoder_sparse_step": 1},
 }  # fmt: skip
-RENAMED["marian"] = RENAMED["bart"]
+RENAMED |= {"mt5": RENAMED["t5"]} | dict.fromkeys(("marian", "mbart", "pegasus"), RENAMED["bart"])
 ENCODERS = ("bert", "roberta", "xlm-roberta", "electra", "deberta-v2", "distilbert", "modernbert")
-SEQ2SEQ = ("t5", "bart", "marian")
+SEQ2SEQ = ("t5", "mt5", "bart", "marian", "mbart", "pegasus")
 FAMILIES = [family for family in LAYOUTS if family != "whisper"]
 
 

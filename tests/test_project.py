@@ -6,6 +6,7 @@ import ast
 import importlib
 import importlib.util
 import inspect
+import json
 import os
 import re
 import shlex
@@ -20,6 +21,7 @@ import pytest
 import torch
 import typer
 from forked import Processes, run_script
+from made_data import with_data
 from tiny import tiny_batch, tiny_model, tiny_project
 
 import distill
@@ -86,10 +88,22 @@ CALLS = [(path, arguments) for path, words in COMMANDS if (arguments := distill_
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
-def test_every_recipe_is_valid_and_says_how_to_run_it(path):
-    assert main(["validate", str(path)]) == 0
+def test_every_recipe_is_valid_and_says_how_to_run_it(path, tmp_path):
+    recipe = with_data(path, tmp_path)
+    assert main(["validate", str(recipe)]) == 0
     assert f"distill run {name_of(path)}" in (path.parent / "README.md").read_text(encoding="utf-8")
-    assert load_recipe(path).name == path.parent.name
+    assert load_recipe(recipe).name == path.parent.name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("teacher", ["teacher", "teacher-marian"])
+def test_the_recipe_of_pronunciations_runs_on_a_stand_in(teacher, tmp_path):
+    recipe = with_data(ROOT / "recipes/cmudict-seq2seq/recipe.yaml", tmp_path)
+    small = ["teacher.fit.steps=60", "training.steps=20", "evaluation.efficiency=false", f"teacher.model=./{teacher}"]
+    assert main(["run", str(recipe), "--out", str(tmp_path / "run"), *small]) == 0
+    table = json.loads((tmp_path / "run/evaluation.json").read_text(encoding="utf-8"))
+    kl = {arm["name"]: arm["metrics"]["kl"] for arm in table["arms"]}
+    assert kl["distilled"] < kl["cut"]
 
 
 def test_every_script_gives_its_launch_lines_and_shadows_nothing():

@@ -73,9 +73,8 @@ OWN_SIZES = {
         "num_decoder_layers": LAYERS - 1,
         "tie_word_embeddings": False,
     },
-    "bart": SEQ2SEQ_SIZES,
-    "marian": SEQ2SEQ_SIZES,
-    "whisper": SEQ2SEQ_SIZES,
+    "mt5": T5_SIZES,
+    **dict.fromkeys(("bart", "marian", "mbart", "pegasus", "whisper"), SEQ2SEQ_SIZES),
 }
 NO_ROW = {
     "gptj": {"n_embd": HIDDEN, "n_layer": LAYERS, "n_head": 4, "n_positions": 64, "n_inner": WIDTH, "rotary_dim": 4},
@@ -91,7 +90,7 @@ DECODERS = (
     "gpt_neox", "opt", "mixtral", "qwen3_moe",
 )  # fmt: skip
 ENCODERS = ("bert", "roberta", "xlm-roberta", "electra", "distilbert", "deberta-v2", "modernbert")
-SEQ2SEQ = ("t5", "t5-gated", "bart", "marian", "whisper")
+SEQ2SEQ = ("t5", "t5-gated", "mt5", "bart", "marian", "mbart", "pegasus", "whisper")
 FORMS = ("llama", "phi3", "gpt_neox", "gpt2", "qwen3_moe", "t5", "t5-gated", "bert", "bart")
 """A family for each form of layer: GLU, fused GLU, two matrices, transposed, experts beside dense layers, T5 with and
 without a gate, a norm after the MLP, encoder-decoder."""

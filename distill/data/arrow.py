@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -37,9 +37,9 @@ class ArrowFile:
         """Name -> values, as views of the file."""
         return {field.name: _column_type(field.type)(self.table.column(field.name)) for field in self.table.schema}
 
-    def take(self, indices: Sequence[int] | np.ndarray) -> dict[str, Any]:
-        """Return some rows: `Ragged` for lists, arrays for numbers, lists for texts."""
-        return {name: column.take(indices) for name, column in self.columns.items()}
+    def take(self, indices: Sequence[int] | np.ndarray, names: Collection[str] | None = None) -> dict[str, Any]:
+        """Return these columns, or all, of some rows: `Ragged` for lists, arrays for numbers, lists for texts."""
+        return {name: own.take(indices) for name, own in self.columns.items() if names is None or name in names}
 
 
 class _Chunks:
@@ -144,6 +144,8 @@ def _type_of(values: Sequence[Any]) -> pa.DataType:
         return pa.large_string()
     if isinstance(value, bool | np.bool_):
         return pa.bool_()
+    if isinstance(value, np.ndarray):
+        return pa.list_(pa.from_numpy_dtype(value.dtype))
     if hasattr(value, "__len__"):
         return pa.list_(pa.float32() if len(value) and isinstance(value[0], float | np.floating) else pa.int32())
     return pa.float64() if isinstance(value, float) else pa.int64()

@@ -32,10 +32,9 @@ class Examples(ArrowFile):
         """int64 [n] tokens per example."""
         return self.columns["input_ids"].lengths
 
-    @property
-    def highest(self) -> int:
-        """Highest token id."""
-        return max(int(part.max(initial=0)) for part in self.columns["input_ids"].content())
+    def highest(self, name: str = "input_ids") -> int:
+        """Return the highest token id of a feature."""
+        return max(int(part.max(initial=0)) for part in self.columns[name].content())
 
     @cached_property
     def labelled(self) -> np.ndarray:

@@ -68,7 +68,7 @@ def prepare(order: Order, folder: Path, progress: Report = lambda _split, _done,
     if spec.max_length > limit:
         raise InputError(f"data.max_length: {spec.max_length} is more than the tokenizer's {limit} positions")
     splits = _read_splits(order, folder)
-    asked = [role for role in columns_of(task, spec) if task.columns[role].answer]
+    asked = [role for role in columns_of(task, spec) if task.columns[role].answer and not task.columns[role].plain]
     labels = {name: own.count_labels(asked) for name, own in splits.items()}
     settled = order.own_order(task.settle(labels, spec))
     constants = task.constants(tokenizer, spec)
@@ -109,7 +109,7 @@ def _encode(
 
     def blocks() -> Iterator[Features]:
         with as_input_error(f"the tokenizer cannot read the {path.stem} split"):
-            for part in _blocks(split):
+            for part in _blocks(split, task.block):
                 features = _encode_block(task, split, part, encoder)
                 if features["row"]:  # the task may leave rows out
                     yield features
@@ -141,14 +141,14 @@ def _encode_block(task: Task, split: Split, part: slice, encoder: Encoder) -> Fe
     return {**features, "row": [part.start + number for number in numbers]}
 
 
-def _blocks(split: Split) -> Iterator[slice]:
+def _blocks(split: Split, size: int) -> Iterator[slice]:
     """Cut the rows of a split into blocks of so many rows, or fewer where their texts are long."""
     lengths = np.sum([column.lengths for column in split.rows.file.columns.values()], axis=0)
     ends = np.cumsum(lengths[split.index])
     start = 0
     while start < len(ends):
         before = ends[start - 1] if start else 0
-        stop = min(start + BLOCK, max(start + 1, int(np.searchsorted(ends, before + BLOCK_CHARACTERS))))
+        stop = min(start + size, max(start + 1, int(np.searchsorted(ends, before + BLOCK_CHARACTERS))))
         yield slice(start, min(stop, len(ends)))
         start = stop
 

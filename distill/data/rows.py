@@ -155,7 +155,7 @@ def _collect(
                 role: values[role] if columns[role].plain else _map(as_json, values[role], places, role)
                 for role in values
             }
-            contents = _encode([texts[role] for role in given], places)
+            contents = _encode([_contents(columns[role], texts[role]) for role in given], places)
             keys.extend(b"".join([sha256(content).digest() for content in contents]))
             for purpose, word in draws.items():
                 start = f"{word}:".encode()
@@ -223,6 +223,11 @@ def _encode(columns: list[list[str]], places: Sequence[str]) -> list[bytes]:
     return encoded[0] if len(columns) == 1 else [json.dumps(texts).encode() for texts in zip(*columns, strict=True)]
 
 
+def _contents(column: Column, texts: list[str]) -> list[str]:
+    """Return what stands for the values of a column: of paths, the content of their files."""
+    return texts if column.content is None else [column.content(text) for text in texts]
+
+
 def _or_nothing(texts: Sequence[str], values: Sequence[Any]) -> list[str]:
     return [text if value is not None else "" for text, value in zip(texts, values, strict=True)]
 
@@ -244,7 +249,8 @@ def _read(
     offered = [role for role in OFFERED_COLUMNS if names.get(role) == role]
     seen: set[str] = set()
     row: dict[str, Any] = {}
-    for place, row in read_source(source, split, set(names.values()), base, offered):
+    paths = [name for role, name in names.items() if task.columns[role].content]
+    for place, row in read_source(source, split, set(names.values()), base, offered, paths):
         values = {}
         for role, name, read in readers:
             try:

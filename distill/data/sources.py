@@ -133,22 +133,34 @@ def _in_words(name: str) -> str:
     return " ".join(re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", name)).lower()
 
 
-def source_fingerprint(source: Source, split: str, base: Path) -> str:
+def source_fingerprint(source: Source, split: str, base: Path, paths: Collection[str] = ()) -> str:
     """Return a sha256 of what a source is made from, without reading rows from it where that can be.
 
-    Of files their content decides, never their time; hub datasets are files. A built-in corpus follows from the Python
+    Of files their content decides, never their time; hub datasets are files. Of those that rows name in the columns
+    `paths`, of which there may be any number, it is path, size and time. A built-in corpus follows from the Python
     version and the content of its standard library. What the user's own function reads is not known, so it is called,
     and its rows are hashed.
     """
     files, names = find_files(source, split, base)
     if files:
-        return hashlib.sha256(json.dumps([[*map(content_of, files)], names]).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps([[*map(content_of, files)], names]).encode())
+        for _, row in read_source(source, split, paths, base, paths, paths) if paths else ():
+            digest.update(json.dumps([_signature(row.get(name)) for name in sorted(paths)]).encode())
+        return digest.hexdigest()
     if source.source in SOURCES:
         return _library_fingerprint()
     digest = hashlib.sha256()
     for row in find(SOURCES, source.source, "data source")():
         digest.update(json.dumps(row, sort_keys=True, default=str).encode())
     return digest.hexdigest()
+
+
+def _signature(path: Any) -> Any:
+    try:
+        stat = os.stat(path)
+        return [path, stat.st_size, stat.st_mtime_ns]
+    except (OSError, ValueError, TypeError):  # said with its line when the row is read
+        return str(path)
 
 
 @lru_cache(maxsize=1)
@@ -184,7 +196,12 @@ def find_files(source: Source, split: str, base: Path) -> tuple[list[Path], Clas
 
 
 def read_source(
-    source: Source, split: str, columns: Collection[str], base: Path, optional: Collection[str] = ()
+    source: Source,
+    split: str,
+    columns: Collection[str],
+    base: Path,
+    optional: Collection[str] = (),
+    paths: Collection[str] = (),
 ) -> Iterator[tuple[str, Row]]:
     """Read a source row by row.
 
@@ -194,6 +211,8 @@ def read_source(
         columns: Columns that are read; others may be left out.
         base: The folder that relative paths start from.
         optional: Those of them that a source need not have.
+        paths: Columns whose values are paths, which start from the folder of the data file, or from `base` where there
+            is none; they come as whole paths.
 
     Yields:
         Where a row comes from, in words, and its values by column.
@@ -211,11 +230,20 @@ def read_source(
         elif ending_of(path) == ".parquet":
             rows, own = _parquet_rows(path, columns, needed, place)
         unit = "line" if rows is None else "row"
-        yield from _checked(rows or read_rows(path, source), place, unit, names or own, needed)
+        checked = _checked(rows or read_rows(path, source), place, unit, names or own, needed)
+        yield from _with_paths(checked, path.parent, paths)
     if not files:
         name = source.source
         rows, own = _dataset_rows(find(SOURCES, name, "data source")(), columns, needed, name)
-        yield from _checked(rows, name, "row", own, needed)
+        yield from _with_paths(_checked(rows, name, "row", own, needed), base, paths)
+
+
+def _with_paths(rows: Iterator[tuple[str, Row]], folder: Path, paths: Collection[str]) -> Iterator[tuple[str, Row]]:
+    for place, row in rows:
+        for name in paths:
+            if isinstance(row.get(name), str) and row[name]:
+                row[name] = str(folder / row[name])
+        yield place, row
 
 
 def _checked(

@@ -52,6 +52,8 @@ class Split:
 
     def resolve_contradictions(self, rule: str, key: str) -> None:
         """Settle groups of rows with equal inputs and different labels. Raises InputError where they are refused."""
+        if rule == "keep":
+            return
         keys, answers = self.keys, self.rows.answers[self.index]
         starts = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1]]) if len(keys) else np.zeros(0, dtype=np.int64)
         stops = np.r_[starts[1:], len(keys)]
@@ -72,14 +74,19 @@ class Split:
         if groups and rule == "refuse":
             raise InputError(
                 f"data.{key}: {groups} texts stand there with different labels, e.g. {' and '.join(places)}; "
-                f"mend them, or write data.contradictions: first, majority or drop"
+                f"mend them, or write data.contradictions: first, majority, drop or keep"
             )
         self.keep(kept, "contradicting")
 
-    def drop_equal(self) -> None:
-        """Keep the first of rows that are equal in everything, one with a label before one without."""
-        keys = self.keys
-        self.keep(np.r_[True, keys[1:] != keys[:-1]][: len(keys)], "equal")
+    def drop_equal(self, contradicting: bool) -> None:
+        """Keep the first of rows that are equal in everything, one with a label before one without.
+
+        Where rows may contradict each other, those with equal inputs and different labels all stay.
+        """
+        keys, kept = self.keys, np.zeros(len(self.index), dtype=bool)
+        marks = np.rec.fromarrays([keys, self.rows.answers[self.index]]) if contradicting else keys
+        kept[np.unique(marks, return_index=True)[1]] = True
+        self.keep(kept, "equal")
 
     def count_equal(self) -> None:
         """Count rows that are equal, and keep them: a test of the user's own stays as it is."""
@@ -134,7 +141,7 @@ def clean(name: str, rows: Rows, spec: Data, asks: bool) -> Split:
     split.keep(~rows.empty[order], "empty")
     split.resolve_contradictions(spec.contradictions, spec.key_of(name))
     if name == "train":
-        split.drop_equal()
+        split.drop_equal(spec.contradictions == "keep")
         return split
     split.count_equal()
     if asks:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill.models.cost import WARM_UP, flops_by_module, paired_ratio, random_ids, time_in_turns
+from distill.models.cost import WARM_UP, flops_by_module, paired_ratio, random_batch, time_in_turns
 from distill.models.forward import without_cache
 
 Layers = Callable[[nn.Module], Iterable[nn.Module]]
@@ -26,38 +26,40 @@ def measure_efficiency(
     *,
     kind: str,
     length: int,
+    target_length: int | None = None,
     batch_size: int = 32,
     repeats: int = 9,
     vocabulary: int,
-    device: torch.device | str,
 ) -> dict[str, Any]:
-    """Compare models in eval mode on `device`; the first one (the teacher) is the reference of every ratio.
+    """Compare models in eval mode on their device; the first one (the teacher) is the reference of every ratio.
 
     A pass runs `length` random ids without padding and without a key-value cache; latency is that of one example, and
-    throughput that of `batch_size`.
+    throughput that of `batch_size`. In an encoder-decoder it is one pass of the encoder, over the ids or over sound of
+    the full length, and one of the decoder over the tokens of a whole target at once.
 
     Args:
         models: Name -> model.
         layers: Gives a model's layers.
         kind: One output per example, or logits at every position; recorded in the protocol.
         length: Tokens per example.
+        target_length: Tokens that the decoder of an encoder-decoder reads; None: `length`.
         batch_size: Examples per pass.
         repeats: Rounds of turns.
         vocabulary: Ids are drawn below this number.
-        device: The device of the models.
 
     Returns:
         JSON-able `protocol`, `models` (`size`, `flops` and `speed` of each) and `ratios` (`compare_sizes` for each but
         the first).
     """
-    device = torch.device(device)
     reference = next(iter(models))
-    ids = random_ids(vocabulary, (batch_size, length), models[reference]).to(device)
-    measured = {name: count_size(model, layers) | count_flops(model, layers, ids[:1]) for name, model in models.items()}
+    device = next(models[reference].parameters()).device
+    many = random_batch(models[reference], (batch_size, length), vocabulary, target_length)
+    one = {name: tensor[:1] for name, tensor in many.items()}
+    measured = {name: count_size(model, layers) | count_flops(model, layers, one) for name, model in models.items()}
     with torch.inference_mode():
-        passes = {name: partial(model, ids[:1], **without_cache(model)) for name, model in models.items()}
+        passes = {name: partial(model, **_typed(one, model), **without_cache(model)) for name, model in models.items()}
         single = time_in_turns(passes, repeats, LATENCY_PASSES, device)
-        passes = {name: partial(model, ids, **without_cache(model)) for name, model in models.items()}
+        passes = {name: partial(model, **_typed(many, model), **without_cache(model)) for name, model in models.items()}
         batched = time_in_turns(passes, repeats, 1, device)
     measured = {
         name: model | summarize_speed(single[name], batched[name], batch_size) for name, model in measured.items()
@@ -66,7 +68,7 @@ def measure_efficiency(
     for name, ratio in ratios.items():
         ratio["latency"] = paired_ratio(single[name], single[reference])
         ratio["throughput"] = paired_ratio(batched[reference], batched[name])
-    protocol = {"kind": kind, "batch_size": batch_size, "length": length, "repeats": repeats, "reference": reference}
+    protocol = {"kind": kind, "batch_size": batch_size, **_describe(many), "repeats": repeats, "reference": reference}
     dtypes = {"dtype": ", ".join(sorted({model["dtype"] for model in measured.values()}))}
     return {"protocol": protocol | dtypes | describe_machine(device), "models": measured, "ratios": ratios}
 
@@ -94,12 +96,25 @@ def count_size(model: nn.Module, layers: Layers) -> dict[str, Any]:
     }
 
 
-def count_flops(model: nn.Module, layers: Layers, ids: Tensor) -> dict[str, Any]:
-    """Count the FLOPs of a forward pass over `ids` [B, L], per example; see `distill.models.cost`."""
-    counts, counted_on = flops_by_module(model, {"input_ids": ids})
+def _describe(batch: Mapping[str, Tensor]) -> dict[str, int]:
+    """Say what a pass reads."""
+    names = {"input_ids": "length", "input_features": "frames", "decoder_input_ids": "target_length"}
+    return {title: batch[name].shape[-1] for name, title in names.items() if name in batch}
+
+
+def _typed(batch: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Give sound the dtype of a model's weights."""
+    kind = next(model.parameters()).dtype
+    return {name: tensor.to(kind) if tensor.is_floating_point() else tensor for name, tensor in batch.items()}
+
+
+def count_flops(model: nn.Module, layers: Layers, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Count the FLOPs of a forward pass over a batch, per example; see `distill.models.cost`."""
+    counts, counted_on = flops_by_module(model, _typed(batch, model))
+    rows = len(next(iter(batch.values())))
     return {
-        "flops_per_example": counts[model] // len(ids),
-        "layer_flops_per_example": sum(counts[layer] for layer in layers(model)) // len(ids),
+        "flops_per_example": counts[model] // rows,
+        "layer_flops_per_example": sum(counts[layer] for layer in layers(model)) // rows,
         "flops_counted_on": counted_on,
     }
 

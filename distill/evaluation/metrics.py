@@ -13,6 +13,7 @@ A column is an array with one entry, number, text or row of numbers, per example
     text_bytes               bytes of the text in UTF-8, of texts whose tokens are predicted
     embeddings, pair_embeddings, teacher_embeddings   vector of the text, of its pair, the teacher's of the text
     teacher_cosine           cosine with the teacher's vectors, mean over the texts of an example
+    generated, target_text   text that a model wrote, text that it should write
     agreed, kl_sum, positions   positions with the teacher's prediction, sum of KL(teacher || student) in nats, compared
                              positions; of a set each class is a position, since each is a choice of its own
     entities_found, entities_predicted, entities_true   spans predicted and true, spans predicted, true spans
@@ -27,10 +28,12 @@ import inspect
 import math
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from distill.errors import InputError
 from distill.evaluation.answers import exact_match_answer, f1_answer
+from distill.evaluation.texts import characters_of, chrf_counts, chrf_score, error_rate, rouge_lcs, rouge_n, words_of
 from distill.registry import find
 
 # numpy and evaluate are imported where they are used, so that a recipe's metric names are checked at once: they take
@@ -250,6 +253,47 @@ def neighbours_kept(embeddings: Column, teacher_embeddings: Column) -> float:
     return float(np.mean([len(np.intersect1d(*rows)) for rows in zip(own, theirs, strict=True)]) / own.shape[1])
 
 
+def rouge_l(generated: Column, target_text: Column) -> float:
+    """Mean over texts of the F1 of the longest common subsequence of words."""
+    return _mean(rouge_lcs, generated, target_text)
+
+
+def rouge_1(generated: Column, target_text: Column) -> float:
+    """Mean over texts of the F1 of words."""
+    return _mean(partial(rouge_n, length=1), generated, target_text)
+
+
+def rouge_2(generated: Column, target_text: Column) -> float:
+    """Mean over texts of the F1 of pairs of words."""
+    return _mean(partial(rouge_n, length=2), generated, target_text)
+
+
+def chrf(generated: Column, target_text: Column) -> float:
+    """chrF2 of all texts together, 0 to 1 (sacrebleu's chrF divided by 100): runs of 1 to 6 characters."""
+    counts = [chrf_counts(*pair) for pair in zip(generated.tolist(), target_text.tolist(), strict=True)]
+    return chrf_score([sum(column) for column in zip(*counts, strict=True)])
+
+
+def exact_text(generated: Column, target_text: Column) -> float:
+    """Share of the texts that are written as they should be, space at both ends left out."""
+    return float((generated == target_text).mean())
+
+
+def wer(generated: Column, target_text: Column) -> float:
+    """Word error rate: words inserted, left out or replaced, per true word of all texts; case and punctuation aside."""
+    return error_rate(generated.tolist(), target_text.tolist(), words_of)
+
+
+def cer(generated: Column, target_text: Column) -> float:
+    """Character error rate, as `wer`, of the characters of words and the spaces between them."""
+    return error_rate(generated.tolist(), target_text.tolist(), characters_of)
+
+
+def _mean(score: Callable[[str, str], float], written: Column, true: Column) -> float:
+    pairs = zip(written.tolist(), true.tolist(), strict=True)
+    return math.fsum(score(*pair) for pair in pairs) / len(written)
+
+
 def _per(amount: Column, count: Column) -> float:
     """Ratio of two totals."""
     total = float(count.sum())
@@ -367,10 +411,17 @@ METRICS: dict[str, Function] = {
     "recall_at_10": recall_at_10,
     "cosine_to_teacher": cosine_to_teacher,
     "neighbours_kept": neighbours_kept,
+    "rouge_l": rouge_l,
+    "rouge_1": rouge_1,
+    "rouge_2": rouge_2,
+    "chrf": chrf,
+    "exact_text": exact_text,
+    "wer": wer,
+    "cer": cer,
 }
 
 LOWER_IS_BETTER = (
-    "perplexity", "kl", "loss", "ece", "mse", "rmse", "teacher_mse", "bits_per_byte", "masked_perplexity",
+    "perplexity", "kl", "loss", "ece", "mse", "rmse", "teacher_mse", "bits_per_byte", "masked_perplexity", "wer", "cer",
 )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from distill.models.forward import Batch, Outputs, to_device
+from distill.models.forward import Batch, Outputs, device_of, to_device
 from distill.models.head import OutputHead
 from distill.teacher import LiveTeacher
 
@@ -40,7 +40,7 @@ class RecordedTeacher:
             return outputs
         kept = self._kept[key]
         tensor = load_file(kept)["outputs"] if isinstance(kept, Path) else kept
-        tensor = to_device(tensor, batch["input_ids"].device)
+        tensor = to_device(tensor, device_of(batch))
         return Outputs(tensor) if self._head is None else Outputs(None, last=tensor, head=self._head)
 
     def _keep(self, key: int, outputs: Tensor | None) -> None:

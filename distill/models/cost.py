@@ -45,20 +45,36 @@ def random_ids(vocabulary: int, shape: tuple[int, int], model: nn.Module) -> Ten
 
 
 def random_example(model: Any, length: int) -> dict[str, Tensor]:
-    """Make one example of random input that any model of a known family takes.
-
-    An encoder-decoder gets `length` tokens on both sides; a speech model gets the full length of sound.
-    """
+    """Make one example of random input that any model of a known family takes, see `random_batch`."""
     config = model.config
     positions = getattr(config, "max_target_positions", None) or getattr(config, "max_position_embeddings", None)
-    ids = random_ids(config.vocab_size, (1, min(length, positions or length)), model).to(model.device)
-    if not config.is_encoder_decoder:
-        return {"input_ids": ids}
-    if model.main_input_name == "input_ids":
-        return {"input_ids": ids, "decoder_input_ids": ids}
-    frames = 2 * config.max_source_positions
-    sound = torch.zeros(1, config.num_mel_bins, frames, dtype=model.dtype, device=model.device)
-    return {model.main_input_name: sound, "decoder_input_ids": ids}
+    return random_batch(model, (1, min(length, positions or length)))
+
+
+def random_batch(
+    model: Any, shape: tuple[int, int], vocabulary: int | None = None, target_length: int | None = None
+) -> dict[str, Tensor]:
+    """Make random input of B examples with L tokens, without padding, on the device of the model.
+
+    Args:
+        model: A model; its decoder reads tokens as well, unless it has a head of classes, which feeds it by itself. A
+            speech model reads the full length of sound.
+        shape: B and L.
+        vocabulary: Ids are drawn below this number; None: below that of the model.
+        target_length: Tokens that the decoder of an encoder-decoder reads; None: L.
+    """
+    config: Any = getattr(model, "config", None)
+    device = next(model.parameters()).device
+    known = vocabulary or config.vocab_size
+    inputs = {"input_ids": random_ids(known, shape, model).to(device)}
+    if not getattr(config, "is_encoder_decoder", False) or model.get_output_embeddings() is None:
+        return inputs
+    known = min(known, getattr(config, "decoder_vocab_size", None) or known)
+    target = random_ids(known, (shape[0], target_length or shape[1]), model).to(device)
+    if model.main_input_name != "input_ids":
+        sound = (shape[0], config.num_mel_bins, 2 * config.max_source_positions)
+        inputs = {model.main_input_name: torch.zeros(sound, dtype=model.dtype, device=device)}
+    return {**inputs, "decoder_input_ids": target}
 
 
 def flops_by_module(model: Any, inputs: Mapping[str, Tensor]) -> tuple[dict[nn.Module, int], str]:

@@ -71,6 +71,11 @@ def layers_of(model: Any, side: StackName = "main") -> nn.ModuleList:
     return layers
 
 
+def all_layers(model: Any) -> list[nn.Module]:
+    """The layers of all stacks, the encoder's first."""
+    return [layer for side in layout_of(model).sides for layer in layers_of(model, side)]
+
+
 def layers_prefix(model: Any, side: StackName = "main") -> str:
     """Name of the layer list inside `model`, e.g. `bert.encoder.layer`."""
     layers = layers_of(model, side)

@@ -58,6 +58,8 @@ def with_decoder_inputs(model: Any, batch: Batch) -> Batch:
     if "decoder_input_ids" in batch or "labels" not in batch or not two_stacks or not _predicts_tokens(model):
         return batch
     labels = batch["labels"]
+    if getattr(model.config, "decoder_start_token_id", None) is None:
+        raise InputError(f"the config.json of this {model.config.model_type} lacks decoder_start_token_id")
     after_last = (labels != UNLABELLED).flip(-1).cumsum(-1).flip(-1) == 0  # a gap in the labels is no padding
     shifted = _shift_right(model, labels)
     return {**batch, "decoder_input_ids": shifted, "decoder_attention_mask": (~after_last).to(labels.dtype)}
@@ -93,8 +95,8 @@ def device_of(batch: Batch) -> torch.device:
 
 
 def token_count(batch: Batch) -> int:
-    """Number of real positions in a batch of token ids."""
-    return int(batch["attention_mask"].sum())
+    """Number of real tokens in a batch: of the source where there are two texts, of the target where it is sound."""
+    return int(batch["attention_mask"].sum() if "input_ids" in batch else (batch["labels"] != UNLABELLED).sum())
 
 
 @dataclass(frozen=True)

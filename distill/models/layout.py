@@ -224,9 +224,11 @@ LAYOUTS: dict[str, ModelLayout] = {
     "opt": ModelLayout(OPT),
     "mixtral": _decoder(EXPERTS),
     "qwen3_moe": _decoder(replace(EXPERTS, width_key="moe_intermediate_size"), GLU),
-    "t5": ModelLayout(_t5("decoder", 2, "num_decoder_layers"), _t5("encoder", 1, "num_layers")),
+    **dict.fromkeys(
+        ("t5", "mt5"), ModelLayout(_t5("decoder", 2, "num_decoder_layers"), _t5("encoder", 1, "num_layers"))
+    ),
     **dict.fromkeys(("bart", "marian"), _seq2seq(POST_NORM)),
-    "whisper": _seq2seq(""),
+    **dict.fromkeys(("mbart", "pegasus", "whisper"), _seq2seq("")),
 }
 
 INDEX_FLAGS = ("scale_attn_by_inverse_layer_idx",)

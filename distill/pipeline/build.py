@@ -12,8 +12,9 @@ from torch import Tensor
 from distill.data import collate
 from distill.errors import InputError
 from distill.files import content_of
+from distill.losses import PREDICTION_KINDS
 from distill.models.family import layers_of, layout_of
-from distill.models.forward import MODEL_INPUTS, Batch, Capture, forward
+from distill.models.forward import MODEL_INPUTS, Batch, Capture, forward, with_decoder_inputs
 from distill.models.layout import StackName
 from distill.models.load import folder_fingerprint
 from distill.models.pattern import pattern_note
@@ -40,8 +41,12 @@ def work(session: Session) -> None:
     teacher, corpus, plan = session.load(session.teacher), session.corpus, StudentPlan.load(session.folder.plan)
     size, free = sum(tensor.nbytes for tensor in teacher.state_dict().values()), _free_memory()
     if size < free:
-        batch = collate(corpus, corpus.train, range(min(PROBES, len(corpus.train))))
-        probe = {name: batch[name][:, :PROBE_LENGTH] for name in MODEL_INPUTS if name in batch}
+        batch = with_decoder_inputs(teacher, collate(corpus, corpus.train, range(min(PROBES, len(corpus.train)))))
+        # Heads of classes give few logits, and that of BART looks for the end of each text.
+        short = PROBE_LENGTH if PREDICTION_KINDS[corpus.head].vocabulary else None
+        probe = {
+            name: each[:, :short] if each.ndim == 2 else each for name, each in batch.items() if name in MODEL_INPUTS
+        }
         check_keeps_all(teacher, probe)
         check_kept_layers(teacher, plan, probe)
     else:

@@ -45,7 +45,7 @@ def work(session: Session) -> None:
         corpus = _load_whole(session, cache)
         if corpus is None:
             _prepare(session, cache)
-            corpus = load_corpus(cache, session.task)
+            corpus = load_corpus(cache, session.bound_task)
         else:
             session.say(f"  from the cache, {cache.parent}")
         if corpus.settled.about:
@@ -62,7 +62,7 @@ def _load_whole(session: Session, cache: Path) -> Corpus | None:
     if not cache.exists():
         return None
     try:
-        corpus = load_corpus(cache, session.task)
+        corpus = load_corpus(cache, session.bound_task)
         check_files(cache)
         return corpus
     except InputError as error:
@@ -80,7 +80,7 @@ def _prepare(session: Session, cache: Path) -> None:
 
     with fresh_folder(cache) as folder, _progress_bar(recipe.data.splits) as report:
         order = Order(
-            session.task,
+            session.bound_task,
             recipe.data,
             session.tokenizer,
             recipe.seed,
@@ -191,8 +191,13 @@ def _trained_order(settled: Settled, order: Sequence[str]) -> Settled:
 
 def _check_vocabulary(session: Session, config: Any, corpus: Any) -> None:
     """Refuse a tokenizer that writes tokens for which the teacher has no embedding."""
-    known = getattr(config.get_text_config(), "vocab_size", None)
-    highest = max(corpus.padding, *(int(split.highest) for split in corpus.splits.values()))
+    text = config.get_text_config()
+    known, written = getattr(text, "vocab_size", None), getattr(text, "decoder_vocab_size", None)
+    highest = max(corpus.padding, *(split.highest() for split in corpus.splits.values()))
+    if (target := session.task.target) != "input_ids":
+        highest_written = max(split.highest(target) for split in corpus.splits.values())
+        if highest_written >= (written or known or highest_written + 1):
+            highest, known = highest_written, written or known
     if known is None or highest < known:
         return
     added = [session.tokenizer.convert_tokens_to_ids(token) for token in session.task.added_tokens]
@@ -227,9 +232,10 @@ def _check_padding(session: Session, config: Any) -> None:
 def inputs(session: Session) -> dict[str, Any]:
     """List the content of the sources, tokenizer and config of the teacher, and how rows are split and labelled."""
     recipe = session.recipe
+    files = [recipe.data.columns.get(name, name) for name, own in session.task.columns.items() if own.content]
     return {
         "sources": {
-            split: [source_fingerprint(source, split, session.base) for source in recipe.data.origins(split)]
+            split: [source_fingerprint(source, split, session.base, files) for source in recipe.data.origins(split)]
             for split in recipe.data.splits
         },
         "tokenizer": tokenizer_fingerprint(session.source),

@@ -19,7 +19,7 @@ from distill.evaluation.predict import Rows, column_names, compare, merge_rows, 
 from distill.evaluation.recorded import record_teacher
 from distill.evaluation.table import tabulate_arms
 from distill.files import content_of, fresh_folder, read_object, write_json
-from distill.models.family import layers_of
+from distill.models.family import all_layers
 from distill.models.forward import Capture
 from distill.models.load import folder_fingerprint
 from distill.pipeline.session import Session
@@ -131,11 +131,11 @@ def compare_speed(session: Session, teacher: Any, student: Any) -> dict[str, Any
     """Measure size and speed of student and teacher on this rank's device; the others wait at the end of the stage."""
     found = measure_efficiency(
         {"teacher": teacher, "student": student.to(teacher.device)},
-        layers_of,
+        all_layers,
         kind=session.corpus.head,
         length=session.recipe.data.max_length,
+        target_length=session.recipe.data.max_target_length,
         vocabulary=len(session.tokenizer),
-        device=teacher.device,
     )
     add_disk_bytes(found, {"teacher": session.teacher, "student": session.folder.distilled})
     return found
@@ -151,7 +151,7 @@ def inputs(session: Session) -> dict[str, Any]:
         "examined": content_of(session.folder.examined),
         "student": folder_fingerprint(session.folder.distilled),
         "mask": {**mask, "training": settings_of(session.recipe.training)} if mask else None,
-        "max_length": session.recipe.data.max_length,
+        "max_length": [session.recipe.data.max_length, session.recipe.data.max_target_length],
         "evaluation": session.recipe.evaluation.model_dump(mode="json"),
     }
 

@@ -15,7 +15,7 @@ from distill import __version__
 from distill.data import collate
 from distill.evaluation.arms import controls
 from distill.files import content_of, fresh_folder, write_text
-from distill.models.forward import MODEL_INPUTS
+from distill.models.forward import MODEL_INPUTS, with_decoder_inputs
 from distill.models.pattern import pattern_note
 from distill.models.plan import StudentPlan
 from distill.models.sentence import sentence_files
@@ -47,10 +47,12 @@ def work(session: Session) -> None:
     }
     probe = collate(session.corpus, session.corpus.test, range(min(8, len(session.corpus.test))))
     texts |= sentence_files(model, recipe.data.prompts, recipe.data.learns_from_pairs)
+    probe = with_decoder_inputs(model, probe)
     # Documents need not be told apart: any tokens will do, as long as all loaders get the same.
     probe = {name: tensor for name, tensor in probe.items() if name in MODEL_INPUTS and name != "position_ids"}
     with fresh_folder(session.folder.release) as folder:
-        written = write_release(folder, model, session.tokenizer, texts, evidence.auto_class, evidence.release_format)
+        beside, form = session.preprocessors, evidence.release_format
+        written = write_release(folder, model, beside, texts, evidence.auto_class, form)
         check_release(folder, written, evidence.auto_class, probe, evidence.release_format)
         check_padding(model, written, probe)
     write_text(session.folder.report, report)

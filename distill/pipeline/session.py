@@ -74,9 +74,19 @@ class Session:
         return find(TASKS, self.recipe.data.task, "task")()
 
     @cached_property
+    def bound_task(self) -> Task:
+        """The task with what it needs of the teacher's folder."""
+        return self.task.bind(self.source, self.tokenizer, self.recipe.data)
+
+    @cached_property
     def corpus(self) -> Corpus:
         """The examples of every split, as the stage `data` left them in the run folder."""
-        return load_corpus(self.folder.data, self.task)
+        return load_corpus(self.folder.data, self.bound_task)
+
+    @property
+    def preprocessors(self) -> list[Any]:
+        """List what turns rows into what a model reads, and is saved beside it: tokenizer, feature extractor."""
+        return [self.tokenizer, *self.bound_task.preprocessors]
 
     @cached_property
     def head(self) -> ModelHead:
@@ -88,7 +98,7 @@ class Session:
     @property
     def vocabulary(self) -> int | None:
         """Entries of the vocabulary that are tokens; heads are often padded beyond. None for class heads."""
-        return len(self.tokenizer) if PREDICTION_KINDS[self.corpus.head].vocabulary else None
+        return self.task.vocabulary(self.tokenizer) if PREDICTION_KINDS[self.corpus.head].vocabulary else None
 
     def arm_start(self, arm: str) -> Path:
         """Return the folder of the model that an arm starts from."""

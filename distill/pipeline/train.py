@@ -155,13 +155,14 @@ def metrics_in_training(session: Session) -> list[str]:
 
 
 def save_model(session: Session, model: Any, folder: Path) -> None:
-    """Save a model and the tokenizer, from the main rank."""
+    """Save a model, its tokenizer and what else its task has, from the main rank."""
     if process_state().is_main_process:
         with fresh_folder(folder) as temporary:
             model.save_pretrained(temporary)
-            session.tokenizer.save_pretrained(temporary)
             for name, text in sentence_files(model).items():
                 write_text(temporary / name, text)
+            for each in session.preprocessors:
+                each.save_pretrained(temporary)
 
 
 def arm_inputs(session: Session, arm: str) -> dict[str, Any]:

@@ -101,9 +101,9 @@ class Data(Section):
     """The classes in the order of the model's outputs, by the names that the data have for them; of labels that are
     whole numbers the names, number 0 first. Needed for a trained teacher whose outputs have no names or others; also
     makes classes of labels that are decimal numbers. null: the teacher's own order, or sorted."""
-    contradictions: Literal["refuse", "first", "majority", "drop"] = "refuse"
-    """Rows with equal inputs and different labels: refuse the data, take the first or the most frequent label, or drop
-    all of them."""
+    contradictions: Literal["refuse", "first", "majority", "drop", "keep"] = "refuse"
+    """Rows with equal inputs and different labels: refuse the data, take the first or the most frequent label, drop all
+    of them, or keep them all, e.g. several translations of one text."""
     stride: Index | None = None
     """Question answering: tokens that neighbouring windows of a long context share; null: a quarter of `max_length`."""
     none_class: StrictStr | None = None
@@ -113,7 +113,13 @@ class Data(Section):
     """Chat: learn the assistant's turns and the tokens that end them, or every token of a conversation."""
     mask_share: Annotated[float, Field(gt=0, lt=1), NotASwitch] = 0.15
     """Masked language models: share of the tokens that are to be predicted; 0.3 is what ModernBERT was trained with."""
-
+    max_target_length: Count | None = None
+    """seq2seq: tokens per target, and of texts that are written; longer targets are cut, and counted. null: as
+    `max_length`, which is for sources."""
+    prefix: StrictStr | None = None
+    """seq2seq: text before each source, by which T5 knows its task, e.g. "translate English to German: "."""
+    language: StrictStr | None = None
+    """speech_to_text: language of all texts, e.g. english; null: as the teacher's own files say."""
     prompts: Columns = {}
     """Text in front of the texts of a column, e.g. `{text: "query: ", pair: "passage: "}`; what is not given is as the
     teacher's folder says, and so does the release."""

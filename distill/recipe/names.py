@@ -28,13 +28,14 @@ Optimizer = Literal["adamw"]
 BuiltInSource = Literal["stdlib-docstrings", "pydoc-topics", "stdlib-sources", "stdlib-names"]
 TaskName = Literal[
     "classification", "causal_lm", "question_answering", "relation_extraction", "token_classification", "chat",
-    "masked_lm", "embedding",
+    "masked_lm", "embedding", "seq2seq", "speech_to_text",
 ]  # fmt: skip
 Metric = Literal[
     "accuracy", "f1_macro", "agreement", "perplexity", "token_accuracy", "kl", "loss", "exact_match_answer",
     "f1_answer", "f1_relations", "f1_micro", "matthews", "ece", "mse", "rmse", "pearson", "spearman", "teacher_mse",
     "entity_f1", "entity_precision", "entity_recall", "bits_per_byte", "masked_perplexity", "masked_accuracy",
     "mrr_at_10", "ndcg_at_10", "recall_at_10", "cosine_to_teacher", "neighbours_kept",
+    "rouge_l", "rouge_1", "rouge_2", "chrf", "exact_text", "wer", "cer",
 ]  # fmt: skip
 LogitLoss = Literal[
     "forward_kl", "reverse_kl", "symmetric_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation",
@@ -82,6 +83,8 @@ TASK_COLUMNS: dict[TaskName, tuple[str, ...]] = {
     "chat": ("messages", "prompt", "completion", "tools"),
     "masked_lm": ("text",),
     "embedding": ("text", "pair", "score"),
+    "seq2seq": ("source", "target"),
+    "speech_to_text": ("audio", "text"),
 }
 """Columns of each task."""
 OPTIONAL_COLUMNS = ("pair", "score")
@@ -103,13 +106,16 @@ SOURCE_COLUMNS: dict[BuiltInSource, tuple[str, ...]] = {
 """Columns of each built-in corpus."""
 TASK_KEYS: dict[str, tuple[TaskName, ...]] = {
     "labelled": LABELLED_TASKS,
-    "contradictions": LABELLED_TASKS,
+    "contradictions": (*LABELLED_TASKS, "seq2seq", "speech_to_text"),
     "classes": ("classification", "token_classification"),
     "stride": ("question_answering",),
     "none_class": ("relation_extraction",),
     "learn_from": ("chat",),
     "mask_share": ("masked_lm",),
     "prompts": ("embedding",),
+    "max_target_length": ("seq2seq",),
+    "prefix": ("seq2seq",),
+    "language": ("speech_to_text",),
 }
 """Key of `data` -> tasks for which it means something; other keys are for all."""
 TASK_METRICS: dict[TaskName, tuple[Metric, ...]] = {
@@ -123,8 +129,21 @@ TASK_METRICS: dict[TaskName, tuple[Metric, ...]] = {
     "chat": ("perplexity", "token_accuracy", "loss"),
     "masked_lm": ("masked_perplexity", "masked_accuracy", "loss"),
     "embedding": ("mrr_at_10", "ndcg_at_10", "recall_at_10", "spearman"),
+    "seq2seq": ("rouge_l", "chrf", "exact_text", "perplexity", "token_accuracy"),
+    "speech_to_text": ("wer", "cer", "perplexity", "token_accuracy"),
 }  # fmt: skip
 """Metrics of each task; the labels decide which of them its data have."""
+OTHER_METRICS: dict[TaskName, tuple[Metric, ...]] = {
+    "seq2seq": ("rouge_1", "rouge_2", "wer", "cer", "loss"),
+    "speech_to_text": ("exact_text", "loss"),
+}
+"""Metrics that a task measures where the recipe asks for them."""
+GENERATED_METRICS: tuple[Metric, ...] = ("rouge_l", "rouge_1", "rouge_2", "chrf", "exact_text", "wer", "cer")
+"""Metrics of texts that a model writes, a forward pass per token: they are measured after training."""
+TWO_STACK_TASKS: tuple[TaskName, ...] = ("seq2seq", "speech_to_text")
+"""Tasks whose models have an encoder and a decoder."""
+SPEECH_FAMILIES = ("whisper",)
+"""Families whose encoder reads sound."""
 CAUSAL_TASKS: tuple[TaskName, ...] = ("causal_lm", "chat")
 """Tasks in which every token is predicted from those before it alone."""
 TEACHER_METRICS: tuple[Metric, ...] = ("agreement", "kl", "teacher_mse", "cosine_to_teacher", "neighbours_kept")

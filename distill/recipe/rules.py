@@ -11,10 +11,10 @@ import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from distill.recipe import names
 from distill.recipe.data import Data
 from distill.recipe.fields import KeyPath, Mistake
 from distill.recipe.locate import DECODER_FLAGS, TeacherSize
-from distill.recipe.names import CAUSAL_TASKS, READS, RETRIEVAL_METRICS, TASK_METRICS, TEACHER_METRICS, VECTOR_METRICS
 from distill.recipe.sections import Evaluation, Optimization, Release, Teacher, Training
 from distill.recipe.student import Calibration, Layers, Mask, Mlp, Repair, Target
 from distill.recipe.terms import TERM_KEYS, Term
@@ -169,7 +169,7 @@ def target_decides_alone(mlp: Mlp, target: Target | None) -> Iterator[Mistake]:
 
 def scores_are_fed(mlp: Mlp, calibration: Calibration) -> Iterator[Mistake]:
     """Refuse a calibration without the statistics that the score reads."""
-    key = READS.get(mlp.score)  # type: ignore[call-overload]
+    key = names.READS.get(mlp.score)  # type: ignore[call-overload]
     if key and getattr(calibration, key) is False:
         message = f"score: {mlp.score} reads what this switches off"
         yield Mistake(("student", "calibration", key), message, "remove it, or choose another score")
@@ -240,18 +240,19 @@ def terms_fit_the_task(terms: Mapping[int, Term], data: Data) -> Iterator[Mistak
 
 def metrics_fit_the_task(data: Data, evaluation: Evaluation, training: Training) -> Iterator[Mistake]:
     """Refuse metrics that are neither the task's nor the user's own."""
-    own = TASK_METRICS.get(data.task)  # type: ignore[call-overload]
+    own = names.TASK_METRICS.get(data.task)  # type: ignore[call-overload]
     if own is None:
         return
     message = f"task: {data.task} has no such metric"
-    compared = [name for name in TEACHER_METRICS if (name in VECTOR_METRICS) == (data.task == "embedding")]
+    compared = [name for name in names.TEACHER_METRICS if (name in names.VECTOR_METRICS) == (data.task == "embedding")]
+    known = (*own, *names.OTHER_METRICS.get(data.task, ()), *compared)  # type: ignore[call-overload]
     for position, metric in enumerate(evaluation.metrics or []):
-        if metric not in (*own, *compared) and ":" not in metric:
-            fix = f"use {', '.join((*own, *compared))}"
-            yield Mistake(("evaluation", "metrics", position), f"{message} as {metric}", fix)
-    if training.keep_best not in (None, *own):
-        fix = f"use {', '.join(own)}"
-        yield Mistake(("training", "keep_best"), f"{message} as {training.keep_best} during training", fix)
+        if metric not in known and ":" not in metric:
+            yield Mistake(("evaluation", "metrics", position), f"{message} as {metric}", f"use {', '.join(known)}")
+    quick = [metric for metric in own if metric not in names.GENERATED_METRICS]
+    if training.keep_best not in (None, *quick):
+        message += f" as {training.keep_best} during training"
+        yield Mistake(("training", "keep_best"), message, f"use {', '.join(quick)}")
 
 
 def embeddings_have_what_is_learnt_and_measured(
@@ -272,7 +273,7 @@ def embeddings_have_what_is_learnt_and_measured(
     given = [(("evaluation", "metrics", at), name) for at, name in enumerate(evaluation.metrics or [])]
     given += [(("training", "keep_best"), training.keep_best)] if training.keep_best else []
     for path, name in given:
-        if (name in RETRIEVAL_METRICS and not pairs) or (name == "spearman" and not scores):
+        if (name in names.RETRIEVAL_METRICS and not pairs) or (name == "spearman" and not scores):
             needs = "a pair without a score" if name != "spearman" else "a score"
             yield Mistake(path, f"{name} needs {needs} in data.columns", "remove it")
 
@@ -281,7 +282,7 @@ def gradients_have_a_loss(data: Data, mlp: Mlp, calibration: Calibration) -> Ite
     """Refuse gradients for an embedding: the loss of a text alone is none."""
     if data.task != "embedding":
         return
-    if READS.get(mlp.score) == "gradients":  # type: ignore[call-overload]
+    if names.READS.get(mlp.score) == "gradients":  # type: ignore[call-overload]
         message = f"score: {mlp.score} reads gradients of the loss of single examples, and an embedding has none"
         yield Mistake((*MLP, "score"), message, "choose activation, or another that reads activations")
     if calibration.gradients:
@@ -298,14 +299,19 @@ def compiled_layers_are_not_read(terms: Mapping[int, Term], training: Training) 
 
 
 def teacher_fits_the_task(data: Data, size: TeacherSize) -> Iterator[Mistake]:
-    """Refuse a teacher that sees the tokens that it is to predict, or has two stacks where the task has one text."""
-    if data.task not in CAUSAL_TASKS:
-        return
+    """Refuse a teacher that sees the tokens that it is to predict, or whose stacks are not those of the task."""
     path, family = ("teacher", "model"), size.family
-    if size.encoder_layers is not None:
+    speech, causal = family in names.SPEECH_FAMILIES, data.task in names.CAUSAL_TASKS
+    if size.layers is not None and ":" not in data.task and speech != (data.task == "speech_to_text"):
+        message = f"{family} reads {'sound' if speech else 'text'}, and task: {data.task} does not"
+        yield Mistake(path, message, f"name a {'text model' if speech else 'Whisper'}, or another task")
+    elif data.task in names.TWO_STACK_TASKS and size.layers is not None and size.encoder_layers is None:
+        message = f"{family} has one stack of layers, and task: {data.task} needs an encoder and a decoder"
+        yield Mistake(path, message, "name an encoder-decoder, e.g. a T5 or BART, or another task")
+    elif causal and size.encoder_layers is not None:
         message = f"{family} is an encoder-decoder, and task: {data.task} needs a decoder alone"
         yield Mistake(path, message, "name a decoder, e.g. a Llama or GPT-2, or another task")
-    elif size.both_ways:
+    elif causal and size.both_ways:
         flag = DECODER_FLAGS.get(str(family))
         message = f"{family} is an encoder: a token sees those after it, which task: {data.task} lets it predict"
         trained = f"; if it was trained as a decoder, its config.json must say {flag}: true" if flag else ""
@@ -314,9 +320,10 @@ def teacher_fits_the_task(data: Data, size: TeacherSize) -> Iterator[Mistake]:
 
 def examples_fit(data: Data, size: TeacherSize) -> Iterator[Mistake]:
     """Refuse examples that are longer than the teacher has positions for."""
-    if size.positions and data.max_length > size.positions:
-        message = f"{data.max_length} tokens per example, the teacher has {size.positions} positions"
-        yield Mistake(("data", "max_length"), message, f"use at most {size.positions}")
+    for key, length in (("max_length", data.max_length), ("max_target_length", data.max_target_length)):
+        if size.positions and length is not None and length > size.positions:
+            message = f"{length} tokens per example, the teacher has {size.positions} positions"
+            yield Mistake(("data", key), message, f"use at most {size.positions}")
 
 
 def patterns_match(

@@ -132,6 +132,11 @@ def snippet(evidence: Evidence) -> str:
     name = one_line(evidence.auto_class)
     _, use = USES.get(name, ("", "output = model(**inputs)"))
     use = KIND_USES.get(str(evidence.evaluation["data"].get("kind")), use)
+    if name == "AutoModelForSpeechSeq2Seq":
+        return f"""from transformers import pipeline
+
+folder = "{evidence.recipe.name}"  # this folder, or its id on the hub
+text = pipeline("automatic-speech-recognition", folder)("speech.wav")["text"]"""
     code = ", trust_remote_code=True" if evidence.release_format == "native" else ""
     if name == VECTORS:
         return f"""from sentence_transformers import SentenceTransformer

@@ -89,24 +89,28 @@ def without_folders(path: str) -> str:
 def write_release(
     folder: Path,
     model: Any,
-    tokenizer: Any,
+    preprocessors: Sequence[Any],
     texts: Mapping[str, str],
     auto_class: str = "",
     release_format: Format = "uniform",
 ) -> Any:
-    """Write weights, tokenizer and the given text files, then checksums over everything; returns the model as written.
+    """Write weights, preprocessors and the given text files, then checksums over everything.
 
     Args:
         folder: An empty folder.
         model: The trained student.
-        tokenizer: Its tokenizer.
+        preprocessors: Its tokenizer, and whatever else makes its inputs.
         texts: File name -> content.
         auto_class: The transformers Auto class that a user would call; `native` releases name it.
         release_format: Format of the release.
+
+    Returns:
+        The model as written.
     """
     written = pad_to_largest(model) if release_format == "padded" else model
     written.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    for each in preprocessors:
+        each.save_pretrained(folder)
     remove_code_references(folder)
     if release_format == "native":
         write_modelling(folder, model, auto_class)
@@ -203,7 +207,7 @@ def _ask_fresh_process(asked: dict[str, Any], scratch: str) -> None:
 def _prompt(probe: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Cut the prompt that generation starts from: the first 8 real positions of the first example."""
     first = {name: tensor[:1] for name, tensor in probe.items() if not name.startswith("decoder_")}
-    if "attention_mask" not in first:
+    if "attention_mask" not in first or "input_ids" not in first:
         return {name: tensor.contiguous() for name, tensor in first.items()}
     real = first["attention_mask"][0].bool()
     return {name: tensor[:, real][:, :8].contiguous() for name, tensor in first.items()}

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 MISSING = "\N{EN DASH}"
-SHARES = ("accuracy", "agreement", "exact_match", "f1", "precision", "recall", "entity")
+SHARES = ("accuracy", "agreement", "exact_match", "exact_text", "f1", "precision", "recall", "entity", "wer", "cer")
 """Metrics whose name starts like this are shares of 1 and are written as percentages."""
 
 

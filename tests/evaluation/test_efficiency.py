@@ -2,11 +2,14 @@ import json
 
 import pytest
 import torch
+import transformers
+from tiny import cut_by_hand, tiny_config, tiny_model
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from distill.evaluation.efficiency import add_disk_bytes, count_flops, count_size, measure_efficiency, random_ids
-from distill.models.cost import training_flops
+from distill.evaluation.efficiency import add_disk_bytes, count_flops, count_size, measure_efficiency
+from distill.models import family
+from distill.models.cost import random_batch, random_ids, training_flops
 
 VOCABULARY, WIDTH, MLP, LENGTH = 64, 32, 48, 8
 
@@ -43,7 +46,7 @@ def layers_of(model):
 
 
 def measure(models, kind="sequence", **own):
-    own = {"length": LENGTH, "batch_size": 2, "repeats": 2, "vocabulary": VOCABULARY, "device": "cpu"} | own
+    own = {"length": LENGTH, "batch_size": 2, "repeats": 2, "vocabulary": VOCABULARY} | own
     return measure_efficiency(models, layers_of, kind=kind, **own)
 
 
@@ -72,7 +75,7 @@ def test_bytes_follow_the_dtype():
 
 
 def count(model):
-    return count_flops(model.eval(), layers_of, torch.ones(1, LENGTH, dtype=torch.long))
+    return count_flops(model.eval(), layers_of, {"input_ids": torch.ones(1, LENGTH, dtype=torch.long)})
 
 
 ATTENTION = 2 * 2 * LENGTH * LENGTH * WIDTH
@@ -118,7 +121,8 @@ class Peeking(nn.Module):
 
 
 def test_flops_of_a_model_that_reads_values_are_counted_on_a_real_pass():
-    found = count_flops(Peeking(), lambda model: model.layers[:1], torch.ones(1, LENGTH, dtype=torch.long))
+    ids = torch.ones(1, LENGTH, dtype=torch.long)
+    found = count_flops(Peeking(), lambda model: model.layers[:1], {"input_ids": ids})
     one_layer = 2 * LENGTH * WIDTH * WIDTH
     assert found == {
         "flops_per_example": 2 * one_layer,
@@ -174,7 +178,6 @@ def test_models_run_in_turns_on_the_same_ids():
         length=4,
         repeats=3,
         vocabulary=9,
-        device="cpu",
         batch_size=2,
     )
     timed = [name for name, shape, _ in log if shape == (2, 4)]
@@ -208,3 +211,24 @@ def test_bytes_on_disk_are_those_of_the_weight_files(tmp_path):
     add_disk_bytes(result, {name: tmp_path / name for name in ("teacher", "student")})
     assert result["models"] == {"teacher": {"disk_bytes": 100}, "student": {"disk_bytes": 40}}
     assert result["ratios"] == {"student": {"disk_bytes": 0.4}}
+
+
+@pytest.mark.parametrize(("name", "reads"), [("t5", {"length": 12}), ("whisper", {"frames": 128})])
+def test_both_stacks_of_an_encoder_decoder_are_counted_and_timed(name, reads):
+    models = {"teacher": tiny_model(name), "student": cut_by_hand(tiny_model(name), (0, 1))}
+    result = measure_efficiency(
+        models, family.all_layers, kind="seq2seq", length=12, target_length=5, batch_size=2, repeats=2, vocabulary=60
+    )
+    assert {**reads, "target_length": 5}.items() <= result["protocol"].items()
+    stacks = [family.layers_of(models["student"], side) for side in ("encoder", "main")]
+    layers = sum(p.numel() for stack in stacks for p in stack.parameters())
+    assert result["models"]["student"]["layer_parameters"] == layers
+    assert 0.4 < result["ratios"]["student"]["layer_flops"] < 0.6
+
+
+def test_a_head_of_classes_feeds_its_decoder_by_itself():
+    model = transformers.AutoModelForSequenceClassification.from_config(tiny_config("bart", num_labels=3)).eval()
+    batch = random_batch(model, (3, 9), 60)
+    assert list(batch) == ["input_ids"]
+    assert (batch["input_ids"] == 2).sum(1).tolist() == [1, 1, 1]  # each text ends once
+    assert model(**batch).logits.shape == (3, 3)

@@ -19,7 +19,7 @@ def folder(tmp_path_factory):
     tiny_project(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder / "teacher")
     (folder / "release").mkdir()
-    write_release(folder / "release", tiny_model("bert"), tokenizer, {"README.md": "card"})
+    write_release(folder / "release", tiny_model("bert"), [tokenizer], {"README.md": "card"})
     return folder
 
 
@@ -62,7 +62,7 @@ def test_a_release_passes_the_gate_and_names_no_code_that_its_teachers_configs_n
     model, tokenizer = tiny_model("bert"), AutoTokenizer.from_pretrained(folder / "teacher")
     model.config.auto_map = {"AutoConfig": "attacker/repo--code.Config"}
     tokenizer.init_kwargs["auto_map"] = {"AutoTokenizer": ["attacker/repo--code.Tokenizer", None]}
-    write_release(tmp_path, model, tokenizer, {})
+    write_release(tmp_path, model, [tokenizer], {})
     texts = {file.name: file.read_text() for file in tmp_path.glob("*.json")}
     assert {"config.json", "tokenizer_config.json"} <= texts.keys()
     assert not [name for name, text in texts.items() if "auto_map" in text or "attacker" in text]

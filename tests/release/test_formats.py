@@ -112,7 +112,7 @@ def test_padding_that_changes_logits_does_not_pass():
 @pytest.mark.parametrize(("family", "form"), [("qwen3_moe", "native"), ("t5-gated", "padded"), ("whisper", "padded")])
 def test_a_release_passes_its_gate(family, form, tokenizer, tmp_path):
     student = student_of(family)
-    written = write_release(tmp_path, student, tokenizer, {}, PREDICTION_KINDS[family], form)
+    written = write_release(tmp_path, student, [tokenizer], {}, PREDICTION_KINDS[family], form)
     check_release(tmp_path, written, PREDICTION_KINDS[family], tiny_inputs(student), form)
     check_padding(student, written, tiny_inputs(student))
     assert (tmp_path / MODELLING_FILE).is_file() == (form == "native")
@@ -121,7 +121,7 @@ def test_a_release_passes_its_gate(family, form, tokenizer, tmp_path):
 @pytest.mark.slow
 def test_a_native_release_that_loads_without_its_code_does_not_pass(tokenizer, tmp_path):
     student = student_of("bert")
-    write_release(tmp_path, student, tokenizer, {}, PREDICTION_KINDS["bert"], "native")
+    write_release(tmp_path, student, [tokenizer], {}, PREDICTION_KINDS["bert"], "native")
     config = json.loads((tmp_path / "config.json").read_text())
     config["allow_global_per_layer_attribute_access"] = True
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -40,6 +40,9 @@ class Column:
     """It is asked for, not given to the model: rows that differ in nothing else contradict each other."""
     plain: bool = False
     """Its values are text, kept as they are; of other columns JSON is kept."""
+    content: Callable[[Any], str] | None = None
+    """Its values are paths of files, from the folder of the data file on. (path) -> hash of what is in the file, by
+    which equal rows are known and splits are drawn, wherever the files lie."""
 
 
 def read_text(value: Any) -> str:
@@ -105,20 +108,34 @@ class Encoder:
         Returns:
             `input_ids`, and `token_type_ids` where pairs need them, one list per text.
         """
-        limit = self.spec.max_length
-        given = (list(texts),) if pairs is None else (list(texts), list(pairs))
-        kinds = None if pairs is not None else False  # of tokens; the tokenizer knows whether pairs have them
-        own = {"return_attention_mask": False, "return_token_type_ids": kinds}
-        encoded = self.tokenizer(*given, truncation=True, max_length=limit, **own)
-        full = [row for row, ids in enumerate(encoded["input_ids"]) if len(ids) >= limit]
-        if full and encoded.encodings:
-            self.truncated += sum(bool(encoded.encodings[row].overflowing) for row in full)
-        elif full:
-            whole = self.tokenizer(*([part[row] for row in full] for part in given), verbose=False)["input_ids"]
-            self.truncated += sum(len(ids) > limit for ids in whole)
+        given = {"text": list(texts)} if pairs is None else {"text": list(texts), "text_pair": list(pairs)}
+        encoded, cut = self._encode(given, self.spec.max_length)
+        self.truncated += cut
         self.count(encoded["input_ids"])
         names = ["input_ids", *(["token_type_ids"] if pairs is not None and "token_type_ids" in encoded else [])]
         return {name: encoded[name] for name in names}
+
+    def targets(self, texts: Sequence[str], limit: int) -> tuple[list[list[int]], int]:
+        """Encode texts that a decoder is to write, each cut to `limit`; returns their ids and how many were cut."""
+        encoded, cut = self._encode({"text_target": list(texts)}, limit)
+        for ids in encoded["input_ids"]:
+            self.tokens += len(ids)
+            self.unknown += 0 if self.unknown_id is None else list(ids).count(self.unknown_id)
+        return encoded["input_ids"], cut
+
+    def _encode(self, given: Mapping[str, list[str]], limit: int) -> tuple[Any, int]:
+        """Encode texts, cut to `limit` tokens, and count those that were cut."""
+        kinds = None if "text_pair" in given else False  # of tokens; the tokenizer knows whether pairs have them
+        own = {"return_attention_mask": False, "return_token_type_ids": kinds}
+        encoded = self.tokenizer(**given, truncation=True, max_length=limit, **own)
+        full = [row for row, ids in enumerate(encoded["input_ids"]) if len(ids) >= limit]
+        if full and encoded.encodings:
+            return encoded, sum(bool(encoded.encodings[row].overflowing) for row in full)
+        if not full:
+            return encoded, 0
+        parts = {name: [texts[row] for row in full] for name, texts in given.items()}
+        whole = self.tokenizer(**parts, verbose=False)["input_ids"]
+        return encoded, sum(len(ids) > limit for ids in whole)
 
     def count(self, rows: Sequence[Sequence[int]]) -> None:
         """Count the tokens of examples, and the unknown ones among them."""
@@ -178,6 +195,24 @@ class Task:
     tell them apart."""
     divisible: ClassVar[bool] = False
     """A text is prose that may be split into a part for training and one for the test."""
+    block: ClassVar[int] = 1000
+    """Rows that are encoded at once."""
+    target: ClassVar[str] = "input_ids"
+    """Feature with the token ids that a decoder is to write."""
+    preprocessors: Sequence[Any] = ()
+    """Whatever else turns rows into what the model reads, and is saved beside it: each has `save_pretrained`."""
+
+    def bind(self, _teacher: Path, _tokenizer: Any, _spec: Data) -> Task:
+        """Return the task with what it needs of the teacher's folder to encode, collate and observe.
+
+        Raises:
+            InputError: The folder lacks it.
+        """
+        return self
+
+    def vocabulary(self, tokenizer: Any) -> int:
+        """Count the tokens that a model may predict."""
+        return len(tokenizer)
 
     def settle(self, _labels: Mapping[str, Counter[str]], _spec: Data) -> Settled:
         """Decide on head and classes from split -> label, as JSON -> number of rows. Raises InputError."""
