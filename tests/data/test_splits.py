@@ -115,7 +115,9 @@ def test_contradictions_are_refused_with_two_places_that_differ(tmp_path):
     with pytest.raises(InputError) as caught:
         prepared(tmp_path)
     assert "data.source: 1 texts stand there with different labels, e.g. data.jsonl, line 1 and" in str(caught.value)
-    assert "data.jsonl, line 3; mend them, or write data.contradictions: first, majority or drop" in str(caught.value)
+    assert "data.jsonl, line 3; mend them, or write data.contradictions: first, majority, drop or keep" in str(
+        caught.value
+    )
     write_rows(tmp_path, ROWS, "train.jsonl")
     with pytest.raises(InputError, match=r"data\.test: 1 texts stand there with different labels"):
         prepared(tmp_path, train="./train.jsonl", test="./data.jsonl")

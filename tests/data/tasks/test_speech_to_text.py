@@ -96,11 +96,11 @@ def test_a_sound_that_changes_is_read_anew(tmp_path):
     path = write_wave(tmp_path / "sounds" / "x.wav", tone(440))
     write_project(tmp_path, [{"audio": "sounds/x.wav", "text": "a"}], RECIPE)
     source = Source(source="./data.jsonl")
-    before = source_fingerprint(source, tmp_path, ["audio"])
-    assert source_fingerprint(source, tmp_path, ["audio"]) == before
+    before = source_fingerprint(source, "train", tmp_path, ["audio"])
+    assert source_fingerprint(source, "train", tmp_path, ["audio"]) == before
     write_wave(path, tone(450))
     os.utime(path, (0, 0))
-    assert source_fingerprint(source, tmp_path, ["audio"]) != before
+    assert source_fingerprint(source, "train", tmp_path, ["audio"]) != before
 
 
 def test_a_sound_that_is_not_there_is_named_with_its_line(tmp_path, capsys):
