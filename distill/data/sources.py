@@ -1,26 +1,19 @@
-"""Sources of rows: built-in corpora that every Python brings along, files, saved and hub datasets, the user's function.
-
-A built-in corpus is a `datasets.Dataset` with the columns `text` (str) and `label` (str, or None where unlabelled), or
-`text` and `pair`.
-"""
+"""Sources of rows: built-in corpora, files, saved and hub datasets, and the user's own function."""
 
 from __future__ import annotations
 
-import ast
 import glob
 import hashlib
 import json
 import os
 import re
 import reprlib
-import sys
-import sysconfig
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from distill.data.builtin import SOURCES, library_fingerprint
 from distill.errors import InputError
 from distill.files import content_of
 from distill.models.weights import as_input_error
@@ -29,108 +22,12 @@ from distill.recipe.jsonrows import quote_names
 from distill.recipe.schema import Source
 from distill.registry import find
 
-NOT_LIBRARY = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
-"""Folders of the standard library that are tests, applications or not the library at all."""
-
 Row = dict[str, Any]
 ClassNames = dict[str, list[str]]
 """Column -> names of the classes that it gives by their numbers."""
 NUMBER = re.compile(r"-?\d{1,9}", re.ASCII)
 BLOCK = 1000
 """Rows that are read at once."""
-
-
-def stdlib_docstrings(*, packages: int = 12, shortest: int = 20) -> Any:
-    """Read the first paragraphs of the standard library's docstrings, labelled with the package they document.
-
-    The text differs a little between Python versions; the corpus fingerprint in every result says which one it was.
-
-    Args:
-        packages: How many packages, those with the most paragraphs.
-        shortest: Paragraphs with fewer characters are left out.
-    """
-    root = Path(sysconfig.get_paths()["stdlib"])
-    package_of: dict[str, str] = {}  # keyed by text, which removes duplicates; the first package in path order wins
-    for path in _library_files(root):
-        parts = path.relative_to(root).parts
-        for text in _first_paragraphs(path) if len(parts) > 1 else ():
-            if len(text) >= shortest:
-                package_of.setdefault(text, parts[0])
-    largest = [name for name, _ in Counter(package_of.values()).most_common(packages)]
-    rows = [(text, package) for text, package in package_of.items() if package in largest]
-    return _dataset([text for text, _ in rows], [package for _, package in rows])
-
-
-def _first_paragraphs(path: Path) -> list[str]:
-    try:
-        tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError):  # the standard library ships deliberately broken files
-        return []
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    return [text for node in ast.walk(tree) if isinstance(node, documented) if (text := _first_paragraph(node))]
-
-
-def pydoc_topics() -> Any:
-    """Read English prose: the topics of Python's own help (`pydoc_data.topics`), one text per topic, unlabelled."""
-    from pydoc_data.topics import topics
-
-    texts = [str(text) for _, text in sorted(topics.items())]
-    return _dataset(texts, [None] * len(texts))
-
-
-def stdlib_sources(*, largest: int = 200_000) -> Any:
-    """Read Python code: the files of the installed standard library, tests left out, one text per file, unlabelled.
-
-    The text differs a little between Python versions; the corpus fingerprint in every result says which one it was.
-
-    Args:
-        largest: Files with more bytes, which are tables of data, are left out.
-    """
-    root = Path(sysconfig.get_paths()["stdlib"])
-    texts = [path.read_text(encoding="utf-8") for path in _library_files(root) if 0 < path.stat().st_size <= largest]
-    return _dataset(texts, [None] * len(texts))
-
-
-def stdlib_names(*, shortest: int = 20) -> Any:
-    """Read what the public functions and classes of the standard library are called, and how they are described.
-
-    `text` is a name in words after those of its module and class, `pair` the first paragraph of its docstring. The
-    texts differ a little between Python versions; the corpus fingerprint in every result says which one it was.
-
-    Args:
-        shortest: Paragraphs with fewer characters are left out.
-    """
-    root = Path(sysconfig.get_paths()["stdlib"])
-    name_of: dict[str, str] = {}  # keyed by paragraph, as two names with one would both be right
-    for path in _library_files(root):
-        module = [part for part in path.relative_to(root).with_suffix("").parts if part != "__init__"]
-        for names, paragraph in _described(path, module):
-            if len(paragraph) >= shortest and not any(name.startswith("_") for name in names):
-                name_of.setdefault(paragraph, " ".join(map(_in_words, names)))
-    return _dataset(list(name_of.values()), list(name_of), "pair")
-
-
-def _described(path: Path, module: list[str]) -> Iterator[tuple[list[str], str]]:
-    """Yield the qualified name of each function and class in a file, and the first paragraph of its docstring."""
-    try:
-        found: list[tuple[list[str], ast.AST]] = [(module, ast.parse(path.read_bytes()))]
-    except (SyntaxError, ValueError):  # the standard library ships deliberately broken files
-        return
-    for names, node in found:
-        for inner in ast.iter_child_nodes(node):
-            if isinstance(inner, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                own = [*names, inner.name]
-                yield own, _first_paragraph(inner)
-                found += [(own, inner)] if isinstance(inner, ast.ClassDef) else []
-
-
-def _first_paragraph(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef | ast.Module) -> str:
-    return " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
-
-
-def _in_words(name: str) -> str:
-    """Write `snake_case` and `CamelCase` as words in lower case."""
-    return " ".join(re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", name)).lower()
 
 
 def source_fingerprint(source: Source, split: str, base: Path, paths: Collection[str] = ()) -> str:
@@ -148,7 +45,7 @@ def source_fingerprint(source: Source, split: str, base: Path, paths: Collection
             digest.update(json.dumps([_signature(row.get(name)) for name in sorted(paths)]).encode())
         return digest.hexdigest()
     if source.source in SOURCES:
-        return _library_fingerprint()
+        return library_fingerprint()
     digest = hashlib.sha256()
     for row in find(SOURCES, source.source, "data source")():
         digest.update(json.dumps(row, sort_keys=True, default=str).encode())
@@ -161,24 +58,6 @@ def _signature(path: Any) -> Any:
         return [path, stat.st_size, stat.st_mtime_ns]
     except (OSError, ValueError, TypeError):  # said with its line when the row is read
         return str(path)
-
-
-@lru_cache(maxsize=1)
-def _library_fingerprint() -> str:
-    root, digest = Path(sysconfig.get_paths()["stdlib"]), hashlib.sha256(sys.version.encode())
-    for path in _library_files(root):
-        content = path.read_bytes()
-        digest.update(f"{path.relative_to(root)}:{len(content)}:".encode() + content)
-    return digest.hexdigest()
-
-
-def _library_files(root: Path) -> list[Path]:
-    """List the modules of the standard library, in the order of their paths."""
-    found = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in NOT_LIBRARY]
-        found += [Path(folder, name) for name in names if name.endswith(".py")]
-    return sorted(found)
 
 
 def find_files(source: Source, split: str, base: Path) -> tuple[list[Path], ClassNames]:
@@ -373,18 +252,3 @@ def _hub_files(source: Source, split: str) -> tuple[list[Path], ClassNames]:
     files = [Path(file) for file in splits[_one_of([*map(str, splits)], source.split or split, source.source)]]
     check_kinds(files)
     return files, _class_names(builder.info.features.to_dict() if builder.info.features else {})
-
-
-def _dataset(texts: Sequence[str], others: Sequence[str | None], column: str = "label") -> Any:
-    import datasets
-
-    features = datasets.Features({"text": datasets.Value("string"), column: datasets.Value("string")})
-    return datasets.Dataset.from_dict({"text": texts, column: others}, features=features)
-
-
-SOURCES: dict[str, Callable[..., Any]] = {
-    "stdlib-docstrings": stdlib_docstrings,
-    "pydoc-topics": pydoc_topics,
-    "stdlib-sources": stdlib_sources,
-    "stdlib-names": stdlib_names,
-}

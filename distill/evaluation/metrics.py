@@ -1,39 +1,52 @@
-"""Metrics: one plain function per row of the table at the foot; its positional parameters name the columns it reads.
+"""Metrics by name, and how they are computed from the predictions of a split.
 
-A column is an array with one entry, number, text or row of numbers, per example (a text, or a row of packed documents):
-
-    example                  its number within the split
-    predictions, references, teacher_predictions   class, where an example has one label; where it has a set of classes
-                             a row of 0 and 1, one for each class (and none of the teacher)
-    confidence               probability of the predicted class, where an example has one label
-    values, targets, teacher_values   number, in a regression; cosine of two texts, and the score of their pair
-    nll, tokens, correct     sum of negative log-likelihoods in nats, scored labels, labels predicted right
-    answers, gold            text of an answer, empty for none; JSON list of the true ones
-    none_class               class of examples without a relation, the same for all; negative: there is none
-    text_bytes               bytes of the text in UTF-8, of texts whose tokens are predicted
-    embeddings, pair_embeddings, teacher_embeddings   vector of the text, of its pair, the teacher's of the text
-    teacher_cosine           cosine with the teacher's vectors, mean over the texts of an example
-    generated, target_text   text that a model wrote, text that it should write
-    agreed, kl_sum, positions   positions with the teacher's prediction, sum of KL(teacher || student) in nats, compared
-                             positions; of a set each class is a position, since each is a choice of its own
-    entities_found, entities_predicted, entities_true   spans predicted and true, spans predicted, true spans
-
-The metrics of language models are ratios of totals: a mean of per-batch means would weigh short texts too much.
-A recipe may name a function of its own, `package.module:function`, written the same way.
+`distill.evaluation.formulas` says what the columns are. A recipe may name a function of its own,
+`package.module:function`, written as those are.
 """
 
 from __future__ import annotations
 
 import inspect
-import math
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from distill.errors import InputError
 from distill.evaluation.answers import exact_match_answer, f1_answer
-from distill.evaluation.texts import characters_of, chrf_counts, chrf_score, error_rate, rouge_lcs, rouge_n, words_of
+from distill.evaluation.formulas import (
+    accuracy,
+    agreement,
+    bits_per_byte,
+    cer,
+    chrf,
+    cosine_to_teacher,
+    ece,
+    entity_f1,
+    entity_precision,
+    entity_recall,
+    exact_text,
+    f1_macro,
+    f1_micro,
+    f1_relations,
+    kl,
+    loss,
+    matthews,
+    mrr_at_10,
+    mse,
+    ndcg_at_10,
+    neighbours_kept,
+    pearson,
+    perplexity,
+    recall_at_10,
+    rmse,
+    rouge_1,
+    rouge_2,
+    rouge_l,
+    spearman,
+    teacher_mse,
+    token_accuracy,
+    wer,
+)
 from distill.registry import find
 
 # numpy and evaluate are imported where they are used, so that a recipe's metric names are checked at once: they take
@@ -44,260 +57,6 @@ if TYPE_CHECKING:
     Column = np.ndarray[tuple[int], np.dtype[Any]]
 
 Function = Callable[..., float]
-BINS = 15
-"""Of the expected calibration error."""
-
-
-def accuracy(predictions: Column, references: Column) -> float:
-    """Share of the examples whose predicted class, or whose whole set of classes, is the true one."""
-    right = predictions == references
-    return float((right.all(axis=-1) if right.ndim > 1 else right).mean())
-
-
-def f1_macro(predictions: Column, references: Column) -> float:
-    """Unweighted mean over classes of F1 = 2 TP / (2 TP + FP + FN), as scikit-learn's `average="macro"`.
-
-    The classes are those of the references and of the predictions together: a class that is predicted and never true
-    (or true and never predicted) counts as 0. Its denominator is the times it is true plus the times it is predicted,
-    so it is never 0. nan where there is no class at all, which sets allow.
-    """
-    scores = _f1_by_class(predictions, references)[1]
-    return float(scores.mean()) if len(scores) else math.nan
-
-
-def f1_relations(predictions: Column, references: Column, none_class: Column) -> float:
-    """Unweighted mean of F1 over the classes of `f1_macro` that are relations; nan where nothing else is found.
-
-    `none_class` is the class of examples without a relation; negative where there is no such class.
-    """
-    classes, scores = _f1_by_class(predictions, references)
-    relations = scores[classes != none_class[0]]
-    return float(relations.mean()) if len(relations) else math.nan
-
-
-def _f1_by_class(predictions: Column, references: Column) -> tuple[Column, Column]:
-    import numpy as np
-
-    if predictions.ndim > 1:
-        times = (predictions + references).sum(axis=0)
-        (classes,) = np.nonzero(times)
-        return classes, 2 * (predictions * references).sum(axis=0)[classes] / times[classes]
-    classes, codes = np.unique(np.concatenate([predictions, references]), return_inverse=True)
-    predicted, true = np.split(codes, 2)
-    hits = np.bincount(true[predicted == true], minlength=len(classes))
-    return classes, 2 * hits / np.bincount(codes, minlength=len(classes))
-
-
-def f1_micro(predictions: Column, references: Column) -> float:
-    """F1 over all decisions of all classes; with one class per example it is the accuracy."""
-    if predictions.ndim == 1:
-        return accuracy(predictions, references)
-    return _per(2 * predictions * references, predictions + references)
-
-
-def matthews(predictions: Column, references: Column) -> float:
-    """Compute Matthews' correlation coefficient over any number of classes (Gorodkin 2004), -1 to 1.
-
-    0 where one side has only one class, as in scikit-learn.
-    """
-    import numpy as np
-
-    classes, codes = np.unique(np.concatenate([predictions, references]), return_inverse=True)
-    ours, true = (np.bincount(own, minlength=len(classes)).astype(float) for own in np.split(codes, 2))
-    size = float(len(references))
-    covariance = (predictions == references).sum() * size - ours @ true
-    spread = (size**2 - ours @ ours) * (size**2 - true @ true)
-    return float(covariance / math.sqrt(spread)) if spread else 0.0
-
-
-def ece(confidence: Column, correct: Column) -> float:
-    """Expected calibration error: mean over examples of |accuracy - mean confidence| of the bin that they are in.
-
-    15 bins of equal width, as in Guo et al. 2017.
-    """
-    import numpy as np
-
-    bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
-    gaps = np.bincount(bins, weights=correct - confidence, minlength=BINS)
-    return float(np.abs(gaps).sum() / len(bins))
-
-
-def mse(values: Column, targets: Column) -> float:
-    """Mean squared error of the predicted numbers."""
-    return float(((values - targets) ** 2).mean())
-
-
-def rmse(values: Column, targets: Column) -> float:
-    """Square root of the mean squared error, in the unit of the labels."""
-    return math.sqrt(mse(values, targets))
-
-
-def pearson(values: Column, targets: Column) -> float:
-    """Pearson's correlation of predicted and true numbers; nan where all of one side are equal."""
-    import numpy as np
-
-    ours, theirs = values - values.mean(), targets - targets.mean()
-    spread = math.sqrt(float((ours @ ours) * (theirs @ theirs)))
-    return float(np.clip(ours @ theirs / spread, -1, 1)) if spread else math.nan
-
-
-def spearman(values: Column, targets: Column) -> float:
-    """Spearman's correlation: Pearson's of the ranks; equal numbers share the mean of their ranks."""
-    return pearson(_ranks(values), _ranks(targets))
-
-
-def _ranks(values: Column) -> Column:
-    import numpy as np
-
-    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ranks: Column = (np.cumsum(counts) - (counts - 1) / 2)[places]
-    return ranks
-
-
-def teacher_mse(values: Column, teacher_values: Column) -> float:
-    """Mean squared difference between the student's numbers and the teacher's."""
-    return mse(values, teacher_values)
-
-
-def entity_precision(entities_found: Column, entities_predicted: Column) -> float:
-    """Share of the predicted spans that are true in both ends and type; 0 where none is predicted, as in seqeval."""
-    return _per(entities_found, entities_predicted) if entities_predicted.sum() else 0.0
-
-
-def entity_recall(entities_found: Column, entities_true: Column) -> float:
-    """Share of the true spans that are predicted with both ends and type; 0 where there are none, as in seqeval."""
-    return _per(entities_found, entities_true) if entities_true.sum() else 0.0
-
-
-def entity_f1(entities_found: Column, entities_predicted: Column, entities_true: Column) -> float:
-    """F1 of spans over all examples together (micro): 2 found / (predicted + true); 0 where there are none at all."""
-    count = entities_predicted + entities_true
-    return _per(2 * entities_found, count) if count.sum() else 0.0
-
-
-def agreement(agreed: Column, positions: Column) -> float:
-    """Share of the compared positions where student and teacher predict the same, right or wrong; nan without any."""
-    return _per(agreed, positions)
-
-
-def loss(nll: Column, tokens: Column) -> float:
-    """Mean negative log-likelihood per token, in nats; nan without any token."""
-    return _per(nll, tokens)
-
-
-def perplexity(nll: Column, tokens: Column) -> float:
-    """exp(sum of nll / sum of tokens); inf where that overflows, nan without any token."""
-    try:
-        return math.exp(loss(nll, tokens))
-    except OverflowError:
-        return math.inf
-
-
-def bits_per_byte(nll: Column, text_bytes: Column) -> float:
-    """Bits that the model needs for a byte of the text, whatever tokens it is cut into: sum of nll / (ln 2 · bytes)."""
-    return _per(nll, text_bytes) / math.log(2)
-
-
-def token_accuracy(correct: Column, tokens: Column) -> float:
-    """Share of the scored tokens that are predicted right; nan without any token."""
-    return _per(correct, tokens)
-
-
-def kl(kl_sum: Column, positions: Column) -> float:
-    """Mean KL(teacher || student) per position, in nats; nan without any position."""
-    return _per(kl_sum, positions)
-
-
-def mrr_at_10(embeddings: Column, pair_embeddings: Column) -> float:
-    """Mean over texts of 1 / rank of their own pair among all pairs by cosine; 0 where it is not among the first 10."""
-    import numpy as np
-
-    return _mean_gain(embeddings, pair_embeddings, lambda ranks: 1 / ranks.astype(np.float64))
-
-
-def ndcg_at_10(embeddings: Column, pair_embeddings: Column) -> float:
-    """As `mrr_at_10`, with 1 / log2(1 + rank): one pair is right, so the ideal gain is 1."""
-    import numpy as np
-
-    return _mean_gain(embeddings, pair_embeddings, lambda ranks: 1 / np.log2(1 + ranks))
-
-
-def recall_at_10(embeddings: Column, pair_embeddings: Column) -> float:
-    """Share of the texts whose own pair is among the first 10."""
-    return _mean_gain(embeddings, pair_embeddings, lambda _ranks: 1.0)
-
-
-def _mean_gain(texts: Column, pairs: Column, gain: Callable[[Column], Any]) -> float:
-    import numpy as np
-
-    from distill.evaluation.vectors import NEIGHBOURS, ranks_of_pairs
-
-    ranks = ranks_of_pairs(texts, pairs)
-    return float(np.where(ranks <= NEIGHBOURS, gain(ranks), 0.0).mean())
-
-
-def cosine_to_teacher(teacher_cosine: Column) -> float:
-    """Mean cosine of a text's vector with the teacher's."""
-    return float(teacher_cosine.mean())
-
-
-def neighbours_kept(embeddings: Column, teacher_embeddings: Column) -> float:
-    """Share of the teacher's ten nearest other texts that are among the ten nearest here; nan for a single text."""
-    import numpy as np
-
-    from distill.evaluation.vectors import neighbours
-
-    if len(embeddings) < 2:
-        return math.nan
-    own, theirs = neighbours(embeddings), neighbours(teacher_embeddings)
-    return float(np.mean([len(np.intersect1d(*rows)) for rows in zip(own, theirs, strict=True)]) / own.shape[1])
-
-
-def rouge_l(generated: Column, target_text: Column) -> float:
-    """Mean over texts of the F1 of the longest common subsequence of words."""
-    return _mean(rouge_lcs, generated, target_text)
-
-
-def rouge_1(generated: Column, target_text: Column) -> float:
-    """Mean over texts of the F1 of words."""
-    return _mean(partial(rouge_n, length=1), generated, target_text)
-
-
-def rouge_2(generated: Column, target_text: Column) -> float:
-    """Mean over texts of the F1 of pairs of words."""
-    return _mean(partial(rouge_n, length=2), generated, target_text)
-
-
-def chrf(generated: Column, target_text: Column) -> float:
-    """chrF2 of all texts together, 0 to 1 (sacrebleu's chrF divided by 100): runs of 1 to 6 characters."""
-    counts = [chrf_counts(*pair) for pair in zip(generated.tolist(), target_text.tolist(), strict=True)]
-    return chrf_score([sum(column) for column in zip(*counts, strict=True)])
-
-
-def exact_text(generated: Column, target_text: Column) -> float:
-    """Share of the texts that are written as they should be, space at both ends left out."""
-    return float((generated == target_text).mean())
-
-
-def wer(generated: Column, target_text: Column) -> float:
-    """Word error rate: words inserted, left out or replaced, per true word of all texts; case and punctuation aside."""
-    return error_rate(generated.tolist(), target_text.tolist(), words_of)
-
-
-def cer(generated: Column, target_text: Column) -> float:
-    """Character error rate, as `wer`, of the characters of words and the spaces between them."""
-    return error_rate(generated.tolist(), target_text.tolist(), characters_of)
-
-
-def _mean(score: Callable[[str, str], float], written: Column, true: Column) -> float:
-    pairs = zip(written.tolist(), true.tolist(), strict=True)
-    return math.fsum(score(*pair) for pair in pairs) / len(written)
-
-
-def _per(amount: Column, count: Column) -> float:
-    """Ratio of two totals."""
-    total = float(count.sum())
-    return float(amount.sum()) / total if total else math.nan
 
 
 def columns_of(function: Function) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from distill.data import evaluation_batches, observe_batch
 from distill.errors import InputError
 from distill.evaluation.arms import ARMS, measured_arms, rivals
 from distill.evaluation.efficiency import add_disk_bytes, measure_efficiency
-from distill.evaluation.metrics import find_metric, higher_is_better, measurable
+from distill.evaluation.metrics import METRICS, find_metric, higher_is_better, measurable
 from distill.evaluation.predict import Rows, column_names, compare, merge_rows, predict
 from distill.evaluation.recorded import record_teacher
 from distill.evaluation.table import tabulate_arms
@@ -27,6 +27,7 @@ from distill.pipeline.stage import Stage, settings_of
 from distill.pipeline.train import steps_of
 from distill.ranks import process_state
 from distill.recipe.names import TEACHER_METRICS
+from distill.registry import find
 from distill.release.export import without_folders
 from distill.student.masks import mask_settings, sparsity_table
 from distill.teacher import LiveTeacher
@@ -156,6 +157,12 @@ def inputs(session: Session) -> dict[str, Any]:
     }
 
 
+def check_names(session: Session) -> None:
+    """Find every metric that the recipe names, the user's own included. Raises InputError where there is none."""
+    for name in session.recipe.evaluation.metrics or ():
+        find(METRICS, name, "metric")
+
+
 def check(session: Session) -> None:
     """Find every metric that the recipe names, the user's own included, and the columns that it reads.
 
@@ -177,5 +184,6 @@ STAGE = Stage(
     inputs,
     lambda session: [session.folder.evaluation, session.folder.predictions],
     together=True,
+    check=check_names,
     check_data=check,
 )

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from distill.data.sources import SOURCES, read_source
+from distill.data.builtin import SOURCES
+from distill.data.sources import read_source
 from distill.errors import InputError
 from distill.models.family import layers_of, layout_of
 from distill.models.layout import StackName

@@ -144,7 +144,8 @@ text = pipeline("automatic-speech-recognition", folder)("speech.wav")["text"]"""
 folder = "{evidence.recipe.name}"  # this folder, or its id on the hub
 model = SentenceTransformer(folder{code})
 {use}"""
-    texts = ", ".join(json.dumps(one_line(text), ensure_ascii=False) for text in evidence.sample)
+    pair = ["Another text."] if len(evidence.sample) == 1 and "pair" in evidence.recipe.data.columns else []
+    texts = ", ".join(json.dumps(one_line(text), ensure_ascii=False) for text in (*evidence.sample, *pair))
     given = f'tokenizer({texts}, return_tensors="pt")'
     if name == "AutoModelForMaskedLM":
         given = 'tokenizer(f"Paris is the {tokenizer.mask_token} of France.", return_tensors="pt")'

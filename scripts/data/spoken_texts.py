@@ -70,7 +70,7 @@ def read_texts(path: Path) -> Iterator[str]:
 
 def library_sentences() -> Iterator[str]:
     """Cut the topics of Python's help, and the first paragraphs of the library's docstrings, into sentences."""
-    from distill.data.sources import pydoc_topics, stdlib_docstrings
+    from distill.data.builtin import pydoc_topics, stdlib_docstrings
 
     for text in [*pydoc_topics()["text"], *stdlib_docstrings()["text"]]:
         yield from re.split(r"(?<=\.)\s+(?=[A-Z])", " ".join(text.split()))

@@ -30,7 +30,8 @@ from distill.data import TASKS
 from distill.evaluation.metrics import METRICS
 from distill.losses import ATTENTION, HIDDEN, LOGITS, RELATION
 from distill.recipe import load_recipe
-from distill.recipe.schema import Recipe
+from distill.recipe.names import GENERATED_METRICS, BuiltInSource
+from distill.recipe.schema import Recipe, Source
 from distill.student import ALLOCATIONS, LAYER_POLICIES, SCORES
 from distill.student.masks.masks import MASK_SCORES
 from distill.training.optim import OPTIMIZERS
@@ -177,7 +178,7 @@ RUNS = {
         student.layers={keep: 2, choose: random, params: {seed: 5}}
         student.mlp={score: magnitude, params: {norm: 1}, allocate: threshold,
           allocate_params: {mass: 0.8}, multiple_of: 4}
-        data={source: ./renamed.csv, task: classification, text: words, label: kind,
+        data={source: ./renamed.csv, task: classification, columns: {text: words, label: kind},
           max_length: 12, test_share: 0.3, limit: 90}
         losses=[
           {match: logits, loss: skew_forward_kl, params: {alpha: 0.2}},
@@ -254,7 +255,6 @@ RUNS = {
         student.layers.choose=even_rounded
         student.mlp.score=output_change
         student.calibration={examples: 16, batch_size: 8, gradients: true, gram: true}
-        data.source=pydoc-topics
         losses=[
           {match: logits, loss: adaptive_kl},
         ]
@@ -343,7 +343,33 @@ ELSEWHERE = {
     ("Training.keep_best", "recall_at_10"): "read as mrr_at_10 is",
     **{("Data.task", task): "tests/cli/test_language_tasks.py" for task in ("chat", "masked_lm")},
     ("Data.learn_from", "all"): "tests/data/tasks/test_chat.py",
+    ("Data.learn_from", "a value"): "tests/data/tasks/test_chat.py",
     ("Data.mask_share", "a value"): "tests/data/tasks/test_masked_lm.py",
+    ("Data.source", "pydoc-topics"): "recipes/smoke has it, in every test of it",
+    ("Data.also", "a value"): "tests/pipeline/test_examine.py",
+    ("Data.classes", True): "tests/data/tasks/test_classification.py",
+    ("Data.classes", False): "as above",
+    **{("Data.task", task): f"tests/data/tasks/test_{task}.py" for task in ("seq2seq", "speech_to_text")},
+    **{(f"Data.{key}", "a value"): "tests/data/tasks/test_seq2seq.py" for key in ("max_target_length", "prefix")},
+    ("Data.language", "a value"): "tests/data/tasks/test_speech_to_text.py",
+}
+ELSEWHERE |= {
+    (f"Data.{key}", value): "tests/data/test_splits.py and test_odd_inputs.py: rows, and what becomes of them"
+    for key in ("train", "validation", "test", "validation_share", "contradictions")
+    for value in ("a value", *get_args(BuiltInSource), "first", "majority", "drop", "keep")
+}
+ELSEWHERE |= {
+    (f"Source.{key}", value): "tests/data/test_odd_inputs.py and test_hub.py: every kind of source and its options"
+    for key in Source.model_fields
+    for value in ("a value", *get_args(BuiltInSource), True, False)
+}
+ELSEWHERE |= {
+    (key, metric): "the end-to-end test of its task, tests/data/tasks and tests/cli/test_language_tasks.py"
+    for key in ("Evaluation.metrics", "Training.keep_best")
+    for metric in (
+        *("bits_per_byte", "masked_perplexity", "masked_accuracy", "exact_match_answer", "f1_answer", "f1_relations"),
+        *GENERATED_METRICS,
+    )
 }
 ELSEWHERE |= {
     (key, metric): "tests/cli/test_label_tasks.py and tests/data/tasks/test_classification.py have each kind of labels"

@@ -37,7 +37,7 @@ def test_every_step_is_measured_and_training_starts_from_the_result(finished):
     _, run = finished
     found = json.loads((run / "repair.json").read_text())
     assert [step["name"] for step in found["steps"]] == ["cut", "bias", "refit"]
-    assert found["calibration"] == {"examples": 16} and found["held_out"]["examples"] == 101
+    assert found["calibration"] == {"examples": 16} and found["held_out"]["examples"] == 83
     assert 0 < found["held_out"]["labelled"] <= 24
     for step in found["steps"][1:]:
         assert 0 <= step["error_left"] < 1 and step["notes"] == []
@@ -88,7 +88,7 @@ def test_a_language_model_is_refitted_and_merged(tmp_path, capsys):
     [
         ("llama", TEXTS.replace("refit: true, merge", "bias: true, merge"), "MLPs of llama have no output bias", []),
         ("bert", REPAIR.replace("bias: true", "merge: true"), "no linear map of that output stands for", []),
-        ("bert", REPAIR.replace("examples: 16", "examples: 512"), "takes all 117 training examples", ["data.json"]),
+        ("bert", REPAIR.replace("examples: 16", "examples: 512"), "takes all 99 training examples", ["data.json"]),
     ],
 )
 def test_what_cannot_be_had_is_said_before_anything_is_done(family, recipe, words, made, tmp_path, capsys):

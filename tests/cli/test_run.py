@@ -136,7 +136,7 @@ def test_the_same_command_in_a_process_of_its_own_skips_everything(finished):
     before = (run / "evaluation.json").read_bytes()
     command = [sys.executable, "-m", "distill", "run", str(recipe), "--out", str(run)]
     again = subprocess.run(command, capture_output=True, text=True, env=ENV, check=True)
-    assert again.stderr.count("unchanged, skipped") == 9 and not started(again)
+    assert again.stderr.count("unchanged, skipped") == 10 and not started(again)
     assert again.stdout == first.stdout and (run / "evaluation.json").read_bytes() == before
 
 
@@ -286,7 +286,7 @@ def test_the_recipe_of_a_release_is_valid_where_its_data_and_teacher_are_not(fin
     recipe = tmp_path / "release/recipe.yaml"
     assert "./teacher and ./data.jsonl: not in this release" in distill("validate", recipe).stderr
     assert "training.lr" in distill("validate", recipe, "training.lr=fast", code=2).stderr
-    assert "there is no folder" in distill("run", recipe, "--out", tmp_path / "run", code=2).stderr
+    assert "there is no file" in distill("run", recipe, "--out", tmp_path / "run", code=2).stderr
     shutil.copytree(run / "teacher", tmp_path / "release/teacher")  # what lies beside it is looked at, and needed
     assert "no layer 9" in distill("validate", recipe, "student.layers={keep: [9]}", code=2).stderr
     assert "there is no file" in distill("run", recipe, "--out", tmp_path / "run", code=2).stderr

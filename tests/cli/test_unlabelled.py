@@ -18,7 +18,7 @@ UNTAUGHT = RECIPE.replace("  - {match: labels, weight: 0.3}\n", "")
 def unlabelled_project(folder, recipe):
     """A ready teacher, and a file whose test split alone has labels."""
     path = tiny_project(folder, recipe)
-    decode, test = load_tokenizer(folder / "teacher").decode, tiny_corpus(folder, *READY).test
+    decode, test = load_tokenizer(folder / "teacher").decode, tiny_corpus(folder, *ALL).test
     held_out = {decode(test[index].tolist()) for index in range(len(test))}
     rows = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()]
     rows = [{**row, "label": row["label"] if row["text"] in held_out else None} for row in rows]

@@ -19,8 +19,9 @@ from transformers import PreTrainedTokenizerFast
 import distill.data.rows as rows_module
 from distill.data import TASKS, Order, TrainingBatches, collate, evaluation_batches, load_corpus, prepare
 from distill.data.batches import micro_batches, step_indices
+from distill.data.builtin import SOURCES, pydoc_topics, stdlib_docstrings
 from distill.data.packing import cut_documents, pack
-from distill.data.sources import SOURCES, pydoc_topics, source_fingerprint, stdlib_docstrings
+from distill.data.sources import source_fingerprint
 from distill.errors import InputError
 from distill.models.load import load_tokenizer
 from distill.recipe import load_recipe

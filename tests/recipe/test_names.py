@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import pytest
 
-from distill.data.sources import SOURCES
+from distill.data.builtin import SOURCES
 from distill.data.tasks import TASKS
 from distill.evaluation.metrics import METRICS
 from distill.losses import ATTENTION, HIDDEN, LOGITS, RELATION

@@ -32,6 +32,7 @@ from distill.models.dtensor import shard_model
 from distill.models.family import layers_of
 from distill.models.forward import Outputs
 from distill.ranks import process_state
+from distill.recipe import load_recipe
 from distill.recipe.schema import Mask
 from distill.student.masks.masks import Masks
 from distill.training import loop
@@ -139,7 +140,9 @@ def main(folder, kind, stop, *fault):
     kind, *options = kind.split("-")
     lm = "lm" in options
     tiny_project(project)
-    corpus = tiny_corpus(project, *(["data.task=causal_lm", "data.labelled=null"] if lm else []), seed=0)
+    spec = load_recipe(project / "recipe.yaml").data
+    spec = spec.model_copy(update={"task": "causal_lm", "labelled": None} if lm else {})
+    corpus = tiny_corpus(project, spec=spec, seed=0)
     shared_out(kind, options)
     if rank == 1:
         break_down(fault, folder)

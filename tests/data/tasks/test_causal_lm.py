@@ -18,7 +18,7 @@ from distill.data.prepare import _packed, _write_examples
 from distill.data.tasks.causal_lm import CausalLM, limits, share_bytes
 from distill.data.tasks.task import Settled
 from distill.errors import InputError
-from distill.evaluation.metrics import bits_per_byte
+from distill.evaluation.formulas import bits_per_byte
 from distill.evaluation.predict import predict
 from distill.losses import Objective
 from distill.models.family import layers_of, tells_documents_apart

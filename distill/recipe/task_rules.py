@@ -1,0 +1,103 @@
+"""Rules between the task and everything else; `distill.recipe.rules` lists them, and says how rules are called."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from distill.recipe import names
+from distill.recipe.data import Data
+from distill.recipe.fields import KeyPath, Mistake
+from distill.recipe.locate import DECODER_FLAGS, TeacherSize
+from distill.recipe.sections import Evaluation, Teacher, Training
+from distill.recipe.student import Calibration, Mlp
+from distill.recipe.terms import TERM_KEYS, Term
+
+MLP: KeyPath = ("student", "mlp")
+
+
+def terms_fit_the_task(terms: Mapping[int, Term], data: Data) -> Iterator[Mistake]:
+    """Refuse terms that compare what the head of the task does not have."""
+    for index, term in terms.items():
+        if ":" not in data.task and data.task not in TERM_KEYS[term.match].tasks:
+            message = f"match: {term.match} compares sentence embeddings, and task: {data.task} makes none"
+            yield Mistake(("losses", index, "match"), message, "write match: logits or match: hidden")
+
+
+def metrics_fit_the_task(data: Data, evaluation: Evaluation, training: Training) -> Iterator[Mistake]:
+    """Refuse metrics that are neither the task's nor the user's own."""
+    own = names.TASK_METRICS.get(data.task)  # type: ignore[call-overload]
+    if own is None:
+        return
+    message = f"task: {data.task} has no such metric"
+    compared = [name for name in names.TEACHER_METRICS if (name in names.VECTOR_METRICS) == (data.task == "embedding")]
+    known = (*own, *names.OTHER_METRICS.get(data.task, ()), *compared)  # type: ignore[call-overload]
+    for position, metric in enumerate(evaluation.metrics or []):
+        if metric not in known and ":" not in metric:
+            yield Mistake(("evaluation", "metrics", position), f"{message} as {metric}", f"use {', '.join(known)}")
+    quick = [metric for metric in own if metric not in names.GENERATED_METRICS]
+    if training.keep_best not in (None, *quick):
+        message += f" as {training.keep_best} during training"
+        yield Mistake(("training", "keep_best"), message, f"use {', '.join(quick)}")
+
+
+def embeddings_have_what_is_learnt_and_measured(
+    teacher: Teacher, data: Data, terms: Mapping[int, Term], evaluation: Evaluation, training: Training
+) -> Iterator[Mistake]:
+    """Refuse what needs pairs, or scores, of an embedding without them."""
+    if data.task != "embedding":
+        return
+    pairs, scores = data.learns_from_pairs, "score" in data.columns
+    learners: list[KeyPath] = [("losses", index, "match") for index, term in terms.items() if term.match == "labels"]
+    learners += [("teacher", "fit")] if teacher.fit else []
+    if evaluation.changed("arms") and "labels_only" in evaluation.arms:
+        learners.append(("evaluation", "arms", evaluation.arms.index("labels_only")))
+    for path in learners if not pairs else ():
+        message = "learns that text and pair belong together, and data.columns names no pair, or a score beside it"
+        yield Mistake(path, message, "remove it, or name a pair")
+    given: list[tuple[KeyPath, str]]
+    given = [(("evaluation", "metrics", at), name) for at, name in enumerate(evaluation.metrics or [])]
+    given += [(("training", "keep_best"), training.keep_best)] if training.keep_best else []
+    for path, name in given:
+        if (name in names.RETRIEVAL_METRICS and not pairs) or (name == "spearman" and not scores):
+            needs = "a pair without a score" if name != "spearman" else "a score"
+            yield Mistake(path, f"{name} needs {needs} in data.columns", "remove it")
+
+
+def gradients_have_a_loss(data: Data, mlp: Mlp, calibration: Calibration) -> Iterator[Mistake]:
+    """Refuse gradients for an embedding: the loss of a text alone is none."""
+    if data.task != "embedding":
+        return
+    if names.READS.get(mlp.score) == "gradients":  # type: ignore[call-overload]
+        message = f"score: {mlp.score} reads gradients of the loss of single examples, and an embedding has none"
+        yield Mistake((*MLP, "score"), message, "choose activation, or another that reads activations")
+    if calibration.gradients:
+        message = "an embedding has no loss of single examples, and so no gradients"
+        yield Mistake(("student", "calibration", "gradients"), message, "remove it")
+
+
+def teacher_fits_the_task(data: Data, size: TeacherSize) -> Iterator[Mistake]:
+    """Refuse a teacher that sees the tokens that it is to predict, or whose stacks are not those of the task."""
+    path, family = ("teacher", "model"), size.family
+    speech, causal = family in names.SPEECH_FAMILIES, data.task in names.CAUSAL_TASKS
+    if size.layers is not None and ":" not in data.task and speech != (data.task == "speech_to_text"):
+        message = f"{family} reads {'sound' if speech else 'text'}, and task: {data.task} does not"
+        yield Mistake(path, message, f"name a {'text model' if speech else 'Whisper'}, or another task")
+    elif data.task in names.TWO_STACK_TASKS and size.layers is not None and size.encoder_layers is None:
+        message = f"{family} has one stack of layers, and task: {data.task} needs an encoder and a decoder"
+        yield Mistake(path, message, "name an encoder-decoder, e.g. a T5 or BART, or another task")
+    elif causal and size.encoder_layers is not None:
+        message = f"{family} is an encoder-decoder, and task: {data.task} needs a decoder alone"
+        yield Mistake(path, message, "name a decoder, e.g. a Llama or GPT-2, or another task")
+    elif causal and size.both_ways:
+        flag = DECODER_FLAGS.get(str(family))
+        message = f"{family} is an encoder: a token sees those after it, which task: {data.task} lets it predict"
+        trained = f"; if it was trained as a decoder, its config.json must say {flag}: true" if flag else ""
+        yield Mistake(path, message, f"name a decoder, e.g. a Llama or GPT-2{trained}")
+
+
+def examples_fit(data: Data, size: TeacherSize) -> Iterator[Mistake]:
+    """Refuse examples that are longer than the teacher has positions for."""
+    for key, length in (("max_length", data.max_length), ("max_target_length", data.max_target_length)):
+        if size.positions and length is not None and length > size.positions:
+            message = f"{length} tokens per example, the teacher has {size.positions} positions"
+            yield Mistake(("data", key), message, f"use at most {size.positions}")
