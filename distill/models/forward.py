@@ -27,8 +27,6 @@ example has several texts, one after the other, B is the number of texts, and `t
 
 UNLABELLED = -100
 """The label of positions without one, as in torch and transformers."""
-
-
 MODEL_INPUTS = (
     *("input_ids", "input_features", "attention_mask", "token_type_ids", "position_ids"),
     *("decoder_input_ids", "decoder_attention_mask"),

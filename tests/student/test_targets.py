@@ -139,4 +139,4 @@ def test_the_efficiency_table_counts_flops_the_same_way():
     model = tiny_model("llama")
     inputs = random_example(model, 12)
     counts, _ = flops_by_module(model, inputs)
-    assert count_flops(model, layers_of, inputs["input_ids"])["flops_per_example"] == counts[model]
+    assert count_flops(model, layers_of, {"input_ids": inputs["input_ids"]})["flops_per_example"] == counts[model]
