@@ -181,7 +181,9 @@ def _try_out(loss: Loss, match: Match, kind: PredictionKind, params: Mapping[str
     """
     whole = [number for number in params.values() if type(number) is int and 0 < number <= 4096]
     columns = (kind.classes if match.on_logits else None) or math.lcm(EXAMPLE_COLUMNS, *whole[:2])
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")  # where kernels of one's own run
+    # Where kernels of one's own run. A build for GPUs names one also on a machine that has none.
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = found or torch.device("cpu")
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         generator = torch.Generator().manual_seed(0)
         student, *others = match.example(lambda *shape: torch.randn(shape, generator=generator).to(device), columns)
