@@ -40,6 +40,7 @@ from distill.training.optim import SCHEDULES
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "distill").rglob("*.py"))
 SCRIPTS = sorted((ROOT / "scripts").rglob("*.py"))
+RUNNABLE = [path for path in SCRIPTS if "__main__" in path.read_text(encoding="utf-8")]
 RECIPES = sorted(ROOT.glob("recipes/*/recipe.yaml"))
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("recipes/*/README.md")])
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -109,11 +110,17 @@ def test_the_recipe_of_pronunciations_runs_on_a_stand_in(teacher, tmp_path):
 def test_every_script_gives_its_launch_lines_and_shadows_nothing():
     for path in SCRIPTS:
         module = ast.parse(path.read_text(encoding="utf-8"))
-        assert name_of(path) in (ast.get_docstring(module) or ""), path
+        assert path not in RUNNABLE or name_of(path) in (ast.get_docstring(module) or ""), path
         assert path.stem not in sys.stdlib_module_names and importlib.util.find_spec(path.stem) is None, path
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=name_of)
+def test_what_is_no_command_is_part_of_one():
+    commands = "\n".join(path.read_text(encoding="utf-8") for path in RUNNABLE)
+    for path in set(SCRIPTS) - set(RUNNABLE):
+        assert f"from {path.stem} import" in commands, path
+
+
+@pytest.mark.parametrize("path", RUNNABLE, ids=name_of)
 def test_every_script_explains_itself(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     started = Processes(tmp_path / "log", run_script, path, "--help")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import chain
@@ -42,16 +43,16 @@ class ArrowFile:
         return {name: own.take(indices) for name, own in self.columns.items() if names is None or name in names}
 
 
-class _Chunks:
+class _Chunks(ABC):
     """A column of values of different lengths, kept one after the other, in several chunks."""
 
     def __init__(self, column: pa.ChunkedArray):
         self.starts = np.cumsum([0, *(len(chunk) for chunk in column.chunks)])
         self.chunks = [self.views(chunk) for chunk in column.chunks]
 
+    @abstractmethod
     def views(self, chunk: Any) -> tuple[np.ndarray, Any]:
         """Return the offsets of a chunk's values, int64 [n + 1], and its content."""
-        raise NotImplementedError
 
     def parts(self, indices: Sequence[int] | np.ndarray) -> Iterator[Any]:
         """Yield the content of some rows."""
