@@ -44,6 +44,7 @@ def column_names(head: str) -> tuple[str, ...]:
     return COLUMNS.get(head, SUMS)
 
 
+@torch.no_grad()
 def predict(
     model: Any,
     batches: Iterable[Batch],
@@ -51,6 +52,7 @@ def predict(
     teacher: Ask | None = None,
     vocabulary: int | None = None,
     observe: Observe | None = None,
+    ask: Ask | None = None,
 ) -> Rows:
     """Compare a model's predictions with the labels, and with the teacher's where there is one.
 
@@ -63,25 +65,12 @@ def predict(
             in the objective. As there, the likelihood of a label is that among all rows, which is the model's own loss
             for whoever loads it.
         observe: Reads what the task wants beside these columns from the model and its outputs.
+        ask: Answers the batches in the model's place, as a recording of its outputs does.
 
     Returns:
         A row for each example with a label, by `example`; without teacher there are no columns about it.
     """
-    ask = partial(forward, model, wanted=Capture(stop_at_head=True))
-    return compare(ask, model, batches, head, teacher, vocabulary, observe)
-
-
-@torch.no_grad()
-def compare(
-    ask: Ask,
-    model: Any,
-    batches: Iterable[Batch],
-    head: str,
-    teacher: Ask | None = None,
-    vocabulary: int | None = None,
-    observe: Observe | None = None,
-) -> Rows:
-    """Do what `predict` does for anything that answers a batch in the place of a model."""
+    ask = ask or partial(forward, model, wanted=Capture(stop_at_head=True))
     kind, parts, device = PREDICTION_KINDS[head], [], next(model.parameters()).device
     score = _score_values if head == "regression" else partial(_score, confidence="confidence" in column_names(head))
     for cpu_batch in batches:

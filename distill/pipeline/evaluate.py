@@ -15,7 +15,7 @@ from distill.errors import InputError
 from distill.evaluation.arms import ARMS, measured_arms, rivals
 from distill.evaluation.efficiency import add_disk_bytes, measure_efficiency
 from distill.evaluation.metrics import METRICS, find_metric, higher_is_better, measurable
-from distill.evaluation.predict import Rows, column_names, compare, merge_rows, predict
+from distill.evaluation.predict import Rows, column_names, merge_rows, predict
 from distill.evaluation.recorded import record_teacher
 from distill.evaluation.table import tabulate_arms
 from distill.files import content_of, fresh_folder, read_object, write_json
@@ -120,9 +120,9 @@ def predict_arms(
             for split, recording in recordings.items():
                 examples = corpus.splits[split]
                 batches = evaluation_batches(corpus, examples, recipe.evaluation.batch_size, rank, ranks)
-                ask = partial(compare, recording) if arm == "teacher" else predict
+                ask = recording if arm == "teacher" else None
                 observe = partial(observe_batch, corpus, examples)
-                own = [ask(model, batches, corpus.head, recording, session.vocabulary, observe)]
+                own = [predict(model, batches, corpus.head, recording, session.vocabulary, observe, ask)]
                 found = merge_rows(gather_object(own) if ranks > 1 else own)
                 rows[split][arm] = dict(corpus.task.finish(found, corpus.settled))
     return rows
