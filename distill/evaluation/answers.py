@@ -9,9 +9,9 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
-SPACELESS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-"""Thai, Lao, Burmese, Khmer, Japanese and Chinese letters: each counts as a word."""
-WORDS = re.compile(rf"[{SPACELESS}]|[^\s{SPACELESS}]+")
+from distill.evaluation.texts import WITHOUT_SPACES
+
+WORDS = re.compile(rf"[{WITHOUT_SPACES}]|[^\s{WITHOUT_SPACES}]+")
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 

@@ -10,7 +10,10 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-WITHOUT_SPACES = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+WITHOUT_SPACES = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+"""Letters of these scripts, for a regular expression: each counts as a word."""
 WORD = re.compile(rf"[{WITHOUT_SPACES}]|(?:(?![{WITHOUT_SPACES}])[\w'\u2019])+")
 CHRF_ORDER, CHRF_BETA = 6, 2
 
@@ -113,5 +116,9 @@ def error_rate(written: Sequence[str], true: Sequence[str], split: Callable[[str
 
 
 def characters_of(text: str) -> str:
-    """Join the words of a text with single spaces: what a character error rate is about."""
-    return " ".join(words_of(text)) if not re.search(f"[{WITHOUT_SPACES}]", text) else "".join(words_of(text))
+    """Join the words of a text with single spaces, but for those beside letters that are written without.
+
+    >>> characters_of("The cat, 猫 が")
+    'the cat猫が'
+    """
+    return re.sub(rf"(?<=[{WITHOUT_SPACES}]) | (?=[{WITHOUT_SPACES}])", "", " ".join(words_of(text)))

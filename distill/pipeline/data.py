@@ -189,7 +189,7 @@ def _trained_order(settled: Settled, order: Sequence[str]) -> Settled:
     return replace(settled, classes=tuple(order), about=f"{settled.about}{more}")
 
 
-def _check_vocabulary(session: Session, config: Any, corpus: Any) -> None:
+def _check_vocabulary(session: Session, config: Any, corpus: Corpus) -> None:
     """Refuse a tokenizer that writes tokens for which the teacher has no embedding."""
     text = config.get_text_config()
     known, written = getattr(text, "vocab_size", None), getattr(text, "decoder_vocab_size", None)

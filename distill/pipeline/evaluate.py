@@ -16,7 +16,7 @@ from distill.evaluation.arms import ARMS, measured_arms, rivals
 from distill.evaluation.efficiency import add_disk_bytes, measure_efficiency
 from distill.evaluation.metrics import METRICS, find_metric, higher_is_better, measurable
 from distill.evaluation.predict import Rows, column_names, merge_rows, predict
-from distill.evaluation.recorded import record_teacher
+from distill.evaluation.recorded import HOST_BYTES, record_teacher
 from distill.evaluation.table import tabulate_arms
 from distill.files import content_of, fresh_folder, read_object, write_json
 from distill.models.family import all_layers
@@ -112,7 +112,8 @@ def predict_arms(
     rows: dict[str, dict[str, Rows]] = {split: {} for split in splits}
     with ExitStack() as stack:
         folders = {split: session.folder.root / f".teacher-{split}-{rank}" for split in splits}
-        recordings = {split: stack.enter_context(record_teacher(teacher, folders[split])) for split in splits}
+        share = HOST_BYTES // len(splits)
+        recordings = {split: stack.enter_context(record_teacher(teacher, folders[split], share)) for split in splits}
         for arm in measured_arms(recipe):
             model = teacher.model if arm == "teacher" else session.load(session.arm_folder(arm)).to(teacher.device)
             if arm != "teacher" and not ARMS[arm].terms:

@@ -19,6 +19,8 @@ def test_words_are_runs_of_letters_and_single_characters_where_scripts_have_no_s
     assert words_of("猫 eats 魚です") == ["猫", "eats", "魚", "で", "す"]
     assert words_of("แมวกิน") == list("แมวกิน")
     assert (characters_of("It's  so."), characters_of("猫 が")) == ("it's so", "猫が")
+    assert characters_of("the cat sat 猫") == "the cat sat猫"  # spaces that both texts have are no errors
+    assert words_of("𠀀𠀁") == ["𠀀", "𠀁"]
 
 
 CAT = ("the cat sat on the mat", "The cat is on the mat.")
