@@ -152,7 +152,7 @@ def _collect(
     def blocks() -> Iterator[dict[str, list[str]]]:
         for places, values, numbers in _blocks(found, columns):
             texts = {
-                role: values[role] if columns[role].plain else _map(as_json, values[role], places, role)
+                role: _texts(values[role]) if columns[role].plain else _map(as_json, values[role], places, role)
                 for role in values
             }
             contents = _encode([_contents(columns[role], texts[role]) for role in given], places)
@@ -194,7 +194,7 @@ def _blocks(
         for role, own in values.items():
             own.append(row[role])
         for role in plain:
-            characters += len(row[role])
+            characters += len(row[role] or "")
         if len(places) == BLOCK or characters > BLOCK_CHARACTERS:
             yield places, values, numbers
             places, values, numbers, characters = [], {role: [] for role in values}, [], 0
@@ -226,6 +226,11 @@ def _encode(columns: list[list[str]], places: Sequence[str]) -> list[bytes]:
 def _contents(column: Column, texts: list[str]) -> list[str]:
     """Return what stands for the values of a column: of paths, the content of their files."""
     return texts if column.content is None else [column.content(text) for text in texts]
+
+
+def _texts(values: Sequence[str | None]) -> list[str]:
+    """Write nothing for an answer that is not there."""
+    return [value or "" for value in values]
 
 
 def _or_nothing(texts: Sequence[str], values: Sequence[Any]) -> list[str]:

@@ -35,13 +35,12 @@ class Split:
         found: np.ndarray = self.rows.keys[self.index]
         return found
 
-    def count_labels(self, columns: Collection[str], kept: bool = False) -> Counter[str]:
-        """Count the labels, as JSON, in some columns: all that there are, or those of the rows that keep theirs."""
+    def count_labels(self, columns: Collection[str]) -> Counter[str]:
+        """Count the labels, as JSON, in some columns."""
         found: Counter[str] = Counter()
-        index = self.index[self.labelled] if kept else self.index
         for column in set(columns) & self.rows.file.columns.keys():
-            for start in range(0, len(index), BLOCK):
-                found.update(self.rows.file.columns[column].take(index[start : start + BLOCK]))  # type: ignore[arg-type]
+            for start in range(0, len(self.index), BLOCK):
+                found.update(self.rows.file.columns[column].take(self.index[start : start + BLOCK]))  # type: ignore[arg-type]
         del found["null"]
         return found
 

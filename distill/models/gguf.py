@@ -14,24 +14,24 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.initialization import no_init_weights
 
-from distill.files import read_object, sha256_of, write_json
+from distill.files import read_object, write_json
 from distill.models.report import check_loaded
 from distill.models.weights import as_input_error
 from distill.recipe.gguf import gguf_size
 
 
-def dequantised(file: Path, say: Callable[[str], None] = lambda _line: None) -> Path:
+def dequantised(file: Path, digest: str, say: Callable[[str], None] = lambda _line: None) -> Path:
     """Return the folder of a GGUF file's dequantised model and tokenizer; makes it where there is none yet.
 
-    It lies in the user's cache, under the checksum of the file and the version of transformers. Several processes may
-    make it at a time: the first one's is kept.
+    It lies in the user's cache, under the file's sha256 (`digest`) and the version of transformers. Several processes
+    may make it at a time: the first one's is kept.
 
     Raises:
         InputError: The file is broken, of an unknown architecture, or lacks weights.
     """
     gguf_size(file)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "distill" / "gguf"
-    folder = cache / f"{sha256_of(file)}-{transformers.__version__}"
+    folder = cache / f"{digest}-{transformers.__version__}"
     if folder.is_dir():
         return folder
     say(f"  dequantising {file.name} once, into {folder}")

@@ -69,9 +69,9 @@ def teacher_path(
     """
     folder = teacher_folder(teacher.model, base)
     if folder is not None and is_gguf(folder):
-        if teacher.sha256 is not None and (actual := sha256_of(folder)) != teacher.sha256:
+        if (actual := sha256_of(folder)) != (teacher.sha256 or actual):
             raise InputError(f"teacher.sha256: {teacher.model} has {actual}, not {teacher.sha256}")
-        return dequantised(folder, say)
+        return dequantised(folder, actual, say)
     if folder is None:
         folder = _from_hub(teacher.model, teacher.revision, ["*.py"] if remote_code else [])
     check_links(folder)

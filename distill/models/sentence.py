@@ -77,9 +77,14 @@ class SentenceHead:
         return next((self.prompts[name] for name in wanted if name in self.prompts), "")
 
     def with_prompts(self, prompts: Mapping[str, str], retrieval: bool) -> SentenceHead:
-        """Return the head with other prompts for `text` and `pair`, as a recipe gives them."""
+        """Return the head with other prompts for `text` and `pair`, as a recipe gives them.
+
+        Raises InputError where the teacher pools without its prompts.
+        """
         if not prompts:
             return self
+        if not self.include_prompt and any(prompts.values()):
+            raise InputError("data.prompts: the teacher does not pool prompts (include_prompt: false); remove them")
         if not retrieval:
             return replace(self, prompts={**self.prompts, "text": prompts["text"]}, default_prompt="text")
         names = {"text": QUERY, "pair": DOCUMENTS[0]}

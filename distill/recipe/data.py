@@ -138,11 +138,12 @@ class Data(Section):
             yield from self.without_effect(("validation_share",), ": validation is given")
         if self.stride is not None and self.stride >= self.max_length:
             yield Mistake(("stride",), f"is not less than max_length: {self.max_length}", "share fewer tokens")
-        for key in ("validation", "test"):
-            each = getattr(self, key)
+        held_out: dict[tuple[str | int, ...], Any] = {("validation",): self.validation, ("test",): self.test}
+        held_out |= {("also", name): each for name, each in self.also.items()}
+        for start, each in held_out.items():
             for number, source in enumerate(each if isinstance(each, list) else [each]):
                 if isinstance(source, Source) and source.weight != 1:
-                    path = (key, number, "weight") if isinstance(each, list) else (key, "weight")
+                    path = (*start, number, "weight") if isinstance(each, list) else (*start, "weight")
                     yield Mistake(path, "has no effect: it is for training rows only", "remove it", at="key")
         for key, tasks in TASK_KEYS.items():
             if ":" not in self.task and self.task not in tasks:

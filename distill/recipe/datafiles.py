@@ -107,7 +107,7 @@ def searched_paths(source: str, base: Path) -> list[Path]:
 
 def check_folder(path: Path, files: Collection[Path]) -> None:
     """Refuse a folder with data that would be passed over, or with files named after splits, which would be mixed."""
-    if unread := [file for file in sorted(path.rglob("*")) if file.suffix.lower() in UNREAD]:
+    if unread := [file for file in sorted(path.rglob("*")) if _is_unread(file)]:
         raise InputError(f"{path} holds {unread[0].relative_to(path)}, which cannot be read; convert or move it")
     words = {file: set(re.split("[^a-z]+", str(file.relative_to(path)).lower())) for file in files}
     training = [file for file, found in words.items() if "train" in found]
@@ -117,6 +117,13 @@ def check_folder(path: Path, files: Collection[Path]) -> None:
             f"{path} holds {training[0].relative_to(path)} and {held_out[0].relative_to(path)}; name the files of each "
             f"split: train: ./FILE, test: ./FILE"
         )
+
+
+def _is_unread(file: Path) -> bool:
+    """Tell a file of data that is not read, also for the case of its letters (B.CSV) or what compresses it."""
+    name = Path(file.name.lower())
+    inner = Path(name.stem).suffix if name.suffix in COMPRESSED else name.suffix
+    return not ending_of(file) and inner in (*UNREAD, *ENDINGS)
 
 
 def check_kinds(files: Collection[Path]) -> None:

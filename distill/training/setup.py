@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin
 
 from distill.errors import InputError
-from distill.models.family import layers_of
+from distill.models.family import all_layers
 from distill.models.sentence import unused_parameters
 from distill.models.trainable import freeze
 from distill.ranks import process_state
@@ -104,7 +104,7 @@ def make_learner(
     if spec.gradient_checkpointing:
         gradient_checkpointing(trained, "enable")({"use_reentrant": False})
     if spec.compile:
-        for layer in layers_of(trained):
+        for layer in all_layers(trained):
             layer.forward = torch.compile(layer.forward)  # not the module: hooks on it stay outside of the graph
     wrapper = DistillModel(trained, objective).train()
     optimizer = make_optimizer(wrapper, spec)

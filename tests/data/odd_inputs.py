@@ -326,6 +326,13 @@ REFUSED = [
     Odd("parquet under another name", {"a.csv": table(text=["one"], label=["x"])}, words="a.csv it is a parquet file"),
     Odd("zip", {"a.zip": b"PK\x03\x04"}, words="a.zip has none of the known endings"),
     Odd("zstd", {"a.jsonl.zst": b"\x28\xb5\x2f\xfd"}, words="a.jsonl.zst has none of the known endings"),
+    Odd(
+        "ending in capitals in a folder",
+        {"in/a.csv": CSV, "in/B.CSV": CSV},
+        source="./in",
+        words="in holds B.CSV, which cannot be read",
+    ),
+    Odd("archive in a folder", {"in/a.csv": CSV, "in/b.tar.gz": b"x"}, source="./in", words="in holds b.tar.gz, which"),
     Odd("spreadsheet", {"a.xlsx": b"PK"}, words="a.xlsx has none of the known endings"),
     Odd("pipe", {"a.jsonl": os.mkfifo}, words="a.jsonl is no regular file"),
     Odd(

@@ -85,6 +85,11 @@ def test_what_cannot_be_kept_of_a_folder_is_refused(name, change, words, tmp_pat
         sentence_head(written(tmp_path, head, **{name: json.dumps(content)}))
 
 
+def test_prompts_of_a_recipe_that_the_teacher_would_not_pool_are_refused():
+    with pytest.raises(InputError, match=r"data\.prompts: the teacher does not pool prompts"):
+        SentenceHead(include_prompt=False).with_prompts({"text": "q: "}, False)
+
+
 def test_prompts_follow_the_side_of_a_retrieval_and_the_default_elsewhere():
     head = SentenceHead(prompts={"query": "q: ", "passage": "p: ", "own": "o: "}, default_prompt="own")
     assert [head.prompt(side, True) for side in ("text", "pair")] == ["q: ", "p: "]

@@ -228,6 +228,7 @@ CROSS_CHECKS = [
     Bad("stdlib-docstrings", "{source: ./texts.csv, config: a}", 10, "data.source.config", "only hub datasets have it"),
     Bad("stdlib-docstrings", "./texts.csv\n  train: ./texts.csv", 11, "data.train", "source and train are both given"),
     Bad("labelled: 160", "test: [{source: ./a.csv, weight: 2}]", 12, "data.test.0.weight", "training rows only"),
+    Bad("labelled: 160", "also: {b: {source: ./texts.csv, weight: 2}}", 12, "data.also.b.weight", "training rows only"),
     Bad("labelled: 160", "test: ./texts.csv\n  test_share: 0.3", 13, "data.test_share", "no effect: test is given"),
     Bad("labelled: 160", "classes: [a, b, a]", 12, "data.classes.2", "the class a is listed twice"),
     Bad(

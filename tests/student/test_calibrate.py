@@ -335,3 +335,13 @@ def test_classes_are_drawn_from_the_softmax(seed):
     drawn = draw_classes(logits, seed)
     assert torch.equal(drawn, draw_classes(logits, seed)) and set(drawn.tolist()) == {1, 2}
     assert abs(float((drawn == 1).float().mean()) - 0.7) < 0.05
+
+
+def test_classes_that_are_as_many_as_tokens_are_not_cut_with_them():
+    batch = {
+        "input_ids": torch.tensor([[0, 7, 8]]),
+        "attention_mask": torch.tensor([[0, 1, 1]]),
+        "labels": torch.tensor([[1, 0, 1]]),
+    }
+    [alone] = examples(pad_right(batch, True), True)
+    assert alone["input_ids"].tolist() == [[7, 8]] and alone["labels"].tolist() == [[1, 0, 1]]

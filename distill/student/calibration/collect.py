@@ -69,7 +69,7 @@ def calibrate(
         InputError: A loss is asked for and no example has a label.
     """
     wanted = wanted or StatisticsRequest()
-    sample = [pad_right(with_decoder_inputs(model, batch)) for batch in batches]
+    sample = [pad_right(with_decoder_inputs(model, batch), sets) for batch in batches]
     with _frozen(model):
         collectors = [_Collector(model, side, wanted.gram) for side in layout_of(model).sides]
 

@@ -42,7 +42,7 @@ def gradient_sums(model: Any, sample: list[Batch], loss: LabelLoss | None, sets:
         weight.requires_grad_(True)
     try:
         for batch in sample:
-            for example in examples(batch):
+            for example in examples(batch, sets):
                 _add_example(model, to_device(example, model.device), loss, sets, gates, weights, sums)
     finally:
         for weight in weights:

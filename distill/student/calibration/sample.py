@@ -23,24 +23,25 @@ def real_positions(batch: Batch, side: StackName) -> Tensor | None:
     return None if mask is None else mask.bool()
 
 
-def pad_right(batch: Batch) -> Batch:
+def pad_right(batch: Batch, sets: bool = False) -> Batch:
     """Move each row's real positions to its front.
 
     Models with absolute positions see other positions behind padding on the left. Statistics are of the text alone.
+    With `sets`, labels are of classes [B, V], not of positions, though there may be as many of each.
     """
     moved = dict(batch)
-    for mask, names in _by_mask(batch):
+    for mask, names in _by_mask(batch, sets):
         if bool((mask[:, :-1] < mask[:, 1:]).any()):
             order = (~mask.bool()).int().argsort(dim=-1, stable=True)
             moved |= {name: batch[name].gather(1, order) for name in names}
     return moved
 
 
-def examples(batch: Batch) -> Iterator[Batch]:
-    """Yield each row alone, without its padding (which `pad_right` has moved to the end)."""
+def examples(batch: Batch, sets: bool = False) -> Iterator[Batch]:
+    """Yield each row alone, without its padding (which `pad_right` has moved to the end); `sets` as there."""
     for row in range(row_count(batch)):
         single = {name: tensor[row : row + 1] for name, tensor in batch.items()}
-        for mask, names in list(_by_mask(single)):
+        for mask, names in list(_by_mask(single, sets)):
             single |= {name: single[name][:, : int(mask.sum())] for name in names}
         yield single
 
@@ -62,13 +63,15 @@ def draw_classes(logits: Tensor, seed: int) -> Tensor:
     return chosen.clamp(max=logits.shape[-1] - 1)
 
 
-def _by_mask(batch: Batch) -> Iterator[tuple[Tensor, list[str]]]:
+def _by_mask(batch: Batch, sets: bool) -> Iterator[tuple[Tensor, list[str]]]:
     """Yield each mask with the names of the tensors that have its shape and belong to its side."""
     two_sided = "decoder_input_ids" in batch
     for prefix in ("decoder_", ""):
         mask = batch.get(f"{prefix}attention_mask")
         if mask is None:
             continue
-        same = [name for name, tensor in batch.items() if tensor.shape == mask.shape]
+        same = [
+            name for name, tensor in batch.items() if tensor.shape == mask.shape and not (sets and name == "labels")
+        ]
         of_decoder = [name for name in same if name.startswith("decoder_") or (two_sided and name == "labels")]
         yield mask, of_decoder if prefix else [name for name in same if name not in of_decoder]

@@ -117,6 +117,22 @@ def test_several_targets_of_one_source_are_refused_or_kept(tmp_path):
     assert len(prepared("majority").train) + len(kept.test) == len(kept.train) + len(kept.test) - ("c" in texts)
 
 
+def test_rows_of_a_file_without_a_target_are_counted(tmp_path):
+    symbols_tokenizer(LETTERS).save_pretrained(tmp_path)
+    rows = [{"source": " ".join(pair), "target": "b"} for pair in itertools.product(LETTERS, LETTERS)]
+    for row in rows:
+        if row["source"].startswith(("a", "c")):
+            row["target"] = None if row["source"].startswith("a") else " "
+    write_project(tmp_path, rows, "")
+    spec = Data(source="./data.jsonl", task="seq2seq", max_length=8)
+    task, encoder = bound(tmp_path, symbols_tokenizer(LETTERS), max_length=8)
+    (tmp_path / "made").mkdir()
+    made = prepare(Order(task, spec, encoder.tokenizer, 0, tmp_path), tmp_path / "made")
+    assert len(made.train) + len(made.test) == 48
+    train, test = made.summary["train"], made.summary["test"]
+    assert train["notes"]["rows left out that have no target"] + test["rows"]["unlabelled"] == 16
+
+
 CLASSES = {"bart": {"forced_eos_token_id": 1}, "t5": {}}
 
 
