@@ -6,6 +6,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run without a GPU
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run beside each other, and start processes of their own
 
 import hypothesis

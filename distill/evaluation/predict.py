@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from distill.evaluation.vectors import score_vectors
 from distill.losses import LOGITS, PREDICTION_KINDS
+from distill.losses.align import Positions
 from distill.losses.chunked import chunks
 from distill.models.forward import UNLABELLED, Batch, Capture, Outputs, forward, to_device
 
@@ -81,12 +82,12 @@ def predict(
             parts.append(_vectors(batch, outputs, taught) | (observe(model, outputs, batch) if observe else {}))
             continue
         labels = kind.labels(batch)
-        labelled = (labels != UNLABELLED).nonzero(as_tuple=True)
+        labelled = Positions.of(labels != UNLABELLED)
         sides = [kind.select(each, batch, labelled) for each in (outputs, *taught)]
-        owner = labelled[0].cpu()  # row of the batch that each labelled position belongs to
+        owner = labelled.index.cpu() // labels[0].numel()  # row of the batch that each labelled position belongs to
         totals: dict[str, Tensor] = {}
         for part, logits in chunks(sides):
-            for name, values in score(labels[labelled][part], slice(vocabulary), *logits).items():
+            for name, values in score(labelled.select(labels)[part], slice(vocabulary), *logits).items():
                 exact = torch.float64 if values.is_floating_point() else torch.int64
                 total = totals.setdefault(name, torch.zeros(len(labels), dtype=exact))
                 total.index_add_(0, owner[part], values.cpu().to(exact))

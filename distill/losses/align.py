@@ -41,6 +41,29 @@ class TopK:
         return TopK(self.ids, self.log_probabilities.detach())
 
 
+@dataclass(frozen=True)
+class Positions:
+    """The positions of a mask at which it is true."""
+
+    index: Tensor
+    """int64 [N], rising, into the flattened mask."""
+    axes: int
+    """Of the mask."""
+
+    @classmethod
+    def of(cls, mask: Tensor) -> Positions:
+        """Find the positions of a mask; on a GPU the host waits for them."""
+        return cls(mask.flatten().nonzero().squeeze(-1), mask.ndim)
+
+    def select(self, values: Any) -> Any:
+        """Select [N, ...] from a tensor (or `TopK`) that has the axes of the mask first."""
+        if isinstance(values, TopK):
+            return TopK(self.select(values.ids), self.select(values.log_probabilities))
+        flat = values.flatten(0, self.axes - 1)
+        # As many as there are at all: nothing is copied, nor sent back along an index.
+        return flat if len(flat) == len(self.index) else flat.index_select(0, self.index)
+
+
 def without_autocast(device: torch.device) -> torch.autocast:
     """Open a block whose matrix products autocast leaves in the dtype of their operands.
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from distill.losses.align import widen, without_autocast
+from distill.losses.align import Positions, widen, without_autocast
 from distill.losses.chunked import HeadInput
 from distill.models.forward import UNLABELLED, Batch, Outputs
 
@@ -105,12 +105,12 @@ class PredictionKind:
         function: Callable[[Batch], Tensor] = getattr(self, name)
         return function
 
-    def select(self, outputs: Outputs, batch: Batch, positions: tuple[Tensor, ...] | Tensor) -> Any:
-        """Select the predictions at these positions, indices or a mask: logits [N, V], or what they are made from."""
+    def select(self, outputs: Outputs, batch: Batch, positions: Positions) -> Any:
+        """Select the predictions at these positions: logits [N, V], or what they are made from."""
         if outputs.logits is not None:
-            return self.predictions(outputs.logits, batch)[positions]
+            return positions.select(self.predictions(outputs.logits, batch))
         assert outputs.last is not None and outputs.head is not None
-        return HeadInput(self.predictions(outputs.last, batch)[positions], outputs.head)
+        return HeadInput(positions.select(self.predictions(outputs.last, batch)), outputs.head)
 
 
 def _same(logits: Tensor, _batch: Batch) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.errors import InputError
-from distill.losses.align import TopK
+from distill.losses.align import Positions, TopK
 from distill.losses.hidden import HIDDEN
 from distill.losses.kinds import Mask, PredictionKind
 from distill.losses.logits import LOGITS
@@ -27,9 +27,6 @@ from distill.models.forward import Batch, Outputs, relation_widths
 Loss = Callable[..., Tensor]
 Pair = tuple[int, int]
 """(student layer, teacher layer)"""
-Positions = tuple[Tensor, ...]
-"""Indices of positions: one int64 [N] for each axis of their mask."""
-
 EXAMPLE_POSITIONS = 2
 
 
@@ -37,7 +34,8 @@ class MicroBatch:
     """One micro-batch, the outputs of both models for it, and its valid positions.
 
     Indexing with a mask looks for its positions each time, again in the backward pass, and each time the host waits
-    for the device. Here every mask is looked at once, however many tensors it selects from.
+    for the device. Here every mask is looked at once, however many tensors it selects from, and not at all where its
+    positions came with the batch (`Objective.locate`).
     """
 
     def __init__(
@@ -51,18 +49,21 @@ class MicroBatch:
 
     def positions(self, mask: Mask) -> Positions:
         """Find the positions of a mask."""
+        if (key := located(mask)) in self.batch:
+            axes = self.kind.raw_labels(self.batch).ndim if mask in ("labelled", "predicted") else 2
+            return Positions(self.batch[key], axes)
         function = self.kind.mask(mask)
         if mask == "states" and "learned" not in self.batch:
             function = self.kind.tokens  # often those that predict as well, and then looked at once
         if function not in self._found:
-            self._found[function] = function(self.batch).nonzero(as_tuple=True)
+            self._found[function] = Positions.of(function(self.batch))
         return self._found[function]
 
     @property
     def no_positions(self) -> Positions:
         """Positions of predictions, none of them."""
         labels = self.kind.raw_labels(self.batch)
-        return (labels.new_zeros(0, dtype=torch.int64),) * labels.ndim
+        return Positions(labels.new_zeros(0, dtype=torch.int64), labels.ndim)
 
     @cached_property
     def visible(self) -> Tensor:
@@ -75,6 +76,11 @@ class MicroBatch:
             documents = self.batch["document_ids"]
             visible = visible & (documents[:, None] == documents[:, :, None])
         return visible
+
+
+def located(mask: Mask) -> str:
+    """Name the entry of a batch that has the positions of a mask, int64 [N] into the flattened mask."""
+    return f"{mask}_at"
 
 
 def _example_vectors(draw: Callable[..., Tensor], columns: int) -> tuple[Any, ...]:
@@ -138,7 +144,8 @@ def _compare_logits(loss: Loss, student: Tensor, teacher: Any, _labels: Tensor, 
 
 
 def _compare_states(field: str, loss: Loss, micro: MicroBatch, valid: Positions, pair: Pair) -> Tensor:
-    student, teacher = getattr(micro.student, field)[pair[0]][valid], getattr(micro.teacher, field)[pair[1]][valid]
+    states = getattr(micro.student, field)[pair[0]], getattr(micro.teacher, field)[pair[1]]
+    student, teacher = map(valid.select, states)
     name = projection_name(field, pair)
     if name in micro.projections:
         projection = micro.projections[name]
@@ -149,11 +156,12 @@ def _compare_states(field: str, loss: Loss, micro: MicroBatch, valid: Positions,
 def _compare_attention(field: str, loss: Loss, micro: MicroBatch, valid: Positions, pair: Pair) -> Tensor:
     """Compare at every position, padding included, and select afterwards: a query is compared by all its keys."""
     student, teacher = getattr(micro.student, field)[pair[0]], getattr(micro.teacher, field)[pair[1]]
-    return loss(student, teacher, micro.visible)[valid]
+    values: Tensor = valid.select(loss(student, teacher, micro.visible))
+    return values
 
 
 def _compare_outputs(loss: Loss, micro: MicroBatch, valid: Positions, _pair: Pair) -> Tensor:
-    return loss(micro.student.logits[valid], micro.teacher.logits[valid].detach())
+    return loss(valid.select(micro.student.logits), valid.select(micro.teacher.logits).detach())
 
 
 def _example_attention(draw: Callable[..., Tensor], _columns: int) -> tuple[Any, ...]:

@@ -5,7 +5,9 @@ B examples, L positions, N selected positions, V classes or vocabulary, D hidden
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,10 +15,13 @@ from torch import Tensor, nn
 
 from distill.losses.align import without_autocast
 from distill.losses.chunked import HeadInput, through_heads
-from distill.losses.kinds import PREDICTION_KINDS
-from distill.losses.matches import MicroBatch, projection_name
+from distill.losses.kinds import PREDICTION_KINDS, Mask
+from distill.losses.matches import MicroBatch, located, projection_name
+from distill.losses.precision import choose_precision, estimate_kl
+from distill.losses.slopes import Fastest, Terms
 from distill.losses.terms import Maps, ScheduledTerm, resolve
 from distill.models.forward import Batch, Capture, Outputs
+from distill.models.head import HeadPrecision
 from distill.recipe.schema import Term
 
 
@@ -36,6 +41,7 @@ class Objective:
         vocabulary: int | None = None,
         chunk: int | None = None,
         encoder_maps: Maps | None = None,
+        head_precision: HeadPrecision | None = None,
     ):
         """Resolve every name and parameter, so that a wrong one is found before any work is done.
 
@@ -47,6 +53,7 @@ class Objective:
             vocabulary: number of real classes; what a padded output head has beyond is ignored by logits terms.
             chunk: positions whose logits are there at once; None: as many as suit the device.
             encoder_maps: `maps` for the encoder of an encoder-decoder; None: the models have one stack.
+            head_precision: of the operands of the output heads' products; None: that of the weights or of autocast.
 
         Raises:
             InputError: an unknown loss, a wrong parameter, a key that the term does not use, or a loss of the
@@ -55,6 +62,9 @@ class Objective:
         self.kind = PREDICTION_KINDS[kind]
         self.classes = slice(vocabulary)
         self.chunk = chunk
+        self.head_precision = head_precision
+        """Of the operands of the heads' products; None: that of the weights or of autocast."""
+        self._means = Fastest()
         self._terms = resolve(terms, kind, maps, encoder_maps)
         self._scheduled: tuple[float, list[ScheduledTerm]] = (0.0, [term.at(0.0) for term in self._terms])
         self.projections = nn.ModuleDict()
@@ -70,6 +80,11 @@ class Objective:
                 layers.setdefault(term.match.capture, set()).update(pair[side] for pair in term.pairs)
         fields = {field: sorted(indices) for field, indices in layers.items()}
         return Capture(**fields, stop_at_head=self.kind.vocabulary)
+
+    @property
+    def has_vocabulary(self) -> bool:
+        """True where the predictions are tokens, whose head is part of the loss."""
+        return self.kind.vocabulary
 
     @property
     def names(self) -> list[str]:
@@ -90,6 +105,45 @@ class Objective:
                 nn.init.eye_(linear.weight)
                 nn.init.zeros_(linear.bias)
                 self.projections[projection_name(term.match.capture, pair)] = linear
+
+    def notices(self) -> list[str]:
+        """Take out what people should know about the way in which the loss is computed, each said once."""
+        notices, self._means.notices = self._means.notices, []
+        return notices
+
+    def adapt_head_precision(self, values: Mapping[str, float | None]) -> str | None:
+        """Choose the operands of the heads by how near student and teacher are by now.
+
+        Args:
+            values: mean of each term, by name.
+
+        Returns:
+            A line about it where the choice changes.
+        """
+        terms = [term for term in self._scheduled[1] if term.resolved.match.on_logits]
+        taught = [term for term in terms if term.resolved.match.needs_teacher]
+        nearest: float | None = math.inf
+        for term in taught:
+            value = values[term.resolved.name]
+            if value is None:
+                continue
+            near = estimate_kl(term.named.name, value * term.to_temperature_one, term.named.params)
+            nearest = None if near is None or nearest is None else min(nearest, near)
+        chosen, before = choose_precision(nearest), self.head_precision
+        self.head_precision = chosen
+        if chosen == before:
+            return None
+        distance = "the distance to the teacher is not known" if nearest is None else f"KL to the teacher {nearest:.2g}"
+        return f"operands of the output head: {chosen} ({distance})"
+
+    def locate(self, batch: Batch) -> Batch:
+        """Add the positions of the terms to a batch on the host; on a device the host would have to wait for them."""
+        micro, masks = MicroBatch(self.kind, batch, Outputs(None), None, self.projections), set[Mask]()
+        for term in self._terms:
+            masks.add(term.match.mask)
+        if any(term.match.on_logits and term.match.needs_teacher for term in self._terms):
+            masks.add("predicted")
+        return {**batch, **{located(mask): micro.positions(mask).index for mask in sorted(masks)}}
 
     def counts(self, batches: Iterable[Batch]) -> Tensor:
         """Count the valid positions of each term over all `batches`, int64 [K]; needs no forward pass.
@@ -162,7 +216,7 @@ class Objective:
         with_teacher = any(term.resolved.match.needs_teacher for term in terms)
         # Whatever has a label is predicted, so the positions with predictions are those of both.
         valid = micro.positions("predicted" if with_teacher else "labelled") if terms else micro.no_positions
-        labels = self.kind.labels(micro.batch)[valid]
+        labels = valid.select(self.kind.labels(micro.batch))
 
         def sum_terms(student: Tensor, teacher: Any, labels: Tensor) -> Tensor:
             sums = [term.total(student, teacher, labels, self.classes) for term in terms]
@@ -172,13 +226,23 @@ class Objective:
             factor = torch.stack(list(factors)) if terms else labels.new_zeros(0, dtype=torch.float32)
             student = self.kind.select(micro.student, micro.batch, valid)
             teacher = self.kind.select(micro.teacher, micro.batch, valid) if with_teacher else None
+            student, teacher = (self._in_head_precision(side) for side in (student, teacher))
             if not isinstance(student, HeadInput):
                 if isinstance(teacher, HeadInput):
                     teacher = teacher.head(teacher.rows)
                 sums = sum_terms(student, None if teacher is None else teacher.detach(), labels)
                 return (factor * sums).sum(), sums.detach()
         # Outside of the block, as on a GPU autocast says in which dtype the heads take their operands.
-        return through_heads(student, teacher, labels, sum_terms, factor, self.chunk)
+        key = [(id(term.resolved.function), term.scale, str(term.named.params)) for term in terms]
+        fixed = not any(term.changes for term in terms)
+        named = [term.named for term in terms]
+        made = Terms(sum_terms, named, self.classes.stop, (tuple(key), self.classes.stop) if fixed else None)
+        return through_heads(student, teacher, labels, made, factor, self.chunk, self._means)
+
+    def _in_head_precision(self, side: Any) -> Any:
+        if not isinstance(side, HeadInput) or self.head_precision is None:
+            return side
+        return replace(side, head=replace(side.head, precision=self.head_precision))
 
 
 def label_loss(kind: str) -> Callable[[Tensor, Batch], tuple[Tensor, int]]:

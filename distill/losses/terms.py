@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from distill.errors import InputError
-from distill.losses.kinds import PREDICTION_KINDS, PredictionKind
+from distill.losses.kinds import PREDICTION_KINDS, PredictionKind, cross_entropy
+from distill.losses.logits import LOGITS
 from distill.losses.mapping import LayerMap, Policy
 from distill.losses.matches import EXAMPLE_POSITIONS, MATCHES, Loss, Match, Pair
+from distill.losses.slopes import CROSS_ENTROPY, NamedTerm
 from distill.recipe.schema import Schedule, Term
 from distill.recipe.terms import TERM_KEYS, Stack
 from distill.registry import bind, find, is_reference
@@ -36,6 +38,24 @@ class ScheduledTerm:
     """Temperature², or 1."""
     loss: Loss
     """With temperature and parameters filled in."""
+
+    @property
+    def named(self) -> NamedTerm:
+        """The same by name, for those who compute it by other means; "" where the function is the user's own."""
+        known = {CROSS_ENTROPY: cross_entropy, **LOGITS}
+        name = next((name for name, each in known.items() if each is self.resolved.function), "")
+        return NamedTerm(name, self.scale, self.loss.keywords)  # type: ignore[attr-defined]
+
+    @property
+    def to_temperature_one(self) -> float:
+        """Factor that brings its values to temperature 1; near the teacher they fall as 1 / temperature²."""
+        return float(self.named.params.get("temperature", 1.0)) ** 2 / self.scale
+
+    @property
+    def changes(self) -> bool:
+        """True where more than the weight follows a schedule."""
+        schedule = self.resolved.spec.schedule
+        return schedule is not None and bool(schedule.params or schedule.temperature is not None)
 
     def total(self, *compared: Any) -> Tensor:
         """Sum the values of the loss over positions, times `scale`; `compared` is what the match's `values` takes.

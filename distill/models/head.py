@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+HeadPrecision = Literal["bf16", "tf32", "fp32"]
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,10 @@ class OutputHead:
     """b [V]."""
     scale: float = 1.0
     cap: float | None = None
+    precision: HeadPrecision | None = None
+    """Precision of the operands of products with W; None: that of the weights or of autocast on a GPU, else fp32."""
     from_bf16: bool = False
-    """True for a widened head (`operands`) whose weights and rows were bf16."""
+    """True for a widened head (`operands`) whose weights and rows were bf16 or are to be rounded to it."""
 
     @property
     def wide(self) -> torch.dtype:
@@ -48,43 +52,58 @@ class OutputHead:
         kind = self.wide
         if rows.device.type == "cuda":
             kind = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else self.weight.dtype
+            kind = {"bf16": torch.bfloat16, None: kind}.get(self.precision, self.wide)
         kind = self.wide if kind == torch.float16 else kind
         bias = None if self.bias is None else self.bias.detach().to(self.wide)
-        short = kind == torch.float32 and rows.dtype == self.weight.dtype == torch.bfloat16
-        head = replace(self, weight=self.weight.detach().to(kind), bias=bias, from_bf16=short)
-        return head, rows.detach().to(kind)
+        weight, rows = self.weight.detach(), rows.detach()
+        short = kind == torch.float32 and rows.dtype == weight.dtype == torch.bfloat16
+        if self.precision == "bf16" and kind == torch.float32:
+            short, weight, rows = True, weight.bfloat16(), rows.bfloat16()
+        return replace(self, weight=weight.to(kind), bias=bias, from_bf16=short), rows.to(kind)
 
     def logits(self, rows: Tensor, out: Tensor) -> Tensor:
         """The logits of `rows` [N, D] (self and rows from `operands`), written into `out` [N, V], without gradient."""
-        if rows.dtype != out.dtype:
-            torch.mm(rows, self.weight.T, out_dtype=out.dtype, out=out)
-            out.mul_(self.scale)
-            out.add_(0.0 if self.bias is None else self.bias)
-        else:
-            with _products_of_bf16() if self.from_bf16 else nullcontext():
+        with products("bf16" if self.from_bf16 else self.precision, rows.device):
+            if rows.dtype != out.dtype:
+                torch.mm(rows, self.weight.T, out_dtype=out.dtype, out=out)
+                # Each of these is one more pass over the logits.
+                if self.scale != 1:
+                    out.mul_(self.scale)
+                if self.bias is not None:
+                    out.add_(self.bias)
+            else:
                 beta, start = (0, out) if self.bias is None else (1, self.bias)
                 torch.addmm(start, rows, self.weight.T, beta=beta, alpha=self.scale, out=out)
         return out if self.cap is None else out.div_(self.cap).tanh_().mul_(self.cap)
 
-    def capped(self, linear: Tensor) -> Tensor:
-        """The logits of z, with gradient."""
-        return linear if self.cap is None else self.cap * torch.tanh(linear / self.cap)
-
     def __call__(self, rows: Tensor) -> Tensor:
         """Compute all logits [..., V] at once, with gradient: the reference of the chunked loss."""
         logits = self.scale * nn.functional.linear(rows.to(self.wide), self.weight.to(self.wide))
-        return self.capped(logits if self.bias is None else logits + self.bias)
+        return soft_cap(logits if self.bias is None else logits + self.bias, self.cap)
+
+
+def soft_cap(logits: Tensor, cap: float | None) -> Tensor:
+    """Bound logits smoothly to ±cap, with gradient."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 @contextmanager
-def _products_of_bf16() -> Iterator[None]:
-    """During the block, fp32 products on a CPU may take their operands as bf16; sums and results stay fp32.
+def products(precision: HeadPrecision | None, device: torch.device) -> Iterator[None]:
+    """During the block, fp32 products take their operands in this precision; sums and results stay fp32.
 
-    For operands that were bf16 before, that is exact and more than twice as fast.
+    Args:
+        precision: `tf32` is known to GPUs; a CPU may round to `bf16`, which for operands that were bf16 before is exact
+            and more than twice as fast; None: as torch is set.
+        device: Of the operands.
     """
-    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    on_gpu = device.type == "cuda"
+    wanted = {"tf32": "tf32", "fp32": "ieee"} if on_gpu else {"bf16": "bf16"}
+    if precision not in wanted:
+        yield
+        return
+    setting: Any = torch.backends.cuda.matmul if on_gpu else torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = setting.fp32_precision
-    setting.fp32_precision = "bf16"
+    setting.fp32_precision = wanted[precision]
     try:
         yield
     finally:

@@ -205,6 +205,7 @@ def check(session: Session) -> None:
             deal_out(spec, key)
             if spec.precision == "fp16" and state.device.type == "cpu":
                 raise InputError(f"{key}.precision: fp16 needs a GPU; use bf16 or fp32")
+            _check_head_precision(spec, key, task.head)
     check_trackers(recipe.training.trackers)
     if recipe.training.keep_best not in (None, *task.metrics):  # of a task of the user's own
         raise InputError(f"training.keep_best: {recipe.training.keep_best} is not one of {', '.join(task.metrics)}")
@@ -214,6 +215,13 @@ def check(session: Session) -> None:
         raise InputError("teacher.dtype: int8 needs a GPU; use bf16")
     if recipe.teacher.device == "sharded" and state.num_processes == 1:
         raise InputError("teacher.device: sharded spreads the teacher over several processes, and there is one")
+
+
+def _check_head_precision(spec: Optimization, key: str, head: str) -> None:
+    if spec.head_precision == "tf32" and process_state().device.type == "cpu":
+        raise InputError(f"{key}.head_precision: tf32 needs a GPU; use bf16 or fp32")
+    if spec.head_precision != "auto" and not PREDICTION_KINDS[head].vocabulary:
+        raise InputError(f"{key}.head_precision: is for language models; a head of classes is always fp32; remove it")
 
 
 def try_terms(recipe: Recipe, head: str) -> None:

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 
 from distill.errors import InputError, RunError
 from distill.files import fsync_folder, sha256_of, write_text
+from distill.models.head import HeadPrecision
 from distill.ranks import process_state
 from distill.recipe.load import fingerprint
 from distill.training.provenance import changed_keys, describe_changes
@@ -63,6 +64,8 @@ class TrainState:
     """Step of the last evaluation."""
     best: float | None = None
     """Best value of the metric of `keep_best` so far."""
+    head_precision: HeadPrecision | None = None
+    """Precision of the output head's operands, where it follows the training."""
     numbers: Numbers = field(default_factory=dict)
     """Plain numbers of the optimizer and the loss scale, when it was saved."""
 

@@ -98,6 +98,8 @@ def train(
     if found is not None:
         say(f"{job.title}: continuing after step {state.step} of {steps} ({found.name})")
     _set_micro_batches(state, batches.micro_batch_size, job, student, say)
+    fixed = job.spec.head_precision
+    objective.head_precision = state.head_precision if fixed == "auto" else fixed
     step = Step(learner, teacher, job.seed, steps, job.folder / MICRO_BATCHES, say)
     watchdog = Watchdog(say, active=accelerator.num_processes > 1)
     with (
@@ -153,6 +155,8 @@ class _Run:
             with self.watchdog.over("step"):
                 rate = self._set_rate()
                 stopping |= self.step(numbered, state, window, self.stop.requested)
+            for line in self.learner.wrapper.objective.notices():
+                self.say(f"{job.title}: {line}")
             state.step += 1
             state.examples += self.batches.batch_size
             self.tracker.advance(state.step)
@@ -214,11 +218,21 @@ class _Run:
             "tokens": state.tokens,
         }
         self.tracker.record(record)
+        self._adapt_head_precision(figures["terms"])
         if in_a_row >= min(job.spec.max_skipped, self.steps):
             raise RunError(
                 f"{job.title}: the last {in_a_row} steps up to step {state.step} were left out, their loss or "
                 f"gradient is not finite; {self.checkpoints.last_good()}. Lower lr, or check the teacher and the data"
             )
+
+    def _adapt_head_precision(self, terms: Mapping[str, float | None]) -> None:
+        """Let `auto` follow the means of the last window, which are the same on every rank."""
+        spec, objective = self.job.spec, self.learner.wrapper.objective
+        on_gpu = self.learner.accelerator.device.type == "cuda"
+        if on_gpu and spec.precision == "bf16" and spec.head_precision == "auto" and objective.has_vocabulary:
+            if line := objective.adapt_head_precision(terms):
+                self.say(f"{self.job.title}: after step {self.state.step} {line}")
+            self.state.head_precision = objective.head_precision
 
     def measure(self) -> bool:
         """Evaluate and record where due; returns True, with nothing recorded, where a rank was asked to stop."""

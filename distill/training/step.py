@@ -129,7 +129,8 @@ class Step:
         progress = step / max(1, self.steps - 1)
         loss, sums = torch.zeros((), device=accelerator.device), torch.zeros(len(counts), device=accelerator.device)
         for number, cpu_batch in micro:
-            batch = to_device(cpu_batch, accelerator.device)
+            # Positions are found on the host, which would have to wait for the device otherwise.
+            batch = to_device(learner.wrapper.objective.locate(cpu_batch), accelerator.device)
             torch.manual_seed(seed_of(self.seed, step, *number))
             with accelerator.accumulate(learner.model):
                 share, per_term = learner.model(batch, self.teacher(batch) if self.teacher else None, counts, progress)

@@ -43,3 +43,16 @@ def test_each_mask_is_looked_at_once_and_not_in_the_backward_pass(head, terms, e
     with Waits() as waits:
         objective(student, teacher, batch, counts)[0].backward()
     assert waits.count == expected
+
+
+@pytest.mark.parametrize("head", ["sequence", "next_token"])
+def test_nobody_waits_for_positions_that_came_with_the_batch(head):
+    student, teacher, batch = sample(head)
+    objective = Objective([*TERMS, Term(match="hidden", map=[(0, 1)])], head, maps)
+    plain = objective(student, teacher, batch, objective.counts([batch]))
+    located, counts = objective.locate(batch), objective.counts([batch])
+    with Waits() as waits:
+        found = objective(student, teacher, located, counts)
+        found[0].backward()
+    assert waits.count == 0 and set(batch) < set(located)
+    assert all(torch.equal(*pair) for pair in zip(found, plain, strict=True))
