@@ -17,6 +17,7 @@ from torch import Tensor
 from distill.errors import RunError
 from distill.models.forward import Batch, Outputs, row_count, to_device, token_count
 from distill.training.checkpoint import TrainState
+from distill.training.compiled import CompiledLayers, first_line
 from distill.training.learner import Learner
 
 Teacher = Callable[[Batch], Outputs]
@@ -64,7 +65,10 @@ class Step:
     """Length of the training."""
     request: Path
     """File in which a rank that ran out of memory asks the next start for smaller micro-batches."""
+    compiled: CompiledLayers
     say: Callable[[str], None]
+    tried: bool = False
+    """All ranks have run the compiled layers once, or there is only one rank."""
 
     def __call__(self, numbered: Sequence[tuple[int, Batch]], state: TrainState, window: Window, stop: bool) -> bool:
         """Take one step; returns True where any rank was asked to stop. Collective.
@@ -83,14 +87,43 @@ class Step:
         counts = learner.wrapper.objective.counts(own)
         # The stop flag rides on the count's all-reduce, so that all ranks leave at the same step.
         extra = torch.tensor([sum(map(token_count, own)), int(stop)])
-        totals = accelerator.reduce(torch.cat([counts, extra]).to(accelerator.device), "sum")
+        totals = accelerator.reduce(self._moved({"": torch.cat([counts, extra])})[""], "sum")
         counts, tokens, stopped = totals[:-2], totals[-2], _AsyncScalar(totals[-1])
+        if not self.tried and accelerator.num_processes > 1:
+            self._try_compiled(own[0], counts)
+        self.tried = True
         loss, sums = self._until_it_fits(numbered, counts, state)
         norm, bad = learner.step(state.step + 1, loss)
         window.add(loss, sums, counts, norm, bad)
         window.tokens += tokens
         # With one rank the local flag says it all, and the device is not waited for.
         return bool(stopped.item()) if accelerator.num_processes > 1 else stop
+
+    def _moved(self, batch: Batch) -> Batch:
+        """Move a batch to the device; the host does not wait for that."""
+        device = self.learner.accelerator.device
+        if device.type == "cuda":  # a copy from other memory waits for all that the device has to do
+            batch = {name: each if each.is_pinned() else each.pin_memory() for name, each in batch.items()}
+        return to_device(batch, device)
+
+    def _try_compiled(self, cpu_batch: Batch, counts: Tensor) -> None:
+        """Run compiled layers once beside the wrapper that talks to other ranks: all give them up where one has to.
+
+        A rank that found out later would leave the others waiting for its gradient. Collective.
+        """
+        compiled, learner, error = self.compiled, self.learner, None
+        if not compiled.layers:
+            return
+        try:
+            batch = self._moved(cpu_batch)
+            share, _ = learner.wrapper(batch, self.teacher(batch) if self.teacher else None, counts, 0.0)
+            share.backward()
+        except compiled.failures as failure:
+            error = failure
+        learner.prepared.zero_grad()
+        failed = torch.tensor([int(error is not None)], device=learner.accelerator.device)
+        if learner.accelerator.reduce(failed, "sum").item():
+            compiled.give_up(error)
 
     def _until_it_fits(
         self, numbered: Sequence[tuple[int, Batch]], counts: Tensor, state: TrainState
@@ -100,25 +133,39 @@ class Step:
                 return self._gradients(list(_split(numbered, 2**state.micro_batch_halvings)), counts, state.step)
             except torch.OutOfMemoryError as error:
                 self.learner.prepared.zero_grad()
-                largest = math.ceil(max(row_count(batch) for _, batch in numbered) / 2**state.micro_batch_halvings)
-                state.micro_batch_halvings += 1
-                if largest < 2:
-                    raise RunError(f"out of memory with a single example in step {state.step + 1}: {error}") from error
+                largest = self._halve(numbered, state, error)
+            except self.compiled.failures as error:
+                self.learner.prepared.zero_grad()
                 if self.learner.accelerator.num_processes > 1:
-                    # The others wait in a collective operation for gradients that this rank cannot give.
-                    asked = [state.micro_batch_size, state.micro_batch_halvings]
-                    self.request.parent.mkdir(parents=True, exist_ok=True)
-                    self.request.write_text(json.dumps(asked), encoding="utf-8")
                     raise RunError(
-                        f"out of memory in step {state.step + 1} with micro-batches of up to {largest} examples, and "
-                        f"the other ranks cannot wait: give the same command again; it halves them from the start"
+                        f"the layers cannot be compiled in step {state.step + 1} ({first_line(error)}), and the other "
+                        f"ranks cannot wait: give the same command again with compile: false"
                     ) from error
+                self.compiled.give_up(error)
+                continue
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             self.say(
                 f"OUT OF MEMORY in step {state.step + 1}: micro-batches of up to {largest} examples are halved from "
                 f"here on; the batch of a step stays what it is"
             )
+
+    def _halve(self, numbered: Sequence[tuple[int, Batch]], state: TrainState, error: Exception) -> int:
+        """Halve micro-batches from here on; returns how many examples the largest had. Raises RunError."""
+        largest: int = math.ceil(max(row_count(batch) for _, batch in numbered) / 2**state.micro_batch_halvings)
+        state.micro_batch_halvings += 1
+        if largest < 2:
+            raise RunError(f"out of memory with a single example in step {state.step + 1}: {error}") from error
+        if self.learner.accelerator.num_processes > 1:
+            # The others wait in a collective operation for gradients that this rank cannot give.
+            asked = [state.micro_batch_size, state.micro_batch_halvings]
+            self.request.parent.mkdir(parents=True, exist_ok=True)
+            self.request.write_text(json.dumps(asked), encoding="utf-8")
+            raise RunError(
+                f"out of memory in step {state.step + 1} with micro-batches of up to {largest} examples, and "
+                f"the other ranks cannot wait: give the same command again; it halves them from the start"
+            ) from error
+        return largest
 
     def _gradients(
         self, micro: Sequence[tuple[tuple[int, ...], Batch]], counts: Tensor, step: int
@@ -129,7 +176,7 @@ class Step:
         progress = step / max(1, self.steps - 1)
         loss, sums = torch.zeros((), device=accelerator.device), torch.zeros(len(counts), device=accelerator.device)
         for number, cpu_batch in micro:
-            batch = to_device(cpu_batch, accelerator.device)
+            batch = self._moved(cpu_batch)
             torch.manual_seed(seed_of(self.seed, step, *number))
             with accelerator.accumulate(learner.model):
                 share, per_term = learner.model(batch, self.teacher(batch) if self.teacher else None, counts, progress)
