@@ -2,8 +2,8 @@
 
 Layers share what is compiled: torch keeps it by code object, which transformers has one of for all layers, and takes it
 again for every layer of the same class and shapes, so that the first step waits for one layer of each shape. Only the
-forward of a layer is compiled and not the module, so hooks on layers, DDP and FSDP stay outside of the graph. The second
-length that comes makes the lengths symbols: no later one is compiled for.
+forward of a layer is compiled and not the module, so hooks on layers, DDP and FSDP stay outside of the graph. With the
+second length that comes lengths become symbols: no later one is compiled for.
 """
 
 from __future__ import annotations
