@@ -139,7 +139,7 @@ def forward(model: Any, batch: Batch, wanted: Capture) -> Outputs:
     head = output_head(model) if wanted.stop_at_head else None
     # With a cache transformers would not look for packed documents either.
     inputs = {**model_inputs(with_decoder_inputs(model, batch)), **without_cache(model)}
-    with capture(model, wanted) as found, padding_known(batch):
+    with capture(model, wanted) as found, padding_known(batch, inputs):
         if head is None:
             with widen_class_logits(model):
                 output = model(**inputs)

@@ -6,14 +6,14 @@ rows hold several documents. On an accelerator the host would wait for both, at 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import masking_utils
+from transformers import PreTrainedModel, masking_utils
 
 PADDED, UNPADDED = "padded", "unpadded"
 """Entries of a batch in which the host has seen that something is padding, or that nothing is; with neither, nobody has
@@ -32,28 +32,36 @@ def mark_padding(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def padding_known(batch: dict[str, Tensor]) -> Iterator[None]:
+def padding_known(batch: dict[str, Tensor], inputs: Mapping[str, Any]) -> Iterator[None]:
     """Answer transformers' questions about a marked batch during the block, instead of reading values on the device.
 
-    Rows hold several documents where the batch has `position_ids`, and a mask hides something where the batch is
-    marked as padded. Versions of transformers without these functions ask the device as ever.
+    Rows hold several documents where a model gets `position_ids`, and a mask that it gets hides something. Versions of
+    transformers without these functions ask the device as ever.
+
+    Args:
+        batch: With or without a mark.
+        inputs: What the model gets of it.
     """
     if PADDED not in batch and UNPADDED not in batch:
         yield
         return
-    answers: dict[str, Any] = {"find_packed_sequence_indices": _documents if "position_ids" in batch else _no_documents}
-    if PADDED in batch and batch[PADDED].device.type not in READS_AT_ONCE:
+    answers: dict[tuple[Any, str], Any] = {
+        (masking_utils, "find_packed_sequence_indices"): _documents if "position_ids" in inputs else _nothing,
+        # Without a mask it would look for padding, to warn of it.
+        (PreTrainedModel, "warn_if_padding_and_no_attention_mask"): _nothing,
+    }
+    masked = "attention_mask" in inputs or "decoder_attention_mask" in inputs
+    if masked and next(iter(batch.values())).device.type not in READS_AT_ONCE:
         for name in ("_ignore_causal_mask_sdpa", "_ignore_bidirectional_mask_sdpa"):
-            if plain := getattr(masking_utils, name, None):
-                answers[name] = partial(_only_without_mask, plain)
-    plain_ones = {name: getattr(masking_utils, name) for name in answers if hasattr(masking_utils, name)}
+            answers[masking_utils, name] = partial(_only_without_mask, getattr(masking_utils, name, None))
+    plain = {(owner, name): getattr(owner, name) for owner, name in answers if hasattr(owner, name)}
     try:
-        for name in plain_ones:
-            setattr(masking_utils, name, answers[name])
+        for owner, name in plain:
+            setattr(owner, name, answers[owner, name])
         yield
     finally:
-        for name, plain in plain_ones.items():
-            setattr(masking_utils, name, plain)
+        for (owner, name), function in plain.items():
+            setattr(owner, name, function)
 
 
 def _documents(position_ids: Tensor) -> Tensor:
@@ -61,9 +69,9 @@ def _documents(position_ids: Tensor) -> Tensor:
     return (torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1).cumsum(-1)
 
 
-def _no_documents(_position_ids: Tensor) -> None:
+def _nothing(*_args: Any) -> None:
     return None
 
 
-def _only_without_mask(plain: Callable[..., bool], padding_mask: Tensor | None, *args: Any, **named: Any) -> bool:
-    return padding_mask is None and plain(padding_mask, *args, **named)
+def _only_without_mask(plain: Any, padding_mask: Tensor | None, *args: Any, **named: Any) -> bool:
+    return padding_mask is None and bool(plain(padding_mask, *args, **named))

@@ -60,12 +60,12 @@ class CompiledLayers:
     def give_up(self, error: Exception | None) -> None:
         """Go on with plain layers, and say why; without an error another rank had one."""
         self.remove()
-        self.say(f"{self.title}: the layers run as they are, they cannot be compiled: {first_line(error)}")
+        self.say(f"{self.title}: the layers run as they are, they cannot be compiled: {in_short(error)}")
 
 
-def first_line(error: Exception | None) -> str:
-    """Shorten what the compiler says."""
-    return str(error).strip().partition("\n")[0] if error else "another rank failed"
+def in_short(error: Exception | None) -> str:
+    """Shorten what the compiler says: who raised, and the first line of it."""
+    return " ".join(str(error).split("\n")[:2]).strip() if error else "another rank failed"
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from torch import Tensor
 from distill.errors import RunError
 from distill.models.forward import Batch, Outputs, row_count, to_device, token_count
 from distill.training.checkpoint import TrainState
-from distill.training.compiled import CompiledLayers, first_line
+from distill.training.compiled import CompiledLayers, in_short
 from distill.training.learner import Learner
 
 Teacher = Callable[[Batch], Outputs]
@@ -138,7 +138,7 @@ class Step:
                 self.learner.prepared.zero_grad()
                 if self.learner.accelerator.num_processes > 1:
                     raise RunError(
-                        f"the layers cannot be compiled in step {state.step + 1} ({first_line(error)}), and the other "
+                        f"the layers cannot be compiled in step {state.step + 1} ({in_short(error)}), and the other "
                         f"ranks cannot wait: give the same command again with compile: false"
                     ) from error
                 self.compiled.give_up(error)
