@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from distill.losses import Objective
 
 BACKEND = "inductor"
+COMPILERS = ("torch._dynamo", "torch._inductor", "triton")
+"""Where the classes of a compiler's errors are."""
 KINDS_OF_CALL = 16
 """Versions of a layer at most: with gradient and without, in training and evaluation, of one length and of any, with a
 mask and without; rounded up, as torch goes back to plain layers without a word where there are more."""
@@ -37,8 +39,6 @@ class CompiledLayers:
     title: str
     say: Callable[[str], None]
     layers: list[nn.Module] = field(default_factory=list)
-    failures: tuple[type[Exception], ...] = ()
-    """What is raised where a layer cannot be compiled."""
 
     def compile(self, layers: Sequence[nn.Module]) -> None:
         """Compile layers when they first run."""
@@ -49,13 +49,17 @@ class CompiledLayers:
                 shared[plain] = torch.compile(plain, backend=BACKEND)
             layer.forward = MethodType(shared[plain], layer)
         self.layers = list(layers)
-        self.failures = (torch._dynamo.exc.TorchDynamoException,)
 
     def remove(self) -> None:
         """Give the layers their own forward back."""
         for layer in self.layers:
             vars(layer).pop("forward", None)
-        self.layers, self.failures = [], ()
+        self.layers = []
+
+    def caused(self, error: Exception) -> bool:
+        """Tell whether an error comes from compiling layers, or from what was compiled."""
+        by_compiler = type(error).__module__.startswith(COMPILERS)
+        return bool(self.layers) and (by_compiler or isinstance(error, torch._dynamo.exc.TorchDynamoException))
 
     def give_up(self, error: Exception | None) -> None:
         """Go on with plain layers, and say why; without an error another rank had one."""

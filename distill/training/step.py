@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from torch import Tensor
 
 from distill.errors import RunError
@@ -87,7 +87,7 @@ class Step:
         counts = learner.wrapper.objective.counts(own)
         # The stop flag rides on the count's all-reduce, so that all ranks leave at the same step.
         extra = torch.tensor([sum(map(token_count, own)), int(stop)])
-        totals = accelerator.reduce(self._moved({"": torch.cat([counts, extra])})[""], "sum")
+        totals = accelerator.reduce(_moved(torch.cat([counts, extra]), accelerator.device), "sum")
         counts, tokens, stopped = totals[:-2], totals[-2], _AsyncScalar(totals[-1])
         if not self.tried and accelerator.num_processes > 1:
             self._try_compiled(own[0], counts)
@@ -99,26 +99,21 @@ class Step:
         # With one rank the local flag says it all, and the device is not waited for.
         return bool(stopped.item()) if accelerator.num_processes > 1 else stop
 
-    def _moved(self, batch: Batch) -> Batch:
-        """Move a batch to the device; the host does not wait for that."""
-        device = self.learner.accelerator.device
-        if device.type == "cuda":  # a copy from other memory waits for all that the device has to do
-            batch = {name: each if each.is_pinned() else each.pin_memory() for name, each in batch.items()}
-        return to_device(batch, device)
-
     def _try_compiled(self, cpu_batch: Batch, counts: Tensor) -> None:
         """Run compiled layers once beside the wrapper that talks to other ranks: all give them up where one has to.
 
         A rank that found out later would leave the others waiting for its gradient. Collective.
         """
         compiled, learner, error = self.compiled, self.learner, None
-        if not compiled.layers:
-            return
+        if not compiled.layers or learner.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            return  # DeepSpeed's engine has a backward pass of its own
         try:
-            batch = self._moved(cpu_batch)
+            batch = _batch_on(cpu_batch, learner.accelerator.device)
             share, _ = learner.wrapper(batch, self.teacher(batch) if self.teacher else None, counts, 0.0)
             share.backward()
-        except compiled.failures as failure:
+        except Exception as failure:
+            if not compiled.caused(failure):
+                raise
             error = failure
         learner.prepared.zero_grad()
         failed = torch.tensor([int(error is not None)], device=learner.accelerator.device)
@@ -134,7 +129,9 @@ class Step:
             except torch.OutOfMemoryError as error:
                 self.learner.prepared.zero_grad()
                 largest = self._halve(numbered, state, error)
-            except self.compiled.failures as error:
+            except Exception as error:
+                if not self.compiled.caused(error):
+                    raise
                 self.learner.prepared.zero_grad()
                 if self.learner.accelerator.num_processes > 1:
                     raise RunError(
@@ -176,7 +173,7 @@ class Step:
         progress = step / max(1, self.steps - 1)
         loss, sums = torch.zeros((), device=accelerator.device), torch.zeros(len(counts), device=accelerator.device)
         for number, cpu_batch in micro:
-            batch = self._moved(cpu_batch)
+            batch = _batch_on(cpu_batch, accelerator.device)
             torch.manual_seed(seed_of(self.seed, step, *number))
             with accelerator.accumulate(learner.model):
                 share, per_term = learner.model(batch, self.teacher(batch) if self.teacher else None, counts, progress)
@@ -184,6 +181,16 @@ class Step:
             loss += share.detach()
             sums += per_term
         return accelerator.reduce(loss, "sum"), sums
+
+
+def _batch_on(batch: Batch, device: torch.device) -> Batch:
+    return {name: _moved(tensor, device) for name, tensor in batch.items()}
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """Move a tensor from the host; a copy out of memory that is not pinned would wait for all that a GPU has to do."""
+    pinned = tensor.pin_memory() if device.type == "cuda" and not tensor.is_pinned() else tensor
+    return to_device(pinned, device)
 
 
 class _AsyncScalar:
