@@ -6,22 +6,29 @@ does not depend on how many processes share the work.
 
 from __future__ import annotations
 
+import math
 import signal
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
 from distill.data.corpus import Corpus, Examples
-from distill.data.tasks.task import Seeds
+from distill.data.tasks.task import Ragged, Seeds, fitting_size
 from distill.models.forward import Batch, Outputs
+from distill.models.padding import mark_padding
 
 WORKER_TIMEOUT = 45
 """Seconds after which a loader worker that gives no batch is taken for dead."""
+AHEAD = 2
+"""Steps whose batches are ready before a GPU asks for them."""
+T = TypeVar("T")
 
 
 def step_indices(pool: Sequence[int], batch_size: int, seed: int, step: int) -> list[int]:
@@ -50,9 +57,32 @@ def micro_batches(indices: Sequence[int], lengths: np.ndarray, size: int) -> lis
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
-def collate(corpus: Corpus, examples: Examples, indices: Sequence[int], seeds: Seeds | None = None) -> Batch:
-    """Make a batch of some examples, as their task does it; without `seeds` always the same one."""
-    given = {**examples.take(indices), **corpus.constants}
+def padded_sizes(longest: int) -> tuple[int, ...]:
+    """List up to 16 lengths, multiples of 8 and `longest`: what rows are padded to where each other length costs."""
+    step = 8 * math.ceil(longest / 128)
+    return (*range(step, longest, step), longest)
+
+
+def collate(
+    corpus: Corpus,
+    examples: Examples,
+    indices: Sequence[int],
+    seeds: Seeds | None = None,
+    sizes: tuple[int, ...] = (),
+) -> Batch:
+    """Make a batch of some examples, as their task does it.
+
+    Args:
+        corpus: Knows the task.
+        examples: Of one of its splits.
+        indices: Which ones.
+        seeds: Of each example, for what is drawn at random; None: always the same.
+        sizes: Lengths that rows are padded to; (): the longest of them.
+    """
+    taken = examples.take(indices)
+    if sizes:
+        taken = {name: replace(own, sizes=sizes) if isinstance(own, Ragged) else own for name, own in taken.items()}
+    given = {**taken, **corpus.constants}
     return corpus.task.collate(given, corpus.padding, seeds or [(int(index),) for index in indices])
 
 
@@ -66,6 +96,25 @@ class TrainingBatches:
     batch_size: int
     micro_batch_size: int
     seed: int
+    max_length: int | None = None
+    """Tokens that a text may have; None: those of the longest example."""
+    sizes: tuple[int, ...] = ()
+    """Lengths that rows are padded to; (): each micro-batch to the longest of its own."""
+
+    def in_sizes(self) -> TrainingBatches:
+        """Pad rows to a few lengths only, since whatever is compiled is compiled for each."""
+        longest = int(self.corpus.train.lengths.max())
+        return replace(self, sizes=padded_sizes(min(longest, self.max_length or longest)))
+
+    def padding_added(self, steps: int) -> float:
+        """Compute the share of positions that `sizes` add to those of as many steps from the first on."""
+        plain = padded = 0
+        for _, groups in self._groups(0, steps):
+            for group in groups:
+                longest = int(self.corpus.train.lengths[group].max())
+                plain += len(group) * longest
+                padded += len(group) * fitting_size(longest, self.sizes)
+        return padded / plain - 1
 
     def micro_batches_per_step(self) -> int:
         """Count the forward passes per optimizer step over all ranks."""
@@ -88,7 +137,13 @@ class TrainingBatches:
         return step * self.batch_size / len(self.pool)
 
     def stream(
-        self, start: int, stop: int, rank: int, world: int, workers: int = 0
+        self,
+        start: int,
+        stop: int,
+        rank: int,
+        world: int,
+        workers: int = 0,
+        device: torch.device | None = None,
     ) -> Iterator[list[tuple[int, Batch]]]:
         """Yield, for each step in [start, stop), this rank's micro-batches, each with its number within the step.
 
@@ -98,25 +153,54 @@ class TrainingBatches:
             rank: This process's number.
             world: How many processes share a step.
             workers: Processes that prepare batches; 0: this one does.
+            device: Where they go. For a GPU a thread has them ready in pinned memory, from which copies go on behind
+                the host's back; the batches are the same.
         """
         numbers = range(rank, self.micro_batches_per_step(), world)
         loader: DataLoader[Batch] = DataLoader(
-            _TrainingSet(self.corpus, self.seed),  # type: ignore[arg-type]
+            _TrainingSet(self.corpus, self.seed, self.sizes),  # type: ignore[arg-type]
             batch_sampler=self._indices(start, stop, numbers),
             collate_fn=_identity,
             num_workers=workers,
             timeout=WORKER_TIMEOUT if workers else 0,
             worker_init_fn=_ignore_signals if workers else None,
         )
-        batches = iter(loader)
-        for _ in range(start, stop):
-            yield [(number, next(batches)) for number in numbers]
+        batches = iter(loader)  # here and not in the thread: torch tells only the main one that a worker died
+        steps = ([(number, next(batches)) for number in numbers] for _ in range(start, stop))
+        if device is None or device.type != "cuda":
+            yield from steps
+        else:
+            yield from ahead(steps, _pinned)
 
-    def _indices(self, start: int, stop: int, numbers: range) -> Iterator[list[tuple[int, int]]]:
+    def _groups(self, start: int, stop: int) -> Iterator[tuple[int, list[list[int]]]]:
+        """Yield each step with the examples of its micro-batches."""
         for step in range(start, stop):
             chosen = step_indices(self.pool, self.batch_size, self.seed, step)
-            groups = micro_batches(chosen, self.corpus.train.lengths, self.micro_batch_size)
+            yield step, micro_batches(chosen, self.corpus.train.lengths, self.micro_batch_size)
+
+    def _indices(self, start: int, stop: int, numbers: range) -> Iterator[list[tuple[int, int]]]:
+        for step, groups in self._groups(start, stop):
             yield from ([(step, index) for index in groups[number]] for number in numbers)
+
+
+def ahead(items: Iterator[T], prepare: Callable[[T], T]) -> Iterator[T]:
+    """Yield items that a thread takes and prepares, `AHEAD` of them before they are asked for.
+
+    What it raises comes up here, in its turn.
+    """
+
+    def take() -> T | None:
+        return next((prepare(item) for item in items), None)
+
+    with ThreadPoolExecutor(1) as thread:
+        coming = deque(thread.submit(take) for _ in range(AHEAD))
+        while (item := coming.popleft().result()) is not None:
+            coming.append(thread.submit(take))
+            yield item
+
+
+def _pinned(step: list[tuple[int, Batch]]) -> list[tuple[int, Batch]]:
+    return [(number, {name: tensor.pin_memory() for name, tensor in batch.items()}) for number, batch in step]
 
 
 def _identity(batch: Any) -> Any:
@@ -135,13 +219,14 @@ class _TrainingSet:
 
     corpus: Corpus
     seed: int
+    sizes: tuple[int, ...]
 
     def __len__(self) -> int:
         return len(self.corpus.train)
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> Batch:
         seeds = [(self.seed, step, index) for step, index in keys]
-        return collate(self.corpus, self.corpus.train, [index for _, index in keys], seeds)
+        return mark_padding(collate(self.corpus, self.corpus.train, [index for _, index in keys], seeds, self.sizes))
 
 
 def evaluation_batches(

@@ -20,10 +20,11 @@ from distill.errors import InputError
 from distill.models.family import layers_of, layout_of
 from distill.models.head import OutputHead, output_head, stop_at_head, widen_class_logits
 from distill.models.layout import AttentionLayout, StackName
+from distill.models.padding import UNPADDED, padding_known
 
 Batch = dict[str, Tensor]
-"""`input_ids` [B, L], `attention_mask` [B, L], `labels` [B] or [B, L] (`UNLABELLED`: none, or padding). Where an
-example has several texts, one after the other, B is the number of texts, and `texts` has an entry per example."""
+"""`input_ids`, `attention_mask` [B, L], `labels` [B] or [B, L] (`UNLABELLED`: none, or padding). Where an example has
+several texts, one after the other, B is their number, and `texts` has an entry per example. See also padding.py."""
 
 UNLABELLED = -100
 """The label of positions without one, as in torch and transformers."""
@@ -37,7 +38,7 @@ MODEL_INPUTS = (
 def model_inputs(batch: Batch) -> Batch:
     """Select the entries of a batch that a model reads; every forward pass on data goes through this."""
     inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
-    if "position_ids" in inputs:
+    if "position_ids" in inputs or UNPADDED in batch:
         # Packed: transformers tells documents apart by positions that start anew, and only where there is no mask.
         inputs.pop("attention_mask", None)
     return inputs
@@ -138,15 +139,15 @@ def forward(model: Any, batch: Batch, wanted: Capture) -> Outputs:
     head = output_head(model) if wanted.stop_at_head else None
     # With a cache transformers would not look for packed documents either.
     inputs = {**model_inputs(with_decoder_inputs(model, batch)), **without_cache(model)}
-    with capture(model, wanted) as found:
+    with capture(model, wanted) as found, padding_known(batch, inputs):
         if head is None:
             with widen_class_logits(model):
                 output = model(**inputs)
             pool = getattr(model, "sentence_head", None)
             return replace(found, logits=pool(output[0], batch["attention_mask"]) if pool else _logits(output))
-        with stop_at_head(model) as read:
+        with stop_at_head(model) as hidden:
             model(**inputs)
-    return replace(found, last=read[0], head=head)
+    return replace(found, last=hidden[0], head=head)
 
 
 def _logits(output: Any) -> Tensor:

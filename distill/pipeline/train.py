@@ -86,8 +86,9 @@ def train_model(session: Session, job: Job, model: Any, objective: Objective, te
     batches = batches_for(session, job.spec, labelled=not objective.needs_teacher)
     dtype = model.dtype
     model.float()  # AdamW's small steps would be lost in half-precision weights; autocast gives the speed
+    measure = peak_measurement(session, job, model, teacher)
     train(
-        replace(job, peak_tokens_per_second=peak_tokens_per_second(session, job, model, teacher)),
+        replace(job, peak_tokens_per_second=measure and measure(), measure_peak=measure),
         model,
         objective,
         teacher,
@@ -121,16 +122,18 @@ def batches_for(session: Session, spec: Optimization, *, labelled: bool) -> Trai
     corpus = session.corpus
     # Without teacher terms an unlabelled example would be a wasted forward pass.
     pool = corpus.labelled if labelled else range(len(corpus.train))
-    return TrainingBatches(corpus, pool, spec.batch_size, deal_out(spec)[0], session.recipe.seed)
+    sizes = spec.batch_size, deal_out(spec)[0]
+    return TrainingBatches(corpus, pool, *sizes, session.recipe.seed, session.recipe.data.max_length)
 
 
-def peak_tokens_per_second(session: Session, job: Job, model: Any, teacher: LiveTeacher | None) -> float | None:
-    """Compute the speed of a training at an MFU of 1; None where its matrix products cannot be counted."""
-    spec = session.recipe.teacher
+def peak_measurement(session: Session, job: Job, model: Any, teacher: LiveTeacher | None) -> Callable[[], float] | None:
+    """Make what measures the tokens per second of a training at an MFU of 1; None where nothing counts its products."""
+    spec, state = session.recipe.teacher, process_state()
     if teacher is not None and (spec.dtype == "int8" or spec.device != "same"):
         return None
-    rate = matmul_rate(process_state().device, DTYPES[job.spec.precision]) * process_state().num_processes
-    return float(rate / training_flops(model, teacher and teacher.model, session.recipe.data.max_length))
+    flops = training_flops(model, teacher and teacher.model, session.recipe.data.max_length)
+    device, dtype = state.device, DTYPES[job.spec.precision]
+    return lambda: matmul_rate(device, dtype) * state.num_processes / flops
 
 
 def measure_held_out(session: Session, model: Any, stopped: Callable[[], bool]) -> dict[str, float | None]:

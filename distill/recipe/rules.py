@@ -240,7 +240,7 @@ def mapped_layers_exist(
 def compiled_layers_are_not_read(terms: Mapping[int, Term], training: Training) -> Iterator[Mistake]:
     """Refuse terms that read inside of compiled layers."""
     for index, term in terms.items():
-        if training.compile and term.match in ("attention", "relations"):
+        if training.compile is True and term.match in ("attention", "relations"):
             message = f"match: {term.match} reads inside of layers, which training.compile closes"
             yield Mistake(("losses", index, "match"), message, "remove training.compile")
 

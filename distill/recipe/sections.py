@@ -13,6 +13,7 @@ from distill.recipe.names import Metric, Optimizer, Reference
 
 Format = Literal["uniform", "native", "padded"]
 SHA256 = "^[0-9a-f]{64}$"
+Compile = Literal["auto"] | StrictBool
 Arm = Literal["teacher", "cut", "repaired", "distilled", "labels_only"]
 
 
@@ -75,8 +76,9 @@ class Optimization(Section):
     """The opposite view: parameters that learn, e.g. `["*.mlp.*"]`; `freeze` is then taken out of them."""
     gradient_checkpointing: StrictBool = False
     """Keep the inputs of layers only and compute the rest a second time: less memory, more time."""
-    compile: StrictBool = False
-    """Compile the layers with `torch.compile`."""
+    compile: Compile = "auto"
+    """Compile the layers, also those of the teacher, with `torch.compile`, and pad rows to a few lengths. `auto`: on a
+    GPU, unless a loss reads inside of layers."""
     loader_workers: Index = 0
     """Worker processes that prepare batches, for each rank; 0: the rank itself does it. The batches are the same."""
     save_every: Index = 50

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import StateDictType
 
 from distill.models.dtensor import full_tensor
-from distill.models.family import layers_of
 from distill.recipe.schema import Optimization
 from distill.training.checkpoint import state_of
 from distill.training.ema import Ema
@@ -116,8 +115,6 @@ class Learner:
         self._settle(torch.device("cpu"))
         if self.spec.gradient_checkpointing and not self.sharded:
             gradient_checkpointing(self.student, "disable")()
-        for layer in layers_of(self.student):
-            vars(layer).pop("forward", None)  # compiled
 
     def _settle(self, device: torch.device) -> None:
         """Put the student, masked and with whole weights, into eval mode."""

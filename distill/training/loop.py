@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,10 @@ import torch
 
 from distill.errors import RunError, Stopped
 from distill.recipe.schema import Training
+from distill.teacher import LiveTeacher
 from distill.training.checkpoint import Checkpoints, TrainState, state_of
+from distill.training.clock import Stopwatch, Utilisation
+from distill.training.compiled import compiled_layers
 from distill.training.learner import Learner
 from distill.training.optim import lr_factor
 from distill.training.setup import Constrain, horizon, make_accelerator, make_learner
@@ -32,6 +34,9 @@ METRICS = "metrics.jsonl"
 MICRO_BATCHES = "micro_batches.json"
 """In the folder of a training: checkpoints, one record per line, and the request for smaller micro-batches after a rank
 ran out of memory, [size, halvings]."""
+
+SIZED_STEPS = 100
+"""Steps whose padding is counted."""
 
 Stop = Callable[[], bool]
 Evaluate = Callable[[Any, Stop], Mapping[str, float | None]]
@@ -57,6 +62,8 @@ class Job:
     """Direction of the metric `spec.keep_best`."""
     peak_tokens_per_second: float | None = None
     """Speed if all time went into matrix products; records give the share of it that is reached (MFU)."""
+    measure_peak: Callable[[], float] | None = None
+    """Measures that speed again, where more than all of it is reached."""
     continue_changed: bool = False
     """Continue from a checkpoint that was made from other inputs as well."""
 
@@ -100,17 +107,32 @@ def train(
     _set_micro_batches(state, batches.micro_batch_size, job, student, say)
     fixed = job.spec.head_precision
     objective.head_precision = state.head_precision if fixed == "auto" else fixed
-    step = Step(learner, teacher, job.seed, steps, job.folder / MICRO_BATCHES, say)
     watchdog = Watchdog(say, active=accelerator.num_processes > 1)
+    models = [learner.wrapper.student, *([teacher.model] if isinstance(teacher, LiveTeacher) else [])]
     with (
         StopSignals() as stop,
         Tracker(job.folder / METRICS, job.title, state.step, steps, accelerator) as tracker,
         _out_of_resources(checkpoints),
+        compiled_layers(job.spec.compile, models, objective, accelerator, job.title, say) as compiled,
     ):
+        batches = _in_sizes(batches, job.title, steps, say) if compiled.layers else batches
+        step = Step(learner, teacher, job.seed, steps, job.folder / MICRO_BATCHES, compiled, say)
         run = _Run(job, learner, step, batches, evaluate, checkpoints, state, steps, stop, tracker, watchdog, say)
         run.to_the_end()
     learner.finish()
     accelerator.free_memory()
+
+
+def _in_sizes(batches: TrainingBatches, title: str, steps: int, say: Callable[[str], None]) -> TrainingBatches:
+    """Pad rows to a few lengths, as compiled layers want them, and say what that adds."""
+    sized = batches.in_sizes()
+    looked_at = min(steps, SIZED_STEPS)
+    added = sized.padding_added(looked_at)
+    say(
+        f"{title}: layers are compiled, so rows are padded to {len(sized.sizes)} lengths up to {sized.sizes[-1]}, "
+        f"{added:.1%} more positions (in the first {looked_at} steps)"
+    )
+    return sized
 
 
 def _set_micro_batches(state: TrainState, size: int, job: Job, student: Any, say: Callable[[str], None]) -> None:
@@ -145,13 +167,17 @@ class _Run:
     watchdog: Watchdog
     say: Callable[[str], None]
 
+    def __post_init__(self) -> None:
+        self.clock = Stopwatch(self.learner.accelerator.device)
+        self.utilisation = Utilisation(self.job.peak_tokens_per_second, self.job.measure_peak, self.say)
+
     def to_the_end(self) -> None:
         """Take every step that is left, and log, evaluate and save where due. Raises Stopped after a signal."""
         job, state, accelerator = self.job, self.state, self.learner.accelerator
-        window, since = self._window(), time.monotonic()
+        window = self._window()
         stopping = self.measure()  # where a start comes after the step and before its evaluation
-        world, rank = accelerator.num_processes, accelerator.process_index
-        for numbered in self.batches.stream(state.step, self.steps, rank, world, job.spec.loader_workers):
+        world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
+        for numbered in self.batches.stream(state.step, self.steps, rank, world, job.spec.loader_workers, device):
             with self.watchdog.over("step"):
                 rate = self._set_rate()
                 stopping |= self.step(numbered, state, window, self.stop.requested)
@@ -162,15 +188,12 @@ class _Run:
             self.tracker.advance(state.step)
             saving = state.step == self.steps or stopping or _due(job.spec.save_every, state.step)
             if saving or _due(job.spec.log_every, state.step):
-                now = time.monotonic()
-                self.log(window, rate, now - since)
-                window, since = self._window(), now
+                self.log(window, rate)
+                window = self._window()
             if not stopping:
-                before = time.monotonic()
                 stopping = self.measure()
-                since += time.monotonic() - before
             if saving or stopping:
-                self.save(self.checkpoints)
+                self._publish(self.checkpoints)
             if stopping:
                 break
         if self.anyone_stopped():
@@ -194,16 +217,17 @@ class _Run:
         flag = torch.tensor([int(self.stop.requested)], device=accelerator.device)
         return bool(accelerator.reduce(flag, "sum").item())
 
-    def log(self, window: Window, rate: float, seconds: float) -> None:
+    def log(self, window: Window, rate: float) -> None:
         """Write one record. Raises RunError when too many steps in a row were skipped."""
         state, learner, job = self.state, self.learner, self.job
         figures = window.read(learner.accelerator, learner.wrapper.objective.names)
         skipped, in_a_row = learner.skip_rule.skipped.tolist()
         tokens = int(window.tokens.item())
+        seconds = self.clock.lap()  # now that the device has done all steps
         state.tokens += tokens
         state.seconds += seconds
-        seconds = max(seconds, 1e-9)
-        peak = job.peak_tokens_per_second
+        mfu = self.utilisation.of(tokens / seconds)
+        saving, self.clock.saving = self.clock.saving, 0.0
         record = {
             "event": "train",
             "step": state.step,
@@ -214,7 +238,8 @@ class _Run:
             "skipped": skipped,
             "examples_per_s": round(window.steps * self.batches.batch_size / seconds, 2),
             "tokens_per_s": round(tokens / seconds, 1),
-            "mfu": round(tokens / seconds / peak, 4) if peak else None,
+            "mfu": None if mfu is None else round(mfu, 4),
+            "save_seconds": round(saving, 3),
             "tokens": state.tokens,
         }
         self.tracker.record(record)
@@ -240,12 +265,13 @@ class _Run:
         due = state.step == self.steps or (state.step > 0 and _due(job.spec.evaluate_every, state.step))
         if self.evaluate is None or not due or state.evaluated == state.step:
             return False
-        with self.watchdog.over("evaluation"), self.learner.measured() as model:
+        with self.watchdog.over("evaluation"), self.clock.apart(), self.learner.measured() as model:
             metrics = self.evaluate(model, self.stop.asked)
+        seconds = round(self.clock.last, 3)
         if self.anyone_stopped():
             return True
         state.evaluated = state.step
-        self.tracker.record({"event": "evaluate", "step": state.step, "metrics": dict(metrics)})
+        self.tracker.record({"event": "evaluate", "step": state.step, "metrics": dict(metrics), "seconds": seconds})
         if job.spec.keep_best is not None:
             self._keep_best(metrics[job.spec.keep_best])
         return False
@@ -254,7 +280,13 @@ class _Run:
         job, best = self.job, self.state.best
         if value is not None and (best is None or (value > best if job.higher_is_better else value < best)):
             self.state.best = value
-            self.save(Checkpoints(job.folder / CHECKPOINTS / "best", job.made_from, self.say, keep=1))
+            self._publish(Checkpoints(job.folder / CHECKPOINTS / "best", job.made_from, self.say, keep=1))
+
+    def _publish(self, checkpoints: Checkpoints) -> None:
+        """Save, and count how long training stands still for it."""
+        with self.clock.apart():
+            self.save(checkpoints)
+        self.clock.saving += self.clock.last
 
     def save(self, checkpoints: Checkpoints) -> None:
         """Publish a checkpoint. Collective."""

@@ -7,13 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin
 
 from distill.errors import InputError
-from distill.models.family import all_layers
 from distill.models.sentence import unused_parameters
 from distill.models.trainable import freeze
 from distill.ranks import process_state
@@ -103,9 +101,6 @@ def make_learner(
     trained = copy.deepcopy(student) if accelerator.distributed_type in SHARDING else student
     if spec.gradient_checkpointing:
         gradient_checkpointing(trained, "enable")({"use_reentrant": False})
-    if spec.compile:
-        for layer in all_layers(trained):
-            layer.forward = torch.compile(layer.forward)  # not the module: hooks on it stay outside of the graph
     wrapper = DistillModel(trained, objective).train()
     optimizer = make_optimizer(wrapper, spec)
     kind.before_prepare(wrapper, masks, found)

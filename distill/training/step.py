@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from torch import Tensor
 
 from distill.errors import RunError
 from distill.models.forward import Batch, Outputs, row_count, to_device, token_count
 from distill.training.checkpoint import TrainState
+from distill.training.compiled import CompiledLayers, in_short
 from distill.training.learner import Learner
 
 Teacher = Callable[[Batch], Outputs]
@@ -64,7 +65,10 @@ class Step:
     """Length of the training."""
     request: Path
     """File in which a rank that ran out of memory asks the next start for smaller micro-batches."""
+    compiled: CompiledLayers
     say: Callable[[str], None]
+    tried: bool = False
+    """All ranks have run the compiled layers once, or there is only one rank."""
 
     def __call__(self, numbered: Sequence[tuple[int, Batch]], state: TrainState, window: Window, stop: bool) -> bool:
         """Take one step; returns True where any rank was asked to stop. Collective.
@@ -83,14 +87,38 @@ class Step:
         counts = learner.wrapper.objective.counts(own)
         # The stop flag rides on the count's all-reduce, so that all ranks leave at the same step.
         extra = torch.tensor([sum(map(token_count, own)), int(stop)])
-        totals = accelerator.reduce(torch.cat([counts, extra]).to(accelerator.device), "sum")
+        totals = accelerator.reduce(_moved(torch.cat([counts, extra]), accelerator.device), "sum")
         counts, tokens, stopped = totals[:-2], totals[-2], _AsyncScalar(totals[-1])
+        if not self.tried and accelerator.num_processes > 1:
+            self._try_compiled(own[0], counts)
+        self.tried = True
         loss, sums = self._until_it_fits(numbered, counts, state)
         norm, bad = learner.step(state.step + 1, loss)
         window.add(loss, sums, counts, norm, bad)
         window.tokens += tokens
         # With one rank the local flag says it all, and the device is not waited for.
         return bool(stopped.item()) if accelerator.num_processes > 1 else stop
+
+    def _try_compiled(self, cpu_batch: Batch, counts: Tensor) -> None:
+        """Run compiled layers once beside the wrapper that talks to other ranks: all give them up where one has to.
+
+        A rank that found out later would leave the others waiting for its gradient. Collective.
+        """
+        compiled, learner, error = self.compiled, self.learner, None
+        if not compiled.layers or learner.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            return  # DeepSpeed's engine has a backward pass of its own
+        try:
+            batch = _batch_on(learner.wrapper.objective.locate(cpu_batch), learner.accelerator.device)
+            share, _ = learner.wrapper(batch, self.teacher(batch) if self.teacher else None, counts, 0.0)
+            share.backward()
+        except Exception as failure:
+            if not compiled.caused(failure):
+                raise
+            error = failure
+        learner.prepared.zero_grad()
+        failed = torch.tensor([int(error is not None)], device=learner.accelerator.device)
+        if learner.accelerator.reduce(failed, "sum").item():
+            compiled.give_up(error)
 
     def _until_it_fits(
         self, numbered: Sequence[tuple[int, Batch]], counts: Tensor, state: TrainState
@@ -100,25 +128,41 @@ class Step:
                 return self._gradients(list(_split(numbered, 2**state.micro_batch_halvings)), counts, state.step)
             except torch.OutOfMemoryError as error:
                 self.learner.prepared.zero_grad()
-                largest = math.ceil(max(row_count(batch) for _, batch in numbered) / 2**state.micro_batch_halvings)
-                state.micro_batch_halvings += 1
-                if largest < 2:
-                    raise RunError(f"out of memory with a single example in step {state.step + 1}: {error}") from error
+                largest = self._halve(numbered, state, error)
+            except Exception as error:
+                if not self.compiled.caused(error):
+                    raise
+                self.learner.prepared.zero_grad()
                 if self.learner.accelerator.num_processes > 1:
-                    # The others wait in a collective operation for gradients that this rank cannot give.
-                    asked = [state.micro_batch_size, state.micro_batch_halvings]
-                    self.request.parent.mkdir(parents=True, exist_ok=True)
-                    self.request.write_text(json.dumps(asked), encoding="utf-8")
                     raise RunError(
-                        f"out of memory in step {state.step + 1} with micro-batches of up to {largest} examples, and "
-                        f"the other ranks cannot wait: give the same command again; it halves them from the start"
+                        f"the layers cannot be compiled in step {state.step + 1} ({in_short(error)}), and the other "
+                        f"ranks cannot wait: give the same command again with compile: false"
                     ) from error
+                self.compiled.give_up(error)
+                continue
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             self.say(
                 f"OUT OF MEMORY in step {state.step + 1}: micro-batches of up to {largest} examples are halved from "
                 f"here on; the batch of a step stays what it is"
             )
+
+    def _halve(self, numbered: Sequence[tuple[int, Batch]], state: TrainState, error: Exception) -> int:
+        """Halve micro-batches from here on; returns how many examples the largest had. Raises RunError."""
+        largest: int = math.ceil(max(row_count(batch) for _, batch in numbered) / 2**state.micro_batch_halvings)
+        state.micro_batch_halvings += 1
+        if largest < 2:
+            raise RunError(f"out of memory with a single example in step {state.step + 1}: {error}") from error
+        if self.learner.accelerator.num_processes > 1:
+            # The others wait in a collective operation for gradients that this rank cannot give.
+            asked = [state.micro_batch_size, state.micro_batch_halvings]
+            self.request.parent.mkdir(parents=True, exist_ok=True)
+            self.request.write_text(json.dumps(asked), encoding="utf-8")
+            raise RunError(
+                f"out of memory in step {state.step + 1} with micro-batches of up to {largest} examples, and "
+                f"the other ranks cannot wait: give the same command again; it halves them from the start"
+            ) from error
+        return largest
 
     def _gradients(
         self, micro: Sequence[tuple[tuple[int, ...], Batch]], counts: Tensor, step: int
@@ -130,7 +174,7 @@ class Step:
         loss, sums = torch.zeros((), device=accelerator.device), torch.zeros(len(counts), device=accelerator.device)
         for number, cpu_batch in micro:
             # Positions are found on the host, which would have to wait for the device otherwise.
-            batch = to_device(learner.wrapper.objective.locate(cpu_batch), accelerator.device)
+            batch = _batch_on(learner.wrapper.objective.locate(cpu_batch), accelerator.device)
             torch.manual_seed(seed_of(self.seed, step, *number))
             with accelerator.accumulate(learner.model):
                 share, per_term = learner.model(batch, self.teacher(batch) if self.teacher else None, counts, progress)
@@ -138,6 +182,16 @@ class Step:
             loss += share.detach()
             sums += per_term
         return accelerator.reduce(loss, "sum"), sums
+
+
+def _batch_on(batch: Batch, device: torch.device) -> Batch:
+    return {name: _moved(tensor, device) for name, tensor in batch.items()}
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """Move a tensor from the host; a copy out of memory that is not pinned would wait for all that a GPU has to do."""
+    pinned = tensor.pin_memory() if device.type == "cuda" and not tensor.is_pinned() else tensor
+    return to_device(pinned, device)
 
 
 class _AsyncScalar:

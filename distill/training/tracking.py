@@ -127,7 +127,8 @@ def summary(record: Mapping[str, Any]) -> str:
     skipped = f"  {record['skipped']} skipped" if record["skipped"] else ""
     speed = f"{record['tokens_per_s']:,.0f} tokens/s"
     if record["mfu"] is not None:
-        speed += f" (MFU {record['mfu']:.0%})"
+        note = "; above 1: the rate of matrix products was measured too low, it is measured again"
+        speed += f" (MFU {record['mfu']:.0%}{note if record['mfu'] > 1 else ''})"
     return f"loss {_short(record['loss'])} ({terms})  lr {record['lr']:.2e}  {speed}{skipped}"
 
 

@@ -10,8 +10,8 @@ position. On a CPU: fp32, one thread, CPU time, so that other work on the machin
 bf16, a student of fp32 weights with half of its MLPs under bf16 autocast, time by the device's own events. Every arm
 runs in a process of its own; compare arms of one run only. Peers are measured where they are installed.
 
-    time       of a step: on a CPU seconds, the best of all; on a GPU milliseconds, the median; rel: over that of `naive`
-    MFU        model FLOPs utilization: F_t + 3 F_s per token, over the rate of a large matrix product in the same process
+    time       of a step: on a CPU seconds, the best; on a GPU milliseconds, the median; rel: over that of `naive`
+    MFU        model FLOPs utilization: F_t + 3 F_s per token, over the rate of a large product in the same process
     peak       memory above the models and the optimizer's state, in units of one fp32 [tokens, vocabulary]; on a CPU
                from a process of its own in which freed memory goes back to the system at once
     error      of the gradient by the output head of a student near its teacher (KL about 0.001), against float64

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +20,11 @@ from transformers import PreTrainedTokenizerFast
 
 import distill.data.rows as rows_module
 from distill.data import TASKS, Order, TrainingBatches, collate, evaluation_batches, load_corpus, prepare
-from distill.data.batches import micro_batches, step_indices
+from distill.data.batches import AHEAD, ahead, micro_batches, step_indices
 from distill.data.builtin import SOURCES, pydoc_topics, stdlib_docstrings
 from distill.data.packing import cut_documents, pack
 from distill.data.sources import source_fingerprint
+from distill.data.tasks.task import Ragged
 from distill.errors import InputError
 from distill.models.load import load_tokenizer
 from distill.recipe import load_recipe
@@ -87,6 +90,68 @@ def test_loader_workers_give_the_same_batches(corpus):
     for one, other in zip(alone, helped, strict=True):
         for (_, mine), (_, theirs) in zip(one, other, strict=True):
             assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_a_thread_has_batches_ready_in_their_order_and_hands_on_what_it_raises():
+    taken = []
+
+    def items():
+        for number in range(5):
+            taken.append(number)
+            yield number
+        raise KeyError("the end")
+
+    coming = ahead(items(), lambda number: number * 10)
+    assert next(coming) == 0
+    assert [next(coming) for _ in range(4)] == [10, 20, 30, 40]
+    with pytest.raises(KeyError, match="the end"):
+        next(coming)
+    assert taken == [0, 1, 2, 3, 4]
+    assert list(ahead(iter("abc"), str.upper)) == ["A", "B", "C"]
+
+
+def test_a_thread_is_ahead_by_so_many_batches_and_ends_with_whoever_asks():
+    taken, threads = [], threading.active_count()
+    coming = ahead((taken.append(number) or number for number in range(100)), lambda number: number)
+    assert next(coming) == 0
+    coming.close()
+    assert AHEAD <= len(taken) <= AHEAD + 1 and threading.active_count() == threads
+
+
+def ragged(*rows):
+    return Ragged(np.concatenate(rows).astype(np.int32), np.array([len(row) for row in rows]))
+
+
+IDS = ragged([5, 6, 7], [8, 9], [10, 11, 12, 13])
+EXAMPLES = {
+    "classification": {"label": ragged([1, 0, 1], [0, 0, 0], [1, 1, 1])},  # sets of classes, which are no tokens
+    "token_classification": {"label": ragged([1, 0, -100], [2, 2], [0, 0, 0, 0])},
+    "masked_lm": {"special": [0], "vocabulary": 60, "share": 0.4, "mask": 4},
+    "causal_lm": {"documents": ragged([2, 1], [2], [4])},
+    "chat": {"documents": ragged([2, 1], [2], [4]), "learned": ragged([0, 1, 1], [1, 1], [0, 0, 1, 1])},
+    "seq2seq": {"target_ids": ragged([3, 4], [5], [6, 7, 8])},
+    "embedding": {"first": np.array([1, 2, 3]), "labelled": np.ones(3, dtype=bool)},
+}
+FILLS = {"input_ids": 0, "labels": -100}
+"""What fills the ends of rows; 0, or no, wherever nothing else is said."""
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_rows_of_a_fixed_length_have_only_padding_more(name):
+    task = TASKS[name]()
+    given = {"input_ids": IDS, **EXAMPLES[name]}
+    if name == "seq2seq":
+        given[task.target] = given.pop("target_ids")
+    longer = {key: replace(own, sizes=(1, 8, 64)) if isinstance(own, Ragged) else own for key, own in given.items()}
+    seeds = [(0,), (1,), (2,)]
+    plain, sized = task.collate(given, 0, seeds), task.collate(longer, 0, seeds)
+    assert plain.keys() == sized.keys() and sized["input_ids"].shape == (len(plain["input_ids"]), 8)
+    for key, tensor in plain.items():
+        width = tensor.shape[-1]
+        of_tokens = tensor.ndim == 2 and not (name == "classification" and key == "labels")
+        assert sized[key].shape == ((len(tensor), 8) if of_tokens else tensor.shape), key
+        assert torch.equal(sized[key][..., :width], tensor), key
+        assert (sized[key][..., width:] == FILLS.get(key, 0)).all(), key
 
 
 def test_the_split_and_the_labels_do_not_depend_on_the_order_of_the_file(folder, corpus, tmp_path):

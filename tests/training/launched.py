@@ -3,11 +3,11 @@
 `kind` is `ddp`, `fsdp` (FSDP2), `zero2` or `zero3` (DeepSpeed), or `plain` (`ddp` without the average of weights, which
 DeepSpeed does not take), all on a CPU, where Accelerate's own launcher makes DDP of them; with `-lm` for a language
 model instead of a classifier, `-sharded` for checkpoints of which each process writes its part, `-masks` for a student
-under masks, `-wide` for a teacher of another width, whose hidden states are matched through projections, `-long` for 50
-steps instead of 12. `stop`, `5:1`: evaluations every 5 steps, a signal during the one after the first; `0:0`: none.
-`fault`, of the second process: `oom`, it runs out of memory; `nan`, the gradient of one of its backward passes is not a
-number; `quota`, it cannot write files of the size of its weights; `die`, it is killed while the checkpoint of the last
-step is written.
+under masks, `-wide` for a teacher of another width, whose hidden states are matched through projections, `-compiled`
+for compiled layers, whose graphs run as they are, `-long` for 50 steps instead of 12. `stop`, `5:1`: evaluations every 5
+steps, a signal during the one after the first; `0:0`: none. `fault`, of the second process: `oom`, it runs out of memory;
+`nan`, the gradient of one of its backward passes is not a number; `compiler`, its compiler fails; `quota`, it cannot
+write files of the size of its weights; `die`, it is killed while the checkpoint of the last step is written.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from distill.ranks import process_state
 from distill.recipe import load_recipe
 from distill.recipe.schema import Mask
 from distill.student.masks.masks import Masks
-from distill.training import loop
+from distill.training import compiled, loop
 from distill.training.deepspeed import configure_deepspeed
 from distill.training.setup import make_accelerator
 
@@ -105,6 +105,15 @@ def shared_out(kind, options):
         loop.make_accelerator = partial(deepspeed_on_cpu, int(kind[-1]))
 
 
+def compile_as_it_is(fails):
+    def backend(graph, _inputs):
+        if fails:
+            raise NotImplementedError("no such kernel")
+        return graph.forward
+
+    compiled.BACKEND = backend
+
+
 def break_down(fault, folder):
     if "die" in fault:
         threading.Thread(target=die_at, args=[folder / "checkpoints/.tmp-step-00000012"], daemon=True).start()
@@ -144,6 +153,7 @@ def main(folder, kind, stop, *fault):
     spec = spec.model_copy(update={"task": "causal_lm", "labelled": None} if lm else {})
     corpus = tiny_corpus(project, spec=spec, seed=0)
     shared_out(kind, options)
+    compile_as_it_is("compiler" in fault and rank == 1)
     if rank == 1:
         break_down(fault, folder)
 
@@ -183,6 +193,7 @@ def main(folder, kind, stop, *fault):
             save_every=4,
             evaluate_every=every,
             log_every=1,
+            compile="compiled" in options,
             model=model,
         )
     except DistillError as error:

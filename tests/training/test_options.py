@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import time
 from types import ModuleType
 
 import numpy as np
@@ -22,7 +23,8 @@ from distill.losses import Objective
 from distill.models.forward import Capture, Outputs, to_device
 from distill.recipe.schema import Training
 from distill.teacher import LiveTeacher
-from distill.training import Job, read_records, tracking, train
+from distill.training import Job, loop, read_records, tracking, train
+from distill.training.clock import Utilisation
 from distill.training.optim import lr_factor, make_optimizer
 from distill.training.setup import horizon
 from distill.training.tracking import check_trackers, numbers_in, summary
@@ -219,7 +221,7 @@ def test_records_reach_the_trackers_of_accelerate(corpus, tmp_path):
     assert [step for step, _ in recorder.records] == [2, 4, 4] and recorder.ended
     first, last = recorder.records[0][1], recorder.records[-1][1]
     assert {"loss", "terms/labels", "lr", "grad_norm", "tokens_per_s", "skipped"} <= first.keys()
-    assert last == {"step": 4, "metrics/accuracy": 0.5}
+    assert last.pop("seconds") >= 0 and last == {"step": 4, "metrics/accuracy": 0.5}
 
 
 def test_tensorboard_writes_its_files(corpus, tmp_path):
@@ -253,6 +255,48 @@ def test_a_record_becomes_flat_numbers_and_one_line():
     line = "loss - (labels 1.5  kl -)  lr 1.00e-04  1,234 tokens/s"
     assert summary(record) == f"{line} (MFU 42%)  2 skipped"
     assert summary(record | {"mfu": None}) == f"{line}  2 skipped"
+    assert "(MFU 239%; above 1: the rate of matrix products was measured too low" in summary(record | {"mfu": 2.39})
+
+
+def test_a_rate_that_was_measured_too_low_is_measured_again():
+    said, rates = [], [100.0, 400.0, 300.0]
+    share = Utilisation(rates.pop(0), lambda: rates.pop(0), said.append)
+    assert share.of(80.0) == 0.8 and len(rates) == 2  # nothing is measured while it is plausible
+    assert share.of(239.0) == pytest.approx(239 / 400)
+    assert said == [
+        "MFU 239%: the rate of matrix products was measured too low, while something else ran; "
+        "measured again, it is 4.00 times as high"
+    ]
+    assert share.of(500.0) == 1.25 and len(said) == 1  # the best one stays, and nothing is cut off
+    assert Utilisation(None, None, said.append).of(5.0) is None
+    assert Utilisation(2.0, None, said.append).of(5.0) == 2.5
+
+
+def test_measuring_again_never_ends_a_training_for_lack_of_memory():
+    def too_large():
+        raise torch.OutOfMemoryError("no room for the matrices")
+
+    assert Utilisation(100.0, too_large, print).of(150.0) == 1.5
+
+
+def test_evaluations_and_saves_have_their_own_seconds_and_are_in_no_window(corpus, tmp_path, monkeypatch):
+    pause = 0.5
+
+    def evaluate(*_):
+        time.sleep(pause)
+        return {"accuracy": 0.5}
+
+    plain = loop._Run.save
+    monkeypatch.setattr(loop._Run, "save", lambda *given: (time.sleep(pause), plain(*given))[1])
+    began = time.monotonic()
+    run(corpus, tmp_path, job={"evaluate": evaluate}, evaluate_every=2, steps=6)  # looks and saves at 2, 4 and 6
+    whole = time.monotonic() - began
+    records = read_records(tmp_path / "metrics.jsonl")
+    looks = [record["seconds"] for record in records if record["event"] == "evaluate"]
+    steps = [record for record in records if record["event"] == "train"]
+    assert len(looks) == 3 and min(looks) >= pause
+    assert steps[0]["save_seconds"] == 0 and min(record["save_seconds"] for record in steps[1:]) >= pause
+    assert sum(8 * 2 / record["examples_per_s"] for record in steps) < whole - 6 * pause
 
 
 def test_a_terminal_shows_one_live_block(corpus, tmp_path, monkeypatch):

@@ -162,6 +162,27 @@ def test_a_language_model_under_fsdp2_whose_head_is_read_in_chunks(tmp_path):
     assert_close(tmp_path / "two", tmp_path / "one")
 
 
+@pytest.fixture(scope="module")
+def one_compiled(tmp_path_factory):
+    """One process from beginning to end, with compiled layers."""
+    folder = tmp_path_factory.mktemp("compiled") / "run"
+    assert "layers are compiled" in launched(1, folder, "ddp-compiled-wide")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_compiled_layers_of_several_processes_are_those_of_one(kind, one_compiled, tmp_path):
+    said = launched(2, tmp_path / "run", f"{kind}-compiled-wide")
+    assert "layers are compiled" in said and "cannot be compiled" not in said
+    assert_close(tmp_path / "run", one_compiled)
+
+
+def test_a_compiler_that_fails_on_one_process_is_done_without_on_both(one_compiled, tmp_path):
+    said = launched(2, tmp_path / "run", "ddp-compiled-wide", "0:0", "compiler")
+    assert "the layers run as they are, they cannot be compiled: another rank failed" in said
+    assert_close(tmp_path / "run", one_compiled)
+
+
 def test_a_gradient_that_is_no_number_on_one_process_leaves_out_the_step_on_both(tmp_path):
     launched(2, tmp_path, "ddp", "0:0", "nan")
     records = [record for record in read_records(tmp_path / "metrics.jsonl") if record["event"] == "train"]

@@ -125,7 +125,8 @@ class Classification(Task):
     def collate(self, examples: Mapping[str, Any], padding: int, seeds: Seeds) -> Batch:
         """Add the labels: class or number [B], or 0 and 1 for each class [B, V]."""
         given = examples["label"]
-        labels = given.pad(UNLABELLED) if isinstance(given, Ragged) else np.asarray(given)
+        sets = isinstance(given, Ragged)
+        labels = given.flat.reshape(len(given.lengths), -1).astype(np.int64) if sets else np.asarray(given)
         labels = labels.astype(np.float32) if labels.dtype.kind == "f" else labels
         return {**super().collate(examples, padding, seeds), "labels": torch.from_numpy(labels)}
 

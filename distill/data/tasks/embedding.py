@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
-from distill.data.tasks.task import TEXT, Column, Encoder, Features, Ragged, Seeds, Task, Values
+from distill.data.tasks.task import TEXT, Column, Encoder, Features, Seeds, Task, Values
 from distill.errors import InputError
 from distill.models.forward import UNLABELLED, Batch
 from distill.models.sentence import SentenceHead
@@ -64,7 +65,7 @@ class Embedding(Task):
         count = 2 if rest.any() else 1
         lengths = np.stack([first, rest], 1)[:, :count].ravel()
         numbers = np.arange(len(first)) if examples["labelled"].any() else np.full(len(first), UNLABELLED)
-        texts = Ragged(ids.flat, lengths)
+        texts = replace(ids, lengths=lengths)
         batch = {
             "input_ids": texts.pad(padding),
             "attention_mask": texts.mask.astype(np.int64),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -73,8 +74,8 @@ class MaskedLM(Task):
             chosen, seen = mask(own, examples["share"], examples["mask"], special, ordinary, seed)
             shown.append(seen)
             labels.append(np.where(chosen, own, UNLABELLED))
-        batch = super().collate({**examples, "input_ids": Ragged(np.concatenate(shown), ids.lengths)}, padding, seeds)
-        return batch | {"labels": torch.from_numpy(Ragged(np.concatenate(labels), ids.lengths).pad(UNLABELLED))}
+        batch = super().collate({**examples, "input_ids": replace(ids, flat=np.concatenate(shown))}, padding, seeds)
+        return batch | {"labels": torch.from_numpy(replace(ids, flat=np.concatenate(labels)).pad(UNLABELLED))}
 
 
 def mask(

@@ -145,6 +145,11 @@ class Encoder:
             self.unknown += sum(list(ids).count(self.unknown_id) for ids in rows)
 
 
+def fitting_size(length: int, sizes: Sequence[int]) -> int:
+    """Return the first of some ascending sizes that is at least `length`; `length` where none is."""
+    return next((size for size in sizes if size >= length), length)
+
+
 @dataclass(frozen=True)
 class Ragged:
     """Lists of different lengths: the entries of one feature for some examples."""
@@ -152,16 +157,18 @@ class Ragged:
     flat: np.ndarray
     lengths: np.ndarray
     """int64 [B]"""
+    sizes: tuple[int, ...] = ()
+    """Lengths, ascending, to the first of which that is long enough rows are padded; else to the longest of them."""
 
     @cached_property
     def mask(self) -> np.ndarray:
-        """Where padded rows have an entry, boolean [B, longest]."""
+        """Where padded rows have an entry, boolean [B, L]."""
         longest = int(self.lengths.max(initial=0))
-        found: np.ndarray = np.arange(longest) < self.lengths[:, None]
+        found: np.ndarray = np.arange(fitting_size(longest, self.sizes)) < self.lengths[:, None]
         return found
 
     def pad(self, value: int) -> np.ndarray:
-        """Pad on the right, int64 [B, longest]."""
+        """Pad on the right, int64 [B, L]."""
         padded = np.full(self.mask.shape, value, dtype=np.int64)
         padded[self.mask] = self.flat
         return padded
