@@ -62,6 +62,10 @@ def test_near_the_teacher_every_divergence_tells_the_kl(name):
     assert estimate_kl(name, value, params) == pytest.approx(kl, rel=0.35)
 
 
+def test_no_rounding_is_small_for_the_total_variation():
+    assert choose_precision(estimate_kl("total_variation", 0.5, {})) == "fp32"
+
+
 def test_the_kl_of_a_loss_of_ones_own_is_not_known():
     assert estimate_kl("", 1.0, {}) is None and choose_precision(None) == "tf32"
 
