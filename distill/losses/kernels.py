@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 NONE, FORWARD, REVERSE, SYMMETRIC, JSD, SKEW_FORWARD, SKEW_REVERSE, VARIATION, SOFT = range(9)
 BLOCK, WARPS = 2048, 8
@@ -244,6 +245,8 @@ def write_slopes(
     """
     rows, columns = student.shape
     values = student.new_zeros(rows, 2)
+    if isinstance(student, FakeTensor):  # only memory is counted
+        return values
     absent: Any = values
     with_labels, with_teacher = work.label_factor is not None, work.divergence != NONE
     with torch.cuda.device(student.device) if student.is_cuda else nullcontext():

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from distill.losses.logits import LOGITS
@@ -190,11 +191,13 @@ class Fastest:
             return
         key: Any = ("kernel", tuple(term.name for term in terms.named), chunk.cap is None, chunk.product)
         if key not in self._given_up and fits_kernel(chunk, terms):
-            if key not in self._trusted:
+            if key not in self._trusted and not isinstance(chunk.linear, FakeTensor):
                 self._trusted.add(key)
                 yield key, self.by_kernel_after_trial
             else:
                 yield key, by_kernel
+        if isinstance(chunk.linear, FakeTensor):
+            return
         if terms.key is not None and isinstance(chunk.teacher, Tensor | None):
             key = ("compiled", terms.key, chunk.cap, chunk.product)
             if key not in self._given_up:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 from distill.losses import LOGITS, Objective
@@ -205,6 +206,15 @@ def test_terms_that_follow_a_schedule_are_never_compiled():
 def test_the_kernel_takes_one_divergence_and_labels(names, fits):
     chunk = Chunk(draw(2, 9), draw(2, 9), torch.zeros(2).long(), None, torch.float32)
     assert fits_kernel(chunk, Terms(None, [NamedTerm(name) for name in names])) is fits
+
+
+def test_on_fake_tensors_only_memory_is_counted():
+    fastest = Fastest(devices=("cpu",))
+    with FakeTensorMode():
+        chunk = Chunk(torch.empty(4, 90), torch.empty(4, 90), torch.zeros(4).long(), None, torch.bfloat16)
+        terms = Terms(None, [NamedTerm("jsd", 1.0, {"temperature": 1.0})])
+        sums, slope = fastest(chunk, terms, torch.ones(1))
+    assert slope.shape == (4, 90) and slope.dtype == torch.bfloat16 and sums.shape == (1,) and not fastest._trusted
 
 
 def test_a_trial_sees_a_wrong_sign():
