@@ -142,15 +142,14 @@ def by_kernel(chunk: Chunk, terms: Terms, factors: Tensor) -> tuple[Tensor, Tens
 
 
 def fits_kernel(chunk: Chunk, terms: Terms) -> bool:
-    """Tell whether the kernel computes these terms: at most one divergence that it knows, and labels."""
+    """Tell whether the kernel computes these terms, of fp32 logits: at most one divergence that it knows, and labels."""
+    sides = [chunk.linear] if chunk.teacher is None else [chunk.linear, chunk.teacher]
+    if not all(isinstance(side, Tensor) and side.dtype == torch.float32 for side in sides):
+        return False
     divergences = [term.name for term in terms.named if term.name != CROSS_ENTROPY]
     known = all(name in KERNEL_CODES for name in divergences)
     sizes = bool(terms.named) and len(divergences) <= 1 and len(terms.named) - len(divergences) <= 1
-    return known and sizes and (chunk.teacher is None or isinstance(chunk.teacher, Tensor)) and _has_triton()
-
-
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return known and sizes and importlib.util.find_spec("triton") is not None
 
 
 class Fastest:
