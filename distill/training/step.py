@@ -88,8 +88,9 @@ class Step:
         # The stop flag rides on the count's all-reduce, so that all ranks leave at the same step.
         extra = torch.tensor([sum(map(token_count, own)), int(stop)])
         totals = accelerator.reduce(_moved(torch.cat([counts, extra]), accelerator.device), "sum")
-        counts, tokens, stopped = totals[:-2], totals[-2], _AsyncScalar(totals[-1])
-        if not self.tried and accelerator.num_processes > 1:
+        counts, tokens = totals[:-2], totals[-2]
+        stopped = _AsyncScalar(totals[-1]) if accelerator.num_processes > 1 else None
+        if stopped and not self.tried:
             self._try_compiled(own[0], counts)
         self.tried = True
         loss, sums = self._until_it_fits(numbered, counts, state)
@@ -97,7 +98,7 @@ class Step:
         window.add(loss, sums, counts, norm, bad)
         window.tokens += tokens
         # With one rank the local flag says it all, and the device is not waited for.
-        return bool(stopped.item()) if accelerator.num_processes > 1 else stop
+        return bool(stopped.item()) if stopped else stop
 
     def _try_compiled(self, cpu_batch: Batch, counts: Tensor) -> None:
         """Run compiled layers once beside the wrapper that talks to other ranks: all give them up where one has to.
