@@ -91,7 +91,7 @@ class Step:
         counts, tokens = totals[:-2], totals[-2]
         stopped = _AsyncScalar(totals[-1]) if accelerator.num_processes > 1 else None
         if stopped and not self.tried:
-            self._try_compiled(own[0], counts)
+            self._try_compiled(next(_split(numbered, 2**state.micro_batch_halvings))[1], counts)
         self.tried = True
         loss, sums = self._until_it_fits(numbered, counts, state)
         norm, bad = learner.step(state.step + 1, loss)
@@ -112,6 +112,8 @@ class Step:
             batch = _batch_on(cpu_batch, learner.accelerator.device)
             share, _ = learner.wrapper(batch, self.teacher(batch) if self.teacher else None, counts, 0.0)
             share.backward()
+        except torch.OutOfMemoryError:
+            pass  # the step itself comes by it again, and knows what to do
         except Exception as failure:
             if not compiled.caused(failure):
                 raise
