@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -170,7 +170,8 @@ class TrainingBatches:
         if device is None or device.type != "cuda":
             yield from steps
         else:
-            yield from ahead(steps, _pinned)
+            # A new thread would pin its memory through the first GPU, whichever this process has.
+            yield from ahead(steps, _pinned, partial(torch.cuda.set_device, torch.cuda.current_device()))
 
     def _groups(self, start: int, stop: int) -> Iterator[tuple[int, list[list[int]]]]:
         """Yield each step with the examples of its micro-batches."""
@@ -183,16 +184,21 @@ class TrainingBatches:
             yield from ([(step, index) for index in groups[number]] for number in numbers)
 
 
-def ahead(items: Iterator[T], prepare: Callable[[T], T]) -> Iterator[T]:
+def ahead(items: Iterator[T], prepare: Callable[[T], T], begin: Callable[[], object] = lambda: None) -> Iterator[T]:
     """Yield items that a thread takes and prepares, `AHEAD` of them before they are asked for.
 
     What it raises comes up here, in its turn.
+
+    Args:
+        items: Taken by the thread alone.
+        prepare: Called in the thread with each.
+        begin: Called in the thread before all else.
     """
 
     def take() -> T | None:
         return next((prepare(item) for item in items), None)
 
-    with ThreadPoolExecutor(1) as thread:
+    with ThreadPoolExecutor(1, initializer=begin) as thread:
         coming = deque(thread.submit(take) for _ in range(AHEAD))
         while (item := coming.popleft().result()) is not None:
             coming.append(thread.submit(take))

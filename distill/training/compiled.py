@@ -94,7 +94,10 @@ def compiled_layers(
     if not chosen:
         yield compiled
         return
-    layers = [getattr(layer, "_checkpoint_wrapped_module", layer) for model in chosen for layer in all_layers(model)]
+    found = [getattr(layer, "_checkpoint_wrapped_module", layer) for model in chosen for layer in all_layers(model)]
+    layers = [layer for layer in found if "forward" not in vars(layer)]
+    if len(layers) < len(found):
+        say(f"{title}: {len(found) - len(layers)} layers are not compiled, something else has replaced their forward")
     config: Any = torch._dynamo.config
     for name in ("recompile_limit", "accumulated_recompile_limit"):
         # Versions of earlier trainings count as well. A family that reads the index of a layer has one for each.

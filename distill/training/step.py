@@ -88,16 +88,17 @@ class Step:
         # The stop flag rides on the count's all-reduce, so that all ranks leave at the same step.
         extra = torch.tensor([sum(map(token_count, own)), int(stop)])
         totals = accelerator.reduce(_moved(torch.cat([counts, extra]), accelerator.device), "sum")
-        counts, tokens, stopped = totals[:-2], totals[-2], _AsyncScalar(totals[-1])
-        if not self.tried and accelerator.num_processes > 1:
-            self._try_compiled(own[0], counts)
+        counts, tokens = totals[:-2], totals[-2]
+        stopped = _AsyncScalar(totals[-1]) if accelerator.num_processes > 1 else None
+        if stopped and not self.tried:
+            self._try_compiled(next(_split(numbered, 2**state.micro_batch_halvings))[1], counts)
         self.tried = True
         loss, sums = self._until_it_fits(numbered, counts, state)
         norm, bad = learner.step(state.step + 1, loss)
         window.add(loss, sums, counts, norm, bad)
         window.tokens += tokens
         # With one rank the local flag says it all, and the device is not waited for.
-        return bool(stopped.item()) if accelerator.num_processes > 1 else stop
+        return bool(stopped.item()) if stopped else stop
 
     def _try_compiled(self, cpu_batch: Batch, counts: Tensor) -> None:
         """Run compiled layers once beside the wrapper that talks to other ranks: all give them up where one has to.
@@ -111,6 +112,8 @@ class Step:
             batch = _batch_on(learner.wrapper.objective.locate(cpu_batch), learner.accelerator.device)
             share, _ = learner.wrapper(batch, self.teacher(batch) if self.teacher else None, counts, 0.0)
             share.backward()
+        except torch.OutOfMemoryError:
+            pass  # the step itself comes by it again, and knows what to do
         except Exception as failure:
             if not compiled.caused(failure):
                 raise

@@ -4,10 +4,10 @@
 DeepSpeed does not take), all on a CPU, where Accelerate's own launcher makes DDP of them; with `-lm` for a language
 model instead of a classifier, `-sharded` for checkpoints of which each process writes its part, `-masks` for a student
 under masks, `-wide` for a teacher of another width, whose hidden states are matched through projections, `-compiled`
-for compiled layers, whose graphs run as they are, `-long` for 50 steps instead of 12. `stop`, `5:1`: evaluations every 5
-steps, a signal during the one after the first; `0:0`: none. `fault`, of the second process: `oom`, it runs out of memory;
-`nan`, the gradient of one of its backward passes is not a number; `compiler`, its compiler fails; `quota`, it cannot
-write files of the size of its weights; `die`, it is killed while the checkpoint of the last step is written.
+for compiled layers, whose graphs run as they are, `-long` for 50 steps instead of 12. `stop`, `5:1`: evaluations every
+5 steps, a signal during the one after the first; `0:0`: none. `fault`, of the second process: `oom`, it runs out of
+memory; `nan`, the gradient of one of its backward passes is not a number; `compiler`, its compiler fails; `quota`, it
+cannot write files of the size of its weights; `die`, it is killed while the checkpoint of the last step is written.
 """
 
 from __future__ import annotations

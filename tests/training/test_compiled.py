@@ -6,15 +6,19 @@ import numpy as np
 import pytest
 import torch
 from running import HIDDEN, LABELS, MADE_FROM, dropped
-from tiny import tiny_model
+from tiny import FORMS, tiny_model
 
 from distill.data import TrainingBatches, evaluation_batches
 from distill.data.batches import padded_sizes
 from distill.evaluation.predict import predict
 from distill.losses import Objective, layer_map
+from distill.models.family import all_layers
+from distill.models.forward import Capture, forward
+from distill.models.padding import mark_padding
 from distill.recipe.schema import Term, Training
 from distill.teacher import LiveTeacher
 from distill.training import Job, compiled, read_records, train
+from distill.training.compiled import CompiledLayers
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's compiler warns of what it does itself
 
@@ -156,6 +160,30 @@ def test_padded_sizes_are_few_and_end_at_the_longest_row():
         sizes = padded_sizes(longest)
         assert len(sizes) <= 16 and sizes[-1] == longest and all(size % 8 == 0 for size in sizes[:-1])
         assert np.diff((0, *sizes)).max() <= max(8, longest / 16 + 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_layers_of_every_form_are_compiled_twice_at_most_and_hooks_see_their_outputs(form, backend):
+    """Once for the first length and once for any other, for each kind of layer: T5's first has a bias of its own."""
+    model, layers = tiny_model(form).eval(), CompiledLayers("test", print)
+
+    def states(length):
+        ids = torch.randint(3, 60, (3, length), generator=torch.Generator().manual_seed(length))
+        mask = torch.ones_like(ids)
+        mask[1, -3:] = 0
+        batch = mark_padding({"input_ids": ids, "attention_mask": mask, "labels": ids})
+        model.zero_grad()
+        found = forward(model, batch, Capture(hidden=(-1, 0, 2))).hidden
+        found[2].sum().backward()
+        return [*found.values(), *(own.grad for own in model.parameters() if own.grad is not None)]
+
+    plain = [states(length) for length in (8, 16, 24, 32)]
+    layers.compile(all_layers(model))
+    compiled_too = [states(length) for length in (8, 16, 24, 32)]
+    layers.remove()
+    torch.testing.assert_close(compiled_too, plain, rtol=1e-6, atol=1e-6)
+    assert backend.graphs <= 2 * {"t5": 4, "t5-gated": 4, "bart": 2, "qwen3_moe": 2}.get(form, 1)
 
 
 def test_auto_says_why_it_leaves_layers_alone(corpus):
