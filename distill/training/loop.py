@@ -22,6 +22,7 @@ from distill.training.signals import StopSignals
 from distill.training.step import Step, Teacher, Window
 from distill.training.tracking import Tracker
 from distill.training.watchdog import Watchdog
+from distill.training.writer import CheckpointWriter
 
 if TYPE_CHECKING:
     from distill.data import TrainingBatches
@@ -103,9 +104,10 @@ def train(
     with (
         StopSignals() as stop,
         Tracker(job.folder / METRICS, job.title, state.step, steps, accelerator) as tracker,
-        _out_of_resources(checkpoints),
+        CheckpointWriter(checkpoints, say) as writer,
+        _out_of_resources(writer),
     ):
-        run = _Run(job, learner, step, batches, evaluate, checkpoints, state, steps, stop, tracker, watchdog, say)
+        run = _Run(job, learner, step, batches, evaluate, writer, state, steps, stop, tracker, watchdog, say)
         run.to_the_end()
     learner.finish()
     accelerator.free_memory()
@@ -135,19 +137,22 @@ class _Run:
     step: Step
     batches: TrainingBatches
     evaluate: Evaluate | None
-    checkpoints: Checkpoints
+    writer: CheckpointWriter
     state: TrainState
     steps: int
     stop: StopSignals
     tracker: Tracker
     watchdog: Watchdog
     say: Callable[[str], None]
+    improved: bool = False
+    """True between an evaluation with the best metric so far and its save."""
 
     def to_the_end(self) -> None:
         """Take every step that is left, and log, evaluate and save where due. Raises Stopped after a signal."""
         job, state, accelerator = self.job, self.state, self.learner.accelerator
         window, since = self._window(), time.monotonic()
         stopping = self.measure()  # where a start comes after the step and before its evaluation
+        self.save(newest=False)
         world, rank = accelerator.num_processes, accelerator.process_index
         for numbered in self.batches.stream(state.step, self.steps, rank, world, job.spec.loader_workers):
             with self.watchdog.over("step"):
@@ -165,10 +170,10 @@ class _Run:
                 before = time.monotonic()
                 stopping = self.measure()
                 since += time.monotonic() - before
-            if saving or stopping:
-                self.save(self.checkpoints)
+            since += self.save(newest=saving or stopping)
             if stopping:
                 break
+        self.settle()
         if self.anyone_stopped():
             raise Stopped(
                 f"after step {state.step} of {self.steps}; a checkpoint is saved, the same command continues from it"
@@ -217,7 +222,7 @@ class _Run:
         if in_a_row >= min(job.spec.max_skipped, self.steps):
             raise RunError(
                 f"{job.title}: the last {in_a_row} steps up to step {state.step} were left out, their loss or "
-                f"gradient is not finite; {self.checkpoints.last_good()}. Lower lr, or check the teacher and the data"
+                f"gradient is not finite; {self.writer.last_good()}. Lower lr, or check the teacher and the data"
             )
 
     def measure(self) -> bool:
@@ -239,29 +244,47 @@ class _Run:
     def _keep_best(self, value: float | None) -> None:
         job, best = self.job, self.state.best
         if value is not None and (best is None or (value > best if job.higher_is_better else value < best)):
-            self.state.best = value
-            self.save(Checkpoints(job.folder / CHECKPOINTS / "best", job.made_from, self.say, keep=1))
+            self.state.best, self.improved = value, True
 
-    def save(self, checkpoints: Checkpoints) -> None:
-        """Publish a checkpoint. Collective."""
-        writes = self.learner.accelerator.is_main_process or self.learner.sharded
+    def save(self, *, newest: bool) -> float:
+        """Have a checkpoint written: as the `newest` one, as the best one where it is that, or not at all. Collective.
+
+        It is published when `settle` comes back. Returns the seconds that training stood still: for the copy, and for
+        what was left to write of the one before.
+        """
+        if not (newest or self.improved):
+            return 0.0
+        start = time.monotonic()
+        self.settle()
+        # The best one first: after a kill between both, training comes by this evaluation again.
+        best = Checkpoints(self.job.folder / CHECKPOINTS / "best", self.job.made_from, self.say, keep=1)
+        places = [best] * self.improved + [self.writer.checkpoints] * newest
+        self.improved = False
         with self.watchdog.over("save"):
-            tensors, self.state.numbers = self.learner.contents() if writes else ({}, {})
-            checkpoints.save(self.state, tensors)
+            tensors, self.state.numbers = self.learner.contents()
+            self.writer.save(places, self.state, tensors, whole=self.learner.saves_whole)
+        return time.monotonic() - start
+
+    def settle(self) -> None:
+        """Wait until the checkpoint in flight is published. Raises RunError where it could not be. Collective."""
+        if self.writer.flight is not None:
+            with self.watchdog.over("publication"):
+                seconds = self.writer.settle()
+            self.watchdog.note("publication", seconds)
 
 
 @contextmanager
-def _out_of_resources(checkpoints: Checkpoints) -> Iterator[None]:
+def _out_of_resources(writer: CheckpointWriter) -> Iterator[None]:
     """Turn an error of memory or of a loader worker into a RunError that names the last good checkpoint."""
     try:
         yield
     except torch.OutOfMemoryError as error:  # not of a forward or backward pass, which are taken again
-        raise RunError(f"out of memory: {error}; {checkpoints.last_good()}") from error
+        raise RunError(f"out of memory: {error}; {writer.last_good()}") from error
     except RuntimeError as error:
         # Of a worker that died torch tells from a signal handler, wherever the main thread is just then.
         if "DataLoader" not in str(error):
             raise
-        raise RunError(f"a loader worker is dead or hangs: {error}; {checkpoints.last_good()}") from error
+        raise RunError(f"a loader worker is dead or hangs: {error}; {writer.last_good()}") from error
 
 
 def _due(every: int, step: int) -> bool:

@@ -1,8 +1,8 @@
 """A training in processes of its own, and one process of it: `launched(processes, folder, kind, stop, *fault)`.
 
 `kind` is `ddp`, `fsdp` (FSDP2), `zero2` or `zero3` (DeepSpeed), or `plain` (`ddp` without the average of weights, which
-DeepSpeed does not take), all on a CPU, where Accelerate's own launcher would make DDP of them; with `-lm` for a language
-model instead of a classifier, `-sharded` for checkpoints of which each process writes its part, `-masks` for a student
+DeepSpeed does not take), all on a CPU, where the launcher would make DDP of them; with `-lm` for a language model
+instead of a classifier, `-sharded` for checkpoints of which each process writes its part, `-masks` for a student
 under masks, `-wide` for a teacher of another width, whose hidden states are matched through projections, `-long` for 50
 steps instead of 12, `-second` for one that begins in processes which did a short one in bf16 before. `stop`, `5:1`:
 evaluations every 5 steps, a signal during the one after the first; `0:0`: none. `fault`, of the second process: `oom`,
@@ -143,8 +143,7 @@ def main(folder, kind, stop, *fault):
     spec = load_recipe(project / "recipe.yaml").data
     spec = spec.model_copy(update={"task": "causal_lm", "labelled": None} if lm else {})
     corpus = tiny_corpus(project, spec=spec, seed=0)
-    if rank == 1:
-        break_down(fault, folder)
+    break_down(fault if rank == 1 else (), folder)
 
     def evaluate(model, _stopped):
         with torch.no_grad():

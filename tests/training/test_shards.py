@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from forked import Processes
-from running import MADE_FROM
+from running import MADE_FROM, save
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
@@ -35,7 +35,7 @@ def write_as_one_of_two(folder):
     columns = spread(flat, Shard(-1))
     for name, model in (("rows", rows), ("replicas", replicas)):
         parts = {"model": {**model, "buffer": torch.tensor(7)}, "skip_rule": {"skipped": torch.tensor([1, 2])}}
-        saved = Checkpoints(folder / name, MADE_FROM, print).save(TrainState(step=3), parts)
+        saved = save(Checkpoints(folder / name, MADE_FROM, print), TrainState(step=3), parts)
         for other in (rows, replicas, columns):
             found = read(saved, lambda part, key, other=other: other.get(key))["model"]
             for key, tensor in other.items():
@@ -47,7 +47,7 @@ def write_as_one_of_two(folder):
     if rank == 1:
         broken["even"].to_local().fill_(float("nan"))
     try:
-        Checkpoints(folder / "broken", MADE_FROM, print).save(TrainState(step=1), {"model": broken})
+        save(Checkpoints(folder / "broken", MADE_FROM, print), TrainState(step=1), {"model": broken})
     except RunError as error:
         (folder / f"refused-{rank}").write_text(str(error))
 
@@ -117,5 +117,5 @@ def test_shards_give_way_to_newer_ones_like_any_checkpoint(made, tmp_path):
     shelf = Checkpoints(tmp_path / "checkpoints", MADE_FROM, print)
     assert shelf.newest_valid() == tmp_path / "checkpoints/step-00000003"
     for step in (4, 5):
-        shelf.save(TrainState(step=step), {"model": {"w": torch.zeros(1)}})
+        save(shelf, TrainState(step=step), {"model": {"w": torch.zeros(1)}})
     assert [path.name for path in shelf.published()] == ["step-00000004", "step-00000005"]

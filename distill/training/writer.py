@@ -1,0 +1,310 @@
+"""Checkpoints are written behind training: a copy to host memory, and a thread that writes, sums and publishes it.
+
+One is in flight: the next save waits for the one before, and a stop for the last. The thread takes no part in
+collective operations: those of training run at the same time, and two threads of one rank could begin theirs in another
+order than those of another. So ranks agree in the main thread, when a save begins (is there space?) and when it is
+settled (has it worked everywhere?). In between each rank leaves the sums of its files as a note beside them, and the
+thread of rank 0, which reads the notes, publishes without asking anybody: a checkpoint is there as soon as it is
+written, whatever training does.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import TypeVar
+
+import torch
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+from torch import Tensor
+
+from distill.errors import RunError, Stopped
+from distill.files import write_text
+from distill.ranks import free_memory, process_state
+from distill.training.checkpoint import Checkpoints, TrainState
+from distill.training.shards import OwnFile, TensorsByFile, gathered, own_files, write
+from distill.training.snapshot import HostMemory
+
+HEADROOM = 2**20
+"""Bytes on the disk beside the tensors: headers, JSON, the folder itself."""
+MOST_MEMORY = 0.8
+"""Share of the free host memory that a copy may take."""
+NOTE = ".sums-{:05d}.json"
+"""In the folder of a draft, from each rank but the first: the sums of its files, which are on the disk."""
+PATIENCE = 10.0
+"""Seconds that a training which ends with an error waits for the notes of ranks that may be dead."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Survey:
+    """What a checkpoint takes of one rank, and what there is."""
+
+    machine: str
+    lacking: int
+    """Bytes of host memory for its copy, beyond what it has for that already."""
+    memory: int
+    """Bytes of host memory that are free."""
+    writes: bool
+    size: int
+    """Bytes that it writes."""
+    disk: int
+    """Bytes that are free on the disk; only on rank 0, which makes the folder."""
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of one training, one after the other; on leaving its block, none is left half-written."""
+
+    def __init__(self, checkpoints: Checkpoints, say: Callable[[str], None]):
+        """Write nothing yet.
+
+        Args:
+            checkpoints: Where the training continues from.
+            say: Receives notices.
+        """
+        self.checkpoints, self.say = checkpoints, say
+        self.memory, self.ranks = HostMemory(say), process_state()
+        self.flight: _Flight | None = None
+        self.in_place = False
+        """True once host memory did not hold a copy, and that was said."""
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _error: object, _trace: TracebackType | None) -> None:
+        # A second signal ends the process at once; after any other error what has been saved is not lost.
+        if self.flight is not None and not (kind is not None and issubclass(kind, Stopped)):
+            self.flight.leave()
+
+    def save(self, places: Sequence[Checkpoints], state: TrainState, tensors: TensorsByFile, *, whole: bool) -> None:
+        """Copy a checkpoint and have it written to each of `places`, once the one before is published. Collective.
+
+        Each rank writes its own pieces of what is sharded, rank 0 all else. What fails is raised here where there is
+        too little space, otherwise when it is settled.
+
+        Args:
+            places: In the order of publication.
+            state: Where training stands.
+            tensors: Tensors by file, as they are in training.
+            whole: Put together what is sharded.
+
+        Raises:
+            RunError: Not enough space, or the one before could not be written. Nothing is left of it.
+        """
+        self.settle()
+        files = own_files(tensors, self.ranks.process_index, self.ranks.num_processes, whole=whole)
+        try:
+            surveys = on_all_ranks(lambda: self._survey(places, state, files))
+            self._refuse_full_disk(surveys, places)
+        except RunError as error:
+            raise self._given_up(places, error) from error
+        behind = self._fits(surveys)
+        copied, await_copy = self.memory.copy(files) if behind else (gathered(files, _as_it_is), _at_once)
+        others = [rank for rank, survey in enumerate(surveys) if rank and survey.writes]
+        self.flight = _Flight(places, replace(state), copied, await_copy, self.ranks.process_index, others)
+        self.flight.start()
+        if not behind:
+            self.settle()
+
+    def settle(self) -> float:
+        """Wait until the checkpoint in flight is published on all ranks. Collective.
+
+        Returns:
+            Seconds that it took to write, on the slowest rank; 0 where none was in flight.
+
+        Raises:
+            RunError: It could not be written, or has weights that are not finite. Nothing is left of it.
+        """
+        flight = self.flight
+        if flight is None:
+            return 0.0
+        try:
+            broken = sorted({name for names in on_all_ranks(flight.await_files) for name in names})
+            if broken:
+                raise RunError(f"weights are not finite ({', '.join(broken[:3])}): not saved")
+            seconds = max(on_all_ranks(flight.await_publication))
+        except RunError as error:
+            self.flight = None
+            flight.cancel()
+            raise self._given_up(flight.places, error) from error
+        self.flight = None
+        return seconds
+
+    def last_good(self) -> str:
+        """Name for messages the checkpoint that the same command continues from; the one in flight is waited for."""
+        if self.flight is not None:
+            self.flight.leave()
+        return self.checkpoints.last_good()
+
+    def _survey(self, places: Sequence[Checkpoints], state: TrainState, files: Sequence[OwnFile]) -> _Survey:
+        """Look at what there is; rank 0 makes the folders, which are there once all ranks have answered."""
+        free = [place.make_draft(state.step) for place in places] if self.ranks.is_main_process else [0]
+        size, writes = sum(file.size for file in files), any(file.written for file in files)
+        return _Survey(socket.gethostname(), self.memory.lacking(files), free_memory(), writes, size, min(free))
+
+    def _refuse_full_disk(self, surveys: Sequence[_Survey], places: Sequence[Checkpoints]) -> None:
+        free, need = surveys[0].disk, HEADROOM + len(places) * sum(survey.size for survey in surveys)
+        if free < need:
+            raise RunError(
+                f"a checkpoint needs {need / 1e6:,.0f} MB and {self.checkpoints.folder} has {free / 1e6:,.0f} MB left: "
+                f"not saved. Make space, and the same command continues from the last checkpoint"
+            )
+
+    def _fits(self, surveys: Sequence[_Survey]) -> bool:
+        """Tell, the same on all ranks, whether every machine's memory holds the copies of its ranks."""
+        for machine in {survey.machine for survey in surveys}:
+            here = [survey for survey in surveys if survey.machine == machine]
+            need, free = sum(survey.lacking for survey in here), min(survey.memory for survey in here)
+            if need > MOST_MEMORY * free:
+                if not self.in_place:
+                    self.say(
+                        f"checkpoints are written in place, and training waits for it: their copy would take "
+                        f"{need / 1e9:,.1f} GB of the {free / 1e9:,.1f} GB of host memory that are free"
+                    )
+                self.in_place = True
+                return False
+        return True
+
+    def _given_up(self, places: Sequence[Checkpoints], error: RunError) -> RunError:
+        """Remove what is left of a checkpoint, and complete the message."""
+        if self.ranks.is_main_process:
+            for place in places:
+                place.discard_drafts()
+        return RunError(f"{error}; {self.checkpoints.last_good()}")
+
+
+class _Flight:
+    """One checkpoint between its copy and its publication, in a thread."""
+
+    def __init__(
+        self,
+        places: Sequence[Checkpoints],
+        state: TrainState,
+        files: Sequence[OwnFile],
+        await_copy: Callable[[], None],
+        rank: int,
+        others: Sequence[int],
+    ):
+        """Begin nothing yet.
+
+        Args:
+            places: Where it is published, in this order.
+            state: Where training stood.
+            files: What this rank writes.
+            await_copy: Returns when the tensors are there.
+            rank: This one.
+            others: Ranks beside the first that write files.
+        """
+        self.places, self.state, self.files, self.await_copy = places, state, files, await_copy
+        self.rank, self.others = rank, others
+        self.thread = threading.Thread(target=self.run, name="checkpoint", daemon=True)
+        self.written, self.cancelled = threading.Event(), threading.Event()
+        self.failure: Exception | None = None
+        self.broken: list[str] = []
+        self.seconds = 0.0
+
+    def start(self) -> None:
+        """Begin."""
+        self.thread.start()
+
+    def run(self) -> None:
+        """Write the files of this rank, then publish, or leave a note for the rank that does."""
+        start = time.monotonic()
+        try:
+            self.await_copy()
+            self.broken = _not_finite(self.files)
+            if not self.broken:
+                sums = [write(place.draft(self.state.step), self.files) for place in self.places]
+                if self.rank == 0:
+                    self.written.set()
+                    self._publish(sums)
+                elif self.files:
+                    self._leave_notes(sums)
+        except Exception as error:  # raised again in the main thread
+            self.failure = error
+        self.seconds = time.monotonic() - start
+        self.written.set()
+
+    def _leave_notes(self, sums: Sequence[dict[str, str]]) -> None:
+        for place, own in zip(self.places, sums, strict=True):
+            write_text(place.draft(self.state.step) / NOTE.format(self.rank), json.dumps(own))
+
+    def _publish(self, sums: Sequence[dict[str, str]]) -> None:
+        """Publish each once the files of all ranks are there; not where it was cancelled before."""
+        for place, own in zip(self.places, sums, strict=True):
+            for rank in self.others:
+                note = place.draft(self.state.step) / NOTE.format(rank)
+                while not note.exists():
+                    if self.cancelled.wait(0.05):
+                        return
+                own |= json.loads(note.read_text(encoding="utf-8"))
+                note.unlink()
+            place.publish(self.state, own)
+
+    def await_files(self) -> list[str]:
+        """Wait until the files of this rank are on the disk; returns the names of weights that are not finite."""
+        self.written.wait()
+        if self.failure is not None:
+            raise self.failure
+        return self.broken
+
+    def await_publication(self) -> float:
+        """Wait until rank 0 has published it, on that rank; returns the seconds that it took."""
+        self.thread.join()
+        if self.failure is not None:
+            raise self.failure
+        return self.seconds
+
+    def cancel(self) -> None:
+        """Have rank 0 not wait for notes that will not come, and wait until nothing more is written."""
+        self.cancelled.set()
+        self.thread.join()
+
+    def leave(self) -> None:
+        """Let it come to its end, but do not wait for ever for ranks that may be dead."""
+        self.written.wait()
+        self.thread.join(PATIENCE if self.others else None)
+        self.cancel()
+
+
+def _as_it_is(_file: str, _name: str, tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _at_once() -> None:
+    """Wait for nothing."""
+
+
+def _not_finite(files: Sequence[OwnFile]) -> list[str]:
+    """Name the weights that are not finite."""
+    weights = [file.tensors for file in files if file.name.startswith(("model.", "model-"))]
+    floats = [(name, own) for part in weights for name, own in part.items() if own.is_floating_point() and own.numel()]
+    # The extremes are not finite where anything is not; one pass, without a tensor of flags.
+    return [name for name, own in floats if not torch.stack(torch.aminmax(own)).isfinite().all()]
+
+
+def on_all_ranks(action: Callable[[], T]) -> list[T]:
+    """Gather what `action` returns on each rank, in their order. Collective.
+
+    Raises:
+        RunError: Files cannot be written by at least one of them. It is raised on all: none waits in vain.
+    """
+    result, failure = None, None
+    try:
+        result = action()
+    except Exception as error:
+        failure = error
+    outcomes = gather_object([(result, None if failure is None else f"{failure}" or type(failure).__name__)])
+    if failure is not None and not isinstance(failure, OSError | SafetensorError):
+        raise failure
+    said = [message for _, message in outcomes if message is not None]
+    if said:
+        raise RunError(f"a checkpoint cannot be written: {'; '.join(dict.fromkeys(said))}") from failure
+    return [result for result, _ in outcomes]
