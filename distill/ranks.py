@@ -1,10 +1,11 @@
-"""Rank, world size and device of this process, and the launches that are refused."""
+"""Rank, world size, device and memory of this process, and the launches that are refused."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill.errors import InputError
@@ -29,6 +30,34 @@ def process_state() -> PartialState:
     from accelerate import PartialState
 
     return PartialState(cpu=parse_flag(os.environ.get("ACCELERATE_USE_CPU", "false")))
+
+
+def free_memory() -> int:
+    """Return the bytes of main memory that this process can have without swapping and within its cgroup's limits.
+
+    Those of the whole machine where nothing more is known.
+    """
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
+        free = 1024 * int(lines["MemAvailable"].split()[0])
+    except (OSError, LookupError, ValueError):
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([free, *_left_of_limits()])
+
+
+def _left_of_limits(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[int]:
+    """Yield the bytes that each limit on memory leaves, of this process's cgroup (version 2) and those above it."""
+    try:
+        group = root / own.read_text(encoding="utf-8").partition("0::/")[2].partition("\n")[0]
+    except OSError:
+        return
+    for folder in (group, *group.parents):
+        try:
+            limit, used = (int((folder / f"memory.{name}").read_text(encoding="ascii")) for name in ("max", "current"))
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+        except (OSError, ValueError):  # no limit, or none that can be read
+            continue
+        yield limit - used + int(stat.get("inactive_file", 0))  # cached files give way
 
 
 def launched(environment: Mapping[str, str] = os.environ) -> bool:

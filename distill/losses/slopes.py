@@ -142,7 +142,7 @@ def by_kernel(chunk: Chunk, terms: Terms, factors: Tensor) -> tuple[Tensor, Tens
 
 
 def fits_kernel(chunk: Chunk, terms: Terms) -> bool:
-    """Tell whether the kernel computes these terms, of fp32 logits: at most one divergence that it knows, and labels."""
+    """Tell whether the kernel computes these terms on fp32 logits: at most one divergence that it knows, and labels."""
     sides = [chunk.linear] if chunk.teacher is None else [chunk.linear, chunk.teacher]
     if not all(isinstance(side, Tensor) and side.dtype == torch.float32 for side in sides):
         return False

@@ -3,7 +3,7 @@
 A checkpoint is written into a temporary folder, every file is flushed to the disk, a manifest of sha256 sums is written
 last, and one rename publishes it. Only safetensors and JSON: loading runs no code. The newest two valid ones are kept,
 and a start takes the newest one whose manifest holds, naming those it passes over. Several ranks may each write a share
-of the files; rank 0 writes the manifest of all of them.
+of the files; rank 0 writes the manifest of all of them. When and by which thread: `training/writer.py`.
 """
 
 from __future__ import annotations
@@ -12,33 +12,24 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
-from accelerate.utils import gather_object
-from safetensors import SafetensorError
-
-from distill.errors import InputError, RunError
+from distill.errors import InputError
 from distill.files import fsync_folder, sha256_of, write_text
 from distill.models.head import HeadPrecision
-from distill.ranks import process_state
 from distill.recipe.load import fingerprint
 from distill.training.provenance import changed_keys, describe_changes
-from distill.training.shards import OwnFile, TensorsByFile, missing, own_files, write
+from distill.training.shards import missing
 from distill.training.state import Numbers
 
 KEEP = 2
 MANIFEST = "MANIFEST.json"
 STATE = "state.json"
-HEADROOM = 2**20
-"""Bytes beside the tensors: headers, JSON, the folder itself."""
 SHAPING = re.compile(r"(training|fit)\.(optimizer|optimizer_params|ema|freeze|only)(\.|$)|mask(\.|$)")
 """Keys that decide which tensors a checkpoint holds; it cannot be continued with other values of these."""
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -107,8 +98,7 @@ class Checkpoints:
         Raises:
             InputError: `continue_changed`, and it was made from inputs that decide which tensors it holds.
         """
-        for stale in self.folder.glob(".tmp-*"):
-            shutil.rmtree(stale, ignore_errors=True)  # another rank may be sweeping too
+        self.discard_drafts()
         for checkpoint in sorted(self.published(), key=lambda one: (one.stem, self._is_own(one)), reverse=True):
             reason = fault_of(checkpoint) or self._reason_not_to_continue(checkpoint, steps)
             if reason is None:
@@ -143,68 +133,34 @@ class Checkpoints:
         good = [found for found in self.published() if self._is_own(found) and fault_of(found) is None]
         return f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
 
-    def save(self, state: TrainState, tensors: TensorsByFile) -> Path:
-        """Publish `step-00000100`, then remove what is older than the newest valid ones of this training.
+    def draft(self, step: int) -> Path:
+        """Name the folder that a checkpoint is written into before it is published."""
+        return self.folder / f".tmp-{_name(step)}"
 
-        Collective: each rank writes its own pieces of what is sharded, rank 0 all else. What fails on one of them is
-        refused on all.
+    def make_draft(self, step: int) -> int:
+        """Make that folder, empty and the only one of its kind; returns the bytes that are free on its disk."""
+        self.discard_drafts()
+        self.draft(step).mkdir(parents=True)
+        return shutil.disk_usage(self.draft(step)).free
+
+    def discard_drafts(self) -> None:
+        """Remove what was never published."""
+        for draft in self.folder.glob(".tmp-*"):
+            shutil.rmtree(draft, ignore_errors=True)  # another rank may be sweeping too
+
+    def publish(self, state: TrainState, sums: Mapping[str, str]) -> None:
+        """Complete a draft, give it its name, then remove what is older than the newest valid ones of this training.
 
         Args:
-            state: Where training stands.
-            tensors: Tensors by file.
-
-        Raises:
-            RunError: Not enough space, or weights that are not finite; nothing is left of it.
+            state: Where training stood.
+            sums: The sha256 of each of its files, by name.
         """
-        final = self.folder / f"step-{state.step:08d}"
-        temporary = self.folder / f".tmp-{final.name}"
-        main = process_state().is_main_process
-        files = own_files(tensors, process_state().process_index, process_state().num_processes)
-        try:
-            self._check(on_all_ranks(lambda: self._survey(temporary if main else None, files)))
-            sums = on_all_ranks(lambda: write(temporary, files.values()))
-            on_all_ranks(lambda: self._publish(temporary, final, state, sums) if main else None)
-        except RunError as error:
-            if main:
-                shutil.rmtree(temporary, ignore_errors=True)
-            raise RunError(f"{error}; {self.last_good()}") from error
-        return final
-
-    def _survey(self, temporary: Path | None, files: Mapping[str, OwnFile]) -> tuple[int, int, list[str]]:
-        """Return (bytes free, bytes needed, names of weights that are not finite) on this rank.
-
-        The rank that is given the `temporary` folder makes it, and looks at the disk.
-        """
-        free = 0
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            free = shutil.disk_usage(temporary).free
-        need = sum(tensor.nbytes for file in files.values() for tensor in file.tensors.values())
-        weights = files["model"].tensors if "model" in files else {}
-        return free, need, [name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())]
-
-    def _check(self, surveys: Sequence[tuple[int, int, list[str]]]) -> None:
-        """Refuse to write what does not fit, or what is not worth keeping."""
-        broken = sorted({name for _, _, names in surveys for name in names})
-        if broken:
-            raise RunError(f"weights are not finite ({', '.join(broken[:3])}): not saved")
-        free, need = surveys[0][0], HEADROOM + sum(own for _, own, _ in surveys)
-        if free < need:
-            raise RunError(
-                f"a checkpoint needs {need / 1e6:,.0f} MB and {self.folder} has {free / 1e6:,.0f} MB left: not saved. "
-                f"Make space, and the same command continues from the last checkpoint"
-            )
-
-    def _publish(self, temporary: Path, final: Path, state: TrainState, sums: Sequence[Mapping[str, str]]) -> None:
-        """Complete the folder with all ranks' sums, give it its name, and remove older ones than `keep` says."""
-        write_text(temporary / STATE, json.dumps({"made_from": self.made_from, **asdict(state)}, indent=1))
-        manifest = {STATE: sha256_of(temporary / STATE)}
-        for own in sums:
-            manifest |= own
-        write_text(temporary / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))  # and the folder with it
+        draft, final = self.draft(state.step), self.folder / _name(state.step)
+        write_text(draft / STATE, json.dumps({"made_from": self.made_from, **asdict(state)}, indent=1))
+        manifest = {STATE: sha256_of(draft / STATE), **sums}
+        write_text(draft / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))  # and the folder with it
         self._make_way(final)
-        os.rename(temporary, final)
+        os.rename(draft, final)
         fsync_folder(self.folder)
         # The best one so far is not always that of the highest step.
         mine = sorted(filter(self._is_own, self.published()), key=lambda found: found == final)
@@ -223,6 +179,10 @@ class Checkpoints:
             os.rename(final, final.with_name(f"{final.name}.{fingerprint(origin)[:8]}"))
 
 
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
 def fault_of(checkpoint: Path) -> str | None:
     """Verify a checkpoint, every byte of it; returns what is wrong with it, or None."""
     try:
@@ -238,7 +198,7 @@ def fault_of(checkpoint: Path) -> str | None:
         state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
         if absent := {"made_from", "numbers"} - state.keys():
             return f"it was written by an older version, without {', '.join(sorted(absent))}"
-        return None if checkpoint.stem == f"step-{state['step']:08d}" else f"it is of step {state['step']}"
+        return None if checkpoint.stem == _name(state["step"]) else f"it is of step {state['step']}"
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return f"it is incomplete ({type(error).__name__}: {error})"
 
@@ -256,23 +216,3 @@ def origin_of(checkpoint: Path) -> dict[str, Any]:
         return dict(json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["made_from"])
     except (OSError, ValueError, LookupError, TypeError):
         return {}
-
-
-def on_all_ranks(action: Callable[[], T]) -> list[T]:
-    """Gather what `action` returns on each rank, in their order. Collective.
-
-    Raises:
-        RunError: Files cannot be written by at least one of them. It is raised on all: none waits in vain.
-    """
-    result, failure = None, None
-    try:
-        result = action()
-    except Exception as error:
-        failure = error
-    outcomes = gather_object([(result, None if failure is None else f"{failure}" or type(failure).__name__)])
-    if failure is not None and not isinstance(failure, OSError | SafetensorError):
-        raise failure
-    said = [message for _, message in outcomes if message is not None]
-    if said:
-        raise RunError(f"a checkpoint cannot be written: {'; '.join(dict.fromkeys(said))}") from failure
-    return [result for result, _ in outcomes]

@@ -139,9 +139,9 @@ class Learner:
         return dict(named_moments(self.wrapper, self.optimizer))
 
     def contents(self) -> tuple[TensorsByFile, Numbers]:
-        """Return what a checkpoint holds: tensors, gathered unless each rank writes its shards, and plain numbers.
+        """Return what a checkpoint holds: the tensors as they are in training, and plain numbers.
 
-        Collective where weights are sharded.
+        Collective where DeepSpeed shards the weights, which it puts together here.
         """
         moments, scaler = self.moments(), self.accelerator.scaler
         numbers = {
@@ -156,11 +156,13 @@ class Learner:
             "ema": self.ema.tensors() if self.ema else {},
             "masks": self.masks.tensors() if self.masks else {},
         }
+        return files, numbers
+
+    @property
+    def saves_whole(self) -> bool:
+        """True where checkpoints hold whole tensors, False where each rank writes its shards."""
         fsdp = self.accelerator.distributed_type == DistributedType.FSDP
-        if fsdp and self.accelerator.state.fsdp_plugin.state_dict_type == StateDictType.SHARDED_STATE_DICT:
-            return files, numbers
-        whole = {name: {key: full_tensor(tensor) for key, tensor in tensors.items()} for name, tensors in files.items()}
-        return whole, numbers
+        return not fsdp or self.accelerator.state.fsdp_plugin.state_dict_type != StateDictType.SHARDED_STATE_DICT
 
     def parameter_of(self) -> FindParameter:
         """Return a function that finds the parameter which a tensor of a checkpoint belongs to and is sharded like."""

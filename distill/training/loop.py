@@ -24,6 +24,7 @@ from distill.training.signals import StopSignals
 from distill.training.step import Step, Teacher, Window
 from distill.training.tracking import Tracker
 from distill.training.watchdog import Watchdog
+from distill.training.writer import CheckpointWriter
 
 if TYPE_CHECKING:
     from distill.data import TrainingBatches
@@ -112,12 +113,13 @@ def train(
     with (
         StopSignals() as stop,
         Tracker(job.folder / METRICS, job.title, state.step, steps, accelerator) as tracker,
-        _out_of_resources(checkpoints),
+        CheckpointWriter(checkpoints, say) as writer,
+        _out_of_resources(writer),
         compiled_layers(job.spec.compile, models, objective, accelerator, job.title, say) as compiled,
     ):
         batches = _in_sizes(batches, job.title, steps, say) if compiled.layers else batches
         step = Step(learner, teacher, job.seed, steps, job.folder / MICRO_BATCHES, compiled, say)
-        run = _Run(job, learner, step, batches, evaluate, checkpoints, state, steps, stop, tracker, watchdog, say)
+        run = _Run(job, learner, step, batches, evaluate, writer, state, steps, stop, tracker, watchdog, say)
         run.to_the_end()
     learner.finish()
     accelerator.free_memory()
@@ -159,13 +161,15 @@ class _Run:
     step: Step
     batches: TrainingBatches
     evaluate: Evaluate | None
-    checkpoints: Checkpoints
+    writer: CheckpointWriter
     state: TrainState
     steps: int
     stop: StopSignals
     tracker: Tracker
     watchdog: Watchdog
     say: Callable[[str], None]
+    improved: bool = False
+    """True between an evaluation with the best metric so far and its save."""
 
     def __post_init__(self) -> None:
         self.clock = Stopwatch(self.learner.accelerator.device)
@@ -176,6 +180,7 @@ class _Run:
         job, state, accelerator = self.job, self.state, self.learner.accelerator
         window = self._window()
         stopping = self.measure()  # where a start comes after the step and before its evaluation
+        self.save(newest=False)
         world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
         for numbered in self.batches.stream(state.step, self.steps, rank, world, job.spec.loader_workers, device):
             with self.watchdog.over("step"):
@@ -192,10 +197,10 @@ class _Run:
                 window = self._window()
             if not stopping:
                 stopping = self.measure()
-            if saving or stopping:
-                self._publish(self.checkpoints)
+            self.save(newest=saving or stopping)
             if stopping:
                 break
+        self.settle()
         if self.anyone_stopped():
             raise Stopped(
                 f"after step {state.step} of {self.steps}; a checkpoint is saved, the same command continues from it"
@@ -247,7 +252,7 @@ class _Run:
         if in_a_row >= min(job.spec.max_skipped, self.steps):
             raise RunError(
                 f"{job.title}: the last {in_a_row} steps up to step {state.step} were left out, their loss or "
-                f"gradient is not finite; {self.checkpoints.last_good()}. Lower lr, or check the teacher and the data"
+                f"gradient is not finite; {self.writer.last_good()}. Lower lr, or check the teacher and the data"
             )
 
     def _adapt_head_precision(self, terms: Mapping[str, float | None]) -> None:
@@ -279,35 +284,52 @@ class _Run:
     def _keep_best(self, value: float | None) -> None:
         job, best = self.job, self.state.best
         if value is not None and (best is None or (value > best if job.higher_is_better else value < best)):
-            self.state.best = value
-            self._publish(Checkpoints(job.folder / CHECKPOINTS / "best", job.made_from, self.say, keep=1))
+            self.state.best, self.improved = value, True
 
-    def _publish(self, checkpoints: Checkpoints) -> None:
-        """Save, and count how long training stands still for it."""
-        with self.clock.apart():
-            self.save(checkpoints)
-        self.clock.saving += self.clock.last
+    def save(self, *, newest: bool) -> None:
+        """Have a checkpoint written: as the `newest` one, as the best one where it is that, or not at all. Collective.
 
-    def save(self, checkpoints: Checkpoints) -> None:
-        """Publish a checkpoint. Collective."""
-        writes = self.learner.accelerator.is_main_process or self.learner.sharded
+        It is published when `settle` comes back. After the first step, memory for the copies is seen to. No record
+        counts the seconds that training stands still: for the copy, and for what is left to write of the one before.
+        """
+        if newest or self.improved:
+            with self.clock.apart():
+                self._hand_over(newest)
+            self.clock.saving += self.clock.last
+        elif self.state.step and not self.writer.prepared:
+            with self.clock.apart():
+                self.writer.prepare(self.learner.contents()[0], whole=self.learner.saves_whole)
+
+    def _hand_over(self, newest: bool) -> None:
+        self.settle()
+        # The best one first: after a kill between both, training comes by this evaluation again.
+        best = Checkpoints(self.job.folder / CHECKPOINTS / "best", self.job.made_from, self.say, keep=1)
+        places = [best] * self.improved + [self.writer.checkpoints] * newest
+        self.improved = False
         with self.watchdog.over("save"):
-            tensors, self.state.numbers = self.learner.contents() if writes else ({}, {})
-            checkpoints.save(self.state, tensors)
+            tensors, self.state.numbers = self.learner.contents()
+            self.writer.save(places, self.state, tensors, whole=self.learner.saves_whole)
+
+    def settle(self) -> None:
+        """Wait until the checkpoint in flight is published. Raises RunError where it could not be. Collective."""
+        if self.writer.flight is not None:
+            with self.watchdog.over("publication"):
+                seconds = self.writer.settle()
+            self.watchdog.note("publication", seconds)
 
 
 @contextmanager
-def _out_of_resources(checkpoints: Checkpoints) -> Iterator[None]:
+def _out_of_resources(writer: CheckpointWriter) -> Iterator[None]:
     """Turn an error of memory or of a loader worker into a RunError that names the last good checkpoint."""
     try:
         yield
     except torch.OutOfMemoryError as error:  # not of a forward or backward pass, which are taken again
-        raise RunError(f"out of memory: {error}; {checkpoints.last_good()}") from error
+        raise RunError(f"out of memory: {error}; {writer.last_good()}") from error
     except RuntimeError as error:
         # Of a worker that died torch tells from a signal handler, wherever the main thread is just then.
         if "DataLoader" not in str(error):
             raise
-        raise RunError(f"a loader worker is dead or hangs: {error}; {checkpoints.last_good()}") from error
+        raise RunError(f"a loader worker is dead or hangs: {error}; {writer.last_good()}") from error
 
 
 def _due(every: int, step: int) -> bool:

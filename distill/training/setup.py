@@ -52,8 +52,10 @@ def deal_out(spec: Optimization, key: str = "training") -> tuple[int, int]:
 def make_accelerator(spec: Training, folder: Path) -> Accelerator:
     """Make the Accelerator of one training; trackers that write files do so in `folder`."""
     micro, passes = deal_out(spec)
-    # Accelerate keeps one precision per process; the teacher's fit and the student's training may differ.
-    AcceleratorState._reset_state()
+    # Accelerate keeps one precision per process; the teacher's fit and the student's training may differ. What the
+    # process is goes with it: where an Accelerator before has put "FSDP" there, the next would lose its plugin. It is
+    # found out anew from the launch; the connection to the other ranks stays.
+    AcceleratorState._reset_state(reset_partial_state=True)
     # Windows are closed by count alone: the stream of batches has no end for Accelerate to see.
     plugin = GradientAccumulationPlugin(num_steps=passes, sync_with_dataloader=False)
     precision = "no" if spec.precision == "fp32" else spec.precision

@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from distill.errors import RunError
 from distill.files import sha256_of
-from distill.models.dtensor import local_shard
+from distill.models.dtensor import full_tensor, local_shard
 
 TensorsByFile = Mapping[str, Mapping[str, Tensor]]
 """Name of a file without its ending -> the tensors in it. One without tensors is not written."""
@@ -42,22 +42,55 @@ _SHARD = re.compile(r"(?P<file>.+)-(?P<rank>\d{5})-of-(?P<world>\d{5})\.safetens
 
 @dataclass(frozen=True)
 class OwnFile:
-    """One file that this rank writes."""
+    """One file of a checkpoint."""
 
     name: str
     tensors: dict[str, Tensor]
     metadata: dict[str, str] | None = None
+    written: bool = True
+    """False where another rank writes it and this one only takes part in gathering its tensors."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of its tensors that this rank writes."""
+        return sum(tensor.nbytes for tensor in self.tensors.values()) if self.written else 0
 
 
-def own_files(tensors_by_file: TensorsByFile, rank: int, world: int) -> dict[str, OwnFile]:
-    """Select what `rank` of `world` has to write of a checkpoint."""
-    files = {}
+def own_files(tensors_by_file: TensorsByFile, rank: int, world: int, *, whole: bool) -> list[OwnFile]:
+    """Select what `rank` of `world` has to write of a checkpoint: pieces of sharded files, or all of it on rank 0.
+
+    Args:
+        tensors_by_file: Tensors by file, as every rank holds them.
+        rank: This one.
+        world: Number of ranks.
+        whole: Tensors that are sharded are to be gathered, with `gathered`, and not written in pieces.
+    """
+    files = []
     for name, tensors in tensors_by_file.items():
-        if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
-            files[name] = _own_pieces(f"{name}-{rank:05d}-of-{world:05d}.safetensors", tensors, rank)
-        elif tensors and rank == 0:
-            files[name] = OwnFile(f"{name}.safetensors", dict(tensors))
+        if not whole and any(isinstance(tensor, DTensor) for tensor in tensors.values()):
+            files.append(_own_pieces(f"{name}-{rank:05d}-of-{world:05d}.safetensors", tensors, rank))
+        elif tensors:
+            files.append(OwnFile(f"{name}.safetensors", dict(tensors), written=rank == 0))
     return files
+
+
+def gathered(files: Iterable[OwnFile], keep: Callable[[str, str, Tensor], Tensor]) -> list[OwnFile]:
+    """Gather one tensor after the other, and keep those that this rank writes. Collective.
+
+    Args:
+        files: From `own_files`.
+        keep: (file, name, whole tensor or piece) -> what to keep of it.
+    """
+    kept = []
+    for file in files:
+        own = {}
+        for name, tensor in file.tensors.items():
+            tensor = full_tensor(tensor)
+            if file.written:
+                own[name] = keep(file.name, name, tensor)
+        if file.written:
+            kept.append(replace(file, tensors=own))
+    return kept
 
 
 def _own_pieces(name: str, tensors: Mapping[str, Tensor], rank: int) -> OwnFile:

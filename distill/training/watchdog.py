@@ -40,6 +40,11 @@ class Watchdog:
             self.deadline = None
             self.seen[what] = count + 1, max(slowest if count > 1 else 0.0, time.monotonic() - start)
 
+    def note(self, what: str, seconds: float) -> None:
+        """Count what took so long in a thread, such as writing a checkpoint that a later step waits for."""
+        count, slowest = self.seen.get(what, (0, 0.0))
+        self.seen[what] = count, max(slowest, seconds)
+
     def _watch(self) -> None:
         while True:
             time.sleep(1)

@@ -39,12 +39,11 @@ def _on_logits(teacher, student, loss):
 
 def ours(teacher, student, *, terms=("logits",), compile_layers=None, chunk=None, head_precision=None):
     """As a recipe with `match: logits` trains; on a GPU with compiled layers, as `training.compile: auto` has it."""
-    from distill.training.compiled import CompiledLayers
-
     from distill.losses import Objective, layer_map
     from distill.models.family import all_layers, layers_of
     from distill.recipe.schema import Term
     from distill.teacher import LiveTeacher
+    from distill.training.compiled import CompiledLayers
     from distill.training.model import DistillModel
 
     depths = len(layers_of(student)), len(layers_of(teacher))

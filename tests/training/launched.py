@@ -4,10 +4,11 @@
 DeepSpeed does not take), all on a CPU, where Accelerate's own launcher makes DDP of them; with `-lm` for a language
 model instead of a classifier, `-sharded` for checkpoints of which each process writes its part, `-masks` for a student
 under masks, `-wide` for a teacher of another width, whose hidden states are matched through projections, `-compiled`
-for compiled layers, whose graphs run as they are, `-long` for 50 steps instead of 12. `stop`, `5:1`: evaluations every
-5 steps, a signal during the one after the first; `0:0`: none. `fault`, of the second process: `oom`, it runs out of
-memory; `nan`, the gradient of one of its backward passes is not a number; `compiler`, its compiler fails; `quota`, it
-cannot write files of the size of its weights; `die`, it is killed while the checkpoint of the last step is written.
+for compiled layers, whose graphs run as they are, `-long` for 50 steps instead of 12, `-second` for one that begins in
+processes which did a short one in bf16 before. `stop`, `5:1`: evaluations every 5 steps, a signal during the one after
+the first; `0:0`: none. `fault`, of the second process: `oom`, it runs out of memory; `nan`, the gradient of one of its
+backward passes is not a number; `compiler`, its compiler fails; `quota`, it cannot write files of the size of its
+weights; `die`, it is killed while the checkpoint of the last step is written.
 """
 
 from __future__ import annotations
@@ -19,10 +20,13 @@ import sys
 import threading
 import time
 from functools import partial
+from pathlib import Path
 
 import running
 import torch
-from accelerate import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
+from accelerate import DeepSpeedPlugin, DistributedType, PartialState
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from forked import Processes
 from safetensors.torch import save_file
 from tiny import tiny_corpus, tiny_model, tiny_project
@@ -40,22 +44,19 @@ from distill.training.deepspeed import configure_deepspeed
 from distill.training.setup import make_accelerator
 
 STEPS, LONG = 12, 50
+FSDP2 = Path(__file__).parents[2] / "recipes/accelerate/fsdp2.yaml"
 MASK = Mask(sparsity=0.6, schedule="cubic", end=0.5, every=2)
 """No choice so late that rounding has made one process's weights other than two's."""
 
 
-def fsdp2_on_cpu(state_dict_type, *arguments):
-    accelerator = make_accelerator(*arguments)
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2,
-        auto_wrap_policy="transformer_based_wrap",
-        cpu_ram_efficient_loading=False,
-        state_dict_type=state_dict_type,
-    )
-    for state in (accelerator.state._shared_state, process_state()._shared_state):
-        state["distributed_type"] = DistributedType.FSDP
-    accelerator.state.fsdp_plugin = plugin
-    return accelerator
+def as_on_gpus(state_dict_type):
+    """Have Accelerate take the path of FSDP2 on GPUs: the launcher's variables, and ranks that it takes for GPUs'."""
+    arguments = ["--config_file", str(FSDP2), "--main_process_port", "0", "scripts/train.py"]
+    read, _, _ = _validate_launch_command(launch_command_parser().parse_args(arguments))
+    variables = {key: value for key, value in prepare_multi_gpu_env(read).items() if key.startswith("FSDP_")}
+    os.environ.update(variables, ACCELERATE_USE_FSDP="true", FSDP_STATE_DICT_TYPE=state_dict_type)
+    os.environ.update(ACCELERATE_USE_CPU="false", ACCELERATE_TORCH_DEVICE="cpu")
+    PartialState._prepare_backend = lambda *_arguments: ("gloo", DistributedType.MULTI_GPU)
 
 
 def deepspeed_on_cpu(stage, spec, folder):
@@ -99,8 +100,7 @@ class Teacher:
 def shared_out(kind, options):
     """Choose how the training that follows holds its weights."""
     if kind == "fsdp":
-        saved = "SHARDED_STATE_DICT" if "sharded" in options else "FULL_STATE_DICT"
-        loop.make_accelerator = partial(fsdp2_on_cpu, saved)
+        as_on_gpus("SHARDED_STATE_DICT" if "sharded" in options else "FULL_STATE_DICT")
     if kind.startswith("zero"):
         loop.make_accelerator = partial(deepspeed_on_cpu, int(kind[-1]))
 
@@ -148,14 +148,13 @@ def main(folder, kind, stop, *fault):
     project.mkdir()
     kind, *options = kind.split("-")
     lm = "lm" in options
+    shared_out(kind, options)
     tiny_project(project)
     spec = load_recipe(project / "recipe.yaml").data
     spec = spec.model_copy(update={"task": "causal_lm", "labelled": None} if lm else {})
     corpus = tiny_corpus(project, spec=spec, seed=0)
-    shared_out(kind, options)
     compile_as_it_is("compiler" in fault and rank == 1)
-    if rank == 1:
-        break_down(fault, folder)
+    break_down(fault if rank == 1 else (), folder)
 
     def evaluate(model, _stopped):
         with torch.no_grad():
@@ -164,6 +163,8 @@ def main(folder, kind, stop, *fault):
             os.kill(os.getpid(), signal.SIGTERM)
         return {"accuracy": 0.5}
 
+    if "second" in options:
+        running.run(corpus, folder / "first", steps=2, micro=2, precision="bf16")
     process_state()
     sharded = kind not in ("ddp", "plain")
     teacher = Teacher(sharded, "oom" in fault and rank == 1) if sharded or "oom" in fault else None

@@ -11,6 +11,7 @@ from distill.recipe.schema import Term, Training
 from distill.teacher import LiveTeacher
 from distill.training import Job, train
 from distill.training.checkpoint import Checkpoints
+from distill.training.writer import CheckpointWriter
 
 LABELS = [Term(match="labels")]
 HIDDEN = [
@@ -25,6 +26,14 @@ MADE_FROM = {"data": "a tiny corpus", "seed": 0}
 
 def published(folder):
     return Checkpoints(folder, MADE_FROM, print).published()
+
+
+def save(checkpoints, state, tensors):
+    """Publish a checkpoint, and wait for it; returns its folder."""
+    writer = CheckpointWriter(checkpoints, print)
+    writer.save([checkpoints], state, tensors, whole=False)
+    writer.settle()
+    return checkpoints.folder / f"step-{state.step:08d}"
 
 
 def dropped(rate):

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from running import MADE_FROM, published, run
+from running import MADE_FROM, published, run, save
 
 from distill.training.checkpoint import Checkpoints, TrainState, fault_of
 
@@ -135,9 +135,9 @@ def test_there_are_never_fewer_than_two_valid_ones(corpus, shelf):
     parts = {"model": {}, "optimizer": {}}
 
     parts["model"] = {"w": torch.zeros(1)}
-    third = checkpoints.save(TrainState(step=6), parts)
+    third = save(checkpoints, TrainState(step=6), parts)
     assert published(shelf) == [older, newer, third]
-    fourth = checkpoints.save(TrainState(step=8), parts)
+    fourth = save(checkpoints, TrainState(step=8), parts)
     assert [path for path in published(shelf) if fault_of(path) is None] == [third, fourth]
     assert older not in published(shelf)
 
@@ -147,7 +147,7 @@ def test_another_training_in_the_same_folder_is_not_touched(corpus, shelf):
 
     mine = Checkpoints(shelf, {"seed": 2}, print)
     for step in (2, 4, 6):
-        mine.save(TrainState(step=step), {"model": {"w": torch.zeros(1)}})
+        save(mine, TrainState(step=step), {"model": {"w": torch.zeros(1)}})
     kept = {path.name.split(".")[0]: fault_of(path) for path in published(shelf) if "." in path.name}
     assert kept == dict.fromkeys(before)
     found, _ = chosen(shelf)

@@ -60,6 +60,13 @@ def test_what_one_process_saved_two_continue_with_zero2(one, tmp_path):
 
 @pytest.mark.slow
 @needs_deepspeed
+def test_a_second_training_in_the_same_processes_is_one_of_its_own(one, tmp_path):
+    launched(2, tmp_path / "run", "zero2-second")
+    assert_close(tmp_path / "run", one)
+
+
+@pytest.mark.slow
+@needs_deepspeed
 def test_the_head_of_a_language_model_is_read_in_chunks(tmp_path):
     launched(1, tmp_path / "one", "plain-lm")
     launched(2, tmp_path / "two", "zero3-lm")

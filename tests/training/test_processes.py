@@ -64,6 +64,12 @@ def test_fsdp2_trains_saves_resumes_and_exports_the_same_student(one, tmp_path):
     assert_close(tmp_path / "on one", one)
 
 
+@pytest.mark.parametrize("kind", ["fsdp-second", "ddp-second"])
+def test_a_second_training_in_the_same_processes_is_one_of_its_own(one, tmp_path, kind):
+    launched(2, tmp_path / "run", kind)
+    assert_close(tmp_path / "run", one)
+
+
 def test_fsdp2_saves_shards_that_are_checked_and_resumed_by_two_processes_and_by_one(one, tmp_path):
     folder = tmp_path / "run"
     launched(2, folder, "fsdp-sharded", "8:0", codes=[75, 75])

@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from running import MADE_FROM, dropped, published, run
+from running import MADE_FROM, dropped, published, run, save
 from safetensors.torch import load_file
 from tiny import tiny_model
 
@@ -284,7 +284,7 @@ def test_memory_that_ends_outside_of_a_pass_is_said_in_one_line(corpus, tmp_path
 def test_weights_that_are_not_finite_are_never_published(tmp_path):
     shelf = checkpoint.Checkpoints(tmp_path, MADE_FROM, print)
     with pytest.raises(RunError, match=r"not finite \(w\): not saved; there is no checkpoint yet"):
-        shelf.save(checkpoint.TrainState(step=1), {"model": {"w": torch.tensor([1.0, math.inf])}})
+        save(shelf, checkpoint.TrainState(step=1), {"model": {"w": torch.tensor([1.0, math.inf])}})
     assert shelf.published() == [] and list(tmp_path.iterdir()) == []
 
 
@@ -337,7 +337,7 @@ def test_the_best_checkpoint_by_a_metric_is_kept_apart(corpus, tmp_path):
 def test_the_best_can_be_of_a_lower_step_than_the_one_it_replaces(tmp_path):
     checkpoints = checkpoint.Checkpoints(tmp_path, MADE_FROM, print, keep=1)
     for step in (6, 4):
-        checkpoints.save(checkpoint.TrainState(step=step), {"model": {"w": torch.ones(1)}})
+        save(checkpoints, checkpoint.TrainState(step=step), {"model": {"w": torch.ones(1)}})
     assert [path.name for path in published(tmp_path)] == ["step-00000004"]
 
 

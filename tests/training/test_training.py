@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from running import LABELS, MADE_FROM, dropped, published, run
+from running import LABELS, MADE_FROM, dropped, published, run, save
 from safetensors.torch import load_file
 from tiny import tiny_model
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -132,7 +132,7 @@ def test_only_the_newest_two_checkpoints_are_kept_and_half_written_ones_are_swep
 
 def test_checkpoints_are_safetensors_and_json_with_tied_tensors_once(tmp_path):
     model = DistillModel(tiny_model("llama", tie_word_embeddings=True), Objective(LABELS, "next_token"))
-    folder = Checkpoints(tmp_path, MADE_FROM, print).save(TrainState(step=1), {"model": own_tensors(model)})
+    folder = save(Checkpoints(tmp_path, MADE_FROM, print), TrainState(step=1), {"model": own_tensors(model)})
     assert {file.suffix for file in folder.iterdir()} == {".safetensors", ".json"}
     assert not any("lm_head" in name for name in load_file(folder / "model.safetensors"))
     other = DistillModel(tiny_model("llama", seed=5, tie_word_embeddings=True), model.objective)
