@@ -199,15 +199,9 @@ def check(session: Session) -> None:
         fits = MATCHES[term.match].fits_teacher
         if fits and term.params and not is_reference(term.loss or ""):
             fits(hollow_model(session.source, session.remote_code), term.params, f"losses.{index}.params")
-    for key, spec in (("training", recipe.training), ("teacher.fit", recipe.teacher.fit)):
-        if spec is not None:
-            find_optimizer(spec)
-            deal_out(spec, key)
-            check_launch_keeps(spec, key=key)
-            if spec.lora is not None and importlib.util.find_spec("peft") is None:
-                raise InputError(f"{key}.lora needs peft: pip install 'distill[lora]'")
-            if spec.precision == "fp16" and state.device.type == "cpu":
-                raise InputError(f"{key}.precision: fp16 needs a GPU; use bf16 or fp32")
+    check_optimization("training", recipe.training)
+    if recipe.teacher.fit is not None:
+        check_optimization("teacher.fit", recipe.teacher.fit)
     check_trackers(recipe.training.trackers)
     if recipe.training.keep_best not in (None, *task.metrics):  # of a task of the user's own
         raise InputError(f"training.keep_best: {recipe.training.keep_best} is not one of {', '.join(task.metrics)}")
@@ -217,6 +211,17 @@ def check(session: Session) -> None:
         raise InputError("teacher.dtype: int8 needs a GPU; use bf16")
     if recipe.teacher.device == "sharded" and state.num_processes == 1:
         raise InputError("teacher.device: sharded spreads the teacher over several processes, and there is one")
+
+
+def check_optimization(key: str, spec: Optimization) -> None:
+    """Refuse a training, of the section `key`, that this machine and this launch cannot do, with an InputError."""
+    find_optimizer(spec)
+    deal_out(spec, key)
+    check_launch_keeps(spec, key=key)
+    if spec.lora is not None and importlib.util.find_spec("peft") is None:
+        raise InputError(f"{key}.lora needs peft: pip install 'distill[lora]'")
+    if spec.precision == "fp16" and process_state().device.type == "cpu":
+        raise InputError(f"{key}.precision: fp16 needs a GPU; use bf16 or fp32")
 
 
 def try_terms(recipe: Recipe, head: str) -> None:

@@ -272,7 +272,7 @@ def patterns_match(
 
 
 def adapted_maps_exist(fit: Optimization | None, training: Training, size: TeacherSize) -> Iterator[Mistake]:
-    """Require that patterns over the linear maps to be adapted match something, as far as the names in the files tell."""
+    """Require that patterns over linear maps to be adapted match something, as far as the names in the files tell."""
     modules = [name.removesuffix(".weight") for name in size.tensors if name.endswith(".weight")]
     for path, lora in _adapters(fit, training):
         for position, pattern in enumerate([] if lora.targets == "all-linear" else lora.targets):

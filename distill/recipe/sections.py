@@ -67,8 +67,8 @@ class Optimization(Section):
     decay: NonNegative = 0.2
     """`wsd`: how long the way down is, counted as `warmup` is."""
     optimizer: Optimizer | Reference = "adamw"
-    """A built-in optimizer or `package.module:function`, called with parameter groups and `lr`. `adamw_8bit`: moments of
-    8 bits, by bitsandbytes."""
+    """A built-in optimizer or `package.module:function`, called with parameter groups and `lr`. `adamw_8bit`: moments
+    of 8 bits, by bitsandbytes."""
     optimizer_params: Params = {}
     """Keyword arguments of the optimizer, e.g. `{eps: 1e-6}`."""
     weight_decay: NonNegative = 0.01
@@ -90,8 +90,8 @@ class Optimization(Section):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Autocast precision of the model being trained; losses are always fp32."""
     weights: Literal["fp32", "bf16"] = "fp32"
-    """What the model and its gradients are held in during training. `bf16`: the optimizer keeps what is missing to fp32,
-    so that small steps are not lost, and its moments in bf16: 10 bytes per parameter instead of 16."""
+    """What the model and its gradients are held in during training. `bf16`: the optimizer keeps what is missing to
+    fp32, so that small steps are not lost, and its moments in bf16: 10 bytes per parameter instead of 16."""
     lora: Lora | None = None
     """Train adapters instead of the weights; null: the weights."""
     freeze: list[StrictStr] = []

@@ -7,7 +7,6 @@ linear maps are put back.
 
 from __future__ import annotations
 
-import fnmatch
 import warnings
 from typing import Any
 
@@ -43,7 +42,9 @@ def adapted_names(model: Any, spec: Lora) -> list[str]:
             some = ", ".join(linear[:3])
             raise InputError(f"lora.targets: {pattern!r} matches no linear map; there are e.g. {some}")
         if head in found:
-            raise InputError(f"lora.targets: {pattern!r} is the output head, which the loss reads; use lora.also for it")
+            raise InputError(
+                f"lora.targets: {pattern!r} is the output head, which the loss reads; use lora.also for it"
+            )
     return [name for name in linear if spec.pattern_for(name)]
 
 
@@ -63,10 +64,13 @@ class Adapters:
         learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad} if also else set()
         if both := sorted(name for name in learning if name.rpartition(".")[0] in names):
             raise InputError(f"lora.also: {both[0]} is adapted as well; choose one with lora.targets")
-        config = LoraConfig(r=spec.rank, lora_alpha=spec.alpha, lora_dropout=spec.dropout, target_modules=names)
+        # Within a box that has no config, so that peft takes the names as they are: of models with experts it would
+        # take `gate_proj` of a layer without experts for the experts of the others.
+        box, targets = nn.ModuleDict({"student": model}), [f"student.{name}" for name in names]
+        config = LoraConfig(r=spec.rank, lora_alpha=spec.alpha, lora_dropout=spec.dropout, target_modules=targets)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="fan_in_fan_out")  # transposed maps: peft sets it right itself
-            self.tuner = LoraModel(model, {"default": config}, "default")
+            self.tuner = LoraModel(box, {"default": config}, "default")
         self.model, self.count = model, sum(isinstance(module, LoraLayer) for module in model.modules())
         assert self.count == len(names), "peft adapts exactly what is named"
         for name, parameter in model.named_parameters():
@@ -95,5 +99,4 @@ class Adapters:
         self.tuner.merge_and_unload()
         for module in self.model.modules():
             assert not isinstance(module, LoraLayer)
-        vars(self.model).pop("peft_config", None)
         self.model.requires_grad_(True)

@@ -156,7 +156,9 @@ def make_learner(
         masters.optimizer = optimizer
     ema = Ema(wrapper, spec.ema, masters.of if masters else Tensor.detach) if spec.ema is not None else None
     skip_rule = SkipRule(spec.skip_spikes, accelerator.device)
-    learner = kind(accelerator, student, model, wrapper, prepared, optimizer, skip_rule, ema, masks, spec, masters, adapters)
+    learner = kind(
+        accelerator, student, model, wrapper, prepared, optimizer, skip_rule, ema, masks, spec, masters, adapters
+    )
     if found is not None:
         learner.load(found)
     return learner
