@@ -136,7 +136,7 @@ class MasterAdamW(torch.optim.AdamW):
         if len(bucket) > 1:
             sizes = [len(piece[1]) for piece in bucket]
             for parts, whole in zip(zip(*(piece[0] for piece in bucket), strict=True), tensors, strict=True):
-                torch._foreach_copy_(list(parts), list(whole.split(sizes)))
+                torch._foreach_copy_(list(parts), list(torch.split(whole, sizes)))
 
     def _call(self, *arguments: Any) -> None:
         """Take the step compiled on a GPU; where the compiler fails, as it is from then on."""
@@ -175,8 +175,8 @@ def _pieces(parameter: Tensor, state: dict[str, Tensor], size: int) -> Iterator[
     """Cut a parameter into flat pieces of at most so many weights."""
     assert parameter.grad is not None
     held = [tensor.view(-1) for tensor in (parameter, state["rest"], state["exp_avg"], state["exp_avg_sq"])]
-    parts = zip(*(tensor.split(size) for tensor in held), strict=True)
-    for own, grad in zip(parts, parameter.grad.reshape(-1).split(size), strict=True):
+    parts = zip(*(torch.split(tensor, size) for tensor in held), strict=True)
+    for own, grad in zip(parts, torch.split(parameter.grad.reshape(-1), size), strict=True):
         yield list(own), grad
 
 

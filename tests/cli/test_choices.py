@@ -95,7 +95,7 @@ RUNS = {
         "bert",
         """
         teacher.init=random
-        teacher.fit={steps: 12, batch_size: 8, lr: 3e-3, precision: bf16, schedule: wsd, decay: 0.5}
+        teacher.fit={steps: 12, batch_size: 8, lr: 3e-3, precision: bf16, weights: bf16, schedule: wsd, decay: 0.5}
         student.layers.choose=even
         student.mlp.score=activation
         student.repair={bias: true, refit: true, ridge: 0.01, held_out: 32}
@@ -150,6 +150,7 @@ RUNS = {
         training.evaluate_every=2
         training.keep_best=loss
         training.precision=bf16
+        training.weights=bf16
         release.format=padded
         """,
     ),
@@ -266,6 +267,15 @@ RUNS = {
         training.evaluate_every=2
         training.keep_best=token_accuracy
         training.freeze=["*.embed_tokens.*"]
+        """,
+    ),
+    "adapters in place of the weights": (
+        "llama",
+        """
+        teacher.fit={steps: 4, batch_size: 8, lr: 3e-3, optimizer: adamw_8bit, lora: {rank: 2, also: ["*norm*"]}}
+        losses=[{match: logits}, {match: relations}, {match: hidden}]
+        training={steps: 4, batch_size: 8, micro_batch_size: 4, precision: bf16, weights: bf16, optimizer: adamw_8bit,
+          lora: {rank: 4, alpha: 8, targets: [q_proj, "*.mlp.*"], dropout: 0.1, also: ["*norm*"]}}
         """,
     ),
     "an encoder-decoder": (
