@@ -7,7 +7,6 @@ onto the optimizer's groups: a scheduler prepared by Accelerate would advance on
 from __future__ import annotations
 
 import importlib.util
-import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -45,7 +44,6 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": adamw, "
 def _eight_bits() -> Callable[..., torch.optim.Optimizer]:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise InputError("optimizer: adamw_8bit needs bitsandbytes: pip install 'distill[int8]'")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of 4-bit products that a CPU has not
     from distill.training.adamw8 import MasterAdamW8bit
 
     return MasterAdamW8bit
