@@ -101,9 +101,11 @@ class MasterAdamW(torch.optim.AdamW):
 
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[parameter]
+        rest = self.rests.pop(parameter, None)  # after a restart the state has another
         if not state:
+            assert rest is not None, "every bf16 parameter has a rest"
             state["step"] = torch.zeros((), device=parameter.device)
-            state["rest"] = self.rests.pop(parameter).to(parameter.device)
+            state["rest"] = rest.to(parameter.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
         return state
 

@@ -4,8 +4,8 @@
     python scripts/benchmarks/memory.py --hidden 512 --layers 8
 
 A Llama with random weights takes three steps with each choice of `weights`, `optimizer` and `lora`; counted are the
-bytes of its parameters, of their gradients and of the optimizer's state. The gradients of one batch, cut into micro-batches,
-are then compared with those of fp32. Prints one JSON object.
+bytes of its parameters, of their gradients and of the optimizer's state. The gradients of one batch, cut into
+micro-batches, are then compared with those of fp32. Prints one JSON object.
 """
 
 import argparse

@@ -469,6 +469,27 @@ def test_what_cannot_be_had_here_is_refused_before_anything_is_done(case, tmp_pa
     assert words in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("kind", "override", "words"),
+    [
+        ("FSDP", "training.weights=bf16", "training.weights: bf16 does not go with FSDP"),
+        ("FSDP", "training.optimizer=adamw_8bit", "training.optimizer: adamw_8bit does not go with FSDP"),
+        (
+            "FSDP",
+            "teacher.fit={steps: 1, precision: bf16, weights: bf16}",
+            "teacher.fit.weights: bf16 does not go with",
+        ),
+    ],
+)
+def test_a_launch_that_shards_weights_is_refused_what_it_cannot_hold(
+    kind, override, words, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
+    overrides = ["training.precision=bf16", override, "--out", str(tmp_path / "run")]
+    assert main(["run", str(project(tmp_path, "bert")), *overrides]) == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
 def sections_in(value: Any) -> Iterator[BaseModel]:
     """A section and all sections in it."""
     if isinstance(value, BaseModel):

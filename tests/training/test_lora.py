@@ -6,16 +6,18 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from launched import launched
 from peft.tuners.lora import LoraLayer
 from running import dropped, published, run
 from safetensors.torch import load_file
-from tiny import FORMS, tiny_batch, tiny_model
+from tiny import FORMS, tiny_batch, tiny_config, tiny_model
 from transformers import AutoModelForSequenceClassification
 
 from distill.errors import InputError
 from distill.models.forward import Capture, forward
 from distill.models.trainable import mark_drawn
+from distill.pipeline import train
 from distill.recipe.schema import Training
 from distill.recipe.sections import Lora
 from distill.training.lora import Adapters, adapted_names
@@ -192,3 +194,19 @@ def test_deepspeed_is_refused_with_what_to_do(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(InputError, match=r"training\.lora does not go with DeepSpeed: launch it with DDP or FSDP2"):
         check_launch_keeps(Training(steps=1, lora={}))
+
+
+def test_packages_that_are_not_installed_are_named_with_their_extra(monkeypatch):
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"^teacher\.fit\.lora needs peft: pip install 'distill\[lora\]'$"):
+        train.check_optimization("teacher.fit", Training(steps=1, lora={}))
+    with pytest.raises(InputError, match=r"adamw_8bit needs bitsandbytes: pip install 'distill\[int8\]'"):
+        train.check_optimization("training", Training(steps=1, optimizer="adamw_8bit"))
+    train.check_optimization("training", Training(steps=1))
+
+
+def test_a_pooler_that_the_vectors_do_not_depend_on_is_not_adapted():
+    model = transformers.AutoModel.from_config(tiny_config("bert"))
+    model.sentence_head = torch.nn.Identity()
+    with pytest.raises(InputError, match=r"'dense' matches pooler\.dense, which the vectors do not depend on"):
+        adapted_names(model, Lora(targets=["dense"]))
