@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import signal
 import sys
 from dataclasses import replace
@@ -176,7 +175,6 @@ def _quiet_libraries() -> None:
     import datasets
     import transformers
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of 4-bit products that this CPU does not have
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.utils.logging.set_verbosity_error()

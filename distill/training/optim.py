@@ -6,7 +6,6 @@ onto the optimizer's groups: a scheduler prepared by Accelerate would advance on
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.errors import InputError
+from distill.models.quantised import import_bitsandbytes
 from distill.recipe.schema import Optimization
 from distill.registry import bind, find
 from distill.training.masters import MasterAdamW
@@ -42,7 +42,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": adamw, "
 
 
 def _eight_bits() -> Callable[..., torch.optim.Optimizer]:
-    if importlib.util.find_spec("bitsandbytes") is None:
+    if not import_bitsandbytes():
         raise InputError("optimizer: adamw_8bit needs bitsandbytes: pip install 'distill[int8]'")
     from distill.training.adamw8 import MasterAdamW8bit
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -299,3 +302,14 @@ def test_launches_that_shard_are_refused_with_what_to_do(kind, words, monkeypatc
     with pytest.raises(InputError, match="adamw_8bit does not go with"):
         check_launch_keeps(Training(steps=1, optimizer="adamw_8bit"))
     check_launch_keeps(Training(steps=1))
+
+
+def test_bitsandbytes_is_imported_without_the_code_that_it_would_fetch(tmp_path):
+    # In a new interpreter, with a `kernels` that says when it is asked.
+    (tmp_path / "kernels.py").write_text("def get_kernel(*_, **__):\n    print('FETCHED')\n")
+    code = "from distill.models.quantised import import_bitsandbytes as f; print(f()); import kernels, bitsandbytes"
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "True\n" and "Failed to load" not in done.stderr
