@@ -20,8 +20,10 @@ from distill.errors import InputError
 from distill.files import read_object, sha256_of
 from distill.models.gguf import dequantised
 from distill.models.pattern import settle_periods
+from distill.models.quantised import import_bitsandbytes
 from distill.models.report import check_loaded, untie_config
 from distill.models.sentence import sentence_head
+from distill.models.trainable import mark_drawn
 from distill.models.weights import as_input_error, check_links, weights_sha256
 from distill.models.widths import as_stock, is_unequal, with_widths
 from distill.recipe.locate import is_gguf, teacher_folder, teacher_size
@@ -155,6 +157,8 @@ def grow_embeddings(model: Any, tokenizer: Any, tokens: Sequence[str], seed: int
     if new:
         torch.manual_seed(seed)
         model.resize_token_embeddings(max(new.values()) + 1, mean_resizing=False)
+        tables = (model.get_input_embeddings(), model.get_output_embeddings())
+        mark_drawn(model, [name for name, own in model.named_parameters() if any(own is t.weight for t in tables if t)])
         say(f"  drawn at random, to be fitted: the embeddings of {', '.join(new)}")
 
 
@@ -191,6 +195,7 @@ def load_model(
     torch.manual_seed(random_seed or 0)
     extra: dict[str, Any] = {}
     if int8_on is not None:
+        import_bitsandbytes()
         extra = {"quantization_config": transformers.BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": int8_on}}
     with as_input_error(f"cannot load {folder} as {head.auto_class}"):
         model, info = loader.from_pretrained(

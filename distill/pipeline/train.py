@@ -33,7 +33,7 @@ from distill.student.masks import compact_trained, mask_settings, masks_for
 from distill.teacher import LiveTeacher
 from distill.training import Job, train
 from distill.training.optim import find_optimizer
-from distill.training.setup import deal_out, horizon
+from distill.training.setup import check_launch_keeps, deal_out, horizon
 from distill.training.tracking import check_trackers
 
 
@@ -85,7 +85,7 @@ def train_model(session: Session, job: Job, model: Any, objective: Objective, te
     """Train a model in place; it comes back on the CPU, in the dtype it had."""
     batches = batches_for(session, job.spec, labelled=not objective.needs_teacher)
     dtype = model.dtype
-    model.float()  # AdamW's small steps would be lost in half-precision weights; autocast gives the speed
+    model.float()  # AdamW's small steps would be lost in half-precision weights; of `weights: bf16` masters follow
     measure = peak_measurement(session, job, model, teacher)
     train(
         replace(job, peak_tokens_per_second=measure and measure(), measure_peak=measure),
@@ -131,7 +131,8 @@ def peak_measurement(session: Session, job: Job, model: Any, teacher: LiveTeache
     spec, state = session.recipe.teacher, process_state()
     if teacher is not None and (spec.dtype == "int8" or spec.device != "same"):
         return None
-    flops = training_flops(model, teacher and teacher.model, session.recipe.data.max_length)
+    adapters = job.spec.lora is not None
+    flops = training_flops(model, teacher and teacher.model, session.recipe.data.max_length, adapters=adapters)
     device, dtype = state.device, DTYPES[job.spec.precision]
     return lambda: matmul_rate(device, dtype) * state.num_processes / flops
 
@@ -202,13 +203,9 @@ def check(session: Session) -> None:
         fits = MATCHES[term.match].fits_teacher
         if fits and term.params and not is_reference(term.loss or ""):
             fits(hollow_model(session.source, session.remote_code), term.params, f"losses.{index}.params")
-    for key, spec in (("training", recipe.training), ("teacher.fit", recipe.teacher.fit)):
-        if spec is not None:
-            find_optimizer(spec)
-            deal_out(spec, key)
-            if spec.precision == "fp16" and state.device.type == "cpu":
-                raise InputError(f"{key}.precision: fp16 needs a GPU; use bf16 or fp32")
-            _check_head_precision(spec, key, task.head)
+    check_optimization("training", recipe.training, task.head)
+    if recipe.teacher.fit is not None:
+        check_optimization("teacher.fit", recipe.teacher.fit, task.head)
     check_trackers(recipe.training.trackers)
     if recipe.training.keep_best not in (None, *task.metrics):  # of a task of the user's own
         raise InputError(f"training.keep_best: {recipe.training.keep_best} is not one of {', '.join(task.metrics)}")
@@ -220,11 +217,20 @@ def check(session: Session) -> None:
         raise InputError("teacher.device: sharded spreads the teacher over several processes, and there is one")
 
 
-def _check_head_precision(spec: Optimization, key: str, head: str) -> None:
-    if spec.head_precision == "tf32" and process_state().device.type == "cpu":
-        raise InputError(f"{key}.head_precision: tf32 needs a GPU; use bf16 or fp32")
+def check_optimization(key: str, spec: Optimization, head: str) -> None:
+    """Refuse a training, of the section `key`, that this machine and this launch cannot do, with an InputError."""
+    find_optimizer(spec)
+    deal_out(spec, key)
+    check_launch_keeps(spec, key=key)
+    if spec.lora is not None and importlib.util.find_spec("peft") is None:
+        raise InputError(f"{key}.lora needs peft: pip install 'distill[lora]'")
     if spec.head_precision != "auto" and not PREDICTION_KINDS[head].vocabulary:
         raise InputError(f"{key}.head_precision: is for language models; a head of classes is always fp32; remove it")
+    if process_state().device.type == "cpu":
+        if spec.precision == "fp16":
+            raise InputError(f"{key}.precision: fp16 needs a GPU; use bf16 or fp32")
+        if spec.head_precision == "tf32":
+            raise InputError(f"{key}.head_precision: tf32 needs a GPU; use bf16 or fp32")
 
 
 def try_terms(recipe: Recipe, head: str) -> None:

@@ -28,7 +28,7 @@ from distill.training.state import Numbers
 KEEP = 2
 MANIFEST = "MANIFEST.json"
 STATE = "state.json"
-SHAPING = re.compile(r"(training|fit)\.(optimizer|optimizer_params|ema|freeze|only)(\.|$)|mask(\.|$)")
+SHAPING = re.compile(r"(training|fit)\.(optimizer|optimizer_params|ema|freeze|only|weights|lora)(\.|$)|mask(\.|$)")
 """Keys that decide which tensors a checkpoint holds; it cannot be continued with other values of these."""
 
 

@@ -101,7 +101,7 @@ def train(
     # Read before wrapping: DDP then spreads what every rank has read from the same files anyway.
     found = checkpoints.newest_valid(steps)
     accelerator.wait_for_everyone()
-    learner = make_learner(student, objective, job.spec, job.constrain, accelerator, found)
+    learner = make_learner(student, objective, job.spec, job.constrain, accelerator, found, say)
     state = TrainState() if found is None else state_of(found)
     if found is not None:
         say(f"{job.title}: continuing after step {state.step} of {steps} ({found.name})")
@@ -259,7 +259,8 @@ class _Run:
         """Let `auto` follow the means of the last window, which are the same on every rank."""
         spec, objective = self.job.spec, self.learner.wrapper.objective
         on_gpu = self.learner.accelerator.device.type == "cuda"
-        if on_gpu and spec.precision == "bf16" and spec.head_precision == "auto" and objective.has_vocabulary:
+        in_bf16 = "bf16" in (spec.precision, spec.weights)
+        if on_gpu and in_bf16 and spec.head_precision == "auto" and objective.has_vocabulary:
             if line := objective.adapt_head_precision(terms):
                 self.say(f"{self.job.title}: after step {self.state.step} {line}")
             self.state.head_precision = objective.head_precision
