@@ -21,6 +21,7 @@ from distill.evaluation.table import finite_or_none
 from distill.files import content_of, fresh_folder, write_text
 from distill.losses import MATCHES, PREDICTION_KINDS, LayerMap, Maps, Objective, Policy, layer_map
 from distill.models.cost import matmul_rate, training_flops
+from distill.models.family import use_eager_attention
 from distill.models.load import folder_fingerprint, hollow_model
 from distill.models.plan import StudentPlan
 from distill.models.sentence import sentence_files
@@ -54,7 +55,7 @@ def train_arm(session: Session, arm: str) -> None:
     if teacher is not None:
         objective.project(model.config.hidden_size, teacher.model.config.hidden_size)
         for each in (model, teacher.model) if objective.student.attention else ():
-            each.set_attn_implementation("eager")  # the only one that keeps the probabilities
+            use_eager_attention(each)
     # In steps: fewer examples may carry a label, and then the same epochs would be fewer.
     spec = recipe.training.model_copy(update={"epochs": None, "tokens": None, "steps": steps})
     job = Job(
