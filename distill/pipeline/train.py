@@ -24,8 +24,9 @@ from distill.models.cost import matmul_rate, training_flops
 from distill.models.family import use_eager_attention
 from distill.models.load import folder_fingerprint, hollow_model
 from distill.models.plan import StudentPlan
+from distill.models.precision import DTYPES
 from distill.models.sentence import sentence_files
-from distill.pipeline.session import DTYPES, Session
+from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage, settings_of, with_version
 from distill.ranks import process_state
 from distill.recipe.schema import Optimization, Recipe, Term
@@ -85,7 +86,7 @@ def maps_of(plan: StudentPlan) -> tuple[Maps, Maps | None]:
 def train_model(session: Session, job: Job, model: Any, objective: Objective, teacher: LiveTeacher | None) -> None:
     """Train a model in place; it comes back on the CPU, in the dtype it had."""
     batches = batches_for(session, job.spec, labelled=not objective.needs_teacher)
-    dtype = model.dtype
+    measured, dtype = partial(measure_held_out, session, precision=job.spec.precision), model.dtype
     model.float()  # AdamW's small steps would be lost in half-precision weights; autocast gives the speed
     train(
         replace(job, peak_tokens_per_second=peak_tokens_per_second(session, job, model, teacher)),
@@ -93,7 +94,7 @@ def train_model(session: Session, job: Job, model: Any, objective: Objective, te
         objective,
         teacher,
         batches,
-        evaluate=partial(measure_held_out, session) if session.corpus.validation else None,
+        evaluate=measured if session.corpus.validation else None,
         say=session.say,
     )
     model.to(device="cpu", dtype=dtype)
@@ -134,7 +135,9 @@ def peak_tokens_per_second(session: Session, job: Job, model: Any, teacher: Live
     return float(rate / training_flops(model, teacher and teacher.model, session.recipe.data.max_length))
 
 
-def measure_held_out(session: Session, model: Any, stopped: Callable[[], bool]) -> dict[str, float | None]:
+def measure_held_out(
+    session: Session, model: Any, stopped: Callable[[], bool], precision: str = "fp32"
+) -> dict[str, float | None]:
     """Compute the task's metrics on the validation split, shared out over the ranks; none once `stopped` says so."""
     corpus, state = session.corpus, process_state()
     size, examples = session.recipe.evaluation.batch_size, corpus.validation
@@ -142,7 +145,8 @@ def measure_held_out(session: Session, model: Any, stopped: Callable[[], bool]) 
     batches = evaluation_batches(corpus, examples, size, state.process_index, state.num_processes)
     wanted = takewhile(lambda _batch: not stopped(), batches)
     observe = partial(observe_batch, corpus, examples) if corpus.task.observed_in_training else None
-    rows = predict(model, wanted, corpus.head, vocabulary=session.vocabulary, observe=observe)
+    vocabulary = session.vocabulary
+    rows = predict(model, wanted, corpus.head, vocabulary=vocabulary, observe=observe, precision=precision)
     columns = merge_rows(gather_object([rows]))
     columns = dict(corpus.task.finish(columns, corpus.settled)) if columns else {}
     names = measurable(metrics_in_training(session), columns)
