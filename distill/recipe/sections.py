@@ -63,7 +63,7 @@ class Optimization(Section):
     ema_release: StrictBool = False
     """Measure and hand on the average instead of the last weights."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Autocast precision of the model being trained; losses are always fp32."""
+    """Autocast precision of the model being trained, wherever it is measured too; losses are always fp32."""
     freeze: list[StrictStr] = []
     """Parameters that do not learn, by shell pattern over their names, e.g. `["*.embeddings.*"]`; they get no optimizer
     state. A pattern that matches nothing is an error."""
@@ -112,8 +112,9 @@ class Teacher(Section):
     init: Literal["pretrained", "random"] = "pretrained"
     """`random`: the folder holds a config and a tokenizer only; weights are drawn from `seed`. Needs `fit`."""
     dtype: Literal["stored", "fp32", "bf16", "fp16", "int8"] = "stored"
-    """Precision that the teacher computes in; `stored`: as its weights were saved. `int8` needs a GPU and bitsandbytes;
-    stages that read its weights take the stored ones then."""
+    """Precision that the teacher computes in; `stored`: that of its weights as they were saved, where these are fp32
+    that of `training.precision`. `int8` needs a GPU and bitsandbytes; stages that read its weights take the stored ones
+    then."""
     device: Literal["same", "cpu", "sharded"] = "same"
     """Memory that holds it: beside the student, main memory, or (under FSDP) sharded over the ranks while the student
     is trained and in main memory for stages that need the whole of it."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from running import run
 from safetensors.torch import load_file
-from tiny import tiny_batch, tiny_model, tiny_project
+from tiny import RECIPE, tiny_batch, tiny_model, tiny_project
 
 from distill.cli import main
 from distill.evaluation.predict import predict
@@ -53,6 +53,17 @@ def test_a_recipe_in_bf16_goes_to_a_gated_release(tmp_path):
     released = table["precision"]["released"]
     assert released["metrics"]["perplexity"] == pytest.approx(released["as_evaluated"]["perplexity"], rel=0.02)
     assert (tmp_path / "run/release/model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_a_recipe_with_repairs_is_measured(tmp_path):
+    text = RECIPE.replace("  calibration:", "  repair: {bias: true, refit: true}\n  calibration:")
+    tiny_project(tmp_path, text)
+    settings = ["student.mlp.score=output_change", "student.calibration.gram=true", "evaluation.efficiency=false"]
+    assert main(["evaluate", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "run"), *settings]) == 0
+    steps = json.loads((tmp_path / "run/repair.json").read_text())["steps"]
+    assert [step["name"] for step in steps] == ["cut", "bias", "refit"]
+    assert steps[-1]["held_out"]["kl"] < steps[0]["held_out"]["kl"]
 
 
 TERMS = [
