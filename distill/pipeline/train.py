@@ -10,6 +10,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object
 
 from distill.data import TrainingBatches, evaluation_batches, observe_batch
@@ -22,10 +23,12 @@ from distill.files import content_of, fresh_folder, write_text
 from distill.losses import MATCHES, PREDICTION_KINDS, LayerMap, Maps, Objective, Policy, layer_map
 from distill.models.cost import matmul_rate, training_flops
 from distill.models.family import use_eager_attention
+from distill.models.fp8 import fault_of
 from distill.models.load import folder_fingerprint, hollow_model
 from distill.models.plan import StudentPlan
 from distill.models.precision import DTYPES
 from distill.models.sentence import sentence_files
+from distill.pipeline.fp8 import quantise_teacher
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage, settings_of, with_version
 from distill.ranks import process_state
@@ -53,6 +56,8 @@ def train_arm(session: Session, arm: str) -> None:
     objective = Objective(terms_of(recipe, arm), kind, maps, vocabulary, encoder_maps=encoder_maps)
     model = ARMS[arm].prepare(recipe, session.load(session.arm_start(arm)), steps)
     teacher = session.live_teacher(objective.teacher) if objective.needs_teacher else None
+    if teacher is not None and recipe.teacher.dtype == "fp8":
+        quantise_teacher(session, teacher.model)
     if teacher is not None:
         objective.project(model.config.hidden_size, teacher.model.config.hidden_size)
         for each in (model, teacher.model) if objective.student.attention else ():
@@ -129,7 +134,7 @@ def batches_for(session: Session, spec: Optimization, *, labelled: bool) -> Trai
 def peak_tokens_per_second(session: Session, job: Job, model: Any, teacher: LiveTeacher | None) -> float | None:
     """Compute the speed of a training at an MFU of 1; None where its matrix products cannot be counted."""
     spec = session.recipe.teacher
-    if teacher is not None and (spec.dtype == "int8" or spec.device != "same"):
+    if teacher is not None and (spec.dtype in ("int8", "fp8") or spec.device != "same"):
         return None
     rate = matmul_rate(process_state().device, DTYPES[job.spec.precision]) * process_state().num_processes
     return float(rate / training_flops(model, teacher and teacher.model, session.recipe.data.max_length))
@@ -213,12 +218,19 @@ def check(session: Session) -> None:
     check_trackers(recipe.training.trackers)
     if recipe.training.keep_best not in (None, *task.metrics):  # of a task of the user's own
         raise InputError(f"training.keep_best: {recipe.training.keep_best} is not one of {', '.join(task.metrics)}")
-    if recipe.teacher.dtype == "int8" and importlib.util.find_spec("bitsandbytes") is None:
-        raise InputError("teacher.dtype: int8 needs bitsandbytes: pip install 'distill[int8]'")
-    if recipe.teacher.dtype == "int8" and state.device.type != "cuda":
-        raise InputError("teacher.dtype: int8 needs a GPU; use bf16")
+    check_dtype(recipe.teacher.dtype, state.device)
     if recipe.teacher.device == "sharded" and state.num_processes == 1:
         raise InputError("teacher.device: sharded spreads the teacher over several processes, and there is one")
+
+
+def check_dtype(dtype: str, device: torch.device) -> None:
+    """Refuse a teacher in 8 bits where a package or the GPU for it is missing. Raises InputError."""
+    if dtype == "int8" and importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError("teacher.dtype: int8 needs bitsandbytes: pip install 'distill[int8]'")
+    if dtype == "int8" and device.type != "cuda":
+        raise InputError("teacher.dtype: int8 needs a GPU; use bf16")
+    if dtype == "fp8" and (fault := fault_of(device)):
+        raise InputError(f"teacher.dtype: fp8 {fault}; use bf16")
 
 
 def try_terms(recipe: Recipe, head: str) -> None:
@@ -236,6 +248,8 @@ def check_labels(session: Session) -> None:
     recipe = session.recipe
     try_terms(recipe, session.corpus.head)
     _check_keep_best(session)
+    if recipe.teacher.dtype == "fp8" and session.corpus.head == "regression":
+        raise InputError("teacher.dtype: what fp8 changes is judged by KL, which numbers do not have; use bf16")
     if session.corpus.labelled:
         return
     learners = ["teacher.fit"] if recipe.teacher.fit else []

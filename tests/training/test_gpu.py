@@ -16,6 +16,7 @@ from distill.cli import main
 from distill.evaluation.predict import predict
 from distill.losses import Objective, layer_map
 from distill.models.forward import Outputs, forward, to_device
+from distill.models.fp8 import CAPABILITY, Fp8Linear, fault_of
 from distill.models.head import OutputHead
 from distill.models.load import ModelHead, load_model, random_model
 from distill.ranks import process_state
@@ -156,3 +157,14 @@ def test_weights_are_drawn_and_read_where_they_are_used(tmp_path):
     assert {tensor.device.type for tensor in (*read.parameters(), *read.buffers())} == {gpu().type}
     stored = load_file(tmp_path / "saved/model.safetensors")
     assert all(torch.equal(read.state_dict()[name].cpu(), tensor) for name, tensor in stored.items())
+
+
+def test_products_in_8_bits_are_those_that_a_cpu_emulates():
+    torch.manual_seed(0)
+    linear, states = torch.nn.Linear(64, 128).bfloat16(), torch.randn(3, 7, 64).bfloat16()
+    expected = Fp8Linear(linear)(states)
+    if fault := fault_of(gpu()):
+        assert gpu().type == "cpu" or torch.cuda.get_device_capability() < CAPABILITY, fault
+        return
+    found = Fp8Linear(linear.to(gpu()))(states.to(gpu())).cpu()
+    torch.testing.assert_close(found.float(), expected.float(), rtol=2e-2, atol=2e-2)
