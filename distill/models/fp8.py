@@ -43,7 +43,8 @@ class Fp8Linear(nn.Linear):
     def forward(self, states: Tensor) -> Tensor:
         """Multiply states [..., K] with the weight, [..., N]."""
         rows, scale = rounded(states.flatten(0, -2))
-        product = torch._scaled_mm(rows, self.eight.T, scale, self.scale.T, out_dtype=torch.bfloat16)
+        kind: dict[str, Any] = {"out_dtype": torch.bfloat16, "use_fast_accum": True}
+        product = torch._scaled_mm(rows, self.eight.T, scale, self.scale.T, **kind)
         product = product if self.bias is None else product + self.bias
         return product.view(*states.shape[:-1], -1).to(states.dtype)
 
