@@ -94,6 +94,11 @@ def check_launch(world_size: int, device: str, environment: Mapping[str, str] = 
             raise InputError(f"{name} was asked for, which on a CPU silently becomes DDP. Without GPUs use:\n{right}")
 
 
+def shards_weights(environment: Mapping[str, str] = os.environ) -> bool:
+    """Tell whether the launcher has asked for FSDP or DeepSpeed, which place weights themselves."""
+    return any(parse_flag(environment.get(f"ACCELERATE_USE_{name}", "false")) for name in ("FSDP", "DEEPSPEED"))
+
+
 def parse_flag(text: str) -> bool:
     """Parse a flag as Accelerate's launcher writes it."""
     return text.lower() in ("1", "true", "yes", "y", "on", "t")

@@ -1,4 +1,4 @@
-"""Settings for every test: offline, a fixed number of threads, files left whole, and each family as a parameter."""
+"""Settings for every test: offline, on the CPU, a fixed number of threads, and each family as a parameter."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run without a GPU
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run beside each other, and start processes of their own
 
+import gpus
 import hypothesis
 import pytest
 from tiny import DECODERS, ENCODERS, FORMS, SEQ2SEQ
@@ -23,6 +23,26 @@ def pytest_xdist_make_scheduler(config, log):
     from xdist.scheduler import WorkStealingScheduling
 
     return WorkStealingScheduling(config, log)
+
+
+def pytest_collection_modifyitems(items):
+    """Skip tests marked `gpu` where there is none."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked and not gpus.is_there():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """Run a test marked `gpu` by a pytest of its own, which sees the GPUs that are hidden from this process."""
+    if gpus.VISIBLE or pyfuncitem.get_closest_marker("gpu") is None:
+        return None
+    test = f"{pyfuncitem.path}::{pyfuncitem.nodeid.partition('::')[2]}"
+    done = gpus.start("-m", "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={pyfuncitem.config.rootpath}", test)
+    if done.returncode:
+        pytest.fail(f"{done.stdout}{done.stderr}", pytrace=False)
+    return True
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -352,6 +352,22 @@ def test_the_checks_and_the_documents_name_the_same_commands():
     assert "distill run recipes/quickstart/recipe.yaml" in README.split("```bash")[1]
 
 
+def test_tests_and_what_they_start_see_no_gpu(tmp_path):
+    hidden = "import os, torch; print(repr(os.environ['CUDA_VISIBLE_DEVICES']), torch.cuda.device_count())"
+    done = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True, check=True)
+    started = Processes(tmp_path / "log", exec, hidden)
+    assert done.stdout == "'' 0\n" and started.wait() == [0] and started.said == done.stdout
+
+
+def test_the_oldest_versions_are_those_of_the_project():
+    listed = subprocess.run([sys.executable, ROOT / ".ci/oldest.py"], capture_output=True, text=True, check=True)
+    floors = set(listed.stdout.splitlines())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for each in project["dependencies"]:
+        assert each.startswith("torch") or each.replace(">=", "==") in floors
+    assert len([line for line in floors if line.startswith("torch==")]) == 1
+
+
 def test_the_changelog_knows_this_version():
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert re.search(rf"^## {re.escape(distill.__version__)}\b", changelog, re.MULTILINE)

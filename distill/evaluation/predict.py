@@ -19,6 +19,7 @@ from distill.losses import LOGITS, PREDICTION_KINDS
 from distill.losses.align import Positions
 from distill.losses.chunked import chunks
 from distill.models.forward import UNLABELLED, Batch, Capture, Outputs, forward, to_device
+from distill.models.precision import autocast_for
 
 Rows = dict[str, np.ndarray]
 """Column -> one value per example [n]; `distill.evaluation.metrics` says what the columns are."""
@@ -54,6 +55,7 @@ def predict(
     vocabulary: int | None = None,
     observe: Observe | None = None,
     ask: Ask | None = None,
+    precision: str = "fp32",
 ) -> Rows:
     """Compare a model's predictions with the labels, and with the teacher's where there is one.
 
@@ -67,47 +69,55 @@ def predict(
             for whoever loads it.
         observe: Reads what the task wants beside these columns from the model and its outputs.
         ask: Answers the batches in the model's place, as a recording of its outputs does.
+        precision: Of the recipe, which fp32 weights are multiplied in.
 
     Returns:
         A row for each example with a label, by `example`; without teacher there are no columns about it.
     """
     ask = ask or partial(forward, model, wanted=Capture(stop_at_head=True))
-    kind, parts, device = PREDICTION_KINDS[head], [], next(model.parameters()).device
-    score = _score_values if head == "regression" else partial(_score, confidence="confidence" in column_names(head))
-    for cpu_batch in batches:
-        batch = to_device(cpu_batch, device)
-        outputs = ask(batch)
-        taught = [teacher(batch)] if teacher else []
-        if kind.vectors:
-            parts.append(_vectors(batch, outputs, taught) | (observe(model, outputs, batch) if observe else {}))
-            continue
-        labels = kind.labels(batch)
-        labelled = Positions.of(labels != UNLABELLED)
-        sides = [kind.select(each, batch, labelled) for each in (outputs, *taught)]
-        owner = labelled.index.cpu() // labels[0].numel()  # row of the batch that each labelled position belongs to
-        totals: dict[str, Tensor] = {}
-        for part, logits in chunks(sides):
-            for name, values in score(labelled.select(labels)[part], slice(vocabulary), *logits).items():
-                exact = torch.float64 if values.is_floating_point() else torch.int64
-                total = totals.setdefault(name, torch.zeros(len(labels), dtype=exact))
-                total.index_add_(0, owner[part], values.cpu().to(exact))
-        if totals:
-            has_label = totals["tokens"] > 0
-            columns = {**totals, "example": cpu_batch["examples"]}
-            if head == "multi_label" and outputs.logits is not None:  # sets, not sums
-                columns |= {"predictions": (outputs.logits > 0).long().cpu(), "references": labels.cpu()}
-            names = [name for name in column_names(head) if name in columns]
-            own = {name: columns[name][has_label].numpy() for name in names}
-            seen = observe(model, outputs, batch) if observe else {}
-            parts.append(own | {name: np.asarray(values)[has_label.numpy()] for name, values in seen.items()})
+    device, parts = next(model.parameters()).device, []
+    with autocast_for(model, precision):
+        for cpu_batch in batches:
+            batch = to_device(cpu_batch, device)
+            outputs = ask(batch)
+            sides = [outputs, teacher(batch)] if teacher else [outputs]
+            vectors = PREDICTION_KINDS[head].vectors
+            own, kept = _vectors(batch, sides) if vectors else _sums(head, batch, sides, vocabulary)
+            if kept.any():
+                seen = observe(model, outputs, batch) if observe else {}
+                parts.append(own | {name: np.asarray(values)[kept] for name, values in seen.items()})
     return merge_rows(parts)
 
 
-def _vectors(batch: Batch, outputs: Outputs, taught: Sequence[Outputs]) -> Rows:
+def _sums(head: str, batch: Batch, sides: Sequence[Outputs], vocabulary: int | None) -> tuple[Rows, np.ndarray]:
+    """Sum the columns of each example with a label; returns them, and which of the batch's examples those are [B]."""
+    score = _score_values if head == "regression" else partial(_score, confidence="confidence" in column_names(head))
+    labels = PREDICTION_KINDS[head].labels(batch)
+    labelled = Positions.of(labels != UNLABELLED)
+    owner = labelled.index // labels[0].numel()  # row of the batch that each labelled position belongs to
+    columns: dict[str, Tensor] = {}
+    for part, logits in chunks([PREDICTION_KINDS[head].select(each, batch, labelled) for each in sides]):
+        for name, values in score(labelled.select(labels)[part], slice(vocabulary), *logits).items():
+            exact = torch.float64 if values.is_floating_point() else torch.int64
+            total = columns.setdefault(name, torch.zeros(len(labels), dtype=exact, device=labels.device))
+            total.index_add_(0, owner[part], values.to(exact))
+    if not columns:
+        return {}, np.zeros(len(labels), dtype=bool)
+    columns["example"] = batch["examples"]
+    if head == "multi_label" and sides[0].logits is not None:  # sets, not sums
+        columns |= {"predictions": (sides[0].logits > 0).long(), "references": labels}
+    kept = columns["tokens"] > 0
+    rows = {name: columns[name][kept].cpu().numpy() for name in column_names(head) if name in columns}
+    return rows, kept.cpu().numpy()
+
+
+def _vectors(batch: Batch, sides: Sequence[Outputs]) -> tuple[Rows, np.ndarray]:
     """Compute the columns of texts with a vector each; every example counts."""
-    assert outputs.logits is not None, "a vector is no vocabulary"
-    columns = score_vectors(batch, outputs.logits, taught[0].logits if taught else None)
-    return {name: values.cpu().numpy() for name, values in {"example": batch["examples"], **columns}.items()}
+    own, *taught = (side.logits for side in sides)
+    assert own is not None, "a vector is no vocabulary"
+    columns = {"example": batch["examples"], **score_vectors(batch, own, taught[0] if taught else None)}
+    rows = {name: values.cpu().numpy() for name, values in columns.items()}
+    return rows, np.ones(len(rows["example"]), dtype=bool)
 
 
 def _score(

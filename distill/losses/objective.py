@@ -245,12 +245,12 @@ class Objective:
         return replace(side, head=replace(side.head, precision=self.head_precision))
 
 
-def label_loss(kind: str) -> Callable[[Tensor, Batch], tuple[Tensor, int]]:
-    """Make (logits, batch) -> (summed cross-entropy on labels, their number), for Taylor and Fisher scores."""
+def label_loss(kind: str) -> Callable[[Outputs, Batch], tuple[Tensor, int]]:
+    """Make (outputs, batch) -> (summed cross-entropy on labels, their number), for scores and removals of layers."""
     objective = Objective((Term(match="labels"),), kind)
 
-    def loss(logits: Tensor, batch: Batch) -> tuple[Tensor, int]:
+    def loss(outputs: Outputs, batch: Batch) -> tuple[Tensor, int]:
         counts = objective.counts([batch])
-        return objective(Outputs(logits), None, batch, torch.ones_like(counts))[0], int(counts.sum())
+        return objective(outputs, None, batch, torch.ones_like(counts))[0], int(counts.sum())
 
     return loss

@@ -76,6 +76,16 @@ def all_layers(model: Any) -> list[nn.Module]:
     return [layer for side in layout_of(model).sides for layer in layers_of(model, side)]
 
 
+def use_eager_attention(model: Any) -> None:
+    """Compute attention step by step in every stack of a model, the only way that keeps the probabilities.
+
+    In some versions of transformers the stacks of T5 have configs of their own, which setting it on the model leaves.
+    """
+    for module in model.modules():
+        if hasattr(module, "set_attn_implementation") and module.config._attn_implementation != "eager":
+            module.set_attn_implementation("eager")
+
+
 def layers_prefix(model: Any, side: StackName = "main") -> str:
     """Name of the layer list inside `model`, e.g. `bert.encoder.layer`."""
     layers = layers_of(model, side)

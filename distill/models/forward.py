@@ -270,9 +270,10 @@ def _watch_maps(model: Any, layer: int, keep: Callable[[Tensor], None]) -> Remov
         InputError: when the layer runs and its attention does not hand out probabilities.
     """
 
-    def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+    def hook(module: nn.Module, _inputs: Any, output: Any) -> None:
         maps = [part for part in output if isinstance(part, Tensor) and part.ndim == 4]
-        if not maps:
+        kind = getattr(getattr(module, "config", None), "_attn_implementation", "eager")
+        if not maps or kind != "eager":  # T5 hands out its biases in any case
             raise InputError(
                 "match: attention needs an attention that hands out its probabilities: call "
                 "model.set_attn_implementation('eager'). DeBERTa never does; use match: relations for it"

@@ -17,7 +17,7 @@ from transformers.initialization import no_init_weights
 from distill.files import read_object, write_json
 from distill.models.report import check_loaded
 from distill.models.weights import as_input_error
-from distill.recipe.gguf import gguf_size
+from distill.recipe.gguf import gguf_size, read_header
 
 
 def dequantised(file: Path, digest: str, say: Callable[[str], None] = lambda _line: None) -> Path:
@@ -56,6 +56,9 @@ def _convert(file: Path, folder: Path, say: Callable[[str], None]) -> None:
         given: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
         with as_input_error(f"cannot dequantise {file}"):
             tokenizer = AutoTokenizer.from_pretrained(alone, **given)
+            for name in ("bos", "eos"):  # some versions of transformers take one for the other
+                if (number := read_header(file).get(f"tokenizer.ggml.{name}_token_id")) is not None:
+                    setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(number))
             loaded, info = AutoModelForCausalLM.from_pretrained(alone, output_loading_info=True, **given)
     check_loaded(file, loaded, info, False, say)
     config = copy.deepcopy(loaded.config)

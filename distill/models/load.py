@@ -32,6 +32,7 @@ from distill.recipe.weights import weight_files
 
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 HUB_FILES = [*SMALL_FILES, "*.safetensors"]
+CPU = torch.device("cpu")
 UNLIMITED = 10**9
 """A tokenizer that states no `model_max_length` has one beyond this."""
 
@@ -169,7 +170,8 @@ def load_model(
     allow_untrained_head: bool = False,
     random_seed: int | None = None,
     remote_code: bool = False,
-    int8_on: torch.device | None = None,
+    device: torch.device = CPU,
+    int8: bool = False,
     say: Callable[[str], None] = lambda _line: None,
 ) -> Any:
     """Load a model with the task's head, in the dtype it was saved in; widths per layer need no code of the folder.
@@ -181,7 +183,8 @@ def load_model(
             fitted.
         random_seed: With `allow_untrained_head`, seeds what has to be drawn.
         remote_code: Run modelling code found in the folder.
-        int8_on: Quantise linear layers to 8 bits with bitsandbytes, on this device.
+        device: What the weights are read to, and where those without are drawn.
+        int8: Quantise linear layers to 8 bits with bitsandbytes.
         say: Gets a line about tensors that are drawn, left out or not tied.
 
     Raises:
@@ -194,9 +197,11 @@ def load_model(
     loader = with_widths(named or _class_of(head, config)) if unequal else getattr(transformers, head.auto_class)
     torch.manual_seed(random_seed or 0)
     extra: dict[str, Any] = {}
-    if int8_on is not None:
+    if int8:
         import_bitsandbytes()
-        extra = {"quantization_config": transformers.BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": int8_on}}
+        extra = {"quantization_config": transformers.BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": device}}
+    elif device.type != "cpu":
+        extra = {"device_map": {"": device}}
     with as_input_error(f"cannot load {folder} as {head.auto_class}"):
         model, info = loader.from_pretrained(
             folder,
@@ -231,12 +236,16 @@ def random_model(
     head: ModelHead,
     seed: int,
     remote_code: bool = False,
+    device: torch.device = CPU,
     say: Callable[[str], None] = lambda _line: None,
 ) -> Any:
-    """Build a model with random weights from the folder's config (`teacher.init: random`)."""
+    """Build a model from the folder's config (`teacher.init: random`), with weights that are drawn on a device.
+
+    Other kinds of devices draw other numbers from a seed.
+    """
     config = load_config(folder, head, remote_code)
     torch.manual_seed(seed)
-    with as_input_error(f"cannot build {head.auto_class} from the config.json of {folder}"):
+    with device, as_input_error(f"cannot build {head.auto_class} from the config.json of {folder}"):
         model = getattr(transformers, head.auto_class).from_config(config, trust_remote_code=remote_code).eval()
     if head.pooled:
         model.sentence_head = sentence_head(folder, say)

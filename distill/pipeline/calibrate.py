@@ -32,12 +32,12 @@ def work(session: Session) -> None:
     sample = range(min(spec.examples, len(corpus.train)))
     starts = sample[:: spec.batch_size][rank::ranks]
     batches = (collate(corpus, corpus.train, sample[start : start + spec.batch_size]) for start in starts)
-    teacher = session.live_teacher(whole=session.recipe.teacher.device == "sharded" or wanted.gradients).model
-    check_student(teacher, student)
+    teacher = session.live_teacher(whole=session.recipe.teacher.device == "sharded" or wanted.gradients)
+    check_student(teacher.model, student)
     if PREDICTION_KINDS[session.corpus.head].causal:
-        check_causal(teacher)
-    sets = corpus.head == "multi_label"
-    statistics = calibrate(teacher, batches, wanted, label_loss(corpus.head), add_over_ranks, sets)
+        check_causal(teacher.model)
+    sets, loss = corpus.head == "multi_label", label_loss(corpus.head)
+    statistics = calibrate(teacher.model, batches, wanted, loss, add_over_ranks, sets, teacher.precision)
     if state.is_main_process:
         statistics.save(session.folder.calibration)
 

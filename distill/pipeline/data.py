@@ -101,7 +101,10 @@ def _prepare(session: Session, cache: Path) -> None:
 def _progress_bar(splits: Sequence[str]) -> Iterator[Report]:
     """Show how far the encoding is, where someone is looking at standard error."""
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    if not console.is_terminal:
+        yield lambda _split, _done, _of: None
+        return
+    with Progress(console=console, transient=True) as bar:
         tasks = {split: bar.add_task(f"{split}: tokens", visible=False) for split in splits}
         yield lambda split, done, of: bar.update(tasks[split], completed=done, total=of, visible=True)
 

@@ -14,15 +14,16 @@ from distill.data import evaluation_batches, observe_batch
 from distill.errors import InputError
 from distill.evaluation.arms import ARMS, measured_arms, rivals
 from distill.evaluation.efficiency import add_disk_bytes, measure_efficiency
-from distill.evaluation.metrics import METRICS, find_metric, higher_is_better, measurable
+from distill.evaluation.metrics import METRICS, compute, find_metric, higher_is_better, measurable
 from distill.evaluation.predict import Rows, column_names, merge_rows, predict
 from distill.evaluation.recorded import HOST_BYTES, record_teacher
-from distill.evaluation.table import tabulate_arms
+from distill.evaluation.table import finite_or_none, tabulate_arms
 from distill.files import content_of, fresh_folder, read_object, write_json
 from distill.models.family import all_layers
 from distill.models.forward import Capture
 from distill.models.load import folder_fingerprint
-from distill.pipeline.session import Session
+from distill.models.precision import describe_precision, takes_autocast
+from distill.pipeline.session import Session, in_precision
 from distill.pipeline.stage import Stage, settings_of
 from distill.pipeline.train import steps_of
 from distill.ranks import process_state
@@ -31,6 +32,10 @@ from distill.registry import find
 from distill.release.export import without_folders
 from distill.student.masks import mask_settings, sparsity_table
 from distill.teacher import LiveTeacher
+
+COMPARED = 128
+"""Examples on which the released student is measured in two precisions, where the evaluation's is not that of its
+weights."""
 
 
 def work(session: Session) -> None:
@@ -50,7 +55,7 @@ def work(session: Session) -> None:
     columns = next(iter(rows["test"].values()))
     wanted = recipe.evaluation.metrics or measurable(session.task.metrics_for(corpus.head), columns)
     names = list(dict.fromkeys([*wanted, *measurable(TEACHER_METRICS, columns)]))
-    student = session.load(session.folder.distilled)
+    student = session.load(session.folder.distilled, session.near(teacher.device)).to(teacher.device)
     table = {
         "data": describe_data(session, len(columns["example"])),
         "metrics": names,
@@ -59,6 +64,7 @@ def work(session: Session) -> None:
         "arms": tabulate_arms(rows["test"], names, steps),
         "also": {split[5:]: tabulate_arms(arms, names, steps) for split, arms in rows.items() if split != "test"},
         "teacher": read_object(session.folder.examined),
+        "precision": describe_precisions(session, teacher, student),
         "rivals": rivals(recipe),
         "efficiency": compare_speed(session, teacher.model, student) if recipe.evaluation.efficiency else None,
         "sparsity": sparsity_table(recipe, student),
@@ -82,6 +88,32 @@ def describe_data(session: Session, measured: int) -> dict[str, Any]:
         "summary": corpus.summary,
         "unit": "rows of documents" if session.task.packed else "examples",
     }
+
+
+def describe_precisions(session: Session, teacher: LiveTeacher, student: Any) -> dict[str, Any]:
+    """Say what teacher and students computed in, and where that is not what is released, measure the difference.
+
+    The distilled student is measured once more on the first test examples, in the precision of the evaluation and in
+    that of its weights, as whoever loads the release has it.
+    """
+    precision = session.recipe.training.precision
+    found = {
+        "teacher": describe_precision(teacher.model, teacher.precision),
+        "students": describe_precision(student, precision),
+        "released": None,
+    }
+    if not takes_autocast(student, precision):
+        return found
+    corpus, size = session.corpus, session.recipe.evaluation.batch_size
+    pool = range(min(COMPARED, len(corpus.test)))
+    released: dict[str, Any] = {"dtype": describe_precision(student, "fp32"), "examples": len(pool)}
+    for title, each in (("as_evaluated", precision), ("metrics", "fp32")):
+        batches = evaluation_batches(corpus, corpus.test, size, pool=pool)
+        observe = partial(observe_batch, corpus, corpus.test) if corpus.task.observed_in_training else None
+        rows = predict(student, batches, corpus.head, None, session.vocabulary, observe, precision=each)
+        columns = corpus.task.finish(rows, corpus.settled) if rows else {}
+        released[title] = finite_or_none(compute(measurable(corpus.task.metrics_for(corpus.head), columns), columns))
+    return found | {"released": released}
 
 
 def save_rows(columns: Rows, path: Path, fingerprint: str) -> None:
@@ -115,7 +147,9 @@ def predict_arms(
         share = HOST_BYTES // len(splits)
         recordings = {split: stack.enter_context(record_teacher(teacher, folders[split], share)) for split in splits}
         for arm in measured_arms(recipe):
-            model = teacher.model if arm == "teacher" else session.load(session.arm_folder(arm)).to(teacher.device)
+            model, precision = teacher.model, recipe.training.precision
+            if arm != "teacher":
+                model = session.load(session.arm_folder(arm), session.near(teacher.device)).to(teacher.device)
             if arm != "teacher" and not ARMS[arm].terms:
                 model = ARMS[arm].prepare(recipe, model, steps)
             for split, recording in recordings.items():
@@ -123,7 +157,7 @@ def predict_arms(
                 batches = evaluation_batches(corpus, examples, recipe.evaluation.batch_size, rank, ranks)
                 ask = recording if arm == "teacher" else None
                 observe = partial(observe_batch, corpus, examples)
-                own = [predict(model, batches, corpus.head, recording, session.vocabulary, observe, ask)]
+                own = [predict(model, batches, corpus.head, recording, session.vocabulary, observe, ask, precision)]
                 found = merge_rows(gather_object(own) if ranks > 1 else own)
                 rows[split][arm] = dict(corpus.task.finish(found, corpus.settled))
     return rows
@@ -132,7 +166,7 @@ def predict_arms(
 def compare_speed(session: Session, teacher: Any, student: Any) -> dict[str, Any]:
     """Measure size and speed of student and teacher on this rank's device; the others wait at the end of the stage."""
     found = measure_efficiency(
-        {"teacher": teacher, "student": student.to(teacher.device)},
+        {"teacher": teacher, "student": student},
         all_layers,
         kind=session.corpus.head,
         length=session.recipe.data.max_length,
@@ -155,6 +189,7 @@ def inputs(session: Session) -> dict[str, Any]:
         "mask": {**mask, "training": settings_of(session.recipe.training)} if mask else None,
         "max_length": [session.recipe.data.max_length, session.recipe.data.max_target_length],
         "evaluation": session.recipe.evaluation.model_dump(mode="json"),
+        **in_precision(session.recipe.training.precision),
     }
 
 

@@ -38,10 +38,11 @@ def work(session: Session) -> None:
     examples = corpus.splits[split]
     pool = range(min(EXAMINED, len(examples)))
     batches = partial(evaluation_batches, corpus, examples, session.recipe.evaluation.batch_size, pool=pool)
-    model, observe = session.live_teacher(whole=True).model, None
+    teacher, observe = session.live_teacher(whole=True), None
     if corpus.task.observed_in_training:
         observe = partial(observe_batch, corpus, examples)
-    own = predict(model, batches(*shares), corpus.head, vocabulary=session.vocabulary, observe=observe)
+    vocabulary, precision = session.vocabulary, teacher.precision
+    own = predict(teacher.model, batches(*shares), corpus.head, None, vocabulary, observe, precision=precision)
     rows = merge_rows(gather_object([own]) if shares[1] > 1 else [own])
     finished = corpus.task.finish(rows, corpus.settled)
     metrics = compute(measurable(corpus.task.metrics_for(corpus.head), finished), finished) if rows else {}

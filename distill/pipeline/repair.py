@@ -16,7 +16,8 @@ from distill.losses import Objective
 from distill.models.forward import Batch, forward, to_device
 from distill.models.load import folder_fingerprint, hollow_model
 from distill.models.plan import StudentPlan
-from distill.pipeline.session import Session
+from distill.models.precision import autocast_for
+from distill.pipeline.session import Session, in_precision
 from distill.pipeline.stage import Stage
 from distill.pipeline.train import save_model
 from distill.recipe.schema import Term
@@ -79,6 +80,7 @@ def inputs(session: Session) -> dict[str, Any]:
         "plan": content_of(session.folder.plan),
         "examples": spec.calibration.examples,
         "repair": spec.repair.model_dump(mode="json"),
+        **in_precision(session.recipe.training.precision),
     }
 
 
@@ -90,6 +92,7 @@ class HeldOutLoss:
         self.terms = REGRESSION_TERMS if session.corpus.head == "regression" else HELD_OUT_TERMS
         self.objective = Objective(tuple(self.terms.values()), session.corpus.head, None, session.vocabulary)
         self.teacher = session.live_teacher(self.objective.teacher, whole=True)
+        self.precision = session.recipe.training.precision
 
     @cached_property
     def counts(self) -> torch.Tensor:
@@ -99,11 +102,12 @@ class HeldOutLoss:
     @torch.no_grad()
     def __call__(self, student: Any) -> dict[str, float | None]:
         """The terms, in nats per position or squared units; None without labels, or where a value is not finite."""
-        sums = torch.zeros(len(self.terms), dtype=torch.float64)
+        sums, counts = torch.zeros(len(self.terms), dtype=torch.float64), self.counts.to(student.device)
         for cpu_batch in self.batches:
             batch = to_device(cpu_batch, student.device)
-            outputs = forward(student, batch, self.objective.student)
-            _, terms = self.objective(outputs, self.teacher(batch), batch, self.counts)
+            with autocast_for(student, self.precision):
+                outputs = forward(student, batch, self.objective.student)
+            _, terms = self.objective(outputs, self.teacher(batch), batch, counts)
             sums += terms.double().cpu()
         values = (sums / self.counts).tolist()  # 0 / 0 is NaN: nothing has a label
         pairs = zip(self.terms, values, strict=True)

@@ -18,14 +18,15 @@ from distill.models.dtensor import shard_model
 from distill.models.family import layers_of
 from distill.models.forward import Capture
 from distill.models.load import ModelHead, add_tokens, folder_fingerprint, load_model, load_tokenizer, teacher_path
+from distill.models.precision import DTYPES
 from distill.pipeline.folder import RunDir
-from distill.ranks import process_state
+from distill.ranks import process_state, shards_weights
 from distill.recipe.schema import Recipe
 from distill.registry import find
 from distill.teacher import LiveTeacher
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NOTHING = Capture()
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -117,9 +118,10 @@ class Session:
         """Checkpoints and metrics of a trained arm; those of the student lie in the run folder itself."""
         return self.folder.root if arm == "distilled" else self.folder.control(arm)
 
-    def load(self, folder: Path, int8_on: torch.device | None = None) -> Any:
-        """Load a model with the task's head and all its weights; in 8 bits, on a device, where that is given."""
-        return load_model(folder, self.head, remote_code=self.remote_code, int8_on=int8_on, say=self.say_once)
+    def load(self, folder: Path, device: torch.device = CPU, *, int8: bool = False) -> Any:
+        """Load a model with the task's head and all its weights to a device; in 8 bits, where that is asked."""
+        code, say = self.remote_code, self.say_once
+        return load_model(folder, self.head, remote_code=code, device=device, int8=int8, say=say)
 
     def say_once(self, line: str) -> None:
         """Say a line that several stages would repeat."""
@@ -137,18 +139,26 @@ class Session:
         """
         spec, device = self.recipe.teacher, process_state().device
         on_cpu = spec.device == "cpu" or (whole and spec.device == "sharded")
+        place, int8 = CPU if on_cpu else device, spec.dtype == "int8" and not whole
         if whole and (spec.device == "sharded" or spec.dtype == "int8"):
-            place = "main memory" if on_cpu else "the device"
+            memory = "main memory" if on_cpu else "the device"
             dtype = "its stored dtype" if spec.dtype in ("int8", "stored") else spec.dtype
-            self.say(f"  the whole teacher is needed here, not shards or 8 bits: it is in {place}, in {dtype}")
-        if spec.dtype == "int8" and not whole:
-            model = self.load(self.teacher, int8_on=device)
-        else:
-            model = self.load(self.teacher)
+            self.say(f"  the whole teacher is needed here, not shards or 8 bits: it is in {memory}, in {dtype}")
+        model = self.load(self.teacher, self.near(place), int8=int8)
+        if not int8:
             model.to(DTYPES.get(spec.dtype, model.dtype))
         if spec.device == "sharded" and not whole:
             model = shard_model(model.requires_grad_(False).to(device), layers_of(model))
-        return LiveTeacher(model, capture, torch.device("cpu") if on_cpu else device)
+        return LiveTeacher(model, capture, place, "fp32" if int8 else self.teacher_precision)
+
+    def near(self, device: torch.device) -> torch.device:
+        """Choose where a model meant for a device is read or drawn: there, unless FSDP or DeepSpeed place it."""
+        return CPU if shards_weights() else device
+
+    @property
+    def teacher_precision(self) -> str:
+        """Precision in which fp32 weights of the teacher are multiplied: the training's, unless it names a dtype."""
+        return "fp32" if self.recipe.teacher.dtype in DTYPES else self.recipe.training.precision
 
     def shares(self) -> tuple[int, int] | None:
         """Return this rank, and the number of ranks, among which forward passes of the whole teacher are shared out.
@@ -162,5 +172,11 @@ class Session:
         return state.process_index, state.num_processes
 
     def teacher_inputs(self) -> dict[str, str]:
-        """Return the teacher's fingerprint and dtype, on which every stage that runs it depends."""
-        return {"weights": folder_fingerprint(self.teacher), "dtype": self.recipe.teacher.dtype}
+        """Return the teacher's fingerprint and precision, on which every stage that runs it depends."""
+        own = {"weights": folder_fingerprint(self.teacher), "dtype": self.recipe.teacher.dtype}
+        return own | in_precision(self.teacher_precision)
+
+
+def in_precision(precision: str) -> dict[str, str]:
+    """List a precision among the inputs of a stage; fp32, as everything was computed once, is none of them."""
+    return {} if precision == "fp32" else {"precision": precision}

@@ -11,6 +11,7 @@ from distill.models.load import folder_fingerprint, grow_embeddings, load_model,
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage, settings_of, with_version
 from distill.pipeline.train import save_model, train_model
+from distill.ranks import process_state
 from distill.recipe.load import check_teacher
 from distill.recipe.locate import teacher_folder
 from distill.recipe.schema import Training
@@ -22,8 +23,9 @@ def work(session: Session) -> None:
     """Fit the source teacher, or random weights of its shape."""
     spec, seed, code = session.recipe.teacher.fit, session.recipe.seed, session.remote_code
     assert spec is not None, "the stage is not wanted without `teacher.fit`"
+    device = session.near(process_state().device)
     if session.recipe.teacher.init == "random":
-        model = random_model(session.source, session.head, seed, code, session.say_once)
+        model = random_model(session.source, session.head, seed, code, device, session.say_once)
     else:
         model = load_model(
             session.source,
@@ -31,6 +33,7 @@ def work(session: Session) -> None:
             allow_untrained_head=True,
             random_seed=seed,
             remote_code=code,
+            device=device,
             say=session.say_once,
         )
     grow_embeddings(model, session.tokenizer, session.task.added_tokens, seed, session.say)

@@ -10,6 +10,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object
 
 from distill.data import TrainingBatches, evaluation_batches, observe_batch
@@ -21,10 +22,14 @@ from distill.evaluation.table import finite_or_none
 from distill.files import content_of, fresh_folder, write_text
 from distill.losses import MATCHES, PREDICTION_KINDS, LayerMap, Maps, Objective, Policy, layer_map
 from distill.models.cost import matmul_rate, training_flops
+from distill.models.family import use_eager_attention
+from distill.models.fp8 import fault_of
 from distill.models.load import folder_fingerprint, hollow_model
 from distill.models.plan import StudentPlan
+from distill.models.precision import DTYPES
 from distill.models.sentence import sentence_files
-from distill.pipeline.session import DTYPES, Session
+from distill.pipeline.fp8 import quantise_teacher
+from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage, settings_of, with_version
 from distill.ranks import process_state
 from distill.recipe.schema import Optimization, Recipe, Term
@@ -51,10 +56,12 @@ def train_arm(session: Session, arm: str) -> None:
     objective = Objective(terms_of(recipe, arm), kind, maps, vocabulary, encoder_maps=encoder_maps)
     model = ARMS[arm].prepare(recipe, session.load(session.arm_start(arm)), steps)
     teacher = session.live_teacher(objective.teacher) if objective.needs_teacher else None
+    if teacher is not None and recipe.teacher.dtype == "fp8":
+        quantise_teacher(session, teacher.model)
     if teacher is not None:
         objective.project(model.config.hidden_size, teacher.model.config.hidden_size)
         for each in (model, teacher.model) if objective.student.attention else ():
-            each.set_attn_implementation("eager")  # the only one that keeps the probabilities
+            use_eager_attention(each)
     # In steps: fewer examples may carry a label, and then the same epochs would be fewer.
     spec = recipe.training.model_copy(update={"epochs": None, "tokens": None, "steps": steps})
     job = Job(
@@ -84,7 +91,7 @@ def maps_of(plan: StudentPlan) -> tuple[Maps, Maps | None]:
 def train_model(session: Session, job: Job, model: Any, objective: Objective, teacher: LiveTeacher | None) -> None:
     """Train a model in place; it comes back on the CPU, in the dtype it had."""
     batches = batches_for(session, job.spec, labelled=not objective.needs_teacher)
-    dtype = model.dtype
+    measured, dtype = partial(measure_held_out, session, precision=job.spec.precision), model.dtype
     model.float()  # AdamW's small steps would be lost in half-precision weights; of `weights: bf16` masters follow
     measure = peak_measurement(session, job, model, teacher)
     train(
@@ -93,7 +100,7 @@ def train_model(session: Session, job: Job, model: Any, objective: Objective, te
         objective,
         teacher,
         batches,
-        evaluate=partial(measure_held_out, session) if session.corpus.validation else None,
+        evaluate=measured if session.corpus.validation else None,
         say=session.say,
     )
     model.to(device="cpu", dtype=dtype)
@@ -129,7 +136,7 @@ def batches_for(session: Session, spec: Optimization, *, labelled: bool) -> Trai
 def peak_measurement(session: Session, job: Job, model: Any, teacher: LiveTeacher | None) -> Callable[[], float] | None:
     """Make what measures the tokens per second of a training at an MFU of 1; None where nothing counts its products."""
     spec, state = session.recipe.teacher, process_state()
-    if teacher is not None and (spec.dtype == "int8" or spec.device != "same"):
+    if teacher is not None and (spec.dtype in ("int8", "fp8") or spec.device != "same"):
         return None
     adapters = job.spec.lora is not None
     flops = training_flops(model, teacher and teacher.model, session.recipe.data.max_length, adapters=adapters)
@@ -137,7 +144,9 @@ def peak_measurement(session: Session, job: Job, model: Any, teacher: LiveTeache
     return lambda: matmul_rate(device, dtype) * state.num_processes / flops
 
 
-def measure_held_out(session: Session, model: Any, stopped: Callable[[], bool]) -> dict[str, float | None]:
+def measure_held_out(
+    session: Session, model: Any, stopped: Callable[[], bool], precision: str = "fp32"
+) -> dict[str, float | None]:
     """Compute the task's metrics on the validation split, shared out over the ranks; none once `stopped` says so."""
     corpus, state = session.corpus, process_state()
     size, examples = session.recipe.evaluation.batch_size, corpus.validation
@@ -145,7 +154,8 @@ def measure_held_out(session: Session, model: Any, stopped: Callable[[], bool]) 
     batches = evaluation_batches(corpus, examples, size, state.process_index, state.num_processes)
     wanted = takewhile(lambda _batch: not stopped(), batches)
     observe = partial(observe_batch, corpus, examples) if corpus.task.observed_in_training else None
-    rows = predict(model, wanted, corpus.head, vocabulary=session.vocabulary, observe=observe)
+    vocabulary = session.vocabulary
+    rows = predict(model, wanted, corpus.head, vocabulary=vocabulary, observe=observe, precision=precision)
     columns = merge_rows(gather_object([rows]))
     columns = dict(corpus.task.finish(columns, corpus.settled)) if columns else {}
     names = measurable(metrics_in_training(session), columns)
@@ -209,10 +219,7 @@ def check(session: Session) -> None:
     check_trackers(recipe.training.trackers)
     if recipe.training.keep_best not in (None, *task.metrics):  # of a task of the user's own
         raise InputError(f"training.keep_best: {recipe.training.keep_best} is not one of {', '.join(task.metrics)}")
-    if recipe.teacher.dtype == "int8" and importlib.util.find_spec("bitsandbytes") is None:
-        raise InputError("teacher.dtype: int8 needs bitsandbytes: pip install 'distill[int8]'")
-    if recipe.teacher.dtype == "int8" and state.device.type != "cuda":
-        raise InputError("teacher.dtype: int8 needs a GPU; use bf16")
+    check_dtype(recipe.teacher.dtype, state.device)
     if recipe.teacher.device == "sharded" and state.num_processes == 1:
         raise InputError("teacher.device: sharded spreads the teacher over several processes, and there is one")
 
@@ -233,6 +240,16 @@ def check_optimization(key: str, spec: Optimization, head: str) -> None:
             raise InputError(f"{key}.head_precision: tf32 needs a GPU; use bf16 or fp32")
 
 
+def check_dtype(dtype: str, device: torch.device) -> None:
+    """Refuse a teacher in 8 bits where a package or the GPU for it is missing. Raises InputError."""
+    if dtype == "int8" and importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError("teacher.dtype: int8 needs bitsandbytes: pip install 'distill[int8]'")
+    if dtype == "int8" and device.type != "cuda":
+        raise InputError("teacher.dtype: int8 needs a GPU; use bf16")
+    if dtype == "fp8" and (fault := fault_of(device)):
+        raise InputError(f"teacher.dtype: fp8 {fault}; use bf16")
+
+
 def try_terms(recipe: Recipe, head: str) -> None:
     """Resolve the terms of a recipe for a kind of predictions. Raises InputError where they do not go together."""
     both = any(term.stack for term in recipe.losses)
@@ -248,6 +265,8 @@ def check_labels(session: Session) -> None:
     recipe = session.recipe
     try_terms(recipe, session.corpus.head)
     _check_keep_best(session)
+    if recipe.teacher.dtype == "fp8" and session.corpus.head == "regression":
+        raise InputError("teacher.dtype: what fp8 changes is judged by KL, which numbers do not have; use bf16")
     if session.corpus.labelled:
         return
     learners = ["teacher.fit"] if recipe.teacher.fit else []

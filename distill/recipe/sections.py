@@ -89,7 +89,7 @@ class Optimization(Section):
     ema_release: StrictBool = False
     """Measure and hand on the average instead of the last weights."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Autocast precision of the model being trained; losses are always fp32."""
+    """Autocast precision of the model being trained, wherever it is measured too; losses are always fp32."""
     head_precision: Literal["auto", "bf16", "tf32", "fp32"] = "auto"
     """Precision in which the output head of a language model takes its operands. Near the teacher `bf16` falsifies the
     gradient; `auto` on a GPU in bf16: the fastest that keeps the error below 2 % at the divergence of the last record,
@@ -160,9 +160,13 @@ class Teacher(Section):
     """Refuse the weights unless they have this sha256; of several files, that of the lines that `sha256sum` prints."""
     init: Literal["pretrained", "random"] = "pretrained"
     """`random`: the folder holds a config and a tokenizer only; weights are drawn from `seed`. Needs `fit`."""
-    dtype: Literal["stored", "fp32", "bf16", "fp16", "int8"] = "stored"
-    """Precision that the teacher computes in; `stored`: as its weights were saved. `int8` needs a GPU and bitsandbytes;
-    stages that read its weights take the stored ones then."""
+    dtype: Literal["stored", "fp32", "bf16", "fp16", "int8", "fp8"] = "stored"
+    """Precision that the teacher computes in; `stored`: that of its weights as they were saved, where these are fp32
+    that of `training.precision`. `int8` needs a GPU and bitsandbytes, `fp8` a GPU of compute capability 8.9 or more;
+    stages that read its weights, or measure, take the stored ones then."""
+    fp8_max_kl: Positive = 0.02
+    """`fp8`: refuse it where it changes the teacher's predictions by more than so many nats, KL(stored || fp8) on
+    training examples."""
     device: Literal["same", "cpu", "sharded"] = "same"
     """Memory that holds it: beside the student, main memory, or (under FSDP) sharded over the ranks while the student
     is trained and in main memory for stages that need the whole of it."""
@@ -182,8 +186,10 @@ class Teacher(Section):
         if is_path(self.model) or self.model.startswith("package:"):
             fix = "remove it; `sha256` pins the weights of a folder"
             yield from self.without_effect(("revision",), ": only hub ids have revisions", fix)
-        if self.dtype == "int8" and self.device != "same":
-            message = f"int8 needs the GPU that the student is on, not device: {self.device}"
+        if self.dtype != "fp8":
+            yield from self.without_effect(("fp8_max_kl",), f" with dtype: {self.dtype}")
+        if self.dtype in ("int8", "fp8") and self.device != "same":
+            message = f"{self.dtype} needs the GPU that the student is on, not device: {self.device}"
             yield Mistake(("dtype",), message, "write device: same, or another dtype")
 
 

@@ -13,9 +13,9 @@ from markupsafe import Markup
 
 from distill.recipe.locate import GGUF
 from distill.recipe.names import TEACHER_METRICS
-from distill.release.evidence import Evidence, judge, standard_error, summarize
+from distill.release.evidence import Evidence, get_in, judge, standard_error, summarize
 from distill.release.tables import arms_table, tables
-from distill.release.wording import format_percent, one_line
+from distill.release.wording import as_number, format_metric, format_percent, one_line
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 USES = {
@@ -214,6 +214,24 @@ def describe_cuts(evidence: Evidence) -> str:
     return f"Texts longer than {length} tokens were cut: {', '.join(counts)}."
 
 
+def describe_precision(evidence: Evidence) -> str:
+    """Say what the models computed in, and what that changes in the figures of what is released; empty: not known."""
+    found = evidence.evaluation.get("precision")
+    if not found:
+        return ""
+    teacher, students, released = (found[name] for name in ("teacher", "students", "released"))
+    text = f"The models computed in {students}" + (f", the teacher in {teacher}." if teacher != students else ".")
+    name = evidence.primary if evidence.primary in (released or {}).get("metrics", {}) else None
+    values = [as_number(get_in(released, title, name)) for title in ("metrics", "as_evaluated")] if name else [None]
+    if None in values:
+        return text
+    own, evaluated = (format_metric(str(name), value) for value in values if value is not None)
+    return (
+        f"{text} On the first {released['examples']} examples the released weights give {name} {own} in "
+        f"{released['dtype']}, and {evaluated} as computed here."
+    )
+
+
 def caveats(evidence: Evidence) -> list[str]:
     """List the limits of the figures."""
     data, score = evidence.evaluation["data"], evidence.score("distilled")
@@ -225,6 +243,8 @@ def caveats(evidence: Evidence) -> list[str]:
         describe_cuts(evidence),
         "The student inherits the biases and mistakes of its teacher, and cutting can add its own.",
     ]
+    if said := describe_precision(evidence):
+        notes.insert(1, said)
     if error is not None:
         notes.insert(1, f"One standard error of its {evidence.primary} is {100 * error:.1f} points.")
     if evidence.teacher.get("fitted"):

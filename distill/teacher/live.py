@@ -9,6 +9,7 @@ import torch
 
 from distill.models.forward import Batch, Capture, Outputs, device_of, forward, to_device
 from distill.models.head import OutputHead
+from distill.models.precision import autocast_for
 
 
 class LiveTeacher:
@@ -18,7 +19,9 @@ class LiveTeacher:
     trainable parameters.
     """
 
-    def __init__(self, model: Any, capture: Capture, device: torch.device):
+    def __init__(self, model: Any, capture: Capture, device: torch.device, precision: str = "fp32"):
+        self.precision = precision
+        """That of a recipe, which fp32 weights are multiplied in; others compute in their own dtype."""
         self.model = model.requires_grad_(False).eval()
         if self.model.device != device:  # 8-bit models cannot be moved
             self.model = self.model.to(device)
@@ -28,7 +31,8 @@ class LiveTeacher:
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Outputs:
         """Run one forward pass without gradient; what is wanted of it comes back on the device of the batch."""
-        outputs, origin = forward(self.model, to_device(batch, self.device), self.capture), device_of(batch)
+        with autocast_for(self.model, self.precision):
+            outputs, origin = forward(self.model, to_device(batch, self.device), self.capture), device_of(batch)
         if origin == self.device:
             return outputs
         if self._head is None:  # it is large, and always the same

@@ -325,6 +325,8 @@ RUNS = {
 
 REFUSED = {
     ("Teacher.dtype", "int8"): ("teacher.dtype=int8", "teacher.dtype: int8 needs"),
+    ("Teacher.dtype", "fp8"): ("teacher.dtype=fp8", "teacher.dtype: fp8 needs a GPU; use bf16"),
+    ("Teacher.fp8_max_kl", "a value"): ("teacher.fp8_max_kl=0.1", "has no effect with dtype: stored"),
     ("Teacher.device", "sharded"): ("teacher.device=sharded", "over several processes, and there is one"),
     ("Teacher.revision", "a value"): ("teacher.revision=main", "only hub ids have revisions"),
     ("Optimization.precision", "fp16"): ("training.precision=fp16", "training.precision: fp16 needs a GPU"),

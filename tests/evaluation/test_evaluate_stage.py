@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import replace
 
@@ -10,7 +11,9 @@ import pytest
 import torch
 from tiny import RECIPE, tiny_model, tiny_project
 
+from distill.data import evaluation_batches
 from distill.errors import InputError
+from distill.evaluation.predict import predict
 from distill.files import write_json
 from distill.pipeline import run_stages
 from distill.pipeline.data import STAGE as prepared
@@ -52,6 +55,29 @@ def test_what_a_padded_head_says_beyond_the_vocabulary_is_no_prediction(session)
     in_training = measure_held_out(session, student, lambda: False)
     assert in_training == pytest.approx({name: arms["distilled"][name] for name in in_training})
     assert "token_accuracy" in in_training
+    table = json.loads(session.folder.evaluation.read_text())
+    assert table["precision"] == {"teacher": "float32", "students": "float32", "released": None}
+
+
+def test_figures_in_bf16_stand_beside_those_of_the_released_weights(session):
+    training = session.recipe.training.model_copy(update={"precision": "bf16"})
+    session = replace(session, recipe=session.recipe.model_copy(update={"training": training}))
+    prepare_data(session)
+    student = tiny_model("llama", seed=1)
+    save_model(session, student, session.folder.distilled)
+    write_json(session.folder.examined, {})
+    evaluate(session)
+    table = json.loads(session.folder.evaluation.read_text())
+    found = table["precision"]
+    assert found["teacher"] == found["students"] == "bf16 autocast over float32 weights"
+    corpus, released = session.corpus, found["released"]
+    assert released["dtype"] == "float32" and released["examples"] == len(corpus.test)
+    arms = {arm["name"]: arm["metrics"] for arm in table["arms"]}
+    assert released["as_evaluated"]["perplexity"] == pytest.approx(arms["distilled"]["perplexity"], rel=1e-9)
+    rows = predict(student, evaluation_batches(corpus, corpus.test, 16), corpus.head, vocabulary=session.vocabulary)
+    exact = math.exp(rows["nll"].sum() / rows["tokens"].sum())
+    assert released["metrics"]["perplexity"] == pytest.approx(exact, rel=1e-9)
+    assert arms["distilled"]["perplexity"] != released["metrics"]["perplexity"]
 
 
 def own_metric(predictions, references):

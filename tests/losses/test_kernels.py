@@ -253,3 +253,31 @@ def test_the_kernel_compiles_for_gpus(tmp_path):
     plain = {"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(sys.path), "HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", FOR_A_GPU], env=plain, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("product", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_on_a_gpu_every_kernel_agrees_with_autograd(product):
+    logits, teacher = draw(N, 50_000).cuda(), draw(N, 50_003, seed=1).cuda()
+    for name in KERNEL_CODES:
+        objective = Objective([Term(match="labels"), Term(match="logits", loss=name, temperature=2.0)], "next_token")
+        labelled, divergence = objective._at(0.0)
+        sums = lambda own, theirs, labels, d=divergence, l=labelled: torch.stack(  # noqa: E731
+            [l.total(own, theirs, labels, slice(None)), d.total(own, theirs, labels, slice(None))]
+        )
+        chunk = Chunk(logits, teacher, torch.zeros(N, device="cuda").long(), None, product)
+        limit = 1e-4 if product == torch.float32 else 1e-2
+        assert trial(chunk, Terms(sums, [labelled.named, divergence.named]), by_kernel) < limit, name
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_objective_takes_the_kernel():
+    rows, weight = draw(20, 64).cuda().requires_grad_(), draw(3000, 64, seed=1).cuda().requires_grad_()
+    objective = Objective(BOTH, "next_token")
+    student = Outputs(None, {}, rows[None], OutputHead(weight))
+    teacher = Outputs(None, {}, draw(1, 20, 64, seed=2).cuda(), OutputHead(draw(3000, 64, seed=3).cuda()))
+    batch = {"attention_mask": torch.ones(1, 20).cuda(), "labels": torch.zeros(1, 20).long().cuda()}
+    with torch.autocast("cuda", torch.bfloat16):
+        objective(student, teacher, batch, objective.counts([batch]))[0].backward()
+    assert not objective.notices() and [key[0] for key in objective._means._trusted] == ["kernel"]
+    assert rows.grad.isfinite().all() and weight.grad.ne(0).any()

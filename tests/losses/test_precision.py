@@ -13,6 +13,7 @@ from distill.models.forward import Outputs, forward
 from distill.models.head import OutputHead, class_head
 from distill.recipe.schema import Term
 from distill.teacher import LiveTeacher
+from distill.training.learner import gradient_checkpointing
 
 B, L, D, H = 3, 5, 16, 2
 MASK = (torch.arange(L) < torch.tensor([5, 3, 4])[:, None]).long()
@@ -177,7 +178,7 @@ def test_classes_near_their_teacher_have_the_gradient_of_float64(family, checkpo
             class_head(model).weight.mul_(30)
         class_head(student).weight.copy_(near(class_head(teacher).weight, 0.01))
     if checkpointing:
-        student.activation_checkpointing_enable()
+        gradient_checkpointing(student, "enable")({"use_reentrant": False})
     teacher.bfloat16()
     student.train()
     for module in student.modules():

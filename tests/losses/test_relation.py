@@ -6,10 +6,11 @@ from math import exp, log
 import pytest
 import torch
 from language_models import FAMILIES, SEQ2SEQ, language_model
-from tiny import tiny_batch, tiny_model
+from tiny import tiny_batch, tiny_inputs, tiny_model
 
 from distill.errors import InputError
 from distill.losses import ATTENTION, RELATION, LayerMap, Objective
+from distill.models.family import use_eager_attention
 from distill.models.forward import Capture, Outputs, forward, relation_widths
 from distill.models.layout import LAYOUTS
 from distill.recipe.schema import Term
@@ -124,7 +125,7 @@ def test_maps_and_relations_of_every_family_are_captured(family):
     model, batch = language_model(family), tiny_batch(padded=False)
     if family in SEQ2SEQ:
         batch["decoder_input_ids"] = tiny_batch(seed=1, padded=False)["input_ids"]
-    model.set_attn_implementation("eager")
+    use_eager_attention(model)
     if family == "deberta-v2":
         with pytest.raises(InputError, match="DeBERTa never does"):
             forward(model, batch, Capture(attention=[1]))
@@ -152,8 +153,9 @@ def test_columns_made_by_one_module_are_told_apart():
     assert [part.unique().tolist() for part in found] == [[0], [1], [2]]
 
 
-def test_attention_that_keeps_no_probabilities_is_an_error_with_the_fix():
-    model = tiny_model("llama")
+@pytest.mark.parametrize("family", ["llama", "t5"])  # T5 hands out its biases, which are no probabilities
+def test_attention_that_keeps_no_probabilities_is_an_error_with_the_fix(family):
+    model = tiny_model(family)
     model.set_attn_implementation("sdpa")
     with pytest.raises(InputError, match="eager"):
-        forward(model, tiny_batch(), Capture(attention=[0]))
+        forward(model, tiny_inputs(model), Capture(attention=[0]))

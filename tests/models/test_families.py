@@ -27,7 +27,7 @@ from transformers import AutoConfig
 from distill import load_student
 from distill.errors import InputError
 from distill.models.axes import keep_units, pad_units, spread_units, sum_per_unit
-from distill.models.family import _detected, layers_of, layout_of
+from distill.models.family import _detected, layers_of, layout_of, use_eager_attention
 from distill.models.layout import LAYOUTS, UnitDim
 from distill.models.load import ModelHead, load_model
 from distill.models.mlp import mlps_of
@@ -196,11 +196,11 @@ def test_the_attention_implementation_is_the_teachers_and_reaches_every_layer(fo
     teacher = tiny_model(form)
     cut_by_hand(teacher, (0, 2), (40, 16)).save_pretrained(tmp_path)
     if teacher._can_set_attn_implementation():
-        teacher.set_attn_implementation("eager")
+        use_eager_attention(teacher)
     assert cut_by_hand(teacher, (0, 2)).config._attn_implementation == "eager"
     student = load_student(tmp_path)
     if student._can_set_attn_implementation():
-        student.set_attn_implementation("eager")
+        use_eager_attention(student)
     assert {module.config._attn_implementation for module in student.modules() if hasattr(module, "config")} == {
         "eager"
     }

@@ -35,7 +35,7 @@ NAMES = {
 }
 WIDE = 64
 """Blocks of Q8_0 are 32 wide."""
-TOKENS = ["<unk>", "<s>", "</s>", *(chr(33 + i) for i in range(60)), "!!"]
+TOKENS = ["<unk>", "<s>", "</s>", *(chr(33 + i) for i in range(59)), "!!", "##"]
 RECIPE = """\
 name: tiny
 teacher: {model: ./teacher.gguf}
@@ -76,7 +76,7 @@ def write_gguf(path: Path, **other):
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(TOKENS)
     writer.add_token_types([3, 3, 3] + [1] * 61)
-    writer.add_token_merges(["! !"])
+    writer.add_token_merges(["! !", "# #"])
     writer.add_unk_token_id(0)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)

@@ -9,8 +9,9 @@ import torch
 from tiny import RECIPE, tiny_project
 
 from distill.cli import main
-from distill.pipeline import RunDir, Session, calibrate, evaluate, plan, repair
+from distill.pipeline import RunDir, Session, calibrate, evaluate, examine, plan, repair
 from distill.recipe import load_recipe
+from distill.training.provenance import flatten
 
 REPAIRED = RECIPE.replace("  calibration:", "  repair: {bias: true, refit: true}\n  calibration:")
 
@@ -48,6 +49,20 @@ def test_a_stage_that_reads_weights_says_that_it_takes_a_sharded_teacher_whole(p
 def test_another_dtype_makes_every_stage_that_runs_the_teacher_due(planned, stage):
     inputs = [stage.inputs(session_of(planned, f"teacher.dtype={name}")[0]) for name in ("stored", "bf16")]
     assert inputs[0] != inputs[1]
+
+
+@pytest.mark.parametrize("stage", [calibrate, plan, repair, evaluate, examine])
+def test_a_teacher_computes_in_the_precision_of_the_training_unless_it_has_one_of_its_own(planned, stage):
+    def inputs(*overrides):
+        return flatten(stage.inputs(session_of(planned, *overrides)[0]))
+
+    plain, half = inputs(), inputs("training.precision=bf16")
+    assert not any("precision" in key for key in plain)
+    assert {key for key in half if plain.get(key) != half[key]} >= {"teacher.precision"}
+    assert "teacher.precision" not in inputs("training.precision=bf16", "teacher.dtype=fp32")
+    for name, wanted in (("stored", "bf16"), ("int8", "bf16"), ("fp32", "fp32"), ("bf16", "fp32")):
+        session, _ = session_of(planned, "training.precision=bf16", f"teacher.dtype={name}")
+        assert session.teacher_precision == wanted
 
 
 def test_a_run_with_a_teacher_in_bf16_in_main_memory_repairs_and_measures(planned, tmp_path):

@@ -178,6 +178,8 @@ CROSS_CHECKS = [
         "losses.2.match",
         "reads inside of layers remove training.compile",
     ),
+    Bad("./teacher", "./teacher\n  dtype: fp8\n  device: cpu", 5, "teacher.dtype", "fp8 needs the GPU device: same"),
+    Bad("./teacher", "./teacher\n  fp8_max_kl: 0.1", 5, "teacher.fp8_max_kl", "has no effect with dtype: stored"),
     Bad("./teacher", "./teacher\n  dtype: int8\n  device: cpu", 5, "teacher.dtype", "int8 needs the GPU device: same"),
     Bad("./teacher", "./teachr", 4, "teacher.model", "there is no folder"),
     Bad("./teacher", "./empty", 4, "teacher.model", "config.json No such file"),

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, dynamic_module_ut
 
 from distill import load_student
 from distill.errors import InputError, RunError
+from distill.models.family import use_eager_attention
 from distill.models.mlp import mlps_of
 from distill.models.widths import pad_to_largest
 from distill.release.export import check_padding, check_release, write_release
@@ -63,7 +64,7 @@ def test_the_modelling_file_is_all_that_stock_loaders_need(family, tmp_path, mod
         assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
     assert torch.equal(logits(load_student(tmp_path / "again")), logits(student))
     if model._can_set_attn_implementation():
-        model.set_attn_implementation("eager")
+        use_eager_attention(model)
     assert {module.config._attn_implementation for module in model.modules() if hasattr(module, "config")} == {"eager"}
     if family in DECODERS:
         assert torch.equal(generate(model), generate(model, use_cache=False))

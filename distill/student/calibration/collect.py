@@ -22,6 +22,7 @@ from distill.models.family import layers_of, layout_of
 from distill.models.forward import UNLABELLED, Batch, first_tensor, layer_input, run_base, with_decoder_inputs
 from distill.models.layout import StackName
 from distill.models.mlp import mlps_of
+from distill.models.precision import autocast_for
 from distill.recipe.schema import Layers
 from distill.student.calibration.gradients import gradient_sums
 from distill.student.calibration.removal import LabelLoss, greedy_removals, losses_without
@@ -53,6 +54,7 @@ def calibrate(
     loss: LabelLoss | None = None,
     reduce: Reduce = lambda total: total,
     sets: bool = False,
+    precision: str = "fp32",
 ) -> Statistics:
     """Run the model over the batches and collect the statistics of every layer; the model is left as it was.
 
@@ -60,9 +62,10 @@ def calibrate(
         model: A transformers model of a known family.
         batches: As `distill.student.calibration.sample` describes them; with labels where a loss is asked for.
         wanted: Statistics beyond the sums that one forward pass gives.
-        loss: (logits, batch) -> the labels' loss summed over valid positions, and their number.
+        loss: (outputs, batch) -> the labels' loss summed over valid positions, and their number.
         reduce: With several ranks, each with its own batches: adds a tensor up over them.
         sets: Each class of the model is a yes or no of its own.
+        precision: Of the recipe, which fp32 weights are multiplied in; sums are in float64 all the same.
 
     Raises:
         RunError: The sample has no real token, or an activation is not finite.
@@ -77,18 +80,20 @@ def calibrate(
             for collector in collectors:
                 collector.given = real_positions(batch, collector.side)
 
-        run_base(model, sample, [handle for collector in collectors for handle in collector.watch()], note_masks)
+        with autocast_for(model, precision):
+            run_base(model, sample, [handle for collector in collectors for handle in collector.watch()], note_masks)
         sums = {name: total for collector in collectors for name, total in collector.sums.items()}
         if wanted.gradients:
-            sums |= gradient_sums(model, sample, loss, sets)
+            sums |= gradient_sums(model, sample, loss, sets, precision)
         decisions: dict[str, Tensor] = {}
         if wanted.losses_without or wanted.removals:
             label_loss = _require_labels(loss, sample, reduce, model.device)
-            for side in wanted.losses_without:
-                sums |= losses_without(model, side, sample, label_loss)
-            for side, removals in wanted.removals.items():
-                order = greedy_removals(model, side, sample, label_loss, removals, reduce)
-                decisions[f"{side}.removals"] = torch.tensor(order, dtype=torch.int64)
+            with autocast_for(model, precision):
+                for side in wanted.losses_without:
+                    sums |= losses_without(model, side, sample, label_loss)
+                for side, removals in wanted.removals.items():
+                    order = greedy_removals(model, side, sample, label_loss, removals, reduce)
+                    decisions[f"{side}.removals"] = torch.tensor(order, dtype=torch.int64)
         sums = {name: reduce(total) for name, total in sorted(sums.items())} | decisions
     statistics = Statistics({name: total.cpu() for name, total in sums.items()})
     if statistics.tokens == 0:

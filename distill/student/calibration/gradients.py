@@ -16,6 +16,7 @@ from distill.errors import InputError
 from distill.models.forward import Batch, Capture, forward, to_device
 from distill.models.layout import StackName
 from distill.models.mlp import NeuronAxis, placed_mlps
+from distill.models.precision import autocast_for
 from distill.student.calibration.removal import LabelLoss
 from distill.student.calibration.sample import content_seed, draw_classes, examples, real_positions
 from distill.student.calibration.sums import column_sums
@@ -23,7 +24,9 @@ from distill.student.calibration.sums import column_sums
 Gate = tuple[StackName, int, NeuronAxis]
 
 
-def gradient_sums(model: Any, sample: list[Batch], loss: LabelLoss | None, sets: bool = False) -> dict[str, Tensor]:
+def gradient_sums(
+    model: Any, sample: list[Batch], loss: LabelLoss | None, sets: bool = False, precision: str = "fp32"
+) -> dict[str, Tensor]:
     """Sum over examples |c| and c² for the labels' loss, and of c² for labels drawn from the teacher.
 
     The second kind is about KL(teacher ‖ pruned). At the teacher itself this KL is at its minimum, 0, and so is its
@@ -43,7 +46,9 @@ def gradient_sums(model: Any, sample: list[Batch], loss: LabelLoss | None, sets:
     try:
         for batch in sample:
             for example in examples(batch, sets):
-                _add_example(model, to_device(example, model.device), loss, sets, gates, weights, sums)
+                with torch.enable_grad(), autocast_for(model, precision):
+                    losses = _losses(model, to_device(example, model.device), loss, sets)
+                _add_gradients(losses, gates, weights, sums)
     finally:
         for weight in weights:
             weight.requires_grad_(False)
@@ -59,24 +64,23 @@ def _empty_sums(gates: list[Gate], device: torch.device) -> dict[str, Tensor]:
     return {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()}
 
 
-def _add_example(
-    model: Any,
-    example: Batch,
-    loss: LabelLoss | None,
-    sets: bool,
-    gates: list[Gate],
-    weights: list[nn.Parameter],
-    sums: dict[str, Tensor],
+def _losses(model: Any, example: Batch, loss: LabelLoss | None, sets: bool) -> dict[str, Tensor]:
+    """Compute the loss of drawn labels, and that of the example's own where it has some, with gradient."""
+    outputs = forward(model, example, Capture())
+    logits = outputs.logits
+    if logits is None or logits.shape[-1] < 2:
+        raise InputError("gradient statistics need a head that gives logits over two or more classes")
+    drawn_from = torch.stack([torch.zeros_like(logits), logits], -1).flatten(0, 1) if sets else logits
+    losses = {"kl": _loss_of_draw(drawn_from, example)}
+    if loss is not None and "labels" in example:
+        value, count = loss(outputs, example)
+        losses |= {"task": value} if count else {}
+    return losses
+
+
+def _add_gradients(
+    losses: dict[str, Tensor], gates: list[Gate], weights: list[nn.Parameter], sums: dict[str, Tensor]
 ) -> None:
-    with torch.enable_grad():
-        logits = forward(model, example, Capture()).logits
-        if logits is None or logits.shape[-1] < 2:
-            raise InputError("gradient statistics need a head that gives logits over two or more classes")
-        drawn_from = torch.stack([torch.zeros_like(logits), logits], -1).flatten(0, 1) if sets else logits
-        losses = {"kl": _loss_of_draw(drawn_from, example)}
-        if loss is not None and "labels" in example:
-            value, count = loss(logits, example)
-            losses |= {"task": value} if count else {}
     for kind, value in losses.items():
         gradients = torch.autograd.grad(value, weights, retain_graph=kind == "kl" and "task" in losses)
         for (side, index, mlp), gradient in zip(gates, gradients, strict=True):

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from distill.models.family import layers_of, protected_layers
-from distill.models.forward import Batch, Capture, forward, layer_input, to_device
+from distill.models.forward import Batch, Capture, Outputs, forward, layer_input, to_device
 from distill.models.layout import StackName
 from distill.recipe.schema import Layers
 
-LabelLoss = Callable[[Tensor, Batch], tuple[Tensor, int]]
-"""(logits, batch) -> the labels' loss summed over valid positions, and how many there are."""
+LabelLoss = Callable[[Outputs, Batch], tuple[Tensor, int]]
+"""(outputs, batch) -> the labels' loss summed over valid positions, and how many there are."""
 
 
 def losses_without(model: Any, side: StackName, sample: list[Batch], loss: LabelLoss) -> dict[str, Tensor]:
@@ -65,9 +65,7 @@ def _loss_without(
     with skip_layers([layers_of(model, side)[layer] for layer in gone]):
         for cpu_batch in sample:
             batch = to_device(cpu_batch, model.device)
-            logits = forward(model, batch, Capture()).logits
-            assert logits is not None, "the capture does not stop at the head"
-            value, count = loss(logits, batch)
+            value, count = loss(forward(model, batch, Capture(stop_at_head=True)), batch)
             total += value.double()
             positions += count
     return total, positions

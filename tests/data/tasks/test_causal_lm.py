@@ -25,6 +25,7 @@ from distill.models.family import layers_of, tells_documents_apart
 from distill.models.forward import Capture, forward
 from distill.models.layout import LAYOUTS
 from distill.recipe.schema import Term
+from distill.training.learner import gradient_checkpointing
 
 TASK = CausalLM()
 PACKING = [family for family in DECODERS if LAYOUTS[family].packs]
@@ -199,7 +200,7 @@ def test_packed_rows_have_the_losses_and_gradients_of_one_document_a_row(both, f
     found = []
     for checkpointing in (False, True):
         if checkpointing:
-            model.activation_checkpointing_enable()
+            gradient_checkpointing(model, "enable")({"use_reentrant": False})
         for batch in both:
             counts = objective.counts([batch])
             outputs = forward(model.train(), batch, objective.student)

@@ -1,0 +1,52 @@
+"""The teacher in 8 bits in floating point, once its outputs have been compared with those of its stored weights."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from distill.data import collate
+from distill.errors import InputError
+from distill.losses import Objective
+from distill.models.forward import forward, to_device
+from distill.models.fp8 import quantise_layers
+from distill.pipeline.session import Session
+from distill.recipe.schema import Term
+
+COMPARED = 16
+"""Training examples that both are compared on."""
+
+
+@torch.no_grad()
+def quantise_teacher(session: Session, model: Any) -> Any:
+    """Quantise a teacher in place, say by how much its predictions change, and refuse it where that is too much.
+
+    Args:
+        session: The recipe at work.
+        model: The teacher with its stored weights, frozen, on its device.
+
+    Raises:
+        InputError: KL(stored || fp8) on training examples is above `teacher.fp8_max_kl`.
+    """
+    corpus, limit = session.corpus, session.recipe.teacher.fp8_max_kl
+    batch = to_device(collate(corpus, corpus.train, range(min(COMPARED, len(corpus.train)))), model.device)
+    objective = Objective((Term(match="logits"),), corpus.head, None, session.vocabulary)
+    stored = forward(model, batch, objective.teacher)
+    stored = replace(stored, head=copy.deepcopy(stored.head))  # it shares the model's weights
+    done, left = quantise_layers(model.to(torch.bfloat16))
+    counts = objective.counts([batch])
+    kl = float(objective(forward(model, batch, objective.student), stored, batch, counts)[1] / counts)
+    rest = f", {left} other weights of its layers in bf16" if left else ""
+    session.say(
+        f"  the teacher in fp8: {done} linear maps{rest}; KL from its stored weights {kl:.3g} nats on "
+        f"{int(counts)} positions"
+    )
+    if not kl <= limit:
+        raise InputError(
+            f"teacher.dtype: fp8 changes the teacher's predictions by {kl:.3g} nats (KL from its stored weights on "
+            f"{int(counts)} positions), more than fp8_max_kl: {limit:g}; use bf16, or raise fp8_max_kl"
+        )
+    return model
