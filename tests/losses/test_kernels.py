@@ -262,8 +262,8 @@ def test_on_a_gpu_every_kernel_agrees_with_autograd(product):
     for name in KERNEL_CODES:
         objective = Objective([Term(match="labels"), Term(match="logits", loss=name, temperature=2.0)], "next_token")
         labelled, divergence = objective._at(0.0)
-        sums = lambda own, theirs, labels, d=divergence, l=labelled: torch.stack(  # noqa: E731
-            [l.total(own, theirs, labels, slice(None)), d.total(own, theirs, labels, slice(None))]
+        sums = lambda own, theirs, labels, one=labelled, other=divergence: torch.stack(  # noqa: E731
+            [each.total(own, theirs, labels, slice(None)) for each in (one, other)]
         )
         chunk = Chunk(logits, teacher, torch.zeros(N, device="cuda").long(), None, product)
         limit = 1e-4 if product == torch.float32 else 1e-2
