@@ -1,0 +1,173 @@
+"""Memory of a program, counted without computing: on fake tensors, which have shapes and no values.
+
+Every storage that an operation makes is added to the part of the memory that is being filled, and taken off when the last
+tensor on it is gone, as on a device. What kernels take for themselves inside of one operation is not seen.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakIdKeyDictionary
+
+from distill.errors import InputError
+
+UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+LARGEST_VALUE = 2**24
+"""Elements of the largest tensor whose values are followed."""
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most that was there at once, and what it was made of."""
+
+    parts: Mapping[str, int] = field(default_factory=dict)
+    """Part -> bytes at that moment."""
+    moment: str = ""
+    """What was going on."""
+
+    @property
+    def total(self) -> int:
+        """Bytes."""
+        return sum(self.parts.values())
+
+
+class MemoryTrace(TorchDispatchMode):
+    """Adds up the bytes that are alive; see `tracing`.
+
+    Values are followed where all that an operation reads is known: those of a batch and what is made of it alone, such
+    as masks. So the positions that a loss selects are as many as they will be.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = ""
+        """Where new storages are counted."""
+        self.moment = ""
+        """What is going on."""
+        self.bytes: Counter[str] = Counter()
+        """Part -> bytes alive."""
+        self.peaks: dict[str, Peak] = {}
+        """Moment -> the most during it."""
+        self._alive: dict[int, tuple[str, int]] = {}
+        self._values = WeakIdKeyDictionary()
+
+    def fill(self, part: str, moment: str = "") -> None:
+        """Count what comes as this part, and as this moment from here on."""
+        self.part, self.moment = part, moment or self.moment
+        self._note()
+
+    def move(self, tensors: Iterable[Tensor], part: str) -> None:
+        """Count these tensors as another part."""
+        for tensor in tensors:
+            key = tensor.untyped_storage()._cdata
+            before, size = self._alive.get(key, (part, 0))
+            if before != part:
+                self._alive[key] = (part, size)
+                self.bytes[before] -= size
+                self.bytes[part] += size
+
+    def known(self, values: Tensor) -> Tensor:
+        """Make a fake tensor whose values are followed; call it inside the block of `tracing`."""
+        fake = torch.empty_strided(values.shape, values.stride(), dtype=values.dtype)
+        if values.numel() <= LARGEST_VALUE:
+            self._values[fake] = values
+        return fake
+
+    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation, on values where all are known, and count what it makes."""
+        kwargs = kwargs or {}
+        inputs = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        if inputs and all(each in self._values for each in inputs):
+            result = self._on_values(func, inputs, args, kwargs)
+        else:
+            result = func(*args, **kwargs)
+        for each in tree_leaves(result):
+            if isinstance(each, Tensor):
+                self._add(each)
+        return result
+
+    def _on_values(self, func: Any, inputs: list[Tensor], args: Any, kwargs: Any) -> Any:
+        fakes = {id(self._values[each]): each for each in inputs}
+        real = tree_map(lambda each: self._values[each] if isinstance(each, Tensor) else each, (args, kwargs))
+        with unset_fake_temporarily():
+            result = func(*real[0], **real[1])
+        # An operation in place returns what it was given.
+        return tree_map(
+            lambda each: (fakes[id(each)] if id(each) in fakes else self.known(each)) if isinstance(each, Tensor) else each,
+            result,
+        )
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._alive:
+            self._alive[key] = (self.part, size)
+            self.bytes[self.part] += size
+            weakref.finalize(storage, self._drop, key)
+            self._note()
+
+    def _drop(self, key: int) -> None:
+        part, size = self._alive.pop(key)
+        self.bytes[part] -= size
+
+    def _note(self) -> None:
+        before = self.peaks.get(self.moment)
+        if before is None or self.bytes.total() > before.total:
+            self.peaks[self.moment] = Peak(dict(self.bytes), self.moment)
+
+
+@contextmanager
+def tracing() -> Iterator[MemoryTrace]:
+    """Open a block in which tensors are fake and their memory is counted."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    quiet, log.disabled = log.disabled, True
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), MemoryTrace() as trace:
+            yield trace
+    finally:
+        log.disabled = quiet
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Add up the bytes of tensors, those that share storage once."""
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Add up the bytes of parameters and buffers."""
+    return bytes_of([*model.parameters(), *model.buffers()])
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes of a device that new work can have; of main memory those to be had without swapping."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
+        return 1024 * int(lines["MemAvailable"].split()[0])
+    except (OSError, LookupError, ValueError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def parse_size(text: str) -> int:
+    """Read a number of bytes, e.g. `80GB`, `79.6 GiB`. Raises InputError where it is none."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text.lower())
+    if match is None or match[2] not in UNITS or float(match[1]) == 0:
+        raise InputError(f"--memory: {text!r} is no size; write a number and a unit, e.g. 80GB or 79.6GiB")
+    return int(float(match[1]) * UNITS[match[2]])

@@ -1,0 +1,238 @@
+"""One training, rehearsed: its memory on fake tensors, its time with a few layers on the device.
+
+Both run the code that trains: teacher, student, objective and optimizer as the recipe has them. What is left out is the
+depth, for the time, and the positions, for the loss of a vocabulary: time grows evenly with the layers, and the memory
+of that loss with the positions.
+
+B examples, L positions, N positions with a prediction, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.initialization import no_init_weights
+
+from distill.losses import MATCHES, PREDICTION_KINDS, Maps, Objective
+from distill.losses.chunked import BLOCK, chunk_size
+from distill.models.cost import time_in_turns
+from distill.models.family import all_layers, layers_of, layout_of
+from distill.models.forward import UNLABELLED, Batch, Capture, Outputs, forward, to_device
+from distill.models.head import OutputHead, output_head
+from distill.models.layout import StackName
+from distill.models.memory import MemoryTrace, Peak, model_bytes, tracing
+from distill.models.sentence import unused_parameters
+from distill.models.trainable import freeze
+from distill.pipeline.build import plan_of_whole
+from distill.pipeline.session import DTYPES
+from distill.recipe.schema import Optimization, Term
+from distill.student import build_student
+from distill.teacher import LiveTeacher
+from distill.training.ema import Ema
+from distill.training.learner import gradient_checkpointing
+from distill.training.model import DistillModel
+from distill.training.optim import make_optimizer
+
+HERE = torch.device("cpu")
+REPEATS = 3
+"""Timed passes of each product, after two that are not."""
+FEW, MORE = 1, 3
+"""Layers of each stack of the two models that the time of a layer is found from."""
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """One training of a recipe: all that its memory and its time depend on."""
+
+    title: str
+    spec: Optimization
+    """Its section of the recipe."""
+    build: Callable[[], Any]
+    """Makes the model that is trained, in the dtype that it is trained in, without caring for values."""
+    teacher: Callable[[], Any] | None
+    """Makes the teacher in the dtype that it computes in; None: no term needs one."""
+    terms: Sequence[Term]
+    kind: str
+    """Kind of predictions."""
+    batch: Batch
+    """The widest micro-batch."""
+    passes: int
+    """Micro-batches of one process in a step."""
+    maps: Maps | None = None
+    encoder_maps: Maps | None = None
+    vocabulary: int | None = None
+    teacher_elsewhere: bool = False
+    """The teacher is not on the device that the student is on."""
+
+    def objective(self, terms: Sequence[Term], chunk: int | None = None) -> Objective:
+        """Make an objective of some of the terms."""
+        return Objective(terms, self.kind, self.maps, self.vocabulary, chunk, self.encoder_maps)
+
+    @property
+    def narrow(self) -> bool:
+        """True where micro-batches may have fewer examples without another result."""
+        return not PREDICTION_KINDS[self.kind].vectors
+
+    def with_spec(self, **changes: Any) -> Rehearsal:
+        """Return the training with other values in its section; fewer examples per pass are the longest ones."""
+        spec = self.spec.model_copy(update=changes)
+        rows, before = spec.micro_batch_size, self.spec.micro_batch_size
+        if rows is None or rows == before or before is None:
+            return replace(self, spec=spec)
+        batch = {name: tensor[:rows] for name, tensor in self.batch.items()}
+        return replace(self, spec=spec, batch=batch, passes=self.passes * -(-before // rows))
+
+    def prepare(self, student: Any, teacher: Any | None, terms: Sequence[Term]) -> tuple[DistillModel, Objective]:
+        """Freeze, wrap and set up the models as the training does."""
+        freeze(student, [*self.spec.freeze, *unused_parameters(student)], self.spec.only)
+        objective = self.objective(terms)
+        if teacher is not None:
+            objective.project(student.config.hidden_size, teacher.config.hidden_size)
+        for each in (student, teacher) if objective.student.attention else ():
+            each.set_attn_implementation("eager")
+        if self.spec.gradient_checkpointing:
+            gradient_checkpointing(student, "enable")({"use_reentrant": False})
+        return DistillModel(student, objective).train(), objective
+
+
+@contextmanager
+def autocast(spec: Optimization, device: torch.device) -> Iterator[None]:
+    """Compute in the precision of a training, as Accelerate does."""
+    with torch.autocast(device.type, DTYPES[spec.precision], enabled=spec.precision != "fp32"):
+        yield
+
+
+def rehearse_memory(training: Rehearsal, device: torch.device) -> Peak:
+    """Find the most memory that a step takes on one device, and what it is made of; nothing is computed.
+
+    Parts: `weights`, `gradients`, `optimizer`, `average`, `teacher`, `activations` (with what passes take for a while),
+    `loss` (logits and gradients of a vocabulary head).
+
+    Args:
+        training: The training, on one process.
+        device: Decides how many positions the loss has at once; it need not be there.
+    """
+    with tracing() as trace, no_init_weights():
+        trace.fill("activations")
+        teacher = training.teacher() if training.teacher else None
+        student = training.build()
+        heads = [output_head(model) for model in (student, teacher) if model is not None]
+        apart = heads[0] is not None and PREDICTION_KINDS[training.kind].vocabulary
+        before = _trace_step(training, student, teacher, apart, trace)
+        peaks = list(trace.peaks.values())
+    if apart:
+        peaks.append(Peak({**before, "loss": _loss_bytes(training, heads, device)}, "the loss"))
+    on_device = [replace(peak, parts={name: size for name, size in peak.parts.items() if name != "elsewhere" and size}) for peak in peaks]
+    return max(on_device, key=lambda peak: peak.total)
+
+
+def _trace_step(
+    training: Rehearsal, student: Any, teacher: Any | None, apart: bool, trace: MemoryTrace
+) -> dict[str, int]:
+    """Take a step; returns what is there before the loss.
+
+    Args:
+        training: The training.
+        student: The fake model that is trained.
+        teacher: The fake teacher.
+        apart: The loss of a vocabulary is looked at elsewhere: nothing of it is left here but the head's gradient.
+        trace: Counts.
+    """
+    whole = training.objective(training.terms)
+    left = [term for term in training.terms if not (apart and MATCHES[term.match].on_logits)]
+    wrapper, objective = training.prepare(student, teacher, left or [Term(match="labels")])
+    trace.move([*wrapper.parameters(), *wrapper.buffers()], "weights")
+    if teacher is not None:
+        place = "elsewhere" if training.teacher_elsewhere else "teacher"
+        trace.move([*teacher.parameters(), *teacher.buffers()], place)
+    batch = {name: trace.known(tensor) for name, tensor in training.batch.items()}
+    scored = batch if left else {**batch, "labels": batch["labels"] * 0 + UNLABELLED}
+    optimizer, average = _fill_state(training, wrapper, trace)
+    trace.peaks.clear()
+    trace.fill("activations", "the teacher's pass")
+    given = LiveTeacher(teacher, whole.teacher, HERE)(batch) if teacher is not None else None
+    trace.fill("activations", "the forward pass")
+    with autocast(training.spec, HERE):
+        own = forward(student, batch, whole.student)
+        before = dict(trace.bytes)
+        trace.fill("activations", "the loss")
+        loss = objective(own, given, scored, objective.counts([scored]))[0]
+    del own, given
+    trace.fill("activations", "the backward pass")
+    loss.backward()
+    del loss
+    _take_step(training, wrapper, optimizer, average, trace)
+    return before
+
+
+def _fill_state(
+    training: Rehearsal, wrapper: DistillModel, trace: MemoryTrace
+) -> tuple[torch.optim.Optimizer, Ema | None]:
+    """Bring a training to its second step, or within one that accumulates: state, average and gradients are there."""
+    learning = [parameter for parameter in wrapper.parameters() if parameter.requires_grad]
+    trace.fill("gradients")
+    for parameter in learning:
+        parameter.grad = torch.zeros_like(parameter)
+        parameter.register_post_accumulate_grad_hook(lambda own: trace.move([own.grad], "gradients"))
+    trace.fill("optimizer")
+    optimizer = make_optimizer(wrapper, training.spec)
+    optimizer.step()
+    trace.fill("average")
+    average = Ema(wrapper, training.spec.ema) if training.spec.ema is not None else None
+    if training.passes == 1:
+        optimizer.zero_grad()
+    return optimizer, average
+
+
+def _take_step(
+    training: Rehearsal, wrapper: DistillModel, optimizer: torch.optim.Optimizer, average: Ema | None, trace: MemoryTrace
+) -> None:
+    trace.fill("activations", "the optimizer's step")
+    nn.utils.clip_grad_norm_(wrapper.parameters(), training.spec.max_grad_norm or float("inf"))
+    optimizer.step()
+    optimizer.zero_grad()
+    if average is not None:
+        average.update(1, torch.zeros(()))
+
+
+def _loss_bytes(training: Rehearsal, heads: Sequence[OutputHead | None], device: torch.device) -> int:
+    """Count the bytes of the loss of a vocabulary: even in its positions and in those whose logits are there at once."""
+    indices = [index for index, term in enumerate(training.terms) if MATCHES[term.match].on_logits]
+    if not indices:
+        return 0
+    terms, known = [training.terms[index] for index in indices], [head for head in heads if head is not None]
+    positions = int(training.objective(training.terms).counts([training.batch])[indices].max())
+    vocabulary = max(len(head.weight) for head in known)
+    few, chunk = max(1, BLOCK["cpu"] // vocabulary), min(positions, chunk_size(vocabulary, device))
+    sizes = ((2 * few, few), (4 * few, few), (4 * few, 2 * few))
+    start, longer, larger = (_loss_bytes_at(training, terms, known, *size) for size in sizes)
+    per_position, per_chunk = (longer - start) / (2 * few), (larger - longer) / few
+    fixed = start - per_position * 2 * few - per_chunk * few
+    return int(fixed + per_position * positions + per_chunk * chunk)
+
+
+def _loss_bytes_at(
+    training: Rehearsal, terms: Sequence[Term], heads: Sequence[OutputHead], positions: int, chunk: int
+) -> int:
+    """Count the bytes of the loss at so many positions, so many at once."""
+    objective, sides = training.objective(terms, chunk), []
+    ids = torch.zeros(1, positions + 1, dtype=torch.int64)
+    full = {"labels": ids, "attention_mask": ids + 1}
+    with tracing() as trace:
+        for number, head in enumerate(heads):
+            weight = torch.empty(head.weight.shape, dtype=head.weight.dtype, requires_grad=head.weight.requires_grad)
+            bias = None if head.bias is None else torch.empty(head.bias.shape, dtype=head.bias.dtype)
+            last = torch.empty(1, positions + 1, weight.shape[1], dtype=weight.dtype, requires_grad=number == 0)
+            sides.append(Outputs(None, last=last, head=replace(head, weight=weight, bias=bias)))
+        batch = {name: trace.known(values) for name, values in full.items()}
+        counts, at_rest = objective.counts([batch]), trace.bytes.total()
+        trace.fill("loss", "the loss")
+        objective(sides[0], sides[1] if sides[1:] else None, batch, counts)
+        return trace.peaks["the loss"].total - at_rest
