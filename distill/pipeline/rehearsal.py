@@ -9,7 +9,6 @@ B examples, L positions, N positions with a prediction, V vocabulary.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -22,7 +21,7 @@ from transformers.initialization import no_init_weights
 
 from distill.losses import MATCHES, PREDICTION_KINDS, Maps, Objective
 from distill.losses.chunked import BLOCK, chunk_size
-from distill.models.cost import time_in_turns
+from distill.models.cost import least_seconds
 from distill.models.family import all_layers, layers_of, layout_of
 from distill.models.forward import UNLABELLED, Batch, Capture, Outputs, forward, to_device
 from distill.models.head import OutputHead, output_head
@@ -41,8 +40,6 @@ from distill.training.model import DistillModel
 from distill.training.optim import make_optimizer
 
 HERE = torch.device("cpu")
-REPEATS = 3
-"""Timed passes of each product, after two that are not."""
 FEW, MORE = 1, 3
 """Layers of each stack of the two models that the time of a layer is found from."""
 
@@ -236,3 +233,135 @@ def _loss_bytes_at(
         trace.fill("loss", "the loss")
         objective(sides[0], sides[1] if sides[1:] else None, batch, counts)
         return trace.peaks["the loss"].total - at_rest
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one process for one step."""
+
+    teacher: float
+    student: float
+    """Forward and backward passes."""
+    loss: float
+    optimizer: float
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole step."""
+        return self.teacher + self.student + self.loss + self.optimizer
+
+
+def rehearse_time(training: Rehearsal, device: torch.device) -> StepTime:
+    """Time the products of a step on the device, with real weights of a few layers and true shapes.
+
+    Each stack is timed with one layer and with three, in turns; what a layer takes is half of the difference, and others
+    take it in proportion to their parameters.
+    """
+    batch = to_device(training.batch, device)
+    whole = training.objective(training.terms)
+    with torch.device("meta"), no_init_weights():
+        models = [make() for make in (training.build, training.teacher) if make is not None]
+    shallow = [[_shallow(model, depth) for depth in (FEW, MORE)] for model in models]
+    sizes = [[_layer_size(model) for model in (*pair, full)] for pair, full in zip(shallow, models, strict=True)]
+    learning = _learning(training, models[0])
+    students, *teachers = [[_materialize(model, device) for model in pair] for pair in shallow]
+    taught = 0.0
+    for pair in teachers:
+        lone = [LiveTeacher(model, Capture(stop_at_head=True), device) for model in pair]
+        taught = _extrapolate([partial(each, batch) for each in lone], sizes[1], device)
+    wrappers = [training.prepare(model, teachers[0][0] if teachers else None, training.terms)[0] for model in students]
+    both = [partial(_both_ways, training, model, batch, device) for model in students]
+    own = _extrapolate(both, sizes[0], device)
+    compared = [_outputs(model, batch, capture, number == 0) for number, (model, capture) in enumerate(
+        [(students[0], whole.student), *((pair[0], whole.teacher) for pair in teachers)]
+    )]
+    loss = least_seconds({"loss": partial(_compare, training, wrappers[0].objective, compared, batch, device)}, device)["loss"]
+    optimizer = _step_seconds(training, wrappers[-1], device) * learning / _learning(training, students[-1])
+    passes = training.passes
+    return StepTime(passes * taught, passes * own, passes * loss, optimizer)
+
+
+def _shallow(model: Any, depth: int) -> Any:
+    """Make the same model with the first layers of each stack."""
+    layout = layout_of(model)
+    kept: dict[StackName, list[int]] = {side: list(range(min(depth, len(layers_of(model, side))))) for side in layout.sides}
+    plan = plan_of_whole(model, kept)
+    with torch.device("meta"):
+        return build_student(model, plan)
+
+
+def _layer_size(model: Any) -> int:
+    return sum(parameter.numel() for layer in all_layers(model) for parameter in layer.parameters())
+
+
+def _learning(training: Rehearsal, model: Any) -> int:
+    """Count the parameters that learn."""
+    freeze(model, [*training.spec.freeze, *unused_parameters(model)], training.spec.only)
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _materialize(model: Any, device: torch.device) -> Any:
+    """Give a model without weights random ones, on a device."""
+    model.to_empty(device=device)
+    model.init_weights()
+    return model
+
+
+def _extrapolate(passes: Sequence[Callable[[], object]], sizes: Sequence[int], device: torch.device) -> float:
+    """Compute the seconds of a model from those of two shallow ones; `sizes` are parameters in layers, its own last."""
+    few, more = least_seconds(dict(zip(("few", "more"), passes, strict=True)), device).values()
+    if sizes[1] == sizes[0]:
+        return more
+    each = max(0.0, more - few) / (sizes[1] - sizes[0])
+    return more + each * (sizes[2] - sizes[1])
+
+
+def _both_ways(training: Rehearsal, model: Any, batch: Batch, device: torch.device) -> None:
+    """Run a forward and a backward pass up to the head, or whole where the head is part of the model."""
+    with autocast(training.spec, device):
+        own = forward(model, batch, Capture(stop_at_head=PREDICTION_KINDS[training.kind].vocabulary))
+    end = own.last if own.logits is None else own.logits
+    assert end is not None
+    end.backward(torch.ones_like(end))
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
+def _outputs(model: Any, batch: Batch, capture: Capture, learns: bool) -> Outputs:
+    """Make what the objective reads of one side: that of the first layer stands for all layers."""
+    layers = [each.name for each in fields(capture) if each.name != "stop_at_head" and getattr(capture, each.name)]
+    first = Capture(**{name: (0,) for name in layers}, stop_at_head=capture.stop_at_head)
+    with torch.no_grad():
+        found = forward(model, batch, first)
+
+    def leaf(value: Any) -> Any:
+        return [leaf(each) for each in value] if isinstance(value, list) else value.detach().requires_grad_(learns)
+
+    made = {name: {layer: leaf(getattr(found, name)[0]) for layer in getattr(capture, name)} for name in layers}
+    ends = {name: leaf(value) for name in ("logits", "last") if (value := getattr(found, name)) is not None}
+    return replace(found, **made, **ends)
+
+
+def _compare(
+    training: Rehearsal, objective: Objective, sides: Sequence[Outputs], batch: Batch, device: torch.device
+) -> None:
+    """Compute the loss and its gradient."""
+    with autocast(training.spec, device):
+        loss = objective(sides[0], sides[1] if sides[1:] else None, batch, objective.counts([batch]))[0]
+    loss.backward()
+
+
+def _step_seconds(training: Rehearsal, wrapper: DistillModel, device: torch.device) -> float:
+    """Time clipping and the optimizer's step."""
+    for parameter in wrapper.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    optimizer = make_optimizer(wrapper, training.spec)
+    average = Ema(wrapper, training.spec.ema) if training.spec.ema is not None else None
+
+    def step() -> None:
+        nn.utils.clip_grad_norm_(wrapper.parameters(), training.spec.max_grad_norm or float("inf"))
+        optimizer.step()
+        if average is not None:
+            average.update(1, torch.zeros((), device=device))
+
+    return least_seconds({"step": step}, device)["step"]
