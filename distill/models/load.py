@@ -22,6 +22,7 @@ from distill.models.gguf import dequantised
 from distill.models.pattern import settle_periods
 from distill.models.report import check_loaded, untie_config
 from distill.models.sentence import sentence_head
+from distill.models.trainable import mark_drawn
 from distill.models.weights import as_input_error, check_links, weights_sha256
 from distill.models.widths import as_stock, is_unequal, with_widths
 from distill.recipe.locate import is_gguf, teacher_folder, teacher_size
@@ -155,6 +156,8 @@ def grow_embeddings(model: Any, tokenizer: Any, tokens: Sequence[str], seed: int
     if new:
         torch.manual_seed(seed)
         model.resize_token_embeddings(max(new.values()) + 1, mean_resizing=False)
+        tables = (model.get_input_embeddings(), model.get_output_embeddings())
+        mark_drawn(model, [name for name, own in model.named_parameters() if any(own is t.weight for t in tables if t)])
         say(f"  drawn at random, to be fitted: the embeddings of {', '.join(new)}")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.errors import InputError
+from distill.models.trainable import mark_drawn
 
 SHOWN = 3
 """Names in a message; of the others there is the number."""
@@ -40,6 +41,7 @@ def check_loaded(
             f"add `fit: {{epochs: …, lr: …}}` under `teacher:` to train them on the recipe's labels first"
         )
     if new:
+        mark_drawn(model, new)
         say(f"  drawn at random, to be fitted: {_listed(new)}")
     if unused:
         say(f"  in {folder} and not part of a {type(model).__name__}: {_listed(unused)}")

@@ -1,9 +1,9 @@
-"""Set the trainable parameters of a model by shell patterns over their names."""
+"""Set the trainable parameters of a model by shell patterns over their names, and note which must learn."""
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
@@ -27,3 +27,13 @@ def freeze(model: nn.Module, patterns: Sequence[str], only: Sequence[str] = ("*"
     if not any(parameter.requires_grad for parameter in model.parameters()):
         kept = "" if list(only) == ["*"] else f" with only: {list(only)}"
         raise InputError(f"freeze: {list(patterns)}{kept} leaves no parameter that learns")
+
+
+def mark_drawn(model: nn.Module, names: Iterable[str]) -> None:
+    """Note parameters that were drawn at random and mean nothing until they have learnt."""
+    model.drawn = sorted({*drawn_parameters(model), *names})  # type: ignore[assignment]
+
+
+def drawn_parameters(model: nn.Module) -> list[str]:
+    """Name the parameters that `mark_drawn` noted."""
+    return list(getattr(model, "drawn", ()))

@@ -33,7 +33,7 @@ from distill.student.masks import compact_trained, mask_settings, masks_for
 from distill.teacher import LiveTeacher
 from distill.training import Job, train
 from distill.training.optim import find_optimizer
-from distill.training.setup import deal_out, horizon
+from distill.training.setup import check_launch_keeps, deal_out, horizon
 from distill.training.tracking import check_trackers
 
 
@@ -85,7 +85,7 @@ def train_model(session: Session, job: Job, model: Any, objective: Objective, te
     """Train a model in place; it comes back on the CPU, in the dtype it had."""
     batches = batches_for(session, job.spec, labelled=not objective.needs_teacher)
     dtype = model.dtype
-    model.float()  # AdamW's small steps would be lost in half-precision weights; autocast gives the speed
+    model.float()  # AdamW's small steps would be lost in half-precision weights; of `weights: bf16` masters follow
     train(
         replace(job, peak_tokens_per_second=peak_tokens_per_second(session, job, model, teacher)),
         model,
@@ -199,12 +199,9 @@ def check(session: Session) -> None:
         fits = MATCHES[term.match].fits_teacher
         if fits and term.params and not is_reference(term.loss or ""):
             fits(hollow_model(session.source, session.remote_code), term.params, f"losses.{index}.params")
-    for key, spec in (("training", recipe.training), ("teacher.fit", recipe.teacher.fit)):
-        if spec is not None:
-            find_optimizer(spec)
-            deal_out(spec, key)
-            if spec.precision == "fp16" and state.device.type == "cpu":
-                raise InputError(f"{key}.precision: fp16 needs a GPU; use bf16 or fp32")
+    check_optimization("training", recipe.training)
+    if recipe.teacher.fit is not None:
+        check_optimization("teacher.fit", recipe.teacher.fit)
     check_trackers(recipe.training.trackers)
     if recipe.training.keep_best not in (None, *task.metrics):  # of a task of the user's own
         raise InputError(f"training.keep_best: {recipe.training.keep_best} is not one of {', '.join(task.metrics)}")
@@ -214,6 +211,17 @@ def check(session: Session) -> None:
         raise InputError("teacher.dtype: int8 needs a GPU; use bf16")
     if recipe.teacher.device == "sharded" and state.num_processes == 1:
         raise InputError("teacher.device: sharded spreads the teacher over several processes, and there is one")
+
+
+def check_optimization(key: str, spec: Optimization) -> None:
+    """Refuse a training, of the section `key`, that this machine and this launch cannot do, with an InputError."""
+    find_optimizer(spec)
+    deal_out(spec, key)
+    check_launch_keeps(spec, key=key)
+    if spec.lora is not None and importlib.util.find_spec("peft") is None:
+        raise InputError(f"{key}.lora needs peft: pip install 'distill[lora]'")
+    if spec.precision == "fp16" and process_state().device.type == "cpu":
+        raise InputError(f"{key}.precision: fp16 needs a GPU; use bf16 or fp32")
 
 
 def try_terms(recipe: Recipe, head: str) -> None:

@@ -24,7 +24,7 @@ Score = Literal[
 ]  # fmt: skip
 MaskScore = Literal["magnitude", "random"]
 Allocation = Literal["uniform", "threshold", "global", "sensitivity"]
-Optimizer = Literal["adamw"]
+Optimizer = Literal["adamw", "adamw_8bit"]
 BuiltInSource = Literal["stdlib-docstrings", "pydoc-topics", "stdlib-sources", "stdlib-names"]
 TaskName = Literal[
     "classification", "causal_lm", "question_answering", "relation_extraction", "token_classification", "chat",
@@ -58,7 +58,7 @@ PARAMS: dict[str, dict[str, dict[str, str]]] = {
         "threshold": {"threshold": "float | None", "mass": "float | None"},
         "sensitivity": {"strength": "float"},
     },
-    "optimizer": {"adamw": {"eps": "float"}},
+    "optimizer": {name: {"eps": "float"} for name in ("adamw", "adamw_8bit")},
     "loss": {
         "jsd": {"beta": "float"},
         **{name: {"alpha": "float"} for name in ("skew_forward_kl", "skew_reverse_kl")},

@@ -14,7 +14,7 @@ from typing import Any
 from distill.recipe import names
 from distill.recipe.fields import KeyPath, Mistake
 from distill.recipe.locate import TeacherSize
-from distill.recipe.sections import Evaluation, Optimization, Release, Training
+from distill.recipe.sections import Evaluation, Lora, Optimization, Release, Training
 from distill.recipe.student import Calibration, Layers, Mask, Mlp, Repair, Target
 from distill.recipe.task_rules import (
     MLP,
@@ -245,6 +245,13 @@ def compiled_layers_are_not_read(terms: Mapping[int, Term], training: Training) 
             yield Mistake(("losses", index, "match"), message, "remove training.compile")
 
 
+def masked_weights_learn(mask: Mask | None, training: Training) -> Iterator[Mistake]:
+    """Refuse masks over weights that adapters stand in for."""
+    if mask is not None and training.lora is not None:
+        message = "masks choose among weights that learn, and with lora these do not"
+        yield Mistake(("training", "lora"), message, "remove student.mask, or lora", at="key")
+
+
 def patterns_match(
     fit: Optimization | None, training: Training, mask: Mask | None, size: TeacherSize
 ) -> Iterator[Mistake]:
@@ -253,6 +260,7 @@ def patterns_match(
     given = [(("teacher", "fit", key), getattr(fit, key)) for key in ("freeze", "only") if fit]
     given += [(("training", key), getattr(training, key)) for key in ("freeze", "only")]
     given += [(("student", "mask", "only"), mask.only)] if mask else []
+    given += [((*path, "also"), lora.also) for path, lora in _adapters(fit, training)]
     bare = [name.partition(".")[2] for name in size.tensors]
     for path, patterns in given:
         for position, pattern in enumerate(patterns):
@@ -261,6 +269,23 @@ def patterns_match(
             if size.tensors and not found and not fnmatch.filter(bare, pattern):
                 message = f"{pattern!r} matches no parameter of the teacher"
                 yield Mistake((*path, position), message, f"there is e.g. {next(iter(size.tensors))}")
+
+
+def adapted_maps_exist(fit: Optimization | None, training: Training, size: TeacherSize) -> Iterator[Mistake]:
+    """Require that patterns over linear maps to be adapted match something, as far as the names in the files tell."""
+    modules = [name.removesuffix(".weight") for name in size.tensors if name.endswith(".weight")]
+    for path, lora in _adapters(fit, training):
+        for position, pattern in enumerate([] if lora.targets == "all-linear" else lora.targets):
+            one = lora.model_copy(update={"targets": [pattern]})
+            if modules and not any(one.pattern_for(module) for module in modules):
+                message = f"{pattern!r} matches no linear map of the teacher"
+                yield Mistake((*path, "targets", position), message, f"there is e.g. {modules[-1]}")
+
+
+def _adapters(fit: Optimization | None, training: Training) -> Iterator[tuple[KeyPath, Lora]]:
+    for path, spec in ((("teacher", "fit"), fit), (("training",), training)):
+        if spec is not None and spec.lora is not None:
+            yield (*path, "lora"), spec.lora
 
 
 RULES = (
@@ -280,7 +305,9 @@ RULES = (
     embeddings_have_what_is_learnt_and_measured,
     gradients_have_a_loss,
     compiled_layers_are_not_read,
+    masked_weights_learn,
     teacher_fits_the_task,
     examples_fit,
     patterns_match,
+    adapted_maps_exist,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from typing import Annotated, Literal
 
 from pydantic import Field, StrictBool, StrictStr
@@ -16,8 +17,31 @@ SHA256 = "^[0-9a-f]{64}$"
 Arm = Literal["teacher", "cut", "repaired", "distilled", "labels_only"]
 
 
-ONLY_WITH = (("decay", "schedule", "wsd"), ("betas", "optimizer", "adamw"))
-"""(key, the key that it depends on, the value of that key with which it means something)."""
+ONLY_WITH = (("decay", "schedule", ("wsd",)), ("betas", "optimizer", ("adamw", "adamw_8bit")))
+"""(key, the key that it depends on, the values of that key with which it means something)."""
+
+
+class Lora(Section):
+    """Adapters of low rank: weight + alpha / rank · B A, where only A [rank, in] and B [out, rank] learn (LoRA).
+
+    They are merged into the weights at the end of the training.
+    """
+
+    rank: Count = 16
+    """Rank of each adapter."""
+    alpha: Positive = 32
+    """Its factor is alpha / rank."""
+    targets: Literal["all-linear"] | Annotated[list[StrictStr], Field(min_length=1)] = "all-linear"
+    """Linear maps that are adapted: all of the layers, or those whose name, or its end, matches a shell pattern, e.g.
+    `[q_proj, v_proj]`. A pattern that matches nothing is an error."""
+    dropout: Annotated[float, Field(ge=0, lt=1), NotASwitch] = 0.0
+    """Share of an adapter's inputs that are dropped in training."""
+    also: list[StrictStr] = []
+    """Parameters that learn as they are, by shell pattern over their names, e.g. `["classifier.*", "*norm*"]`."""
+
+    def pattern_for(self, module: str) -> str | None:
+        """Find the pattern of `targets` that a module's name, or the end of it, matches."""
+        return next((own for own in self.targets if fnmatchcase(f".{module}", f"*.{own}")), None)
 
 
 class Optimization(Section):
@@ -43,7 +67,8 @@ class Optimization(Section):
     decay: NonNegative = 0.2
     """`wsd`: how long the way down is, counted as `warmup` is."""
     optimizer: Optimizer | Reference = "adamw"
-    """A built-in optimizer or `package.module:function`, called with parameter groups and `lr`."""
+    """A built-in optimizer or `package.module:function`, called with parameter groups and `lr`. `adamw_8bit`: moments
+    of 8 bits, by bitsandbytes."""
     optimizer_params: Params = {}
     """Keyword arguments of the optimizer, e.g. `{eps: 1e-6}`."""
     weight_decay: NonNegative = 0.01
@@ -64,6 +89,11 @@ class Optimization(Section):
     """Measure and hand on the average instead of the last weights."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Autocast precision of the model being trained; losses are always fp32."""
+    weights: Literal["fp32", "bf16"] = "fp32"
+    """What the model and its gradients are held in during training. `bf16`: the optimizer keeps what is missing to
+    fp32, so that small steps are not lost, and its moments in bf16: 10 bytes per parameter instead of 16."""
+    lora: Lora | None = None
+    """Train adapters instead of the weights; null: the weights."""
     freeze: list[StrictStr] = []
     """Parameters that do not learn, by shell pattern over their names, e.g. `["*.embeddings.*"]`; they get no optimizer
     state. A pattern that matches nothing is an error."""
@@ -89,14 +119,27 @@ class Optimization(Section):
             fits = next(size for size in range(min(micro, batch), 0, -1) if batch % size == 0)
             message = f"batch_size {batch} is not a multiple of micro_batch_size {micro}"
             yield Mistake(("micro_batch_size",), message, f"for example {fits}")
-        for key, other, value in ONLY_WITH:
-            if getattr(self, other) != value:
-                fix = f"remove it; it is for {other}: {value}"
+        for key, other, values in ONLY_WITH:
+            if getattr(self, other) not in values:
+                fix = f"remove it; it is for {other}: {' or '.join(values)}"
                 yield from self.without_effect((key,), f" with {other}: {getattr(self, other)}", fix)
         if self.ema_release and self.ema is None:
             message = "there is no average to hand on: ema is not given"
             yield Mistake(("ema_release",), message, "add ema: 0.999, or remove this", at="key")
         yield from self.wrong_params("optimizer", self.optimizer, "optimizer_params", {"lr": "lr"})
+        yield from self._wrong_weights()
+
+    def _wrong_weights(self) -> Iterator[Mistake]:
+        """Refuse bf16 weights that lose small steps, or are computed with in fp32, and two choices of what learns."""
+        if self.weights == "bf16" and self.precision != "bf16":
+            message = f"bf16 weights are computed with in bf16, and precision is {self.precision}"
+            yield Mistake(("weights",), message, "write precision: bf16")
+        if self.weights == "bf16" and ":" in self.optimizer:
+            message = f"{self.optimizer} keeps no fp32 masters, and bf16 weights alone lose small steps"
+            yield Mistake(("weights",), message, "write optimizer: adamw or adamw_8bit")
+        if self.lora is not None:
+            fix = "remove it; lora.targets and lora.also say what learns"
+            yield from self.without_effect(("freeze", "only"), " beside lora", fix)
 
 
 class Teacher(Section):
@@ -125,6 +168,9 @@ class Teacher(Section):
         if self.init == "random" and self.fit is None:
             message = "a teacher with random weights has nothing to teach"
             yield Mistake(("init",), message, "add `fit: {epochs: …, lr: …}` under teacher:")
+        if self.init == "random" and self.fit is not None and self.fit.lora is not None:
+            message = "adapters cannot make a model of random weights"
+            yield Mistake(("fit", "lora"), message, "remove it: all weights must learn", at="key")
         if self.init == "random":
             yield from self.without_effect(("sha256",), " with init: random, which reads no weights")
         if is_path(self.model) or self.model.startswith("package:"):

@@ -34,7 +34,7 @@ MANIFEST = "MANIFEST.json"
 STATE = "state.json"
 HEADROOM = 2**20
 """Bytes beside the tensors: headers, JSON, the folder itself."""
-SHAPING = re.compile(r"(training|fit)\.(optimizer|optimizer_params|ema|freeze|only)(\.|$)|mask(\.|$)")
+SHAPING = re.compile(r"(training|fit)\.(optimizer|optimizer_params|ema|freeze|only|weights|lora)(\.|$)|mask(\.|$)")
 """Keys that decide which tensors a checkpoint holds; it cannot be continued with other values of these."""
 
 T = TypeVar("T")

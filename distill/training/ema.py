@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -14,10 +14,17 @@ from distill.models.dtensor import shard_like
 class Ema:
     """w' = d · w' + (1 - d) · w after every step, d = min(decay, (1 + step) / (10 + step))."""
 
-    def __init__(self, model: nn.Module, decay: float):
-        self.decay = decay
+    def __init__(self, model: nn.Module, decay: float, master: Callable[[Tensor], Tensor] = Tensor.detach):
+        """Start with the weights that there are.
+
+        Args:
+            model: Its trainable parameters are averaged.
+            decay: d.
+            master: Gives a parameter's fp32 weights: where the model holds them in bf16, small steps show only there.
+        """
+        self.decay, self.master = decay, master
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.values = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.values = {name: master(p).clone() for name, p in self.parameters.items()}
 
     @torch.no_grad()
     def update(self, step: int, skip: Tensor) -> None:
@@ -25,7 +32,7 @@ class Ema:
         share = 1 - min(self.decay, (1 + step) / (10 + step))
         weight = share * (1 - skip)
         for name, parameter in self.parameters.items():
-            self.values[name].add_((parameter.detach() - self.values[name]) * weight)
+            self.values[name].add_((self.master(parameter) - self.values[name]) * weight)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:

@@ -19,6 +19,7 @@ from distill.models.family import layers_of
 from distill.recipe.schema import Optimization
 from distill.training.checkpoint import state_of
 from distill.training.ema import Ema
+from distill.training.masters import Masters
 from distill.training.model import DistillModel
 from distill.training.shards import FindParameter, TensorsByFile, read
 from distill.training.skip import SkipRule
@@ -26,6 +27,7 @@ from distill.training.state import Numbers, group_numbers, load_optimizer, load_
 
 if TYPE_CHECKING:
     from distill.student.masks.masks import Masks
+    from distill.training.lora import Adapters
 
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 """Kinds of training in which each rank holds a shard of the weights."""
@@ -48,6 +50,10 @@ class Learner:
     ema: Ema | None
     masks: Masks | None
     spec: Optimization
+    masters: Masters | None = None
+    """Where the weights are held in bf16."""
+    adapters: Adapters | None = None
+    """Where adapters are trained in place of the weights."""
 
     @staticmethod
     def before_prepare(_wrapper: DistillModel, _masks: Masks | None, _found: Path | None) -> None:
@@ -110,12 +116,16 @@ class Learner:
                 self.wrapper.train()
 
     def finish(self) -> None:
-        """Leave the student in eval mode with the final weights."""
+        """Leave the student in eval mode with the final weights, in fp32, adapters merged into them."""
+        if self.masters:
+            self.masters.restore(self.student)
         if self.spec.ema_release and self.ema:
             self.ema.copy_to_model()
         self._settle(torch.device("cpu"))
         if self.spec.gradient_checkpointing and not self.sharded:
             gradient_checkpointing(self.student, "disable")()
+        if self.adapters:
+            self.adapters.merge()
         for layer in layers_of(self.student):
             vars(layer).pop("forward", None)  # compiled
 
@@ -130,12 +140,16 @@ class Learner:
     def _fill_student(self, device: torch.device) -> None:
         """Gather the weights into the student itself. Collective."""
         own = {name.removeprefix("student."): full_tensor(tensor) for name, tensor in self.weights().items()}
-        expected = own_tensors(self.student)
-        load_tensors(self.student.to(device).eval(), {name: own[name] for name in expected})
+        all_weights = self.adapters is None
+        expected = own_tensors(self.student, frozen=all_weights)
+        load_tensors(self.student.to(device).eval(), {name: own[name] for name in expected}, frozen=all_weights)
 
     def weights(self) -> dict[str, Tensor]:
-        """Return parameters and buffers of student and projections; shards where weights are sharded."""
-        return own_tensors(self.wrapper)
+        """Return parameters and buffers of student and projections; shards where weights are sharded.
+
+        Without what adapters stand in for, which is the larger part and in the folder of the start.
+        """
+        return own_tensors(self.wrapper, frozen=self.adapters is None)
 
     def moments(self) -> dict[str, Any]:
         """Return what the optimizer keeps of each parameter, tensors (shards where weights are sharded) and numbers."""
@@ -190,7 +204,7 @@ class Learner:
 
     def load_weights(self, files: TensorsByFile, numbers: Numbers) -> None:
         """Restore weights and moments."""
-        load_tensors(self.wrapper, files["model"])
+        load_tensors(self.wrapper, files["model"], frozen=self.adapters is None)
         moments = {**files.get("optimizer", {}), **numbers["moments"]}
         load_optimizer(self.wrapper, self.optimizer, moments, numbers["groups"])
 

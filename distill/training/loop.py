@@ -93,7 +93,7 @@ def train(
     # Read before wrapping: DDP then spreads what every rank has read from the same files anyway.
     found = checkpoints.newest_valid(steps)
     accelerator.wait_for_everyone()
-    learner = make_learner(student, objective, job.spec, job.constrain, accelerator, found)
+    learner = make_learner(student, objective, job.spec, job.constrain, accelerator, found, say)
     state = TrainState() if found is None else state_of(found)
     if found is not None:
         say(f"{job.title}: continuing after step {state.step} of {steps} ({found.name})")

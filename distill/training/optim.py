@@ -6,16 +6,19 @@ onto the optimizer's groups: a scheduler prepared by Accelerate would advance on
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from distill.errors import InputError
 from distill.recipe.schema import Optimization
 from distill.registry import bind, find
+from distill.training.masters import MasterAdamW
 
 Groups = list[dict[str, Any]]
 
@@ -28,18 +31,43 @@ def adamw(
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
 
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": adamw}
-"""`(groups, *, lr, ...) -> optimizer`; `betas` are given to `adamw` alone."""
+def adamw_8bit(
+    groups: Groups, *, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+) -> torch.optim.Optimizer:
+    """AdamW with moments of 8 bits, from bitsandbytes. Raises InputError where that is not installed."""
+    return _eight_bits()(groups, {}, lr=lr, betas=betas, eps=eps)
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": adamw, "adamw_8bit": adamw_8bit}
+"""`(groups, *, lr, ...) -> optimizer`; `betas` are given to these alone, and not to a function of the user's own."""
+
+
+def _eight_bits() -> Callable[..., torch.optim.Optimizer]:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError("optimizer: adamw_8bit needs bitsandbytes: pip install 'distill[int8]'")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of 4-bit products that a CPU has not
+    from distill.training.adamw8 import MasterAdamW8bit
+
+    return MasterAdamW8bit
 
 
 def find_optimizer(spec: Optimization) -> Callable[..., torch.optim.Optimizer]:
     """Find the recipe's optimizer and fill in its own parameters. Raises InputError when there is none like that."""
     function = find(OPTIMIZERS, spec.optimizer, "optimizer")
+    if spec.optimizer == "adamw_8bit":
+        _eight_bits()
     return bind(function, spec.optimizer_params, "optimizer_params")
 
 
-def make_optimizer(model: nn.Module, spec: Optimization) -> torch.optim.Optimizer:
+def make_optimizer(
+    model: nn.Module, spec: Optimization, rests: dict[Tensor, Tensor] | None = None
+) -> torch.optim.Optimizer:
     """Make the recipe's optimizer over the trainable parameters; vectors (biases, norms) are not decayed.
+
+    Args:
+        model: Its parameters are frozen where they do not learn.
+        spec: The recipe's section.
+        rests: Of each bf16 parameter, what its rounding left (`Masters.rests`): its fp32 master is what is stepped.
 
     Raises:
         InputError: The user's function does not return an optimizer.
@@ -49,8 +77,12 @@ def make_optimizer(model: nn.Module, spec: Optimization) -> torch.optim.Optimize
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": spec.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    own = {"betas": spec.betas} if spec.optimizer == "adamw" else {}
-    optimizer = find_optimizer(spec)([group for group in groups if group["params"]], lr=spec.lr, **own)
+    groups = [group for group in groups if group["params"]]
+    if rests is not None:
+        kind = MasterAdamW if spec.optimizer == "adamw" else _eight_bits()
+        return kind(groups, rests, lr=spec.lr, betas=spec.betas, **spec.optimizer_params)
+    own = {"betas": spec.betas} if spec.optimizer in OPTIMIZERS else {}
+    optimizer = find_optimizer(spec)(groups, lr=spec.lr, **own)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise InputError(f"optimizer: {spec.optimizer} must return a torch.optim.Optimizer, got {type(optimizer)}")
     return optimizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin
+from torch import Tensor
 
 from distill.errors import InputError
 from distill.models.family import all_layers
@@ -21,6 +23,7 @@ from distill.recipe.schema import Optimization, Training
 from distill.training.deepspeed import ZeroLearner, configure_deepspeed
 from distill.training.ema import Ema
 from distill.training.learner import SHARDING, Learner, gradient_checkpointing
+from distill.training.masters import Masters
 from distill.training.model import DistillModel
 from distill.training.optim import make_optimizer
 from distill.training.skip import SkipRule
@@ -76,6 +79,30 @@ def horizon(spec: Optimization, batches: TrainingBatches) -> int:
     return batches.steps_for(spec.epochs)
 
 
+def check_launch_keeps(spec: Optimization, launch: DistributedType | None = None, key: str = "training") -> None:
+    """Refuse kinds of launch that cannot hold what the recipe asks for.
+
+    Args:
+        spec: The section.
+        launch: How the weights are shared out; None: as the environment of the launcher says.
+        key: The section's name.
+
+    Raises:
+        InputError: With the fix.
+    """
+    asked = {kind: os.environ.get(f"ACCELERATE_USE_{kind.value}", "").lower() in ("1", "true") for kind in SHARDING}
+    for kind in [launch] if launch is not None else [kind for kind, given in asked.items() if given]:
+        if kind not in SHARDING:
+            continue
+        fix = "launch it with DDP or one process"
+        if spec.weights == "bf16":
+            raise InputError(f"{key}.weights: bf16 does not go with {kind.value}, which shards fp32 weights; {fix}")
+        if spec.optimizer == "adamw_8bit":
+            raise InputError(f"{key}.optimizer: adamw_8bit does not go with {kind.value}, which shards moments; {fix}")
+        if spec.lora is not None and kind == DistributedType.DEEPSPEED:
+            raise InputError(f"{key}.lora does not go with DeepSpeed: launch it with DDP or FSDP2")
+
+
 def make_learner(
     student: Any,
     objective: Objective,
@@ -83,6 +110,7 @@ def make_learner(
     constrain: Constrain | None,
     accelerator: Accelerator,
     found: Path | None = None,
+    say: Callable[[str], None] = lambda _line: None,
 ) -> Learner:
     """Freeze, wrap and prepare a student.
 
@@ -93,11 +121,20 @@ def make_learner(
         constrain: Makes the masks, from a student whose frozen parameters are set.
         accelerator: From `make_accelerator`.
         found: The checkpoint that it continues from; None: it starts with the student's weights.
+        say: Gets a line about what learns beside adapters.
 
     Raises:
-        InputError: A name pattern matches nothing.
+        InputError: A name pattern matches nothing, or the launch cannot do what the recipe asks for.
     """
-    freeze(student, [*spec.freeze, *unused_parameters(student)], spec.only)
+    check_launch_keeps(spec, accelerator.distributed_type)
+    adapters = None
+    if spec.lora is None:
+        freeze(student, [*spec.freeze, *unused_parameters(student)], spec.only)
+    else:
+        from distill.training.lora import Adapters
+
+        adapters = Adapters(student, spec.lora)
+        say(f"  {adapters.describe()}")
     masks = constrain(student) if constrain else None
     kind = ZeroLearner if accelerator.distributed_type == DistributedType.DEEPSPEED else Learner
     trained = copy.deepcopy(student) if accelerator.distributed_type in SHARDING else student
@@ -106,17 +143,22 @@ def make_learner(
     if spec.compile:
         for layer in all_layers(trained):
             layer.forward = torch.compile(layer.forward)  # not the module: hooks on it stay outside of the graph
+    masters = Masters(trained, adapters.parameters if adapters else set()) if spec.weights == "bf16" else None
     wrapper = DistillModel(trained, objective).train()
-    optimizer = make_optimizer(wrapper, spec)
+    optimizer = make_optimizer(wrapper, spec, masters.rests if masters else None)
     kind.before_prepare(wrapper, masks, found)
     model, prepared = accelerator.prepare(wrapper, optimizer)
     if masks is not None:
         masks.follow(wrapper.student)
         if found is None:
             masks.after_step(0)
-    ema = Ema(wrapper, spec.ema) if spec.ema is not None else None
+    if masters is not None:
+        masters.optimizer = optimizer
+    ema = Ema(wrapper, spec.ema, masters.of if masters else Tensor.detach) if spec.ema is not None else None
     skip_rule = SkipRule(spec.skip_spikes, accelerator.device)
-    learner = kind(accelerator, student, model, wrapper, prepared, optimizer, skip_rule, ema, masks, spec)
+    learner = kind(
+        accelerator, student, model, wrapper, prepared, optimizer, skip_rule, ema, masks, spec, masters, adapters
+    )
     if found is not None:
         learner.load(found)
     return learner

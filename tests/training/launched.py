@@ -4,7 +4,8 @@
 DeepSpeed does not take), all on a CPU, where Accelerate's own launcher makes DDP of them; with `-lm` for a language
 model instead of a classifier, `-sharded` for checkpoints of which each process writes its part, `-masks` for a student
 under masks, `-wide` for a teacher of another width, whose hidden states are matched through projections, `-long` for 50
-steps instead of 12. `stop`, `5:1`: evaluations every 5 steps, a signal during the one after the first; `0:0`: none.
+steps instead of 12, `-bf16` for bf16 weights with fp32 masters, `-eight` for these with moments of 8 bits, `-lora` for
+adapters. `stop`, `5:1`: evaluations every 5 steps, a signal during the one after the first; `0:0`: none.
 `fault`, of the second process: `oom`, it runs out of memory; `nan`, the gradient of one of its backward passes is not a
 number; `quota`, it cannot write files of the size of its weights; `die`, it is killed while the checkpoint of the last
 step is written.
@@ -168,6 +169,9 @@ def main(folder, kind, stop, *fault):
         return masks[0]
 
     job = {"evaluate": evaluate}
+    spec = {"weights": "bf16", "precision": "bf16"} if {"bf16", "eight"} & {*options} else {}
+    spec |= {"optimizer": "adamw_8bit"} if "eight" in options else {}
+    spec |= {"lora": {"rank": 4}} if "lora" in options else {}
     if "masks" in options:
         job["constrain"] = constrain
     try:
@@ -184,6 +188,7 @@ def main(folder, kind, stop, *fault):
             evaluate_every=every,
             log_every=1,
             model=model,
+            **spec,
         )
     except DistillError as error:
         print(error, file=sys.stderr)
