@@ -143,15 +143,15 @@ def tracing() -> Iterator[MemoryTrace]:
         log.disabled = quiet
 
 
-def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Add up the bytes of tensors, those that share storage once."""
-    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
-
-
-def model_bytes(model: nn.Module) -> int:
-    """Add up the bytes of parameters and buffers."""
-    return bytes_of([*model.parameters(), *model.buffers()])
+def make_fake(module: nn.Module) -> None:
+    """Give a module without weights (on the meta device) fake ones, inside the block of `tracing`; tied stay tied."""
+    new: dict[Tensor, Tensor] = {}
+    for each in module.modules():
+        for name, tensor in (*each.named_parameters(recurse=False), *each.named_buffers(recurse=False)):
+            if tensor not in new:
+                fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+                new[tensor] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+            setattr(each, name, new[tensor])
 
 
 def free_memory(device: torch.device) -> int:

@@ -26,7 +26,7 @@ from distill.models.family import all_layers, layers_of, layout_of
 from distill.models.forward import UNLABELLED, Batch, Capture, Outputs, forward, to_device
 from distill.models.head import OutputHead, output_head
 from distill.models.layout import StackName
-from distill.models.memory import MemoryTrace, Peak, model_bytes, tracing
+from distill.models.memory import MemoryTrace, Peak, make_fake, tracing
 from distill.models.sentence import unused_parameters
 from distill.models.trainable import freeze
 from distill.pipeline.build import plan_of_whole
@@ -37,9 +37,11 @@ from distill.teacher import LiveTeacher
 from distill.training.ema import Ema
 from distill.training.learner import gradient_checkpointing
 from distill.training.model import DistillModel
-from distill.training.optim import make_optimizer
+from distill.training.optim import OPTIMIZERS, make_optimizer
 
 HERE = torch.device("cpu")
+EIGHT_BIT_BLOCK, EIGHT_BIT_FROM = 256, 4096
+"""Weights that share one scale of an 8-bit moment, and the fewest of a parameter that has such; as in bitsandbytes."""
 FEW, MORE = 1, 3
 """Layers of each stack of the two models that the time of a layer is found from."""
 
@@ -86,9 +88,28 @@ class Rehearsal:
         batch = {name: tensor[:rows] for name, tensor in self.batch.items()}
         return replace(self, spec=spec, batch=batch, passes=self.passes * -(-before // rows))
 
-    def prepare(self, student: Any, teacher: Any | None, terms: Sequence[Term]) -> tuple[DistillModel, Objective]:
+    def hollow(self) -> tuple[Any, Any | None]:
+        """Make the model that is trained and the teacher without weights."""
+        with torch.device("meta"), no_init_weights():
+            return self.build(), None if self.teacher is None else self.teacher()
+
+    def freeze(self, student: Any) -> None:
+        """Hold a model as the training does, and choose what learns of it: parameters, or adapters."""
+        if self.spec.weights == "bf16":
+            student.to(torch.bfloat16)
+        if self.spec.lora is None:
+            freeze(student, [*self.spec.freeze, *unused_parameters(student)], self.spec.only)
+            return
+        from distill.training.lora import Adapters
+
+        Adapters(student, self.spec.lora)
+        for name, module in student.named_modules():
+            if name.endswith(("lora_A", "lora_B")):
+                module.float()
+
+    def prepare(self, student: Any, teacher: Any | None, terms: Sequence[Term]) -> DistillModel:
         """Freeze, wrap and set up the models as the training does."""
-        freeze(student, [*self.spec.freeze, *unused_parameters(student)], self.spec.only)
+        self.freeze(student)
         objective = self.objective(terms)
         if teacher is not None:
             objective.project(student.config.hidden_size, teacher.config.hidden_size)
@@ -96,7 +117,7 @@ class Rehearsal:
             each.set_attn_implementation("eager")
         if self.spec.gradient_checkpointing:
             gradient_checkpointing(student, "enable")({"use_reentrant": False})
-        return DistillModel(student, objective).train(), objective
+        return DistillModel(student, objective).train()
 
 
 @contextmanager
@@ -116,85 +137,108 @@ def rehearse_memory(training: Rehearsal, device: torch.device) -> Peak:
         training: The training, on one process.
         device: Decides how many positions the loss has at once; it need not be there.
     """
-    with tracing() as trace, no_init_weights():
-        trace.fill("activations")
-        teacher = training.teacher() if training.teacher else None
-        student = training.build()
-        heads = [output_head(model) for model in (student, teacher) if model is not None]
-        apart = heads[0] is not None and PREDICTION_KINDS[training.kind].vocabulary
-        before = _trace_step(training, student, teacher, apart, trace)
+    student, teacher = training.hollow()
+    heads = [output_head(model) for model in (student, teacher) if model is not None]
+    apart = heads[0] is not None and PREDICTION_KINDS[training.kind].vocabulary
+    # The loss of a vocabulary is looked at apart: nothing of it is left in the step but the gradient of the head.
+    left = [term for term in training.terms if not (apart and MATCHES[term.match].on_logits)]
+    with torch.device("meta"):
+        wrapper = training.prepare(student, teacher, left or [Term(match="labels")])
+    with tracing() as trace:
+        trace.fill("weights")
+        make_fake(wrapper)
+        if teacher is not None:
+            trace.fill("elsewhere" if training.teacher_elsewhere else "teacher")
+            make_fake(teacher)
+        before = _trace_step(training, wrapper, teacher, bool(left), trace)
         peaks = list(trace.peaks.values())
     if apart:
         peaks.append(Peak({**before, "loss": _loss_bytes(training, heads, device)}, "the loss"))
-    on_device = [replace(peak, parts={name: size for name, size in peak.parts.items() if name != "elsewhere" and size}) for peak in peaks]
+    on_device = [replace(peak, parts={**peak.parts, "elsewhere": 0}) for peak in peaks]
     return max(on_device, key=lambda peak: peak.total)
 
 
 def _trace_step(
-    training: Rehearsal, student: Any, teacher: Any | None, apart: bool, trace: MemoryTrace
+    training: Rehearsal, wrapper: DistillModel, teacher: Any | None, scored: bool, trace: MemoryTrace
 ) -> dict[str, int]:
     """Take a step; returns what is there before the loss.
 
     Args:
         training: The training.
-        student: The fake model that is trained.
-        teacher: The fake teacher.
-        apart: The loss of a vocabulary is looked at elsewhere: nothing of it is left here but the head's gradient.
+        wrapper: Fake student, with the objective of this step.
+        teacher: Fake.
+        scored: The objective has terms of its own; else no position has a label.
         trace: Counts.
     """
-    whole = training.objective(training.terms)
-    left = [term for term in training.terms if not (apart and MATCHES[term.match].on_logits)]
-    wrapper, objective = training.prepare(student, teacher, left or [Term(match="labels")])
-    trace.move([*wrapper.parameters(), *wrapper.buffers()], "weights")
-    if teacher is not None:
-        place = "elsewhere" if training.teacher_elsewhere else "teacher"
-        trace.move([*teacher.parameters(), *teacher.buffers()], place)
+    whole, objective = training.objective(training.terms), wrapper.objective
     batch = {name: trace.known(tensor) for name, tensor in training.batch.items()}
-    scored = batch if left else {**batch, "labels": batch["labels"] * 0 + UNLABELLED}
-    optimizer, average = _fill_state(training, wrapper, trace)
+    labelled = batch if scored else {**batch, "labels": batch["labels"] * 0 + UNLABELLED}
+    state, average = _fill_state(training, wrapper, trace)
     trace.peaks.clear()
     trace.fill("activations", "the teacher's pass")
     given = LiveTeacher(teacher, whole.teacher, HERE)(batch) if teacher is not None else None
     trace.fill("activations", "the forward pass")
     with autocast(training.spec, HERE):
-        own = forward(student, batch, whole.student)
+        own = forward(wrapper.student, batch, whole.student)
         before = dict(trace.bytes)
         trace.fill("activations", "the loss")
-        loss = objective(own, given, scored, objective.counts([scored]))[0]
+        loss = objective(own, given, labelled, objective.counts([labelled]))[0]
     del own, given
     trace.fill("activations", "the backward pass")
     loss.backward()
     del loss
-    _take_step(training, wrapper, optimizer, average, trace)
+    _take_step(training, wrapper, average, trace)
+    del state
     return before
 
 
-def _fill_state(
-    training: Rehearsal, wrapper: DistillModel, trace: MemoryTrace
-) -> tuple[torch.optim.Optimizer, Ema | None]:
+def _fill_state(training: Rehearsal, wrapper: DistillModel, trace: MemoryTrace) -> tuple[list[Tensor], Ema | None]:
     """Bring a training to its second step, or within one that accumulates: state, average and gradients are there."""
     learning = [parameter for parameter in wrapper.parameters() if parameter.requires_grad]
-    trace.fill("gradients")
     for parameter in learning:
-        parameter.grad = torch.zeros_like(parameter)
         parameter.register_post_accumulate_grad_hook(lambda own: trace.move([own.grad], "gradients"))
     trace.fill("optimizer")
-    optimizer = make_optimizer(wrapper, training.spec)
-    optimizer.step()
+    state = [torch.empty(state_bytes(training.spec, each), dtype=torch.uint8) for each in learning]
+    if training.spec.optimizer not in OPTIMIZERS:
+        state = _state_of_own(training, wrapper, learning)
     trace.fill("average")
-    average = Ema(wrapper, training.spec.ema) if training.spec.ema is not None else None
-    if training.passes == 1:
-        optimizer.zero_grad()
-    return optimizer, average
+    average = Ema(wrapper, training.spec.ema, _widen) if training.spec.ema is not None else None
+    trace.fill("gradients")
+    for parameter in learning if training.passes > 1 else ():
+        parameter.grad = torch.zeros_like(parameter)
+    return state, average
 
 
-def _take_step(
-    training: Rehearsal, wrapper: DistillModel, optimizer: torch.optim.Optimizer, average: Ema | None, trace: MemoryTrace
-) -> None:
+def state_bytes(spec: Optimization, parameter: Tensor) -> int:
+    """Count the bytes that a built-in optimizer keeps of a parameter: two moments, and the rest of a bf16 weight."""
+    count = parameter.numel()
+    half = parameter.dtype == torch.bfloat16
+    if spec.optimizer == "adamw_8bit":
+        scales = -(-count // EIGHT_BIT_BLOCK)
+        moments = 2 * count + 8 * scales if count >= EIGHT_BIT_FROM else 8 * count
+    else:
+        moments = 4 * count if half else 8 * count
+    return moments + 2 * count * half
+
+
+def _state_of_own(training: Rehearsal, wrapper: DistillModel, learning: Sequence[Tensor]) -> list[Tensor]:
+    """Let a user's own optimizer make its state by a step."""
+    optimizer = make_optimizer(wrapper, training.spec)
+    for parameter in learning:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for parameter in learning:
+        parameter.grad = None
+    return [value for own in optimizer.state.values() for value in own.values() if isinstance(value, Tensor)]
+
+
+def _widen(parameter: Tensor) -> Tensor:
+    return parameter.detach().float()
+
+
+def _take_step(training: Rehearsal, wrapper: DistillModel, average: Ema | None, trace: MemoryTrace) -> None:
     trace.fill("activations", "the optimizer's step")
     nn.utils.clip_grad_norm_(wrapper.parameters(), training.spec.max_grad_norm or float("inf"))
-    optimizer.step()
-    optimizer.zero_grad()
     if average is not None:
         average.update(1, torch.zeros(()))
 
@@ -259,24 +303,26 @@ def rehearse_time(training: Rehearsal, device: torch.device) -> StepTime:
     """
     batch = to_device(training.batch, device)
     whole = training.objective(training.terms)
-    with torch.device("meta"), no_init_weights():
-        models = [make() for make in (training.build, training.teacher) if make is not None]
+    models = [model for model in training.hollow() if model is not None]
     shallow = [[_shallow(model, depth) for depth in (FEW, MORE)] for model in models]
     sizes = [[_layer_size(model) for model in (*pair, full)] for pair, full in zip(shallow, models, strict=True)]
-    learning = _learning(training, models[0])
+    with torch.device("meta"):
+        training.freeze(models[0])
+    learning = _learning(models[0])
     students, *teachers = [[_materialize(model, device) for model in pair] for pair in shallow]
     taught = 0.0
     for pair in teachers:
         lone = [LiveTeacher(model, Capture(stop_at_head=True), device) for model in pair]
         taught = _extrapolate([partial(each, batch) for each in lone], sizes[1], device)
-    wrappers = [training.prepare(model, teachers[0][0] if teachers else None, training.terms)[0] for model in students]
+    wrappers = [training.prepare(model, teachers[0][0] if teachers else None, training.terms) for model in students]
     both = [partial(_both_ways, training, model, batch, device) for model in students]
     own = _extrapolate(both, sizes[0], device)
     compared = [_outputs(model, batch, capture, number == 0) for number, (model, capture) in enumerate(
         [(students[0], whole.student), *((pair[0], whole.teacher) for pair in teachers)]
     )]
     loss = least_seconds({"loss": partial(_compare, training, wrappers[0].objective, compared, batch, device)}, device)["loss"]
-    optimizer = _step_seconds(training, wrappers[-1], device) * learning / _learning(training, students[-1])
+    share = learning / _learning(students[-1])
+    optimizer = _step_seconds(training, wrappers[-1], device) * share
     passes = training.passes
     return StepTime(passes * taught, passes * own, passes * loss, optimizer)
 
@@ -294,9 +340,8 @@ def _layer_size(model: Any) -> int:
     return sum(parameter.numel() for layer in all_layers(model) for parameter in layer.parameters())
 
 
-def _learning(training: Rehearsal, model: Any) -> int:
+def _learning(model: Any) -> int:
     """Count the parameters that learn."""
-    freeze(model, [*training.spec.freeze, *unused_parameters(model)], training.spec.only)
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
@@ -355,8 +400,10 @@ def _step_seconds(training: Rehearsal, wrapper: DistillModel, device: torch.devi
     """Time clipping and the optimizer's step."""
     for parameter in wrapper.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    optimizer = make_optimizer(wrapper, training.spec)
-    average = Ema(wrapper, training.spec.ema) if training.spec.ema is not None else None
+    halves = [each for each in wrapper.parameters() if each.requires_grad and each.dtype == torch.bfloat16]
+    rests = {each: torch.zeros(each.shape, dtype=torch.int16, device=device) for each in halves}
+    optimizer = make_optimizer(wrapper, training.spec, rests or None)
+    average = Ema(wrapper, training.spec.ema, _widen) if training.spec.ema is not None else None
 
     def step() -> None:
         nn.utils.clip_grad_norm_(wrapper.parameters(), training.spec.max_grad_norm or float("inf"))
