@@ -108,7 +108,9 @@ class MemoryTrace(TorchDispatchMode):
             result = func(*real[0], **real[1])
         # An operation in place returns what it was given.
         return tree_map(
-            lambda each: (fakes[id(each)] if id(each) in fakes else self.known(each)) if isinstance(each, Tensor) else each,
+            lambda each: (
+                (fakes[id(each)] if id(each) in fakes else self.known(each)) if isinstance(each, Tensor) else each
+            ),
             result,
         )
 

@@ -1,18 +1,14 @@
-"""One training, rehearsed: its memory on fake tensors, its time with a few layers on the device.
+"""One training, rehearsed on fake tensors: the most memory that a step takes, and what it is made of.
 
-Both run the code that trains: teacher, student, objective and optimizer as the recipe has them. What is left out is the
-depth, for the time, and the positions, for the loss of a vocabulary: time grows evenly with the layers, and the memory
-of that loss with the positions.
-
-B examples, L positions, N positions with a prediction, V vocabulary.
+What runs is the code that trains: teacher, student, objective and optimizer as the recipe has them. Only the loss of a
+vocabulary is looked at for a few positions, as its memory grows evenly with them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,18 +17,13 @@ from transformers.initialization import no_init_weights
 
 from distill.losses import MATCHES, PREDICTION_KINDS, Maps, Objective
 from distill.losses.chunked import BLOCK, chunk_size
-from distill.models.cost import least_seconds
-from distill.models.family import all_layers, layers_of, layout_of
-from distill.models.forward import UNLABELLED, Batch, Capture, Outputs, forward, to_device
+from distill.models.forward import UNLABELLED, Batch, Outputs, forward, row_count
 from distill.models.head import OutputHead, output_head
-from distill.models.layout import StackName
 from distill.models.memory import MemoryTrace, Peak, make_fake, tracing
 from distill.models.sentence import unused_parameters
 from distill.models.trainable import freeze
-from distill.pipeline.build import plan_of_whole
 from distill.pipeline.session import DTYPES
 from distill.recipe.schema import Optimization, Term
-from distill.student import build_student
 from distill.teacher import LiveTeacher
 from distill.training.ema import Ema
 from distill.training.learner import gradient_checkpointing
@@ -42,8 +33,6 @@ from distill.training.optim import OPTIMIZERS, make_optimizer
 HERE = torch.device("cpu")
 EIGHT_BIT_BLOCK, EIGHT_BIT_FROM = 256, 4096
 """Weights that share one scale of an 8-bit moment, and the fewest of a parameter that has such; as in bitsandbytes."""
-FEW, MORE = 1, 3
-"""Layers of each stack of the two models that the time of a layer is found from."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +56,10 @@ class Rehearsal:
     maps: Maps | None = None
     encoder_maps: Maps | None = None
     vocabulary: int | None = None
-    teacher_elsewhere: bool = False
-    """The teacher is not on the device that the student is on."""
+    teacher_dtype: str = "stored"
+    """As the recipe says it."""
+    teacher_device: str = "same"
+    """The same."""
 
     def objective(self, terms: Sequence[Term], chunk: int | None = None) -> Objective:
         """Make an objective of some of the terms."""
@@ -80,13 +71,14 @@ class Rehearsal:
         return not PREDICTION_KINDS[self.kind].vectors
 
     def with_spec(self, **changes: Any) -> Rehearsal:
-        """Return the training with other values in its section; fewer examples per pass are the longest ones."""
-        spec = self.spec.model_copy(update=changes)
-        rows, before = spec.micro_batch_size, self.spec.micro_batch_size
-        if rows is None or rows == before or before is None:
-            return replace(self, spec=spec)
+        """Return the training with other values in its section."""
+        return replace(self, spec=self.spec.model_copy(update=changes))
+
+    def with_rows(self, rows: int) -> Rehearsal:
+        """Return the training with fewer examples in each pass, the longest ones."""
+        passes = self.passes * -(-row_count(self.batch) // rows)
         batch = {name: tensor[:rows] for name, tensor in self.batch.items()}
-        return replace(self, spec=spec, batch=batch, passes=self.passes * -(-before // rows))
+        return replace(self.with_spec(micro_batch_size=rows), batch=batch, passes=passes)
 
     def hollow(self) -> tuple[Any, Any | None]:
         """Make the model that is trained and the teacher without weights."""
@@ -144,18 +136,33 @@ def rehearse_memory(training: Rehearsal, device: torch.device) -> Peak:
     left = [term for term in training.terms if not (apart and MATCHES[term.match].on_logits)]
     with torch.device("meta"):
         wrapper = training.prepare(student, teacher, left or [Term(match="labels")])
+    elsewhere = training.teacher_device == "cpu" and device.type != "cpu"
     with tracing() as trace:
         trace.fill("weights")
         make_fake(wrapper)
         if teacher is not None:
-            trace.fill("elsewhere" if training.teacher_elsewhere else "teacher")
+            trace.fill("elsewhere" if elsewhere else "teacher")
             make_fake(teacher)
         before = _trace_step(training, wrapper, teacher, bool(left), trace)
         peaks = list(trace.peaks.values())
     if apart:
         peaks.append(Peak({**before, "loss": _loss_bytes(training, heads, device)}, "the loss"))
-    on_device = [replace(peak, parts={**peak.parts, "elsewhere": 0}) for peak in peaks]
+    if training.teacher_dtype == "int8" and teacher is not None:
+        saved = _saved_by_eight_bits(teacher)
+        peaks = [replace(peak, parts={**peak.parts, "teacher": peak.parts["teacher"] - saved}) for peak in peaks]
+    on_device = [Peak(_on_device(peak.parts), peak.moment) for peak in peaks]
     return max(on_device, key=lambda peak: peak.total)
+
+
+def _on_device(parts: Mapping[str, int]) -> dict[str, int]:
+    return {name: size for name, size in parts.items() if size and name != "elsewhere"}
+
+
+def _saved_by_eight_bits(model: Any) -> int:
+    """Count what bitsandbytes saves: a byte for each weight of a linear map but the head, and a scale for each row."""
+    head = model.get_output_embeddings()
+    maps = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
+    return sum(own.weight.numel() * (own.weight.element_size() - 1) - 4 * own.out_features for own in maps)
 
 
 def _trace_step(
@@ -202,7 +209,7 @@ def _fill_state(training: Rehearsal, wrapper: DistillModel, trace: MemoryTrace) 
     if training.spec.optimizer not in OPTIMIZERS:
         state = _state_of_own(training, wrapper, learning)
     trace.fill("average")
-    average = Ema(wrapper, training.spec.ema, _widen) if training.spec.ema is not None else None
+    average = Ema(wrapper, training.spec.ema, widen) if training.spec.ema is not None else None
     trace.fill("gradients")
     for parameter in learning if training.passes > 1 else ():
         parameter.grad = torch.zeros_like(parameter)
@@ -232,7 +239,8 @@ def _state_of_own(training: Rehearsal, wrapper: DistillModel, learning: Sequence
     return [value for own in optimizer.state.values() for value in own.values() if isinstance(value, Tensor)]
 
 
-def _widen(parameter: Tensor) -> Tensor:
+def widen(parameter: Tensor) -> Tensor:
+    """Return the fp32 weights of a parameter."""
     return parameter.detach().float()
 
 
@@ -277,138 +285,3 @@ def _loss_bytes_at(
         trace.fill("loss", "the loss")
         objective(sides[0], sides[1] if sides[1:] else None, batch, counts)
         return trace.peaks["the loss"].total - at_rest
-
-
-@dataclass(frozen=True)
-class StepTime:
-    """Seconds of one process for one step."""
-
-    teacher: float
-    student: float
-    """Forward and backward passes."""
-    loss: float
-    optimizer: float
-
-    @property
-    def seconds(self) -> float:
-        """Of the whole step."""
-        return self.teacher + self.student + self.loss + self.optimizer
-
-
-def rehearse_time(training: Rehearsal, device: torch.device) -> StepTime:
-    """Time the products of a step on the device, with real weights of a few layers and true shapes.
-
-    Each stack is timed with one layer and with three, in turns; what a layer takes is half of the difference, and others
-    take it in proportion to their parameters.
-    """
-    batch = to_device(training.batch, device)
-    whole = training.objective(training.terms)
-    models = [model for model in training.hollow() if model is not None]
-    shallow = [[_shallow(model, depth) for depth in (FEW, MORE)] for model in models]
-    sizes = [[_layer_size(model) for model in (*pair, full)] for pair, full in zip(shallow, models, strict=True)]
-    with torch.device("meta"):
-        training.freeze(models[0])
-    learning = _learning(models[0])
-    students, *teachers = [[_materialize(model, device) for model in pair] for pair in shallow]
-    taught = 0.0
-    for pair in teachers:
-        lone = [LiveTeacher(model, Capture(stop_at_head=True), device) for model in pair]
-        taught = _extrapolate([partial(each, batch) for each in lone], sizes[1], device)
-    wrappers = [training.prepare(model, teachers[0][0] if teachers else None, training.terms) for model in students]
-    both = [partial(_both_ways, training, model, batch, device) for model in students]
-    own = _extrapolate(both, sizes[0], device)
-    compared = [_outputs(model, batch, capture, number == 0) for number, (model, capture) in enumerate(
-        [(students[0], whole.student), *((pair[0], whole.teacher) for pair in teachers)]
-    )]
-    loss = least_seconds({"loss": partial(_compare, training, wrappers[0].objective, compared, batch, device)}, device)["loss"]
-    share = learning / _learning(students[-1])
-    optimizer = _step_seconds(training, wrappers[-1], device) * share
-    passes = training.passes
-    return StepTime(passes * taught, passes * own, passes * loss, optimizer)
-
-
-def _shallow(model: Any, depth: int) -> Any:
-    """Make the same model with the first layers of each stack."""
-    layout = layout_of(model)
-    kept: dict[StackName, list[int]] = {side: list(range(min(depth, len(layers_of(model, side))))) for side in layout.sides}
-    plan = plan_of_whole(model, kept)
-    with torch.device("meta"):
-        return build_student(model, plan)
-
-
-def _layer_size(model: Any) -> int:
-    return sum(parameter.numel() for layer in all_layers(model) for parameter in layer.parameters())
-
-
-def _learning(model: Any) -> int:
-    """Count the parameters that learn."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
-def _materialize(model: Any, device: torch.device) -> Any:
-    """Give a model without weights random ones, on a device."""
-    model.to_empty(device=device)
-    model.init_weights()
-    return model
-
-
-def _extrapolate(passes: Sequence[Callable[[], object]], sizes: Sequence[int], device: torch.device) -> float:
-    """Compute the seconds of a model from those of two shallow ones; `sizes` are parameters in layers, its own last."""
-    few, more = least_seconds(dict(zip(("few", "more"), passes, strict=True)), device).values()
-    if sizes[1] == sizes[0]:
-        return more
-    each = max(0.0, more - few) / (sizes[1] - sizes[0])
-    return more + each * (sizes[2] - sizes[1])
-
-
-def _both_ways(training: Rehearsal, model: Any, batch: Batch, device: torch.device) -> None:
-    """Run a forward and a backward pass up to the head, or whole where the head is part of the model."""
-    with autocast(training.spec, device):
-        own = forward(model, batch, Capture(stop_at_head=PREDICTION_KINDS[training.kind].vocabulary))
-    end = own.last if own.logits is None else own.logits
-    assert end is not None
-    end.backward(torch.ones_like(end))
-    for parameter in model.parameters():
-        parameter.grad = None
-
-
-def _outputs(model: Any, batch: Batch, capture: Capture, learns: bool) -> Outputs:
-    """Make what the objective reads of one side: that of the first layer stands for all layers."""
-    layers = [each.name for each in fields(capture) if each.name != "stop_at_head" and getattr(capture, each.name)]
-    first = Capture(**{name: (0,) for name in layers}, stop_at_head=capture.stop_at_head)
-    with torch.no_grad():
-        found = forward(model, batch, first)
-
-    def leaf(value: Any) -> Any:
-        return [leaf(each) for each in value] if isinstance(value, list) else value.detach().requires_grad_(learns)
-
-    made = {name: {layer: leaf(getattr(found, name)[0]) for layer in getattr(capture, name)} for name in layers}
-    ends = {name: leaf(value) for name in ("logits", "last") if (value := getattr(found, name)) is not None}
-    return replace(found, **made, **ends)
-
-
-def _compare(
-    training: Rehearsal, objective: Objective, sides: Sequence[Outputs], batch: Batch, device: torch.device
-) -> None:
-    """Compute the loss and its gradient."""
-    with autocast(training.spec, device):
-        loss = objective(sides[0], sides[1] if sides[1:] else None, batch, objective.counts([batch]))[0]
-    loss.backward()
-
-
-def _step_seconds(training: Rehearsal, wrapper: DistillModel, device: torch.device) -> float:
-    """Time clipping and the optimizer's step."""
-    for parameter in wrapper.parameters():
-        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    halves = [each for each in wrapper.parameters() if each.requires_grad and each.dtype == torch.bfloat16]
-    rests = {each: torch.zeros(each.shape, dtype=torch.int16, device=device) for each in halves}
-    optimizer = make_optimizer(wrapper, training.spec, rests or None)
-    average = Ema(wrapper, training.spec.ema, _widen) if training.spec.ema is not None else None
-
-    def step() -> None:
-        nn.utils.clip_grad_norm_(wrapper.parameters(), training.spec.max_grad_norm or float("inf"))
-        optimizer.step()
-        if average is not None:
-            average.update(1, torch.zeros((), device=device))
-
-    return least_seconds({"step": step}, device)["step"]
