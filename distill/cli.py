@@ -93,7 +93,7 @@ def plan(
     continue_changed: Continue = False,
     accept_weak_teacher: AcceptWeak = False,
 ) -> None:
-    """Fit the teacher where the recipe says so, calibrate, and decide what the student keeps; say what training takes."""
+    """Fit the teacher where the recipe says so, calibrate, decide what the student keeps; say what training takes."""
     if memory is None:
         _run("plan", recipe, overrides, out, (remote_code, continue_changed, accept_weak_teacher))
     else:

@@ -1,7 +1,7 @@
 """Memory of a program, counted without computing: on fake tensors, which have shapes and no values.
 
-Every storage that an operation makes is added to the part of the memory that is being filled, and taken off when the last
-tensor on it is gone, as on a device. What kernels take for themselves inside of one operation is not seen.
+Every storage that an operation makes is added to the part of the memory that is being filled, and taken off when the
+last tensor on it is gone, as on a device. What kernels take for themselves inside of one operation is not seen.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Peak:
         return sum(self.parts.values())
 
 
-class MemoryTrace(TorchDispatchMode):
+class MemoryTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up the bytes that are alive; see `tracing`.
 
     Values are followed where all that an operation reads is known: those of a batch and what is made of it alone, such
@@ -54,7 +54,7 @@ class MemoryTrace(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.part = ""
         """Where new storages are counted."""
         self.moment = ""
@@ -106,13 +106,13 @@ class MemoryTrace(TorchDispatchMode):
         real = tree_map(lambda each: self._values[each] if isinstance(each, Tensor) else each, (args, kwargs))
         with unset_fake_temporarily():
             result = func(*real[0], **real[1])
-        # An operation in place returns what it was given.
-        return tree_map(
-            lambda each: (
-                (fakes[id(each)] if id(each) in fakes else self.known(each)) if isinstance(each, Tensor) else each
-            ),
-            result,
-        )
+
+        def fake(each: Any) -> Any:
+            if not isinstance(each, Tensor):
+                return each
+            return fakes[id(each)] if id(each) in fakes else self.known(each)  # in place it returns what it was given
+
+        return tree_map(fake, result)
 
     def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()

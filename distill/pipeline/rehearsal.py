@@ -80,8 +80,8 @@ class Rehearsal:
         batch = {name: tensor[:rows] for name, tensor in self.batch.items()}
         return replace(self.with_spec(micro_batch_size=rows), batch=batch, passes=passes)
 
-    def hollow(self) -> tuple[Any, Any | None]:
-        """Make the model that is trained and the teacher without weights."""
+    def hollow(self) -> tuple[Any, Any]:
+        """Make the model that is trained, and the teacher or None, without weights."""
         with torch.device("meta"), no_init_weights():
             return self.build(), None if self.teacher is None else self.teacher()
 
@@ -99,7 +99,7 @@ class Rehearsal:
             if name.endswith(("lora_A", "lora_B")):
                 module.float()
 
-    def prepare(self, student: Any, teacher: Any | None, terms: Sequence[Term]) -> DistillModel:
+    def prepare(self, student: Any, teacher: Any, terms: Sequence[Term]) -> DistillModel:
         """Freeze, wrap and set up the models as the training does."""
         self.freeze(student)
         objective = self.objective(terms)
@@ -192,7 +192,7 @@ def _trace_step(
         loss = objective(own, given, labelled, objective.counts([labelled]))[0]
     del own, given
     trace.fill("activations", "the backward pass")
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     del loss
     _take_step(training, wrapper, average, trace)
     del state
@@ -202,8 +202,12 @@ def _trace_step(
 def _fill_state(training: Rehearsal, wrapper: DistillModel, trace: MemoryTrace) -> tuple[list[Tensor], Ema | None]:
     """Bring a training to its second step, or within one that accumulates: state, average and gradients are there."""
     learning = [parameter for parameter in wrapper.parameters() if parameter.requires_grad]
+
+    def is_gradient(parameter: Any) -> None:
+        trace.move([parameter.grad], "gradients")
+
     for parameter in learning:
-        parameter.register_post_accumulate_grad_hook(lambda own: trace.move([own.grad], "gradients"))
+        parameter.register_post_accumulate_grad_hook(is_gradient)  # type: ignore[no-untyped-call]
     trace.fill("optimizer")
     state = [torch.empty(state_bytes(training.spec, each), dtype=torch.uint8) for each in learning]
     if training.spec.optimizer not in OPTIMIZERS:
@@ -252,7 +256,7 @@ def _take_step(training: Rehearsal, wrapper: DistillModel, average: Ema | None, 
 
 
 def _loss_bytes(training: Rehearsal, heads: Sequence[OutputHead | None], device: torch.device) -> int:
-    """Count the bytes of the loss of a vocabulary: even in its positions and in those whose logits are there at once."""
+    """Count the bytes of the loss of a vocabulary, even in its positions and in those that are there at once."""
     indices = [index for index, term in enumerate(training.terms) if MATCHES[term.match].on_logits]
     if not indices:
         return 0

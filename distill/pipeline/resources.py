@@ -1,7 +1,7 @@
 """Memory per device and speed of every training of a recipe, printed with the plan.
 
-Two doors: `forecast` for a run whose data and plan are there, on the device of this process, with speeds; `forecast_for`
-for a card that need not be there, from the recipe, the teacher's config and nothing else.
+Two doors: `forecast` for a run whose data and plan are there, on the device of this process, with speeds;
+`forecast_for` for a card that need not be there, from the recipe, the teacher's config and nothing else.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class Printed(NamedTuple):
     note: str
 
 
+NOTE = "The parts are what each takes at the peak of a step."
 Peaks = Sequence[Peak | str]
 Times = Sequence[StepTime | str | None]
 
@@ -59,7 +60,7 @@ def forecast(session: Session) -> Iterator[Printed]:
 
 
 def depth_before_width(session: Session) -> str | None:
-    """Say in a line what depth would bring where layers are narrower than the teacher's; None where it brings nothing."""
+    """Say in a line what depth would bring in the place of narrower layers; None where it brings nothing."""
     plan = StudentPlan.load(session.folder.plan)
     if all(layer.width == layer.teacher_width for side in ("main", "encoder") for layer in plan.stack(side)):
         return None
@@ -94,8 +95,8 @@ def peak_of(rehearsal: Rehearsal, device: torch.device) -> Peak | str:
 def share_out(peak: Peak, rehearsal: Rehearsal, world: int, sharding: bool) -> Peak:
     """Convert the peak of one process to that of each of several.
 
-    DDP keeps the gradients a second time, in its buckets. FSDP2 keeps a share of weights, gradients and state, and while
-    a layer runs its weights and gradients whole, and the weights of the next one.
+    DDP keeps the gradients a second time, in its buckets. FSDP2 keeps a share of weights, gradients and state, and
+    while a layer runs its weights and gradients whole, and the weights of the next one.
     """
     parts = dict(peak.parts)
     if world == 1:
@@ -134,23 +135,23 @@ def time_of(work: Work, device: torch.device) -> StepTime | str:
 
 
 def _tabulate(works: Sequence[Work], peaks: Peaks, times: Times, title: str, size: int) -> Printed:
-    used = [part for part in COLUMNS if any(isinstance(peak, Peak) and peak.parts.get(part) for peak in peaks)]
-    timed = any(time is not None for time in times)
-    head = ("training", *(COLUMNS[part] for part in used), "peak", "fits", *(("tokens/s", "time") if timed else ()))
-    rows, notes = [], []
-    for work, peak, time in zip(works, peaks, times, strict=True):
-        name = work.rehearsal.title
-        sizes = (MISSING,) * (len(used) + 2)
-        if isinstance(peak, Peak):
-            parts = [format_size(peak.parts[part]) if peak.parts.get(part) else MISSING for part in used]
-            sizes = (*parts, format_size(peak.total), "yes" if peak.total <= size else "no")
-            notes.append(f"{name} {peak.moment}")
-        else:
-            notes.append(f"{name} ({peak})")
-        notes += [f"{name} is not timed ({time})"] if isinstance(time, str) else []
-        rows.append((name, *sizes, *(_speed(work, time) if timed else ())))
-    note = f"Each part is what it takes at the peak, which is in: {', '.join(notes)}."
-    return Printed(title, Table(head, rows), note)
+    """Tabulate a column for each training."""
+    names, notes = [work.rehearsal.title for work in works], []
+    known = [peak if isinstance(peak, Peak) else None for peak in peaks]
+    used = [part for part in COLUMNS if any(peak and peak.parts.get(part) for peak in known)]
+    rows = [
+        (COLUMNS[part], *(format_size(peak.parts.get(part)) if peak else MISSING for peak in known)) for part in used
+    ]
+    rows.append(("peak", *(format_size(peak.total) if peak else MISSING for peak in known)))
+    rows.append(("which is in", *(peak.moment if peak else MISSING for peak in known)))
+    rows.append(("fits", *(("yes" if peak.total <= size else "no") if peak else MISSING for peak in known)))
+    if any(time is not None for time in times):
+        speeds = [_speed(work, time) for work, time in zip(works, times, strict=True)]
+        rows.append(("tokens/s", *(speed for speed, _ in speeds)))
+        rows.append(("time of its steps", *(whole for _, whole in speeds)))
+    for name, peak, time in zip(names, peaks, times, strict=True):
+        notes += [f"{name}: {reason}." for reason in (peak, time) if isinstance(reason, str)]
+    return Printed(title, Table(("", *names), rows), " ".join([NOTE, *notes]))
 
 
 def _speed(work: Work, time: StepTime | str | None) -> tuple[str, str]:

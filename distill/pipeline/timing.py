@@ -1,7 +1,7 @@
 """The time of a step, from products that are timed on the device: a few layers of true shapes, the loss, the optimizer.
 
-All run the code that trains. Depth alone is left out: a model with one layer and one with three tell what a layer takes,
-and others take it in proportion to their parameters.
+All run the code that trains. Depth alone is left out: a model with one layer and one with three tell what a layer
+takes, and others take it in proportion to their parameters.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from distill.losses import PREDICTION_KINDS, Objective
 from distill.models.cost import least_seconds, random_batch
 from distill.models.family import all_layers, layers_of, layout_of
 from distill.models.forward import Batch, Capture, Outputs, forward, to_device, without_cache
-from distill.models.layout import StackName
 from distill.pipeline.build import plan_of_whole
 from distill.pipeline.rehearsal import Rehearsal, autocast, widen
 from distill.student import build_student
@@ -57,8 +56,7 @@ class StepTime:
 def rehearse_time(training: Rehearsal, device: torch.device) -> StepTime:
     """Time the products of a step on the device, with real weights of a few layers and true shapes.
 
-    Each stack is timed with one layer and with three, in turns; what a layer takes is half of the difference, and others
-    take it in proportion to their parameters.
+    Each stack is timed with one layer and with three, in turns.
     """
     batch = to_device(training.batch, device)
     whole = training.objective(training.terms)
@@ -76,15 +74,9 @@ def rehearse_time(training: Rehearsal, device: torch.device) -> StepTime:
     wrappers = [training.prepare(model, teachers[0][0] if teachers else None, training.terms) for model in students]
     both = [partial(_both_ways, training, model, batch, device) for model in students]
     own = _extrapolate(both, sizes[0], device)
-    compared = [
-        _outputs(model, batch, capture, number == 0)
-        for number, (model, capture) in enumerate(
-            [(students[0], whole.student), *((pair[0], whole.teacher) for pair in teachers)]
-        )
-    ]
-    loss = least_seconds({"loss": partial(_compare, training, wrappers[0].objective, compared, batch, device)}, device)[
-        "loss"
-    ]
+    compared = [_outputs(students[0], batch, whole.student, learns=True)]
+    compared += [_outputs(pair[0], batch, whole.teacher, learns=False) for pair in teachers]
+    loss = _only(partial(_compare, training, wrappers[0].objective, compared, batch, device), device)
     share = learning / _learning(students[-1])
     optimizer = _step_seconds(training, wrappers[-1], device) * share
     passes = training.passes
@@ -94,10 +86,7 @@ def rehearse_time(training: Rehearsal, device: torch.device) -> StepTime:
 def _shallow(model: Any, depth: int) -> Any:
     """Make the same model with the first layers of each stack."""
     layout = layout_of(model)
-    kept: dict[StackName, list[int]] = {
-        side: list(range(min(depth, len(layers_of(model, side))))) for side in layout.sides
-    }
-    plan = plan_of_whole(model, kept)
+    plan = plan_of_whole(model, {side: [*range(min(depth, len(layers_of(model, side))))] for side in layout.sides})
     with torch.device("meta"):
         return build_student(model, plan)
 
@@ -127,18 +116,22 @@ def _extrapolate(passes: Sequence[Callable[[], object]], sizes: Sequence[int], d
     return more + each * (sizes[2] - sizes[1])
 
 
+def _only(run: Callable[[], object], device: torch.device) -> float:
+    return least_seconds({"only": run}, device)["only"]
+
+
 def _both_ways(training: Rehearsal, model: Any, batch: Batch, device: torch.device) -> None:
     """Run a forward and a backward pass up to the head, or whole where the head is part of the model."""
     with autocast(training.spec, device):
         own = forward(model, batch, Capture(stop_at_head=PREDICTION_KINDS[training.kind].vocabulary))
     end = own.last if own.logits is None else own.logits
     assert end is not None
-    end.backward(torch.ones_like(end))
+    end.backward(torch.ones_like(end))  # type: ignore[no-untyped-call]
     for parameter in model.parameters():
         parameter.grad = None
 
 
-def _outputs(model: Any, batch: Batch, capture: Capture, learns: bool) -> Outputs:
+def _outputs(model: Any, batch: Batch, capture: Capture, *, learns: bool) -> Outputs:
     """Make what the objective reads of one side: that of the first layer stands for all layers."""
     layers = [each.name for each in fields(capture) if each.name != "stop_at_head" and getattr(capture, each.name)]
     first = Capture(**{name: (0,) for name in layers}, stop_at_head=capture.stop_at_head)
@@ -148,7 +141,9 @@ def _outputs(model: Any, batch: Batch, capture: Capture, learns: bool) -> Output
     def leaf(value: Any) -> Any:
         return [leaf(each) for each in value] if isinstance(value, list) else value.detach().requires_grad_(learns)
 
-    made = {name: {layer: leaf(getattr(found, name)[0]) for layer in getattr(capture, name)} for name in layers}
+    made: dict[str, Any] = {
+        name: {layer: leaf(getattr(found, name)[0]) for layer in getattr(capture, name)} for name in layers
+    }
     ends = {name: leaf(value) for name in ("logits", "last") if (value := getattr(found, name)) is not None}
     return replace(found, **made, **ends)
 
@@ -159,7 +154,7 @@ def _compare(
     """Compute the loss and its gradient."""
     with autocast(training.spec, device):
         loss = objective(sides[0], sides[1] if sides[1:] else None, batch, objective.counts([batch]))[0]
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
 
 
 def _step_seconds(training: Rehearsal, wrapper: DistillModel, device: torch.device) -> float:
@@ -167,7 +162,7 @@ def _step_seconds(training: Rehearsal, wrapper: DistillModel, device: torch.devi
     for parameter in wrapper.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     halves = [each for each in wrapper.parameters() if each.requires_grad and each.dtype == torch.bfloat16]
-    rests = {each: torch.zeros(each.shape, dtype=torch.int16, device=device) for each in halves}
+    rests: dict[Tensor, Tensor] = {each: torch.zeros(each.shape, dtype=torch.int16, device=device) for each in halves}
     optimizer = make_optimizer(wrapper, training.spec, rests or None)
     average = Ema(wrapper, training.spec.ema, widen) if training.spec.ema is not None else None
 
@@ -177,11 +172,11 @@ def _step_seconds(training: Rehearsal, wrapper: DistillModel, device: torch.devi
         if average is not None:
             average.update(1, torch.zeros((), device=device))
 
-    return least_seconds({"step": step}, device)["step"]
+    return _only(step, device)
 
 
 def advise_depth(student: Any, teacher: Any, length: int | None, device: torch.device) -> str | None:
-    """Say what whole layers would bring in the place of as many parameters in narrow ones; None where they are no faster.
+    """Say what whole layers would bring in the place of as many parameters in narrow ones; None where nothing.
 
     Args:
         student: With narrower MLPs, on the meta device.
@@ -198,15 +193,19 @@ def advise_depth(student: Any, teacher: Any, length: int | None, device: torch.d
     for name, model in (("narrow", student), ("whole", teacher)):
         for layers in (FEW, MORE):
             shallow = _materialize(_shallow(model, layers), device).eval()
-            inputs = random_batch(shallow, (1, length or 1))
-            passes[name, layers] = partial(torch.inference_mode()(shallow), **inputs, **without_cache(shallow))
+            passes[f"{name} {layers}"] = partial(_read, shallow, random_batch(shallow, (1, length or 1)))
     seconds = least_seconds(passes, device, DECODE_TURNS)
-    each = {name: max(0.0, seconds[name, MORE] - seconds[name, FEW]) for name in ("narrow", "whole")}
-    if not each["narrow"] or whole_layers * each["whole"] >= GAIN * depth * each["narrow"]:
+    narrow, whole = (max(0.0, seconds[f"{name} {MORE}"] - seconds[f"{name} {FEW}"]) for name in ("narrow", "whole"))
+    if not whole or whole_layers * whole >= GAIN * depth * narrow:
         return None
     what = "decoding one token" if length is None else f"for one example of {length} tokens"
     return (
-        f"depth before width: {what}, a cut layer takes {each['narrow'] / each['whole']:.0%} of a whole one's time, with "
+        f"depth before width: {what}, a cut layer takes {narrow / whole:.0%} of a whole one's time, with "
         f"{sizes[0] / sizes[1]:.0%} of its parameters; {whole_layers} whole layers have no more parameters than these "
-        f"{depth} and would take {whole_layers * each['whole'] / (depth * each['narrow']):.0%} of their time"
+        f"{depth} and would take {whole_layers * whole / (depth * narrow):.0%} of their time"
     )
+
+
+@torch.inference_mode()
+def _read(model: Any, inputs: Batch) -> None:
+    model(**inputs, **without_cache(model))

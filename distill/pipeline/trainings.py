@@ -49,7 +49,7 @@ class Work:
 def works_of(session: Session) -> list[Work]:
     """List the trainings of a run, in their order."""
     recipe, plan = session.recipe, StudentPlan.load(session.folder.plan)
-    models = Models(session, session.teacher, session.head, plan)
+    models = Models(session, session.teacher, session.head, plan, session.vocabulary)
     works = []
     if recipe.teacher.fit is not None:
         spec = Training(**recipe.teacher.fit.model_dump(exclude_unset=True))
@@ -83,9 +83,8 @@ def hollow_works(session: Session) -> list[Work]:
     """List the trainings of a recipe without data and weights: every micro-batch is full of longest texts."""
     recipe, task = session.recipe, session.task
     settled = Settled(task.head, tuple(map(str, recipe.data.classes or ())))
-    head = ModelHead(
-        task.auto_class, settled.classes, None, task.model_settings(settled), PREDICTION_KINDS[task.head].vectors
-    )
+    pooled = PREDICTION_KINDS[task.head].vectors
+    head = ModelHead(task.auto_class, settled.classes, None, task.model_settings(settled), pooled)
     meta = hollow_teacher(session, session.source, head)
     models = Models(session, session.source, head, plan_student(meta, countable(recipe.student)))
     works = []
@@ -147,6 +146,7 @@ def full_batch(model: Any, kind: str, rows: int, length: int, share: float) -> B
 
 
 def hollow_teacher(session: Session, folder: Path, head: ModelHead) -> Any:
+    """Make the model of a folder's config without weights, on the meta device."""
     with torch.device("meta"):
         return random_model(folder, head, 0, session.remote_code)
 
@@ -160,6 +160,8 @@ class Models:
     """Holds the teacher's config."""
     head: ModelHead
     plan: StudentPlan
+    vocabulary: int | None = None
+    """Entries of the vocabulary that are tokens."""
 
     def hollow(self) -> Any:
         """Make the teacher in the dtype that it is stored in."""
@@ -167,7 +169,8 @@ class Models:
 
     def student(self) -> Any:
         """Make the student as it is trained."""
-        return build_student(self.hollow(), self.plan).float()
+        with torch.device("meta"):
+            return build_student(self.hollow(), self.plan).float()
 
     def teacher(self, dtype: str) -> Any:
         """Make the teacher as it computes; one in 8 bits has its linear maps in bf16 here, see `as_eight_bits`."""
@@ -191,9 +194,6 @@ class Models:
         def make(kind: str, batch: Batch) -> Rehearsal:
             made = partial(self.teacher, teacher.dtype) if is_taught(terms) else None
             own = Rehearsal(arm, spec, self.student, made, terms, kind, batch, deal_out(spec)[1], *maps)
-            vocabulary = (
-                self.session.task.vocabulary(self.session.tokenizer) if PREDICTION_KINDS[kind].vocabulary else None
-            )
-            return replace(own, vocabulary=vocabulary, teacher_dtype=teacher.dtype, teacher_device=teacher.device)
+            return replace(own, vocabulary=self.vocabulary, teacher_dtype=teacher.dtype, teacher_device=teacher.device)
 
         return make
