@@ -94,6 +94,8 @@ class MemoryTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         inputs = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
         if inputs and all(each in self._values for each in inputs):
             result = self._on_values(func, inputs, args, kwargs)
+        elif func is torch.ops.aten._grouped_mm.default:
+            result = _grouped(*args, **kwargs)
         else:
             result = func(*args, **kwargs)
         for each in tree_leaves(result):
@@ -131,6 +133,14 @@ class MemoryTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         before = self.peaks.get(self.moment)
         if before is None or self.bytes.total() > before.total:
             self.peaks[self.moment] = Peak(dict(self.bytes), self.moment)
+
+
+def _grouped(left: Tensor, right: Tensor, offsets: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+    """Make the result of the products of experts, which fake tensors have for bf16 alone."""
+    groups: tuple[int, ...] = ()
+    if left.ndim == right.ndim:
+        groups = left.shape[:-2] if left.ndim == 3 or offsets is None else offsets.shape
+    return left.new_empty((*groups, left.shape[-2], right.shape[-1]))
 
 
 @contextmanager

@@ -178,15 +178,19 @@ def _trace_step(
         trace: Counts.
     """
     whole, objective = training.objective(training.terms), wrapper.objective
+    trace.fill("activations")
     batch = {name: trace.known(tensor) for name, tensor in training.batch.items()}
     labelled = batch if scored else {**batch, "labels": batch["labels"] * 0 + UNLABELLED}
+    # A mask that hides nothing is looked into by models and left out, which they cannot do with a fake one.
+    whole_mask = training.narrow and "attention_mask" in batch and bool(batch["attention_mask"].all())
+    read = {name: each for name, each in batch.items() if not (whole_mask and name == "attention_mask")}
     state, average = _fill_state(training, wrapper, trace)
     trace.peaks.clear()
     trace.fill("activations", "the teacher's pass")
-    given = LiveTeacher(teacher, whole.teacher, HERE)(batch) if teacher is not None else None
+    given = LiveTeacher(teacher, whole.teacher, HERE)(read) if teacher is not None else None
     trace.fill("activations", "the forward pass")
     with autocast(training.spec, HERE):
-        own = forward(wrapper.student, batch, whole.student)
+        own = forward(wrapper.student, read, whole.student)
         before = dict(trace.bytes)
         trace.fill("activations", "the loss")
         loss = objective(own, given, labelled, objective.counts([labelled]))[0]
@@ -263,7 +267,8 @@ def _loss_bytes(training: Rehearsal, heads: Sequence[OutputHead | None], device:
     terms, known = [training.terms[index] for index in indices], [head for head in heads if head is not None]
     positions = int(training.objective(training.terms).counts([training.batch])[indices].max())
     vocabulary = max(len(head.weight) for head in known)
-    few, chunk = max(1, BLOCK["cpu"] // vocabulary), min(positions, chunk_size(vocabulary, device))
+    chunk = min(positions, chunk_size(vocabulary, device))
+    few = max(1, min(BLOCK["cpu"] // vocabulary, chunk // 2))
     sizes = ((2 * few, few), (4 * few, few), (4 * few, 2 * few))
     start, longer, larger = (_loss_bytes_at(training, terms, known, *size) for size in sizes)
     per_position, per_chunk = (longer - start) / (2 * few), (larger - longer) / few

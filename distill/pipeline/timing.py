@@ -70,10 +70,10 @@ def rehearse_time(training: Rehearsal, device: torch.device) -> StepTime:
     taught = 0.0
     for pair in teachers:
         lone = [LiveTeacher(model, Capture(stop_at_head=True), device) for model in pair]
-        taught = _extrapolate([partial(each, batch) for each in lone], sizes[1], device)
+        taught = _time_depths([partial(each, batch) for each in lone], sizes[1], device)
     wrappers = [training.prepare(model, teachers[0][0] if teachers else None, training.terms) for model in students]
     both = [partial(_both_ways, training, model, batch, device) for model in students]
-    own = _extrapolate(both, sizes[0], device)
+    own = _time_depths(both, sizes[0], device)
     compared = [_outputs(students[0], batch, whole.student, learns=True)]
     compared += [_outputs(pair[0], batch, whole.teacher, learns=False) for pair in teachers]
     loss = _only(partial(_compare, training, wrappers[0].objective, compared, batch, device), device)
@@ -107,13 +107,15 @@ def _materialize(model: Any, device: torch.device) -> Any:
     return model
 
 
-def _extrapolate(passes: Sequence[Callable[[], object]], sizes: Sequence[int], device: torch.device) -> float:
+def extrapolate(few: float, more: float, sizes: Sequence[int]) -> float:
     """Compute the seconds of a model from those of two shallow ones; `sizes` are parameters in layers, its own last."""
-    few, more = least_seconds(dict(zip(("few", "more"), passes, strict=True)), device).values()
     if sizes[1] == sizes[0]:
         return more
-    each = max(0.0, more - few) / (sizes[1] - sizes[0])
-    return more + each * (sizes[2] - sizes[1])
+    return more + max(0.0, more - few) / (sizes[1] - sizes[0]) * (sizes[2] - sizes[1])
+
+
+def _time_depths(passes: Sequence[Callable[[], object]], sizes: Sequence[int], device: torch.device) -> float:
+    return extrapolate(*least_seconds(dict(zip(("few", "more"), passes, strict=True)), device).values(), sizes)
 
 
 def _only(run: Callable[[], object], device: torch.device) -> float:
