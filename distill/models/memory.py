@@ -19,16 +19,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.utils._pytree import tree_leaves
 
 from distill.errors import InputError
 
 UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
-LARGEST_VALUE = 2**24
-"""Elements of the largest tensor whose values are followed."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +46,8 @@ class Peak:
 class MemoryTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up the bytes that are alive; see `tracing`.
 
-    Values are followed where all that an operation reads is known: those of a batch and what is made of it alone, such
-    as masks. So the positions that a loss selects are as many as they will be.
+    Where all that an operation reads is real, it is computed: a batch and what is made of it alone, such as masks. So
+    the positions that a loss selects are as many as they will be, and models see whether a mask hides anything.
     """
 
     def __init__(self) -> None:
@@ -64,7 +61,6 @@ class MemoryTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.peaks: dict[str, Peak] = {}
         """Moment -> the most during it."""
         self._alive: dict[int, tuple[str, int]] = {}
-        self._values = WeakIdKeyDictionary()
 
     def fill(self, part: str, moment: str = "") -> None:
         """Count what comes as this part, and as this moment from here on."""
@@ -81,19 +77,13 @@ class MemoryTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.bytes[before] -= size
                 self.bytes[part] += size
 
-    def known(self, values: Tensor) -> Tensor:
-        """Make a fake tensor whose values are followed; call it inside the block of `tracing`."""
-        fake = torch.empty_strided(values.shape, values.stride(), dtype=values.dtype)
-        if values.numel() <= LARGEST_VALUE:
-            self._values[fake] = values
-        return fake
-
     def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation, on values where all are known, and count what it makes."""
+        """Run an operation, and count what it makes."""
         kwargs = kwargs or {}
         inputs = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
-        if inputs and all(each in self._values for each in inputs):
-            result = self._on_values(func, inputs, args, kwargs)
+        if inputs and not any(isinstance(each, FakeTensor) for each in inputs):
+            with unset_fake_temporarily():
+                result = func(*args, **kwargs)
         elif func is torch.ops.aten._grouped_mm.default:
             result = _grouped(*args, **kwargs)
         else:
@@ -102,19 +92,6 @@ class MemoryTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if isinstance(each, Tensor):
                 self._add(each)
         return result
-
-    def _on_values(self, func: Any, inputs: list[Tensor], args: Any, kwargs: Any) -> Any:
-        fakes = {id(self._values[each]): each for each in inputs}
-        real = tree_map(lambda each: self._values[each] if isinstance(each, Tensor) else each, (args, kwargs))
-        with unset_fake_temporarily():
-            result = func(*real[0], **real[1])
-
-        def fake(each: Any) -> Any:
-            if not isinstance(each, Tensor):
-                return each
-            return fakes[id(each)] if id(each) in fakes else self.known(each)  # in place it returns what it was given
-
-        return tree_map(fake, result)
 
     def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -145,7 +122,7 @@ def _grouped(left: Tensor, right: Tensor, offsets: Tensor | None = None, *_: Any
 
 @contextmanager
 def tracing() -> Iterator[MemoryTrace]:
-    """Open a block in which tensors are fake and their memory is counted."""
+    """Open a block in which new tensors are fake and memory is counted."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
     quiet, log.disabled = log.disabled, True
     try:

@@ -179,18 +179,15 @@ def _trace_step(
     """
     whole, objective = training.objective(training.terms), wrapper.objective
     trace.fill("activations")
-    batch = {name: trace.known(tensor) for name, tensor in training.batch.items()}
+    batch = training.batch
     labelled = batch if scored else {**batch, "labels": batch["labels"] * 0 + UNLABELLED}
-    # A mask that hides nothing is looked into by models and left out, which they cannot do with a fake one.
-    whole_mask = training.narrow and "attention_mask" in batch and bool(batch["attention_mask"].all())
-    read = {name: each for name, each in batch.items() if not (whole_mask and name == "attention_mask")}
     state, average = _fill_state(training, wrapper, trace)
     trace.peaks.clear()
     trace.fill("activations", "the teacher's pass")
-    given = LiveTeacher(teacher, whole.teacher, HERE)(read) if teacher is not None else None
+    given = LiveTeacher(teacher, whole.teacher, HERE)(batch) if teacher is not None else None
     trace.fill("activations", "the forward pass")
     with autocast(training.spec, HERE):
-        own = forward(wrapper.student, read, whole.student)
+        own = forward(wrapper.student, batch, whole.student)
         before = dict(trace.bytes)
         trace.fill("activations", "the loss")
         loss = objective(own, given, labelled, objective.counts([labelled]))[0]
@@ -282,14 +279,13 @@ def _loss_bytes_at(
     """Count the bytes of the loss at so many positions, so many at once."""
     objective, sides = training.objective(terms, chunk), []
     ids = torch.zeros(1, positions + 1, dtype=torch.int64)
-    full = {"labels": ids, "attention_mask": ids + 1}
+    batch = {"labels": ids, "attention_mask": ids + 1}
     with tracing() as trace:
         for number, head in enumerate(heads):
             weight = torch.empty(head.weight.shape, dtype=head.weight.dtype, requires_grad=head.weight.requires_grad)
             bias = None if head.bias is None else torch.empty(head.bias.shape, dtype=head.bias.dtype)
             last = torch.empty(1, positions + 1, weight.shape[1], dtype=weight.dtype, requires_grad=number == 0)
             sides.append(Outputs(None, last=last, head=replace(head, weight=weight, bias=bias)))
-        batch = {name: trace.known(values) for name, values in full.items()}
         counts, at_rest = objective.counts([batch]), trace.bytes.total()
         trace.fill("loss", "the loss")
         objective(sides[0], sides[1] if sides[1:] else None, batch, counts)
