@@ -147,7 +147,7 @@ def rehearse_memory(training: Rehearsal, device: torch.device) -> Peak:
         peaks = list(trace.peaks.values())
     if apart:
         peaks.append(Peak({**before, "loss": _loss_bytes(training, heads, device)}, "the loss"))
-    if training.teacher_dtype == "int8" and teacher is not None:
+    if training.teacher_dtype == "int8" and teacher is not None and not elsewhere:
         saved = _saved_by_eight_bits(teacher)
         peaks = [replace(peak, parts={**peak.parts, "teacher": peak.parts["teacher"] - saved}) for peak in peaks]
     on_device = [Peak(_on_device(peak.parts), peak.moment) for peak in peaks]
