@@ -77,6 +77,29 @@ def schema() -> None:
     typer.echo(json.dumps(json_schema(), indent=1))
 
 
+Memory = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="Only say what fits on a card with so much memory, e.g. 80GB; nothing is run."),
+]
+
+
+@app.command()
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    out: Out = None,
+    memory: Memory = None,
+    remote_code: RemoteCode = False,
+    continue_changed: Continue = False,
+    accept_weak_teacher: AcceptWeak = False,
+) -> None:
+    """Fit the teacher where the recipe says so, calibrate, decide what the student keeps; say what training takes."""
+    if memory is None:
+        _run("plan", recipe, overrides, out, (remote_code, continue_changed, accept_weak_teacher))
+    else:
+        _plan_for(memory, recipe, overrides, remote_code)
+
+
 def _add_verb(name: str, text: str) -> None:
     @app.command(name, help=text)
     def verb(
@@ -91,7 +114,6 @@ def _add_verb(name: str, text: str) -> None:
 
 
 for _name, _text in {
-    "plan": "Fit the teacher where the recipe says so, calibrate, and decide what the student keeps.",
     "build": "Everything up to the student as cut.",
     "train": "Everything up to the distilled student; also the door for `accelerate launch scripts/train.py`.",
     "evaluate": "Everything up to the measured arms; prints the table.",
@@ -164,10 +186,39 @@ def _run(verb: str, path: Path, overrides: list[str] | None, out: Path | None, f
     session = Session(recipe, base, run, say, *flags)
     with leaving_in_time():
         run_stages(session, VERBS[verb], STORY)
+    if main_process and verb == "plan":
+        _print_resources(session)
     if main_process and verb in ("evaluate", "release", "run"):
         _print_evaluation(session)
     if main_process and verb in ("release", "run"):
         say(f"released: {folder / 'release'}   report: {folder / 'report.html'}")
+
+
+def _plan_for(memory: str, path: Path, overrides: list[str] | None, remote_code: bool) -> None:
+    """Say what fits on a card that need not be there, from the recipe and the teacher's config."""
+    from distill.recipe.load import load_recipe
+
+    recipe = load_recipe(path, overrides or (), weights=False)
+    _quiet_libraries()
+    from distill.models.memory import parse_size
+    from distill.pipeline import RunDir, Session
+    from distill.pipeline.resources import forecast_for
+
+    size, base = parse_size(memory), path.absolute().parent
+    session = Session(recipe, base, RunDir(Path("runs") / recipe.name), _say, remote_code)
+    for title, table, note in forecast_for(session, size):
+        _print_table(title, table)
+        _wide_console().print(printable(note), "")
+
+
+def _print_resources(session: Session) -> None:
+    from distill.pipeline.resources import depth_before_width, forecast
+
+    for title, table, note in forecast(session):
+        _print_table(title, table)
+        _wide_console().print(printable(note), "")
+    if line := depth_before_width(session):
+        _say(line)
 
 
 def _quiet_libraries() -> None:

@@ -150,11 +150,15 @@ def training_flops(student: Any, teacher: Any | None, length: int, *, adapters: 
 
 
 def time_in_turns(
-    passes: Mapping[str, Callable[[], object]], repeats: int, per_round: int, device: torch.device
+    passes: Mapping[str, Callable[[], object]],
+    repeats: int,
+    per_round: int,
+    device: torch.device,
+    warm_up: int = WARM_UP,
 ) -> Rounds:
-    """Time every model in every round, one after the other."""
+    """Time every model in every round, one after the other, after `warm_up` untimed passes of each."""
     for run in passes.values():
-        for _ in range(WARM_UP):
+        for _ in range(warm_up):
             run()
     rounds: Rounds = {name: [] for name in passes}
     for _ in range(repeats):
@@ -175,6 +179,26 @@ def paired_ratio(rounds: list[list[float]], reference: list[list[float]]) -> dic
     pairs = zip(rounds, reference, strict=True)
     ratios = [statistics.median(samples) / statistics.median(others) for samples, others in pairs]
     return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+
+
+def least_seconds(
+    passes: Mapping[str, Callable[[], object]], device: torch.device, repeats: int = 3, patience: float = 3.0
+) -> dict[str, float]:
+    """Measure the seconds of each when nothing else runs: the least of some turns, fewer of those that take long.
+
+    Args:
+        passes: Name -> what is timed, after one untimed pass of each.
+        device: Is waited for.
+        repeats: At most so many turns.
+        patience: Seconds after which no other turn begins.
+    """
+    start, least = time.perf_counter(), dict.fromkeys(passes, float("inf"))
+    for turn in range(repeats):
+        rounds = time_in_turns(passes, 1, 1, device, warm_up=int(turn == 0))
+        least = {name: min(seconds, rounds[name][0][0]) for name, seconds in least.items()}
+        if time.perf_counter() - start > patience:
+            break
+    return least
 
 
 @torch.inference_mode()

@@ -34,8 +34,11 @@ MAX_TOKENIZER = 20_000_000
 """Bytes of a tokenizer.json that is read to check a recipe."""
 
 
-def look_at_teacher(teacher: Teacher | None, base: Path) -> tuple[TeacherSize, list[Mistake]]:
-    """Return size and parameter names of the teacher, as far as its files tell, and what is wrong with them."""
+def look_at_teacher(teacher: Teacher | None, base: Path, *, weights: bool = True) -> tuple[TeacherSize, list[Mistake]]:
+    """Return size and parameter names of the teacher, as far as its files tell, and what is wrong with them.
+
+    Without `weights` there need not be any.
+    """
     path: KeyPath = ("teacher", "model")
     size, mistakes = TeacherSize(), []
     if teacher is None or is_left_behind(teacher.model, base):
@@ -43,7 +46,7 @@ def look_at_teacher(teacher: Teacher | None, base: Path) -> tuple[TeacherSize, l
     try:
         folder = teacher_folder(teacher.model, base)
         if folder is not None:
-            size, found = look_at_folder(folder, weights=teacher.init != "random")
+            size, found = look_at_folder(folder, weights=weights and teacher.init != "random")
             mistakes += [Mistake(path, message) for message in found]
     except InputError as error:
         message, _, package = str(error).partition(": pip install ")

@@ -24,12 +24,13 @@ from distill.recipe.schema import Recipe
 from distill.recipe.yaml import read_document, read_text, refuse, scalar
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, weights: bool = True) -> Recipe:
     """Read a recipe and check everything that can be known without loading a model.
 
     Args:
         path: The YAML file. Folders in it are relative to the file.
         overrides: `key.path=value` each, e.g. `losses.0.weight=0.5`; values are YAML. The last of two equal keys holds.
+        weights: False: the teacher's folder may hold a config and a tokenizer only.
 
     Raises:
         RecipeError: The recipe is wrong; lists all problems.
@@ -43,7 +44,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     recipe, mistakes, moved = check_schema(document)
     parts = recipe.parts if recipe else valid_parts(document.data)
     base = path.absolute().parent
-    size, of_teacher = look_at_teacher(parts.get("teacher"), base)
+    size, of_teacher = look_at_teacher(parts.get("teacher"), base, weights=weights)
     of_data = look_at_data(parts.get("data"), base)
     reported = {mistake.path for mistake in mistakes}
     for mistake in (*of_teacher, *of_data, *check_together(parts, size)):

@@ -82,3 +82,22 @@ def format_metric(metric: str, value: Any) -> str:
 def format_difference(metric: str, value: float) -> str:
     """Write the distance between two values of a metric."""
     return f"{100 * value:.1f} points" if is_share(metric) else format_number(value)
+
+
+def format_size(value: Any) -> str:
+    """Write bytes as GB (10⁹), or as MB where they are fewer."""
+    known = as_number(value)
+    if known is None:
+        return MISSING
+    return f"{known / 1e9:.2f} GB" if known >= 1e9 else f"{known / 1e6:.1f} MB"
+
+
+def format_seconds(value: Any) -> str:
+    """Write a time in the largest unit of which there is one, to two digits and more."""
+    known = as_number(value)
+    if known is None:
+        return MISSING
+    for unit, seconds in (("d", 86400), ("h", 3600), ("min", 60)):
+        if known >= seconds:
+            return f"{known / seconds:.1f} {unit}"
+    return f"{known:.1f} s"

@@ -1,0 +1,292 @@
+"""One training, rehearsed on fake tensors: the most memory that a step takes, and what it is made of.
+
+What runs is the code that trains: teacher, student, objective and optimizer as the recipe has them. Only the loss of a
+vocabulary is looked at for a few positions, as its memory grows evenly with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.initialization import no_init_weights
+
+from distill.losses import MATCHES, PREDICTION_KINDS, Maps, Objective
+from distill.losses.chunked import BLOCK, chunk_size
+from distill.models.forward import UNLABELLED, Batch, Outputs, forward, row_count
+from distill.models.head import OutputHead, output_head
+from distill.models.memory import MemoryTrace, Peak, make_fake, tracing
+from distill.models.sentence import unused_parameters
+from distill.models.trainable import freeze
+from distill.pipeline.session import DTYPES
+from distill.recipe.schema import Optimization, Term
+from distill.teacher import LiveTeacher
+from distill.training.ema import Ema
+from distill.training.learner import gradient_checkpointing
+from distill.training.model import DistillModel
+from distill.training.optim import OPTIMIZERS, make_optimizer
+
+HERE = torch.device("cpu")
+EIGHT_BIT_BLOCK, EIGHT_BIT_FROM = 256, 4096
+"""Weights that share one scale of an 8-bit moment, and the fewest of a parameter that has such; as in bitsandbytes."""
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """One training of a recipe: all that its memory and its time depend on."""
+
+    title: str
+    spec: Optimization
+    """Its section of the recipe."""
+    build: Callable[[], Any]
+    """Makes the model that is trained, in the dtype that it is trained in, without caring for values."""
+    teacher: Callable[[], Any] | None
+    """Makes the teacher in the dtype that it computes in; None: no term needs one."""
+    terms: Sequence[Term]
+    kind: str
+    """Kind of predictions."""
+    batch: Batch
+    """The widest micro-batch."""
+    passes: int
+    """Micro-batches of one process in a step."""
+    maps: Maps | None = None
+    encoder_maps: Maps | None = None
+    vocabulary: int | None = None
+    teacher_dtype: str = "stored"
+    """As the recipe says it."""
+    teacher_device: str = "same"
+    """The same."""
+
+    def objective(self, terms: Sequence[Term], chunk: int | None = None) -> Objective:
+        """Make an objective of some of the terms."""
+        return Objective(terms, self.kind, self.maps, self.vocabulary, chunk, self.encoder_maps)
+
+    @property
+    def narrow(self) -> bool:
+        """True where micro-batches may have fewer examples without another result."""
+        return not PREDICTION_KINDS[self.kind].vectors
+
+    def with_spec(self, **changes: Any) -> Rehearsal:
+        """Return the training with other values in its section."""
+        return replace(self, spec=self.spec.model_copy(update=changes))
+
+    def with_rows(self, rows: int) -> Rehearsal:
+        """Return the training with fewer examples in each pass, the longest ones."""
+        passes = self.passes * -(-row_count(self.batch) // rows)
+        batch = {name: tensor[:rows] for name, tensor in self.batch.items()}
+        return replace(self.with_spec(micro_batch_size=rows), batch=batch, passes=passes)
+
+    def hollow(self) -> tuple[Any, Any]:
+        """Make the model that is trained, and the teacher or None, without weights."""
+        with torch.device("meta"), no_init_weights():
+            return self.build(), None if self.teacher is None else self.teacher()
+
+    def freeze(self, student: Any) -> None:
+        """Hold a model as the training does, and choose what learns of it: parameters, or adapters."""
+        if self.spec.weights == "bf16":
+            student.to(torch.bfloat16)
+        if self.spec.lora is None:
+            freeze(student, [*self.spec.freeze, *unused_parameters(student)], self.spec.only)
+            return
+        from distill.training.lora import Adapters
+
+        Adapters(student, self.spec.lora)
+        for name, module in student.named_modules():
+            if name.endswith(("lora_A", "lora_B")):
+                module.float()
+
+    def prepare(self, student: Any, teacher: Any, terms: Sequence[Term]) -> DistillModel:
+        """Freeze, wrap and set up the models as the training does."""
+        self.freeze(student)
+        objective = self.objective(terms)
+        if teacher is not None:
+            objective.project(student.config.hidden_size, teacher.config.hidden_size)
+        for each in (student, teacher) if objective.student.attention else ():
+            each.set_attn_implementation("eager")
+        if self.spec.gradient_checkpointing:
+            gradient_checkpointing(student, "enable")({"use_reentrant": False})
+        return DistillModel(student, objective).train()
+
+
+@contextmanager
+def autocast(spec: Optimization, device: torch.device) -> Iterator[None]:
+    """Compute in the precision of a training, as Accelerate does."""
+    with torch.autocast(device.type, DTYPES[spec.precision], enabled=spec.precision != "fp32"):
+        yield
+
+
+def rehearse_memory(training: Rehearsal, device: torch.device) -> Peak:
+    """Find the most memory that a step takes on one device, and what it is made of; nothing is computed.
+
+    Parts: `weights`, `gradients`, `optimizer`, `average`, `teacher`, `activations` (with what passes take for a while),
+    `loss` (logits and gradients of a vocabulary head).
+
+    Args:
+        training: The training, on one process.
+        device: Decides how many positions the loss has at once; it need not be there.
+    """
+    student, teacher = training.hollow()
+    heads = [output_head(model) for model in (student, teacher) if model is not None]
+    apart = heads[0] is not None and PREDICTION_KINDS[training.kind].vocabulary
+    # The loss of a vocabulary is looked at apart: nothing of it is left in the step but the gradient of the head.
+    left = [term for term in training.terms if not (apart and MATCHES[term.match].on_logits)]
+    with torch.device("meta"):
+        wrapper = training.prepare(student, teacher, left or [Term(match="labels")])
+    elsewhere = training.teacher_device == "cpu" and device.type != "cpu"
+    with tracing() as trace:
+        trace.fill("weights")
+        make_fake(wrapper)
+        if teacher is not None:
+            trace.fill("elsewhere" if elsewhere else "teacher")
+            make_fake(teacher)
+        before = _trace_step(training, wrapper, teacher, bool(left), trace)
+        peaks = list(trace.peaks.values())
+    if apart:
+        peaks.append(Peak({**before, "loss": _loss_bytes(training, heads, device)}, "the loss"))
+    if training.teacher_dtype == "int8" and teacher is not None and not elsewhere:
+        saved = _saved_by_eight_bits(teacher)
+        peaks = [replace(peak, parts={**peak.parts, "teacher": peak.parts["teacher"] - saved}) for peak in peaks]
+    on_device = [Peak(_on_device(peak.parts), peak.moment) for peak in peaks]
+    return max(on_device, key=lambda peak: peak.total)
+
+
+def _on_device(parts: Mapping[str, int]) -> dict[str, int]:
+    return {name: size for name, size in parts.items() if size and name != "elsewhere"}
+
+
+def _saved_by_eight_bits(model: Any) -> int:
+    """Count what bitsandbytes saves: a byte for each weight of a linear map but the head, and a scale for each row."""
+    head = model.get_output_embeddings()
+    maps = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
+    return sum(own.weight.numel() * (own.weight.element_size() - 1) - 4 * own.out_features for own in maps)
+
+
+def _trace_step(
+    training: Rehearsal, wrapper: DistillModel, teacher: Any | None, scored: bool, trace: MemoryTrace
+) -> dict[str, int]:
+    """Take a step; returns what is there before the loss.
+
+    Args:
+        training: The training.
+        wrapper: Fake student, with the objective of this step.
+        teacher: Fake.
+        scored: The objective has terms of its own; else no position has a label.
+        trace: Counts.
+    """
+    whole, objective = training.objective(training.terms), wrapper.objective
+    trace.fill("activations")
+    batch = training.batch
+    labelled = batch if scored else {**batch, "labels": batch["labels"] * 0 + UNLABELLED}
+    state, average = _fill_state(training, wrapper, trace)
+    trace.peaks.clear()
+    trace.fill("activations", "the teacher's pass")
+    given = LiveTeacher(teacher, whole.teacher, HERE)(batch) if teacher is not None else None
+    trace.fill("activations", "the forward pass")
+    with autocast(training.spec, HERE):
+        own = forward(wrapper.student, batch, whole.student)
+        before = dict(trace.bytes)
+        trace.fill("activations", "the loss")
+        loss = objective(own, given, labelled, objective.counts([labelled]))[0]
+    del own, given
+    trace.fill("activations", "the backward pass")
+    loss.backward()  # type: ignore[no-untyped-call]
+    del loss
+    _take_step(training, wrapper, average, trace)
+    del state
+    return before
+
+
+def _fill_state(training: Rehearsal, wrapper: DistillModel, trace: MemoryTrace) -> tuple[list[Tensor], Ema | None]:
+    """Bring a training to its second step, or within one that accumulates: state, average and gradients are there."""
+    learning = [parameter for parameter in wrapper.parameters() if parameter.requires_grad]
+
+    def is_gradient(parameter: Any) -> None:
+        trace.move([parameter.grad], "gradients")
+
+    for parameter in learning:
+        parameter.register_post_accumulate_grad_hook(is_gradient)  # type: ignore[no-untyped-call]
+    trace.fill("optimizer")
+    state = [torch.empty(state_bytes(training.spec, each), dtype=torch.uint8) for each in learning]
+    if training.spec.optimizer not in OPTIMIZERS:
+        state = _state_of_own(training, wrapper, learning)
+    trace.fill("average")
+    average = Ema(wrapper, training.spec.ema, widen) if training.spec.ema is not None else None
+    trace.fill("gradients")
+    for parameter in learning if training.passes > 1 else ():
+        parameter.grad = torch.zeros_like(parameter)
+    return state, average
+
+
+def state_bytes(spec: Optimization, parameter: Tensor) -> int:
+    """Count the bytes that a built-in optimizer keeps of a parameter: two moments, and the rest of a bf16 weight."""
+    count = parameter.numel()
+    half = parameter.dtype == torch.bfloat16
+    if spec.optimizer == "adamw_8bit":
+        scales = -(-count // EIGHT_BIT_BLOCK)
+        moments = 2 * count + 8 * scales if count >= EIGHT_BIT_FROM else 8 * count
+    else:
+        moments = 4 * count if half else 8 * count
+    return moments + 2 * count * half
+
+
+def _state_of_own(training: Rehearsal, wrapper: DistillModel, learning: Sequence[Tensor]) -> list[Tensor]:
+    """Let a user's own optimizer make its state by a step."""
+    optimizer = make_optimizer(wrapper, training.spec)
+    for parameter in learning:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for parameter in learning:
+        parameter.grad = None
+    return [value for own in optimizer.state.values() for value in own.values() if isinstance(value, Tensor)]
+
+
+def widen(parameter: Tensor) -> Tensor:
+    """Return the fp32 weights of a parameter."""
+    return parameter.detach().float()
+
+
+def _take_step(training: Rehearsal, wrapper: DistillModel, average: Ema | None, trace: MemoryTrace) -> None:
+    trace.fill("activations", "the optimizer's step")
+    nn.utils.clip_grad_norm_(wrapper.parameters(), training.spec.max_grad_norm or float("inf"))
+    if average is not None:
+        average.update(1, torch.zeros(()))
+
+
+def _loss_bytes(training: Rehearsal, heads: Sequence[OutputHead | None], device: torch.device) -> int:
+    """Count the bytes of the loss of a vocabulary, even in its positions and in those that are there at once."""
+    indices = [index for index, term in enumerate(training.terms) if MATCHES[term.match].on_logits]
+    if not indices:
+        return 0
+    terms, known = [training.terms[index] for index in indices], [head for head in heads if head is not None]
+    positions = int(training.objective(training.terms).counts([training.batch])[indices].max())
+    vocabulary = max(len(head.weight) for head in known)
+    chunk = min(positions, chunk_size(vocabulary, device))
+    few = max(1, min(BLOCK["cpu"] // vocabulary, chunk // 2))
+    sizes = ((2 * few, few), (4 * few, few), (4 * few, 2 * few))
+    start, longer, larger = (_loss_bytes_at(training, terms, known, *size) for size in sizes)
+    per_position, per_chunk = (longer - start) / (2 * few), (larger - longer) / few
+    fixed = start - per_position * 2 * few - per_chunk * few
+    return int(fixed + per_position * positions + per_chunk * chunk)
+
+
+def _loss_bytes_at(
+    training: Rehearsal, terms: Sequence[Term], heads: Sequence[OutputHead], positions: int, chunk: int
+) -> int:
+    """Count the bytes of the loss at so many positions, so many at once."""
+    objective, sides = training.objective(terms, chunk), []
+    ids = torch.zeros(1, positions + 1, dtype=torch.int64)
+    batch = {"labels": ids, "attention_mask": ids + 1}
+    with tracing() as trace:
+        for number, head in enumerate(heads):
+            weight = torch.empty(head.weight.shape, dtype=head.weight.dtype, requires_grad=head.weight.requires_grad)
+            bias = None if head.bias is None else torch.empty(head.bias.shape, dtype=head.bias.dtype)
+            last = torch.empty(1, positions + 1, weight.shape[1], dtype=weight.dtype, requires_grad=number == 0)
+            sides.append(Outputs(None, last=last, head=replace(head, weight=weight, bias=bias)))
+        counts, at_rest = objective.counts([batch]), trace.bytes.total()
+        trace.fill("loss", "the loss")
+        objective(sides[0], sides[1] if sides[1:] else None, batch, counts)
+        return trace.peaks["the loss"].total - at_rest
