@@ -4,8 +4,9 @@
     python scripts/kill_campaign.py recipes/smoke/recipe.yaml --in-saves 50 training.save_every=5
     python scripts/kill_campaign.py recipes/smoke/recipe.yaml --in-saves 50 --plain
 
-`--kills` are at random moments of training, `--in-saves` at random moments of writing a checkpoint. A kill counts as
-one in saving only where the save had begun and its end was not told; others that were meant for a save come on top, and
+`--kills` are at random moments of training, `--in-saves` at random moments between the start of a save and the
+publication of its checkpoint, which is written behind training. A kill counts as one in saving only where the save had
+begun and its end was not told; others that were meant for a save come on top, and
 are counted apart. Whenever training comes to its end, its weights are compared with those of an uninterrupted run, and
 it starts anew until all kills are spent. `--plain` does the same to a bare loop around `accelerator.save_state`, for
 comparison.
@@ -198,7 +199,7 @@ def distill_run(arguments: list[str], notify: Notify, verb: str = "train") -> in
     """The command line, in this process."""
     import distill.pipeline.train
     from distill.cli import main as command_line
-    from distill.training.checkpoint import Checkpoints
+    from distill.training.writer import CheckpointWriter
 
     train = distill.pipeline.train.train
 
@@ -207,7 +208,7 @@ def distill_run(arguments: list[str], notify: Notify, verb: str = "train") -> in
         return train(*given, **named)
 
     distill.pipeline.train.train = told
-    Checkpoints.save = telling(Checkpoints.save, notify)
+    CheckpointWriter.save = telling(CheckpointWriter.save, notify, until=CheckpointWriter.settle)
     return command_line([verb, *arguments])
 
 

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 
 import pytest
 import torch
 from forked import Processes
 from running import MADE_FROM, save
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from distill.errors import RunError
 from distill.ranks import process_state
+from distill.training import shards
 from distill.training.checkpoint import Checkpoints, TrainState, fault_of, state_of
 from distill.training.shards import read
+from distill.training.writer import CheckpointWriter
 
 torch.manual_seed(0)  # the same in every process that imports this
 SHAPES = {"even": (4, 3), "uneven": (5, 2), "one row": (1, 7), "vector": (3,)}
@@ -43,6 +46,7 @@ def write_as_one_of_two(folder):
                 assert torch.equal(found[key].to_local(), tensor.to_local()), (name, key)
             assert found["buffer"].item() == 7
 
+    publish_without_the_main_threads(folder / "slow", rows, rank)
     broken = {**rows, "even": distribute_tensor(PARAMETERS["even"].clone(), flat, [Shard(0)])}
     if rank == 1:
         broken["even"].to_local().fill_(float("nan"))
@@ -50,6 +54,19 @@ def write_as_one_of_two(folder):
         save(Checkpoints(folder / "broken", MADE_FROM, print), TrainState(step=1), {"model": broken})
     except RunError as error:
         (folder / f"refused-{rank}").write_text(str(error))
+
+
+def publish_without_the_main_threads(folder, rows, rank):
+    """One rank is slower than the other, and neither main thread takes part in anything after the copy."""
+    checkpoints = Checkpoints(folder, MADE_FROM, print)
+    writer = CheckpointWriter(checkpoints, print)
+    if rank == 1:
+        shards.save_file = lambda *given, **named: (time.sleep(0.5), save_file(*given, **named))
+    writer.save([checkpoints], TrainState(step=3), {"model": rows}, whole=False)
+    while not checkpoints.published():
+        time.sleep(0.01)
+    writer.settle()
+    shards.save_file = save_file
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +86,10 @@ def test_one_process_reads_the_whole_of_what_two_have_written(made, name):
     assert state == TrainState(step=3) and parts["skip_rule"]["skipped"].tolist() == [1, 2]
     assert parts["model"].pop("buffer").item() == 7 and parts["model"].keys() == PARAMETERS.keys()
     assert all(torch.equal(tensor, PARAMETERS[key]) for key, tensor in parts["model"].items())
+
+
+def test_what_the_slower_process_has_written_is_published_without_the_main_threads(made):
+    assert fault_of(made / "slow/step-00000003") is None and len(list((made / "slow/step-00000003").iterdir())) == 4
 
 
 def test_each_number_is_written_once(made):
