@@ -199,16 +199,27 @@ def distill_run(arguments: list[str], notify: Notify, verb: str = "train") -> in
     """The command line, in this process."""
     import distill.pipeline.train
     from distill.cli import main as command_line
-    from distill.training.writer import CheckpointWriter
+    from distill.training.writer import CheckpointWriter, Flight
 
-    train = distill.pipeline.train.train
+    train, save, write = distill.pipeline.train.train, CheckpointWriter.save, Flight.run
+    began = 0.0
 
     def told(*given, **named):
         notify("training")
         return train(*given, **named)
 
+    def begun(*given, **named):
+        nonlocal began
+        notify("saving")
+        began = time.monotonic()
+        save(*given, **named)
+
+    def published(flight):
+        write(flight)
+        notify(f"saved {time.monotonic() - began}")
+
     distill.pipeline.train.train = told
-    CheckpointWriter.save = telling(CheckpointWriter.save, notify, until=CheckpointWriter.settle)
+    CheckpointWriter.save, Flight.run = begun, published
     return command_line([verb, *arguments])
 
 

@@ -71,7 +71,7 @@ class CheckpointWriter:
         """
         self.checkpoints, self.say = checkpoints, say
         self.memory, self.ranks = HostMemory(say), process_state()
-        self.flight: _Flight | None = None
+        self.flight: Flight | None = None
         self.in_place = False
         """True once host memory did not hold a copy, and that was said."""
 
@@ -108,7 +108,7 @@ class CheckpointWriter:
         behind = self._fits(surveys)
         copied, await_copy = self.memory.copy(files) if behind else (gathered(files, _as_it_is), _at_once)
         others = [rank for rank, survey in enumerate(surveys) if rank and survey.writes]
-        self.flight = _Flight(places, replace(state), copied, await_copy, self.ranks.process_index, others)
+        self.flight = Flight(places, replace(state), copied, await_copy, self.ranks.process_index, others)
         self.flight.start()
         if not behind:
             self.settle()
@@ -180,7 +180,7 @@ class CheckpointWriter:
         return RunError(f"{error}; {self.checkpoints.last_good()}")
 
 
-class _Flight:
+class Flight:
     """One checkpoint between its copy and its publication, in a thread."""
 
     def __init__(

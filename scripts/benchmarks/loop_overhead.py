@@ -28,8 +28,8 @@ from distill.losses import LayerMap, Objective
 from distill.models.forward import Batch
 from distill.recipe.schema import Term, Training
 from distill.teacher import LiveTeacher
-from distill.training import Job, checkpoint, train
-from distill.training.learner import Learner
+from distill.training import Job, train
+from distill.training.loop import _Run
 from distill.training.model import DistillModel
 from distill.training.optim import make_optimizer
 
@@ -147,17 +147,17 @@ def main() -> int:
 
 
 class Timed:
-    """CPU time and time that gathering and publishing checkpoints take."""
+    """CPU time and time from the save of a checkpoint to its publication, which the end of training waits for."""
 
     def __init__(self):
         self.cpu = self.clock = 0.0
-        self.plain = Learner.contents, checkpoint.Checkpoints.save
-        Learner.contents, checkpoint.Checkpoints.save = (self._timed(function) for function in self.plain)
+        self.plain = _Run.save, _Run.settle
+        _Run.save, _Run.settle = (self._timed(function) for function in self.plain)
 
     def _timed(self, function):
-        def wrapped(*arguments):
+        def wrapped(*arguments, **named):
             cpu, clock = time.process_time(), time.monotonic()
-            result = function(*arguments)
+            result = function(*arguments, **named)
             self.cpu += time.process_time() - cpu
             self.clock += time.monotonic() - clock
             return result
@@ -166,7 +166,7 @@ class Timed:
 
     def end(self) -> tuple[float, float]:
         """Both times; takes itself out."""
-        Learner.contents, checkpoint.Checkpoints.save = self.plain
+        _Run.save, _Run.settle = self.plain
         return self.cpu, self.clock
 
 
