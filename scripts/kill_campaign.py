@@ -199,7 +199,8 @@ def distill_run(arguments: list[str], notify: Notify, verb: str = "train") -> in
     """The command line, in this process."""
     import distill.pipeline.train
     from distill.cli import main as command_line
-    from distill.training.writer import CheckpointWriter, Flight
+    from distill.training.flight import Flight
+    from distill.training.writer import CheckpointWriter
 
     train, save, write = distill.pipeline.train.train, CheckpointWriter.save, Flight.run
     began = 0.0

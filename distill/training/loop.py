@@ -249,12 +249,14 @@ class _Run:
     def save(self, *, newest: bool) -> float:
         """Have a checkpoint written: as the `newest` one, as the best one where it is that, or not at all. Collective.
 
-        It is published when `settle` comes back. Returns the seconds that training stood still: for the copy, and for
-        what was left to write of the one before.
+        It is published when `settle` comes back. After the first step, memory for the copies is seen to. Returns the
+        seconds that training stood still: for the copy, and for what was left to write of the one before.
         """
-        if not (newest or self.improved):
-            return 0.0
         start = time.monotonic()
+        if not (newest or self.improved):
+            if self.state.step and not self.writer.prepared:
+                self.writer.prepare(self.learner.contents()[0], whole=self.learner.saves_whole)
+            return time.monotonic() - start
         self.settle()
         # The best one first: after a kill between both, training comes by this evaluation again.
         best = Checkpoints(self.job.folder / CHECKPOINTS / "best", self.job.made_from, self.say, keep=1)

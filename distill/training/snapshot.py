@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -21,9 +23,28 @@ class HostMemory:
         """Take no memory yet. `say` receives notices."""
         self.say, self.locks_pages = say, True
         self.buffers: dict[tuple[str, str], Tensor] = {}
+        self.taking: threading.Thread | None = None
+
+    def take(self, files: Sequence[OwnFile]) -> None:
+        """Begin to take, in a thread, the memory that a copy of these files will need."""
+        self.taking = threading.Thread(target=self._take, args=[files], name="host memory", daemon=True)
+        self.taking.start()
+
+    def _take(self, files: Sequence[OwnFile]) -> None:
+        with suppress(RuntimeError):  # raised again where the copy is made, and takes what is not there yet
+            for file in files:
+                for name, tensor in file.tensors.items() if file.written else ():
+                    buffer = self._allocate(tensor)
+                    self.buffers[file.name, name] = buffer if buffer.is_pinned() else buffer.zero_()  # touches it
+
+    def _wait(self) -> None:
+        if self.taking is not None:
+            self.taking.join()
+            self.taking = None
 
     def lacking(self, files: Iterable[OwnFile]) -> int:
         """Count the bytes of memory that a copy of these files takes beyond what is there already."""
+        self._wait()
         return sum(
             self._size(tensor)
             for file in files
@@ -39,6 +60,7 @@ class HostMemory:
             The files, over the same memory as the copy before, and a function that waits until the copy is there. The
             tensors may change at once: work that the host gives to the GPU from here on begins after the copy.
         """
+        self._wait()
         copied = gathered(files, self._hold)
         if not any(tensor.is_pinned() for file in copied for tensor in file.tensors.values()):
             return copied, lambda: None

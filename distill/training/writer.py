@@ -10,35 +10,27 @@ written, whatever training does.
 
 from __future__ import annotations
 
-import json
 import socket
-import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TypeVar
 
-import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import Tensor
 
 from distill.errors import RunError, Stopped
-from distill.files import write_text
 from distill.ranks import free_memory, process_state
 from distill.training.checkpoint import Checkpoints, TrainState
-from distill.training.shards import OwnFile, TensorsByFile, gathered, own_files, write
+from distill.training.flight import Flight
+from distill.training.shards import OwnFile, TensorsByFile, gathered, own_files
 from distill.training.snapshot import HostMemory
 
 HEADROOM = 2**20
 """Bytes on the disk beside the tensors: headers, JSON, the folder itself."""
 MOST_MEMORY = 0.8
 """Share of the free host memory that a copy may take."""
-NOTE = ".sums-{:05d}.json"
-"""In the folder of a draft, from each rank but the first: the sums of its files, which are on the disk."""
-PATIENCE = 10.0
-"""Seconds that a training which ends with an error waits for the notes of ranks that may be dead."""
 
 T = TypeVar("T")
 
@@ -72,6 +64,8 @@ class CheckpointWriter:
         self.checkpoints, self.say = checkpoints, say
         self.memory, self.ranks = HostMemory(say), process_state()
         self.flight: Flight | None = None
+        self.prepared = False
+        """True once the memory for copies was looked after."""
         self.in_place = False
         """True once host memory did not hold a copy, and that was said."""
 
@@ -82,6 +76,13 @@ class CheckpointWriter:
         # A second signal ends the process at once; after any other error what has been saved is not lost.
         if self.flight is not None and not (kind is not None and issubclass(kind, Stopped)):
             self.flight.leave()
+
+    def prepare(self, tensors: TensorsByFile, *, whole: bool) -> None:
+        """Have a thread take the memory for copies of such tensors: the first save need not wait for it. Collective."""
+        files = own_files(tensors, self.ranks.process_index, self.ranks.num_processes, whole=whole)
+        self.prepared = True
+        if self._fits(on_all_ranks(lambda: self._survey(files, 0))):
+            self.memory.take(files)
 
     def save(self, places: Sequence[Checkpoints], state: TrainState, tensors: TensorsByFile, *, whole: bool) -> None:
         """Copy a checkpoint and have it written to each of `places`, once the one before is published. Collective.
@@ -99,9 +100,10 @@ class CheckpointWriter:
             RunError: Not enough space, or the one before could not be written. Nothing is left of it.
         """
         self.settle()
+        self.prepared = True
         files = own_files(tensors, self.ranks.process_index, self.ranks.num_processes, whole=whole)
         try:
-            surveys = on_all_ranks(lambda: self._survey(places, state, files))
+            surveys = on_all_ranks(lambda: self._survey(files, self._make_drafts(places, state)))
             self._refuse_full_disk(surveys, places)
         except RunError as error:
             raise self._given_up(places, error) from error
@@ -143,11 +145,13 @@ class CheckpointWriter:
             self.flight.leave()
         return self.checkpoints.last_good()
 
-    def _survey(self, places: Sequence[Checkpoints], state: TrainState, files: Sequence[OwnFile]) -> _Survey:
-        """Look at what there is; rank 0 makes the folders, which are there once all ranks have answered."""
-        free = [place.make_draft(state.step) for place in places] if self.ranks.is_main_process else [0]
+    def _make_drafts(self, places: Sequence[Checkpoints], state: TrainState) -> int:
+        """Make the folders, on rank 0: they are there once all ranks have answered. Returns bytes free on the disk."""
+        return min(place.make_draft(state.step) for place in places) if self.ranks.is_main_process else 0
+
+    def _survey(self, files: Sequence[OwnFile], disk: int) -> _Survey:
         size, writes = sum(file.size for file in files), any(file.written for file in files)
-        return _Survey(socket.gethostname(), self.memory.lacking(files), free_memory(), writes, size, min(free))
+        return _Survey(socket.gethostname(), self.memory.lacking(files), free_memory(), writes, size, disk)
 
     def _refuse_full_disk(self, surveys: Sequence[_Survey], places: Sequence[Checkpoints]) -> None:
         free, need = surveys[0].disk, HEADROOM + len(places) * sum(survey.size for survey in surveys)
@@ -180,114 +184,12 @@ class CheckpointWriter:
         return RunError(f"{error}; {self.checkpoints.last_good()}")
 
 
-class Flight:
-    """One checkpoint between its copy and its publication, in a thread."""
-
-    def __init__(
-        self,
-        places: Sequence[Checkpoints],
-        state: TrainState,
-        files: Sequence[OwnFile],
-        await_copy: Callable[[], None],
-        rank: int,
-        others: Sequence[int],
-    ):
-        """Begin nothing yet.
-
-        Args:
-            places: Where it is published, in this order.
-            state: Where training stood.
-            files: What this rank writes.
-            await_copy: Returns when the tensors are there.
-            rank: This one.
-            others: Ranks beside the first that write files.
-        """
-        self.places, self.state, self.files, self.await_copy = places, state, files, await_copy
-        self.rank, self.others = rank, others
-        self.thread = threading.Thread(target=self.run, name="checkpoint", daemon=True)
-        self.written, self.cancelled = threading.Event(), threading.Event()
-        self.failure: Exception | None = None
-        self.broken: list[str] = []
-        self.seconds = 0.0
-
-    def start(self) -> None:
-        """Begin."""
-        self.thread.start()
-
-    def run(self) -> None:
-        """Write the files of this rank, then publish, or leave a note for the rank that does."""
-        start = time.monotonic()
-        try:
-            self.await_copy()
-            self.broken = _not_finite(self.files)
-            if not self.broken:
-                sums = [write(place.draft(self.state.step), self.files) for place in self.places]
-                if self.rank == 0:
-                    self.written.set()
-                    self._publish(sums)
-                elif self.files:
-                    self._leave_notes(sums)
-        except Exception as error:  # raised again in the main thread
-            self.failure = error
-        self.seconds = time.monotonic() - start
-        self.written.set()
-
-    def _leave_notes(self, sums: Sequence[dict[str, str]]) -> None:
-        for place, own in zip(self.places, sums, strict=True):
-            write_text(place.draft(self.state.step) / NOTE.format(self.rank), json.dumps(own))
-
-    def _publish(self, sums: Sequence[dict[str, str]]) -> None:
-        """Publish each once the files of all ranks are there; not where it was cancelled before."""
-        for place, own in zip(self.places, sums, strict=True):
-            for rank in self.others:
-                note = place.draft(self.state.step) / NOTE.format(rank)
-                while not note.exists():
-                    if self.cancelled.wait(0.05):
-                        return
-                own |= json.loads(note.read_text(encoding="utf-8"))
-                note.unlink()
-            place.publish(self.state, own)
-
-    def await_files(self) -> list[str]:
-        """Wait until the files of this rank are on the disk; returns the names of weights that are not finite."""
-        self.written.wait()
-        if self.failure is not None:
-            raise self.failure
-        return self.broken
-
-    def await_publication(self) -> float:
-        """Wait until rank 0 has published it, on that rank; returns the seconds that it took."""
-        self.thread.join()
-        if self.failure is not None:
-            raise self.failure
-        return self.seconds
-
-    def cancel(self) -> None:
-        """Have rank 0 not wait for notes that will not come, and wait until nothing more is written."""
-        self.cancelled.set()
-        self.thread.join()
-
-    def leave(self) -> None:
-        """Let it come to its end, but do not wait for ever for ranks that may be dead."""
-        self.written.wait()
-        self.thread.join(PATIENCE if self.others else None)
-        self.cancel()
-
-
 def _as_it_is(_file: str, _name: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
 def _at_once() -> None:
     """Wait for nothing."""
-
-
-def _not_finite(files: Sequence[OwnFile]) -> list[str]:
-    """Name the weights that are not finite."""
-    weights = [file.tensors for file in files if file.name.startswith(("model.", "model-"))]
-    floats = [(name, own) for part in weights for name, own in part.items() if own.is_floating_point() and own.numel()]
-    # The extremes are not finite where anything is not; one pass, without a tensor of flags.
-    return [name for name, own in floats if not torch.stack(torch.aminmax(own)).isfinite().all()]
 
 
 def on_all_ranks(action: Callable[[], T]) -> list[T]:

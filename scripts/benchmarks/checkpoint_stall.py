@@ -6,8 +6,7 @@
 Trains a BERT of random weights (61 M parameters, so 734 MB of weights and moments) on the device that Accelerate finds,
 once with checkpoints written behind training and once with them written in place, as where host memory does not hold a
 copy. A save is due when the one before has long been written. The last one, which the end of training waits for, does
-not count. Prints one JSON object; seconds are by the clock, medians over the saves but the first, which is apart: it
-takes the memory for the copies.
+not count. Prints one JSON object; seconds are by the clock, medians over the saves but the first, which is apart.
 """
 
 import argparse
@@ -31,9 +30,9 @@ from distill.models.forward import Batch
 from distill.ranks import process_state
 from distill.recipe.schema import Term, Training
 from distill.training import Job, train, writer
+from distill.training.flight import Flight
 from distill.training.loop import _Run
 from distill.training.snapshot import HostMemory
-from distill.training.writer import Flight
 
 VOCABULARY, LENGTH, EXAMPLES, CLASSES = 32768, 16, 2, 12
 
@@ -77,7 +76,8 @@ class Measured:
 
         def saving(training, *, newest):
             cpu = time.process_time()
-            if seconds := save(training, newest=newest):  # as the trainer itself counts them
+            seconds = save(training, newest=newest)  # as the trainer itself counts them
+            if newest:
                 self.still.append(seconds)
                 self.cpu.append(time.process_time() - cpu)
             return seconds
@@ -139,7 +139,7 @@ def main() -> int:
     behind, begun = measure(model, spec)
     writer.free_memory = lambda: 0
     in_place, _ = measure(transformers.BertForSequenceClassification(config), spec)
-    count = slice(1, -1)  # the first takes memory, the last is waited for
+    count = slice(1, -1)  # the first may wait for memory, the last is waited for
     writing = statistics.median([end - start for start, end in behind.writing][count])
     still, whole = (statistics.median(each.still[count]) for each in (behind, in_place))
     figures = {
@@ -147,7 +147,7 @@ def main() -> int:
         "behind training: s that it stands still": still,
         "of these the copy": statistics.median(behind.copy[count]),
         "CPU s": statistics.median(behind.cpu[count]),
-        "the first, which takes the memory, s": behind.still[0],
+        "the first, s": behind.still[0],
         "s that the thread writes": writing,
         "in place: s that training stands still": whole,
         "in place, CPU s": statistics.median(in_place.cpu[count]),

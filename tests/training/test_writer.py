@@ -21,6 +21,7 @@ from distill.errors import RunError, Stopped
 from distill.ranks import _left_of_limits
 from distill.training import checkpoint, read_records, shards, writer
 from distill.training.checkpoint import Checkpoints, TrainState, fault_of, state_of
+from distill.training.snapshot import HostMemory
 from distill.training.watchdog import Watchdog
 from distill.training.writer import CheckpointWriter
 
@@ -124,6 +125,23 @@ def test_the_memory_of_a_copy_is_that_of_the_one_before(behind):
     saved(behind, 3, {"model": {"w": torch.ones(5), "b": torch.zeros((), dtype=torch.int64)}})  # as masks are chosen
     behind.settle()
     assert load_file(behind.checkpoints.published()[-1] / "model.safetensors")["w"].tolist() == [1] * 5
+
+
+def test_memory_is_taken_before_the_first_copy_needs_it(behind, corpus, tmp_path, monkeypatch):
+    behind.prepare(W, whole=True)
+    assert behind.memory.lacking(shards.own_files(W, 0, 1, whole=True)) == 0
+    before = {key: buffer.data_ptr() for key, buffer in behind.memory.buffers.items()}
+    saved(behind, 1)
+    assert before == {key: buffer.data_ptr() for key, buffer in behind.memory.buffers.items()} and len(before) == 2
+    lacking, copy = [], HostMemory.copy
+
+    def noted(memory, files):
+        lacking.append(memory.lacking(files))
+        return copy(memory, files)
+
+    monkeypatch.setattr(HostMemory, "copy", noted)
+    run(corpus, tmp_path / "run")
+    assert lacking == [0, 0, 0]  # also for the moments, which are there after the first step
 
 
 def test_one_is_written_at_a_time_and_published_without_being_waited_for(behind, let_go):
