@@ -57,7 +57,7 @@ def _left_of_limits(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc
             stat = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
         except (OSError, ValueError):  # no limit, or none that can be read
             continue
-        yield limit - used + int(stat.get("inactive_file", 0))  # cached files give way
+        yield max(0, limit - used + int(stat.get("inactive_file", 0)))  # cached files give way
 
 
 def launched(environment: Mapping[str, str] = os.environ) -> bool:

@@ -95,7 +95,7 @@ class Flight:
         return self.broken
 
     def await_publication(self) -> float:
-        """Wait until rank 0 has published it, on that rank; returns the seconds that it took."""
+        """Wait until the thread is done, which on rank 0 publishes; returns the seconds that it took."""
         self.thread.join()
         if self.failure is not None:
             raise self.failure
