@@ -170,13 +170,18 @@ def test_the_compiled_step_computes_the_same():
     torch.manual_seed(0)
     weight, rest = split(torch.randn(1000))
     moments = [torch.randn(1000).bfloat16(), torch.rand(1000).bfloat16()]
-    group = {"lr": 1e-3, "weight_decay": 0.1, "betas": (0.9, 0.999)}
+    group = {"lr": 1e-3, "weight_decay": 0.1, "betas": (0.9, 0.999), "eps": 1e-8}
     settings = masters._settings(group, torch.tensor(5.0), torch.ones(()))
     both = []
     for step in (masters.step_in_place, torch.compile(masters.step_in_place, dynamic=True)):
         own = [tensor.clone() for tensor in (weight, rest, *moments)]
-        step(own, torch.linspace(-1, 1, 1000).bfloat16(), *settings, 1e-8)
+        step(own, torch.linspace(-1, 1, 1000).bfloat16(), *settings)
         both.append([join(own[0], own[1]), own[2].float(), own[3].float()])
+    torch._dynamo.utils.counters.clear()
+    for size in (7, 4096):  # other sizes and numbers need no other graph
+        parts = [tensor[:1].repeat(size) for tensor in (weight, rest, *moments)]
+        step(parts, torch.ones(size, dtype=torch.bfloat16), 2 * settings[0], settings[1])
+    assert not torch._dynamo.utils.counters["stats"]["unique_graphs"]
     torch.testing.assert_close(both[0], both[1], rtol=2**-7, atol=1e-6)
     assert not torch.equal(both[0][0], join(weight, rest))
 
