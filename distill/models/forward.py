@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from functools import partial
+from functools import cache, partial
 from inspect import getmodule, signature
 from typing import Any, TypeVar, cast
 
@@ -80,7 +80,12 @@ def _shift_right(model: Any, labels: Tensor) -> Tensor:
 
 def without_cache(model: Any) -> dict[str, Any]:
     """Options of a call that turn off the key-value cache, which is for generation; none for models without one."""
-    return {"use_cache": False} if "use_cache" in signature(model.forward).parameters else {}
+    return {"use_cache": False} if _has_cache(type(model)) else {}
+
+
+@cache  # asked at every forward pass
+def _has_cache(kind: type) -> bool:
+    return "use_cache" in signature(kind.forward).parameters  # type: ignore[attr-defined]
 
 
 def row_count(batch: Batch) -> int:

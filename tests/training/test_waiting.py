@@ -23,7 +23,7 @@ from distill.training import step as steps
 from distill.training.loop import _Run
 
 aten = torch.ops.aten
-READS = (aten._local_scalar_dense.default, aten.is_nonzero.default)
+READS = (aten._local_scalar_dense.default, aten.is_nonzero.default, aten.nonzero.default)
 """On a GPU the host waits for each of these."""
 TERMS = [Term(match="labels"), Term(match="logits", temperature=2.0), Term(match="hidden", map=[(1, 0), (3, 3)])]
 
