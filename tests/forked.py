@@ -12,6 +12,7 @@ import runpy
 import sys
 
 import torch.distributed
+from gpus import HANG
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
@@ -29,8 +30,6 @@ CONTEXT.set_forkserver_preload(
         "transformers.models.llama.modeling_llama",
     ]
 )
-HANG = 600
-"""Seconds after which something is taken to hang, however busy the machine is."""
 CPU = {"ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
 

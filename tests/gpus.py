@@ -12,8 +12,9 @@ import subprocess
 import sys
 
 import torch
-from forked import HANG
 
+HANG = 600
+"""Seconds after which something is taken to hang, however busy the machine is."""
 GIVEN, ON_GPU, EVERY = "DISTILL_TESTS_GPUS", "DISTILL_TESTS_ON_GPU", "every GPU"
 """Variables: CUDA_VISIBLE_DEVICES as the tests were started with, or `EVERY`; and that this interpreter is that of a
 test marked `gpu`."""
@@ -23,6 +24,9 @@ os.environ.setdefault(GIVEN, os.environ.get("CUDA_VISIBLE_DEVICES", EVERY))
 if not VISIBLE:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run all the same; Triton looks once, when it is imported
+    # FSDP and device meshes ask what torch was built for, not what is there: it answers as a build for CPUs does.
+    torch._C._get_accelerator = lambda: torch.device("cpu")
+    torch._C._accelerator_getAccelerator = lambda: None
 
 
 def start(*arguments):

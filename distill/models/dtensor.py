@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed import get_world_size
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -43,7 +45,9 @@ def shard_model(model: Any, layers: Iterable[nn.Module]) -> Any:
         model: Frozen, on the device of this rank; every rank calls it equally often.
         layers: Its repeated parts.
     """
+    # Without a mesh torch takes what it was built for, a GPU, also where none is used.
+    mesh = init_device_mesh(next(model.parameters()).device.type, (get_world_size(),))
     for layer in layers:
-        fully_shard(layer)
-    fully_shard(model)
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
     return model

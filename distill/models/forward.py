@@ -5,7 +5,7 @@ Shapes: B examples, L positions, D hidden width, H heads, V classes or vocabular
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache, partial
@@ -80,12 +80,13 @@ def _shift_right(model: Any, labels: Tensor) -> Tensor:
 
 def without_cache(model: Any) -> dict[str, Any]:
     """Options of a call that turn off the key-value cache, which is for generation; none for models without one."""
-    return {"use_cache": False} if _has_cache(type(model)) else {}
+    kind: Hashable = type(model)
+    return {"use_cache": False} if _has_cache(kind) else {}
 
 
 @cache  # asked at every forward pass
-def _has_cache(kind: type) -> bool:
-    return "use_cache" in signature(kind.forward).parameters  # type: ignore[attr-defined]
+def _has_cache(kind: Any) -> bool:
+    return "use_cache" in signature(kind.forward).parameters
 
 
 def row_count(batch: Batch) -> int:
