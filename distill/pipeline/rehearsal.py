@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
 from distill.losses import MATCHES, PREDICTION_KINDS, Maps, Objective
-from distill.losses.chunked import BLOCK, chunk_size
+from distill.losses.chunked import chunk_size
+from distill.losses.slopes import BLOCK
 from distill.models.forward import UNLABELLED, Batch, Outputs, forward, row_count
 from distill.models.head import OutputHead, output_head
 from distill.models.memory import MemoryTrace, Peak, make_fake, tracing
+from distill.models.precision import DTYPES
 from distill.models.sentence import unused_parameters
 from distill.models.trainable import freeze
-from distill.pipeline.session import DTYPES
 from distill.recipe.schema import Optimization, Term
 from distill.teacher import LiveTeacher
 from distill.training.ema import Ema

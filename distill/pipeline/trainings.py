@@ -20,8 +20,9 @@ from distill.models.cost import random_ids
 from distill.models.forward import UNLABELLED, Batch
 from distill.models.load import ModelHead, random_model
 from distill.models.plan import StudentPlan
+from distill.models.precision import DTYPES
 from distill.pipeline.rehearsal import Rehearsal
-from distill.pipeline.session import DTYPES, Session
+from distill.pipeline.session import Session
 from distill.pipeline.train import batches_for, is_taught, maps_of, steps_of, terms_of
 from distill.recipe.schema import Student, Term, Training
 from distill.student import build_student, plan_student
