@@ -130,14 +130,19 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / min(rounds["product"][0])
 
 
-def training_flops(student: Any, teacher: Any | None, length: int) -> float:
-    """Count FLOPs per token of a step on texts of `length` tokens: student forward and backward, teacher forward."""
+def training_flops(student: Any, teacher: Any | None, length: int, *, adapters: bool = False) -> float:
+    """Count FLOPs per token of a step on texts of `length` tokens: student forward and backward, teacher forward.
+
+    With `adapters` the weights have no gradient, so the backward pass is half; the adapters' own products are not
+    counted.
+    """
 
     def forward(model: Any) -> int:
         counts, _ = flops_by_module(model, random_example(model, length))
         return counts[model]
 
-    return (3 * forward(student) + (forward(teacher) if teacher is not None else 0)) / length
+    passes = 2 if adapters else 3
+    return (passes * forward(student) + (forward(teacher) if teacher is not None else 0)) / length
 
 
 def time_in_turns(

@@ -20,6 +20,7 @@ from distill.errors import InputError
 from distill.files import read_object, sha256_of
 from distill.models.gguf import dequantised
 from distill.models.pattern import settle_periods
+from distill.models.quantised import import_bitsandbytes
 from distill.models.report import check_loaded, untie_config
 from distill.models.sentence import sentence_head
 from distill.models.trainable import mark_drawn
@@ -194,6 +195,7 @@ def load_model(
     torch.manual_seed(random_seed or 0)
     extra: dict[str, Any] = {}
     if int8_on is not None:
+        import_bitsandbytes()
         extra = {"quantization_config": transformers.BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": int8_on}}
     with as_input_error(f"cannot load {folder} as {head.auto_class}"):
         model, info = loader.from_pretrained(

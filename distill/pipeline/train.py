@@ -130,7 +130,8 @@ def peak_tokens_per_second(session: Session, job: Job, model: Any, teacher: Live
     if teacher is not None and (spec.dtype == "int8" or spec.device != "same"):
         return None
     rate = matmul_rate(process_state().device, DTYPES[job.spec.precision]) * process_state().num_processes
-    return float(rate / training_flops(model, teacher and teacher.model, session.recipe.data.max_length))
+    length, adapters = session.recipe.data.max_length, job.spec.lora is not None
+    return float(rate / training_flops(model, teacher and teacher.model, length, adapters=adapters))
 
 
 def measure_held_out(session: Session, model: Any, stopped: Callable[[], bool]) -> dict[str, float | None]:

@@ -48,6 +48,10 @@ ADVICE = {
         ("assistant_only_loss", "completion_only_loss", "train_on_inputs", "train_on_prompt"),
         "write learn_from: assistant, or all, under data:, for task: chat",
     ),
+    **dict.fromkeys(
+        ("lora_r", "lora_alpha", "lora_dropout", "peft", "peft_config", "adapter", "adapters", "r", "target_modules"),
+        "write lora: {rank: 16, alpha: 32, targets: all-linear} under training:",
+    ),
     "gradient_accumulation_steps": "give batch_size for the whole step and micro_batch_size for one forward pass",
     "adam_epsilon": "write optimizer_params: {eps: 1.0e-8} under training:",
     "trust_remote_code": "give --trust-remote-code on the command line",
@@ -57,7 +61,7 @@ ADVICE = {
 }
 """Key of another tool -> what to do here, where no key takes its place."""
 UNSUPPORTED = (
-    *("lora", "lora_r", "lora_alpha", "lora_dropout", "peft", "qlora", "adapter", "adapters"),
+    "qlora",
     *("quantization", "quantisation", "quantization_config", "quantize", "load_in_4bit", "load_in_8bit", "int4"),
     *("on_policy", "lmbda", "gkd", "seq_kd", "generation", "rollout"),
     *("vocabulary", "vocab", "vocab_size", "prune_vocabulary", "heads", "attention_heads", "prune_heads"),

@@ -9,6 +9,7 @@ from typing import Any
 from distill.losses import MATCHES
 from distill.recipe.jsonrows import LISTED
 from distill.recipe.schema import Schedule
+from distill.recipe.sections import Lora
 from distill.recipe.terms import TERM_KEYS
 from distill.release.evidence import Evidence, get_in
 from distill.release.wording import (
@@ -161,7 +162,10 @@ def training_rows(evidence: Evidence) -> list[tuple[str, ...]]:
         "batch size": training.batch_size,
         "learning rate": f"{format_number(training.lr)}, {training.schedule}, warmup {format_number(training.warmup)}",
         "weight decay": format_number(training.weight_decay),
+        "optimizer": None if training.optimizer == "adamw" else training.optimizer,
         "precision": training.precision,
+        "weights": "bf16, with fp32 masters" if training.weights == "bf16" else None,
+        "adapters": None if training.lora is None else adapters_line(training.lora),
         **mask_rows(evidence),
         "seed": evidence.recipe.seed,
         "data": f"{data['source']}, fingerprint {data['fingerprint']}",
@@ -169,6 +173,13 @@ def training_rows(evidence: Evidence) -> list[tuple[str, ...]]:
         "test examples": data["examples"],
     }
     return [(key, str(value)) for key, value in rows.items() if value is not None]
+
+
+def adapters_line(lora: Lora) -> str:
+    """Say which adapters learned in place of the weights."""
+    targets = lora.targets if isinstance(lora.targets, str) else ", ".join(lora.targets)
+    also = f"; beside them {', '.join(lora.also)}" if lora.also else ""
+    return f"LoRA, rank {lora.rank}, alpha {format_number(lora.alpha)}, on {targets}{also}; merged into the weights"
 
 
 def mask_rows(evidence: Evidence) -> dict[str, str]:

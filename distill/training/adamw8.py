@@ -22,7 +22,7 @@ class MasterAdamW8bit(AdamW8bit):  # type: ignore[misc]  # bitsandbytes has no t
         """Take over what the rounding of each bf16 parameter left; others are stepped as bitsandbytes does."""
         super().__init__(groups, **options)
         self.rests = rests
-        self.non_castable_tensor_keys = {*self.non_castable_tensor_keys, "rest"}
+        self.non_castable_tensor_keys |= {"rest"}
 
     @torch.no_grad()
     def init_state(self, group: Any, p: Tensor, gindex: int, pindex: int) -> None:

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from distill.errors import InputError
 from distill.models.family import all_layers
+from distill.models.sentence import unused_parameters
 from distill.models.trainable import drawn_parameters, freeze
 from distill.recipe.sections import Lora
 
@@ -35,12 +36,14 @@ def adapted_names(model: Any, spec: Lora) -> list[str]:
         if not names:
             raise InputError(f"lora: the layers of a {type(model).__name__} have no linear map of their own")
         return sorted(names)
-    head = name_of.get(model.get_output_embeddings())
+    head, unused = name_of.get(model.get_output_embeddings()), unused_parameters(model)
     for pattern in spec.targets:
         found = [name for name in linear if spec.model_copy(update={"targets": [pattern]}).pattern_for(name)]
         if not found:
             some = ", ".join(linear[:3])
             raise InputError(f"lora.targets: {pattern!r} matches no linear map; there are e.g. {some}")
+        if idle := [name for name in found if f"{name}.weight" in unused]:
+            raise InputError(f"lora.targets: {pattern!r} matches {idle[0]}, which the vectors do not depend on")
         if head in found:
             raise InputError(
                 f"lora.targets: {pattern!r} is the output head, which the loss reads; use lora.also for it"
@@ -58,7 +61,7 @@ class Adapters:
             InputError: A pattern of `spec` matches nothing.
         """
         names = adapted_names(model, spec)
-        also = [*spec.also, *drawn_parameters(model)]
+        also = [*spec.also, *drawn_parameters(model)]  # what is drawn means nothing before it has learnt
         if also:
             freeze(model, [], also)
         learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad} if also else set()

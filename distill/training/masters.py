@@ -46,19 +46,18 @@ def cut_dithered(values: Tensor, dither: Tensor) -> Tensor:
     return ((values.view(torch.int32) + dither) >> 16).to(torch.int16).view(torch.bfloat16)
 
 
-def step_in_place(tensors: list[Tensor], grad: Tensor, numbers: Tensor, dither: Tensor, eps: float) -> None:
+def step_in_place(tensors: list[Tensor], grad: Tensor, numbers: Tensor, dither: Tensor) -> None:
     """Take AdamW's step, in fp32 and all at once: compiled, it is one kernel that reads 10 bytes and writes 8.
 
     Args:
         tensors: Weight, rest, first and second moment [N]; changed in place.
         grad: [N].
-        numbers: [6] lr, weight decay, shares of the gradient in the moments, bias corrections (the second one as a
-            root); the first four are 0 where the step is skipped.
+        numbers: [7] lr, weight decay, shares of the gradient in the moments, bias corrections (the second one as a
+            root), eps; the first four are 0 where the step is skipped.
         dither: [].
-        eps: As in `torch.optim.AdamW`.
     """
     weight, rest, first, second = tensors
-    lr, decay, share1, share2, correction1, correction2 = numbers.unbind()
+    lr, decay, share1, share2, correction1, correction2, eps = numbers.unbind()
     grad = torch.where(lr + share1 == 0, 0, grad.float())  # of a skipped step it may not be finite
     m = first.float().lerp(grad, share1)
     v = second.float().lerp(grad.square(), share2)
@@ -101,9 +100,11 @@ class MasterAdamW(torch.optim.AdamW):
 
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[parameter]
+        rest = self.rests.pop(parameter, None)  # after a restart the state has another
         if not state:
+            assert rest is not None, "every bf16 parameter has a rest"
             state["step"] = torch.zeros((), device=parameter.device)
-            state["rest"] = self.rests.pop(parameter).to(parameter.device)
+            state["rest"] = rest.to(parameter.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
         return state
 
@@ -124,19 +125,19 @@ class MasterAdamW(torch.optim.AdamW):
             settings = _settings(group, own[0][1]["step"], done)
             pieces = chain.from_iterable(_pieces(parameter, state, size) for parameter, state in own)
             for bucket in _buckets(pieces, size):
-                self._step_bucket(bucket, *settings, group["eps"])
+                self._step_bucket(bucket, *settings)
             self.history |= {parameter: hash((history, self.calls)) for parameter, _ in own}
 
-    def _step_bucket(self, bucket: list[_Piece], numbers: Tensor, dither: Tensor, eps: float) -> None:
+    def _step_bucket(self, bucket: list[_Piece], numbers: Tensor, dither: Tensor) -> None:
         tensors, grad = bucket[0][0], bucket[0][1]
         if len(bucket) > 1:
             tensors = [torch.cat(parts) for parts in zip(*(piece[0] for piece in bucket), strict=True)]
             grad = torch.cat([piece[1] for piece in bucket])
-        self._call(tensors, grad, numbers, dither, eps)
+        self._call(tensors, grad, numbers, dither)
         if len(bucket) > 1:
             sizes = [len(piece[1]) for piece in bucket]
             for parts, whole in zip(zip(*(piece[0] for piece in bucket), strict=True), tensors, strict=True):
-                torch._foreach_copy_(list(parts), list(whole.split(sizes)))
+                torch._foreach_copy_(list(parts), list(torch.split(whole, sizes)))
 
     def _call(self, *arguments: Any) -> None:
         """Take the step compiled on a GPU; where the compiler fails, as it is from then on."""
@@ -175,8 +176,8 @@ def _pieces(parameter: Tensor, state: dict[str, Tensor], size: int) -> Iterator[
     """Cut a parameter into flat pieces of at most so many weights."""
     assert parameter.grad is not None
     held = [tensor.view(-1) for tensor in (parameter, state["rest"], state["exp_avg"], state["exp_avg_sq"])]
-    parts = zip(*(tensor.split(size) for tensor in held), strict=True)
-    for own, grad in zip(parts, parameter.grad.reshape(-1).split(size), strict=True):
+    parts = zip(*(torch.split(tensor, size) for tensor in held), strict=True)
+    for own, grad in zip(parts, torch.split(parameter.grad.reshape(-1), size), strict=True):
         yield list(own), grad
 
 
@@ -198,7 +199,7 @@ def _settings(group: dict[str, Any], step: Tensor, done: Tensor) -> tuple[Tensor
     exact = step.double().clamp(min=1)  # 0 before a first step that is skipped
     fixed = torch.tensor([group["lr"], group["weight_decay"], 1 - beta1, 1 - beta2], dtype=torch.float64)
     fixed = fixed.to(step.device, non_blocking=True) * done
-    corrections = torch.stack([1 - beta1**exact, (1 - beta2**exact).sqrt()])
+    corrections = torch.stack([1 - beta1**exact, (1 - beta2**exact).sqrt(), torch.full_like(exact, group["eps"])])
     return torch.cat([fixed, corrections]).float(), ((exact * GOLDEN) % 2**16).to(torch.int32)
 
 

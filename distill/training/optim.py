@@ -6,8 +6,6 @@ onto the optimizer's groups: a scheduler prepared by Accelerate would advance on
 
 from __future__ import annotations
 
-import importlib.util
-import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.errors import InputError
+from distill.models.quantised import import_bitsandbytes
 from distill.recipe.schema import Optimization
 from distill.registry import bind, find
 from distill.training.masters import MasterAdamW
@@ -43,9 +42,8 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": adamw, "
 
 
 def _eight_bits() -> Callable[..., torch.optim.Optimizer]:
-    if importlib.util.find_spec("bitsandbytes") is None:
+    if not import_bitsandbytes():
         raise InputError("optimizer: adamw_8bit needs bitsandbytes: pip install 'distill[int8]'")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of 4-bit products that a CPU has not
     from distill.training.adamw8 import MasterAdamW8bit
 
     return MasterAdamW8bit

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from distill.errors import InputError
 from distill.models.family import all_layers
+from distill.models.quantised import import_bitsandbytes
 from distill.models.sentence import unused_parameters
 from distill.models.trainable import freeze
 from distill.ranks import process_state
@@ -131,6 +132,7 @@ def make_learner(
     if spec.lora is None:
         freeze(student, [*spec.freeze, *unused_parameters(student)], spec.only)
     else:
+        import_bitsandbytes()  # as peft does
         from distill.training.lora import Adapters
 
         adapters = Adapters(student, spec.lora)

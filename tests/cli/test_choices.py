@@ -95,7 +95,7 @@ RUNS = {
         "bert",
         """
         teacher.init=random
-        teacher.fit={steps: 12, batch_size: 8, lr: 3e-3, precision: bf16, schedule: wsd, decay: 0.5}
+        teacher.fit={steps: 12, batch_size: 8, lr: 3e-3, precision: bf16, weights: bf16, schedule: wsd, decay: 0.5}
         student.layers.choose=even
         student.mlp.score=activation
         student.repair={bias: true, refit: true, ridge: 0.01, held_out: 32}
@@ -150,6 +150,7 @@ RUNS = {
         training.evaluate_every=2
         training.keep_best=loss
         training.precision=bf16
+        training.weights=bf16
         release.format=padded
         """,
     ),
@@ -266,6 +267,15 @@ RUNS = {
         training.evaluate_every=2
         training.keep_best=token_accuracy
         training.freeze=["*.embed_tokens.*"]
+        """,
+    ),
+    "adapters in place of the weights": (
+        "llama",
+        """
+        teacher.fit={steps: 4, batch_size: 8, lr: 3e-3, optimizer: adamw_8bit, lora: {rank: 2, also: ["*norm*"]}}
+        losses=[{match: logits}, {match: relations}, {match: hidden}]
+        training={steps: 4, batch_size: 8, micro_batch_size: 4, precision: bf16, weights: bf16, optimizer: adamw_8bit,
+          lora: {rank: 4, alpha: 8, targets: [q_proj, "*.mlp.*"], dropout: 0.1, also: ["*norm*"]}}
         """,
     ),
     "an encoder-decoder": (
@@ -456,6 +466,27 @@ def test_every_choice_passes_through_a_run_to_a_release_that_stock_transformers_
 def test_what_cannot_be_had_here_is_refused_before_anything_is_done(case, tmp_path, capsys):
     override, words = REFUSED[case]
     assert main(["run", str(project(tmp_path, "bert")), override, "--out", str(tmp_path / "run")]) == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "override", "words"),
+    [
+        ("FSDP", "training.weights=bf16", "training.weights: bf16 does not go with FSDP"),
+        ("FSDP", "training.optimizer=adamw_8bit", "training.optimizer: adamw_8bit does not go with FSDP"),
+        (
+            "FSDP",
+            "teacher.fit={steps: 1, precision: bf16, weights: bf16}",
+            "teacher.fit.weights: bf16 does not go with",
+        ),
+    ],
+)
+def test_a_launch_that_shards_weights_is_refused_what_it_cannot_hold(
+    kind, override, words, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
+    overrides = ["training.precision=bf16", override, "--out", str(tmp_path / "run")]
+    assert main(["run", str(project(tmp_path, "bert")), *overrides]) == 2
     assert words in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 

@@ -101,6 +101,7 @@ def test_a_training_step_is_three_passes_of_the_student_and_one_of_the_teacher()
     student, teacher = count(bert(1))["flops_per_example"], count(bert(3))["flops_per_example"]
     assert training_flops(bert(1), bert(3), LENGTH) == (3 * student + teacher) / LENGTH
     assert training_flops(bert(1), None, LENGTH) == 3 * student / LENGTH
+    assert training_flops(bert(1), bert(3), LENGTH, adapters=True) == (2 * student + teacher) / LENGTH
 
 
 @pytest.mark.parametrize("build", [bert, llama])

@@ -60,6 +60,18 @@ def test_patterns_that_match_a_parameter_are_accepted(stored: list[str], write: 
 
 
 @pytest.mark.parametrize("stored", [BERT, HEADED], ids=["base model", "with a head"])
+def test_adapters_of_linear_maps_that_are_not_there_are_named(stored: list[str], write: Write, folder: Path) -> None:
+    (folder / "teacher/model.safetensors").write_bytes(weights(stored))
+    text = GOOD.replace("lr: 2e-4}", "lora: {targets: [dense, '*.v_proj'], also: ['*Norm*', '*nrom*']}}")
+    text = text.replace("multiple_of: 64}", "multiple_of: 64}\n  mask: {sparsity: 0.5}")
+    found = problems(write(text.replace("  lr: 3e-4", "  lora: {targets: [quarry]}")))
+    keys = ["teacher.fit.lora.targets.1", "teacher.fit.lora.also.1", "training.lora", "training.lora.targets.0"]
+    assert [problem.key for problem in found] == keys
+    assert "'*.v_proj' matches no linear map of the teacher" in found[0].message
+    assert "masks choose among weights that learn" in found[2].message
+
+
+@pytest.mark.parametrize("stored", [BERT, HEADED], ids=["base model", "with a head"])
 def test_patterns_that_match_nothing_are_named(stored: list[str], write: Write, folder: Path) -> None:
     (folder / "teacher/model.safetensors").write_bytes(weights(stored))
     text = GOOD.replace("lr: 2e-4}", "freeze: ['*.attn.*']}")

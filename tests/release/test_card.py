@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
+from distill.recipe.schema import Recipe
 from distill.recipe.student import Mask
 from distill.release import wording
 from distill.release.card import KIND_USES, LOADING, USES, fence, inline, render_card, snippet
@@ -102,6 +103,17 @@ def test_card_tells_what_was_cut_and_how_it_was_trained(evidence: Evidence) -> N
     assert ["logits", "predictions with the teacher's", "forward_kl", "temperature 2", "1"] in tables[3]
     assert ["training examples", "2448, labelled: 160"] in tables[4]
     assert ["throughput, examples/s", "412.7", "1,031", "2.47x (2.31 to 2.62)"] in tables[6]
+
+
+def test_card_tells_of_adapters_and_of_what_training_was_held_in(evidence: Evidence) -> None:
+    assert not {"optimizer", "weights", "adapters"} & {row[0] for row in rows(render_card(evidence))[4]}
+    given = evidence.recipe.model_dump()
+    given["training"] |= {"precision": "bf16", "weights": "bf16", "optimizer": "adamw_8bit"}
+    given["training"]["lora"] = {"rank": 8, "targets": ["q_proj", "v_proj"], "also": ["*norm*"]}
+    table = rows(render_card(replace(evidence, recipe=Recipe.model_validate(given))))[4]
+    assert ["optimizer", "adamw_8bit"] in table and ["weights", "bf16, with fp32 masters"] in table
+    line = "LoRA, rank 8, alpha 32, on q_proj, v_proj; beside them *norm*; merged into the weights"
+    assert ["adapters", line] in [[key, value.replace("\\", "")] for key, value in table if key == "adapters"]
 
 
 def test_card_holds_command_and_recipe_unchanged(evidence: Evidence) -> None:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 
 import pytest
 import torch
+import transformers
 from launched import launched
 from peft.tuners.lora import LoraLayer
 from running import dropped, published, run
 from safetensors.torch import load_file
-from tiny import FORMS, tiny_batch, tiny_model
+from tiny import FORMS, tiny_batch, tiny_config, tiny_model
 from transformers import AutoModelForSequenceClassification
 
 from distill.errors import InputError
 from distill.models.forward import Capture, forward
+from distill.models.load import ModelHead, load_model
 from distill.models.trainable import mark_drawn
+from distill.pipeline import train
 from distill.recipe.schema import Training
 from distill.recipe.sections import Lora
 from distill.training.lora import Adapters, adapted_names
@@ -121,6 +125,15 @@ def test_what_was_drawn_at_random_learns_in_full():
     assert all("classifier" in name or name.endswith("LayerNorm.weight") for name in whole)
 
 
+def test_a_head_that_a_teacher_lacks_is_loaded_as_drawn_and_learns_in_full(tmp_path):
+    transformers.AutoModel.from_config(tiny_config("bert")).save_pretrained(tmp_path)
+    head = ModelHead("AutoModelForSequenceClassification", ["a", "b", "c"])
+    model = load_model(tmp_path, head, allow_untrained_head=True, random_seed=0)
+    Adapters(model, Lora())
+    whole = {name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
+    assert whole == {"classifier.weight", "classifier.bias"}
+
+
 @pytest.mark.parametrize("weights", [{}, BF16], ids=["fp32", "bf16"])
 def test_adapters_alone_learn_are_checkpointed_and_resume_bitwise(weights, corpus, tmp_path):
     def trained(folder):
@@ -192,3 +205,19 @@ def test_deepspeed_is_refused_with_what_to_do(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(InputError, match=r"training\.lora does not go with DeepSpeed: launch it with DDP or FSDP2"):
         check_launch_keeps(Training(steps=1, lora={}))
+
+
+def test_packages_that_are_not_installed_are_named_with_their_extra(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"^teacher\.fit\.lora needs peft: pip install 'distill\[lora\]'$"):
+        train.check_optimization("teacher.fit", Training(steps=1, lora={}))
+    with pytest.raises(InputError, match=r"adamw_8bit needs bitsandbytes: pip install 'distill\[int8\]'"):
+        train.check_optimization("training", Training(steps=1, optimizer="adamw_8bit"))
+    train.check_optimization("training", Training(steps=1))
+
+
+def test_a_pooler_that_the_vectors_do_not_depend_on_is_not_adapted():
+    model = transformers.AutoModel.from_config(tiny_config("bert"))
+    model.sentence_head = torch.nn.Identity()
+    with pytest.raises(InputError, match=r"'dense' matches pooler\.dense, which the vectors do not depend on"):
+        adapted_names(model, Lora(targets=["dense"]))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -167,13 +170,18 @@ def test_the_compiled_step_computes_the_same():
     torch.manual_seed(0)
     weight, rest = split(torch.randn(1000))
     moments = [torch.randn(1000).bfloat16(), torch.rand(1000).bfloat16()]
-    group = {"lr": 1e-3, "weight_decay": 0.1, "betas": (0.9, 0.999)}
+    group = {"lr": 1e-3, "weight_decay": 0.1, "betas": (0.9, 0.999), "eps": 1e-8}
     settings = masters._settings(group, torch.tensor(5.0), torch.ones(()))
     both = []
     for step in (masters.step_in_place, torch.compile(masters.step_in_place, dynamic=True)):
         own = [tensor.clone() for tensor in (weight, rest, *moments)]
-        step(own, torch.linspace(-1, 1, 1000).bfloat16(), *settings, 1e-8)
+        step(own, torch.linspace(-1, 1, 1000).bfloat16(), *settings)
         both.append([join(own[0], own[1]), own[2].float(), own[3].float()])
+    torch._dynamo.utils.counters.clear()
+    for size in (7, 4096):  # other sizes and numbers need no other graph
+        parts = [tensor[:1].repeat(size) for tensor in (weight, rest, *moments)]
+        step(parts, torch.ones(size, dtype=torch.bfloat16), 2 * settings[0], settings[1])
+    assert not torch._dynamo.utils.counters["stats"]["unique_graphs"]
     torch.testing.assert_close(both[0], both[1], rtol=2**-7, atol=1e-6)
     assert not torch.equal(both[0][0], join(weight, rest))
 
@@ -299,3 +307,14 @@ def test_launches_that_shard_are_refused_with_what_to_do(kind, words, monkeypatc
     with pytest.raises(InputError, match="adamw_8bit does not go with"):
         check_launch_keeps(Training(steps=1, optimizer="adamw_8bit"))
     check_launch_keeps(Training(steps=1))
+
+
+def test_bitsandbytes_is_imported_without_the_code_that_it_would_fetch(tmp_path):
+    # In a new interpreter, with a `kernels` that says when it is asked.
+    (tmp_path / "kernels.py").write_text("def get_kernel(*_, **__):\n    print('FETCHED')\n")
+    code = "from distill.models.quantised import import_bitsandbytes as f; print(f()); import kernels, bitsandbytes"
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "True\n" and "Failed to load" not in done.stderr
