@@ -68,8 +68,8 @@ def test_each_change_takes_something_off_what_is_left():
     before = peak_of(training, GPU).total
     for label, changed in changes(training, GPU, 1):
         total = peak_of(changed, GPU).total
-        # Tensors as small as these have fp32 moments under adamw_8bit.
-        assert total < before or "8bit" in label, label
+        # Tensors as small as these have fp32 moments under adamw_8bit, and adapters of rank 16 are as large as they.
+        assert total < before or "8bit" in label or "lora" in label, label
         before = total
 
 
