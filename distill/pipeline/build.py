@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from distill.models.family import layers_of, layout_of
 from distill.models.forward import MODEL_INPUTS, Batch, Capture, forward, with_decoder_inputs
 from distill.models.layout import StackName
 from distill.models.load import folder_fingerprint
+from distill.models.memory import free_memory
 from distill.models.pattern import pattern_note
 from distill.models.plan import StudentPlan
 from distill.pipeline.session import Session
@@ -39,7 +38,7 @@ HALF_ROUNDING = 0.03
 def work(session: Session) -> None:
     """Build the student that the plan describes, once a student that keeps everything is the teacher."""
     teacher, corpus, plan = session.load(session.teacher), session.corpus, StudentPlan.load(session.folder.plan)
-    size, free = sum(tensor.nbytes for tensor in teacher.state_dict().values()), _free_memory()
+    size, free = sum(tensor.nbytes for tensor in teacher.state_dict().values()), free_memory(torch.device("cpu"))
     if size < free:
         batch = with_decoder_inputs(teacher, collate(corpus, corpus.train, range(min(PROBES, len(corpus.train)))))
         # Heads of classes give few logits, and that of BART looks for the end of each text.
@@ -129,15 +128,6 @@ def _logits(model: Any, batch: Batch) -> Tensor:
     logits = forward(model, batch, Capture()).logits
     assert logits is not None, "nothing is stopped at the head"
     return logits.float()
-
-
-def _free_memory() -> int:
-    """Return the bytes of main memory that new work can have without swapping; those of the machine where unknown."""
-    try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
-        return 1024 * int(lines["MemAvailable"].split()[0])
-    except (OSError, LookupError, ValueError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def inputs(session: Session) -> dict[str, Any]:
