@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from distill.losses.slopes import BLOCK, Chunk, Fastest, Means, SumTerms, Terms
 from distill.models.head import OutputHead, products, soft_cap
+from distill.models.memory import free_bytes
 
 CHUNK = {"cpu": (5 * 10**6, 128, 512), "cuda": (2**28, 512, 4096)}
 """Device -> logits per chunk, and the fewest and most positions in it. With few positions the gradient of the weight is
@@ -34,17 +35,11 @@ ROW_MULTIPLE = {"cuda": 64}
 def chunk_size(vocabulary: int, device: torch.device) -> int:
     """Choose the positions per chunk: as many as suit the device, and fewer where its memory is nearly full."""
     logits, fewest, most = CHUNK.get(device.type, CHUNK["cuda"])
-    if device.type == "cuda":
-        logits = min(logits, _free_bytes(device) // (2 * 4 * SHARE_OF_FREE))
+    if device.type == "cuda" and torch.cuda.is_available():  # a plan may be for a card that is not there
+        logits = min(logits, free_bytes(device) // (2 * 4 * SHARE_OF_FREE))
         fewest = min(fewest, max(64, logits // vocabulary))
     size = min(most, max(fewest, logits // vocabulary))
-    return size // 64 * 64 if device.type == "cuda" else size
-
-
-def _free_bytes(device: torch.device) -> int:
-    """Bytes that tensors could still take on a GPU: free ones, and those that torch holds for later."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return max(64, size // 64 * 64) if device.type == "cuda" else size
 
 
 @dataclass(frozen=True)

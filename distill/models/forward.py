@@ -5,7 +5,7 @@ Shapes: B examples, L positions, D hidden width, H heads, V classes or vocabular
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache, partial
@@ -80,7 +80,7 @@ def _shift_right(model: Any, labels: Tensor) -> Tensor:
 
 def without_cache(model: Any) -> dict[str, Any]:
     """Options of a call that turn off the key-value cache, which is for generation; none for models without one."""
-    kind: Hashable = type(model)
+    kind: Any = type(model)
     return {"use_cache": False} if _has_cache(kind) else {}
 
 

@@ -7,14 +7,12 @@ last tensor on it is gone, as on a device. What kernels take for themselves insi
 from __future__ import annotations
 
 import logging
-import os
 import re
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from distill.errors import InputError
+from distill.ranks import free_memory
 
 UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
@@ -143,15 +142,12 @@ def make_fake(module: nn.Module) -> None:
             setattr(each, name, new[tensor])
 
 
-def free_memory(device: torch.device) -> int:
-    """Return the bytes of a device that new work can have; of main memory those to be had without swapping."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
-        return 1024 * int(lines["MemAvailable"].split()[0])
-    except (OSError, LookupError, ValueError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def free_bytes(device: torch.device) -> int:
+    """Return the bytes of a device that new tensors can have, those that torch holds for later included."""
+    if device.type != "cuda":
+        return free_memory()
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def parse_size(text: str) -> int:

@@ -16,7 +16,7 @@ from accelerate import DistributedType
 from distill.losses import PREDICTION_KINDS
 from distill.models.family import all_layers
 from distill.models.forward import row_count
-from distill.models.memory import Peak, free_memory
+from distill.models.memory import Peak, free_bytes
 from distill.models.plan import StudentPlan
 from distill.pipeline.rehearsal import Rehearsal, rehearse_memory
 from distill.pipeline.session import Session
@@ -51,7 +51,7 @@ Times = Sequence[StepTime | str | None]
 def forecast(session: Session) -> Iterator[Printed]:
     """Tabulate memory and speed of all trainings of a run whose plan is made, then what would make them fit."""
     device = process_state().device
-    free, works = free_memory(device), works_of(session)
+    free, works = free_bytes(device), works_of(session)
     peaks = [peak_of(work.rehearsal, device) for work in works]
     times = [time_of(work, device) for work in works]
     title = f"memory per device and speed on {device.type}, {format_size(free)} free"

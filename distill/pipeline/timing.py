@@ -115,7 +115,8 @@ def extrapolate(few: float, more: float, sizes: Sequence[int]) -> float:
 
 
 def _time_depths(passes: Sequence[Callable[[], object]], sizes: Sequence[int], device: torch.device) -> float:
-    return extrapolate(*least_seconds(dict(zip(("few", "more"), passes, strict=True)), device).values(), sizes)
+    seconds = least_seconds(dict(zip(("few", "more"), passes, strict=True)), device)
+    return extrapolate(seconds["few"], seconds["more"], sizes)
 
 
 def _only(run: Callable[[], object], device: torch.device) -> float:

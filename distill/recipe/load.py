@@ -24,18 +24,26 @@ from distill.recipe.schema import Recipe
 from distill.recipe.yaml import read_document, read_text, refuse, scalar
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, weights: bool = True) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and check everything that can be known without loading a model.
 
     Args:
         path: The YAML file. Folders in it are relative to the file.
         overrides: `key.path=value` each, e.g. `losses.0.weight=0.5`; values are YAML. The last of two equal keys holds.
-        weights: False: the teacher's folder may hold a config and a tokenizer only.
 
     Raises:
         RecipeError: The recipe is wrong; lists all problems.
         InputError: The file cannot be read.
     """
+    return _load(path, overrides, weights=True)
+
+
+def load_without_weights(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Do what `load_recipe` does for a teacher of which there may be no more than a config and a tokenizer."""
+    return _load(path, overrides, weights=False)
+
+
+def _load(path: str | Path, overrides: Sequence[str], *, weights: bool) -> Recipe:
     path = Path(path)
     document = read_document(path)
     if not isinstance(document.data, dict):

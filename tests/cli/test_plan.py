@@ -43,8 +43,8 @@ def test_a_plan_for_a_card_needs_a_config_and_runs_nothing(project, tmp_path, mo
 
 def test_a_plan_says_what_would_make_it_fit(project):
     printed = distill("plan", project, "--memory", "1.2MB").stdout
-    assert "distilled needs" in printed
-    assert "training.micro_batch_size: 2" in rows(printed)
+    assert "needs" in printed
+    assert any(label.endswith("micro_batch_size: 2") for label in rows(printed))
 
 
 @pytest.mark.parametrize("size", ["80", "much", "0GB"])

@@ -204,16 +204,16 @@ def test_two_processes_train_the_adapters_that_one_does(kind, tmp_path):
 def test_deepspeed_is_refused_with_what_to_do(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(InputError, match=r"training\.lora does not go with DeepSpeed: launch it with DDP or FSDP2"):
-        check_launch_keeps(Training(steps=1, lora={}))
+        check_launch_keeps(Training(steps=1, lora={}), "sequence")
 
 
 def test_packages_that_are_not_installed_are_named_with_their_extra(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"^teacher\.fit\.lora needs peft: pip install 'distill\[lora\]'$"):
-        train.check_optimization("teacher.fit", Training(steps=1, lora={}))
+        train.check_optimization("teacher.fit", Training(steps=1, lora={}), "sequence")
     with pytest.raises(InputError, match=r"adamw_8bit needs bitsandbytes: pip install 'distill\[int8\]'"):
-        train.check_optimization("training", Training(steps=1, optimizer="adamw_8bit"))
-    train.check_optimization("training", Training(steps=1))
+        train.check_optimization("training", Training(steps=1, optimizer="adamw_8bit"), "sequence")
+    train.check_optimization("training", Training(steps=1), "sequence")
 
 
 def test_a_pooler_that_the_vectors_do_not_depend_on_is_not_adapted():

@@ -287,8 +287,8 @@ def test_evaluations_and_saves_have_their_own_seconds_and_are_in_no_window(corpu
         time.sleep(pause)
         return {"accuracy": 0.5}
 
-    plain = loop._Run.save
-    monkeypatch.setattr(loop._Run, "save", lambda *given: (time.sleep(pause), plain(*given))[1])
+    plain = loop._Run._hand_over
+    monkeypatch.setattr(loop._Run, "_hand_over", lambda *given: (time.sleep(pause), plain(*given))[1])
     began = time.monotonic()
     run(corpus, tmp_path, job={"evaluate": evaluate}, evaluate_every=2, steps=6)  # looks and saves at 2, 4 and 6
     whole = time.monotonic() - began
