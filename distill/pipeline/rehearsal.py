@@ -64,7 +64,8 @@ class Rehearsal:
 
     def objective(self, terms: Sequence[Term], chunk: int | None = None) -> Objective:
         """Make an objective of some of the terms."""
-        return Objective(terms, self.kind, self.maps, self.vocabulary, chunk, self.encoder_maps)
+        precision = None if self.spec.head_precision == "auto" else self.spec.head_precision
+        return Objective(terms, self.kind, self.maps, self.vocabulary, chunk, self.encoder_maps, precision)
 
     @property
     def narrow(self) -> bool:

@@ -22,6 +22,7 @@ from distill.pipeline.build import plan_of_whole
 from distill.pipeline.rehearsal import Rehearsal, autocast, widen
 from distill.student import build_student
 from distill.teacher import LiveTeacher
+from distill.training.compiled import CompiledLayers, is_compilers, is_wanted
 from distill.training.ema import Ema
 from distill.training.model import DistillModel
 from distill.training.optim import make_optimizer
@@ -56,8 +57,18 @@ class StepTime:
 def rehearse_time(training: Rehearsal, device: torch.device) -> StepTime:
     """Time the products of a step on the device, with real weights of a few layers and true shapes.
 
-    Each stack is timed with one layer and with three, in turns.
+    Each stack is timed with one layer and with three, in turns; compiled where the training compiles layers.
     """
+    if is_wanted(training.spec.compile, device):
+        try:
+            return _rehearse(training, device, compiles=True)
+        except Exception as error:
+            if not is_compilers(error):
+                raise
+    return _rehearse(training, device, compiles=False)
+
+
+def _rehearse(training: Rehearsal, device: torch.device, *, compiles: bool) -> StepTime:
     batch = to_device(training.batch, device)
     whole = training.objective(training.terms)
     models = [model for model in training.hollow() if model is not None]
@@ -67,6 +78,9 @@ def rehearse_time(training: Rehearsal, device: torch.device) -> StepTime:
         training.freeze(models[0])
     learning = _learning(models[0])
     students, *teachers = [[_materialize(model, device) for model in pair] for pair in shallow]
+    if compiles:
+        made = [layer for pair in (students, *teachers) for model in pair for layer in all_layers(model)]
+        CompiledLayers(training.title, lambda _line: None).compile(made)
     taught = 0.0
     for pair in teachers:
         lone = [LiveTeacher(model, Capture(stop_at_head=True), device) for model in pair]

@@ -58,13 +58,23 @@ class CompiledLayers:
 
     def caused(self, error: Exception) -> bool:
         """Tell whether an error comes from compiling layers, or from what was compiled."""
-        by_compiler = type(error).__module__.startswith(COMPILERS)
-        return bool(self.layers) and (by_compiler or isinstance(error, torch._dynamo.exc.TorchDynamoException))
+        return bool(self.layers) and is_compilers(error)
 
     def give_up(self, error: Exception | None) -> None:
         """Go on with plain layers, and say why; without an error another rank had one."""
         self.remove()
         self.say(f"{self.title}: the layers run as they are, they cannot be compiled: {in_short(error)}")
+
+
+def is_compilers(error: Exception) -> bool:
+    """Tell whether a compiler raised an error."""
+    by_compiler = type(error).__module__.startswith(COMPILERS)
+    return by_compiler or isinstance(error, torch._dynamo.exc.TorchDynamoException)
+
+
+def is_wanted(choice: Compile, device: torch.device) -> bool:
+    """Tell whether layers on a device are compiled by this choice."""
+    return choice is True or (choice == "auto" and device.type == "cuda")
 
 
 def in_short(error: Exception | None) -> str:
@@ -87,7 +97,7 @@ def compiled_layers(
         say: Receives a line for what is not compiled.
     """
     compiled = CompiledLayers(title, say)
-    chosen = [model for model in models if choice is True or (choice == "auto" and model.device.type == "cuda")]
+    chosen = [model for model in models if is_wanted(choice, model.device)]
     if chosen and choice == "auto" and (reason := _reason_against(objective, accelerator)):
         say(f"{title}: the layers are not compiled: {reason}")
         chosen = []

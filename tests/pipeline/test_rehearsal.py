@@ -16,6 +16,7 @@ from distill.pipeline.rehearsal import Rehearsal, _loss_bytes, _loss_bytes_at, a
 from distill.pipeline.timing import StepTime, advise_depth, extrapolate, rehearse_time
 from distill.recipe.schema import Term, Training
 from distill.recipe.sections import Lora
+from distill.training import compiled
 
 CPU = torch.device("cpu")
 LABELS, LOGITS = Term(match="labels"), Term(match="logits")
@@ -186,3 +187,21 @@ def test_longer_passes_take_longer_and_the_step_of_the_optimizer_does_not():
 def test_depth_is_not_named_where_nothing_is_gained_by_it():
     model = tiny_model("llama")
     assert advise_depth(model, model, 4, CPU) is None
+
+
+def test_layers_are_timed_compiled_where_the_training_compiles_them(monkeypatch):
+    graphs = []
+    monkeypatch.setattr(compiled, "BACKEND", lambda graph, _inputs: graphs.append(graph) or graph.forward)
+    training = rehearsal(family="llama", terms=(LOGITS,), rows=2, length=8, taught=True, compile=True)
+    assert rehearse_time(training, CPU).student > 0 and graphs
+    graphs.clear()
+    assert rehearse_time(training.with_spec(compile="auto"), CPU).student > 0 and not graphs
+
+
+def test_a_family_that_cannot_be_compiled_is_timed_as_it_is(monkeypatch):
+    def broken(_graph, _inputs):
+        raise NotImplementedError("no kernel for this")
+
+    monkeypatch.setattr(compiled, "BACKEND", broken)
+    training = rehearsal(family="llama", terms=(LOGITS,), rows=2, length=8, taught=True, compile=True)
+    assert rehearse_time(training, CPU).student > 0
