@@ -192,22 +192,23 @@ def kl(kl_sum: Column, positions: Column) -> float:
 
 def mrr_at_10(embeddings: Column, pair_embeddings: Column) -> float:
     """Mean over texts of 1 / rank of their own pair among all pairs by cosine; 0 where it is not among the first 10."""
-    return _mean_gain(embeddings, pair_embeddings, lambda ranks: 1 / ranks)
+    return float((1 / _first_ranks(embeddings, pair_embeddings)).mean())
 
 
 def ndcg_at_10(embeddings: Column, pair_embeddings: Column) -> float:
     """As `mrr_at_10`, with 1 / log2(1 + rank): one pair is right, so the ideal gain is 1."""
-    return _mean_gain(embeddings, pair_embeddings, lambda ranks: 1 / np.log2(1 + ranks))
+    return float((1 / np.log2(1 + _first_ranks(embeddings, pair_embeddings))).mean())
 
 
 def recall_at_10(embeddings: Column, pair_embeddings: Column) -> float:
     """Share of the texts whose own pair is among the first 10."""
-    return _mean_gain(embeddings, pair_embeddings, lambda _ranks: 1.0)
+    return float(np.isfinite(_first_ranks(embeddings, pair_embeddings)).mean())
 
 
-def _mean_gain(texts: Column, pairs: Column, gain: Callable[[Column], Any]) -> float:
+def _first_ranks(texts: Column, pairs: Column) -> Column:
+    """Rank of each text's own pair; inf where it is not among the first."""
     ranks = ranks_of_pairs(texts, pairs)
-    return float(np.where(ranks <= NEIGHBOURS, gain(ranks), 0.0).mean())
+    return np.where(ranks <= NEIGHBOURS, ranks, np.inf)
 
 
 def cosine_to_teacher(teacher_cosine: Column) -> float:

@@ -18,8 +18,6 @@ from distill.recipe.schema import Data
 
 LONGEST_ANSWER = 30
 """Tokens that an answer has at most, as in the scripts of transformers."""
-BLOCK = 100
-"""Rows that are tokenised at once: each may have many windows."""
 Window = tuple[dict[str, list[int]], np.ndarray]
 """Ids by name, and for each token the characters [start, end) of the context, or -1: int32 [L, 2]."""
 Answers = list[list[Any]]
@@ -88,6 +86,7 @@ class QuestionAnswering(Task):
     columns: ClassVar = {"question": TEXT, "context": TEXT, "answers": Column(read_answers, answer=True)}
     observed = ("row", "answers", "answer_score", "null_score", "gold")
     observed_in_training = True
+    block = 100  # each row may have many windows
     sample = ("Who wrote the program?", "Ada wrote the program in 1843.")
 
     def settle(self, labels: Mapping[str, Counter[str]], _spec: Data) -> Settled:
@@ -180,18 +179,19 @@ def _windows(
     tokenizer: Any, rows: Values, fitting: Sequence[int], limit: int, stride: int
 ) -> Iterator[tuple[int, list[Window]]]:
     """Yield each row's number and windows."""
-    for part in (fitting[start : start + BLOCK] for start in range(0, len(fitting), BLOCK)):
-        found = tokenizer(
-            [rows["question"][row] for row in part],
-            [rows["context"][row] for row in part],
-            truncation="only_second",
-            max_length=limit,
-            stride=stride,
-            return_overflowing_tokens=True,
-            return_offsets_mapping=True,
-        )
-        for number, group in groupby(range(len(found["input_ids"])), found["overflow_to_sample_mapping"].__getitem__):
-            yield part[number], [_window(found, index) for index in group]
+    if not fitting:
+        return
+    found = tokenizer(
+        [rows["question"][row] for row in fitting],
+        [rows["context"][row] for row in fitting],
+        truncation="only_second",
+        max_length=limit,
+        stride=stride,
+        return_overflowing_tokens=True,
+        return_offsets_mapping=True,
+    )
+    for number, group in groupby(range(len(found["input_ids"])), found["overflow_to_sample_mapping"].__getitem__):
+        yield fitting[number], [_window(found, index) for index in group]
 
 
 def _window(found: Any, index: int) -> Window:

@@ -193,6 +193,8 @@ class Task:
     head: ClassVar[str]
     """The kind of predictions, a name from `distill.losses.PREDICTION_KINDS`; `settle` may find another."""
     columns: ClassVar[Mapping[str, Column]] = {"text": TEXT}
+    metrics: ClassVar[Sequence[str]]
+    """Metrics that it has; see `metrics_for`. Those of a task of this package are listed in `distill.recipe.names`."""
     observed: ClassVar[tuple[str, ...]] = ()
     """Columns that `observe` adds to the predictions."""
     observed_in_training: ClassVar[bool] = False
@@ -214,6 +216,11 @@ class Task:
     preprocessors: Sequence[Any] = ()
     """Whatever else turns rows into what the model reads, and is saved beside it: each has `save_pretrained`."""
 
+    def __init_subclass__(cls) -> None:
+        """Take the metrics from the list, unless the class names or inherits its own."""
+        if vars(cls).get("name") in TASK_METRICS:
+            cls.metrics = vars(cls).get("metrics", TASK_METRICS[cls.name])  # type: ignore[index]
+
     def bind(self, _teacher: Path, _tokenizer: Any, _spec: Data) -> Task:
         """Return the task with what it needs of the teacher's folder to encode, collate and observe.
 
@@ -229,11 +236,6 @@ class Task:
     def settle(self, _labels: Mapping[str, Counter[str]], _spec: Data) -> Settled:
         """Decide on head and classes from split -> label, as JSON -> number of rows. Raises InputError."""
         return Settled(self.head)
-
-    @property
-    def metrics(self) -> Sequence[str]:
-        """Metrics that it has; see `metrics_for`."""
-        return TASK_METRICS[self.name]  # type: ignore[index]
 
     def metrics_for(self, _head: str) -> Sequence[str]:
         """Choose the metrics measured unless the recipe says otherwise; the first one stands in headlines."""
