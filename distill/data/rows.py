@@ -69,14 +69,13 @@ def draws_for(spec: Data, seed: int, looks: bool) -> dict[str, str]:
     Rows with small numbers go to the test split, or to the validation split, or count once more where the weight of
     their source is no whole number, or keep their label where only some do.
     """
-    wanted = {
-        "test": spec.test is None,
-        "validation": looks and spec.validation is None,
-        "weight": any(source.weight % 1 for source in spec.origins("train")),
-        "labels": spec.labelled is not None,
-    }
-    words = {"test": "split", "validation": "validation", "weight": "weight", "labels": str(seed)}
-    return {purpose: word for purpose, word in words.items() if wanted[purpose]}
+    draws = (
+        ("test", "split", spec.test is None),
+        ("validation", "validation", looks and spec.validation is None),
+        ("weight", "weight", any(source.weight % 1 for source in spec.origins("train"))),
+        ("labels", str(seed), spec.labelled is not None),
+    )
+    return {purpose: word for purpose, word, wanted in draws if wanted}
 
 
 def read_split(split: str, task: Task, spec: Data, draws: Mapping[str, str], base: Path, folder: Path) -> Rows:

@@ -113,8 +113,7 @@ class Encoder:
         encoded, cut = self._encode(given, self.spec.max_length)
         self.truncated += cut
         self.count(encoded["input_ids"])
-        names = ["input_ids", *(["token_type_ids"] if pairs is not None and "token_type_ids" in encoded else [])]
-        return {name: encoded[name] for name in names}
+        return {name: encoded[name] for name in ("input_ids", "token_type_ids") if name in encoded}
 
     def targets(self, texts: Sequence[str], limit: int) -> tuple[list[list[int]], int]:
         """Encode texts that a decoder is to write, each cut to `limit`; returns their ids and how many were cut."""
