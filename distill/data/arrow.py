@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -38,9 +38,9 @@ class ArrowFile:
         """Name -> values, as views of the file."""
         return {field.name: _column_type(field.type)(self.table.column(field.name)) for field in self.table.schema}
 
-    def take(self, indices: Sequence[int] | np.ndarray, names: Collection[str] | None = None) -> dict[str, Any]:
-        """Return these columns, or all, of some rows: `Ragged` for lists, arrays for numbers, lists for texts."""
-        return {name: own.take(indices) for name, own in self.columns.items() if names is None or name in names}
+    def take(self, indices: Sequence[int] | np.ndarray) -> dict[str, Any]:
+        """Return the columns of some rows: `Ragged` for lists, arrays for numbers, lists for texts."""
+        return {name: own.take(indices) for name, own in self.columns.items()}
 
 
 class _Chunks(ABC):
@@ -125,18 +125,15 @@ def _column_type(kind: pa.DataType) -> type[Lists | Texts | Numbers]:
     return Lists if pa.types.is_list(kind) else Texts if pa.types.is_large_string(kind) else Numbers
 
 
-def write_arrow(path: Path, blocks: Iterable[Mapping[str, Sequence[Any]]]) -> bool:
-    """Write blocks of columns to a file as they come; the first decides on their types. Returns False for none."""
+def write_arrow(path: Path, blocks: Iterable[Mapping[str, Sequence[Any]]]) -> None:
+    """Write one or more blocks of columns to a file as they come; the first decides on their types."""
     rest = iter(blocks)
-    first = next(rest, None)
-    if first is None:
-        return False
+    first = next(rest)
     schema = pa.schema([(name, _type_of(values)) for name, values in first.items()])
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
         for block in chain([first], rest):
             arrays = [pa.array(block[field.name], field.type) for field in schema]
             writer.write_batch(pa.record_batch(arrays, schema=schema))
-    return True
 
 
 def _type_of(values: Sequence[Any]) -> pa.DataType:

@@ -17,6 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(sysconfig.get_paths()["stdlib"])
 NOT_LIBRARY = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
 """Folders of the standard library that are tests, applications or not the library at all."""
 
@@ -30,25 +31,24 @@ def stdlib_docstrings(*, packages: int = 12, shortest: int = 20) -> Any:
         packages: How many packages, those with the most paragraphs.
         shortest: Paragraphs with fewer characters are left out.
     """
-    root = Path(sysconfig.get_paths()["stdlib"])
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     package_of: dict[str, str] = {}  # keyed by text, which removes duplicates; the first package in path order wins
-    for path in _library_files(root):
-        parts = path.relative_to(root).parts
-        for text in _first_paragraphs(path) if len(parts) > 1 else ():
-            if len(text) >= shortest:
-                package_of.setdefault(text, parts[0])
+    for path in _library_files():
+        package, *inner = path.relative_to(ROOT).parts
+        for node in ast.walk(_parse(path)) if inner else ():
+            text = _first_paragraph(node) if isinstance(node, documented) else ""
+            if text and len(text) >= shortest:
+                package_of.setdefault(text, package)
     largest = [name for name, _ in Counter(package_of.values()).most_common(packages)]
     rows = [(text, package) for text, package in package_of.items() if package in largest]
     return _dataset([text for text, _ in rows], [package for _, package in rows])
 
 
-def _first_paragraphs(path: Path) -> list[str]:
+def _parse(path: Path) -> ast.Module:
     try:
-        tree = ast.parse(path.read_bytes())
+        return ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):  # the standard library ships deliberately broken files
-        return []
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    return [text for node in ast.walk(tree) if isinstance(node, documented) if (text := _first_paragraph(node))]
+        return ast.Module([], [])
 
 
 def pydoc_topics() -> Any:
@@ -67,8 +67,7 @@ def stdlib_sources(*, largest: int = 200_000) -> Any:
     Args:
         largest: Files with more bytes, which are tables of data, are left out.
     """
-    root = Path(sysconfig.get_paths()["stdlib"])
-    texts = [path.read_text(encoding="utf-8") for path in _library_files(root) if 0 < path.stat().st_size <= largest]
+    texts = [path.read_text(encoding="utf-8") for path in _library_files() if 0 < path.stat().st_size <= largest]
     return _dataset(texts, [None] * len(texts))
 
 
@@ -81,10 +80,9 @@ def stdlib_names(*, shortest: int = 20) -> Any:
     Args:
         shortest: Paragraphs with fewer characters are left out.
     """
-    root = Path(sysconfig.get_paths()["stdlib"])
     name_of: dict[str, str] = {}  # keyed by paragraph, as two names with one would both be right
-    for path in _library_files(root):
-        module = [part for part in path.relative_to(root).with_suffix("").parts if part != "__init__"]
+    for path in _library_files():
+        module = [part for part in path.relative_to(ROOT).with_suffix("").parts if part != "__init__"]
         for names, paragraph in _described(path, module):
             if len(paragraph) >= shortest and not any(name.startswith("_") for name in names):
                 name_of.setdefault(paragraph, " ".join(map(_in_words, names)))
@@ -93,10 +91,7 @@ def stdlib_names(*, shortest: int = 20) -> Any:
 
 def _described(path: Path, module: list[str]) -> Iterator[tuple[list[str], str]]:
     """Yield the qualified name of each function and class in a file, and the first paragraph of its docstring."""
-    try:
-        found: list[tuple[list[str], ast.AST]] = [(module, ast.parse(path.read_bytes()))]
-    except (SyntaxError, ValueError):  # the standard library ships deliberately broken files
-        return
+    found: list[tuple[list[str], ast.AST]] = [(module, _parse(path))]
     for names, node in found:
         for inner in ast.iter_child_nodes(node):
             if isinstance(inner, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -117,17 +112,17 @@ def _in_words(name: str) -> str:
 @lru_cache(maxsize=1)
 def library_fingerprint() -> str:
     """Return a sha256 of the Python version and the content of its standard library."""
-    root, digest = Path(sysconfig.get_paths()["stdlib"]), hashlib.sha256(sys.version.encode())
-    for path in _library_files(root):
+    digest = hashlib.sha256(sys.version.encode())
+    for path in _library_files():
         content = path.read_bytes()
-        digest.update(f"{path.relative_to(root)}:{len(content)}:".encode() + content)
+        digest.update(f"{path.relative_to(ROOT)}:{len(content)}:".encode() + content)
     return digest.hexdigest()
 
 
-def _library_files(root: Path) -> list[Path]:
+def _library_files() -> list[Path]:
     """List the modules of the standard library, in the order of their paths."""
     found = []
-    for folder, folders, names in os.walk(root):
+    for folder, folders, names in os.walk(ROOT):
         folders[:] = [name for name in folders if name not in NOT_LIBRARY]
         found += [Path(folder, name) for name in names if name.endswith(".py")]
     return sorted(found)

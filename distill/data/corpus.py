@@ -93,8 +93,7 @@ class Corpus:
 
 def save_facts(corpus: Corpus, folder: Path) -> None:
     """Write what is not in the Arrow files of a corpus, and the checksums of these."""
-    facts = {"padding": corpus.padding, "fingerprint": corpus.fingerprint, "summary": corpus.summary}
-    facts |= {"constants": corpus.constants}
+    facts = {name: getattr(corpus, name) for name in ("padding", "fingerprint", "summary", "constants")}
     files = {name: sha256_of(examples.path) for name, examples in corpus.splits.items()}
     write_json(folder / FACTS, {"settled": asdict(corpus.settled), **facts, "files": files})
 
@@ -114,11 +113,10 @@ def load_corpus(folder: Path, task: Task) -> Corpus:
     """
     try:
         facts = read_object(folder / FACTS)
-        splits = {name: Examples(folder / f"{name}.arrow") for name in dict(facts["files"])}
+        splits = {name: Examples(folder / f"{name}.arrow") for name in dict(facts.pop("files"))}
         for examples in (splits["train"], splits["test"], *splits.values()):
             len(examples)
-        settled = Settled(**{**facts["settled"], "classes": tuple(facts["settled"]["classes"])})
-        padding, constants = facts["padding"], facts["constants"]
-        return Corpus(task, settled, splits, padding, facts["fingerprint"], facts["summary"], constants)
+        settled = facts.pop("settled")
+        return Corpus(task, Settled(**{**settled, "classes": tuple(settled["classes"])}), splits, **facts)
     except (OSError, ValueError, LookupError, TypeError, pa.ArrowException) as error:
         raise InputError(f"{folder} holds no tokenised corpus: {error}") from error

@@ -28,6 +28,8 @@ from distill.recipe.schema import Data, Source
 BLOCK = 1000
 """Rows that are read, written or encoded at once; fewer of long texts."""
 BLOCK_CHARACTERS = 2**22
+Found = tuple[str, dict[str, Any], int]
+"""A row that was read: its place, its values by column, and the number of its source."""
 CUT_WITHIN = 2000
 """Characters within which a line or a word ends where a document is cut."""
 
@@ -67,14 +69,13 @@ def draws_for(spec: Data, seed: int, looks: bool) -> dict[str, str]:
     Rows with small numbers go to the test split, or to the validation split, or count once more where the weight of
     their source is no whole number, or keep their label where only some do.
     """
-    wanted = {
-        "test": spec.test is None,
-        "validation": looks and spec.validation is None,
-        "weight": any(source.weight % 1 for source in spec.origins("train")),
-        "labels": spec.labelled is not None,
-    }
-    words = {"test": "split", "validation": "validation", "weight": "weight", "labels": str(seed)}
-    return {purpose: word for purpose, word in words.items() if wanted[purpose]}
+    draws = (
+        ("test", "split", spec.test is None),
+        ("validation", "validation", looks and spec.validation is None),
+        ("weight", "weight", any(source.weight % 1 for source in spec.origins("train"))),
+        ("labels", str(seed), spec.labelled is not None),
+    )
+    return {purpose: word for purpose, word, wanted in draws if wanted}
 
 
 def read_split(split: str, task: Task, spec: Data, draws: Mapping[str, str], base: Path, folder: Path) -> Rows:
@@ -136,31 +137,36 @@ def _cut_at(text: str, share: float) -> int:
 
 
 def _collect(
-    found: Iterator[tuple[str, dict[str, Any], int]],
+    found: Iterator[Found],
     columns: Mapping[str, Column],
     sources: Sequence[Source],
     draws: Mapping[str, str],
     path: Path,
     parts_of: int = 0,
 ) -> Rows:
-    """Write rows, given as place, values and number of the source, to an Arrow file, and hash them."""
+    """Write rows to an Arrow file, and hash them."""
     keys, answers, origins, empty = bytearray(), array("q"), array("q"), bytearray()
     drawn = {purpose: bytearray() for purpose in draws}
     given = [role for role, column in columns.items() if not column.answer]
     asked = [role for role, column in columns.items() if column.answer]
 
     def blocks() -> Iterator[dict[str, list[str]]]:
-        for places, values, numbers in _blocks(found, columns):
+        for block in _blocks(found, columns):
+            places, rows, numbers = map(list, zip(*block, strict=True))
+            values = {role: [row[role] for row in rows] for role in columns}
             texts = {
-                role: _texts(values[role]) if columns[role].plain else _map(as_json, values[role], places, role)
-                for role in values
+                role: [each or "" for each in own] if columns[role].plain else _map(as_json, own, places, role)
+                for role, own in values.items()
             }
-            contents = _encode([_contents(columns[role], texts[role]) for role in given], places)
+            contents = _encode([[*map(columns[role].content or str, texts[role])] for role in given], places)
             keys.extend(b"".join([sha256(content).digest() for content in contents]))
             for purpose, word in draws.items():
                 start = f"{word}:".encode()
                 drawn[purpose].extend(b"".join([sha256(start + content).digest()[:4] for content in contents]))
-            said = (_or_nothing(texts[role], values[role]) for role in asked)
+            said = [
+                ["" if value is None else text for text, value in zip(texts[role], values[role], strict=True)]
+                for role in asked
+            ]
             answers.extend(_map(_hash_answer, zip(*said, strict=True), places) if asked else [0] * len(places))
             origins.extend(numbers)
             empty.extend(map(any, zip(*(map(_is_empty, values[role]) for role in given), strict=True)))
@@ -179,27 +185,19 @@ def _collect(
     )
 
 
-def _blocks(
-    found: Iterator[tuple[str, dict[str, Any], int]], columns: Mapping[str, Column]
-) -> Iterator[tuple[list[str], dict[str, list[Any]], list[int]]]:
-    """Gather rows to blocks of so many, or fewer where their texts are long: places, values by column, sources."""
+def _blocks(found: Iterator[Found], columns: Mapping[str, Column]) -> Iterator[list[Found]]:
+    """Gather rows to blocks of so many, or fewer where their texts are long."""
     plain = [role for role, column in columns.items() if column.plain]
-    places: list[str] = []
-    values: dict[str, list[Any]] = {role: [] for role in columns}
-    numbers: list[int] = []
+    block: list[Found] = []
     characters = 0
-    for place, row, number in found:
-        places.append(place)
-        numbers.append(number)
-        for role, own in values.items():
-            own.append(row[role])
-        for role in plain:
-            characters += len(row[role] or "")
-        if len(places) == BLOCK or characters > BLOCK_CHARACTERS:
-            yield places, values, numbers
-            places, values, numbers, characters = [], {role: [] for role in values}, [], 0
-    if places:
-        yield places, values, numbers
+    for row in found:
+        block.append(row)
+        characters += sum(len(row[1][role] or "") for role in plain)
+        if len(block) == BLOCK or characters > BLOCK_CHARACTERS:
+            yield block
+            block, characters = [], 0
+    if block:
+        yield block
 
 
 def _map(
@@ -223,20 +221,6 @@ def _encode(columns: list[list[str]], places: Sequence[str]) -> list[bytes]:
     return encoded[0] if len(columns) == 1 else [json.dumps(texts).encode() for texts in zip(*columns, strict=True)]
 
 
-def _contents(column: Column, texts: list[str]) -> list[str]:
-    """Return what stands for the values of a column: of paths, the content of their files."""
-    return texts if column.content is None else [column.content(text) for text in texts]
-
-
-def _texts(values: Sequence[str | None]) -> list[str]:
-    """Write nothing for an answer that is not there."""
-    return [value or "" for value in values]
-
-
-def _or_nothing(texts: Sequence[str], values: Sequence[Any]) -> list[str]:
-    return [text if value is not None else "" for text, value in zip(texts, values, strict=True)]
-
-
 @lru_cache(maxsize=2**16)
 def _hash_answer(texts: tuple[str, ...]) -> int:
     """Hash what is asked for of a row; 0 where nothing is given."""
@@ -248,18 +232,15 @@ def _read(
     source: Source, split: str, key: str, names: Mapping[str, str], task: Task, base: Path
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Read a source and judge its values; yields each row's place and its values by the task's names."""
-    readers: list[tuple[str, str, Callable[[Any], Any]]] = [
-        (role, name, task.columns[role].read) for role, name in names.items()
-    ]
     offered = [role for role in OFFERED_COLUMNS if names.get(role) == role]
     seen: set[str] = set()
     row: dict[str, Any] = {}
     paths = [name for role, name in names.items() if task.columns[role].content]
     for place, row in read_source(source, split, set(names.values()), base, offered, paths):
         values = {}
-        for role, name, read in readers:
+        for role, name in names.items():
             try:
-                values[role] = read(row.get(name))
+                values[role] = task.columns[role].read(row.get(name))
             except ValueError as error:
                 given = reprlib.repr(row.get(name))
                 raise InputError(f"data.{key}: {place}: column {name!r} {error}: {given}") from error

@@ -102,15 +102,14 @@ def read_source(
     files, names = find_files(source, split, base)
     needed = {*columns} - {*optional}
     for path in files:
-        place, rows = str(path.relative_to(base) if path.is_relative_to(base) else path), None
-        own: ClassNames = {}
+        place, unit = str(path.relative_to(base) if path.is_relative_to(base) else path), "row"
         if is_saved_dataset(path):
             rows, own = _dataset_rows(_saved_dataset(path, source.split or split), columns, needed, place)
         elif ending_of(path) == ".parquet":
             rows, own = _parquet_rows(path, columns, needed, place)
-        unit = "line" if rows is None else "row"
-        checked = _checked(rows or read_rows(path, source), place, unit, names or own, needed)
-        yield from _with_paths(checked, path.parent, paths)
+        else:
+            rows, own, unit = read_rows(path, source), {}, "line"
+        yield from _with_paths(_checked(rows, place, unit, names or own, needed), path.parent, paths)
     if not files:
         name = source.source
         rows, own = _dataset_rows(find(SOURCES, name, "data source")(), columns, needed, name)

@@ -54,13 +54,12 @@ class Split:
         if rule == "keep":
             return
         keys, answers = self.keys, self.rows.answers[self.index]
-        starts = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1]]) if len(keys) else np.zeros(0, dtype=np.int64)
-        stops = np.r_[starts[1:], len(keys)]
+        _, starts, sizes = np.unique(keys, return_index=True, return_counts=True)
         kept = np.ones(len(keys), dtype=bool)
         places: list[str] = []
         groups = 0
-        for start, stop in zip(starts[stops - starts > 1], stops[stops - starts > 1], strict=True):
-            group = answers[start:stop]
+        for start, size in zip(starts[sizes > 1], sizes[sizes > 1], strict=True):
+            group = answers[start : start + size]
             given = group[group != 0]
             if not len(given) or (given == given[0]).all():
                 continue
@@ -69,7 +68,7 @@ class Split:
                 other = int(np.flatnonzero((group != 0) & (group != given[0]))[0])
                 places = self.rows.file.take(self.index[[start, start + other]])["place"]
             winner = Counter(given.tolist()).most_common(1)[0][0] if rule == "majority" else given[0]
-            kept[start:stop] = False if rule == "drop" else group == winner
+            kept[start : start + size] = False if rule == "drop" else group == winner
         if groups and rule == "refuse":
             raise InputError(
                 f"data.{key}: {groups} texts stand there with different labels, e.g. {' and '.join(places)}; "

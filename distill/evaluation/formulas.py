@@ -27,15 +27,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from distill.evaluation.texts import characters_of, chrf_counts, chrf_score, error_rate, rouge_lcs, rouge_n, words_of
+from distill.evaluation.vectors import NEIGHBOURS, neighbours, ranks_of_pairs
 
-# numpy is imported where it is used, so that a recipe's metric names are checked at once: it takes 0.2 s.
-if TYPE_CHECKING:
-    import numpy as np
-
-    Column = np.ndarray[tuple[int], np.dtype[Any]]
+Column = np.ndarray[tuple[int], np.dtype[Any]]
 
 BINS = 15
 """Of the expected calibration error."""
@@ -69,8 +68,6 @@ def f1_relations(predictions: Column, references: Column, none_class: Column) ->
 
 
 def _f1_by_class(predictions: Column, references: Column) -> tuple[Column, Column]:
-    import numpy as np
-
     if predictions.ndim > 1:
         times = (predictions + references).sum(axis=0)
         (classes,) = np.nonzero(times)
@@ -93,8 +90,6 @@ def matthews(predictions: Column, references: Column) -> float:
 
     0 where one side has only one class, as in scikit-learn.
     """
-    import numpy as np
-
     classes, codes = np.unique(np.concatenate([predictions, references]), return_inverse=True)
     ours, true = (np.bincount(own, minlength=len(classes)).astype(float) for own in np.split(codes, 2))
     size = float(len(references))
@@ -108,8 +103,6 @@ def ece(confidence: Column, correct: Column) -> float:
 
     15 bins of equal width, as in Guo et al. 2017.
     """
-    import numpy as np
-
     bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
     gaps = np.bincount(bins, weights=correct - confidence, minlength=BINS)
     return float(np.abs(gaps).sum() / len(bins))
@@ -127,8 +120,6 @@ def rmse(values: Column, targets: Column) -> float:
 
 def pearson(values: Column, targets: Column) -> float:
     """Pearson's correlation of predicted and true numbers; nan where all of one side are equal."""
-    import numpy as np
-
     ours, theirs = values - values.mean(), targets - targets.mean()
     spread = math.sqrt(float((ours @ ours) * (theirs @ theirs)))
     return float(np.clip(ours @ theirs / spread, -1, 1)) if spread else math.nan
@@ -140,8 +131,6 @@ def spearman(values: Column, targets: Column) -> float:
 
 
 def _ranks(values: Column) -> Column:
-    import numpy as np
-
     _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
     ranks: Column = (np.cumsum(counts) - (counts - 1) / 2)[places]
     return ranks
@@ -203,30 +192,23 @@ def kl(kl_sum: Column, positions: Column) -> float:
 
 def mrr_at_10(embeddings: Column, pair_embeddings: Column) -> float:
     """Mean over texts of 1 / rank of their own pair among all pairs by cosine; 0 where it is not among the first 10."""
-    import numpy as np
-
-    return _mean_gain(embeddings, pair_embeddings, lambda ranks: 1 / ranks.astype(np.float64))
+    return float((1 / _first_ranks(embeddings, pair_embeddings)).mean())
 
 
 def ndcg_at_10(embeddings: Column, pair_embeddings: Column) -> float:
     """As `mrr_at_10`, with 1 / log2(1 + rank): one pair is right, so the ideal gain is 1."""
-    import numpy as np
-
-    return _mean_gain(embeddings, pair_embeddings, lambda ranks: 1 / np.log2(1 + ranks))
+    return float((1 / np.log2(1 + _first_ranks(embeddings, pair_embeddings))).mean())
 
 
 def recall_at_10(embeddings: Column, pair_embeddings: Column) -> float:
     """Share of the texts whose own pair is among the first 10."""
-    return _mean_gain(embeddings, pair_embeddings, lambda _ranks: 1.0)
+    return float(np.isfinite(_first_ranks(embeddings, pair_embeddings)).mean())
 
 
-def _mean_gain(texts: Column, pairs: Column, gain: Callable[[Column], Any]) -> float:
-    import numpy as np
-
-    from distill.evaluation.vectors import NEIGHBOURS, ranks_of_pairs
-
+def _first_ranks(texts: Column, pairs: Column) -> Column:
+    """Rank of each text's own pair; inf where it is not among the first."""
     ranks = ranks_of_pairs(texts, pairs)
-    return float(np.where(ranks <= NEIGHBOURS, gain(ranks), 0.0).mean())
+    return np.where(ranks <= NEIGHBOURS, ranks, np.inf)
 
 
 def cosine_to_teacher(teacher_cosine: Column) -> float:
@@ -236,10 +218,6 @@ def cosine_to_teacher(teacher_cosine: Column) -> float:
 
 def neighbours_kept(embeddings: Column, teacher_embeddings: Column) -> float:
     """Share of the teacher's ten nearest other texts that are among the ten nearest here; nan for a single text."""
-    import numpy as np
-
-    from distill.evaluation.vectors import neighbours
-
     if len(embeddings) < 2:
         return math.nan
     own, theirs = neighbours(embeddings), neighbours(teacher_embeddings)

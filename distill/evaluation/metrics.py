@@ -9,60 +9,22 @@ from __future__ import annotations
 import inspect
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from distill.errors import InputError
-from distill.evaluation.answers import exact_match_answer, f1_answer
-from distill.evaluation.formulas import (
-    accuracy,
-    agreement,
-    bits_per_byte,
-    cer,
-    chrf,
-    cosine_to_teacher,
-    ece,
-    entity_f1,
-    entity_precision,
-    entity_recall,
-    exact_text,
-    f1_macro,
-    f1_micro,
-    f1_relations,
-    kl,
-    loss,
-    matthews,
-    mrr_at_10,
-    mse,
-    ndcg_at_10,
-    neighbours_kept,
-    pearson,
-    perplexity,
-    recall_at_10,
-    rmse,
-    rouge_1,
-    rouge_2,
-    rouge_l,
-    spearman,
-    teacher_mse,
-    token_accuracy,
-    wer,
-)
+from distill.evaluation import answers, formulas
 from distill.registry import find
 
-# numpy and evaluate are imported where they are used, so that a recipe's metric names are checked at once: they take
-# 0.2 s and several seconds.
-if TYPE_CHECKING:
-    import numpy as np
-
-    Column = np.ndarray[tuple[int], np.dtype[Any]]
-
+Column = np.ndarray[tuple[int], np.dtype[Any]]
 Function = Callable[..., float]
 
 
 def columns_of(function: Function) -> tuple[str, ...]:
     """List the columns that a metric reads: its positional parameters (keyword-only ones are options).
 
-    >>> columns_of(perplexity)
+    >>> columns_of(formulas.perplexity)
     ('nll', 'tokens')
     """
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -114,8 +76,7 @@ def metric_class(functions: Mapping[str, Function], columns: Mapping[str, Column
     It lives in this package because `evaluate.load` needs the hub and runs a file of that name in the working folder.
     """
     import datasets
-    import evaluate
-    import numpy as np
+    import evaluate  # takes seconds
 
     types = {"b": "int64", "i": "int64", "u": "int64", "f": "float64", "U": "string"}  # by kind of a numpy type
     values = {column: datasets.Value(types[own.dtype.kind]) for column, own in columns.items()}
@@ -140,43 +101,43 @@ def metric_class(functions: Mapping[str, Function], columns: Mapping[str, Column
 
 
 METRICS: dict[str, Function] = {
-    "accuracy": accuracy,
-    "f1_macro": f1_macro,
-    "agreement": agreement,
-    "perplexity": perplexity,
-    "token_accuracy": token_accuracy,
-    "kl": kl,
-    "loss": loss,
-    "exact_match_answer": exact_match_answer,
-    "f1_answer": f1_answer,
-    "f1_relations": f1_relations,
-    "f1_micro": f1_micro,
-    "matthews": matthews,
-    "ece": ece,
-    "mse": mse,
-    "rmse": rmse,
-    "pearson": pearson,
-    "spearman": spearman,
-    "teacher_mse": teacher_mse,
-    "entity_f1": entity_f1,
-    "entity_precision": entity_precision,
-    "entity_recall": entity_recall,
-    "bits_per_byte": bits_per_byte,
+    "accuracy": formulas.accuracy,
+    "f1_macro": formulas.f1_macro,
+    "agreement": formulas.agreement,
+    "perplexity": formulas.perplexity,
+    "token_accuracy": formulas.token_accuracy,
+    "kl": formulas.kl,
+    "loss": formulas.loss,
+    "exact_match_answer": answers.exact_match_answer,
+    "f1_answer": answers.f1_answer,
+    "f1_relations": formulas.f1_relations,
+    "f1_micro": formulas.f1_micro,
+    "matthews": formulas.matthews,
+    "ece": formulas.ece,
+    "mse": formulas.mse,
+    "rmse": formulas.rmse,
+    "pearson": formulas.pearson,
+    "spearman": formulas.spearman,
+    "teacher_mse": formulas.teacher_mse,
+    "entity_f1": formulas.entity_f1,
+    "entity_precision": formulas.entity_precision,
+    "entity_recall": formulas.entity_recall,
+    "bits_per_byte": formulas.bits_per_byte,
     # The same formulas, over masked tokens: another question, so not to be compared with those of causal models.
-    "masked_perplexity": perplexity,
-    "masked_accuracy": token_accuracy,
-    "mrr_at_10": mrr_at_10,
-    "ndcg_at_10": ndcg_at_10,
-    "recall_at_10": recall_at_10,
-    "cosine_to_teacher": cosine_to_teacher,
-    "neighbours_kept": neighbours_kept,
-    "rouge_l": rouge_l,
-    "rouge_1": rouge_1,
-    "rouge_2": rouge_2,
-    "chrf": chrf,
-    "exact_text": exact_text,
-    "wer": wer,
-    "cer": cer,
+    "masked_perplexity": formulas.perplexity,
+    "masked_accuracy": formulas.token_accuracy,
+    "mrr_at_10": formulas.mrr_at_10,
+    "ndcg_at_10": formulas.ndcg_at_10,
+    "recall_at_10": formulas.recall_at_10,
+    "cosine_to_teacher": formulas.cosine_to_teacher,
+    "neighbours_kept": formulas.neighbours_kept,
+    "rouge_l": formulas.rouge_l,
+    "rouge_1": formulas.rouge_1,
+    "rouge_2": formulas.rouge_2,
+    "chrf": formulas.chrf,
+    "exact_text": formulas.exact_text,
+    "wer": formulas.wer,
+    "cer": formulas.cer,
 }
 
 LOWER_IS_BETTER = (

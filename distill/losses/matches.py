@@ -21,8 +21,9 @@ from distill.losses.hidden import HIDDEN
 from distill.losses.kinds import Mask, PredictionKind
 from distill.losses.logits import LOGITS
 from distill.losses.relation import ATTENTION, RELATION
+from distill.models.attention import relation_widths
 from distill.models.family import layers_of
-from distill.models.forward import Batch, Outputs, relation_widths
+from distill.models.forward import Batch, Outputs
 
 Loss = Callable[..., Tensor]
 Pair = tuple[int, int]

@@ -24,7 +24,7 @@ from distill.data.corpus import check_files
 from distill.data.prepare import Report
 from distill.data.sources import source_fingerprint
 from distill.data.summary import describe
-from distill.data.tasks.classes import are_numbers, list_names
+from distill.data.tasks.classes import are_numbers
 from distill.data.tasks.task import Settled
 from distill.errors import InputError
 from distill.files import fresh_folder, put_back, sha256_of
@@ -32,6 +32,7 @@ from distill.models.family import tells_documents_apart
 from distill.models.load import ModelHead, load_config, tokenizer_fingerprint, trained_labels
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage, with_version
+from distill.recipe.jsonrows import list_names
 from distill.recipe.load import fingerprint
 
 SEQUENCE_CLASSES = "AutoModelForSequenceClassification"

@@ -231,13 +231,13 @@ def check_optimization(key: str, spec: Optimization, head: str) -> None:
     check_launch_keeps(spec, key=key)
     if spec.lora is not None and importlib.util.find_spec("peft") is None:
         raise InputError(f"{key}.lora needs peft: pip install 'distill[lora]'")
-    if spec.head_precision != "auto" and not PREDICTION_KINDS[head].vocabulary:
-        raise InputError(f"{key}.head_precision: is for language models; a head of classes is always fp32; remove it")
     if process_state().device.type == "cpu":
         if spec.precision == "fp16":
             raise InputError(f"{key}.precision: fp16 needs a GPU; use bf16 or fp32")
         if spec.head_precision == "tf32":
             raise InputError(f"{key}.head_precision: tf32 needs a GPU; use bf16 or fp32")
+    if spec.head_precision != "auto" and not PREDICTION_KINDS[head].vocabulary:
+        raise InputError(f"{key}.head_precision: is for language models; a head of classes is always fp32; remove it")
 
 
 def check_dtype(dtype: str, device: torch.device) -> None:

@@ -15,10 +15,15 @@ Row = tuple[int, dict[str, Any]]
 """Line of a file where a row begins (of a list in JSON: position of the item), and the values of its columns."""
 
 
-def quote_names(names: Collection[Any]) -> str:
-    """Write names in quotes, the first ten and the number of the others."""
+def list_names(names: Collection[Any]) -> str:
+    """Write names in a line, the first ten and the number of the others."""
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(repr(name)[:60] for name in list(names)[:LISTED]) + more
+    return ", ".join([*map(str, names)][:LISTED]) + more
+
+
+def quote_names(names: Collection[Any]) -> str:
+    """Write names in quotes, as `list_names` does."""
+    return list_names([repr(name)[:60] for name in names])
 
 
 def read_lines(file: TextIO) -> Iterator[str]:

@@ -11,20 +11,12 @@ import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from distill.recipe import names
+from distill.recipe import names, task_rules
 from distill.recipe.fields import KeyPath, Mistake
 from distill.recipe.locate import TeacherSize
 from distill.recipe.sections import Evaluation, Lora, Optimization, Release, Training
 from distill.recipe.student import Calibration, Layers, Mask, Mlp, Repair, Target
-from distill.recipe.task_rules import (
-    MLP,
-    embeddings_have_what_is_learnt_and_measured,
-    examples_fit,
-    gradients_have_a_loss,
-    metrics_fit_the_task,
-    teacher_fits_the_task,
-    terms_fit_the_task,
-)
+from distill.recipe.task_rules import MLP
 from distill.recipe.terms import TERM_KEYS, Term
 
 PARTS: dict[str, KeyPath] = {
@@ -300,14 +292,14 @@ RULES = (
     repaired_arm_is_repaired,
     some_term_counts,
     mapped_layers_exist,
-    terms_fit_the_task,
-    metrics_fit_the_task,
-    embeddings_have_what_is_learnt_and_measured,
-    gradients_have_a_loss,
+    task_rules.terms_fit_the_task,
+    task_rules.metrics_fit_the_task,
+    task_rules.embeddings_have_what_is_learnt_and_measured,
+    task_rules.gradients_have_a_loss,
     compiled_layers_are_not_read,
     masked_weights_learn,
-    teacher_fits_the_task,
-    examples_fit,
+    task_rules.teacher_fits_the_task,
+    task_rules.examples_fit,
     patterns_match,
     adapted_maps_exist,
 )

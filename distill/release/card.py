@@ -50,7 +50,6 @@ USES = {
     "AutoModel": ("sentence-similarity", "vectors = model.encode(['Some text.'])"),
 }
 """Class of transformers -> hub task and the lines that use the model."""
-"""Class of transformers -> hub task and the line that uses the model."""
 KIND_USES = {
     "multi_label": (
         "scores = model(**inputs).logits.sigmoid()[0].tolist()\n"
@@ -58,7 +57,7 @@ KIND_USES = {
     ),
     "regression": "value = model(**inputs).logits.item()",
 }
-"""Kind of predictions -> that line, where it is not the one of the class."""
+"""Kind of predictions -> the lines that use the model, where these are not those of its class."""
 VECTORS = "AutoModel"
 """Class of models without a head, whose vectors sentence-transformers makes."""
 LOADING = {
@@ -85,19 +84,26 @@ def render_card(evidence: Evidence) -> str:
         make_environment(inline)
         .get_template("card.md.jinja")
         .render(
-            evidence=evidence,
+            **context_of(evidence),
             metadata=Markup(metadata(evidence).to_yaml(line_break="\n")),  # noqa: S704 (YAML quotes its own values)
-            summary=summarize(evidence),
-            verdicts=judge(evidence),
-            tables=tables(evidence),
-            elsewhere={name: arms_table(own) for name, own in evidence.elsewhere.items()},
-            caveats=caveats(evidence),
             loading=Markup(LOADING[evidence.release_format]),  # noqa: S704 (our own text)
             snippet=fence(snippet(evidence), "python"),
             command=fence(evidence.command, "bash"),
             recipe=fence(evidence.recipe_text, "yaml"),
         )
     )
+
+
+def context_of(evidence: Evidence) -> dict[str, Any]:
+    """Collect what card and report both show, by its name in their templates."""
+    return {
+        "evidence": evidence,
+        "summary": summarize(evidence),
+        "verdicts": judge(evidence),
+        "tables": tables(evidence),
+        "elsewhere": {name: arms_table(own) for name, own in evidence.elsewhere.items()},
+        "caveats": caveats(evidence),
+    }
 
 
 def make_environment(finalize: Callable[[Any], Any] | None = None) -> Environment:

@@ -164,19 +164,18 @@ def line_chart(
         HEIGHT,
         title,
         description,
-        *(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y.at(v), y2=y.at(v), class_="grid") for v in rows),
+        *(_across(y.at(v), "grid") for v in rows),
         *(text(LEFT - 8, y.at(v) + 4, write(v), anchor="end") for v in rows),
         *(text(x.at(v), HEIGHT - BOTTOM + 20, format_number(v), anchor="middle") for v in columns),
         text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 4, "step", anchor="middle"),
-        *(_level(mark, y) for mark in marks),
+        *(_across(y.at(mark.value), f"level {mark.style}") for mark in marks),
         *(part for line in drawn for part in _line(line, x, y)),
         *_end_labels(ends),
     )
 
 
-def _level(mark: Bar, y: Scale) -> Markup:
-    at = y.at(mark.value)
-    return tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=at, y2=at, class_=f"level {mark.style}")
+def _across(height: float, style: str) -> Markup:
+    return tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=height, y2=height, class_=style)
 
 
 def _line(line: Series, x: Scale, y: Scale) -> list[Markup]:

@@ -10,9 +10,8 @@ from typing import Any
 from markupsafe import Markup
 
 from distill.release import charts
-from distill.release.card import caveats, make_environment
-from distill.release.evidence import Evidence, get_in, judge, summarize
-from distill.release.tables import arms_table, tables
+from distill.release.card import context_of, make_environment
+from distill.release.evidence import Evidence, get_in
 from distill.release.wording import (
     as_number,
     format_count,
@@ -57,12 +56,7 @@ def render_report(evidence: Evidence) -> str:
     tiles = [score_tile(evidence), size_tile(evidence), speed_tile(evidence), agreement_tile(evidence)]
     curves = [loss_figure(evidence), held_out_figure(evidence), rate_figure(evidence)]
     return environment.get_template("report.html.jinja").render(
-        evidence=evidence,
-        summary=summarize(evidence),
-        verdicts=judge(evidence),
-        caveats=caveats(evidence),
-        tables=tables(evidence),
-        elsewhere={name: arms_table(own) for name, own in evidence.elsewhere.items()},
+        **context_of(evidence),
         this_arm=evidence.title("distilled"),
         tiles=[tile for tile in tiles if tile],
         cuts=cut_figure(evidence),

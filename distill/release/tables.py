@@ -137,17 +137,13 @@ def data_table(evidence: Evidence) -> Table:
         "cut to that length": ("truncated",),
         **{f"class {name}": ("classes", name) for name in classes[:LISTED]},
     }
-    rows = [(name, *(format_whole(get_in(own, *path)) for own in splits.values())) for name, path in paths.items()]
+    counts = {name: [get_in(own, *path) for own in splits.values()] for name, path in paths.items()}
+    rows = [(name, *(MISSING if each is None else f"{each:,}" for each in own)) for name, own in counts.items()]
     if splits:
         rows.append(("unknown tokens", *(format_percent(own["unknown_share"]) for own in splits.values())))
     if len(classes) > LISTED:
         rows.append((f"and {len(classes) - LISTED} more classes", *("" for _ in splits)))
     return Table(("", *splits), rows if splits else [])
-
-
-def format_whole(value: int | None) -> str:
-    """Format a number of rows or tokens."""
-    return MISSING if value is None else f"{value:,}"
 
 
 def training_rows(evidence: Evidence) -> list[tuple[str, ...]]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,7 @@ from distill.training.signals import StopSignals
 from distill.training.step import Step, Teacher, Window
 from distill.training.tracking import Tracker
 from distill.training.watchdog import Watchdog
-from distill.training.writer import CheckpointWriter
+from distill.training.writer import CheckpointWriter, out_of_resources
 
 if TYPE_CHECKING:
     from distill.data import TrainingBatches
@@ -114,7 +113,7 @@ def train(
         StopSignals() as stop,
         Tracker(job.folder / METRICS, job.title, state.step, steps, accelerator) as tracker,
         CheckpointWriter(checkpoints, say) as writer,
-        _out_of_resources(writer),
+        out_of_resources(writer),
         compiled_layers(job.spec.compile, models, objective, accelerator, job.title, say) as compiled,
     ):
         batches = _in_sizes(batches, job.title, steps, say) if compiled.layers else batches
@@ -317,20 +316,6 @@ class _Run:
             with self.watchdog.over("publication"):
                 seconds = self.writer.settle()
             self.watchdog.note("publication", seconds)
-
-
-@contextmanager
-def _out_of_resources(writer: CheckpointWriter) -> Iterator[None]:
-    """Turn an error of memory or of a loader worker into a RunError that names the last good checkpoint."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:  # not of a forward or backward pass, which are taken again
-        raise RunError(f"out of memory: {error}; {writer.last_good()}") from error
-    except RuntimeError as error:
-        # Of a worker that died torch tells from a signal handler, wherever the main thread is just then.
-        if "DataLoader" not in str(error):
-            raise
-        raise RunError(f"a loader worker is dead or hangs: {error}; {writer.last_good()}") from error
 
 
 def _due(every: int, step: int) -> bool:

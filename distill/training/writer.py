@@ -11,11 +11,13 @@ written, whatever training does.
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TypeVar
 
+import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import Tensor
@@ -210,3 +212,17 @@ def on_all_ranks(action: Callable[[], T]) -> list[T]:
     if said:
         raise RunError(f"a checkpoint cannot be written: {'; '.join(dict.fromkeys(said))}") from failure
     return [result for result, _ in outcomes]
+
+
+@contextmanager
+def out_of_resources(writer: CheckpointWriter) -> Iterator[None]:
+    """Turn an error of memory or of a loader worker into a RunError that names the last good checkpoint."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:  # not of a forward or backward pass, which are taken again
+        raise RunError(f"out of memory: {error}; {writer.last_good()}") from error
+    except RuntimeError as error:
+        # Of a worker that died torch tells from a signal handler, wherever the main thread is just then.
+        if "DataLoader" not in str(error):
+            raise
+        raise RunError(f"a loader worker is dead or hangs: {error}; {writer.last_good()}") from error

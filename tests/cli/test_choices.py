@@ -202,7 +202,7 @@ RUNS = {
           {match: embeddings, loss: cosine},
         ]
         training={steps: 4, batch_size: 8, micro_batch_size: 4, schedule: wsd, decay: 0.3, warmup: 1,
-          gradient_checkpointing: true}
+          gradient_checkpointing: true, head_precision: fp32, compile: false}
         evaluation.metrics=[perplexity, token_accuracy, agreement, kl, loss]
         evaluation.arms=[teacher, cut, distilled, labels_only]
         evaluation.efficiency=true
@@ -231,7 +231,8 @@ RUNS = {
           {match: logits, loss: soft_cross_entropy},
           {match: embeddings, loss: normalized_mse},
         ]
-        training={steps: 4, batch_size: 8, optimizer: "torch.optim:SGD", weight_decay: 0, ema: 0.9, ema_release: true}
+        training={steps: 4, batch_size: 8, optimizer: "torch.optim:SGD", weight_decay: 0, ema: 0.9, ema_release: true,
+          head_precision: bf16}
         """,
     ),
     "a mixture of experts": (
@@ -334,6 +335,7 @@ REFUSED = {
     ("Training.keep_best", "kl"): ("training.keep_best=kl", "training.keep_best"),
     ("Training.keep_best", "cosine_to_teacher"): ("training.keep_best=cosine_to_teacher", "training.keep_best"),
     ("Training.keep_best", "neighbours_kept"): ("training.keep_best=neighbours_kept", "training.keep_best"),
+    ("Optimization.head_precision", "tf32"): ("training.head_precision=tf32", "tf32 needs a GPU"),
 }
 """(key, value) -> the override that asks for it, and what is said: here is no GPU and no hub."""
 REFUSED |= {
@@ -428,7 +430,7 @@ def fitted(tmp_path_factory):
         if name not in recipes:
             folder = tmp_path_factory.mktemp(name)
             recipe = project(folder, name)
-            assert main(["plan", str(recipe), FIT, "--out", str(folder / "fit")]) == 0
+            assert main(["build", str(recipe), FIT, "--out", str(folder / "fit")]) == 0
             shutil.copytree(folder / "fit/teacher", folder / "teacher", dirs_exist_ok=True)
             recipes[name] = recipe
         return recipes[name]

@@ -10,8 +10,9 @@ from tiny import tiny_batch, tiny_inputs, tiny_model
 
 from distill.errors import InputError
 from distill.losses import ATTENTION, RELATION, LayerMap, Objective
+from distill.models.attention import relation_widths
 from distill.models.family import use_eager_attention
-from distill.models.forward import Capture, Outputs, forward, relation_widths
+from distill.models.forward import Capture, Outputs, forward
 from distill.models.layout import LAYOUTS
 from distill.recipe.schema import Term
 

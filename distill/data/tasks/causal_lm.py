@@ -23,7 +23,6 @@ class CausalLM(Task):
     name = "causal_lm"
     auto_class = "AutoModelForCausalLM"
     head = "next_token"
-    metrics: ClassVar[tuple[str, ...]] = ("perplexity", "token_accuracy", "loss", "bits_per_byte")
     observed: ClassVar[tuple[str, ...]] = ("text_bytes",)
     observed_in_training = True
     packed = divisible = True
@@ -34,21 +33,18 @@ class CausalLM(Task):
         check_row_length(encoder)
         spans = encoder.measured and tokenizer.is_fast
         encoded = tokenizer(texts, verbose=False, return_offsets_mapping=spans)
-        features: Features = {"input_ids": [], "labelled": [], "row": []}
+        examples: list[dict[str, Any]] = []
         for number, ids in enumerate(encoded["input_ids"]):
             first, last, end = limits(ids, tokenizer.bos_token_id, tokenizer.eos_token_id)
             document = [*ids[first:last], *end]
             if len(document) < 2:
-                encoder.notes[NOTHING_TO_PREDICT] += 1
+                encoder.note(NOTHING_TO_PREDICT)
                 continue
-            features["input_ids"].append(document)
-            features["labelled"].append(True)
-            features["row"].append(number)
+            examples.append({"input_ids": document, "labelled": True, "row": number})
             if encoder.measured:
                 ends = [stop for _, stop in encoded["offset_mapping"][number][first:last]] if spans else None
-                features.setdefault("text_bytes", []).append(share_bytes(texts[number], ends, len(document)))
-        encoder.count(features["input_ids"])
-        return features
+                examples[-1]["text_bytes"] = share_bytes(texts[number], ends, len(document))
+        return encoder.features(examples)
 
     def collate(self, examples: Mapping[str, Any], padding: int, seeds: Seeds) -> Batch:
         """Label every token; documents that share a row get positions that start anew, and their numbers."""

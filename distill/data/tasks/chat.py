@@ -100,7 +100,6 @@ class Chat(CausalLM):
         **dict.fromkeys(("prompt", "completion"), Column(read_side)),
         "tools": Column(read_tools),
     }
-    metrics = ("perplexity", "token_accuracy", "loss")
     observed = ()
     divisible = False
 
@@ -114,24 +113,16 @@ class Chat(CausalLM):
         tokenizer, notes = encoder.tokenizer, encoder.notes
         check_row_length(encoder)
         _check_tokenizer(tokenizer)
-        texts: list[str] = []
-        spans: list[list[Span] | None] = []
-        owners: list[int] = []
+        written: list[tuple[int, str, list[Span] | None]] = []
         for number, place in enumerate(rows["place"]):
             found = read_conversation({name: rows[name][number] for name in self.columns})
             notes.update(found.notes)
             if found.empty:
-                notes[EMPTY_TURN] += 1
+                encoder.note(EMPTY_TURN)
                 continue
             with as_input_error(f"data: {place}: the chat template refuses the conversation"):
-                for text, learned in render(tokenizer, found, encoder.spec.learn_from == "all", notes):
-                    texts.append(text)
-                    spans.append(learned)
-                    owners.append(number)
-        if not texts:
-            return {"input_ids": [], "labelled": [], "row": []}
-        encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        return _features(texts, spans, owners, encoded, encoder)
+                written += [(number, *own) for own in render(tokenizer, found, encoder.spec.learn_from == "all", notes)]
+        return encoder.features(_cut(written, encoder) if written else [])
 
     def collate(self, examples: Mapping[str, Any], padding: int, seeds: Seeds) -> Batch:
         """Label the learned tokens; by `learned` [B, L] the teacher is compared where they are predicted, only."""
@@ -149,31 +140,28 @@ def _check_tokenizer(tokenizer: Any) -> None:
         raise InputError("task: chat needs a tokenizer that tells where in a text its tokens are (tokenizer.json)")
 
 
-def _features(
-    texts: Sequence[str], spans: Sequence[list[Span] | None], owners: Sequence[int], encoded: Any, encoder: Encoder
-) -> Features:
-    """Cut examples to length, and leave out those that would teach nothing."""
-    limit, features = encoder.spec.max_length, Features(input_ids=[], labelled=[], row=[])
-    added = np.array(sorted(encoder.tokenizer.added_tokens_decoder), dtype=np.int64)
-    for number, ids in enumerate(encoded["input_ids"]):
-        own = spans[number]
-        if own is None:
-            learned = np.ones(len(ids), dtype=np.int64)
-        else:
-            learned = mark(texts[number], np.array(ids), np.array(encoded["offset_mapping"][number]), own, added)
+def _cut(written: Sequence[tuple[int, str, list[Span] | None]], encoder: Encoder) -> list[dict[str, Any]]:
+    """Encode texts, each given with its row and what is learned of it, and cut them to length.
+
+    Those that would teach nothing are left out.
+    """
+    tokenizer, limit = encoder.tokenizer, encoder.spec.max_length
+    texts = [text for _, text, _ in written]
+    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    added = np.array(sorted(tokenizer.added_tokens_decoder), dtype=np.int64)
+    examples = []
+    for (row, text, own), ids, places in zip(written, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        everything = np.ones(len(ids), dtype=np.int64)
+        learned = everything if own is None else mark(text, np.array(ids), np.array(places), own, added)
         if not learned[1:].any():
-            encoder.notes[NO_ANSWER] += 1
+            encoder.note(NO_ANSWER)
         elif not learned[1:limit].any():
-            encoder.notes[CUT_ANSWER] += 1
+            encoder.note(CUT_ANSWER)
         else:
             encoder.truncated += len(ids) > limit
-            features["input_ids"].append(ids[:limit])
-            features["labelled"].append(True)
-            features["row"].append(owners[number])
-            if own is not None:
-                features.setdefault("learned", []).append(learned[:limit])
-    encoder.count(features["input_ids"])
-    return features
+            marks = {} if own is None else {"learned": learned[:limit]}
+            examples.append({"input_ids": ids[:limit], "labelled": True, "row": row, **marks})
+    return examples
 
 
 def read_conversation(values: Mapping[str, Any]) -> Conversation:

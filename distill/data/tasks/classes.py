@@ -7,9 +7,8 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from distill.errors import InputError
+from distill.recipe.jsonrows import list_names
 
-LISTED = 10
-"""Names in a message; of the others there is the number."""
 _DIGITS = re.compile(r"\d{1,9}", re.ASCII)
 
 
@@ -52,9 +51,3 @@ def class_numbers(classes: Sequence[str]) -> Callable[[Any], int]:
         return index[name] if name in index else int(name)
 
     return number_of
-
-
-def list_names(names: Sequence[str]) -> str:
-    """Write names in a line, at most `LISTED` of them."""
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return f"{', '.join(names[:LISTED])}{more}"

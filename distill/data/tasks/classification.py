@@ -7,15 +7,16 @@ import math
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 
-from distill.data.tasks.classes import class_numbers, list_names, order_classes
+from distill.data.tasks.classes import class_numbers, order_classes
 from distill.data.tasks.task import TEXT, Column, Encoder, Features, Ragged, Seeds, Settled, Task, Values
 from distill.errors import InputError
 from distill.models.forward import UNLABELLED, Batch
+from distill.recipe.jsonrows import list_names
 from distill.recipe.schema import Data
 
 CROWDED = 0.5
@@ -69,10 +70,6 @@ class Classification(Task):
     auto_class = "AutoModelForSequenceClassification"
     head = "sequence"
     columns: ClassVar = {"text": TEXT, "pair": TEXT, "label": Column(read_label, answer=True)}
-    metrics = (
-        *("accuracy", "f1_macro", "loss", "f1_micro", "matthews", "ece"),
-        *("mse", "rmse", "pearson", "spearman"),
-    )
 
     def metrics_for(self, head: str) -> Sequence[str]:
         """Choose the metrics that a kind of predictions is measured by, unless the recipe says otherwise."""
@@ -123,12 +120,10 @@ class Classification(Task):
         return {**found, "label": labels, "labelled": labelled}
 
     def collate(self, examples: Mapping[str, Any], padding: int, seeds: Seeds) -> Batch:
-        """Add the labels: class or number [B], or 0 and 1 for each class [B, V]."""
-        given = examples["label"]
-        sets = isinstance(given, Ragged)
-        labels = given.flat.reshape(len(given.lengths), -1).astype(np.int64) if sets else np.asarray(given)
-        labels = labels.astype(np.float32) if labels.dtype.kind == "f" else labels
-        return {**super().collate(examples, padding, seeds), "labels": torch.from_numpy(labels)}
+        """Keep sets as wide as there are classes, whatever lengths texts are padded to."""
+        if isinstance(sets := examples["label"], Ragged):
+            examples = {**examples, "label": replace(sets, sizes=())}
+        return super().collate(examples, padding, seeds)
 
 
 def head_of(values: Collection[Any], stated: bool) -> str:

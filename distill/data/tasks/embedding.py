@@ -37,7 +37,6 @@ class Embedding(Task):
     auto_class = "AutoModel"
     head = "embedding"
     columns: ClassVar = {"text": TEXT, "pair": TEXT, "score": Column(read_score)}
-    metrics = ("mrr_at_10", "ndcg_at_10", "recall_at_10", "spearman")
 
     def encode(self, rows: Values, encoder: Encoder) -> Features:
         """Encode each text, and its pair, behind the prompts of the teacher or the recipe."""
@@ -58,26 +57,20 @@ class Embedding(Task):
         }
         return features | ({"score": list(rows["score"])} if "score" in rows else {})
 
-    def collate(self, examples: Mapping[str, Any], padding: int, _seeds: Seeds) -> Batch:
+    def collate(self, examples: Mapping[str, Any], padding: int, seeds: Seeds) -> Batch:
         """Make rows of the texts, those of one example one after the other, and label them with its number."""
         ids, first = examples["input_ids"], examples["first"]
         rest = ids.lengths - first
         count = 2 if rest.any() else 1
         lengths = np.stack([first, rest], 1)[:, :count].ravel()
         numbers = np.arange(len(first)) if examples["labelled"].any() else np.full(len(first), UNLABELLED)
-        texts = replace(ids, lengths=lengths)
-        batch = {
-            "input_ids": texts.pad(padding),
-            "attention_mask": texts.mask.astype(np.int64),
-            "labels": numbers.repeat(count),
-            "texts": np.full(len(first), count),
-        }
-        batch |= {"scores": examples["score"]} if "score" in examples else {}
-        return {name: torch.from_numpy(array) for name, array in batch.items()}
+        batch = super().collate({"input_ids": replace(ids, lengths=lengths)}, padding, seeds)
+        own = {"labels": numbers.repeat(count), "texts": np.full(len(first), count)}
+        own |= {"scores": examples["score"]} if "score" in examples else {}
+        return batch | {name: torch.from_numpy(array) for name, array in own.items()}
 
 
 def _encode(texts: Sequence[str], prompt: str, head: SentenceHead, encoder: Encoder) -> list[list[int]]:
-    if prompt:
-        encoder.notes[f"prompt {prompt!r}, put in front of texts"] += len(texts)
+    encoder.note(f"prompt {prompt!r}, put in front of texts", len(texts) if prompt else 0)
     given = [prompt + text for text in texts]
     return encoder([text.lower() for text in given] if head.lower else given)["input_ids"]

@@ -24,7 +24,6 @@ class MaskedLM(Task):
     name = "masked_lm"
     auto_class = "AutoModelForMaskedLM"
     head = "masked_token"
-    metrics = ("masked_perplexity", "masked_accuracy", "loss")
     divisible = True
 
     def constants(self, tokenizer: Any, spec: Data) -> dict[str, Any]:
@@ -53,16 +52,10 @@ class MaskedLM(Task):
             list(rows["text"]), truncation=True, max_length=limit, return_overflowing_tokens=True, verbose=False
         )
         special = self.constants(tokenizer, encoder.spec)["special"]
-        features: Features = {"input_ids": [], "labelled": [], "row": []}
-        for ids, row in zip(encoded["input_ids"], encoded["overflow_to_sample_mapping"], strict=True):
-            if np.isin(ids, special).all():
-                encoder.notes["pieces without a token that could be masked, left out"] += 1
-                continue
-            features["input_ids"].append(ids)
-            features["labelled"].append(True)
-            features["row"].append(row)
-        encoder.count(features["input_ids"])
-        return features
+        pieces = list(zip(encoded["input_ids"], encoded["overflow_to_sample_mapping"], strict=True))
+        kept = [(ids, row) for ids, row in pieces if not np.isin(ids, special).all()]
+        encoder.note("pieces without a token that could be masked, left out", len(pieces) - len(kept))
+        return encoder.features([{"input_ids": ids, "labelled": True, "row": row} for ids, row in kept])
 
     def collate(self, examples: Mapping[str, Any], padding: int, seeds: Seeds) -> Batch:
         """Mask tokens and label them; an example has the same masks in whatever batch it is."""

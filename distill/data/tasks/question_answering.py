@@ -18,8 +18,6 @@ from distill.recipe.schema import Data
 
 LONGEST_ANSWER = 30
 """Tokens that an answer has at most, as in the scripts of transformers."""
-BLOCK = 100
-"""Rows that are tokenised at once: each may have many windows."""
 Window = tuple[dict[str, list[int]], np.ndarray]
 """Ids by name, and for each token the characters [start, end) of the context, or -1: int32 [L, 2]."""
 Answers = list[list[Any]]
@@ -86,9 +84,9 @@ class QuestionAnswering(Task):
     auto_class = "AutoModelForQuestionAnswering"
     head = "span"
     columns: ClassVar = {"question": TEXT, "context": TEXT, "answers": Column(read_answers, answer=True)}
-    metrics = ("exact_match_answer", "f1_answer", "loss")
     observed = ("row", "answers", "answer_score", "null_score", "gold")
     observed_in_training = True
+    block = 100  # each row may have many windows
     sample = ("Who wrote the program?", "Ada wrote the program in 1843.")
 
     def settle(self, labels: Mapping[str, Counter[str]], _spec: Data) -> Settled:
@@ -118,16 +116,13 @@ class QuestionAnswering(Task):
         taken = limit - tokenizer.num_special_tokens_to_add(pair=True) - stride
         questions = tokenizer(list(rows["question"]), add_special_tokens=False, verbose=False)["input_ids"]
         fitting = [row for row, ids in enumerate(questions) if len(ids) < taken]
-        _note(encoder, "rows left out: the question leaves no room for the context", len(questions) - len(fitting))
-        features = _no_windows(tokenizer)
-        for row, windows in _windows(tokenizer, rows, fitting, limit, stride):
-            own = list(_label(windows, rows["context"][row], rows["answers"][row], encoder))
-            for window in own:
-                for name, value in window.items():
-                    features[name].append(value)
-                features["row"].append(row)
-        encoder.count(features["input_ids"])
-        return features
+        encoder.note("rows left out: the question leaves no room for the context", len(questions) - len(fitting))
+        examples = [
+            {**window, "row": row}
+            for row, windows in _windows(tokenizer, rows, fitting, limit, stride)
+            for window in _label(windows, rows["context"][row], rows["answers"][row], encoder)
+        ]
+        return encoder.features(examples)
 
     def collate(self, examples: Mapping[str, Any], padding: int, seeds: Seeds) -> Batch:
         """Add the tokens at which each answer starts and ends, [B, 2]."""
@@ -180,33 +175,23 @@ def _locate(text: str, start: int | None, context: str) -> list[Any]:
     return [text, start]
 
 
-def _note(encoder: Encoder, note: str, count: int = 1) -> None:
-    if count:
-        encoder.notes[note] += count
-
-
-def _no_windows(tokenizer: Any) -> Features:
-    pairs = ["token_type_ids"] if "token_type_ids" in tokenizer.model_input_names else []
-    names = ("starts", "ends", "null_at", "text", "gold", "span", "labelled", "row")
-    return {name: [] for name in ("input_ids", *pairs, *names)}
-
-
 def _windows(
     tokenizer: Any, rows: Values, fitting: Sequence[int], limit: int, stride: int
 ) -> Iterator[tuple[int, list[Window]]]:
     """Yield each row's number and windows."""
-    for part in (fitting[start : start + BLOCK] for start in range(0, len(fitting), BLOCK)):
-        found = tokenizer(
-            [rows["question"][row] for row in part],
-            [rows["context"][row] for row in part],
-            truncation="only_second",
-            max_length=limit,
-            stride=stride,
-            return_overflowing_tokens=True,
-            return_offsets_mapping=True,
-        )
-        for number, group in groupby(range(len(found["input_ids"])), found["overflow_to_sample_mapping"].__getitem__):
-            yield part[number], [_window(found, index) for index in group]
+    if not fitting:
+        return
+    found = tokenizer(
+        [rows["question"][row] for row in fitting],
+        [rows["context"][row] for row in fitting],
+        truncation="only_second",
+        max_length=limit,
+        stride=stride,
+        return_overflowing_tokens=True,
+        return_offsets_mapping=True,
+    )
+    for number, group in groupby(range(len(found["input_ids"])), found["overflow_to_sample_mapping"].__getitem__):
+        yield fitting[number], [_window(found, index) for index in group]
 
 
 def _window(found: Any, index: int) -> Window:
@@ -220,12 +205,12 @@ def _label(
 ) -> Iterator[dict[str, Any]]:
     """Turn the windows of one row into examples; none where there is nothing to find an answer in."""
     if not all((spans >= 0).any() for _, spans in windows):
-        _note(encoder, "rows left out: the tokenizer writes nothing of the context")
+        encoder.note("rows left out: the tokenizer writes nothing of the context")
         return
     wanted = _trim(answers[0][0], answers[0][1]) if answers else None
     tokens = [_overlapping(spans, *wanted) if wanted else np.array([]) for _, spans in windows]
     if wanted and not any(map(len, tokens)):
-        _note(encoder, "rows left out: the tokenizer writes nothing of the answer")
+        encoder.note("rows left out: the tokenizer writes nothing of the answer")
         return
     held = False
     for number, ((ids, spans), own) in enumerate(zip(windows, tokens, strict=True)):
@@ -247,13 +232,13 @@ def _label(
             "labelled": answers is not None,
         }
     places = next((each[2] for each in answers or () if len(each) == 3), 0)
-    _note(encoder, "contexts read in several windows", len(windows) > 1)
-    _note(encoder, "questions without an answer", answers == [])
-    _note(encoder, "answers without their place: the first one in the context is taken", places > 0)
-    _note(encoder, "of these, answers that stand there several times", places > 1)
-    _note(encoder, "answers that no window holds whole: a larger data.stride would", bool(wanted) and not held)
+    encoder.note("contexts read in several windows", len(windows) > 1)
+    encoder.note("questions without an answer", answers == [])
+    encoder.note("answers without their place: the first one in the context is taken", places > 0)
+    encoder.note("of these, answers that stand there several times", places > 1)
+    encoder.note("answers that no window holds whole: a larger data.stride would", bool(wanted) and not held)
     longest = max(map(len, tokens))
-    _note(encoder, f"answers of more than {LONGEST_ANSWER} tokens, never given whole", longest > LONGEST_ANSWER)
+    encoder.note(f"answers of more than {LONGEST_ANSWER} tokens, never given whole", longest > LONGEST_ANSWER)
 
 
 def _trim(text: str, start: int) -> tuple[int, int]:

@@ -7,10 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import numpy as np
-import torch
-
-from distill.data.tasks.task import TEXT, Column, Encoder, Features, Seeds, Settled, Task, Values
+from distill.data.tasks.task import TEXT, Column, Encoder, Features, Settled, Task, Values
 from distill.errors import InputError
 from distill.models.forward import UNLABELLED, Batch, Outputs
 from distill.recipe.schema import Data
@@ -53,7 +50,6 @@ class RelationExtraction(Task):
         "tail": Column(read_span),
         "relation": Column(read_relation, answer=True),
     }
-    metrics = ("accuracy", "f1_macro", "f1_relations", "loss")
     observed = ("none_class",)
     observed_in_training = True
     added_tokens = (*MARKERS["head"], *MARKERS["tail"])
@@ -92,16 +88,15 @@ class RelationExtraction(Task):
         ids = [_cut(own, text, encoder) for own, text in zip(whole, texts, strict=True)]
         kept = [row for row, own in enumerate(ids) if own]
         encoder.count([ids[row] for row in kept])
-        if len(kept) < len(ids):
-            encoder.notes["rows left out: max_length does not reach from one span to the other"] += len(ids) - len(kept)
+        encoder.note("rows left out: max_length does not reach from one span to the other", len(ids) - len(kept))
         classes = encoder.settled.classes
         encoder.classes.update(rows["relation"][row] for row in kept if rows["relation"][row] is not None)
         index = {name: number for number, name in enumerate(classes)} | {None: UNLABELLED}
         labels = [index[rows["relation"][row]] for row in kept]
         none = find_none_class(classes, encoder.spec.none_class)
-        if none is not None and none in labels:
+        if none is not None:
             note = f"rows without a relation, of the class {classes[none]!r}, which f1_relations leaves out"
-            encoder.notes[note] += labels.count(none)
+            encoder.note(note, labels.count(none))
         return {
             "input_ids": [ids[row] for row in kept],
             "label": labels,
@@ -109,11 +104,6 @@ class RelationExtraction(Task):
             "none_class": [UNLABELLED if none is None else none] * len(kept),
             "row": kept,
         }
-
-    def collate(self, examples: Mapping[str, Any], padding: int, seeds: Seeds) -> Batch:
-        """Add one label per example."""
-        labels = torch.from_numpy(np.asarray(examples["label"]))
-        return {**super().collate(examples, padding, seeds), "labels": labels}
 
     def observe(self, _model: Any, _outputs: Outputs, _batch: Batch, examples: Mapping[str, Any]) -> dict[str, Any]:
         """Hand the class on that stands for no relation."""

@@ -14,7 +14,6 @@ from distill.errors import InputError
 from distill.models.forward import UNLABELLED, Batch, Outputs
 from distill.models.generate import write_greedily
 from distill.models.load import ModelHead, load_config
-from distill.recipe.names import TASK_METRICS
 from distill.recipe.schema import Data
 
 
@@ -58,10 +57,15 @@ class WritesText(Task):
             own = list(ids[1:] if ids[:1] == [self.start] != [end] else ids)
             if end is not None and end not in own:
                 own = [*own[: self.limit - 1], end]
-                encoder.notes["targets given the end token that the tokenizer does not write"] += 1
+                encoder.note("targets given the end token that the tokenizer does not write")
             found.append(own)
-        encoder.notes.update({f"targets cut to {self.limit} tokens": cut} if cut else {})
+        encoder.note(f"targets cut to {self.limit} tokens", cut)
         return found
+
+    def target_features(self, texts: Sequence[str], kept: list[int], encoder: Encoder) -> Features:
+        """List the features of the rows that are kept, all but those of their sources."""
+        ids = self.encode_targets(texts, encoder) if kept else []
+        return {self.target: ids, "target_text": list(texts), "labelled": [True] * len(kept), "row": kept}
 
     def collate(self, examples: Mapping[str, Any], padding: int, seeds: Seeds) -> Batch:
         """Add the target as labels [B, T]."""
@@ -86,7 +90,6 @@ class Seq2Seq(WritesText):
     name = "seq2seq"
     auto_class = "AutoModelForSeq2SeqLM"
     columns: ClassVar = {"source": TEXT, "target": TARGET}
-    metrics = TASK_METRICS["seq2seq"]
 
     def bind(self, teacher: Path, tokenizer: Any, spec: Data) -> Task:
         """Take the language of the target, too, where the tokenizer has one and targets begin with it."""
@@ -99,14 +102,7 @@ class Seq2Seq(WritesText):
     def encode(self, rows: Values, encoder: Encoder) -> Features:
         """Encode sources, with their prefix, and targets; rows without a target teach nothing and are left out."""
         kept = [row for row, text in enumerate(rows["target"]) if text is not None]
-        if len(kept) < len(rows["target"]):
-            encoder.notes["rows left out that have no target"] += len(rows["target"]) - len(kept)
-        targets = [rows["target"][row] for row in kept]
+        encoder.note("rows left out that have no target", len(rows["target"]) - len(kept))
         sources = [f"{encoder.spec.prefix or ''}{rows['source'][row]}" for row in kept]
-        return {
-            "input_ids": encoder(sources)["input_ids"] if kept else [],
-            self.target: self.encode_targets(targets, encoder) if kept else [],
-            "target_text": targets,
-            "labelled": [True] * len(kept),
-            "row": kept,
-        }
+        ids = encoder(sources)["input_ids"] if kept else []
+        return {"input_ids": ids, **self.target_features([rows["target"][row] for row in kept], kept, encoder)}

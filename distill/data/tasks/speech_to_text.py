@@ -18,7 +18,6 @@ from distill.files import sha256_of
 from distill.models.forward import Batch
 from distill.models.load import ModelHead, load_config
 from distill.models.weights import as_input_error
-from distill.recipe.names import TASK_METRICS
 from distill.recipe.schema import Data
 
 PREPROCESSOR = "preprocessor_config.json"
@@ -42,7 +41,6 @@ class SpeechToText(WritesText):
         "audio": Column(read_file, plain=True, content=lambda path: sha256_of(Path(path))),
         "text": TARGET,
     }
-    metrics = TASK_METRICS["speech_to_text"]
     block = 32
     target = "input_ids"
 
@@ -85,24 +83,17 @@ class SpeechToText(WritesText):
         for row, (path, text) in enumerate(zip(rows["audio"], rows["text"], strict=True)):
             sound = read_sound(Path(path), self.extractor.sampling_rate, encoder.notes)
             if text is None:
-                encoder.notes["sounds left out that have no text"] += 1
+                encoder.note("sounds left out that have no text")
             elif not len(sound):
-                encoder.notes["sounds left out that are empty"] += 1
+                encoder.note("sounds left out that are empty")
             elif len(sound) > self.longest:
                 longest = f"{self.longest / self.extractor.sampling_rate:g} s"
-                encoder.notes[f"sounds left out that are longer than {longest}"] += 1
+                encoder.note(f"sounds left out that are longer than {longest}")
             else:
                 kept.append(row)
                 sounds.append(sound)
-        texts = [rows["text"][row] for row in kept]
         encoder.examples += len(kept)
-        return {
-            self.target: self.encode_targets(texts, encoder) if kept else [],
-            "sound": sounds,
-            "target_text": texts,
-            "labelled": [True] * len(kept),
-            "row": kept,
-        }
+        return {"sound": sounds, **self.target_features([rows["text"][row] for row in kept], kept, encoder)}
 
     def read_source(self, examples: Mapping[str, Any], _padding: int, _seeds: Seeds) -> Batch:
         """Compute what the encoder reads: log-mel bands `input_features` [B, M, frames], and the mask of frames."""

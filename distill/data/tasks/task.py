@@ -16,8 +16,9 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from distill.models.forward import Batch, Outputs
+from distill.models.forward import UNLABELLED, Batch, Outputs
 from distill.models.sentence import SentenceHead, sentence_head
+from distill.recipe.names import TASK_METRICS
 from distill.recipe.schema import Data
 
 Values = Mapping[str, Sequence[Any]]
@@ -112,15 +113,12 @@ class Encoder:
         encoded, cut = self._encode(given, self.spec.max_length)
         self.truncated += cut
         self.count(encoded["input_ids"])
-        names = ["input_ids", *(["token_type_ids"] if pairs is not None and "token_type_ids" in encoded else [])]
-        return {name: encoded[name] for name in names}
+        return {name: encoded[name] for name in ("input_ids", "token_type_ids") if name in encoded}
 
     def targets(self, texts: Sequence[str], limit: int) -> tuple[list[list[int]], int]:
         """Encode texts that a decoder is to write, each cut to `limit`; returns their ids and how many were cut."""
         encoded, cut = self._encode({"text_target": list(texts)}, limit)
-        for ids in encoded["input_ids"]:
-            self.tokens += len(ids)
-            self.unknown += 0 if self.unknown_id is None else list(ids).count(self.unknown_id)
+        self._count_tokens(encoded["input_ids"])
         return encoded["input_ids"], cut
 
     def _encode(self, given: Mapping[str, list[str]], limit: int) -> tuple[Any, int]:
@@ -137,9 +135,24 @@ class Encoder:
         whole = self.tokenizer(**parts, verbose=False)["input_ids"]
         return encoded, sum(len(ids) > limit for ids in whole)
 
+    def features(self, examples: Sequence[Mapping[str, Any]]) -> Features:
+        """List the features of examples that are given one by one, and count their tokens."""
+        names = examples[0] if examples else ("input_ids", "labelled", "row")
+        found = {name: [each[name] for each in examples] for name in names}
+        self.count(found["input_ids"])
+        return found
+
+    def note(self, what: str, count: int = 1) -> None:
+        """Count what happened to rows or examples, for the summary, if it happened at all."""
+        if count:
+            self.notes[what] += int(count)
+
     def count(self, rows: Sequence[Sequence[int]]) -> None:
-        """Count the tokens of examples, and the unknown ones among them."""
+        """Count examples, their tokens, and the unknown ones among these."""
         self.examples += len(rows)
+        self._count_tokens(rows)
+
+    def _count_tokens(self, rows: Sequence[Sequence[int]]) -> None:
         self.tokens += sum(map(len, rows))
         if self.unknown_id is not None:
             self.unknown += sum(list(ids).count(self.unknown_id) for ids in rows)
@@ -186,8 +199,8 @@ class Task:
     head: ClassVar[str]
     """The kind of predictions, a name from `distill.losses.PREDICTION_KINDS`; `settle` may find another."""
     columns: ClassVar[Mapping[str, Column]] = {"text": TEXT}
-    metrics: ClassVar[tuple[str, ...]]
-    """Metrics that it has; see `metrics_for`."""
+    metrics: ClassVar[Sequence[str]]
+    """Metrics that it has; see `metrics_for`. Those of a task of this package are listed in `distill.recipe.names`."""
     observed: ClassVar[tuple[str, ...]] = ()
     """Columns that `observe` adds to the predictions."""
     observed_in_training: ClassVar[bool] = False
@@ -208,6 +221,11 @@ class Task:
     """Feature with the token ids that a decoder is to write."""
     preprocessors: Sequence[Any] = ()
     """Whatever else turns rows into what the model reads, and is saved beside it: each has `save_pretrained`."""
+
+    def __init_subclass__(cls) -> None:
+        """Take the metrics from the list, unless the class names or inherits its own."""
+        if vars(cls).get("name") in TASK_METRICS:
+            cls.metrics = vars(cls).get("metrics", TASK_METRICS[cls.name])  # type: ignore[index]
 
     def bind(self, _teacher: Path, _tokenizer: Any, _spec: Data) -> Task:
         """Return the task with what it needs of the teacher's folder to encode, collate and observe.
@@ -246,7 +264,7 @@ class Task:
         return {**encoder(rows["text"]), "labelled": [True] * len(rows["text"])}
 
     def collate(self, examples: Mapping[str, Any], padding: int, _seeds: Seeds) -> Batch:
-        """Make a batch of examples: input_ids, attention_mask [B, L], labels [B] or [B, L].
+        """Make a batch of examples: input_ids, attention_mask [B, L], and of a feature `label` labels [B] or [B, L].
 
         Args:
             examples: Feature -> `Ragged`, an array, or a list of texts; and the `constants` by name.
@@ -257,6 +275,11 @@ class Task:
         batch = {"input_ids": ids.pad(padding), "attention_mask": ids.mask.astype(np.int64)}
         if "token_type_ids" in examples:
             batch["token_type_ids"] = examples["token_type_ids"].pad(0)
+        if "label" in examples:
+            given = examples["label"]
+            batch["labels"] = given.pad(UNLABELLED) if isinstance(given, Ragged) else given
+            if batch["labels"].dtype.kind == "f":
+                batch["labels"] = batch["labels"].astype(np.float32)
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
     def observe(self, _model: Any, _outputs: Outputs, _batch: Batch, _examples: Mapping[str, Any]) -> dict[str, Any]:

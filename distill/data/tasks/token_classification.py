@@ -15,12 +15,11 @@ from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, ClassVar
 
-import torch
-
-from distill.data.tasks.classes import class_numbers, list_names, order_classes
-from distill.data.tasks.task import TEXT, Column, Encoder, Features, Seeds, Settled, Task, Values
+from distill.data.tasks.classes import class_numbers, order_classes
+from distill.data.tasks.task import TEXT, Column, Encoder, Features, Settled, Task, Values
 from distill.errors import InputError
 from distill.models.forward import UNLABELLED, Batch, Outputs
+from distill.recipe.jsonrows import list_names
 from distill.recipe.names import columns_read
 from distill.recipe.schema import Data
 
@@ -99,7 +98,6 @@ class TokenClassification(Task):
         "text": TEXT,
         "spans": Column(read_spans, answer=True),
     }
-    metrics = ("entity_f1", "entity_precision", "entity_recall", "token_accuracy", "loss")
     observed = ("entities_found", "entities_predicted", "entities_true")
     observed_in_training = True
 
@@ -143,7 +141,7 @@ class TokenClassification(Task):
                 f"needs a tokenizer.json"
             )
         words = [join_words(each) for each in rows["tokens"]] if "tokens" in rows else None
-        texts = [text for text, _ in words] if words is not None else list(rows["text"])
+        texts, answers = ([text for text, _ in words], "tags") if words is not None else (list(rows["text"]), "spans")
         encoded = tokenizer(texts, truncation=True, max_length=limit, return_offsets_mapping=True)
         encoder.count(encoded["input_ids"])
         tagger = _Tagger(encoder)
@@ -153,18 +151,15 @@ class TokenClassification(Task):
             seen = max((place[1] for place in places if place), default=0)
             cut = len(text.rstrip()) if seen < len(text.rstrip()) and len(offsets) >= limit else None
             encoder.truncated += cut is not None
-            labels.append(
-                tagger.tag_words(places, words[row][1], rows["tags"][row], cut and seen)
-                if words is not None
-                else tagger.tag_spans(places, rows["spans"][row], cut and seen)
-            )
+            answer = rows[answers][row]
+            if answer is None:
+                labels.append([UNLABELLED] * len(places))
+            elif words is not None:
+                labels.append(tagger.tag_words(places, words[row][1], answer, cut and seen))
+            else:
+                labels.append(tagger.tag_spans(places, answer, cut and seen))
         labelled = [any(label != UNLABELLED for label in each) for each in labels]
         return {"input_ids": encoded["input_ids"], "label": labels, "labelled": labelled}
-
-    def collate(self, examples: Mapping[str, Any], padding: int, seeds: Seeds) -> Batch:
-        """Add the tags [B, L]."""
-        labels = torch.from_numpy(examples["label"].pad(UNLABELLED))
-        return {**super().collate(examples, padding, seeds), "labels": labels}
 
     def observe(self, model: Any, outputs: Outputs, batch: Batch, _examples: Mapping[str, Any]) -> dict[str, Any]:
         """Count spans: those predicted, the true ones, and those that are both."""
@@ -188,11 +183,9 @@ class _Tagger:
         self.begins = any(name.startswith("B-") for name in self.classes)
 
     def tag_words(
-        self, places: Sequence[Place | None], words: Sequence[Place], tags: Sequence[Any] | None, cut: int | None
+        self, places: Sequence[Place | None], words: Sequence[Place], tags: Sequence[Any], cut: int | None
     ) -> list[int]:
         """Give each word's tag to its first token; `cut` is the end of what is left of a text that is too long."""
-        if tags is None:
-            return [UNLABELLED] * len(places)
         first: dict[int, int] = {}
         ends = [end for _, end in words]
         for token, place in enumerate(places):
@@ -202,32 +195,28 @@ class _Tagger:
                     first.setdefault(word, token)
         lost = [start for number, (start, _) in enumerate(words) if number not in first]
         beyond = sum(cut is not None and start >= cut for start in lost)
-        self._note("words beyond max_length", beyond)
-        self._note("words without a token of their own", len(lost) - beyond)
+        self.encoder.note("words beyond max_length", beyond)
+        self.encoder.note("words without a token of their own", len(lost) - beyond)
         names = [None if tag is None else self.classes[self.number_of(tag)] for tag in tags]
         if self.begins:
-            self._note("spans that begin with I- and not with B-", count_strays(names))
+            self.encoder.note("spans that begin with I- and not with B-", count_strays(names))
         return self._labels(len(places), {token: names[number] for number, token in first.items()})
 
     def tag_spans(
-        self, places: Sequence[Place | None], spans: Sequence[tuple[int, int, str]] | None, cut: int | None
+        self, places: Sequence[Place | None], spans: Sequence[tuple[int, int, str]], cut: int | None
     ) -> list[int]:
         """Give each token the tag of the span that it is in."""
-        if spans is None:
-            return [UNLABELLED] * len(places)
         tags: dict[int, str | None] = {token: OUTSIDE for token, place in enumerate(places) if place}
         for start, end, kind in spans:
-            inside = [(token, place) for token, place in enumerate(places) if place]
-            inside = [(token, place) for token, place in inside if place[0] < end and place[1] > start]
-            own = [(token, place) for token, place in inside if tags[token] == OUTSIDE]
+            inside = [(token, place) for token, place in enumerate(places) if place and tags[token] == OUTSIDE]
+            own = [(token, place) for token, place in inside if place[0] < end and place[1] > start]
             for number, (token, _) in enumerate(own):
                 tags[token] = choose_tag(kind, number == 0, number == len(own) - 1, self.classes)
             beyond = cut is not None and end > cut
-            self._note("spans cut at max_length", beyond)
-            self._note("spans without a token of their own", not own and not beyond)
-            self._note(
-                "spans that begin or end inside a token", bool(own) and (own[0][1][0] < start or own[-1][1][1] > end)
-            )
+            self.encoder.note("spans cut at max_length", beyond)
+            self.encoder.note("spans without a token of their own", not own and not beyond)
+            split = bool(own) and (own[0][1][0] < start or own[-1][1][1] > end)
+            self.encoder.note("spans that begin or end inside a token", split)
         return self._labels(len(places), tags)
 
     def _labels(self, length: int, tags: Mapping[int, str | None]) -> list[int]:
@@ -237,10 +226,6 @@ class _Tagger:
                 labels[token] = self.number_of(tag)
                 self.encoder.classes[tag] += 1
         return labels
-
-    def _note(self, what: str, count: int) -> None:
-        if count:
-            self.encoder.notes[what] += int(count)
 
 
 def join_words(words: Sequence[str]) -> tuple[str, list[Place]]:
@@ -285,7 +270,7 @@ def choose_tag(kind: str, first: bool, last: bool, classes: Collection[str]) -> 
     for tag in (*(f"{place}-{kind}" for place in places), kind):
         if tag in classes:
             return tag
-    raise InputError(f"data: there is no tag for spans called {kind!r} among {list_names(list(classes))}")
+    raise InputError(f"data: there is no tag for spans called {kind!r} among {list_names(classes)}")
 
 
 def split_tag(tag: str | None) -> tuple[str, str | None]:
