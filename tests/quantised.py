@@ -80,7 +80,9 @@ def write_gguf(path: Path, *, layers: int = LAYERS, tokens=TOKENS, template: str
 def small_smollm2(folder: Path) -> Path:
     """Make a package that has a tiny model where SmolLM2's has the real one: as deep, of bytes; returns its folder."""
     marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    (folder / SMOLLM2).parent.mkdir()
+    package = (folder / SMOLLM2).parent
+    package.mkdir()
+    (package / "__init__.py").touch()  # else an installed one would be found, wherever it stands on the path
     tokens = [*marks, *sorted(pre_tokenizers.ByteLevel.alphabet()), "!!"]
     write_gguf(folder / SMOLLM2, layers=30, tokens=tokens, template=TEMPLATES["chatml"], context_length=512)
     return folder

@@ -3,10 +3,10 @@
     python scripts/data/docstring_questions.py --out recipes/smollm2-chat/data
 
 Writes train.jsonl, validation.jsonl and test.jsonl with the columns prompt, a question about a function or class with
-what it is called with, and completion, its docstring as far as that is prose. The last part of the name decides the split,
-so that a method and what overrides it are in one. topics.jsonl has questions about the language itself, answered by the
-beginning of its documentation (pydoc_data.topics), to measure on what nobody trained on. The texts differ a little between
-versions of Python; README.md says which one it was.
+what it is called with, and completion, its docstring as far as that is prose. The last part of the name decides the
+split, so that a method and what overrides it are in one. topics.jsonl has questions about the language itself, answered
+by the beginning of its documentation (pydoc_data.topics), to measure on what nobody trained on. The texts differ a
+little between versions of Python; README.md says which one it was.
 """
 
 import ast

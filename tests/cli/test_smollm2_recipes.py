@@ -29,8 +29,9 @@ def _package(tmp_path, monkeypatch):
 def run_small(name, folder, *overrides):
     """Every arm's KL to the teacher, on the test split and on other texts."""
     recipe = with_data(RECIPES / name / "recipe.yaml", folder)
-    small = ["training.batch_size=4", "evaluation.efficiency=false", "evaluation.batch_size=8", *overrides]
-    assert main(["run", str(recipe), *small, "--out", str(folder / "run")]) == 0
+    small = ["teacher.sha256=null", "student.calibration.examples=8", "student.repair.held_out=4"]
+    few = ["training.steps=10", "training.batch_size=4", "evaluation.batch_size=8"]
+    assert main(["run", str(recipe), *small, *few, *overrides, "--out", str(folder / "run")]) == 0
     found = json.loads((folder / "run/evaluation.json").read_text(encoding="utf-8"))
     measured = {"test": found["arms"], **found["also"]}
     return {name: {arm["name"]: arm["metrics"]["kl"] for arm in arms} for name, arms in measured.items()}
@@ -39,10 +40,10 @@ def run_small(name, folder, *overrides):
 @pytest.mark.slow
 def test_the_recipe_of_texts_measures_every_arm_on_texts_of_other_kinds_too(tmp_path):
     few = ["data.source={source: pydoc-topics, limit: 12}", "data.also.python.limit=2", "data.also.docstrings.limit=20"]
-    kl = run_small("smollm2-text", tmp_path, *few, "training.steps=10")
+    kl = run_small("smollm2-text", tmp_path, *few)
     assert kl.keys() == {"test", "python", "docstrings"}
     for own in kl.values():
-        assert own.keys() == {"teacher", "cut", "distilled", "labels_only"}
+        assert own.keys() == {"teacher", "cut", "repaired", "distilled", "labels_only"}
         assert own["distilled"] < own["cut"] and own["distilled"] < own["labels_only"]
     card = (tmp_path / "run/release/README.md").read_text(encoding="utf-8")
     assert "quantised GGUF file" in card and "docstrings" in card
@@ -50,7 +51,7 @@ def test_the_recipe_of_texts_measures_every_arm_on_texts_of_other_kinds_too(tmp_
 
 @pytest.mark.slow
 def test_the_recipe_of_conversations_leaves_a_model_that_answers_without_distill(tmp_path):
-    kl = run_small("smollm2-chat", tmp_path, "training.steps=10")
+    kl = run_small("smollm2-chat", tmp_path)
     assert kl.keys() == {"test", "topics"}
     assert all(own["distilled"] < own["cut"] for own in kl.values())
     script = (
