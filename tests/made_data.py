@@ -17,7 +17,19 @@ def spelled_words(count, seed):
     return [{"source": " ".join(word), "target": " ".join(map(SOUNDS.get, word))} for word in words]
 
 
-MADE = {"cmudict-seq2seq": {"train": (spelled_words, 400), "test": (spelled_words, 60)}}
+def questions(count, seed):
+    """Questions about words, which are answered by spelling them."""
+    return [
+        {"prompt": f"How is {word} spelled?", "completion": row["source"]}
+        for row in spelled_words(count, seed)
+        for word in [row["source"].replace(" ", "")]
+    ]
+
+
+MADE = {
+    "cmudict-seq2seq": {"train": (spelled_words, 400), "test": (spelled_words, 60)},
+    "smollm2-chat": {"train": (questions, 60), "test": (questions, 20), "topics": (questions, 10)},
+}
 """Recipe -> file of its folder `data` -> rows and how many."""
 
 

@@ -374,6 +374,46 @@ def test_docstrings_are_paired_with_names_in_words(script, tmp_path):
     assert set(notes.values()) == {1} and len(notes) == 4
 
 
+def test_questions_are_answered_by_the_prose_that_a_docstring_begins_with(script, tmp_path):
+    (tmp_path / "net.py").write_text(
+        'class Server:\n    """Answer requests\n    of clients.\n\n    In their order.\n\n    >>> Server()\n    """\n'
+        '    def stop(self, wait=True, *, at: int):\n        """Stop when all is done:\n\n        - a list"""\n'
+        '    @classmethod\n    def new(cls):\n        """Make one that waits."""\n'
+        'def again():\n    """Answer requests of clients.\n\n    In their order."""\n'
+        'def short():\n    """Tiny."""\n'
+        'def long():\n    """First part of it.\n\n    Second part, which is too long for it."""\n'
+        'def call(host, port=80):\n    """Call a host."""\n'
+    )
+    notes = Counter()
+    found = {keys: row for keys, row in script("docstring_questions").questions(tmp_path, 12, 44, notes)}
+    assert {key: row["completion"] for (key,), row in found.items()} == {
+        "server": "Answer requests of clients.\n\nIn their order.",
+        "new": "Make one that waits.",
+        "long": "First part of it.",
+        "call": "Call a host.",
+    }
+    asked = {key: re.search(r"the (\w+) `(.*)` of Python", row["prompt"]).groups() for (key,), row in found.items()}
+    assert asked == {
+        "server": ("class", "net.Server"),
+        "new": ("method", "net.Server.new()"),
+        "long": ("function", "net.long()"),
+        "call": ("function", "net.call(host, port=80)"),
+    }
+    assert notes == {
+        "answers that another name has too": 1, "docstrings that begin with little prose, or with much": 2,
+    }  # fmt: skip
+
+
+def test_questions_about_the_language_are_answered_by_its_help(give, tmp_path, capsys):
+    assert give("docstring_questions", "--out", tmp_path / "out", "--limit", 50, "--held-out-limit", 5) == 0
+    rows = rows_of(tmp_path / "out")
+    assert len(rows) == 60 and all(row.keys() == {"prompt", "completion"} for row in rows)
+    assert all(60 <= len(row["completion"]) <= 500 for row in rows)
+    topics = [json.loads(line) for line in (tmp_path / "out/topics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert topics and all(row["prompt"].startswith("What does Python's documentation say about ") for row in topics)
+    assert f"topics: {len(topics)} rows" in capsys.readouterr().out
+
+
 def test_speech_needs_espeak(give, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert give("spoken_texts", "--out", tmp_path / "out") == 2

