@@ -21,7 +21,7 @@ import pytest
 import torch
 import typer
 from forked import Processes, run_script
-from made_data import with_data
+from made_data import WORDNET, small_minilm, with_data
 from tiny import tiny_batch, tiny_model, tiny_project
 
 import distill
@@ -96,14 +96,40 @@ def test_every_recipe_is_valid_and_says_how_to_run_it(path, tmp_path):
     assert load_recipe(recipe).name == path.parent.name
 
 
+def figures_of_a_stand_in(recipe, folder, metric, *overrides):
+    """A figure of every arm after a whole run on made data."""
+    assert main(["run", str(recipe), "--out", str(folder / "run"), "evaluation.efficiency=false", *overrides]) == 0
+    table = json.loads((folder / "run/evaluation.json").read_text(encoding="utf-8"))
+    assert table["data"]["source"] == "./train.jsonl, ./test.jsonl" and table["data"]["measured_on"] == "./test.jsonl"
+    return {arm["name"]: arm["metrics"][metric] for arm in table["arms"]}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("teacher", ["teacher", "teacher-marian"])
 def test_the_recipe_of_pronunciations_runs_on_a_stand_in(teacher, tmp_path):
     recipe = with_data(ROOT / "recipes/cmudict-seq2seq/recipe.yaml", tmp_path)
-    small = ["teacher.fit.steps=60", "training.steps=20", "evaluation.efficiency=false", f"teacher.model=./{teacher}"]
-    assert main(["run", str(recipe), "--out", str(tmp_path / "run"), *small]) == 0
-    table = json.loads((tmp_path / "run/evaluation.json").read_text(encoding="utf-8"))
-    kl = {arm["name"]: arm["metrics"]["kl"] for arm in table["arms"]}
+    small = ["teacher.fit.steps=60", "training.steps=20", f"teacher.model=./{teacher}"]
+    kl = figures_of_a_stand_in(recipe, tmp_path, "kl", *small)
+    assert kl["distilled"] < kl["cut"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WORDNET)
+def test_the_recipes_of_wordnet_run_on_a_stand_in(name, tmp_path):
+    recipe = with_data(ROOT / "recipes" / name / "recipe.yaml", tmp_path)
+    small = ["teacher.fit.lr=5e-3", "teacher.fit.freeze=[]", "training.freeze=[]", "training.lr=3e-3"]
+    if name == "wordnet-retrieval":
+        figures = figures_of_a_stand_in(recipe, tmp_path, "cosine_to_teacher", *small_minilm(tmp_path), *small)
+        assert figures["distilled"] > figures["cut"]
+    else:
+        figures = figures_of_a_stand_in(recipe, tmp_path, "kl", *small_minilm(tmp_path), *small, "data.labelled=200")
+        assert figures["distilled"] < figures["cut"]
+
+
+@pytest.mark.slow
+def test_the_recipe_of_chinese_words_runs_on_a_stand_in(tmp_path):
+    recipe = with_data(ROOT / "recipes/chinese-classification/recipe.yaml", tmp_path)
+    kl = figures_of_a_stand_in(recipe, tmp_path, "kl", "data.labelled=100", "teacher.fit.epochs=10")
     assert kl["distilled"] < kl["cut"]
 
 
