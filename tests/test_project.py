@@ -9,6 +9,7 @@ import inspect
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -151,6 +152,22 @@ def test_every_script_explains_itself(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     started = Processes(tmp_path / "log", run_script, path, "--help")
     assert started.wait() == [0] and "usage" in started.said.lower(), started.said
+
+
+def test_the_benchmark_over_seeds_prints_every_seed_and_the_mean_of_every_metric(capsys):
+    script = runpy.run_path(str(ROOT / "scripts/benchmarks/arms_over_seeds.py"))
+    values = {"teacher": (0.75, 0.25), "distilled": (0.5, 0.5), "labels_only": (0.25, 0.25)}
+    tables = [
+        {"primary": "accuracy", "metrics": ["accuracy", "kl"], "data": {"examples": 8}, "arms":
+         [{"name": name, "metrics": {"accuracy": each[seed], "kl": seed}} for name, each in values.items()]}
+        for seed in (0, 1)
+    ]  # fmt: skip
+    script["print_table"]([0, 1], tables)
+    script["print_means"](tables)
+    shown = capsys.readouterr().out
+    assert "| distilled | 0.5000 | 0.5000 | 0.5000 | 100.0 % |" in shown
+    assert "distilled - labels_only: +0.2500, +0.2500; mean +0.2500 over 2 seeds, 8 held-out examples each" in shown
+    assert "| mean of 2 | accuracy | kl |" in shown and "| labels_only | 0.2500 | 0.5000 |" in shown
 
 
 def test_the_benchmark_of_building_runs_on_a_tiny_model(tmp_path):
