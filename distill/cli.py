@@ -255,8 +255,8 @@ def _print_evaluation(session: Session) -> None:
     from distill.release.tables import arms_table, efficiency_table
 
     evidence = collect_evidence(session)
-    data, efficiency = evidence.evaluation["data"], efficiency_table(evidence)
-    titles = {f"{data['examples']} held-out examples of {data['source']}": evidence, **evidence.elsewhere}
+    examples, efficiency = evidence.evaluation["data"]["examples"], efficiency_table(evidence)
+    titles = {f"{examples} held-out examples of {evidence.measured_on}": evidence, **evidence.elsewhere}
     for title, own in titles.items():
         arms = arms_table(own)
         rows = [(name, *row[1:]) for name, row in zip(own.arms, arms.rows, strict=True)]  # titles are too wide

@@ -9,6 +9,7 @@ import inspect
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import pytest
 import torch
 import typer
 from forked import Processes, run_script
-from made_data import with_data
+from made_data import WORDNET, small_minilm, with_data
 from quantised import small_smollm2
 from tiny import tiny_batch, tiny_model, tiny_project
 
@@ -105,14 +106,41 @@ def test_every_recipe_is_valid_and_says_how_to_run_it(path, tmp_path):
     assert load_recipe(recipe).name == path.parent.name
 
 
+def figures_of_a_stand_in(recipe, folder, metric, *overrides):
+    """A figure of every arm after a whole run on made data."""
+    assert main(["run", str(recipe), "--out", str(folder / "run"), "evaluation.efficiency=false", *overrides]) == 0
+    table = json.loads((folder / "run/evaluation.json").read_text(encoding="utf-8"))
+    assert table["data"]["source"] == "./train.jsonl, ./test.jsonl" and table["data"]["measured_on"] == "./test.jsonl"
+    return {arm["name"]: arm["metrics"][metric] for arm in table["arms"]}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("teacher", ["teacher", "teacher-marian"])
 def test_the_recipe_of_pronunciations_runs_on_a_stand_in(teacher, tmp_path):
     recipe = with_data(ROOT / "recipes/cmudict-seq2seq/recipe.yaml", tmp_path)
-    small = ["teacher.fit.steps=60", "training.steps=20", "evaluation.efficiency=false", f"teacher.model=./{teacher}"]
-    assert main(["run", str(recipe), "--out", str(tmp_path / "run"), *small]) == 0
-    table = json.loads((tmp_path / "run/evaluation.json").read_text(encoding="utf-8"))
-    kl = {arm["name"]: arm["metrics"]["kl"] for arm in table["arms"]}
+    small = ["teacher.fit.steps=60", "training.steps=20", f"teacher.model=./{teacher}"]
+    kl = figures_of_a_stand_in(recipe, tmp_path, "kl", *small)
+    assert kl["distilled"] < kl["cut"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WORDNET)
+def test_the_recipes_of_wordnet_run_on_a_stand_in(name, tmp_path):
+    recipe = with_data(ROOT / "recipes" / name / "recipe.yaml", tmp_path)
+    small = [*small_minilm(tmp_path), "training.epochs=1", "data.limit=120"]
+    vectors = name == "wordnet-retrieval"
+    if not vectors:  # after 4 steps the teacher knows little
+        small += ["teacher.fit.epochs=2", "data.labelled=60", "--accept-weak-teacher"]
+    figures = figures_of_a_stand_in(recipe, tmp_path, "cosine_to_teacher" if vectors else "kl", *small)
+    assert list(figures) == ["teacher", "cut", "distilled", "labels_only"]
+    assert figures["teacher"] == pytest.approx(1 if vectors else 0, abs=1e-4)
+    assert (tmp_path / "run/release/model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_the_recipe_of_chinese_words_runs_on_a_stand_in(tmp_path):
+    recipe = with_data(ROOT / "recipes/chinese-classification/recipe.yaml", tmp_path)
+    kl = figures_of_a_stand_in(recipe, tmp_path, "kl", "data.labelled=100", "teacher.fit.epochs=10")
     assert kl["distilled"] < kl["cut"]
 
 
@@ -134,6 +162,22 @@ def test_every_script_explains_itself(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     started = Processes(tmp_path / "log", run_script, path, "--help")
     assert started.wait() == [0] and "usage" in started.said.lower(), started.said
+
+
+def test_the_benchmark_over_seeds_prints_every_seed_and_the_mean_of_every_metric(capsys):
+    script = runpy.run_path(str(ROOT / "scripts/benchmarks/arms_over_seeds.py"))
+    values = {"teacher": (0.75, 0.25), "distilled": (0.5, 0.5), "labels_only": (0.25, 0.25)}
+    tables = [
+        {"primary": "accuracy", "metrics": ["accuracy", "kl"], "data": {"examples": 8}, "arms":
+         [{"name": name, "metrics": {"accuracy": each[seed], "kl": seed}} for name, each in values.items()]}
+        for seed in (0, 1)
+    ]  # fmt: skip
+    script["print_table"]([0, 1], tables)
+    script["print_means"](tables)
+    shown = capsys.readouterr().out
+    assert "| distilled | 0.5000 | 0.5000 | 0.5000 | 100.0 % |" in shown
+    assert "distilled - labels_only: +0.2500, +0.2500; mean +0.2500 over 2 seeds, 8 held-out examples each" in shown
+    assert "| mean of 2 | accuracy | kl |" in shown and "| labels_only | 0.2500 | 0.5000 |" in shown
 
 
 def test_the_benchmark_of_building_runs_on_a_tiny_model(tmp_path):

@@ -27,6 +27,7 @@ from distill.pipeline.session import Session, in_precision
 from distill.pipeline.stage import Stage, settings_of
 from distill.pipeline.train import steps_of
 from distill.ranks import process_state
+from distill.recipe.data import SPLITS
 from distill.recipe.names import TEACHER_METRICS
 from distill.registry import find
 from distill.release.export import without_folders
@@ -75,9 +76,10 @@ def work(session: Session) -> None:
 def describe_data(session: Session, measured: int) -> dict[str, Any]:
     """Name the sources, and count the examples of every split, of the test split those that were measured."""
     recipe, corpus = session.recipe, session.corpus
-    sources = [without_folders(each.source) for split in ("train", "test") for each in recipe.data.origins(split)]
+    sources = {split: [without_folders(each.source) for each in recipe.data.origins(split)] for split in SPLITS}
     return {
-        "source": ", ".join(dict.fromkeys(sources)),
+        "source": ", ".join(dict.fromkeys([*sources["train"], *sources["test"]])),
+        "measured_on": ", ".join(dict.fromkeys(sources["test"] or sources["train"])),
         "split": "test",
         "examples": measured,
         "train_examples": len(corpus.train),

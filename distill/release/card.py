@@ -196,8 +196,8 @@ def eval_results(evidence: Evidence, task: str) -> list[EvalResult]:
     return [
         EvalResult(
             task_type=one_line(task),
-            dataset_type=one_line(data["source"]),
-            dataset_name=one_line(data["source"]),
+            dataset_type=one_line(evidence.measured_on),
+            dataset_name=one_line(evidence.measured_on),
             dataset_split=one_line(data["split"]),
             dataset_args={"examples": data["examples"], "fingerprint": one_line(data["fingerprint"])},
             metric_type=one_line(name),
@@ -244,7 +244,7 @@ def caveats(evidence: Evidence) -> list[str]:
     error = None if score is None else standard_error(evidence, score)
     unit = data.get("unit", "examples")
     notes = [
-        f"Measured on {data['examples']} {unit} of the {data['split']} split of {data['source']} with one seed; "
+        f"Measured on {data['examples']} {unit} of the {data['split']} split of {evidence.measured_on} with one seed; "
         "other texts and seeds were not tried.",
         describe_cuts(evidence),
         "The student inherits the biases and mistakes of its teacher, and cutting can add its own.",

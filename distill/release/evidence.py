@@ -65,6 +65,12 @@ class Evidence:
         return list(self.evaluation["metrics"])
 
     @property
+    def measured_on(self) -> str:
+        """Names of the sources that the test rows are from, without those of other training rows."""
+        data = self.evaluation["data"]
+        return str(data.get("measured_on", data["source"]))
+
+    @property
     def elsewhere(self) -> dict[str, Evidence]:
         """The same run with its arms measured on other texts, by their name in `data.also`."""
         also = self.evaluation.get("also") or {}

@@ -4,11 +4,13 @@
     python scripts/benchmarks/arms_over_seeds.py recipes/quickstart/recipe.yaml --seeds 0 1 2 --out runs/all-labels \
         data.labelled=null
 
-Each run is an ordinary `distill evaluate`; finished ones are skipped, so the command can be given again.
+Each run is an ordinary `distill evaluate`; finished ones are skipped, so the command can be given again. Times are
+those of this command, next to nothing for what was finished before.
 """
 
 import argparse
 import json
+import resource
 import statistics
 import subprocess
 import sys
@@ -24,16 +26,25 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/seeds"))
     parser.add_argument("overrides", nargs="*", metavar="KEY.PATH=VALUE")
     options = parser.parse_intermixed_args()  # overrides may follow the options
-    tables, seconds = [], []
+    tables, seconds, spent = [], [], []
     for seed in options.seeds:
         folder = options.out / f"seed-{seed}"
-        start = time.monotonic()
+        start, before = time.monotonic(), processor_time()
         command = [sys.executable, "-m", "distill", "evaluate", options.recipe, f"seed={seed}", *options.overrides]
         subprocess.run([*command, "--out", str(folder)], check=True, stdout=subprocess.DEVNULL)
         seconds.append(time.monotonic() - start)
+        spent.append(processor_time() - before)
         tables.append(json.loads((folder / "evaluation.json").read_text()))
     print_table(options.seeds, tables)
-    print(f"\nseconds per seed: {', '.join(f'{value:.0f}' for value in seconds)}")
+    print_means(tables)
+    for name, values in (("seconds", seconds), ("seconds of processor time", spent)):
+        print(f"\n{name} per seed: {', '.join(f'{value:.0f}' for value in values)}")
+
+
+def processor_time() -> float:
+    """Add up the processor time of the runs so far, in seconds."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def print_table(seeds: list[int], tables: list[dict]) -> None:
@@ -58,6 +69,16 @@ def print_table(seeds: list[int], tables: list[dict]) -> None:
         print(f"\ndistilled - labels_only: {', '.join(f'{gap:+.4f}' for gap in gaps)}; "
               f"mean {statistics.mean(gaps):+.4f} over {len(gaps)} seeds, "
               f"{tables[0]['data']['examples']} held-out examples each")  # fmt: skip
+
+
+def print_means(tables: list[dict]) -> None:
+    """Print the mean of every metric over the seeds, one row per arm."""
+    metrics = tables[0]["metrics"]
+    print(f"\n| mean of {len(tables)} | {' | '.join(metrics)} |")
+    print("|---" * (len(metrics) + 1) + "|")
+    for arms in zip(*(table["arms"] for table in tables), strict=True):
+        means = [statistics.mean(arm["metrics"][metric] for arm in arms) for metric in metrics]
+        print(f"| {arms[0]['name']} | {' | '.join(f'{value:.4f}' for value in means)} |")
 
 
 if __name__ == "__main__":

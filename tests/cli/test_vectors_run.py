@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,15 +11,14 @@ import numpy as np
 import pytest
 import torch
 from embeddings import FIT, PROMPTS, RECIPE, SPECIALS, WORDS, project, word_tokenizer
+from made_data import small_minilm
 from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file
-from tiny import tiny_config, tiny_model
-from transformers import AutoModel
+from tiny import tiny_model
 
 from distill.cli import main
 from distill.data import TASKS, load_corpus
 from distill.evaluation.arms import controls, measured_arms, rivals
-from distill.models.load import load_tokenizer
 from distill.models.sentence import SentenceHead, sentence_head
 from distill.recipe import load_recipe
 from distill.recipe.locate import teacher_folder
@@ -189,19 +187,8 @@ MINILM = Path(__file__).parents[2] / "recipes/embedding-minilm/recipe.yaml"
 
 @pytest.mark.slow
 def test_the_recipe_of_minilm_runs_on_a_tiny_teacher_of_the_same_form(tmp_path):
-    shape = {"vocab_size": 30522, "max_position_embeddings": 512, "num_hidden_layers": 6, "pad_token_id": 0}
-    AutoModel.from_config(tiny_config("bert", **shape)).save_pretrained(tmp_path / "teacher")
     package = teacher_folder(load_recipe(MINILM).teacher.model, tmp_path)
-    load_tokenizer(package).save_pretrained(tmp_path / "teacher")
-    for name in ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json"):
-        (tmp_path / "teacher" / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(package / name, tmp_path / "teacher" / name)
-    tiny = [
-        "teacher.sha256=null",
-        f"teacher.model={tmp_path / 'teacher'}",
-        "data.limit=120",
-        "evaluation.efficiency=false",
-    ]
+    tiny = [*small_minilm(tmp_path), "data.limit=120", "evaluation.efficiency=false"]
     few = ["training.steps=3", "training.batch_size=8"]
     assert main(["run", str(MINILM), *tiny, *few, "--out", str(tmp_path / "run")]) == 0
     arms, found = evaluated(tmp_path / "run")

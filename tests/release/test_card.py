@@ -55,6 +55,13 @@ def rows(text: str) -> list[list[list[str]]]:
     return [table for table in found if table]
 
 
+def test_what_was_measured_is_said_of_the_rows_of_the_test(evidence: Evidence) -> None:
+    data = evidence.evaluation["data"] | {"source": "./train.jsonl, ./test.jsonl", "measured_on": "./test.jsonl"}
+    card = render_card(replace(evidence, evaluation=evidence.evaluation | {"data": data}))
+    assert "examples of the test split of ./test.jsonl with one seed" in card
+    assert "./train.jsonl, ./test.jsonl, fingerprint" in card and "name: ./test.jsonl\n" in card
+
+
 def test_metadata_reads_back_without_a_network(evidence: Evidence, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("the card asked the network")
