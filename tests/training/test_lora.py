@@ -204,7 +204,7 @@ def test_two_processes_train_the_adapters_that_one_does(kind, tmp_path):
 def test_deepspeed_is_refused_with_what_to_do(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(InputError, match=r"training\.lora does not go with DeepSpeed: launch it with DDP or FSDP2"):
-        check_launch_keeps(Training(steps=1, lora={}), "sequence")
+        check_launch_keeps(Training(steps=1, lora={}))
 
 
 def test_packages_that_are_not_installed_are_named_with_their_extra(monkeypatch):
