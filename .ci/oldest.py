@@ -1,7 +1,7 @@
 """Print the oldest version that pyproject.toml allows of each package, as constraints for pip.
 
-An older torch comes from PyPI as a build for CUDA of several gigabytes: torch, and Triton that goes with it, are those of
-constraints.txt.
+An older torch comes from PyPI as a build for CUDA of several gigabytes: torch, and the Triton that goes with it, are
+those of constraints.txt.
 """
 
 import re
