@@ -30,7 +30,7 @@ from distill.training.learner import SHARDING
 
 COLUMNS = {
     "weights": "weights", "gradients": "gradients", "optimizer": "optimizer", "average": "average",
-    "teacher": "teacher", "activations": "activations", "loss": "loss head",
+    "teacher": "teacher", "activations": "activations", "loss": "loss head", "copy": "copy of a checkpoint",
 }  # fmt: skip
 """Part of the memory -> words."""
 
@@ -89,7 +89,16 @@ def peak_of(rehearsal: Rehearsal, device: torch.device) -> Peak | str:
     except (RuntimeError, AssertionError) as error:
         # Whatever fake tensors cannot do is one of these two.
         return f"not predicted: the model does not run on fake tensors ({str(error).splitlines()[0][:80]})"
-    return share_out(peak, rehearsal, state.num_processes, state.distributed_type in SHARDING)
+    shared = share_out(peak, rehearsal, state.num_processes, state.distributed_type in SHARDING)
+    return with_copy(shared, rehearsal) if device.type == "cpu" else shared
+
+
+def with_copy(peak: Peak, rehearsal: Rehearsal) -> Peak:
+    """Add the copy that a checkpoint is written from; it lies in main memory, which a GPU's table leaves out."""
+    parts = peak.parts
+    adapted = rehearsal.spec.lora is not None  # then a checkpoint holds what learns
+    weights = _trainable_bytes(rehearsal, rehearsal.hollow()[0]) if adapted else parts.get("weights", 0)
+    return replace(peak, parts={**parts, "copy": weights + parts.get("optimizer", 0) + parts.get("average", 0)})
 
 
 def share_out(peak: Peak, rehearsal: Rehearsal, world: int, sharding: bool) -> Peak:

@@ -15,6 +15,7 @@ from distill.models.memory import Peak
 from distill.pipeline.resources import advise_all, changes, peak_of, share_out
 from distill.pipeline.trainings import Work, countable, full_batch
 from distill.recipe.schema import Student
+from distill.recipe.sections import Lora
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 PEAK = Peak({"weights": 400, "gradients": 400, "optimizer": 800, "teacher": 600, "activations": 50}, "the loss")
@@ -124,3 +125,12 @@ def test_a_full_batch_has_labels_of_its_kind(kind):
     assert batch["attention_mask"].all()
     if kind == "masked_token":
         assert int((batch["labels"] != -100).sum()) == 4 * 2
+
+
+def test_on_a_cpu_the_copy_of_a_checkpoint_counts():
+    """Weights of 4 bytes and moments of 8 for each parameter; of adapters these alone."""
+    whole = rehearsal()
+    peak = peak_of(whole, CPU)
+    assert peak.parts["copy"] == peak.parts["weights"] + peak.parts["optimizer"] > 0
+    adapted = peak_of(whole.with_spec(lora=Lora(rank=2)), CPU)
+    assert 0 < adapted.parts["copy"] < adapted.parts["weights"]
