@@ -10,6 +10,7 @@ import errno
 import json
 import signal
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -21,7 +22,7 @@ from rich.console import Console
 from rich.text import Text
 
 from distill import __version__
-from distill.errors import DistillError, InputError, Stopped
+from distill.errors import DistillError, InputError, RunError, Stopped
 from distill.release.wording import one_line, printable
 
 if TYPE_CHECKING:
@@ -146,6 +147,24 @@ def inspect(
     for title, table, note in inspect_model(opened, statistics, keep_layers):
         _print_table(title, table)
         _wide_console().print(printable(note), "")
+
+
+@app.command()
+def verify(
+    release: Annotated[Path, typer.Argument(metavar="FOLDER", help="A released folder.")],
+    data: Annotated[Path | None, typer.Option(help="Folder with the data files that its recipe names.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="The teacher's folder, or package:NAME/SUBFOLDER.")] = None,
+) -> None:
+    """Measure a released folder again, and say of every figure whether it comes out as claimed."""
+    _quiet_libraries()
+    from distill.pipeline.verify import verify_release
+
+    with tempfile.TemporaryDirectory() as scratch:
+        found = verify_release(release, Path(scratch), data, teacher, _say)
+    _print_table(str(release), found.table())
+    if found.faults:
+        raise RunError(f"{found.faults} of {len(found.checks)} claims do not hold")
+    _say(f"{release}: every claim that was checked holds")
 
 
 def _version(show: bool) -> None:

@@ -43,6 +43,21 @@ def load_without_weights(path: str | Path, overrides: Sequence[str] = ()) -> Rec
     return _load(path, overrides, weights=False)
 
 
+def read_released(path: Path) -> Recipe:
+    """Read the recipe that lies in a release, whose teacher and data may have stayed elsewhere.
+
+    Raises:
+        RecipeError: It is no recipe; lists all problems.
+        InputError: The file cannot be read.
+    """
+    document = read_document(path)
+    recipe, mistakes, _ = check_schema(document) if isinstance(document.data, dict) else (None, [], set())
+    if recipe is None or mistakes or document.mistakes:
+        ranked = [document.problem(mistake) for mistake in document.mistakes + mistakes]
+        raise RecipeError([problem for _, problem in sorted(ranked, key=lambda entry: entry[0])])
+    return recipe
+
+
 def _load(path: str | Path, overrides: Sequence[str], *, weights: bool) -> Recipe:
     path = Path(path)
     document = read_document(path)

@@ -1,0 +1,242 @@
+"""The verb `verify`: measure a release again, and say of every figure whether it comes out as claimed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+
+from distill.data import evaluation_batches, observe_batch
+from distill.errors import InputError
+from distill.evaluation.efficiency import count_size
+from distill.evaluation.metrics import compute, measurable
+from distill.evaluation.predict import Rows, predict
+from distill.files import read_object, sha256_of
+from distill.models.family import all_layers
+from distill.models.forward import Capture
+from distill.models.load import teacher_path
+from distill.models.plan import StudentPlan
+from distill.pipeline import data
+from distill.pipeline.folder import RunDir
+from distill.pipeline.session import Session
+from distill.pipeline.stage import run_stages
+from distill.ranks import process_state
+from distill.recipe.load import read_released
+from distill.recipe.locate import CHECKSUMS, is_path
+from distill.recipe.names import TEACHER_METRICS
+from distill.recipe.schema import Recipe, Teacher
+from distill.release.card import inline
+from distill.release.evidence import Evidence, get_in
+from distill.release.tables import Table, arms_table
+from distill.release.wording import as_number, format_number
+from distill.teacher import LiveTeacher
+
+ROUNDING = 1e-4
+"""Other processors sum in another order: figures that differ by less, of the value or of 1, are the same."""
+SAME, WITHIN, DIFFERS = "the same", "within its interval", "DIFFERS"
+SIZES = ("parameters", "layer_parameters", "bytes")
+
+
+@dataclass(frozen=True)
+class Check:
+    """Something that a release claims, and what was found."""
+
+    what: str
+    claimed: str
+    found: str
+    verdict: str
+
+
+@dataclass
+class Verification:
+    """A release under examination, and the checks so far."""
+
+    folder: Path
+    claims: dict[str, Any]
+    """Content of its evaluation.json."""
+    checks: list[Check] = field(default_factory=list)
+
+    @property
+    def faults(self) -> int:
+        """Number of claims that do not hold."""
+        return sum(check.verdict == DIFFERS for check in self.checks)
+
+    def compare(self, what: str, claimed: Any, found: Any, interval: Any = None) -> None:
+        """Judge a figure: the same but for rounding, inside its claimed interval, or different."""
+        own, other = as_number(claimed), as_number(found)
+        if own is None or other is None:
+            verdict = SAME if own == other else DIFFERS
+        elif math.isclose(own, other, rel_tol=ROUNDING, abs_tol=ROUNDING if abs(own) < 1 else 0):
+            verdict = SAME
+        else:
+            verdict = WITHIN if interval and interval[0] <= other <= interval[1] else DIFFERS
+        self.checks.append(Check(what, format_number(claimed), format_number(found), verdict))
+
+    def agree(self, what: str, claimed: str, found: str) -> None:
+        """Judge a fact that is either as claimed or not."""
+        self.checks.append(Check(what, claimed[:20], found[:20], SAME if claimed == found else DIFFERS))
+
+    def leave_out(self, what: str, reason: str) -> None:
+        """Name a claim that was not looked at, and why."""
+        self.checks.append(Check(what, "", "", f"not checked: {reason}"))
+
+    def table(self) -> Table:
+        """Tabulate all checks."""
+        rows = [(check.what, check.claimed, check.found, check.verdict) for check in self.checks]
+        return Table(("what", "claimed", "found", "verdict"), rows, text_columns=4)
+
+
+def verify_release(
+    folder: Path,
+    scratch: Path,
+    rows: Path | None = None,
+    teacher: str | None = None,
+    say: Callable[[str], None] = lambda _line: None,
+) -> Verification:
+    """Check the files of a release, prepare its data anew, measure its model on them, and compare.
+
+    Args:
+        folder: The release. None of its code is run.
+        scratch: An empty folder for the prepared data.
+        rows: Folder with the data files that the recipe names, where it names any.
+        teacher: Folder or package of the teacher that the figures compare with; None: the recipe's, where it was
+            not fitted and is on this machine.
+        say: Gets the lines of the stage `data`.
+
+    Raises:
+        InputError: The folder is no release, or the data are not there.
+    """
+    found = Verification(folder, read_claims(folder))
+    _check_files(found)
+    recipe = read_released(folder / "recipe.yaml")
+    session = _session_for(recipe, folder, scratch, rows, say)
+    run_stages(session, [data.STAGE])
+    found.agree("data, as tokens", str(get_in(found.claims, "data", "fingerprint")), session.corpus.fingerprint)
+    student = session.load(folder, process_state().device).eval()
+    taught_by, reason = _teacher_for(session, recipe, teacher)
+    _check_figures(found, session, student, taught_by, reason)
+    sizes = get_in(found.claims, "efficiency", "models", "student") or {}
+    if recipe.release.format != "padded":  # whose figures are those without the zero neurons
+        counted = count_size(student, all_layers)
+        for name in SIZES if sizes else ():
+            found.compare(f"student, {name}", sizes.get(name), counted[name])
+    _check_card(found, recipe)
+    return found
+
+
+def read_claims(folder: Path) -> dict[str, Any]:
+    """Read what a release claims of itself. Raises InputError where it claims nothing."""
+    path = folder / "evaluation.json"
+    if not path.is_file():
+        raise InputError(f"{folder} holds no evaluation.json, so it is no release of distill that could be verified")
+    claims = read_object(path)
+    also = claims.get("also") or {}
+    for arms in (claims.get("arms"), *(also.values() if isinstance(also, dict) else [also])):
+        known = isinstance(arms, list) and all(isinstance(get_in(arm, "metrics"), dict) for arm in arms)
+        if not known or not all(isinstance(arm.get("name"), str) for arm in arms):
+            raise InputError(f"{path} has no list of arms with a name and metrics each: no release of distill wrote it")
+    return claims
+
+
+def _check_files(found: Verification) -> None:
+    """Compare the files of a release with its own list of checksums."""
+    path, listed = found.folder / CHECKSUMS, {}
+    if not path.is_file():
+        found.checks.append(Check(CHECKSUMS, "there", "missing", DIFFERS))
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
+        digest, _, name = line.partition("  ")
+        listed[name] = digest
+    there = {str(file.relative_to(found.folder)) for file in found.folder.rglob("*") if file.is_file()} - {CHECKSUMS}
+    for name in sorted(listed.keys() | there):
+        own = sha256_of(found.folder / name) if name in there else "missing"
+        if listed.get(name) != own:
+            found.checks.append(Check(f"file {name}", listed.get(name, "not listed")[:20], own[:20], DIFFERS))
+    if not found.faults:
+        found.checks.append(Check(f"{len(listed)} files", CHECKSUMS, CHECKSUMS, SAME))
+
+
+def _session_for(recipe: Recipe, folder: Path, scratch: Path, rows: Path | None, say: Callable[[str], None]) -> Session:
+    """Open the recipe of a release with the release in the place of the teacher: its tokenizer, config and classes."""
+    named = [each.source for split in recipe.data.splits for each in recipe.data.origins(split)]
+    if rows is None and (missing := [name for name in dict.fromkeys(named) if is_path(name)]):
+        raise InputError(f"{folder}: it was measured on {', '.join(missing)}: give the folder with --data")
+    teacher = Teacher.model_construct(**{**dict(Teacher(model=str(folder))), "model": str(folder)})
+    recipe = recipe.model_copy(update={"teacher": teacher})
+    return Session(recipe, (rows or folder).absolute(), RunDir(scratch), say)
+
+
+def _teacher_for(session: Session, recipe: Recipe, given: str | None) -> tuple[LiveTeacher | None, str]:
+    """Load the teacher that the figures compare with; or None, and why not."""
+    own = recipe.teacher
+    if given is None and own.fit is not None:
+        return None, "needs the fitted teacher, --teacher FOLDER"
+    try:
+        asked = own if given is None else Teacher(model=given)
+        folder = teacher_path(asked, session.base)
+    except InputError as error:
+        if given is not None:
+            raise
+        return None, f"needs the teacher, --teacher FOLDER ({error})"
+    model = session.load(folder, process_state().device)
+    precision = "fp32" if own.dtype != "stored" else recipe.training.precision
+    return LiveTeacher(model, Capture(stop_at_head=True), process_state().device, precision), ""
+
+
+def _check_figures(
+    found: Verification, session: Session, student: Any, teacher: LiveTeacher | None, reason: str
+) -> None:
+    """Measure the student, and the teacher where it is there, on every split that has figures."""
+    also = get_in(found.claims, "also") or {}
+    for split, arms in {"test": found.claims["arms"], **{f"also.{name}": own for name, own in also.items()}}.items():
+        measured = {"distilled": _predict(session, split, student, teacher)}
+        if teacher is not None:
+            measured["teacher"] = _predict(session, split, teacher.model, teacher)
+        for arm in arms:
+            _compare_arm(found, split, arm, measured.get(arm["name"]), reason)
+
+
+def _compare_arm(found: Verification, split: str, arm: Mapping[str, Any], columns: Rows | None, reason: str) -> None:
+    title = arm["name"] if split == "test" else f"{arm['name']} on {split.removeprefix('also.')}"
+    if columns is None:
+        found.leave_out(title, reason if arm["name"] == "teacher" else "its weights are not released")
+        return
+    names = measurable(list(arm["metrics"]), columns)
+    values = compute(names, columns) if names else {}
+    for name, claimed in arm["metrics"].items():
+        if name in values:
+            found.compare(f"{title}, {name}", claimed, values[name], get_in(arm, "intervals", name))
+        else:
+            found.leave_out(f"{title}, {name}", reason if name in TEACHER_METRICS else "it needs other columns")
+
+
+def _predict(session: Session, split: str, model: Any, teacher: LiveTeacher | None) -> Rows:
+    corpus, recipe = session.corpus, session.recipe
+    examples = corpus.splits[split]
+    batches = evaluation_batches(corpus, examples, recipe.evaluation.batch_size)
+    observe = partial(observe_batch, corpus, examples)
+    precision = recipe.training.precision
+    rows = predict(model, batches, corpus.head, teacher, session.vocabulary, observe, precision=precision)
+    return dict(corpus.task.finish(rows, corpus.settled))
+
+
+def _check_card(found: Verification, recipe: Recipe) -> None:
+    """Compare the card's table of arms, and the figures in its head, which the hub shows, with evaluation.json."""
+    path, plan = found.folder / "README.md", found.folder / "plan.json"
+    if not plan.is_file():  # said already
+        return
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    evidence = Evidence(recipe, "", StudentPlan.load(plan), found.claims, {}, {}, {}, "")
+    for table in (arms_table(evidence), *map(arms_table, evidence.elsewhere.values())):
+        for row in table.rows:
+            there = "|" + "".join(f" {inline(cell)} |" for cell in row) in text
+            found.agree(f"card, row of {row[0]}", "as evaluation.json", "as evaluation.json" if there else "otherwise")
+    metrics = evidence.arms.get("distilled", {}).get("metrics", {})
+    head = ModelCard(text, ignore_metadata_errors=True).data
+    for result in getattr(head, "eval_results", None) or []:
+        found.compare(f"head of the card, {result.metric_type}", result.metric_value, metrics.get(result.metric_type))

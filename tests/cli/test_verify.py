@@ -1,0 +1,146 @@
+"""`distill verify`: a release is measured again, and whatever was changed in it is named."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import shutil
+from types import SimpleNamespace
+
+import pytest
+from safetensors.torch import load_file, save_file
+from tiny import tiny_project
+
+from distill.cli import main
+from distill.files import sha256_of
+
+
+def verify(release, *options, code=0):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        got = main(["verify", str(release), *map(str, options)])
+    assert got == code, err.getvalue()
+    return SimpleNamespace(table=out.getvalue(), said=err.getvalue())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Return the folder of one finished run, whose data lie beside it."""
+    folder = tmp_path_factory.mktemp("verified")
+    recipe = tiny_project(folder)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        assert main(["run", str(recipe), "--out", str(folder / "run")]) == 0
+    return folder
+
+
+@pytest.fixture
+def release(finished, tmp_path):
+    """Return a copy of its release, to tamper with."""
+    return shutil.copytree(finished / "run/release", tmp_path / "release")
+
+
+def sign_again(release):
+    """Write the checksums anew, as someone would who hides a change."""
+    files = [file for file in sorted(release.rglob("*")) if file.is_file() and file.name != "SHA256SUMS"]
+    lines = [f"{sha256_of(file)}  {file.relative_to(release)}\n" for file in files]
+    (release / "SHA256SUMS").write_text("".join(lines))
+
+
+def edit(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_a_release_as_it_was_written_holds_in_every_figure(finished, release):
+    found = verify(release, "--data", finished, "--teacher", finished / "run/teacher")
+    assert "every claim that was checked holds" in found.said
+    for name in ("accuracy", "agreement", "kl"):
+        assert re.search(rf"distilled, {name}\b.*the same", found.table)
+    assert re.search(r"teacher, accuracy\b.*the same", found.table) and "DIFFERS" not in found.table
+
+
+def test_figures_about_a_fitted_teacher_are_named_as_not_checked_without_it(finished, release):
+    found = verify(release, "--data", finished)
+    assert re.search(r"distilled, kl\b.*not checked: needs the", found.table)
+    assert re.search(r"labels_only .*not checked: its weights", found.table)
+
+
+def test_data_of_the_users_own_have_to_be_given(release):
+    assert "./data.jsonl: give the folder with --data" in verify(release, code=2).said
+
+
+def test_a_folder_that_is_no_release_is_refused(tmp_path):
+    assert "no release" in verify(tmp_path, code=2).said
+    (tmp_path / "evaluation.json").write_text('{"arms": [{"name": 3}]}')
+    assert "no list of arms" in verify(tmp_path, code=2).said
+
+
+def test_changed_weights_are_caught_with_and_without_their_checksum(finished, release):
+    weights = load_file(release / "model.safetensors")
+    head = next(name for name in weights if name.endswith("classifier.weight"))
+    weights[head] = -weights[head]
+    save_file(weights, release / "model.safetensors", {"format": "pt"})
+    found = verify(release, "--data", finished, code=1)
+    assert re.search(r"file model\.safetensors.*DIFFERS", found.table)
+    sign_again(release)
+    found = verify(release, "--data", finished, code=1)
+    assert "file model" not in found.table and re.search(r"distilled, accuracy\b.*DIFFERS", found.table)
+
+
+def test_an_edited_figure_is_caught_in_the_evaluation_and_on_the_card(finished, release):
+    def improve(content):
+        next(arm for arm in content["arms"] if arm["name"] == "distilled")["metrics"]["accuracy"] = 0.999
+
+    edit(release / "evaluation.json", improve)
+    sign_again(release)
+    found = verify(release, "--data", finished, code=1)
+    assert re.search(r"distilled, accuracy\b.*DIFFERS", found.table)
+    assert re.search(r"card, row of distilled.*DIFFERS", found.table)
+    assert re.search(r"head of the card,\s+accuracy.*DIFFERS", found.table)
+
+
+def test_an_edited_card_is_caught(finished, release):
+    card = (release / "README.md").read_text()
+    row = next(line for line in card.splitlines() if line.startswith("| distilled"))
+    (release / "README.md").write_text(card.replace(row, re.sub(r"\d\d\.\d %", "99.9 %", row)))
+    sign_again(release)
+    found = verify(release, "--data", finished, code=1)
+    assert re.search(r"card, row of distilled.*DIFFERS", found.table) and "distilled, accuracy" in found.table
+
+
+def test_another_tokenizer_is_caught(finished, release):
+    def swap(content):
+        words = content["model"]["vocab"]
+        first, second = [word for word in words if word.isalpha()][:2]
+        words[first], words[second] = words[second], words[first]
+
+    edit(release / "tokenizer.json", swap)
+    sign_again(release)
+    found = verify(release, "--data", finished, code=1)
+    assert re.search(r"data, as tokens.*DIFFERS", found.table)
+
+
+def test_missing_and_added_files_are_caught(finished, release):
+    (release / "plan.json").rename(release / "plan2.json")
+    shutil.copy(release / "plan2.json", release / "plan.json")
+    (release / "report.html").unlink()
+    found = verify(release, "--data", finished, code=1)
+    assert re.search(r"file plan2\.json.*not listed.*DIFFERS", found.table)
+    assert re.search(r"file report\.html.*missing.*DIFFERS", found.table)
+
+
+def test_changed_data_are_caught(finished, release, tmp_path):
+    lines = (finished / "data.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "data.jsonl").write_text("".join(lines[:-1]))
+    assert re.search(r"data, as tokens.*DIFFERS", verify(release, "--data", tmp_path, code=1).table)
+
+
+@pytest.mark.parametrize("name", ["plan.json", "model.safetensors", "recipe.yaml", "tokenizer.json", "README.md"])
+def test_any_missing_file_ends_with_one_message(finished, release, name):
+    (release / name).unlink()
+    code = 1 if name in ("plan.json", "README.md") else 2
+    found = verify(release, "--data", finished, code=code)
+    assert name.split(".")[0] in found.table + found.said
