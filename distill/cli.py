@@ -167,6 +167,29 @@ def verify(
     _say(f"{release}: every claim that was checked holds")
 
 
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Two or more run folders, or releases.")],
+    out: Annotated[Path | None, typer.Option(help="Also write one HTML page to this file.")] = None,
+) -> None:
+    """Compare finished runs: quality against size and speed, and what their recipes differ in."""
+    from distill.files import write_text
+    from distill.pipeline.compare import read_runs, render_comparison, runs_table, settings_table, warnings_about
+
+    if len(runs) < 2:
+        raise InputError("one run alone has nothing to be compared with; name two or more")
+    if out is not None and (out.is_dir() or out.suffix != ".html"):
+        raise InputError(f"--out: {out} is no name of an HTML page, as comparison.html")
+    found = read_runs(runs)
+    _print_table(f"{len(found)} runs", runs_table(found))
+    _print_table("what their recipes differ in", settings_table(found))
+    for line in warnings_about(found):
+        _say(line)
+    if out is not None:
+        write_text(out, render_comparison(found))
+        _say(f"written: {out}")
+
+
 def _version(show: bool) -> None:
     if show:
         typer.echo(f"distill {__version__}")

@@ -17,6 +17,8 @@ from distill.release.wording import as_number, format_number, one_line
 Point = tuple[float, float]
 WIDTH, HEIGHT = 560, 300
 LEFT, RIGHT, TOP, BOTTOM = 58, 132, 26, 40
+BESIDE = 16
+"""Letters of a name that fit beside a chart."""
 MOST_POINTS = 240
 BROKEN = 8
 """A bar that is longer than the next by more than this factor is drawn broken."""
@@ -40,6 +42,17 @@ class Bar:
     name: str
     value: float
     style: str
+
+
+@dataclass(frozen=True)
+class Dot:
+    """One named point of a scatter chart."""
+
+    name: str
+    x: float
+    y: float
+    style: str
+    solid: bool = True
 
 
 @dataclass(frozen=True)
@@ -75,11 +88,12 @@ def drawing(width: float, height: float, title: str, description: str, *children
     return tag("svg", *head, *children, viewBox=f"0 0 {width:.0f} {height:.0f}", role="img", aria_label=title)
 
 
-def text(x: float, y: float, content: str, style: str = "note", anchor: str = "start") -> Markup:
-    """Write a label, cut at 28 letters; the whole of it shows when the pointer rests on it."""
+def text(x: float, y: float, content: str, style: str = "note", anchor: str = "start", most: int = 28) -> Markup:
+    """Write a label of at most so many letters; the whole of it shows when the pointer rests on it."""
     short = one_line(content)
-    whole = [tag("title", short)] if len(short) > 28 else []
-    return tag("text", *whole, short[:27] + "…" if whole else short, x=x, y=y, class_=style, text_anchor=anchor)
+    whole = [tag("title", short)] if len(short) > most else []
+    cut = short[: most - 1] + "…" if whole else short
+    return tag("text", *whole, cut, x=x, y=y, class_=style, text_anchor=anchor)
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -193,7 +207,7 @@ def _end_labels(ends: Sequence[Bar]) -> list[Markup]:
     shapes = []
     for end, start, place in zip(ends, wanted, space_out(wanted, 15, TOP, HEIGHT - BOTTOM), strict=True):
         shapes.append(tag("path", d=f"M{edge} {start:.1f}L{edge + 12} {place:.1f}", class_=f"leader {end.style}"))
-        shapes.append(text(edge + 16, place + 4, end.name, f"name {end.style}"))
+        shapes.append(text(edge + 16, place + 4, end.name, f"name {end.style}", most=BESIDE))
     return shapes
 
 
@@ -225,7 +239,7 @@ def bar_chart(
     for index, bar in enumerate(known):
         y = 8.0 + row * index
         left, right = sorted((x.at(0), x.at(min(bar.value, x.high))))
-        shapes.append(text(140, y + 17, bar.name, f"name {bar.style}", anchor="end"))
+        shapes.append(text(140, y + 17, bar.name, f"name {bar.style}", "end", BESIDE))
         shapes.append(
             tag("rect", x=left, y=y, width=max(right - left, 1.5), height=24, rx=3, class_=f"bar {bar.style}")
         )
@@ -233,6 +247,38 @@ def bar_chart(
             shapes.append(tag("path", d=f"M{right - 22:.1f} {y + 28:.1f}l8 -32", class_="break"))
         shapes.append(text(right + 8, y + 17, write(bar.value), "value"))
     return drawing(WIDTH, height, title, description, *shapes)
+
+
+def scatter_chart(
+    dots: Sequence[Dot],
+    across: str,
+    *,
+    title: str,
+    description: str,
+    write_x: Callable[[float], str] = format_number,
+    write_y: Callable[[float], str] = format_number,
+) -> Markup:
+    """Draw named points, solid or hollow; `across` names the horizontal axis. Empty without points."""
+    known = [dot for dot in dots if drawable(dot.x) and drawable(dot.y)]
+    if not known:
+        return Markup("")
+    rows = nice_ticks(min(dot.y for dot in known), max(dot.y for dot in known), 4)
+    columns = nice_ticks(0, max(dot.x for dot in known), 4)
+    x = Scale(columns[0], columns[-1], LEFT, WIDTH - RIGHT)
+    y = Scale(rows[0], rows[-1], HEIGHT - BOTTOM, TOP)
+    ends = [Bar(dot.name, y.at(dot.y), dot.style) for dot in known]
+    places = space_out([end.value for end in ends], 15, TOP, HEIGHT - BOTTOM)
+    shapes = [_across(y.at(v), "grid") for v in rows]
+    shapes += [text(LEFT - 8, y.at(v) + 4, write_y(v), anchor="end") for v in rows]
+    shapes += [text(x.at(v), HEIGHT - BOTTOM + 20, write_x(v), anchor="middle") for v in columns]
+    shapes.append(text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 4, across, anchor="middle"))
+    for dot, place in zip(known, places, strict=True):
+        left, top = x.at(dot.x), y.at(dot.y)
+        path = f"M{left + 6:.1f} {top:.1f}L{WIDTH - RIGHT + 12} {place:.1f}"
+        shapes.append(tag("path", d=path, class_=f"leader {dot.style}"))
+        shapes.append(text(WIDTH - RIGHT + 16, place + 4, dot.name, f"name {dot.style}", most=BESIDE))
+        shapes.append(tag("circle", cx=left, cy=top, r=5, class_=f"{'dot' if dot.solid else 'ring'} {dot.style}"))
+    return drawing(WIDTH, HEIGHT, title, description, *shapes)
 
 
 def pair(teacher: float, student: float) -> Markup:

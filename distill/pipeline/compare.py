@@ -1,0 +1,211 @@
+"""Compare runs: quality against size and speed, the runs that no other beats, and what their recipes differ in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distill.errors import InputError
+from distill.files import read_object
+from distill.recipe.load import read_released
+from distill.release import charts
+from distill.release.card import make_environment
+from distill.release.evidence import get_in
+from distill.release.report import Figure
+from distill.release.tables import Table
+from distill.release.wording import (
+    MISSING,
+    as_number,
+    format_count,
+    format_metric,
+    format_number,
+    format_percent,
+    one_line,
+)
+from distill.training.provenance import flatten
+
+COSTS: dict[str, tuple[tuple[str, ...], Callable[[Any], str]]] = {
+    "parameters": (("parameters",), format_count),
+    "FLOPs per example": (("flops_per_example",), lambda value: format_count(value, "kMGT")),
+    "latency p50, ms": (("latency_ms", "p50"), format_number),
+}
+"""What less of is better -> where a measured model has it, and how it is written."""
+SHOWN = 40
+"""Letters of a recipe's value that a table shows."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run, or the teacher of one."""
+
+    name: str
+    score: float | None
+    costs: Mapping[str, float | None]
+    of_teacher: float | None = None
+    settings: Mapping[str, Any] | None = None
+    """Dotted key of the recipe -> value; None for a teacher."""
+    evaluation: Mapping[str, Any] | None = None
+
+    @property
+    def measured(self) -> tuple[Any, ...]:
+        """All that must be equal for two scores to be compared."""
+        data = get_in(self.evaluation, "data") or {}
+        return tuple((self.evaluation or {}).get(key) for key in ("primary",)) + tuple(
+            data.get(key) for key in ("measured_on", "examples")
+        )
+
+
+def read_run(folder: Path, name: str) -> Run:
+    """Read a run folder or a release. Raises InputError where it holds no finished run."""
+    path = folder / "evaluation.json"
+    if not path.is_file():
+        raise InputError(f"{folder} holds no evaluation.json: no run that reached its evaluation, and no release")
+    evaluation = read_object(path)
+    arms = {str(get_in(arm, "name")): arm for arm in evaluation.get("arms") or []}
+    primary = str(evaluation.get("primary"))
+    if get_in(arms, "distilled", "metrics") is None:
+        raise InputError(f"{path}: the distilled student was not measured; add it to evaluation.arms")
+    return Run(
+        name,
+        as_number(get_in(arms, "distilled", "metrics", primary)),
+        costs_of(evaluation, "student"),
+        as_number(get_in(arms, "distilled", "retained", primary)),
+        flatten(read_released(folder / "recipe.yaml").model_dump(mode="json", exclude={"name"})),
+        evaluation,
+    )
+
+
+def costs_of(evaluation: Mapping[str, Any], model: str) -> dict[str, float | None]:
+    """Collect size and speed of a measured model."""
+    measured = get_in(evaluation, "efficiency", "models", model)
+    return {title: as_number(get_in(measured, *path)) for title, (path, _) in COSTS.items()}
+
+
+def teacher_of(run: Run) -> Run:
+    """Make the row of a run's teacher."""
+    arms = (run.evaluation or {}).get("arms") or []
+    score = next((get_in(arm, "metrics", _primary(run)) for arm in arms if get_in(arm, "name") == "teacher"), None)
+    return Run("teacher", as_number(score), costs_of(run.evaluation or {}, "teacher"))
+
+
+def _primary(run: Run) -> str:
+    return str((run.evaluation or {}).get("primary"))
+
+
+def _higher_is_better(run: Run) -> bool:
+    return bool((get_in(run.evaluation, "higher_is_better") or {}).get(_primary(run), True))
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Read several runs, named by their folders; runs of one name, or `release`, by the folder above as well.
+
+    Raises:
+        InputError: One is no finished run, one is named twice, or they were not measured by the same metric.
+    """
+    whole = [folder.resolve() for folder in folders]
+    if twice := [folder for folder in whole if whole.count(folder) > 1]:
+        raise InputError(f"{twice[0]} is named twice")
+    named = [folder.parent if folder.name == "release" else folder for folder in whole]
+    names = [folder.name for folder in named]
+    if len({*names}) < len(names):
+        names = [f"{folder.parent.name}/{folder.name}" for folder in named]
+    runs = [read_run(folder, name) for folder, name in zip(whole, names, strict=True)]
+    if len({_primary(run) for run in runs}) > 1:
+        listed = ", ".join(f"{run.name} by {_primary(run)}" for run in runs)
+        raise InputError(f"these runs are judged by different metrics: {listed}; give runs of one task")
+    return runs
+
+
+def on_front(run: Run, runs: Sequence[Run], cost: str, *, higher: bool) -> bool:
+    """Tell whether no other run is at least as good and as cheap, and better in one of the two (Pareto front)."""
+
+    def place(each: Run) -> tuple[float, float] | None:
+        price = each.costs[cost]
+        return None if each.score is None or price is None else (each.score if higher else -each.score, -price)
+
+    own = place(run)
+    others = [other for each in runs if each is not run and (other := place(each)) is not None]
+    return own is not None and not any(
+        other != own and all(theirs >= mine for theirs, mine in zip(other, own, strict=True)) for other in others
+    )
+
+
+def runs_table(runs: Sequence[Run]) -> Table:
+    """Tabulate quality, size and speed, and by which costs a run is on the front."""
+    metric, higher = _primary(runs[0]), _higher_is_better(runs[0])
+    arrow = "↑" if higher else "↓"
+    rows = []
+    for run in (teacher_of(runs[0]), *runs):
+        fronts = [cost for cost in COSTS if run in runs and on_front(run, runs, cost, higher=higher)]
+        costs = [write(run.costs[title]) for title, (_, write) in COSTS.items()]
+        share = format_percent(run.of_teacher) if run.of_teacher is not None else MISSING
+        rows.append((run.name, format_metric(metric, run.score), share, *costs, ", ".join(fronts) or MISSING))
+    return Table(("run", f"{metric} {arrow}", "of the teacher", *COSTS, "on the front of"), rows)
+
+
+def settings_table(runs: Sequence[Run]) -> Table:
+    """Tabulate the keys of the recipes that differ."""
+    all_settings = [run.settings or {} for run in runs]
+    keys = dict.fromkeys(key for settings in all_settings for key in settings)
+    rows = []
+    for key in keys:
+        values = [one_line(settings.get(key, MISSING)) for settings in all_settings]
+        if len({*values}) > 1:
+            rows.append((key, *(value if len(value) <= SHOWN else f"{value[: SHOWN - 1]}…" for value in values)))
+    return Table(("key", *(run.name for run in runs)), rows, text_columns=1 + len(runs))
+
+
+def warnings_about(runs: Sequence[Run]) -> list[str]:
+    """Say what keeps the figures of these runs from being compared."""
+    found = []
+    if len({run.measured for run in runs}) > 1:
+        sets = "; ".join(f"{run.name}: {run.measured[2]} of {run.measured[1]}" for run in runs)
+        found.append(f"The runs were measured on different examples ({sets}): their scores cannot be compared.")
+    elif len({get_in(run.evaluation, "data", "fingerprint") for run in runs}) > 1:
+        found.append("The runs' data differ, in training or test rows: a difference in score may come from these.")
+    if len({teacher_of(run).score for run in runs}) > 1:
+        found.append(f"The runs have different teachers; the row of the teacher is that of {runs[0].name}.")
+    measured = {run.name: get_in(run.evaluation, "efficiency", "protocol", "device") for run in runs}
+    if without := [name for name, device in measured.items() if device is None]:
+        found.append(f"Size and speed were not measured in {', '.join(without)} (evaluation.efficiency).")
+    machines = sorted({str(device) for device in measured.values() if device is not None})
+    if len(machines) > 1:
+        found.append(f"Latency was measured on different machines ({', '.join(machines)}): compare the other columns.")
+    elif machines:
+        found.append("Latency was measured in each run by itself, not in turns: a few percent mean nothing.")
+    return found
+
+
+def figures(runs: Sequence[Run]) -> list[Figure]:
+    """Draw quality against each cost."""
+    metric, higher, drawn = _primary(runs[0]), _higher_is_better(runs[0]), []
+    for cost, (_, write) in COSTS.items():
+        points = [
+            charts.Dot(run.name, price, score, "teacher" if run.settings is None else "distilled", solid)
+            for run in (teacher_of(runs[0]), *runs)
+            if (score := run.score) is not None and (price := run.costs[cost]) is not None
+            for solid in [run.settings is None or on_front(run, runs, cost, higher=higher)]
+        ]
+        title = f"{metric} against {cost}"
+        better = "up" if higher else "down"
+        caption = f"Better is {better} and to the left. Solid: on the front, no other run is as good for less."
+        picture = charts.scatter_chart(
+            points, cost, title=title, description=caption, write_x=write, write_y=lambda v: format_metric(metric, v)
+        )
+        drawn += [Figure(title, picture, caption)] if picture else []
+    return drawn
+
+
+def render_comparison(runs: Sequence[Run]) -> str:
+    """Render one self-contained HTML page."""
+    environment = make_environment()
+    environment.filters["one_line"] = one_line
+    return environment.get_template("compare.html.jinja").render(
+        runs=runs,
+        figures=figures(runs),
+        results=runs_table(runs),
+        settings=settings_table(runs),
+        warnings=warnings_about(runs),
+    )
