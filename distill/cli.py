@@ -168,6 +168,28 @@ def verify(
 
 
 @app.command()
+def push(
+    release: Annotated[Path, typer.Argument(metavar="FOLDER", help="A released folder.")],
+    repository: Annotated[str, typer.Argument(metavar="ORG/NAME", help="The repository on the model hub.")],
+    public: Annotated[bool, typer.Option("--public", help="Let everybody see it; otherwise it is private.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Send a release to the model hub, with the token in HF_TOKEN, after showing every file."""
+    _quiet_libraries()
+    from distill.release.push import prepare_push
+    from distill.release.push import push as send
+
+    prepared = prepare_push(release, repository, public=public)
+    for line in prepared.describe():
+        _say(line)
+    if not yes and not sys.stdin.isatty():
+        raise InputError("nobody is here to be asked; look at the list, and add --yes")
+    if not yes and not typer.confirm("Send these files?", err=True):
+        raise InputError("nothing was sent")
+    _say(f"sent: {send(prepared)}")
+
+
+@app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Two or more run folders, or releases.")],
     out: Annotated[Path | None, typer.Option(help="Also write one HTML page to this file.")] = None,

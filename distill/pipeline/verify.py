@@ -16,7 +16,7 @@ from distill.errors import InputError
 from distill.evaluation.efficiency import count_size
 from distill.evaluation.metrics import compute, measurable
 from distill.evaluation.predict import Rows, predict
-from distill.files import read_object, sha256_of
+from distill.files import read_object
 from distill.models.family import all_layers
 from distill.models.forward import Capture
 from distill.models.load import teacher_path
@@ -32,6 +32,7 @@ from distill.recipe.names import TEACHER_METRICS
 from distill.recipe.schema import Recipe, Teacher
 from distill.release.card import inline
 from distill.release.evidence import Evidence, get_in
+from distill.release.sums import changed_files, listed_files
 from distill.release.tables import Table, arms_table
 from distill.release.wording import as_number, format_number
 from distill.teacher import LiveTeacher
@@ -145,20 +146,11 @@ def read_claims(folder: Path) -> dict[str, Any]:
 
 def _check_files(found: Verification) -> None:
     """Compare the files of a release with its own list of checksums."""
-    path, listed = found.folder / CHECKSUMS, {}
-    if not path.is_file():
-        found.checks.append(Check(CHECKSUMS, "there", "missing", DIFFERS))
-        return
-    for line in path.read_text(encoding="utf-8").splitlines():
-        digest, _, name = line.partition("  ")
-        listed[name] = digest
-    there = {str(file.relative_to(found.folder)) for file in found.folder.rglob("*") if file.is_file()} - {CHECKSUMS}
-    for name in sorted(listed.keys() | there):
-        own = sha256_of(found.folder / name) if name in there else "missing"
-        if listed.get(name) != own:
-            found.checks.append(Check(f"file {name}", listed.get(name, "not listed")[:20], own[:20], DIFFERS))
-    if not found.faults:
-        found.checks.append(Check(f"{len(listed)} files", CHECKSUMS, CHECKSUMS, SAME))
+    changed = changed_files(found.folder)
+    for name, (claimed, own) in changed.items():
+        found.checks.append(Check(f"file {name}", claimed[:20], own[:20], DIFFERS))
+    if not changed:
+        found.checks.append(Check(f"{len(listed_files(found.folder))} files", CHECKSUMS, CHECKSUMS, SAME))
 
 
 def _session_for(recipe: Recipe, folder: Path, scratch: Path, rows: Path | None, say: Callable[[str], None]) -> Session:
