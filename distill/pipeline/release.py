@@ -28,6 +28,7 @@ from distill.release.evidence import Evidence
 from distill.release.export import check_padding, check_release, releasable_recipe, without_folders, write_release
 from distill.release.formats import format_of
 from distill.release.report import render_report
+from distill.release.results import result_files
 from distill.training import read_records
 from distill.training.loop import METRICS
 
@@ -44,6 +45,7 @@ def work(session: Session) -> None:
         "plan.json": evidence.plan.to_json(),
         "recipe.yaml": evidence.recipe_text,
         "evaluation.json": session.folder.evaluation.read_text(encoding="utf-8"),
+        **result_files(evidence),
     }
     probe = collate(session.corpus, session.corpus.test, range(min(8, len(session.corpus.test))))
     texts |= sentence_files(model, recipe.data.prompts, recipe.data.learns_from_pairs)
