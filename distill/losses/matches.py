@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.errors import InputError
-from distill.losses.align import Positions, TopK
+from distill.losses.align import Positions
 from distill.losses.hidden import HIDDEN
 from distill.losses.kinds import Mask, PredictionKind
 from distill.losses.logits import LOGITS
@@ -24,6 +24,7 @@ from distill.losses.relation import ATTENTION, RELATION
 from distill.models.attention import relation_widths
 from distill.models.family import layers_of
 from distill.models.forward import Batch, Outputs
+from distill.models.topk import TopK
 
 Loss = Callable[..., Tensor]
 Pair = tuple[int, int]
