@@ -42,7 +42,9 @@ class TeacherCache(Section):
 
 def cached_outputs_are_enough(teacher: Teacher, terms: Mapping[int, Term]) -> Iterator[Mistake]:
     """Refuse terms that compare what the cache does not keep."""
-    for index, term in terms.items() if teacher.cache is not None else ():
+    if teacher.cache is None:
+        return
+    for index, term in terms.items():
         path: KeyPath = ("losses", index, "match")
         if term.match in LAYERS and teacher.cache.layers == "none":
             message = f"match: {term.match} reads layers of the teacher, and teacher.cache.layers is none"
@@ -57,6 +59,9 @@ def cache_is_read(teacher: Teacher, losses: list[Term], data: Data) -> Iterator[
     if teacher.cache is None:
         return
     key: KeyPath = ("teacher", "cache")
+    if teacher.device == "sharded":
+        message = "the ranks fill it each at its own pace, and a sharded teacher needs all of them at once"
+        yield Mistake(key, message, "write device: same or cpu: the teacher runs alone, without the student", at="key")
     matches, topk = {term.match for term in losses}, teacher.cache.keep == "topk"
     if matches == {"labels"}:
         yield Mistake(key, "has no effect: no term compares with the teacher", "remove it", at="key")

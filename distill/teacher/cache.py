@@ -21,6 +21,7 @@ from distill.errors import InputError
 from distill.models.forward import Batch, Capture, Outputs, device_of, to_device
 from distill.models.head import OutputHead
 from distill.models.precision import DTYPES
+from distill.models.topk import TopK
 from distill.teacher.keys import Index, row_keys
 from distill.teacher.shards import ShardFolder
 from distill.teacher.topk import unpack
@@ -126,12 +127,8 @@ class CachedTeacher:
             value: Any = FORMS[column.form][1](batch[column.entry])
             if column.field == "topk":
                 kept, shape = unpack(value.flatten(0, 1), column.k, self.vocabulary), value.shape[:2]
-                tokens = replace(
-                    kept,
-                    ids=kept.ids.unflatten(0, shape),
-                    log_probabilities=kept.log_probabilities.unflatten(0, shape),
-                )
-                found = replace(found, logits=tokens)  # type: ignore[arg-type]
+                parts = [part.reshape(*shape, -1) for part in (kept.ids, kept.log_probabilities)]
+                found = replace(found, logits=TopK(*parts))  # type: ignore[arg-type]
             elif column.layer is not None:
                 getattr(found, column.field)[column.layer] = value
             else:
@@ -169,7 +166,7 @@ class CachedTeacher:
         dense = torch.zeros(mask.numel(), *tail.shape[1:], dtype=tail.dtype)
         if parts:
             dense.index_copy_(0, mask.flatten().nonzero().squeeze(-1), torch.cat(parts))
-        return dense.unflatten(0, mask.shape)
+        return dense.reshape(*mask.shape, *tail.shape[1:])
 
     def _map(self, column: Column, shard: int) -> tuple[np.ndarray, Tensor]:
         name = shard_name(column, shard)
@@ -186,7 +183,10 @@ def shard_name(column: Column, shard: int) -> str:
 
 def write_head(folder: ShardFolder, head: OutputHead) -> None:
     """Keep a head."""
-    tensors = {"weight": head.weight.detach().cpu(), **({} if head.bias is None else {"bias": head.bias.detach().cpu()})}
+    tensors = {
+        "weight": head.weight.detach().cpu(),
+        **({} if head.bias is None else {"bias": head.bias.detach().cpu()}),
+    }
     folder.write(HEAD, tensors, {"scale": head.scale, "cap": head.cap})
 
 
