@@ -259,6 +259,7 @@ RUNS = {
         student.calibration={examples: 16, batch_size: 8, gradients: true, gram: true}
         losses=[
           {match: logits, loss: adaptive_kl},
+          {match: logits, loss: tail_aware_kl, params: {k: 5, beta: 3.0}},
         ]
         training.optimizer_params={eps: 1.0e-6}
         training.betas=[0.8, 0.99]
