@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from distill.recipe import names
@@ -52,6 +53,8 @@ def cached_outputs_are_enough(teacher: Teacher, terms: Mapping[int, Term]) -> It
         elif term.match not in (*PREDICTIONS, *LAYERS, "labels"):
             message = f"match: {term.match} reads inside of the teacher's layers, which teacher.cache does not keep"
             yield Mistake(path, message, "remove the term, or teacher.cache")
+        for beyond in term.beyond_top_k(teacher.cache.k) if teacher.cache.keep == "topk" else ():
+            yield replace(beyond, path=("losses", index, *beyond.path))
 
 
 def cache_is_read(teacher: Teacher, losses: list[Term], data: Data) -> Iterator[Mistake]:
