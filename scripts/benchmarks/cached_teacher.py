@@ -5,7 +5,8 @@
     python scripts/benchmarks/cached_teacher.py --match-layers
 
 Teacher and student (half of its layers) are random Llamas over 8,192 tokens, which a tokenizer has learned from the
-help of Python itself; rows hold whole documents. The caches are filled by the stage, in a folder that is removed at the end.
+help of Python itself; rows hold whole documents. The caches are filled by the stage, in a folder that is
+removed at the end.
 fp32, one thread, CPU time, so that other work on the machine changes little: each round takes one step of every arm,
 and the median over rounds of the ratios within a round counts. The loader, which reads the cache, is part of a step.
 
