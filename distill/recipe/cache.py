@@ -1,0 +1,73 @@
+"""The section `teacher.cache`, and the rule by which a cache has all that the losses compare."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Literal
+
+from distill.recipe import names
+from distill.recipe.fields import Count, KeyPath, Mistake, Section
+from distill.recipe.terms import Term
+
+if TYPE_CHECKING:
+    from distill.recipe.data import Data
+    from distill.recipe.sections import Teacher
+
+WITH_VOCABULARY = (*names.CAUSAL_TASKS, *names.TWO_STACK_TASKS, "masked_lm")
+"""Tasks whose predictions are tokens."""
+PREDICTIONS, LAYERS = ("logits", "output"), ("hidden", "embeddings")
+"""What a term may match that a cache keeps."""
+
+
+class TeacherCache(Section):
+    """The teacher's outputs for the training examples, kept on disk, so that it need not be there in training."""
+
+    keep: Literal["hidden", "topk"] = "hidden"
+    """`hidden`: what the output head reads, from which logits are made exactly; of tasks without a vocabulary the
+    logits. `topk`: the log-probabilities of the most likely tokens and of all others together."""
+    k: Count = 64
+    """`topk`: how many tokens."""
+    layers: Literal["mapped", "none"] = "mapped"
+    """`mapped`: also the outputs of the layers that terms on hidden states compare."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Precision of the states; logits of classes are kept in fp32."""
+
+    def mistakes(self) -> Iterator[Mistake]:
+        """Refuse keys without effect."""
+        if self.keep != "topk":
+            yield from self.without_effect(("k",), f" with keep: {self.keep}")
+        elif self.layers == "none":
+            yield from self.without_effect(("dtype",), " with keep: topk and layers: none, which keep no states")
+
+
+def cached_outputs_are_enough(teacher: Teacher, terms: Mapping[int, Term]) -> Iterator[Mistake]:
+    """Refuse terms that compare what the cache does not keep."""
+    if teacher.cache is None:
+        return
+    for index, term in terms.items():
+        path: KeyPath = ("losses", index, "match")
+        if term.match in LAYERS and teacher.cache.layers == "none":
+            message = f"match: {term.match} reads layers of the teacher, and teacher.cache.layers is none"
+            yield Mistake(path, message, "write layers: mapped")
+        elif term.match not in (*PREDICTIONS, *LAYERS, "labels"):
+            message = f"match: {term.match} reads inside of the teacher's layers, which teacher.cache does not keep"
+            yield Mistake(path, message, "remove the term, or teacher.cache")
+
+
+def cache_is_read(teacher: Teacher, losses: list[Term], data: Data) -> Iterator[Mistake]:
+    """Refuse a cache, or a part of one, that no term reads, and the likeliest tokens of heads without any."""
+    if teacher.cache is None:
+        return
+    key: KeyPath = ("teacher", "cache")
+    if teacher.device == "sharded":
+        message = "the ranks fill it each at its own pace, and a sharded teacher needs all of them at once"
+        yield Mistake(key, message, "write device: same or cpu: the teacher runs alone, without the student", at="key")
+    matches, topk = {term.match for term in losses}, teacher.cache.keep == "topk"
+    if matches == {"labels"}:
+        yield Mistake(key, "has no effect: no term compares with the teacher", "remove it", at="key")
+    elif topk and not matches & {*PREDICTIONS}:
+        message = "no term compares predictions with the teacher's"
+        yield Mistake((*key, "keep"), message, "write keep: hidden, with which layers are kept alone")
+    elif topk and ":" not in data.task and data.task not in WITH_VOCABULARY:
+        message = f"task: {data.task} has no vocabulary to choose the most likely tokens of"
+        yield Mistake((*key, "keep"), message, "write keep: hidden, which keeps its few logits whole")
