@@ -53,8 +53,9 @@ def cached_outputs_are_enough(teacher: Teacher, terms: Mapping[int, Term]) -> It
         elif term.match not in (*PREDICTIONS, *LAYERS, "labels"):
             message = f"match: {term.match} reads inside of the teacher's layers, which teacher.cache does not keep"
             yield Mistake(path, message, "remove the term, or teacher.cache")
-        for beyond in term.beyond_top_k(teacher.cache.k) if teacher.cache.keep == "topk" else ():
-            yield replace(beyond, path=("losses", index, *beyond.path))
+        elif teacher.cache.keep == "topk":
+            for mistake in term.beyond_top_k(teacher.cache.k):
+                yield replace(mistake, path=("losses", index, *mistake.path))
 
 
 def cache_is_read(teacher: Teacher, losses: list[Term], data: Data) -> Iterator[Mistake]:

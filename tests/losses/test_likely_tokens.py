@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 from math import log
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,13 +14,14 @@ from hypothesis import strategies as st
 from test_chunked import Largest
 from torch.nn import functional
 
-from distill.errors import InputError
+from distill.errors import InputError, RecipeError
 from distill.losses import LOGITS, Objective, TopK
 from distill.losses.precision import choose_precision, estimate_kl
 from distill.losses.slopes import CROSS_ENTROPY, Chunk, Fastest, NamedTerm, Terms, by_autograd
 from distill.models.forward import Outputs
 from distill.models.head import OutputHead
 from distill.models.topk import with_tail
+from distill.recipe import load_recipe
 from distill.recipe.schema import Term
 
 B, L, D, V, K = 4, 6, 5, 23, 4
@@ -266,11 +269,36 @@ def test_the_operands_of_the_head_are_never_coarser_than_the_whole_vocabulary_wo
 # The recipe
 
 
-def test_what_likely_tokens_are_not_enough_for_is_known_before_anything_is_run():
-    (mistake,) = Term(match="logits", loss="logit_mse").beyond_top_k(64)
-    assert mistake.path == ("loss",) and "compares logits" in mistake.message and "keep: hidden" in mistake.fix
-    tail = Term(match="logits", loss="tail_aware_kl", params={"k": 10})
-    (mistake,) = tail.beyond_top_k(10)
-    assert "teacher.cache.k keeps 10" in mistake.message and "above 10" in mistake.fix
-    fine = [tail, Term(match="labels"), *(Term(match="logits", loss=name) for name in NEVER_MORE)]
-    assert not [mistake for term in fine for mistake in term.beyond_top_k(11)]
+LANGUAGE_MODEL = Path(__file__).parents[2] / "recipes/smollm2-text/recipe.yaml"
+
+
+def load_with(loss, cache):
+    return load_recipe(
+        LANGUAGE_MODEL, [f"losses=[{{match: labels}}, {{match: logits, {loss}}}]", f"teacher.cache={cache}"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("loss", "cache", "words"),
+    [
+        ("loss: logit_mse", "{keep: topk}", ["logit_mse compares logits", "write keep: hidden, or loss: forward_kl"]),
+        ("loss: tail_aware_kl, params: {k: 10}", "{keep: topk, k: 10}", ["its k of 10", "a teacher.cache.k above 10"]),
+        ("loss: tail_aware_kl", "{keep: topk, k: 1}", ["its k of 1", "a teacher.cache.k above 1"]),
+    ],
+)
+def test_what_likely_tokens_are_not_enough_for_is_refused_before_anything_is_run(loss, cache, words):
+    with pytest.raises(RecipeError) as refused:
+        load_with(loss, cache)
+    (problem,) = refused.value.problems
+    assert problem.key == "losses.1.loss" and all(each in str(problem) for each in words)
+
+
+def test_likely_tokens_are_enough_for_every_other_loss_and_hidden_states_for_all():
+    for name in sorted(set(LOGITS) - {"logit_mse"}):
+        load_with(f"loss: {name}", "{keep: topk}")
+    load_with("loss: tail_aware_kl, params: {k: 10}", "{keep: topk, k: 11}")
+    load_with("loss: logit_mse", "{keep: hidden}")
+
+
+def test_the_recipe_knows_the_default_of_the_head():
+    assert inspect.signature(LOGITS["tail_aware_kl"]).parameters["k"].default == 1
