@@ -111,21 +111,21 @@ def _add_verb(name: str, text: str) -> None:
     @app.command(name, help=text)
     def verb(
         recipe: RecipePath,
-        more: More = None,
+        overrides: More = None,
         out: Out = None,
         remote_code: RemoteCode = False,
         continue_changed: Continue = False,
         accept_weak_teacher: AcceptWeak = False,
     ) -> None:
-        given = [text for text in more or () if "=" not in text and text.endswith((".yaml", ".yml"))]
-        overrides = [text for text in more or () if text not in given]
-        recipes = [recipe, *map(Path, given)]
-        if given or name == "cache":
-            _check_together(name, recipes, overrides, out)
+        more = [text for text in overrides or () if "=" not in text and text.endswith((".yaml", ".yml"))]
+        values = [text for text in overrides or () if text not in more]
+        recipes = [recipe, *map(Path, more)]
+        if more or name == "cache":
+            _check_together(name, recipes, values, out)
         for each in recipes:
-            if given:
+            if more:
                 _say(f"{each}:")
-            _run(name, each, overrides, out, (remote_code, continue_changed, accept_weak_teacher))
+            _run(name, each, values, out, (remote_code, continue_changed, accept_weak_teacher))
 
 
 for _name, _text in {
