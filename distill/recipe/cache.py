@@ -12,7 +12,7 @@ from distill.recipe.terms import Term
 
 if TYPE_CHECKING:
     from distill.recipe.data import Data
-    from distill.recipe.sections import Teacher
+    from distill.recipe.sections import Teacher, Training
 
 WITH_VOCABULARY = (*names.CAUSAL_TASKS, *names.TWO_STACK_TASKS, "masked_lm")
 """Tasks whose predictions are tokens."""
@@ -58,14 +58,17 @@ def cached_outputs_are_enough(teacher: Teacher, terms: Mapping[int, Term]) -> It
                 yield replace(mistake, path=("losses", index, *mistake.path))
 
 
-def cache_is_read(teacher: Teacher, losses: list[Term], data: Data) -> Iterator[Mistake]:
-    """Refuse a cache, or a part of one, that no term reads, and the likeliest tokens of heads without any."""
+def cache_is_read(teacher: Teacher, losses: list[Term], data: Data, training: Training) -> Iterator[Mistake]:
+    """Refuse a cache, or a part of one, that no term reads, that the teacher cannot fill, or that lacks inputs."""
     if teacher.cache is None:
         return
     key: KeyPath = ("teacher", "cache")
     if teacher.device == "sharded":
         message = "the ranks fill it each at its own pace, and a sharded teacher needs all of them at once"
         yield Mistake(key, message, "write device: same or cpu: the teacher runs alone, without the student", at="key")
+    if getattr(training, "on_policy", None) is not None:
+        message = "what the student will write is not known, so the teacher cannot be asked about it beforehand"
+        yield Mistake(key, message, "remove it, or training.on_policy", at="key")
     matches, topk = {term.match for term in losses}, teacher.cache.keep == "topk"
     if matches == {"labels"}:
         yield Mistake(key, "has no effect: no term compares with the teacher", "remove it", at="key")
