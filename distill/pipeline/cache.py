@@ -161,6 +161,8 @@ class Filling:
                     else:
                         busy.append(shard)
             left = busy
+            if left:
+                say(f"  {len(left)} shards are being filled by other processes; waiting for them")
 
     def _write_index(self) -> None:
         with self.folder.locked(self.entries.shards, wait=True):

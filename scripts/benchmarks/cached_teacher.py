@@ -1,7 +1,7 @@
 """A step with the teacher live, from cached hidden states, and from its cached most likely tokens, in turns.
 
     python scripts/benchmarks/cached_teacher.py
-    python scripts/benchmarks/cached_teacher.py --hidden 256 --ffn 688 --layers 8 --rounds 10
+    python scripts/benchmarks/cached_teacher.py --hidden 512 --ffn 1376 --rounds 10
     python scripts/benchmarks/cached_teacher.py --match-layers
 
 Teacher and student (half of its layers) are random Llamas over 8,192 tokens, which a tokenizer has learned from the
@@ -48,10 +48,10 @@ ARMS = {
 def main() -> None:
     """Fill a cache for each arm, then take their steps in turns."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--ffn", type=int, default=1376)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--ffn", type=int, default=688)
     parser.add_argument("--layers", type=int, default=8, help="of the teacher; the student has half")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--match-layers", action="store_true", help="compare the outputs of mapped layers as well")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
