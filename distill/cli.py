@@ -111,18 +111,21 @@ def _add_verb(name: str, text: str) -> None:
     @app.command(name, help=text)
     def verb(
         recipe: RecipePath,
-        more: More = None,
+        overrides: More = None,
         out: Out = None,
         remote_code: RemoteCode = False,
         continue_changed: Continue = False,
         accept_weak_teacher: AcceptWeak = False,
     ) -> None:
-        given = [text for text in more or () if "=" not in text and text.endswith((".yaml", ".yml"))]
-        overrides = [text for text in more or () if text not in given]
-        recipes = [recipe, *map(Path, given)]
-        _check_together(name, recipes, overrides, out)
+        more = [text for text in overrides or () if "=" not in text and text.endswith((".yaml", ".yml"))]
+        values = [text for text in overrides or () if text not in more]
+        recipes = [recipe, *map(Path, more)]
+        if more or name == "cache":
+            _check_together(name, recipes, values, out)
         for each in recipes:
-            _run(name, each, overrides, out, (remote_code, continue_changed, accept_weak_teacher))
+            if more:
+                _say(f"{each}:")
+            _run(name, each, values, out, (remote_code, continue_changed, accept_weak_teacher))
 
 
 for _name, _text in {
@@ -180,15 +183,15 @@ def _check_together(verb: str, paths: list[Path], overrides: list[str], out: Pat
     """Look at all recipes of a command before the first one takes hours, and refuse two with one run folder."""
     from distill.recipe.load import load_recipe
 
-    loaded = {path: load_recipe(path, overrides) for path in paths}
-    names = [recipe.name for recipe in loaded.values()]
-    if verb == "cache" and (without := [path for path, recipe in loaded.items() if recipe.teacher.cache is None]):
-        raise InputError(f"{without[0]} asks for no cache: add `cache: {{keep: hidden}}` under `teacher:`")
+    recipes = [load_recipe(path, overrides) for path in paths]
+    for path, recipe in zip(paths, recipes, strict=True):
+        if verb == "cache" and recipe.teacher.cache is None:
+            raise InputError(f"{path} asks for no cache: add `cache: {{keep: hidden}}` under `teacher:`")
+    names = [recipe.name for recipe in recipes]
     if len(paths) > 1 and out is not None:
         raise InputError("--out: several recipes need a run folder each, runs/NAME; leave it out")
-    if len(set(names)) < len(paths):
-        twice = next(name for name in names if names.count(name) > 1 or len(names) > len(loaded))
-        raise InputError(f"two of these recipes are named {twice}, and would have one run folder; rename one")
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise InputError(f"several of these recipes are named {min(twice)}, and would have one run folder; rename them")
 
 
 def _run(verb: str, path: Path, overrides: list[str] | None, out: Path | None, flags: tuple[bool, bool, bool]) -> None:

@@ -7,7 +7,7 @@ import random
 
 import torch
 from conversations import TEMPLATES, save_tokenizer
-from tiny import RECIPE, tiny_config, tiny_project
+from tiny import RECIPE, tiny_config, tiny_model, tiny_project
 
 from distill.models.forward import forward
 from distill.pipeline import VERBS, RunDir, Session, run_stages
@@ -22,6 +22,15 @@ LAYERS = "losses=[{match: labels}, {match: logits}, {match: hidden}, {match: emb
 def language_project(folder, family="llama", task="causal_lm"):
     text = RECIPE.replace("task: classification, labelled: 24, max_length: 16", f"task: {task}, max_length: 24")
     return tiny_project(folder, text, family)
+
+
+def trained_project(folder):
+    """One whose teacher has its weights already, so that they depend on nothing else."""
+    recipe = language_project(folder)
+    tiny_model("llama", pad_token_id=0).save_pretrained(folder / "teacher")
+    text = recipe.read_text().split("  init: random")
+    recipe.write_text(text[0] + text[1].split("\n", 2)[2])
+    return recipe
 
 
 def masked_project(folder):
@@ -62,13 +71,18 @@ def numbers_project(folder):
     return recipe
 
 
+def session_of(folder, make, *overrides, run="run"):
+    """A recipe at work, made where it is not there yet, and the list of what it says."""
+    recipe = make(folder) if not (folder / "recipe.yaml").exists() else folder / "recipe.yaml"
+    fit, lines = [] if make is trained_project else FIT, []
+    settings = [*fit, "training.steps=6", "training.batch_size=8", "training.micro_batch_size=4", *overrides]
+    loaded = load_recipe(recipe, settings)
+    return Session(loaded, folder, RunDir(folder / run), lines.append, accept_weak_teacher=True), lines
+
+
 def cached(folder, make, *overrides, run="run"):
     """A session whose cache is filled, and what it said."""
-    recipe = make(folder) if not (folder / "recipe.yaml").exists() else folder / "recipe.yaml"
-    lines = []
-    settings = [*FIT, "training.steps=6", "training.batch_size=8", "training.micro_batch_size=4", *overrides]
-    loaded = load_recipe(recipe, settings)
-    session = Session(loaded, folder, RunDir(folder / run), lines.append, accept_weak_teacher=True)
+    session, lines = session_of(folder, make, *overrides, run=run)
     run_stages(session, VERBS["cache"])
     return session, lines
 

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from distill.errors import InputError
+from distill.errors import InputError, RunError
 from distill.evaluation.arms import controls
 from distill.files import cache_folder, write_json
 from distill.losses import PREDICTION_KINDS
 from distill.losses.chunked import HeadInput, chunks
-from distill.models.dtensor import full_tensor
-from distill.models.forward import Batch, Outputs, to_device
+from distill.models.forward import Batch, Capture, Outputs, to_device
 from distill.models.head import OutputHead, output_head
 from distill.models.load import load_config
 from distill.models.precision import DTYPES
@@ -32,7 +31,7 @@ from distill.ranks import process_state
 from distill.recipe.load import fingerprint
 from distill.release.wording import format_count, format_seconds, format_size
 from distill.teacher import LiveTeacher
-from distill.teacher.cache import ENTRIES, HEAD, Column, captured, shard_name, write_head
+from distill.teacher.cache import ENTRIES, HEAD, Column, shard_name, write_head
 from distill.teacher.shards import ShardFolder
 from distill.teacher.topk import bytes_per_token, pack
 
@@ -103,21 +102,23 @@ class Filling:
     @cached_property
     def teacher(self) -> LiveTeacher:
         """The teacher, loaded where something is missing."""
-        vocabulary = PREDICTION_KINDS[self.session.corpus.head].vocabulary
-        return teaching(self.session, captured(self.columns, vocabulary))
+        layers = {
+            field: sorted(column.layer for column in self.columns if column.field == field and column.layer is not None)
+            for field in ("hidden", "encoder_hidden")
+        }
+        whole = not PREDICTION_KINDS[self.session.corpus.head].vocabulary
+        return teaching(self.session, Capture(**layers, stop_at_head=not whole))
 
     @cached_property
     def head(self) -> OutputHead:
-        """The whole output head. Raises InputError where its form is not known. Collective with a sharded teacher."""
+        """The output head. Raises InputError where its form is not known."""
         head = output_head(self.teacher.model)
         if head is None:
-            kind = type(self.teacher.model).__name__
             raise InputError(
-                f"teacher.cache.keep: hidden states are of no use without the output head, and that of a {kind} has "
-                f"a form that is not known; write keep: topk"
+                f"teacher.cache.keep: hidden states are of no use without the output head, and that of a "
+                f"{type(self.teacher.model).__name__} has a form that is not known; write keep: topk"
             )
-        bias = None if head.bias is None else full_tensor(head.bias)
-        return replace(head, weight=full_tensor(head.weight), bias=bias)
+        return head
 
     def say_what_is_there(self) -> None:
         """Say how large the cache is and what is missing of it, and refuse a disk that is too small."""
@@ -142,47 +143,34 @@ class Filling:
             )
 
     def fill(self) -> None:
-        """Make what is missing: this rank's shards, then those that others have not come to."""
-        rank, world = self.state.process_index, self.state.num_processes
-        if self.state.is_main_process:
+        """Make what is missing: this rank's shards, then those that others have not come to.
+
+        The main rank looks whether the files that are there are whole, as it can say it, and others at their own.
+        """
+        state, say = self.state, self.session.say
+        if state.is_local_main_process:
             self._write_index()
-        busy = []
-        for shard in sorted(range(self.entries.shards), key=lambda number: (number - rank) % world):
-            with self.folder.locked(shard, wait=False) as held:
-                if held:
-                    self._make(shard, looks=self.state.is_main_process or shard % world == rank)
-                else:
-                    busy.append(shard)
-        for shard in busy:
-            with self.folder.locked(shard, wait=True):
-                self._make(shard, looks=self.state.is_main_process)
+        left = sorted(range(self.entries.shards), key=lambda shard: (shard - state.process_index) % state.num_processes)
+        for wait in (False, True):
+            busy = []
+            for shard in left:
+                own = state.is_main_process or shard % state.num_processes == state.process_index
+                with self.folder.locked(shard, wait=wait) as held:
+                    if held:
+                        self._make(shard, say if own else None)
+                    else:
+                        busy.append(shard)
+            left = busy
 
     def _write_index(self) -> None:
         with self.folder.locked(self.entries.shards, wait=True):
-            if self._missing([ENTRIES]):
+            if not self.folder.whole(ENTRIES, self.session.say):
                 self.folder.write(ENTRIES, self.entries.tensors())
-            if self._missing(self.extra):
+            if self.extra and not self.folder.whole(HEAD, self.session.say):
                 write_head(self.folder, self.head)
 
-    def _missing(self, names: Sequence[str], *, looks: bool = True) -> list[str]:
-        """List the files that have to be made; those that are damaged, where it looks, are removed, and a line says so.
-
-        The main rank, which can say it, looks at all of them, the others at their own.
-        """
-        found = []
-        for name in names:
-            path = self.folder.names(name.rpartition("/")[0]).get(name)
-            fault = self.folder.fault_of(name, path) if path is not None and looks else None
-            if path is not None and fault is not None:
-                self.session.say(f"  {path} {fault}; made anew")
-                path.unlink(missing_ok=True)
-            if path is None or fault is not None:
-                found.append(name)
-        return found
-
-    def _make(self, shard: int, *, looks: bool) -> None:
-        missing = self._missing([shard_name(column, shard) for column in self.columns], looks=looks)
-        columns = [column for column in self.columns if shard_name(column, shard) in missing]
+    def _make(self, shard: int, say: Callable[[str], None] | None) -> None:
+        columns = [column for column in self.columns if not self.folder.whole(shard_name(column, shard), say)]
         if not columns:
             return
         parts = [self._run(columns, batch) for batch in self.entries.batches(self.session, shard)]
@@ -195,7 +183,13 @@ class Filling:
     def _run(self, columns: Sequence[Column], batch: Batch) -> list[tuple[Tensor, Tensor]]:
         """Run the teacher; give per column the positions of each real row [B], and what is kept of all [N, ...]."""
         own, real = to_device(batch, self.teacher.device), real_rows(batch)
-        outputs, found = self.teacher(own), []
+        try:
+            outputs, found = self.teacher(own), []
+        except torch.OutOfMemoryError as error:
+            size = self.session.recipe.evaluation.batch_size
+            raise RunError(
+                f"the teacher's pass is out of memory with evaluation.batch_size: {size}; lower it"
+            ) from error
         for column in columns:
             mask = column.positions(own)
             values = self._likeliest(column, outputs, mask) if column.field == "topk" else column.select(outputs, mask)

@@ -15,7 +15,7 @@ from distill.data import collate
 from distill.data.batches import step_indices
 from distill.models.forward import Batch
 from distill.models.padding import mark_padding
-from distill.pipeline.kept import reading_of, real_rows
+from distill.pipeline.kept import keys_of, real_rows
 from distill.pipeline.session import Session
 from distill.pipeline.train import batches_for, steps_of
 from distill.teacher.cache import Column
@@ -92,7 +92,7 @@ class Entries:
 
 def find_entries(session: Session, columns: Sequence[Column], every: int = 1) -> Entries:
     """Make the keys of all that the training will see, or of `every` so-manieth of it, each input once."""
-    pairs, reading = inputs_of_training(session).pairs[::every], reading_of(session.corpus.head)
+    pairs, kind = inputs_of_training(session).pairs[::every], session.corpus.head
     found: dict[bytes, np.ndarray] = {}
     positions = dict.fromkeys((column.name for column in columns), 0)
     for start in range(0, len(pairs), READ_AT_ONCE):
@@ -101,7 +101,7 @@ def find_entries(session: Session, columns: Sequence[Column], every: int = 1) ->
         real = real_rows(batch).numpy()
         rows = real.reshape(len(part), -1).sum(1)
         new = []
-        for pair, own in zip(part, np.split(reading.keys(batch)[real], np.cumsum(rows)[:-1]), strict=True):
+        for pair, own in zip(part, np.split(keys_of(kind, batch)[real], np.cumsum(rows)[:-1]), strict=True):
             new.append(own.tobytes() not in found)
             found.setdefault(own.tobytes(), pair)
         for column in columns:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -18,7 +19,8 @@ from distill.pipeline.session import Session
 from distill.recipe.cache import TeacherCache
 from distill.recipe.schema import Term
 from distill.teacher import CachedTeacher, LiveTeacher
-from distill.teacher.cache import ENTRIES, Column, Reading
+from distill.teacher.cache import ENTRIES, Column
+from distill.teacher.keys import row_keys
 from distill.teacher.shards import ShardFolder
 
 FOLDER = "teachers"
@@ -47,7 +49,7 @@ def open_teacher(session: Session, terms: Sequence[Term], objective: Objective) 
     assert session.recipe.teacher.cache is not None
     kind, columns = session.corpus.head, columns_of(session.recipe.teacher.cache, session.corpus.head, terms, objective)
     width = load_config(session.teacher, session.head, session.remote_code).hidden_size
-    return CachedTeacher(folder_of(session), columns, reading_of(kind), session.vocabulary or 0, width)
+    return CachedTeacher(folder_of(session), columns, partial(keys_of, kind), session.vocabulary or 0, width)
 
 
 def folder_of(session: Session) -> ShardFolder:
@@ -85,9 +87,10 @@ def _predictions(spec: TeacherCache, kind: str) -> Column:
     return Column("logits", _real_tokens) if kind == "token" else Column("logits", _real_rows, form="row")
 
 
-def reading_of(kind: str) -> Reading:
-    """Say how rows are looked up for a kind of predictions."""
-    return Reading(partial(_marks, kind), labels=kind == "seq2seq")
+def keys_of(kind: str, batch: Batch) -> np.ndarray:
+    """Hash the rows of a batch for a kind of predictions, uint8 [B, KEY]; a decoder that writes reads the labels."""
+    marks = [_predicted(kind, batch), _states(kind, batch)] if PREDICTION_KINDS[kind].vocabulary else []
+    return row_keys(batch, marks, ("labels",) if kind == "seq2seq" else ())
 
 
 def real_rows(batch: Batch) -> Tensor:
@@ -95,10 +98,6 @@ def real_rows(batch: Batch) -> Tensor:
     if "input_ids" not in batch:
         return torch.ones(len(batch["labels"]), dtype=torch.bool)
     return batch["attention_mask"].bool().any(-1)
-
-
-def _marks(kind: str, batch: Batch) -> list[Tensor]:
-    return [_predicted(kind, batch), _states(kind, batch)] if PREDICTION_KINDS[kind].vocabulary else []
 
 
 def _predicted(kind: str, batch: Batch) -> Tensor:

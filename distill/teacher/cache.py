@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from distill.errors import InputError
-from distill.models.forward import Batch, Capture, Outputs, device_of, to_device
+from distill.models.forward import Batch, Outputs, device_of, to_device
 from distill.models.head import OutputHead
 from distill.models.precision import DTYPES
 from distill.models.topk import TopK
-from distill.teacher.keys import Index, row_keys
+from distill.teacher.keys import Index
 from distill.teacher.shards import ShardFolder
 from distill.teacher.topk import unpack
 
@@ -72,40 +72,33 @@ class Column:
         return kept.to(DTYPES[self.dtype])
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How the rows of a batch are looked up: what makes their keys."""
-
-    marks: Callable[[Batch], Sequence[Tensor]]
-    """Masks of the positions that something may read."""
-    labels: bool = False
-    """The model reads labels: its decoder is fed with them."""
-
-    def keys(self, batch: Batch) -> np.ndarray:
-        """Hash the rows of a batch, uint8 [B, KEY]."""
-        return row_keys(batch, self.marks(batch), ("labels",) if self.labels else ())
-
-
 class CachedTeacher:
     """A teacher of which only what it said is there, and its output head where the logits are made by that.
 
     A callable like `LiveTeacher`. `add` finds what is kept for a batch, which the loader can do ahead.
     """
 
-    def __init__(self, folder: ShardFolder, columns: Sequence[Column], reading: Reading, vocabulary: int, width: int):
+    def __init__(
+        self,
+        folder: ShardFolder,
+        columns: Sequence[Column],
+        keys: Callable[[Batch], np.ndarray],
+        vocabulary: int,
+        width: int,
+    ):
         """Read the index, and the head where a column needs it.
 
         Args:
             folder: The cache.
             columns: What is read of it.
-            reading: Makes the keys.
+            keys: Hashes the rows of a batch, uint8 [B, KEY].
             vocabulary: Tokens that a `topk` was chosen from.
             width: Of the teacher's hidden states.
 
         Raises:
             InputError: A part of the cache is missing or damaged.
         """
-        self.folder, self.columns, self.reading = folder, columns, reading
+        self.folder, self.columns, self.keys = folder, columns, keys
         self.vocabulary, self.width = vocabulary, width
         entries, _ = folder.read(ENTRIES)
         self.index, self.bounds = Index(entries["keys"].numpy()), entries["bounds"].numpy()
@@ -141,7 +134,7 @@ class CachedTeacher:
         Raises:
             InputError: Nothing is kept for a row, or a shard that has one is missing or damaged.
         """
-        rows = self.index.find(self.reading.keys(batch))
+        rows = self.index.find(self.keys(batch))
         # A text that is not there is nobody's input; the batch has it where others have a second one.
         real = batch["attention_mask"].bool().any(-1).cpu().numpy() if "input_ids" in batch else rows >= -1
         if (rows[real] < 0).any():
@@ -195,12 +188,3 @@ def read_head(folder: ShardFolder) -> OutputHead:
     tensors, facts = folder.read(HEAD)
     scale, cap = float(str(facts["scale"])), facts["cap"]
     return OutputHead(tensors["weight"], tensors.get("bias"), scale, None if cap is None else float(str(cap)))
-
-
-def captured(columns: Sequence[Column], stop_at_head: bool) -> Capture:
-    """Say what a forward pass has to hand on for these columns."""
-    layers = {
-        field: sorted(column.layer for column in columns if column.field == field and column.layer is not None)
-        for field in ("hidden", "encoder_hidden")
-    }
-    return Capture(layers["hidden"], encoder_hidden=layers["encoder_hidden"], stop_at_head=stop_at_head)

@@ -6,7 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,25 +32,42 @@ class ShardFolder:
     def __init__(self, root: Path):
         self.root = root
 
-    def names(self, group: str = "") -> dict[str, Path]:
-        """Map the name of each finished file of a group to its path."""
-        files = sorted((self.root / group).glob(f"*-*{END}"), reverse=True)
-        return {f"{group}/{file.name.rpartition('-')[0]}".lstrip("/"): file for file in files}
+    def names(self, group: str = "") -> set[str]:
+        """List the names of the finished files of a group."""
+        files = (self.root / group).glob(f"*-*{END}")
+        return {f"{group}/{file.name.rpartition('-')[0]}".lstrip("/") for file in files}
 
-    def write(self, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, object] | None = None) -> int:
-        """Publish the tensors of a name at once; returns the bytes. They are there after a crash, or nothing is."""
+    def find(self, name: str) -> Path | None:
+        """Find the finished file of a name; of several, which differ in rounding at most, always the same."""
+        path = self.root / name
+        return min(path.parent.glob(f"{path.name}-*{END}"), default=None)
+
+    def whole(self, name: str, say: Callable[[str], None] | None) -> bool:
+        """Tell whether a file is there; where `say` is given, whether it is whole: else it is removed, with a line."""
+        path = self.find(name)
+        fault = self.fault_of(name, path) if path is not None and say is not None else None
+        if path is not None and say is not None and fault is not None:
+            say(f"  {path} {fault}; made anew")
+            path.unlink(missing_ok=True)
+        return path is not None and fault is None
+
+    def write(self, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, object] | None = None) -> None:
+        """Publish the tensors of a name at once: they are there after a crash, or nothing is."""
         header = {PLACE: json.dumps({"cache": self.root.name, "name": name, **(facts or {})}, sort_keys=True)}
         content = save({key: tensor.contiguous() for key, tensor in tensors.items()}, header)
         path = self.root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp")
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException:
+            temporary.unlink(missing_ok=True)  # the disk may be full
+            raise
         os.replace(temporary, path.with_name(f"{path.name}-{hashlib.sha256(content).hexdigest()}{END}"))
         fsync_folder(path.parent)
-        return len(content)
 
     def fault_of(self, name: str, path: Path) -> str | None:
         """Say what is wrong with a file, of which all is read; None for one that is as it was written."""
@@ -70,7 +87,7 @@ class ShardFolder:
         Raises:
             InputError: There is none, or it is damaged; it is removed then, so that the cache is made whole again.
         """
-        path = self.names(str(Path(name).parent).removeprefix(".")).get(name)
+        path = self.find(name)
         if path is None:
             raise InputError(f"{self.root / name}: this part of the cached teacher is gone; the same command makes it")
         if fault := self.fault_of(name, path):

@@ -369,6 +369,11 @@ ELSEWHERE = {
     ("Data.language", "a value"): "tests/data/tasks/test_speech_to_text.py",
 }
 ELSEWHERE |= {
+    (f"TeacherCache.{key}", value): "tests/cli/test_caching.py, tests/pipeline/test_cache_stage.py, tests/teacher"
+    for key, values in (("keep", ("hidden", "topk")), ("layers", ("mapped", "none")), ("dtype", ("bf16", "fp32")))
+    for value in (*values, "a value")
+} | {("TeacherCache.k", "a value"): "tests/teacher", ("Teacher.cache", "a value"): "tests/cli/test_caching.py"}
+ELSEWHERE |= {
     (f"Data.{key}", value): "tests/data/test_splits.py and test_odd_inputs.py: rows, and what becomes of them"
     for key in ("train", "validation", "test", "validation_share", "contradictions")
     for value in ("a value", *get_args(BuiltInSource), "first", "majority", "drop", "keep")
