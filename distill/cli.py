@@ -42,6 +42,13 @@ RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="Path of a re
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Replace values, e.g. training.lr=1e-4.")
 ]
+More = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[RECIPE]... [KEY.PATH=VALUE]...",
+        help="More recipes, one after the other; values to replace in all of them, e.g. training.lr=1e-4.",
+    ),
+]
 Out = Annotated[Path | None, typer.Option(help="Run folder (default: runs/NAME).", show_default=False)]
 RemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run modelling code that comes with the teacher. Read it first.")
@@ -105,17 +112,26 @@ def _add_verb(name: str, text: str) -> None:
     @app.command(name, help=text)
     def verb(
         recipe: RecipePath,
-        overrides: Overrides = None,
+        overrides: More = None,
         out: Out = None,
         remote_code: RemoteCode = False,
         continue_changed: Continue = False,
         accept_weak_teacher: AcceptWeak = False,
     ) -> None:
-        _run(name, recipe, overrides, out, (remote_code, continue_changed, accept_weak_teacher))
+        more = [text for text in overrides or () if "=" not in text and text.endswith((".yaml", ".yml"))]
+        values = [text for text in overrides or () if text not in more]
+        recipes = [recipe, *map(Path, more)]
+        if more or name == "cache":
+            _check_together(name, recipes, values, out)
+        for each in recipes:
+            if more:
+                _say(f"{each}:")
+            _run(name, each, values, out, (remote_code, continue_changed, accept_weak_teacher))
 
 
 for _name, _text in {
     "build": "Everything up to the student as cut.",
+    "cache": "Everything up to what the teacher says about the training examples, where `teacher.cache` asks for it.",
     "train": "Everything up to the distilled student; also the door for `accelerate launch scripts/train.py`.",
     "evaluate": "Everything up to the measured arms; prints the table.",
     "release": "Everything up to the release folder.",
@@ -225,6 +241,21 @@ def options(
     ] = False,
 ) -> None:
     """One recipe takes a large transformer to a released, measured small one."""
+
+
+def _check_together(verb: str, paths: list[Path], overrides: list[str], out: Path | None) -> None:
+    """Look at all recipes of a command before the first one takes hours, and refuse two with one run folder."""
+    from distill.recipe.load import load_recipe
+
+    recipes = [load_recipe(path, overrides) for path in paths]
+    for path, recipe in zip(paths, recipes, strict=True):
+        if verb == "cache" and recipe.teacher.cache is None:
+            raise InputError(f"{path} asks for no cache: add `cache: {{keep: hidden}}` under `teacher:`")
+    names = [recipe.name for recipe in recipes]
+    if len(paths) > 1 and out is not None:
+        raise InputError("--out: several recipes need a run folder each, runs/NAME; leave it out")
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise InputError(f"several of these recipes are named {min(twice)}, and would have one run folder; rename them")
 
 
 def _run(verb: str, path: Path, overrides: list[str] | None, out: Path | None, flags: tuple[bool, bool, bool]) -> None:

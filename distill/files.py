@@ -50,6 +50,23 @@ def content_of(path: Path) -> str:
     return hashlib.sha256(json.dumps(listing, sort_keys=True).encode()).hexdigest()
 
 
+def cache_folder(kind: str) -> Path:
+    """Return the folder of the user's cache for one kind of content, made where it is missing; only they can read it.
+
+    Raises:
+        InputError: It cannot be made.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    root = Path(os.environ.get("DISTILL_CACHE") or f"{home}/distill").expanduser() / kind
+    try:
+        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not os.access(root, os.W_OK):
+            raise PermissionError(None, "nothing can be written to it")
+    except OSError as error:
+        raise InputError(f"{root} cannot be the cache: {error.strerror}; set DISTILL_CACHE to a folder") from error
+    return root
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a file's content at once: readers see the old text or the new one, also after a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)

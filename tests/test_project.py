@@ -333,7 +333,7 @@ def test_public_names():
         _ = distill.load_models
     assert set(LOGITS) == {
         "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "symmetric_kl", "total_variation",
-        "soft_cross_entropy", "logit_mse", "adaptive_kl",
+        "soft_cross_entropy", "logit_mse", "adaptive_kl", "tail_aware_kl",
     }  # fmt: skip
     assert set(HIDDEN) == {"mse", "cosine", "normalized_mse", "relative_mse"}
 

@@ -100,6 +100,8 @@ class TrainingBatches:
     """Tokens that a text may have; None: those of the longest example."""
     sizes: tuple[int, ...] = ()
     """Lengths that rows are padded to; (): each micro-batch to the longest of its own."""
+    extend: Callable[[Batch], Batch] | None = None
+    """Adds to each micro-batch, where it is made, what a cached teacher has for it."""
 
     def in_sizes(self) -> TrainingBatches:
         """Pad rows to a few lengths only, since whatever is compiled is compiled for each."""
@@ -158,7 +160,7 @@ class TrainingBatches:
         """
         numbers = range(rank, self.micro_batches_per_step(), world)
         loader: DataLoader[Batch] = DataLoader(
-            _TrainingSet(self.corpus, self.seed, self.sizes),  # type: ignore[arg-type]
+            _TrainingSet(self.corpus, self.seed, self.sizes, self.extend),  # type: ignore[arg-type]
             batch_sampler=self._indices(start, stop, numbers),
             collate_fn=_identity,
             num_workers=workers,
@@ -226,13 +228,16 @@ class _TrainingSet:
     corpus: Corpus
     seed: int
     sizes: tuple[int, ...]
+    extend: Callable[[Batch], Batch] | None
 
     def __len__(self) -> int:
         return len(self.corpus.train)
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> Batch:
         seeds = [(self.seed, step, index) for step, index in keys]
-        return mark_padding(collate(self.corpus, self.corpus.train, [index for _, index in keys], seeds, self.sizes))
+        indices = [index for _, index in keys]
+        batch = mark_padding(collate(self.corpus, self.corpus.train, indices, seeds, self.sizes))
+        return batch if self.extend is None else self.extend(batch)
 
 
 def evaluation_batches(

@@ -19,7 +19,6 @@ no temperature², no weight. A loss for everybody is the same function with a ro
 `logits.py` or `hidden.py`; the shared tests then cover it, and ask for a number derived by hand.
 """
 
-from distill.losses.align import TopK
 from distill.losses.hidden import HIDDEN
 from distill.losses.kinds import PREDICTION_KINDS
 from distill.losses.logits import LOGITS
@@ -28,6 +27,7 @@ from distill.losses.matches import MATCHES
 from distill.losses.objective import Objective, label_loss
 from distill.losses.relation import ATTENTION, RELATION
 from distill.losses.terms import Maps
+from distill.models.topk import TopK
 
 __all__ = [
     "ATTENTION",

@@ -11,34 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class TopK:
-    """A teacher's most likely tokens; all others together are one more class, the tail.
-
-    A divergence from it is that of the two distributions over these K + 1 classes, so it is zero at equality and at
-    most the divergence over the whole vocabulary. To rescale the K tokens to 1 instead would teach that the tail does
-    not exist.
-    """
-
-    ids: Tensor
-    """int64 [..., K], each once."""
-    log_probabilities: Tensor
-    """[..., K + 1] of these tokens and of the tail, at temperature 1."""
-
-    @classmethod
-    def of(cls, logits: Tensor, k: int) -> TopK:
-        """Keep the k most likely tokens of logits [..., V], k below V."""
-        ids = logits.topk(k).indices
-        return cls(ids, _gather_with_tail(logits, ids))
-
-    def __getitem__(self, positions: Any) -> TopK:
-        """Select some of the positions."""
-        return TopK(self.ids[positions], self.log_probabilities[positions])
-
-    def detach(self) -> TopK:
-        """Detach from the graph."""
-        return TopK(self.ids, self.log_probabilities.detach())
+from distill.models.topk import TopK, with_tail
 
 
 @dataclass(frozen=True)
@@ -104,18 +77,10 @@ def align(student_logits: Tensor, teacher_logits: Tensor | TopK, temperature: fl
             f"against {tuple(shape)}"
         )
     if isinstance(teacher_logits, TopK):
-        student_logits = _gather_with_tail(student_logits, teacher_logits.ids)
+        student_logits = with_tail(student_logits, teacher_logits.ids)
         teacher_logits = teacher_logits.log_probabilities
     length = min(student_logits.shape[-1], teacher_logits.shape[-1])
     return _scale(student_logits[..., :length], temperature), _scale(teacher_logits[..., :length], temperature)
-
-
-def _gather_with_tail(logits: Tensor, ids: Tensor) -> Tensor:
-    """Gather the log-probabilities [..., K + 1] of the tokens `ids` [..., K] and of everything else, the tail."""
-    wide = widen(logits)
-    # The tail is summed from its own terms: as 1 minus the rest it would lose its digits where it is small.
-    tail = wide.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
-    return torch.cat([wide.gather(-1, ids), tail], -1) - wide.logsumexp(-1, keepdim=True)
 
 
 def _scale(logits: Tensor, temperature: float) -> Tensor:

@@ -15,8 +15,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from distill.losses.align import align
+from distill.models.topk import TopK
 
 
 def _log_probabilities(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -160,7 +162,7 @@ def adaptive_kl(
     The head are the fewest most likely tokens that hold `head` (between 0 and 1) of the teacher's probability. Forward
     KL is quick to fit the head and reverse KL the tail, so each position gets more of the one that it needs. g is part
     of the function and of its gradient (the authors' code holds it constant; near the teacher the difference is of
-    third order).
+    third order). The tail of a `TopK` is no token, and is ranked after all that are.
 
     Source: Wu et al. 2024 (AKL), arXiv:2404.02657, section 4.
     """
@@ -168,7 +170,7 @@ def adaptive_kl(
         raise ValueError(f"head must be between 0 and 1, got {head}")
     student, teacher = _log_probabilities(student_logits, teacher_logits, temperature)
     own, target = student.exp(), teacher.exp()
-    ranked, order = target.detach().sort(-1, descending=True)
+    ranked, order = _ranks(target, teacher_logits).sort(-1, descending=True)
     before = ranked.cumsum(-1) - ranked  # `head` is reached when it is up to rounding
     in_head = torch.zeros_like(ranked).scatter(-1, order, (before < head * (1 - 1e-5)).to(ranked.dtype))
     gap = (target - own).abs()
@@ -176,6 +178,43 @@ def adaptive_kl(
     forward = _non_negative((target * (teacher - student)).sum(-1))
     reverse = _non_negative((own * (student - teacher)).sum(-1))
     return share * forward + (1 - share) * reverse
+
+
+def tail_aware_kl(
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, k: int = 1, beta: float = 2.0
+) -> Tensor:
+    """Forward KL with the tail of the teacher made louder: KL over the k most likely tokens + beta · that of the tail.
+
+    With a the teacher's probability of all but its k most likely tokens, KL(T || S) = D1 + a D2: D1 compares the
+    k tokens and the tail as one class, D2 the tokens of the tail among themselves, their probabilities rescaled to 1.
+    This is D1 + beta a D2; `beta=1` is `forward_kl`. Of a `TopK` the tail is its other tokens and its last class, so
+    its K has to be above k.
+
+    Source: Dasgupta et al. 2026 (TAD), arXiv:2602.20816, section 2. There beta is divided by the mean of a over the
+    sequence, which a value per position knows nothing of: beta here is that quotient. They find a k of 5 to 10 best.
+    """
+    student, teacher = _log_probabilities(student_logits, teacher_logits, temperature)
+    most = student.shape[-1] - 2
+    if not 1 <= k <= most:
+        raise ValueError(f"k must be from 1 to {most}, so that the tail has two of the {most + 2} classes, got {k}")
+    if not beta > 0:
+        raise ValueError(f"beta must be above 0, got {beta}")
+    target = teacher.exp()
+    best = _ranks(target, teacher_logits).topk(k).indices
+    top = torch.zeros_like(target, dtype=torch.bool).scatter(-1, best, True)
+    rest = [
+        side.masked_fill(top, torch.finfo(side.dtype).min).logsumexp(-1, keepdim=True) for side in (student, teacher)
+    ]
+    kept = (target * (teacher - student)).masked_fill(~top, 0).sum(-1)
+    between = kept + (rest[1].exp() * (rest[1] - rest[0])).squeeze(-1)
+    among = (target * (teacher - rest[1] - (student - rest[0]))).masked_fill(top, 0).sum(-1)
+    return _non_negative(between) + beta * _non_negative(among)
+
+
+def _ranks(probabilities: Tensor, teacher_logits: Tensor | TopK) -> Tensor:
+    """Give the teacher's probabilities without gradient, to rank tokens; the tail of a `TopK` comes after them all."""
+    ranks = probabilities.detach()
+    return functional.pad(ranks[..., :-1], (0, 1), value=-1.0) if isinstance(teacher_logits, TopK) else ranks
 
 
 LOGITS: dict[str, Callable[..., Tensor]] = {
@@ -189,4 +228,5 @@ LOGITS: dict[str, Callable[..., Tensor]] = {
     "soft_cross_entropy": soft_cross_entropy,
     "logit_mse": logit_mse,
     "adaptive_kl": adaptive_kl,
+    "tail_aware_kl": tail_aware_kl,
 }

@@ -16,14 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from distill.errors import InputError
-from distill.losses.align import Positions, TopK
+from distill.losses.align import Positions
 from distill.losses.hidden import HIDDEN
-from distill.losses.kinds import Mask, PredictionKind
+from distill.losses.kinds import PREDICTION_KINDS, Mask, PredictionKind
 from distill.losses.logits import LOGITS
 from distill.losses.relation import ATTENTION, RELATION
 from distill.models.attention import relation_widths
 from distill.models.family import layers_of
 from distill.models.forward import Batch, Outputs
+from distill.models.topk import TopK, with_tail
 
 Loss = Callable[..., Tensor]
 Pair = tuple[int, int]
@@ -140,8 +141,13 @@ def _compare_labels(loss: Loss, student: Tensor, _teacher: Any, labels: Tensor, 
 
 
 def _compare_logits(loss: Loss, student: Tensor, teacher: Any, _labels: Tensor, classes: slice) -> Tensor:
-    # The tokens of a `TopK` are real ones.
-    return loss(student[..., classes], teacher if isinstance(teacher, TopK) else teacher[..., classes])
+    student = student[..., classes]
+    if not isinstance(teacher, TopK):
+        return loss(student, teacher[..., classes])
+    if getattr(loss, "func", None) in LOGITS.values():
+        return loss(student, teacher)
+    # For a loss of the user's own the tail is a class like the tokens.
+    return loss(with_tail(student, teacher.ids), teacher.log_probabilities)
 
 
 def _compare_states(field: str, loss: Loss, micro: MicroBatch, valid: Positions, pair: Pair) -> Tensor:
@@ -177,6 +183,8 @@ def _example_relations(draw: Callable[..., Tensor], columns: int) -> tuple[Any, 
 
 
 def _without_distribution(kind: str, loss: str) -> str | None:
+    if loss == "tail_aware_kl" and not PREDICTION_KINDS[kind].vocabulary:
+        return "tail_aware_kl is for vocabularies, whose tail is long; write `loss: forward_kl`"
     if kind != "regression" or loss == "logit_mse" or ":" in loss:
         return None
     return "a regression head has one number, not a distribution; write `loss: logit_mse`"

@@ -26,12 +26,14 @@ KL_NEAR: dict[str, Callable[[float, Mapping[str, Any]], float]] = {
     "jsd": lambda value, params: value / _at_least(params.get("beta", 0.5) * (1 - params.get("beta", 0.5))),
     "skew_forward_kl": lambda value, params: value / _at_least((1 - params.get("alpha", 0.1)) ** 2),
     "skew_reverse_kl": lambda value, params: value / _at_least((1 - params.get("alpha", 0.1)) ** 2),
+    "tail_aware_kl": lambda value, params: value / max(1.0, params.get("beta", 2.0)),
     "total_variation": lambda *_: 0.0,
     "logit_mse": lambda value, _: value / 2,
 }
 """Divergence -> KL near the teacher from its value. All are of second order in the difference of the distributions,
-with the second derivative of their generator at 1 as factor. The gradient of the total variation jumps where the
-probabilities cross: there any rounding counts, at any distance."""
+with the second derivative of their generator at 1 as factor, for which the tail-aware one has 1 in the head and beta in
+the tail. The gradient of the total variation jumps where the probabilities cross: there any rounding counts, at any
+distance."""
 
 
 def _at_least(factor: float) -> float:

@@ -23,6 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from distill.losses.logits import LOGITS
 from distill.models.head import soft_cap
+from distill.models.topk import TopK
 
 SumTerms = Callable[[Tensor, Any, Tensor], Tensor]
 """(student's logits [n, V], teacher's [n, V'] or None, labels [n]) -> sum of each term over these positions, [K]."""
@@ -197,10 +198,12 @@ class Fastest:
                 yield key, by_kernel
         if isinstance(chunk.linear, FakeTensor):
             return
-        if terms.key is not None and isinstance(chunk.teacher, Tensor | None):
-            key = ("compiled", terms.key, chunk.cap, chunk.product)
-            if key not in self._given_up:
-                yield key, self.by_compiled_code
+        key = ("compiled", terms.key, chunk.cap, chunk.product, type(chunk.teacher))
+        if key not in self._given_up and terms.key is not None:
+            yield key, self.by_compiled_code
+        elif key not in self._given_up:
+            self._given_up.add(key)
+            self.notices.append("the loss on logits follows a schedule and is not compiled, but computed more slowly")
 
     def by_kernel_after_trial(self, chunk: Chunk, terms: Terms, factors: Tensor) -> tuple[Tensor, Tensor]:
         """Compare the kernel with autograd on made-up logits before it is used. Raises RuntimeError where it is off."""
@@ -211,12 +214,15 @@ class Fastest:
 
     def by_compiled_code(self, chunk: Chunk, terms: Terms, factors: Tensor) -> tuple[Tensor, Tensor]:
         """Run the loss and its gradient as one compiled function; traced at the first chunk, so it must be pure."""
-        key = terms.key, chunk.cap, chunk.product
-        inputs = chunk.linear, chunk.teacher, chunk.labels, factors
+        given = chunk.teacher
+        key = terms.key, chunk.cap, chunk.product, type(given)
+        parts = (given.ids, given.log_probabilities) if isinstance(given, TopK) else () if given is None else (given,)
+        inputs = chunk.linear, chunk.labels, factors, *parts
         if key not in self._compiled:
 
-            def whole(linear: Tensor, teacher: Any, labels: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
+            def whole(linear: Tensor, labels: Tensor, factors: Tensor, *parts: Tensor) -> tuple[Tensor, Tensor]:
                 leaf = linear.detach().requires_grad_()
+                teacher = TopK(*parts) if isinstance(given, TopK) else next(iter(parts), None)
                 sums = terms.sums(soft_cap(leaf, chunk.cap), teacher, labels)
                 (slope,) = torch.autograd.grad((factors * sums).sum(), leaf)
                 return sums.detach(), slope.to(chunk.product)
@@ -224,9 +230,8 @@ class Fastest:
             with torch.enable_grad():
                 traced = make_fx(whole, tracing_mode="symbolic")(*inputs)
             self._compiled[key] = torch.compile(traced, fullgraph=True, backend=self.backend)
-        for tensor in inputs[:3]:
-            if tensor is not None:
-                torch._dynamo.maybe_mark_dynamic(tensor, 0)  # chunks are of different lengths
+        for tensor in (chunk.linear, chunk.labels, *parts):
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)  # chunks are of different lengths
         return self._compiled[key](*inputs)
 
 

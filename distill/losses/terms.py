@@ -200,7 +200,8 @@ def _try_out(loss: Loss, match: Match, kind: PredictionKind, params: Mapping[str
         InputError: it fails, does not return one value per position, or has no gradient for the student.
     """
     whole = [number for number in params.values() if type(number) is int and 0 < number <= 4096]
-    columns = (kind.classes if match.on_logits else None) or math.lcm(EXAMPLE_COLUMNS, *whole[:2])
+    # Twice, as a whole number may also say how many of the columns are chosen.
+    columns = (kind.classes if match.on_logits else None) or math.lcm(EXAMPLE_COLUMNS, *(2 * n for n in whole[:2]))
     # Where kernels of one's own run. A build for GPUs names one also on a machine that has none.
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = found or torch.device("cpu")

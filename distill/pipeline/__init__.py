@@ -1,6 +1,6 @@
 """The only package that knows a whole recipe: one file per stage, in the order of the work."""
 
-from distill.pipeline import build, calibrate, data, evaluate, examine, plan, release, repair, teacher, train
+from distill.pipeline import build, cache, calibrate, data, evaluate, examine, plan, release, repair, teacher, train
 from distill.pipeline.folder import RunDir
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage, local_inputs, run_stages
@@ -13,6 +13,7 @@ STORY = (
     build.STAGE,
     repair.STAGE,
     examine.STAGE,  # here, as to plan and to build cost little, and to train much
+    cache.STAGE,
     train.STAGE,
     train.CONTROL,
     evaluate.STAGE,
@@ -23,6 +24,7 @@ VERBS: dict[str, tuple[Stage, ...]] = {
     for verb, last in {
         "plan": plan.STAGE,
         "build": repair.STAGE,
+        "cache": cache.STAGE,
         "train": train.STAGE,
         "evaluate": evaluate.STAGE,
         "release": release.STAGE,

@@ -27,7 +27,7 @@ from distill.data.summary import describe
 from distill.data.tasks.classes import are_numbers
 from distill.data.tasks.task import Settled
 from distill.errors import InputError
-from distill.files import fresh_folder, put_back, sha256_of
+from distill.files import cache_folder, fresh_folder, put_back, sha256_of
 from distill.models.family import tells_documents_apart
 from distill.models.load import ModelHead, load_config, tokenizer_fingerprint, trained_labels
 from distill.pipeline.session import Session
@@ -119,13 +119,8 @@ def looks(session: Session) -> bool:
 @contextmanager
 def _cached(key: str, say: Callable[[str], None]) -> Iterator[Path]:
     """Give the folder of one corpus in the cache, held by this process; the cache is the user's own to read."""
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    root = Path(os.environ.get("DISTILL_CACHE") or f"{home}/distill").expanduser() / "data"
-    try:
-        root.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = os.open(root / f"{key}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-    except OSError as error:
-        raise InputError(f"{root} cannot be the cache: {error.strerror}; set DISTILL_CACHE to a folder") from error
+    root = cache_folder("data")
+    lock = os.open(root / f"{key}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     with os.fdopen(lock, "w"):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

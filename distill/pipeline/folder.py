@@ -52,6 +52,8 @@ class RunDir:
     """The student after repair, before training; only where the recipe asks for it."""
     repair = _Inside("repair.json")
     """The held-out loss after each step of the repair."""
+    cached = _Inside("teacher_cache.json")
+    """Where the teacher's cached outputs lie, and what they are; only where the recipe asks for them."""
     distilled = _Inside("distilled")
     """The student after training."""
     predictions = _Inside("predictions")

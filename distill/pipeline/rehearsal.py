@@ -6,6 +6,7 @@ vocabulary is looked at for a few positions, as its memory grows evenly with the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,7 +24,9 @@ from distill.models.head import OutputHead, output_head
 from distill.models.memory import MemoryTrace, Peak, make_fake, tracing
 from distill.models.precision import DTYPES
 from distill.models.sentence import unused_parameters
+from distill.models.topk import TopK
 from distill.models.trainable import freeze
+from distill.recipe.cache import TeacherCache
 from distill.recipe.schema import Optimization, Term
 from distill.teacher import LiveTeacher
 from distill.training.ema import Ema
@@ -61,6 +64,8 @@ class Rehearsal:
     """As the recipe says it."""
     teacher_device: str = "same"
     """The same."""
+    cached: TeacherCache | None = None
+    """What is there of the teacher is what a cache keeps, and its head where logits are made by that."""
 
     def objective(self, terms: Sequence[Term], chunk: int | None = None) -> Objective:
         """Make an objective of some of the terms."""
@@ -138,13 +143,15 @@ def rehearse_memory(training: Rehearsal, device: torch.device) -> Peak:
     left = [term for term in training.terms if not (apart and MATCHES[term.match].on_logits)]
     with torch.device("meta"):
         wrapper = training.prepare(student, teacher, left or [Term(match="labels")])
-    elsewhere = training.teacher_device == "cpu" and device.type != "cpu"
+    elsewhere = training.cached is not None or (training.teacher_device == "cpu" and device.type != "cpu")
     with tracing() as trace:
         trace.fill("weights")
         make_fake(wrapper)
         if teacher is not None:
             trace.fill("elsewhere" if elsewhere else "teacher")
             make_fake(teacher)
+            if training.cached and training.cached.keep == "hidden" and (kept := output_head(teacher)):
+                trace.move([kept.weight], "teacher")
         before = _trace_step(training, wrapper, teacher, bool(left), trace)
         peaks = list(trace.peaks.values())
     if apart:
@@ -185,9 +192,11 @@ def _trace_step(
     labelled = batch if scored else {**batch, "labels": batch["labels"] * 0 + UNLABELLED}
     state, average = _fill_state(training, wrapper, trace)
     trace.peaks.clear()
-    trace.fill("activations", "the teacher's pass")
+    trace.fill("elsewhere" if training.cached else "activations", "the teacher's pass")
     given = LiveTeacher(teacher, whole.teacher, HERE)(batch) if teacher is not None else None
     trace.fill("activations", "the forward pass")
+    if training.cached and given is not None:
+        given = as_kept(given, training.cached)
     with autocast(training.spec, HERE):
         own = forward(wrapper.student, batch, whole.student)
         before = dict(trace.bytes)
@@ -200,6 +209,24 @@ def _trace_step(
     _take_step(training, wrapper, average, trace)
     del state
     return before
+
+
+def as_kept(outputs: Outputs, spec: TeacherCache) -> Outputs:
+    """Bring a teacher's outputs to the form in which a cache gives them; the likeliest tokens are made up."""
+    dtype = DTYPES[spec.dtype]
+    states = {
+        name: {layer: value.to(dtype, copy=True) for layer, value in getattr(outputs, name).items()}
+        for name in ("hidden", "encoder_hidden")
+    }
+    if outputs.last is None:
+        logits = None if outputs.logits is None else outputs.logits.clone()
+        return replace(outputs, logits=logits, **states)  # type: ignore[arg-type]
+    if spec.keep == "hidden":
+        return replace(outputs, last=outputs.last.to(dtype, copy=True), **states)  # type: ignore[arg-type]
+    shape, device = outputs.last.shape[:-1], outputs.last.device
+    ids = torch.arange(spec.k, device=device).expand(*shape, -1).clone()
+    likely = torch.full((*shape, spec.k + 1), -math.log(spec.k + 1), device=device)
+    return replace(outputs, last=None, head=None, logits=TopK(ids, likely), **states)  # type: ignore[arg-type]
 
 
 def _fill_state(training: Rehearsal, wrapper: DistillModel, trace: MemoryTrace) -> tuple[list[Tensor], Ema | None]:
@@ -288,6 +315,8 @@ def _loss_bytes_at(
             bias = None if head.bias is None else torch.empty(head.bias.shape, dtype=head.bias.dtype)
             last = torch.empty(1, positions + 1, weight.shape[1], dtype=weight.dtype, requires_grad=number == 0)
             sides.append(Outputs(None, last=last, head=replace(head, weight=weight, bias=bias)))
+        if training.cached and sides[1:]:
+            sides[1] = as_kept(sides[1], training.cached)
         counts, at_rest = objective.counts([batch]), trace.bytes.total()
         trace.fill("loss", "the loss")
         objective(sides[0], sides[1] if sides[1:] else None, batch, counts)

@@ -18,11 +18,13 @@ from distill.models.family import all_layers
 from distill.models.forward import row_count
 from distill.models.memory import Peak, free_bytes
 from distill.models.plan import StudentPlan
+from distill.pipeline.cache_costs import tabulate_cache
 from distill.pipeline.rehearsal import Rehearsal, rehearse_memory
 from distill.pipeline.session import Session
 from distill.pipeline.timing import StepTime, advise_depth, rehearse_time
 from distill.pipeline.trainings import Models, Work, hollow_works, works_of
 from distill.ranks import process_state
+from distill.recipe.cache import LAYERS, PREDICTIONS, TeacherCache
 from distill.recipe.sections import Lora
 from distill.release.tables import Table
 from distill.release.wording import MISSING, format_count, format_seconds, format_size
@@ -56,6 +58,10 @@ def forecast(session: Session) -> Iterator[Printed]:
     times = [time_of(work, device) for work in works]
     title = f"memory per device and speed on {device.type}, {format_size(free)} free"
     yield _tabulate(works, peaks, times, title, free)
+    if session.recipe.teacher.cache is not None:
+        work = next(work for work in works if work.rehearsal.title == "distilled")
+        live = time_of(replace(work, rehearsal=replace(work.rehearsal, cached=None)), device)
+        yield Printed(*tabulate_cache(session, work, live if isinstance(live, StepTime) else None))
     yield from advise_all(works, peaks, device, free)
 
 
@@ -134,7 +140,8 @@ def _largest_layer(model: Any) -> int:
 
 def time_of(work: Work, device: torch.device) -> StepTime | str:
     """Time a training on the device; or why it cannot be told."""
-    if work.rehearsal.teacher_dtype == "int8" or work.rehearsal.teacher_device != "same":
+    own = work.rehearsal
+    if own.cached is None and (own.teacher_dtype == "int8" or own.teacher_device != "same"):
         return "a teacher in 8 bits, on the CPU or sharded is not timed"
     try:
         time = rehearse_time(replace(work.rehearsal, batch=work.usual or work.rehearsal.batch), device)
@@ -225,8 +232,8 @@ def _narrower(own: Rehearsal, device: torch.device, size: int) -> Rehearsal:
 
 
 def _smaller_teachers(own: Rehearsal, device: torch.device) -> Iterator[tuple[str, Rehearsal]]:
-    """Yield a teacher in bf16, in 8 bits, and elsewhere."""
-    if own.teacher is None or own.teacher_device != "same":
+    """Yield a teacher in bf16, in 8 bits, and on disk or in main memory."""
+    if own.teacher is None or own.teacher_device != "same" or own.cached is not None:
         return
     if own.teacher_dtype not in ("bf16", "fp16", "int8") and own.hollow()[1].dtype == torch.float32:
         make = own.teacher
@@ -235,5 +242,7 @@ def _smaller_teachers(own: Rehearsal, device: torch.device) -> Iterator[tuple[st
     if own.teacher_dtype != "int8" and device.type == "cuda":
         own = replace(own, teacher_dtype="int8")
         yield "teacher.dtype: int8", own
-    if device.type == "cuda":
+    if all(term.match in (*PREDICTIONS, *LAYERS, "labels") for term in own.terms):
+        yield "teacher.cache: {keep: hidden}", replace(own, cached=TeacherCache())
+    elif device.type == "cuda":
         yield "teacher.device: cpu", replace(own, teacher_device="cpu")

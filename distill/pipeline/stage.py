@@ -63,6 +63,8 @@ class Stage:
     """False where the recipe does not ask for the stage."""
     together: bool = False
     """Every rank takes part; other stages are done by the main one while the rest wait."""
+    lost: Callable[[Session], str] = lambda _session: ""
+    """Names what is gone of results that lie outside of the run folder; empty: nothing."""
     check: Callable[[Session], None] = lambda _session: None
     """Raises InputError before anything is done, when the recipe asks for something that this stage cannot do."""
     check_data: Callable[[Session], None] = lambda _session: None
@@ -133,7 +135,7 @@ def _reason_to_run(session: Session, stage: Stage, inputs: dict[str, Any]) -> st
             return describe_changes(stamp["inputs"], inputs)
         contents, before = _contents(session, stage), stamp["results"]
         other = [name for name, content in contents.items() if not content or content != before.get(name)]
-        return f"changed or missing: {', '.join(other)}" if other else None
+        return f"changed or missing: {', '.join(other)}" if other else stage.lost(session) or None
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return ""
 

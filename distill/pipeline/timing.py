@@ -19,7 +19,7 @@ from distill.models.cost import least_seconds, random_batch
 from distill.models.family import all_layers, layers_of, layout_of
 from distill.models.forward import Batch, Capture, Outputs, forward, to_device, without_cache
 from distill.pipeline.build import plan_of_whole
-from distill.pipeline.rehearsal import Rehearsal, autocast, widen
+from distill.pipeline.rehearsal import Rehearsal, as_kept, autocast, widen
 from distill.student import build_student
 from distill.teacher import LiveTeacher
 from distill.training.compiled import CompiledLayers, is_compilers, is_wanted
@@ -84,12 +84,15 @@ def _rehearse(training: Rehearsal, device: torch.device, *, compiles: bool) -> S
     taught = 0.0
     for pair in teachers:
         lone = [LiveTeacher(model, Capture(stop_at_head=True), device) for model in pair]
-        taught = _time_depths([partial(each, batch) for each in lone], sizes[1], device)
+        if training.cached is None:
+            taught = _time_depths([partial(each, batch) for each in lone], sizes[1], device)
     wrappers = [training.prepare(model, teachers[0][0] if teachers else None, training.terms) for model in students]
     both = [partial(_both_ways, training, model, batch, device) for model in students]
     own = _time_depths(both, sizes[0], device)
     compared = [_outputs(students[0], batch, whole.student, learns=True)]
     compared += [_outputs(pair[0], batch, whole.teacher, learns=False) for pair in teachers]
+    if training.cached and compared[1:]:
+        compared[1] = as_kept(compared[1], training.cached)
     loss = _only(partial(_compare, training, wrappers[0].objective, compared, batch, device), device)
     share = learning / _learning(students[-1])
     optimizer = _step_seconds(training, wrappers[-1], device) * share

@@ -28,14 +28,14 @@ from distill.models.load import folder_fingerprint, hollow_model
 from distill.models.plan import StudentPlan
 from distill.models.precision import DTYPES
 from distill.models.sentence import sentence_files
-from distill.pipeline.fp8 import quantise_teacher
+from distill.pipeline.kept import find_teacher
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage, settings_of, with_version
 from distill.ranks import process_state
 from distill.recipe.schema import Optimization, Recipe, Term
 from distill.registry import is_reference
 from distill.student.masks import compact_trained, mask_settings, masks_for
-from distill.teacher import LiveTeacher
+from distill.teacher import CachedTeacher, LiveTeacher
 from distill.training import Job, train
 from distill.training.optim import find_optimizer
 from distill.training.setup import check_launch_keeps, deal_out, horizon
@@ -50,17 +50,13 @@ def train_controls(session: Session) -> None:
 
 def train_arm(session: Session, arm: str) -> None:
     """Train an arm from its start on its own terms, for as many steps as the student, and save it."""
-    recipe, plan, steps = session.recipe, StudentPlan.load(session.folder.plan), steps_of(session)
-    maps, encoder_maps = maps_of(plan)
-    kind, vocabulary = session.corpus.head, session.vocabulary
-    objective = Objective(terms_of(recipe, arm), kind, maps, vocabulary, encoder_maps=encoder_maps)
+    recipe, steps, objective = session.recipe, steps_of(session), objective_of(session, arm)
     model = ARMS[arm].prepare(recipe, session.load(session.arm_start(arm)), steps)
-    teacher = session.live_teacher(objective.teacher) if objective.needs_teacher else None
-    if teacher is not None and recipe.teacher.dtype == "fp8":
-        quantise_teacher(session, teacher.model)
+    teacher = find_teacher(session, terms_of(recipe, arm), objective)
     if teacher is not None:
-        objective.project(model.config.hidden_size, teacher.model.config.hidden_size)
-        for each in (model, teacher.model) if objective.student.attention else ():
+        objective.project(model.config.hidden_size, teacher.width)
+        live = [teacher.model] if isinstance(teacher, LiveTeacher) else []
+        for each in (model, *live) if objective.student.attention else ():
             use_eager_attention(each)
     # In steps: fewer examples may carry a label, and then the same epochs would be fewer.
     spec = recipe.training.model_copy(update={"epochs": None, "tokens": None, "steps": steps})
@@ -79,6 +75,13 @@ def train_arm(session: Session, arm: str) -> None:
     save_model(session, model, session.arm_folder(arm))
 
 
+def objective_of(session: Session, arm: str) -> Objective:
+    """Make the loss of a trained arm."""
+    maps, encoder_maps = maps_of(StudentPlan.load(session.folder.plan))
+    terms, kind = terms_of(session.recipe, arm), session.corpus.head
+    return Objective(terms, kind, maps, session.vocabulary, encoder_maps=encoder_maps)
+
+
 def maps_of(plan: StudentPlan) -> tuple[Maps, Maps | None]:
     """Make what turns a term's `map` into layer pairs: of the only or second stack, and of an encoder before it."""
     main = partial(layer_map, plan=plan, student_layers=len(plan.layers), teacher_layers=plan.teacher_layers)
@@ -88,12 +91,16 @@ def maps_of(plan: StudentPlan) -> tuple[Maps, Maps | None]:
     return main, lambda policy: layer_map(policy, plan, *depths, side="encoder")
 
 
-def train_model(session: Session, job: Job, model: Any, objective: Objective, teacher: LiveTeacher | None) -> None:
+def train_model(
+    session: Session, job: Job, model: Any, objective: Objective, teacher: LiveTeacher | CachedTeacher | None
+) -> None:
     """Train a model in place; it comes back on the CPU, in the dtype it had."""
     batches = batches_for(session, job.spec, labelled=not objective.needs_teacher)
+    if isinstance(teacher, CachedTeacher):
+        batches = replace(batches, extend=teacher.add)
     measured, dtype = partial(measure_held_out, session, precision=job.spec.precision), model.dtype
     model.float()  # AdamW's small steps would be lost in half-precision weights; of `weights: bf16` masters follow
-    measure = peak_measurement(session, job, model, teacher)
+    measure = peak_measurement(session, job, model, teacher if isinstance(teacher, LiveTeacher) else None)
     train(
         replace(job, peak_tokens_per_second=measure and measure(), measure_peak=measure),
         model,
@@ -193,6 +200,8 @@ def arm_inputs(session: Session, arm: str) -> dict[str, Any]:
     if PREDICTION_KINDS[session.corpus.head].vectors:  # each text is compared with the others of its forward pass
         own["micro_batch_size"] = deal_out(recipe.training)[0]
     taught_by = {"teacher": session.teacher_inputs(), "plan": content_of(session.folder.plan)}
+    if recipe.teacher.cache is not None:
+        taught_by["cache"] = recipe.teacher.cache.model_dump(mode="json", exclude={"layers"})
     return own | taught_by if is_taught(terms) else own
 
 

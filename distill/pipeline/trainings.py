@@ -195,6 +195,7 @@ class Models:
         def make(kind: str, batch: Batch) -> Rehearsal:
             made = partial(self.teacher, teacher.dtype) if is_taught(terms) else None
             own = Rehearsal(arm, spec, self.student, made, terms, kind, batch, deal_out(spec)[1], *maps)
-            return replace(own, vocabulary=self.vocabulary, teacher_dtype=teacher.dtype, teacher_device=teacher.device)
+            own = replace(own, teacher_dtype=teacher.dtype, teacher_device=teacher.device)
+            return replace(own, vocabulary=self.vocabulary, cached=teacher.cache)
 
         return make

@@ -39,8 +39,10 @@ Metric = Literal[
 ]  # fmt: skip
 LogitLoss = Literal[
     "forward_kl", "reverse_kl", "symmetric_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation",
-    "soft_cross_entropy", "logit_mse", "adaptive_kl",
+    "soft_cross_entropy", "logit_mse", "adaptive_kl", "tail_aware_kl",
 ]  # fmt: skip
+UNNORMALIZED: tuple[LogitLoss, ...] = ("logit_mse",)
+"""Losses that compare logits themselves, which probabilities tell only up to a constant."""
 HiddenLoss = Literal["mse", "cosine", "normalized_mse", "relative_mse"]
 AttentionLoss = Literal["kl", "mse"]
 RelationLoss = Literal["qkv", "values"]
@@ -63,6 +65,7 @@ PARAMS: dict[str, dict[str, dict[str, str]]] = {
         "jsd": {"beta": "float"},
         **{name: {"alpha": "float"} for name in ("skew_forward_kl", "skew_reverse_kl")},
         "adaptive_kl": {"head": "float"},
+        "tail_aware_kl": {"k": "int", "beta": "float"},
         **{name: {"heads": "int"} for name in ("qkv", "values")},
     },
 }

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from distill.recipe import names, task_rules
+from distill.recipe.cache_rules import cache_is_read, cached_outputs_are_enough
 from distill.recipe.fields import KeyPath, Mistake
 from distill.recipe.locate import TeacherSize
 from distill.recipe.sections import Evaluation, Lora, Optimization, Release, Training
@@ -302,4 +303,6 @@ RULES = (
     task_rules.examples_fit,
     patterns_match,
     adapted_maps_exist,
+    cached_outputs_are_enough,
+    cache_is_read,
 )

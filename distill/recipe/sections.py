@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StrictBool, StrictStr
 
+from distill.recipe.cache import TeacherCache
 from distill.recipe.fields import Count, Fraction, Index, Mistake, NonNegative, NotASwitch, Params, Positive, Section
 from distill.recipe.locate import is_path
 from distill.recipe.names import Metric, Optimizer, Reference
@@ -170,6 +171,9 @@ class Teacher(Section):
     device: Literal["same", "cpu", "sharded"] = "same"
     """Memory that holds it: beside the student, main memory, or (under FSDP) sharded over the ranks while the student
     is trained and in main memory for stages that need the whole of it."""
+    cache: TeacherCache | None = None
+    """Run the teacher once over the training examples, and train from what it said, which lies on disk; null: it runs
+    in every step. Evaluation and calibration have the teacher itself."""
     fit: Optimization | None = None
     """Fine-tune the teacher on this recipe's own labels first; needed where the task's head has no trained weights."""
 

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, get_args
 from pydantic import StrictBool
 
 from distill.recipe.fields import Fraction, Index, Mistake, NonNegative, Params, Positive, Section
-from distill.recipe.names import AnyLoss, AttentionLoss, HiddenLoss, LogitLoss, RelationLoss, TaskName
+from distill.recipe.names import UNNORMALIZED, AnyLoss, AttentionLoss, HiddenLoss, LogitLoss, RelationLoss, TaskName
 from distill.registry import is_reference, suggest
 
 
@@ -71,7 +71,7 @@ class Term(Section):
     weight: NonNegative = 1.0
     """Factor of this term's mean."""
     loss: AnyLoss | None = None
-    """`logits`: forward_kl (null) to adaptive_kl; `hidden`, `embeddings` and `output`: mse (null) to relative_mse;
+    """`logits`: forward_kl (null) to tail_aware_kl; `hidden`, `embeddings` and `output`: mse (null) to relative_mse;
     `attention`: kl (null) or mse; `relations`: qkv (null) or values; or `package.module:function`."""
     temperature: Positive = 1.0
     """Softens student and teacher logits."""
@@ -109,6 +109,16 @@ class Term(Section):
             if not {type(end), type(self.params.get(name))} <= {int, float}:
                 message = "needs a number here, and one to start from in the params of the term"
                 yield Mistake(("schedule", "params", name), message)
+
+    def beyond_top_k(self, k: int) -> Iterator[Mistake]:
+        """Refuse a loss that needs more of the teacher than its k most likely tokens and the mass of all others."""
+        own = self.params.get("k", 1)
+        if self.match == "logits" and self.loss in UNNORMALIZED:
+            message = f"{self.loss} compares logits, and teacher.cache.keep: topk has probabilities"
+            yield Mistake(("loss",), message, "write keep: hidden, or loss: forward_kl")
+        elif self.loss == "tail_aware_kl" and isinstance(own, int) and own >= k:
+            message = f"its k of {own} leaves no token for the tail: teacher.cache.k keeps {k}"
+            yield Mistake(("loss",), message, f"write a teacher.cache.k above {own}, or keep: hidden")
 
     def _wrong_loss(self, loss: str, losses: tuple[str, ...]) -> Iterator[Mistake]:
         if loss not in losses and not is_reference(loss):

@@ -258,6 +258,11 @@ def caveats(evidence: Evidence) -> list[str]:
             "The teacher was fitted on this recipe's own labels first: shares of the teacher's score refer to that "
             "fitted teacher, not to a published one."
         )
+    if (cache := evidence.recipe.teacher.cache) is not None and cache.keep == "topk":
+        notes.append(
+            f"Of the teacher's predictions the student saw the {cache.k} most likely tokens and the probability of "
+            "all others together."
+        )
     if str(evidence.teacher["model"]).endswith(GGUF):
         notes.append(
             "The teacher was a quantised GGUF file: what was cut and taught are its dequantised weights, and shares of "

@@ -28,6 +28,11 @@ class LiveTeacher:
         self.device, self.capture = device, capture
         self._head: OutputHead | None = None
 
+    @property
+    def width(self) -> int:
+        """Of its hidden states."""
+        return int(self.model.config.hidden_size)
+
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Outputs:
         """Run one forward pass without gradient; what is wanted of it comes back on the device of the batch."""

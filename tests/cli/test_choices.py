@@ -259,6 +259,7 @@ RUNS = {
         student.calibration={examples: 16, batch_size: 8, gradients: true, gram: true}
         losses=[
           {match: logits, loss: adaptive_kl},
+          {match: logits, loss: tail_aware_kl, params: {k: 5, beta: 3.0}},
         ]
         training.optimizer_params={eps: 1.0e-6}
         training.betas=[0.8, 0.99]
@@ -367,6 +368,11 @@ ELSEWHERE = {
     **{(f"Data.{key}", "a value"): "tests/data/tasks/test_seq2seq.py" for key in ("max_target_length", "prefix")},
     ("Data.language", "a value"): "tests/data/tasks/test_speech_to_text.py",
 }
+ELSEWHERE |= {
+    (f"TeacherCache.{key}", value): "tests/cli/test_caching.py, tests/pipeline/test_cache_stage.py, tests/teacher"
+    for key, values in (("keep", ("hidden", "topk")), ("layers", ("mapped", "none")), ("dtype", ("bf16", "fp32")))
+    for value in (*values, "a value")
+} | {("TeacherCache.k", "a value"): "tests/teacher", ("Teacher.cache", "a value"): "tests/cli/test_caching.py"}
 ELSEWHERE |= {
     (f"Data.{key}", value): "tests/data/test_splits.py and test_odd_inputs.py: rows, and what becomes of them"
     for key in ("train", "validation", "test", "validation_share", "contradictions")

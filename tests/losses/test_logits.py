@@ -110,6 +110,9 @@ GOLDEN = {
     "soft_cross_entropy": 11 / 4 * log(2) - 1 / 4 * log(3),
     # |T - S| = 3/8, 1/8, 1/2 and the head is the first token: 3/8 of the forward, 5/8 of the reverse KL
     "adaptive_kl": 3 / 8 * (5 / 4 * log(2) - 1 / 4 * log(3)) + 5 / 8 * (3 / 4 * log(3) - 3 / 8 * log(2)),
+    # the first token and the rest: 1/2 log 4 + 1/2 log(4/7); within the rest T is 1/2, 1/2 and S 1/7, 6/7, which makes
+    # 1/2 log 7/2 + 1/2 log 7/12, with half the probability and beta = 2; together log 2 + 1/2 log(4/7 · 7/2 · 7/12)
+    "tail_aware_kl": log(2) + 1 / 2 * log(7 / 6),
     # the logits differ by log 4, log 2, -log 3
     "logit_mse": (5 * log(2) ** 2 + log(3) ** 2) / 3,
 }  # fmt: skip

@@ -55,7 +55,7 @@ def test_what_makes_it_fit_is_tried_in_order_until_it_does():
         "training.lora: {rank: 16}",
         "teacher.dtype: bf16",
         "teacher.dtype: int8",
-        "teacher.device: cpu",
+        "teacher.cache: {keep: hidden}",
     ]
     full = peak_of(training, CPU)
     halved = peak_of(training.with_rows(4), CPU)

@@ -24,7 +24,7 @@ class MaskedLM(Task):
     name = "masked_lm"
     auto_class = "AutoModelForMaskedLM"
     head = "masked_token"
-    divisible = True
+    divisible = draws = True
 
     def constants(self, tokenizer: Any, spec: Data) -> dict[str, Any]:
         """Return the mask token, the tokens that are never masked, and how much is masked."""

@@ -215,6 +215,8 @@ class Task:
     tell them apart."""
     divisible: ClassVar[bool] = False
     """A text is prose that may be split into a part for training and one for the test."""
+    draws: ClassVar[bool] = False
+    """`collate` draws at random, so that an example is another input at each step."""
     block: ClassVar[int] = 1000
     """Rows that are encoded at once."""
     target: ClassVar[str] = "input_ids"

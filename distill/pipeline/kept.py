@@ -1,0 +1,121 @@
+"""What a cached teacher keeps for a loss, at which positions, and the teacher that is read from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from distill.files import cache_folder, read_object
+from distill.losses import MATCHES, PREDICTION_KINDS, Objective
+from distill.models.forward import Batch, Capture
+from distill.models.load import load_config
+from distill.pipeline.fp8 import quantise_teacher
+from distill.pipeline.session import Session
+from distill.recipe.cache import TeacherCache
+from distill.recipe.schema import Term
+from distill.teacher import CachedTeacher, LiveTeacher
+from distill.teacher.cache import ENTRIES, Column
+from distill.teacher.keys import row_keys
+from distill.teacher.shards import ShardFolder
+
+FOLDER = "teachers"
+"""Of the user's cache."""
+
+
+def find_teacher(session: Session, terms: Sequence[Term], objective: Objective) -> LiveTeacher | CachedTeacher | None:
+    """Find the teacher of a training: live, from the cache where the recipe asks for one, or none."""
+    if not objective.needs_teacher:
+        return None
+    if session.recipe.teacher.cache is not None:
+        return open_teacher(session, terms, objective)
+    return teaching(session, objective.teacher)
+
+
+def teaching(session: Session, capture: Capture) -> LiveTeacher:
+    """Load the teacher as it teaches: in 8 bits where the recipe says so. Raises InputError where that changes it."""
+    teacher = session.live_teacher(capture)
+    if session.recipe.teacher.dtype == "fp8":
+        quantise_teacher(session, teacher.model)
+    return teacher
+
+
+def open_teacher(session: Session, terms: Sequence[Term], objective: Objective) -> CachedTeacher:
+    """Open what the stage `cache` left. Raises InputError where a part of it is missing or damaged."""
+    assert session.recipe.teacher.cache is not None
+    kind, columns = session.corpus.head, columns_of(session.recipe.teacher.cache, session.corpus.head, terms, objective)
+    width = load_config(session.teacher, session.head, session.remote_code).hidden_size
+    return CachedTeacher(folder_of(session), columns, partial(keys_of, kind), session.vocabulary or 0, width)
+
+
+def folder_of(session: Session) -> ShardFolder:
+    """Return the cache that the stage has filled."""
+    return ShardFolder(cache_folder(FOLDER) / str(read_object(session.folder.cached)["cache"]))
+
+
+def lost_parts(session: Session) -> str:
+    """Name what is gone of a cache since the stage has filled it: it may be deleted at any time."""
+    facts, folder = read_object(session.folder.cached), folder_of(session)
+    wanted = [ENTRIES, *facts["files"]]
+    have = {name for group in ("", *{name.rpartition("/")[0] for name in wanted}) for name in folder.names(group)}
+    gone = [name for name in wanted if name not in have]
+    return f"gone: {folder.root / gone[0]}{f' and {len(gone) - 1} more' if gone[1:] else ''}" if gone else ""
+
+
+def columns_of(spec: TeacherCache, kind: str, terms: Sequence[Term], objective: Objective) -> list[Column]:
+    """List what has to be kept for a loss: predictions, where a term compares them, and the layers that it reads."""
+    columns = []
+    taught = [MATCHES[term.match] for term in terms if MATCHES[term.match].needs_teacher]
+    if any(match.capture is None for match in taught):
+        columns.append(_predictions(spec, kind))
+    for name, mask in (("hidden", _states), ("encoder_hidden", _source)):
+        for layer in getattr(objective.teacher, name):
+            columns.append(Column(name, partial(mask, kind), spec.dtype, layer))  # type: ignore[arg-type]
+    return columns
+
+
+def _predictions(spec: TeacherCache, kind: str) -> Column:
+    if PREDICTION_KINDS[kind].vocabulary:
+        where = partial(_predicted, kind)
+        return Column("topk", where, k=spec.k) if spec.keep == "topk" else Column("last", where, spec.dtype)
+    if kind == "span":
+        return Column("logits", _real_tokens, form="ends")
+    return Column("logits", _real_tokens) if kind == "token" else Column("logits", _real_rows, form="row")
+
+
+def keys_of(kind: str, batch: Batch) -> np.ndarray:
+    """Hash the rows of a batch for a kind of predictions, uint8 [B, KEY]; a decoder that writes reads the labels."""
+    marks = [_predicted(kind, batch), _states(kind, batch)] if PREDICTION_KINDS[kind].vocabulary else []
+    return row_keys(batch, marks, ("labels",) if kind == "seq2seq" else ())
+
+
+def real_rows(batch: Batch) -> Tensor:
+    """Find the rows with anything to read, boolean [B]; of sound all."""
+    if "input_ids" not in batch:
+        return torch.ones(len(batch["labels"]), dtype=torch.bool)
+    return batch["attention_mask"].bool().any(-1)
+
+
+def _predicted(kind: str, batch: Batch) -> Tensor:
+    mask = PREDICTION_KINDS[kind].predicted(batch)
+    return functional.pad(mask, (0, batch["labels"].shape[1] - mask.shape[1]))  # the last token predicts none
+
+
+def _states(kind: str, batch: Batch) -> Tensor:
+    return PREDICTION_KINDS[kind].states(batch)
+
+
+def _source(kind: str, batch: Batch) -> Tensor:
+    return PREDICTION_KINDS[kind].source(batch)
+
+
+def _real_tokens(batch: Batch) -> Tensor:
+    return batch["attention_mask"].bool()
+
+
+def _real_rows(batch: Batch) -> Tensor:
+    return batch["attention_mask"].bool().any(-1, keepdim=True)
