@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from distill.recipe.schema import Recipe, Term
@@ -57,6 +57,14 @@ ARMS: dict[str, Arm] = {
 }
 
 
+def arms_of(recipe: Recipe) -> dict[str, Arm]:
+    """Return the rows in the words of a recipe, whose student may have been given instead of cut."""
+    if recipe.student.given is None:
+        return ARMS
+    words = "the student as given, before training"
+    return {**ARMS, "cut": replace(ARMS["cut"], title=f"cut (nothing was cut: {words})", rival=words)}
+
+
 def _is_made(recipe: Recipe, arm: str) -> bool:
     if arm == "labels_only" and recipe.data.task == "embedding" and not recipe.data.learns_from_pairs:
         return False
@@ -76,4 +84,4 @@ def controls(recipe: Recipe) -> list[str]:
 def rivals(recipe: Recipe) -> dict[str, str]:
     """Map each arm that the distilled student has to beat to its words, trained ones first; also those not measured."""
     made = [name for name, arm in ARMS.items() if arm.rival and _is_made(recipe, name)]
-    return {name: ARMS[name].rival for name in sorted(made, key=lambda name: ARMS[name].terms is None)}
+    return {name: arms_of(recipe)[name].rival for name in sorted(made, key=lambda name: ARMS[name].terms is None)}

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from distill.data import evaluation_batches, observe_batch
 from distill.errors import InputError
-from distill.evaluation.arms import ARMS, measured_arms, rivals
+from distill.evaluation.arms import ARMS, arms_of, measured_arms, rivals
 from distill.evaluation.efficiency import add_disk_bytes, measure_efficiency
 from distill.evaluation.metrics import METRICS, compute, find_metric, higher_is_better, measurable
 from distill.evaluation.predict import Rows, column_names, merge_rows, predict
@@ -57,13 +57,16 @@ def work(session: Session) -> None:
     wanted = recipe.evaluation.metrics or measurable(session.task.metrics_for(corpus.head), columns)
     names = list(dict.fromkeys([*wanted, *measurable(TEACHER_METRICS, columns)]))
     student = session.load(session.folder.distilled, session.near(teacher.device)).to(teacher.device)
+    words = arms_of(recipe)
     table = {
         "data": describe_data(session, len(columns["example"])),
         "metrics": names,
         "primary": names[0],
         "higher_is_better": {name: higher_is_better(name) for name in names},
-        "arms": tabulate_arms(rows["test"], names, steps),
-        "also": {split[5:]: tabulate_arms(arms, names, steps) for split, arms in rows.items() if split != "test"},
+        "arms": tabulate_arms(rows["test"], names, steps, words),
+        "also": {
+            split[5:]: tabulate_arms(arms, names, steps, words) for split, arms in rows.items() if split != "test"
+        },
         "teacher": read_object(session.folder.examined),
         "precision": describe_precisions(session, teacher, student),
         "rivals": rivals(recipe),

@@ -62,7 +62,9 @@ def forecast(session: Session) -> Iterator[Printed]:
 def depth_before_width(session: Session) -> str | None:
     """Say in a line what depth would bring in the place of narrower layers; None where it brings nothing."""
     plan = StudentPlan.load(session.folder.plan)
-    if all(layer.width == layer.teacher_width for side in ("main", "encoder") for layer in plan.stack(side)):
+    if plan.given is not None or all(
+        layer.width == layer.teacher_width for side in ("main", "encoder") for layer in plan.stack(side)
+    ):
         return None
     models = Models(session, session.teacher, session.head, plan)
     student, teacher = models.student(), models.hollow()

@@ -44,11 +44,24 @@ class Session:
     accept_weak_teacher: bool = False
     """Go on with a teacher that is no better than chance."""
     _said: set[str] = field(default_factory=set, repr=False)
+    _folders: dict[str, Path] = field(default_factory=dict, repr=False)
 
     @cached_property
     def source(self) -> Path:
         """Local folder of the teacher as the recipe names it."""
-        return teacher_path(self.recipe.teacher, self.base, self.remote_code, self.say)
+        return self.folder_of(next(iter(self.recipe.models)))
+
+    @cached_property
+    def student_source(self) -> Path:
+        """Local folder of a student that is given."""
+        return self.folder_of("student.from")
+
+    def folder_of(self, key: str) -> Path:
+        """Return the local folder of the model that a key of the recipe names."""
+        if key not in self._folders:
+            model = self.recipe.models[key]
+            self._folders[key] = teacher_path(model, self.base, self.remote_code, self.say, key)
+        return self._folders[key]
 
     @property
     def teacher(self) -> Path:

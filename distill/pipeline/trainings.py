@@ -26,6 +26,7 @@ from distill.pipeline.session import Session
 from distill.pipeline.train import batches_for, is_taught, maps_of, steps_of, terms_of
 from distill.recipe.schema import Student, Term, Training
 from distill.student import build_student, plan_student
+from distill.student.given import describe_student
 from distill.training.setup import deal_out, horizon
 
 LOOK = 200
@@ -87,7 +88,11 @@ def hollow_works(session: Session) -> list[Work]:
     pooled = PREDICTION_KINDS[task.head].vectors
     head = ModelHead(task.auto_class, settled.classes, None, task.model_settings(settled), pooled)
     meta = hollow_teacher(session, session.source, head)
-    models = Models(session, session.source, head, plan_student(meta, countable(recipe.student)))
+    if recipe.student.given is None:
+        plan = plan_student(meta, countable(recipe.student))
+    else:
+        plan = describe_student(meta, hollow_teacher(session, session.student_source, head))
+    models = Models(session, session.source, head, plan)
     works = []
     fit = None if recipe.teacher.fit is None else Training(**recipe.teacher.fit.model_dump(exclude_unset=True))
     makers = [] if fit is None else [(models.fit(fit), fit)]
@@ -170,6 +175,8 @@ class Models:
 
     def student(self) -> Any:
         """Make the student as it is trained."""
+        if self.plan.given is not None:
+            return hollow_teacher(self.session, self.session.student_source, self.head).float()
         with torch.device("meta"):
             return build_student(self.hollow(), self.plan).float()
 

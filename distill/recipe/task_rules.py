@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from distill.recipe import names
 from distill.recipe.data import Data
@@ -93,6 +94,22 @@ def teacher_fits_the_task(data: Data, size: TeacherSize) -> Iterator[Mistake]:
         message = f"{family} is an encoder: a token sees those after it, which task: {data.task} lets it predict"
         trained = f"; if it was trained as a decoder, its config.json must say {flag}: true" if flag else ""
         yield Mistake(path, message, f"name a decoder, e.g. a Llama or GPT-2{trained}")
+
+
+def given_student_fits(data: Data, given: str | None, size: TeacherSize, own: TeacherSize) -> Iterator[Mistake]:
+    """Refuse a given student that is none for the task, has other stacks than the teacher, or too few positions."""
+    path: KeyPath = ("student", "from")
+    if given is None or own.layers is None:
+        return
+    mistakes = list(teacher_fits_the_task(data, own))
+    yield from (replace(mistake, path=path) for mistake in mistakes)
+    if not mistakes and size.layers is not None and (size.encoder_layers is None) != (own.encoder_layers is None):
+        message = f"{own.family} and the teacher, {size.family}, do not both have an encoder and a decoder"
+        yield Mistake(path, message, "name a student with the teacher's stacks")
+    yield from (
+        replace(mistake, message=mistake.message.replace("the teacher", "the given student"))
+        for mistake in examples_fit(data, own)
+    )
 
 
 def examples_fit(data: Data, size: TeacherSize) -> Iterator[Mistake]:
