@@ -82,12 +82,18 @@ def _shift_right(model: Any, labels: Tensor) -> Tensor:
 def without_cache(model: Any) -> dict[str, Any]:
     """Options of a call that turn off the key-value cache, which is for generation; none for models without one."""
     kind: Any = type(model)
-    return {"use_cache": False} if _has_cache(kind) else {}
+    return {"use_cache": False} if _takes(kind, "use_cache") else {}
+
+
+def takes_token_types(model: Any) -> bool:
+    """Tell whether a model tells the texts of a pair apart by their token types."""
+    kind: Any = type(model)
+    return _takes(kind, "token_type_ids") and (getattr(model.config, "type_vocab_size", 2) or 0) > 1
 
 
 @cache  # asked at every forward pass
-def _has_cache(kind: Any) -> bool:
-    return "use_cache" in signature(kind.forward).parameters
+def _takes(kind: Any, name: str) -> bool:
+    return name in signature(kind.forward).parameters
 
 
 def row_count(batch: Batch) -> int:
@@ -146,6 +152,8 @@ def forward(model: Any, batch: Batch, wanted: Capture) -> Outputs:
     head = output_head(model) if wanted.stop_at_head else None
     # With a cache transformers would not look for packed documents either.
     inputs = {**model_inputs(with_decoder_inputs(model, batch)), **without_cache(model)}
+    if "token_type_ids" in inputs and not takes_token_types(model):  # a tokenizer may serve several families
+        del inputs["token_type_ids"]
     with capture(model, wanted) as found, padding_known(batch, inputs):
         if head is None:
             with widen_class_logits(model):

@@ -17,17 +17,12 @@ OWN_TEXTS, OWN_CHARACTERS = 512, 400
 """Training examples whose texts are tokenised by every tokenizer, and characters of each."""
 ODD = (
     *("", " ", "   ", "\t", "\n\n", "\r\n", "\u00a0", "\u200b", "\ufeff\u202e", "The quick brown fox", "don't  STOP!?"),
-    *("3.14159", "1234567890", "2026-11-26T23:59", "日本語の文章", "汉字\u3002", "한국어", "Привет", "مرحبا", "Straße ﬁ ½"),
-    *("e\u0301a\u0308n\u0303", "😀", "👩\u200d👧🏽🇩🇪", "∑∫≤≠√", "def f(x):\n    return x**2", "{'a': [1, 2]}"),
-    *("<b>&amp;</b>", "https://x.org/?q=a%20b#c", "\\n\\t", "a" * 40, "</s><s>[MASK]<|endoftext|>", "[CLS] [SEP] <pad> <unk>"),
-    *("<|im_start|>user\nhi<|im_end|>", "x_y-z/w.v", "$5,000.00 €20 £3"),
+    *("3.14159", "1234567890", "2026-11-26T23:59", "日本語の文章", "汉字\u3002", "한국어", "Привет", "مرحبا"),
+    *("Straße \u00bd", "e\u0301a\u0308n\u0303", "😀", "👩\u200d👧🏽🇩🇪", "∑∫≤≠√", "def f(x):\n    return x"),
+    *("<b>&amp;</b>", "https://x.org/?q=a%20b#c", "\\n\\t", "a" * 40, "</s><s>[MASK]<|endoftext|>"),
+    *("[CLS] [SEP] <pad> <unk>", "<|im_start|>user\nhi<|im_end|>", "x_y-z/w.v", "$5,000.00 €20 £3"),
 )  # fmt: skip
 """Texts on which tokenizers differ: alone and in pairs, more than a thousand."""
-
-
-def others(session: Session) -> dict[str, Path]:
-    """List the folders of the models that read what the first teacher's tokenizer writes, by their keys."""
-    return {key: session.folder_of(key) for key in list(session.recipe.models)[1:]}
 
 
 def check_vocabularies(session: Session) -> None:
@@ -36,7 +31,7 @@ def check_vocabularies(session: Session) -> None:
     Raises:
         InputError: With the first differing token.
     """
-    folders = others(session)
+    folders = session.folders_beside
     if not folders:
         return
     base, have = load_tokenizer(session.source, session.remote_code), teacher_size(session.source).vocabulary
@@ -102,7 +97,7 @@ def probe_tokenizers(session: Session) -> None:
     Raises:
         InputError: With the text and its tokens on both sides.
     """
-    folders = {key: folder for key, folder in others(session).items() if has_tokenizer(folder)}
+    folders = {key: folder for key, folder in session.folders_beside.items() if has_tokenizer(folder)}
     if not folders:
         return
     base = load_tokenizer(session.source, session.remote_code)

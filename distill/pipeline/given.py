@@ -13,7 +13,7 @@ from distill.errors import InputError
 from distill.losses import PREDICTION_KINDS, Objective
 from distill.models.causal import check_causal
 from distill.models.family import use_eager_attention
-from distill.models.forward import forward
+from distill.models.forward import forward, takes_token_types
 from distill.models.load import folder_fingerprint, grow_embeddings, hollow_model, load_model, trained_labels
 from distill.models.plan import StudentPlan
 from distill.pipeline.compatible import check_same_classes
@@ -98,6 +98,10 @@ def try_terms(session: Session, student: Any, teacher: Any) -> None:
         use_eager_attention(each)
     batch = collate(corpus, corpus.train, range(min(TRIED, len(corpus.train))))
     sides = [partial(forward, student, batch, objective.student), partial(forward, teacher, batch, objective.teacher)]
+    if "token_type_ids" in batch and takes_token_types(teacher) and not takes_token_types(student):
+        session.say(
+            f"  a {student.config.model_type} knows no token types: of a pair it is not told which text is which"
+        )
     if objective.needs_teacher:
         own, taught = (side() for side in sides)
         objective(own, taught, batch, objective.counts([batch]))

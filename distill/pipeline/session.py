@@ -56,6 +56,11 @@ class Session:
         """Local folder of a student that is given."""
         return self.folder_of("student.from")
 
+    @property
+    def folders_beside(self) -> dict[str, Path]:
+        """Folders of the models beside the first teacher, which read what its tokenizer writes, by their keys."""
+        return {key: self.folder_of(key) for key in list(self.recipe.models)[1:]}
+
     def folder_of(self, key: str) -> Path:
         """Return the local folder of the model that a key of the recipe names."""
         if key not in self._folders:

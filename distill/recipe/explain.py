@@ -25,7 +25,9 @@ from distill.recipe.sections import SHA256
 from distill.recipe.yaml import scalar
 from distill.registry import REFERENCE, nearest, suggest
 
-SECTIONS = sorted([(), ("student",), *(path for name, path in PARTS.items() if name != "losses")], key=len)
+NO_SECTIONS = ("losses", "teachers", "given")
+"""Parts that are lists or single values."""
+SECTIONS = sorted([(), ("student",), *(path for name, path in PARTS.items() if name not in NO_SECTIONS)], key=len)
 """Every section outside lists, the recipe itself first."""
 _PATTERNS = {
     NAME: "letters, digits, '.', '_' and '-', starting with a letter or digit",
