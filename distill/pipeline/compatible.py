@@ -126,7 +126,8 @@ def probes(corpus: Corpus, tokenizer: Any) -> Iterator[str]:
     """Yield texts to try tokenizers on: of training examples, and odd ones."""
     step = max(1, len(corpus.train) // OWN_TEXTS)
     for index in islice(range(0, len(corpus.train), step), OWN_TEXTS):
-        yield tokenizer.decode(corpus.train[index], skip_special_tokens=True)[:OWN_CHARACTERS]
+        text = tokenizer.decode(corpus.train[index], skip_special_tokens=True)[:OWN_CHARACTERS]
+        yield from (text, text.title())
     yield from ODD
     yield from map("".join, product(ODD, ODD))
 

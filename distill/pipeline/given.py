@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from typing import Any
 
@@ -109,11 +108,9 @@ def try_terms(session: Session, student: Any, teacher: Any) -> None:
 
 def given_inputs(session: Session) -> dict[str, Any]:
     """List what the plan and the copy of a given student are made from."""
-    plan = session.student_source / "plan.json"
     return {
         "teacher": folder_fingerprint(session.teacher),
-        "student": folder_fingerprint(session.student_source),
-        "released_plan": json.loads(plan.read_text(encoding="utf-8")) if plan.is_file() else None,
+        "student": folder_fingerprint(session.student_source),  # its plan.json included
         "losses": [term.model_dump(mode="json") for term in session.recipe.losses],
         "data": session.corpus.fingerprint,
         "seed": session.recipe.seed,

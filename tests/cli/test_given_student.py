@@ -6,32 +6,14 @@ import json
 import shutil
 
 import pytest
-from tiny import RECIPE, tiny_config, tiny_project
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from given import FITTED, GIVEN, GPT2, TINY, small
+from tiny import RECIPE, tiny_project
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from distill.cli import main
 from distill.models.load import load_student
 
-GIVEN = RECIPE.replace(
-    "  layers: {keep: 2, choose: every}\n  mlp: {keep: 0.5, multiple_of: 8}\n"
-    "  calibration: {examples: 16, batch_size: 8}\n",
-    "  from: ./small\n",
-)
-FITTED = GIVEN.replace("  init: random\n", "").replace(
-    "  fit: {steps: 12, batch_size: 8, micro_batch_size: 4, lr: 3e-3, save_every: 4}\n", ""
-)
-"""The same with a teacher that is trained already."""
 CAUSAL = GIVEN.replace("task: classification, labelled: 24,", "task: causal_lm,").replace("steps: 12,", "steps: 40,", 1)
-
-
-TINY = {"hidden_size": 16, "dim": 16, "num_hidden_layers": 2, "n_layers": 2, "hidden_dim": 24}
-GPT2 = {"vocab_size": 72, "hidden_size": 16, "n_embd": 16, "num_hidden_layers": 2, "n_layer": 2, "n_inner": 24}
-
-
-def small(folder, family="distilbert", head=AutoModel, teacher="teacher", **changes):
-    """A small model with the teacher's tokenizer."""
-    AutoTokenizer.from_pretrained(folder / teacher).save_pretrained(folder / "small")
-    head.from_config(tiny_config(family, pad_token_id=0, **changes)).save_pretrained(folder / "small")
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +86,7 @@ def test_maps_of_two_rounds_compose_where_the_rule_would_pair_other_layers(first
     (tmp_path / "small" / "plan.json").write_text(json.dumps(plan))
     assert main(["plan", str(recipe), "--out", str(tmp_path / "run")]) == 0
     said = capsys.readouterr().err
-    assert "plan: runs again (released_plan" in said
+    assert "plan: runs again (student" in said
     assert "paired with layers 1, 3 of the teacher by an even rule" in said
 
 
