@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from distill.recipe.names import TWO_STACK_TASKS
 from distill.recipe.schema import Recipe, Term
 from distill.student.masks import mask_untrained
 
@@ -40,6 +41,7 @@ class Arm:
 
 ARMS: dict[str, Arm] = {
     "teacher": Arm("teacher", "teacher"),
+    "teachers": Arm("teachers (the mixture that taught)", "teacher"),
     "cut": Arm("cut (student before training)", "cut", prepare=_masked, rival="the student before training"),
     "repaired": Arm(
         "repaired (cut student after repair, before training)",
@@ -68,6 +70,8 @@ def arms_of(recipe: Recipe) -> dict[str, Arm]:
 def _is_made(recipe: Recipe, arm: str) -> bool:
     if arm == "labels_only" and recipe.data.task == "embedding" and not recipe.data.learns_from_pairs:
         return False
+    if arm == "teachers":  # what a task observes of texts is written by one model
+        return recipe.mixes and recipe.data.task not in TWO_STACK_TASKS
     return ARMS[arm].start != "repaired" or recipe.student.repair.wanted
 
 

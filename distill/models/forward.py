@@ -21,6 +21,7 @@ from distill.models.attention import watch_maps, watch_projections
 from distill.models.family import layers_of
 from distill.models.head import OutputHead, output_head, stop_at_head, widen_class_logits
 from distill.models.layout import StackName
+from distill.models.mixture import MixtureHead
 from distill.models.padding import UNPADDED, padding_known
 
 Batch = dict[str, Tensor]
@@ -138,7 +139,7 @@ class Outputs:
     """Layer index -> that layer's own output [B, L, D], before any final norm; -1 -> the first layer's input."""
     last: Tensor | None = None
     """[B, L, D] input of the output head."""
-    head: OutputHead | None = None
+    head: OutputHead | MixtureHead | None = None
     attention: dict[int, Tensor] = field(default_factory=dict)
     """Layer index -> attention probabilities [B, H, L, L]."""
     relations: dict[int, list[Tensor]] = field(default_factory=dict)

@@ -11,7 +11,8 @@ from distill.data import Corpus
 from distill.errors import InputError
 from distill.models.load import load_tokenizer
 from distill.pipeline.session import Session
-from distill.recipe.locate import teacher_size
+from distill.recipe.load import check_beside
+from distill.recipe.locate import teacher_folder, teacher_size
 
 OWN_TEXTS, OWN_CHARACTERS = 512, 400
 """Training examples whose texts are tokenised by every tokenizer, and characters of each."""
@@ -32,6 +33,9 @@ def check_vocabularies(session: Session) -> None:
         InputError: With the first differing token.
     """
     folders = session.folders_beside
+    for key, folder in folders.items():
+        if teacher_folder(session.recipe.models[key].model, session.base) is None:  # it was not there to be looked at
+            check_beside(session.recipe, key, session.source, folder)
     if not folders:
         return
     base, have = load_tokenizer(session.source, session.remote_code), teacher_size(session.source).vocabulary

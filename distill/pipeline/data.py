@@ -34,6 +34,7 @@ from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage, with_version
 from distill.recipe.jsonrows import list_names
 from distill.recipe.load import fingerprint
+from distill.recipe.teachers import source_names
 
 SEQUENCE_CLASSES = "AutoModelForSequenceClassification"
 NAMELESS = re.compile(r"LABEL_\d+")
@@ -91,6 +92,7 @@ def _prepare(session: Session, cache: Path) -> None:
             looks=looks(session),
             packs=all(map(tells_documents_apart, readers.values())),
             teacher=session.source,
+            routes={name: at for at, name in enumerate(source_names(recipe.data))} if recipe.routes else {},
             own_order=own_order,
         )
         for source, own in readers.items():
@@ -251,6 +253,7 @@ def inputs(session: Session) -> dict[str, Any]:
         "code": _code_fingerprint(session),
         "own_classes": recipe.teacher.fit is not None,
         "seed": recipe.seed,
+        **({"routes": source_names(recipe.data)} if recipe.routes else {}),
         **{f"read_by.{key}": _reader(each) for key, each in session.folders_beside.items()},
     }
 

@@ -19,20 +19,11 @@ from distill.pipeline.compatible import check_same_classes
 from distill.pipeline.data import NAMELESS
 from distill.pipeline.session import Session
 from distill.pipeline.train import maps_of, save_model
-from distill.recipe.load import check_given
-from distill.recipe.locate import teacher_folder
 from distill.release.formats import format_of
 from distill.student.given import describe_student
 
 TRIED = 2
 """Training examples on which every term of the loss is tried."""
-
-
-def check(session: Session) -> None:
-    """Look at a given student from the hub, which nobody could when the recipe was read. Raises InputError."""
-    given = session.recipe.student.given
-    if given is not None and teacher_folder(given.model, session.base) is None:
-        check_given(session.recipe, session.source, session.student_source)
 
 
 def plan_given(session: Session) -> StudentPlan:

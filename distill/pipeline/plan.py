@@ -6,10 +6,10 @@ from typing import Any
 
 from distill.files import content_of, write_text
 from distill.pipeline.compatible import check_vocabularies, probe_tokenizers
-from distill.pipeline.given import check as check_given
 from distill.pipeline.given import given_inputs, plan_given
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage
+from distill.pipeline.teachers import check_members
 from distill.student import Statistics, check_strategies, plan_student
 
 
@@ -41,8 +41,13 @@ def inputs(session: Session) -> dict[str, Any]:
 def check(session: Session) -> None:
     """Find every policy, score and allocation that the recipe names, and look at the models beside the first."""
     check_strategies(session.recipe.student)
-    check_given(session)
     check_vocabularies(session)
 
 
-STAGE = Stage("plan", work, inputs, lambda session: [session.folder.plan], check=check, check_data=probe_tokenizers)
+def check_data(session: Session) -> None:
+    """Try the tokenizers on the data, and look at the classes of every teacher."""
+    probe_tokenizers(session)
+    check_members(session)
+
+
+STAGE = Stage("plan", work, inputs, lambda session: [session.folder.plan], check=check, check_data=check_data)

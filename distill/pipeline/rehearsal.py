@@ -61,6 +61,8 @@ class Rehearsal:
     """As the recipe says it."""
     teacher_device: str = "same"
     """The same."""
+    beside: Sequence[Callable[[], Any]] = ()
+    """Makes the other teachers on the device, which are run one after the other."""
 
     def objective(self, terms: Sequence[Term], chunk: int | None = None) -> Objective:
         """Make an objective of some of the terms."""
@@ -84,8 +86,7 @@ class Rehearsal:
 
     def hollow(self) -> tuple[Any, Any]:
         """Make the model that is trained, and the teacher or None, without weights."""
-        with torch.device("meta"), no_init_weights():
-            return self.build(), None if self.teacher is None else self.teacher()
+        return make_hollow(self.build), None if self.teacher is None else make_hollow(self.teacher)
 
     def freeze(self, student: Any) -> None:
         """Hold a model as the training does, and choose what learns of it: parameters, or adapters."""
@@ -112,6 +113,12 @@ class Rehearsal:
         if self.spec.gradient_checkpointing:
             gradient_checkpointing(student, "enable")({"use_reentrant": False})
         return DistillModel(student, objective).train()
+
+
+def make_hollow(make: Callable[[], Any]) -> Any:
+    """Make a model without weights."""
+    with torch.device("meta"), no_init_weights():
+        return make()
 
 
 @contextmanager
@@ -145,6 +152,10 @@ def rehearse_memory(training: Rehearsal, device: torch.device) -> Peak:
         if teacher is not None:
             trace.fill("elsewhere" if elsewhere else "teacher")
             make_fake(teacher)
+        trace.fill("teacher")
+        others = [make_hollow(make) for make in training.beside]
+        for each in others:
+            make_fake(each)
         before = _trace_step(training, wrapper, teacher, bool(left), trace)
         peaks = list(trace.peaks.values())
     if apart:

@@ -138,6 +138,8 @@ def time_of(work: Work, device: torch.device) -> StepTime | str:
     """Time a training on the device; or why it cannot be told."""
     if work.rehearsal.teacher_dtype == "int8" or work.rehearsal.teacher_device != "same":
         return "a teacher in 8 bits, on the CPU or sharded is not timed"
+    if work.rehearsal.beside:
+        return "several teachers are not timed"
     try:
         time = rehearse_time(replace(work.rehearsal, batch=work.usual or work.rehearsal.batch), device)
     except torch.OutOfMemoryError:

@@ -31,11 +31,12 @@ from distill.models.sentence import sentence_files
 from distill.pipeline.fp8 import quantise_teacher
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage, settings_of, with_version
+from distill.pipeline.teachers import load_teaching
 from distill.ranks import process_state
 from distill.recipe.schema import Optimization, Recipe, Term
 from distill.registry import is_reference
 from distill.student.masks import compact_trained, mask_settings, masks_for
-from distill.teacher import LiveTeacher
+from distill.teacher import LiveTeacher, Mixture
 from distill.training import Job, train
 from distill.training.optim import find_optimizer
 from distill.training.setup import check_launch_keeps, deal_out, horizon
@@ -55,7 +56,7 @@ def train_arm(session: Session, arm: str) -> None:
     kind, vocabulary = session.corpus.head, session.vocabulary
     objective = Objective(terms_of(recipe, arm), kind, maps, vocabulary, encoder_maps=encoder_maps)
     model = ARMS[arm].prepare(recipe, session.load(session.arm_start(arm)), steps)
-    teacher = session.live_teacher(objective.teacher) if objective.needs_teacher else None
+    teacher = load_teaching(session, objective.teacher) if objective.needs_teacher else None
     if teacher is not None and recipe.teacher.dtype == "fp8":
         quantise_teacher(session, teacher.model)
     if teacher is not None:
@@ -88,7 +89,9 @@ def maps_of(plan: StudentPlan) -> tuple[Maps, Maps | None]:
     return main, lambda policy: layer_map(policy, plan, *depths, side="encoder")
 
 
-def train_model(session: Session, job: Job, model: Any, objective: Objective, teacher: LiveTeacher | None) -> None:
+def train_model(
+    session: Session, job: Job, model: Any, objective: Objective, teacher: LiveTeacher | Mixture | None
+) -> None:
     """Train a model in place; it comes back on the CPU, in the dtype it had."""
     batches = batches_for(session, job.spec, labelled=not objective.needs_teacher)
     measured, dtype = partial(measure_held_out, session, precision=job.spec.precision), model.dtype
@@ -133,10 +136,14 @@ def batches_for(session: Session, spec: Optimization, *, labelled: bool) -> Trai
     return TrainingBatches(corpus, pool, *sizes, session.recipe.seed, session.recipe.data.max_length)
 
 
-def peak_measurement(session: Session, job: Job, model: Any, teacher: LiveTeacher | None) -> Callable[[], float] | None:
+def peak_measurement(
+    session: Session, job: Job, model: Any, teacher: LiveTeacher | Mixture | None
+) -> Callable[[], float] | None:
     """Make what measures the tokens per second of a training at an MFU of 1; None where nothing counts its products."""
     spec, state = session.recipe.teacher, process_state()
     if teacher is not None and (spec.dtype in ("int8", "fp8") or spec.device != "same"):
+        return None
+    if isinstance(teacher, Mixture):
         return None
     adapters = job.spec.lora is not None
     flops = training_flops(model, teacher and teacher.model, session.recipe.data.max_length, adapters=adapters)
@@ -219,7 +226,8 @@ def check(session: Session) -> None:
     check_trackers(recipe.training.trackers)
     if recipe.training.keep_best not in (None, *task.metrics):  # of a task of the user's own
         raise InputError(f"training.keep_best: {recipe.training.keep_best} is not one of {', '.join(task.metrics)}")
-    check_dtype(recipe.teacher.dtype, state.device)
+    for one in (*recipe.teachers, recipe.teacher):
+        check_dtype(one.dtype, state.device)
     if recipe.teacher.device == "sharded" and state.num_processes == 1:
         raise InputError("teacher.device: sharded spreads the teacher over several processes, and there is one")
 

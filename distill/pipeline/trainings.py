@@ -185,6 +185,16 @@ class Models:
         model = self.hollow()
         return model.to(torch.bfloat16 if dtype == "int8" else DTYPES.get(dtype, model.dtype))
 
+    def beside(self) -> list[Callable[[], Any]]:
+        """Make the other teachers that lie on the device."""
+
+        def make(number: int, dtype: str) -> Any:
+            model = hollow_teacher(self.session, self.session.folder_of(f"teachers.{number}.model"), self.head)
+            return model.to(torch.bfloat16 if dtype == "int8" else DTYPES.get(dtype, model.dtype))
+
+        members = list(enumerate(self.session.recipe.teachers))[1:]
+        return [partial(make, number, one.dtype) for number, one in members if one.device == "same"]
+
     def fit(self, spec: Training) -> Callable[[str, Batch], Rehearsal]:
         """Rehearse the teacher's own fit."""
 
@@ -202,6 +212,7 @@ class Models:
         def make(kind: str, batch: Batch) -> Rehearsal:
             made = partial(self.teacher, teacher.dtype) if is_taught(terms) else None
             own = Rehearsal(arm, spec, self.student, made, terms, kind, batch, deal_out(spec)[1], *maps)
-            return replace(own, vocabulary=self.vocabulary, teacher_dtype=teacher.dtype, teacher_device=teacher.device)
+            own = replace(own, vocabulary=self.vocabulary, teacher_dtype=teacher.dtype, teacher_device=teacher.device)
+            return replace(own, beside=self.beside() if is_taught(terms) else ())
 
         return make

@@ -66,6 +66,6 @@ UNSUPPORTED = (
     *("on_policy", "lmbda", "gkd", "seq_kd", "generation", "rollout"),
     *("vocabulary", "vocab", "vocab_size", "prune_vocabulary", "heads", "attention_heads", "prune_heads"),
     *("num_attention_heads", "hidden", "hidden_size", "embeddings", "experts", "early_stopping", "label_smoothing"),
-    *("early_stopping_patience", "label_smoothing_factor", "gradient_noise", "curriculum", "teachers", "push_to_hub"),
+    *("early_stopping_patience", "label_smoothing_factor", "gradient_noise", "curriculum", "push_to_hub"),
 )
 """Features that do not exist; a neighbour in spelling would be wrong."""

@@ -24,6 +24,7 @@ from distill.recipe.locate import (
 )
 from distill.recipe.names import OFFERED_COLUMNS, SOURCE_COLUMNS, TASK_COLUMNS, columns_read
 from distill.recipe.schema import Data, Source, Teacher
+from distill.recipe.task_rules import reader_fits
 from distill.recipe.weights import check_tensors, parameter_names, read_headers
 from distill.registry import suggest
 
@@ -45,8 +46,10 @@ def look_at_models(
     if parts.get("given"):
         named.append((("student", "from"), Teacher(model=parts["given"])))
     looked = [look_at_teacher(model, base, path, weights=weights) for path, model in named]
-    own = looked[-1][0] if parts.get("given") else None
-    return looked[0][0], own, [mistake for _, mistakes in looked for mistake in mistakes]
+    (size, mistakes), *others = looked
+    for (path, _), (own, found) in zip(named[1:], others, strict=True):
+        mistakes += found or (reader_fits(parts["data"], size, own, path) if "data" in parts else ())
+    return size, others[-1][0] if parts.get("given") else None, mistakes
 
 
 def look_at_teacher(

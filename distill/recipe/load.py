@@ -22,6 +22,7 @@ from distill.recipe.headers import look_at_data, look_at_folder, look_at_models
 from distill.recipe.locate import teacher_size
 from distill.recipe.rules import check_together
 from distill.recipe.schema import Recipe
+from distill.recipe.task_rules import reader_fits
 from distill.recipe.yaml import read_document, read_text, refuse, scalar
 
 
@@ -77,10 +78,12 @@ def check_teacher(recipe: Recipe, folder: Path) -> None:
         raise InputError("; ".join(mistakes))
 
 
-def check_given(recipe: Recipe, teacher: Path, student: Path) -> None:
-    """Check a recipe against a given student that it was read without. Raises InputError where it does not fit."""
-    size, (own, found) = teacher_size(teacher), look_at_folder(student, weights=True)
-    if mistakes := [*found, *map(str, check_together(recipe.parts, size, own))]:
+def check_beside(recipe: Recipe, key: str, first: Path, folder: Path) -> None:
+    """Check a recipe against a model beside its first teacher that it was read without. Raises InputError."""
+    size, (own, found) = teacher_size(first), look_at_folder(folder, weights=True)
+    rules = [*reader_fits(recipe.data, size, own, (key,))]
+    rules += check_together(recipe.parts, size, own) if key == "student.from" else ()
+    if mistakes := [*found, *map(str, rules)]:
         raise InputError("; ".join(mistakes))
 
 

@@ -320,9 +320,9 @@ RULES = (
     masked_weights_learn,
     task_rules.teacher_fits_the_task,
     task_rules.examples_fit,
-    task_rules.given_student_fits,
     teachers.teachers_go_together,
     teachers.every_source_is_taught,
+    teachers.mixture_is_there,
     patterns_match,
     adapted_maps_exist,
 )

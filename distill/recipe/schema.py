@@ -62,6 +62,16 @@ class Recipe(Section):
         return given
 
     @property
+    def mixes(self) -> bool:
+        """Tell whether several teachers teach."""
+        return len(self.teachers) > 1
+
+    @property
+    def routes(self) -> bool:
+        """Tell whether who teaches an example depends on its source."""
+        return self.mixes and any(one.sources for one in self.teachers)
+
+    @property
     def models(self) -> dict[str, Teacher]:
         """The models that the recipe names, by their keys."""
         taught = {f"teachers.{number}.model": one for number, one in enumerate(self.teachers)}

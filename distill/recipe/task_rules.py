@@ -96,20 +96,17 @@ def teacher_fits_the_task(data: Data, size: TeacherSize) -> Iterator[Mistake]:
         yield Mistake(path, message, f"name a decoder, e.g. a Llama or GPT-2{trained}")
 
 
-def given_student_fits(data: Data, given: str | None, size: TeacherSize, own: TeacherSize) -> Iterator[Mistake]:
-    """Refuse a given student that is none for the task, has other stacks than the teacher, or too few positions."""
-    path: KeyPath = ("student", "from")
-    if given is None or own.layers is None:
-        return
-    mistakes = list(teacher_fits_the_task(data, own))
-    yield from (replace(mistake, path=path) for mistake in mistakes)
-    if not mistakes and size.layers is not None and (size.encoder_layers is None) != (own.encoder_layers is None):
-        message = f"{own.family} and the teacher, {size.family}, do not both have an encoder and a decoder"
-        yield Mistake(path, message, "name a student with the teacher's stacks")
-    yield from (
-        replace(mistake, message=mistake.message.replace("the teacher", "the given student"))
-        for mistake in examples_fit(data, own)
-    )
+def reader_fits(data: Data, first: TeacherSize, own: TeacherSize, path: KeyPath) -> Iterator[Mistake]:
+    """Refuse a model beside the first teacher that is none for the task, or has other stacks or too few positions."""
+    found = list(teacher_fits_the_task(data, own)) or list(examples_fit(data, own))
+    if (
+        not found
+        and None not in (first.layers, own.layers)
+        and (first.encoder_layers is None) != (own.encoder_layers is None)
+    ):
+        message = f"{own.family} and the teacher, {first.family}, do not both have an encoder and a decoder"
+        found = [Mistake(path, message, "name a model with the teacher's stacks")]
+    yield from (replace(each, path=path, message=each.message.replace("the teacher has", "it has")) for each in found)
 
 
 def examples_fit(data: Data, size: TeacherSize) -> Iterator[Mistake]:

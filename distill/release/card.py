@@ -259,6 +259,12 @@ def caveats(evidence: Evidence) -> list[str]:
             "The teacher was fitted on this recipe's own labels first: shares of the teacher's score refer to that "
             "fitted teacher, not to a published one."
         )
+    if evidence.teachers:
+        notes.append(
+            f"{len(evidence.teachers)} teachers taught: agreement and KL are against their mixture, or against those of "
+            f"an example's source; shares in brackets are of the first one alone, whose layers the student was compared "
+            f"with."
+        )
     if str(evidence.teacher["model"]).endswith(GGUF):
         notes.append(
             "The teacher was a quantised GGUF file: what was cut and taught are its dequantised weights, and shares of "

@@ -52,6 +52,11 @@ class Evidence:
     """`calibration`, `held_out` and `steps`, as in repair.json; None where nothing was repaired."""
 
     @property
+    def teachers(self) -> list[dict[str, Any]]:
+        """Model, weight and sources of each of several teachers; empty: there is one."""
+        return list(self.evaluation.get("taught_by") or [])
+
+    @property
     def primary(self) -> str:
         """The metric that the arms are judged by."""
         return str(self.evaluation["primary"])

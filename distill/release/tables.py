@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,6 +156,7 @@ def training_rows(evidence: Evidence) -> list[tuple[str, ...]]:
     fitted = ", fitted on this data first" if teacher.get("fitted") else ""
     rows = {
         "teacher": f"{teacher['model']} ({teacher['model_type']}{fitted})",
+        **{f"teacher {number}": teacher_line(own) for number, own in enumerate(evidence.teachers, start=1)},
         "teacher revision": teacher.get("revision"),
         "teacher sha256": teacher.get("sha256"),
         "student from": evidence.student.get("model"),
@@ -176,6 +177,13 @@ def training_rows(evidence: Evidence) -> list[tuple[str, ...]]:
         "test examples": data["examples"],
     }
     return [(key, str(value)) for key, value in rows.items() if value is not None]
+
+
+def teacher_line(own: Mapping[str, Any]) -> str:
+    """Name one of several teachers, with its weight and the sources that it teaches."""
+    sources = f", on {', '.join(own['sources'])}" if own["sources"] else ""
+    pins = "".join(f", {name} {own[name]}" for name in ("revision", "sha256") if own[name])
+    return f"{own['model']}, weight {format_number(own['weight'])}{sources}{pins}"
 
 
 def adapters_line(lora: Lora) -> str:

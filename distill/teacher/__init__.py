@@ -1,5 +1,6 @@
-"""The teacher behind one callable."""
+"""The teacher as a callable: live, or several of them mixed."""
 
 from distill.teacher.live import LiveTeacher
+from distill.teacher.mixture import Mixture
 
-__all__ = ["LiveTeacher"]
+__all__ = ["LiveTeacher", "Mixture"]
