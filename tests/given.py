@@ -18,7 +18,7 @@ TINY = {"hidden_size": 16, "dim": 16, "num_hidden_layers": 2, "n_layers": 2, "hi
 GPT2 = {"vocab_size": 72, "hidden_size": 16, "n_embd": 16, "num_hidden_layers": 2, "n_layer": 2, "n_inner": 24}
 
 
-def small(folder, family="distilbert", head=AutoModel, teacher="teacher", **changes):
-    """A small model with the teacher's tokenizer."""
-    AutoTokenizer.from_pretrained(folder / teacher).save_pretrained(folder / "small")
-    head.from_config(tiny_config(family, pad_token_id=0, **changes)).save_pretrained(folder / "small")
+def small(folder, family="distilbert", head=AutoModel, *, name="small", **changes):
+    """A small model of that name with the teacher's tokenizer."""
+    AutoTokenizer.from_pretrained(folder / "teacher").save_pretrained(folder / name)
+    head.from_config(tiny_config(family, pad_token_id=0, **changes)).save_pretrained(folder / name)

@@ -220,8 +220,8 @@ class Evaluation(Section):
     metrics: list[Metric | Reference] | None = None
     """Metrics over the predictions; null: the task's own."""
     arms: list[Arm] = ["teacher", "teachers", "cut", "repaired", "distilled", "labels_only"]
-    """`teachers`: the mixture of several teachers; `cut`: the student before repair and training; `repaired`: before
-    training, where `student.repair` asks for anything; `labels_only`: the same student trained as long without teacher."""
+    """`teachers`: the mixture of several; `cut`: the student before repair and training; `repaired`: before training,
+    where `student.repair` asks for anything; `labels_only`: the same student trained as long without teacher."""
     batch_size: Count = 64
     """Examples per forward pass."""
     efficiency: StrictBool = True

@@ -261,9 +261,8 @@ def caveats(evidence: Evidence) -> list[str]:
         )
     if evidence.teachers:
         notes.append(
-            f"{len(evidence.teachers)} teachers taught: agreement and KL are against their mixture, or against those of "
-            f"an example's source; shares in brackets are of the first one alone, whose layers the student was compared "
-            f"with."
+            f"{len(evidence.teachers)} teachers taught: agreement and KL are against their mixture, as it taught each "
+            f"example; shares in brackets, and losses on layers, refer to the first one alone."
         )
     if str(evidence.teacher["model"]).endswith(GGUF):
         notes.append(
