@@ -77,7 +77,9 @@ def _is_made(recipe: Recipe, arm: str) -> bool:
 
 def measured_arms(recipe: Recipe) -> list[str]:
     """List the arms that a recipe measures, of those that it makes."""
-    return [arm for arm in recipe.evaluation.arms if _is_made(recipe, arm)]
+    own = recipe.evaluation.arms
+    beside = [each for arm in own for each in ((arm, "teachers") if arm == "teacher" else (arm,))]
+    return [arm for arm in beside if _is_made(recipe, arm)]
 
 
 def controls(recipe: Recipe) -> list[str]:

@@ -322,7 +322,6 @@ RULES = (
     task_rules.examples_fit,
     teachers.teachers_go_together,
     teachers.every_source_is_taught,
-    teachers.mixture_is_there,
     patterns_match,
     adapted_maps_exist,
 )

@@ -15,7 +15,7 @@ from distill.recipe.names import Metric, Optimizer, Reference
 Format = Literal["uniform", "native", "padded"]
 SHA256 = "^[0-9a-f]{64}$"
 Compile = Literal["auto"] | StrictBool
-Arm = Literal["teacher", "teachers", "cut", "repaired", "distilled", "labels_only"]
+Arm = Literal["teacher", "cut", "repaired", "distilled", "labels_only"]
 
 
 ONLY_WITH = (("decay", "schedule", ("wsd",)), ("betas", "optimizer", ("adamw", "adamw_8bit")))
@@ -219,9 +219,10 @@ class Evaluation(Section):
 
     metrics: list[Metric | Reference] | None = None
     """Metrics over the predictions; null: the task's own."""
-    arms: list[Arm] = ["teacher", "teachers", "cut", "repaired", "distilled", "labels_only"]
-    """`teachers`: the mixture of several; `cut`: the student before repair and training; `repaired`: before training,
-    where `student.repair` asks for anything; `labels_only`: the same student trained as long without teacher."""
+    arms: list[Arm] = ["teacher", "cut", "repaired", "distilled", "labels_only"]
+    """`cut`: the student before repair and training; `repaired`: before training, where `student.repair` asks for
+    anything; `labels_only`: the same student trained as long without teacher. Beside `teacher`, the mixture of several
+    is measured as well."""
     batch_size: Count = 64
     """Examples per forward pass."""
     efficiency: StrictBool = True

@@ -9,8 +9,7 @@ from pydantic import Field, StrictStr
 
 from distill.recipe.data import Data
 from distill.recipe.fields import Mistake, Positive
-from distill.recipe.names import TWO_STACK_TASKS
-from distill.recipe.sections import Evaluation, Teacher
+from distill.recipe.sections import Teacher
 from distill.registry import suggest
 
 
@@ -76,16 +75,6 @@ def teachers_go_together(teachers: Sequence[Member], data: Data) -> Iterator[Mis
         if one.device == "sharded":
             message = "several teachers are not sharded"
             yield Mistake(("teachers", number, "device"), message, "write same or cpu")
-
-
-def mixture_is_there(teachers: Sequence[Member], data: Data, evaluation: Evaluation) -> Iterator[Mistake]:
-    """Refuse to measure a mixture of one teacher, or one by the texts that it writes."""
-    if evaluation.changed("arms") and "teachers" in evaluation.arms:
-        path = ("evaluation", "arms", evaluation.arms.index("teachers"))
-        if len(teachers) < 2:
-            yield Mistake(path, "there is one teacher", "remove it, or give several under teachers")
-        elif data.task in TWO_STACK_TASKS:
-            yield Mistake(path, "texts are written by one model, not by a mixture", "remove it")
 
 
 def every_source_is_taught(teachers: Sequence[Member], data: Data) -> Iterator[Mistake]:

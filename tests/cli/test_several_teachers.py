@@ -155,8 +155,3 @@ def test_a_source_without_a_teacher_is_refused(plain, capsys):
 def test_a_mixture_of_vectors_is_refused(plain, capsys):
     assert main(["validate", str(plain), "data.task=embedding", "losses=[{match: hidden}]"]) == 2
     assert "teachers: vectors of different teachers lie in different spaces" in capsys.readouterr().err
-
-
-def test_the_arm_of_a_mixture_needs_one(tmp_path, capsys):
-    assert main(["validate", str(tiny_project(tmp_path)), "evaluation.arms=[teachers, distilled]"]) == 2
-    assert "evaluation.arms.0: there is one teacher" in capsys.readouterr().err
