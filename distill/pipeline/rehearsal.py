@@ -139,6 +139,7 @@ def rehearse_memory(training: Rehearsal, device: torch.device) -> Peak:
         device: Decides how many positions the loss has at once; it need not be there.
     """
     student, teacher = training.hollow()
+    others = [make_hollow(make) for make in training.beside]
     heads = [output_head(model) for model in (student, teacher) if model is not None]
     apart = heads[0] is not None and PREDICTION_KINDS[training.kind].vocabulary
     # The loss of a vocabulary is looked at apart: nothing of it is left in the step but the gradient of the head.
@@ -153,7 +154,6 @@ def rehearse_memory(training: Rehearsal, device: torch.device) -> Peak:
             trace.fill("elsewhere" if elsewhere else "teacher")
             make_fake(teacher)
         trace.fill("teacher")
-        others = [make_hollow(make) for make in training.beside]
         for each in others:
             make_fake(each)
         before = _trace_step(training, wrapper, teacher, bool(left), trace)

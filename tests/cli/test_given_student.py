@@ -5,10 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 
+import embeddings
 import pytest
+import two_stacks
 from given import FITTED, GIVEN, GPT2, TINY, small
 from tiny import RECIPE, tiny_project
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from tokenizers import processors
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from distill.cli import main
 from distill.models.load import load_student
@@ -168,3 +176,62 @@ def test_a_student_trained_for_the_classes_in_another_order_is_refused(first, tm
     assert main(["run", str(recipe), "--out", str(tmp_path / "run")]) == 2
     words = "student.from: its class 0 is 'none' (id2label in its config.json), that of the run 'mammal'"
     assert words in capsys.readouterr().err
+
+
+def test_the_plan_counts_the_memory_of_a_given_student(narrow, tmp_path, capsys):
+    assert main(["plan", str(narrow), "--memory", "1GB"]) == 0
+    assert "distilled" in capsys.readouterr().out
+    assert main(["plan", str(narrow), "teacher.fit.steps=1", "--out", str(tmp_path / "run")]) == 0
+    table = capsys.readouterr().out
+    assert "labels_only" in table
+
+
+def test_both_stacks_of_a_narrower_encoder_decoder_are_paired_and_trained(tmp_path, capsys):
+    layers = "{keep: 2, choose: every}"
+    cut = f"layers: {layers}\n  encoder_layers: {layers}\n  mlp: {{keep: 0.5, multiple_of: 8}}\n"
+    recipe = two_stacks.RECIPE.replace(cut + "  calibration: {examples: 16, batch_size: 8}\n", "from: ./small\n")
+    path = two_stacks.text_project(tmp_path, "t5")
+    path.write_text(recipe.replace("steps: 140", "steps: 2").replace("steps: 40", "steps: 2"))
+    sizes = {"d_model": 16, "d_ff": 24, "num_heads": 2, "num_layers": 3, "num_decoder_layers": 2}
+    small(tmp_path, "t5", AutoModelForSeq2SeqLM, **sizes, eos_token_id=1, bos_token_id=None)
+    assert main(["train", str(path), "--accept-weak-teacher", "--out", str(tmp_path / "run")]) == 0
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert [layer["teacher_layer"] for layer in plan["encoder_layers"]] == [0, 1, 3]
+    assert [layer["teacher_layer"] for layer in plan["layers"]] == [1, 3]
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {"hidden.mse.encoder", "hidden.mse.decoder"} <= records[-1]["terms"].keys()
+
+
+def test_a_student_without_the_teachers_stacks_is_refused(tmp_path, capsys):
+    path = two_stacks.text_project(tmp_path, "t5")
+    small(tmp_path, "gpt2", AutoModelForCausalLM)
+    assert main(["validate", str(path), "student={from: ./small}"]) == 2
+    assert "student.from: gpt2 has one stack of layers, and task: seq2seq needs" in capsys.readouterr().err
+
+
+def test_vectors_of_another_width_are_refused_when_the_student_is_built(tmp_path, capsys):
+    path = embeddings.project(tmp_path)
+    words = len(embeddings.SPECIALS) + len(embeddings.WORDS)
+    small(tmp_path, "bert", vocab_size=words, hidden_size=16, num_attention_heads=2, num_hidden_layers=2)
+    given = ["student={from: ./small}", "--accept-weak-teacher", "--out", str(tmp_path / "run")]
+    assert main(["build", str(path), *given]) == 2
+    assert "losses.0: output.cosine: " in capsys.readouterr().err
+    assert main(["train", str(path), "losses=[{match: logits}]", "training.steps=2", *given]) == 0
+
+
+def test_a_family_without_token_types_is_said_not_to_be_told_the_texts_of_a_pair_apart(tmp_path, capsys):
+    path = tiny_project(tmp_path, GIVEN)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "teacher")
+    parts = {"single": "[CLS] $A [SEP]", "pair": "[CLS] $A [SEP] $B:1 [SEP]:1"}
+    known = [(word, tokenizer.convert_tokens_to_ids(word)) for word in ("[CLS]", "[SEP]")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(**parts, special_tokens=known)
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    settings = tmp_path / "teacher" / "tokenizer_config.json"
+    names = {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | names))
+    small(tmp_path, **TINY)
+    rows = [json.loads(line) for line in (tmp_path / "data.jsonl").read_text().splitlines()]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row | {"pair": "dog cat"}) + "\n" for row in rows))
+    given = ["data.columns={text: text, label: label, pair: pair}", "teacher.fit.steps=2", "training.steps=2"]
+    assert main(["train", str(path), *given, "--out", str(tmp_path / "run")]) == 0
+    assert "a distilbert knows no token types: of a pair it is not told which text is which" in capsys.readouterr().err

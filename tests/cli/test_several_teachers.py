@@ -155,3 +155,14 @@ def test_a_source_without_a_teacher_is_refused(plain, capsys):
 def test_a_mixture_of_vectors_is_refused(plain, capsys):
     assert main(["validate", str(plain), "data.task=embedding", "losses=[{match: hidden}]"]) == 2
     assert "teachers: vectors of different teachers lie in different spaces" in capsys.readouterr().err
+
+
+def test_the_plan_counts_the_memory_of_all_teachers(plain, tmp_path, capsys):
+    def teacher_row(*overrides):
+        assert main(["plan", str(plain), *overrides, "--memory", "1GB"]) == 0
+        return next(line for line in capsys.readouterr().out.splitlines() if "teacher" in line)
+
+    alone = teacher_row("teachers=[]", "teacher={model: ./one}")
+    assert teacher_row() != alone and teacher_row("teachers.1.device=cpu") == alone
+    assert main(["plan", str(plain), "--out", str(tmp_path / "run")]) == 0
+    assert "several teachers are not timed" in capsys.readouterr().out
