@@ -44,7 +44,7 @@ class Session:
     accept_weak_teacher: bool = False
     """Go on with a teacher that is no better than chance."""
     _said: set[str] = field(default_factory=set, repr=False)
-    _folders: dict[str, Path] = field(default_factory=dict, repr=False)
+    _folders: dict[str, Path] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def source(self) -> Path:

@@ -66,6 +66,7 @@ def test_a_narrower_model_of_another_family_is_trained_to_a_release(tmp_path, ca
     for text in (card, (run / "report.html").read_text()):
         assert origin in text and "Where the student comes from" in text and "What was cut" not in text
         assert "learned maps between them are not released" in text and str(tmp_path) not in text
+    assert main(["validate", str(run / "release" / "recipe.yaml")]) == 0
     assert "from: ./small" in card and "| 1 | 3 | 24 |" in card
 
 

@@ -80,11 +80,13 @@ def test_what_students_are_compared_with_is_the_weighted_sum_of_the_teachers_pro
     )
 
 
-def test_card_names_all_teachers_and_says_what_figures_are_against(mixed):
+def test_card_names_all_teachers_and_says_what_figures_are_against(mixed, capsys):
     card = (mixed / "release" / "README.md").read_text()
     assert "| teacher 1 | ./one, weight 3 |" in card and "| teacher 2 | ./two, weight 1 |" in card
     assert "2 teachers taught: agreement and KL are against their mixture" in card
     assert "teachers (the mixture that taught)" in card and str(mixed.parent) not in card
+    assert main(["validate", str(mixed / "release" / "recipe.yaml")]) == 0
+    assert "./one and ./two and ./data.jsonl: not in this release" in capsys.readouterr().err
 
 
 def test_another_weight_trains_again_and_another_placement_does_not(mixed, capsys):
