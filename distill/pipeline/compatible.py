@@ -40,6 +40,11 @@ def check_vocabularies(session: Session) -> None:
         return
     base, have = load_tokenizer(session.source, session.remote_code), teacher_size(session.source).vocabulary
     for key, folder in folders.items():
+        new = [token for token in session.task.added_tokens if token not in base.get_added_vocab()]
+        if new and key != "student.from":
+            raise InputError(
+                f"{key}: task: {session.task.name} writes {', '.join(new)}, which only the first is fitted for"
+            )
         rows, needed = teacher_size(folder).vocabulary, min(len(base), have or len(base))
         if rows is not None and rows < needed:
             raise InputError(

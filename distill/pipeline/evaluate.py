@@ -57,7 +57,7 @@ def work(session: Session) -> None:
     columns = next(iter(rows["test"].values()))
     wanted = recipe.evaluation.metrics or measurable(session.task.metrics_for(corpus.head), columns)
     names = list(dict.fromkeys([*wanted, *measurable(TEACHER_METRICS, columns)]))
-    student = session.load(session.folder.distilled, session.near(teacher.device)).to(teacher.device)
+    student = session.load(session.folder.distilled, session.near(teacher.model.device)).to(teacher.model.device)
     words = arms_of(recipe)
     table = {
         "data": describe_data(session, len(columns["example"])),
@@ -156,7 +156,9 @@ def predict_arms(
         for arm in measured_arms(recipe):
             model, precision = teacher.model, recipe.training.precision
             if ARMS[arm].start != "teacher":
-                model = session.load(session.arm_folder(arm), session.near(teacher.device)).to(teacher.device)
+                model = session.load(session.arm_folder(arm), session.near(teacher.model.device)).to(
+                    teacher.model.device
+                )
             if ARMS[arm].start != "teacher" and not ARMS[arm].terms:
                 model = ARMS[arm].prepare(recipe, model, steps)
             for split, recording in recordings.items():

@@ -48,12 +48,6 @@ class Mixture:
         return self.models[0]
 
     @property
-    def device(self) -> torch.device:
-        """The first one's."""
-        device: torch.device = self.model.device
-        return device
-
-    @property
     def precision(self) -> str:
         """That of the first one."""
         first = self.members[0]
