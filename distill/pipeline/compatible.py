@@ -51,7 +51,7 @@ def check_vocabularies(session: Session) -> None:
                 f"{key}: {folder} has embeddings for {rows:,} tokens, and the teacher's tokenizer writes {needed:,}; "
                 f"name a model of the teacher's tokenizer"
             )
-        if rows != have:
+        if None not in (rows, have) and rows != have:
             session.say_once(
                 f"  {key}: {rows:,} rows of embeddings, the teacher has {have:,}; the first {needed:,} are tokens"
             )
@@ -78,8 +78,8 @@ def _compare_vocabularies(key: str, base: dict[str, int], own: dict[str, int]) -
     raise InputError(
         f"{key}: its tokenizer is not the teacher's: token {number} is {token!r} there and "
         f"{'not known' if other is None else repr(other)} here, the first of {len(wrong):,} that differ. Logits and "
-        f"positions of two vocabularies cannot be compared: name a model of the teacher's tokenizer, or cut the "
-        f"student from the teacher (student.layers)"
+        f"positions of two vocabularies cannot be compared: name a model of the teacher's tokenizer"
+        f"{', or cut the student from the teacher (student.layers)' if key == 'student.from' else ''}"
     )
 
 

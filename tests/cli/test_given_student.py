@@ -6,6 +6,7 @@ import json
 import shutil
 
 import embeddings
+import huggingface_hub
 import pytest
 import two_stacks
 from given import FITTED, GIVEN, GPT2, TINY, small
@@ -136,7 +137,7 @@ REFUSED = {
     "student.from=small": "write ./small for the folder",
     "student.from=null": "student.layers: missing, and from is not given either",
     "student.sha256=" + "a" * 64: "student.sha256: the weights of ./small have",
-    "data.max_length=64": "data.max_length: 64 tokens per example, the given student has 20 positions",
+    "data.max_length=64": "student.from: 64 tokens per example, it has 20 positions",
     "losses.2.map=[[2, 0]]": "map: pair [2, 0] names student layer 2, but the student has 2 layers",
     "training.freeze=[nosuch*]": "training.freeze.0: 'nosuch*' matches no parameter of the given student",
     "student.frm=./small": "did you mean 'from'?",
@@ -237,3 +238,21 @@ def test_a_family_without_token_types_is_said_not_to_be_told_the_texts_of_a_pair
     given = ["data.columns={text: text, label: label, pair: pair}", "teacher.fit.steps=2", "training.steps=2"]
     assert main(["train", str(path), *given, "--out", str(tmp_path / "run")]) == 0
     assert "a distilbert knows no token types: of a pair it is not told which text is which" in capsys.readouterr().err
+
+
+def test_a_student_of_the_hub_is_looked_at_before_the_first_stage(tmp_path, capsys, monkeypatch):
+    path = tiny_project(tmp_path, GIVEN)
+    small(tmp_path, **TINY, max_position_embeddings=20)
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    shutil.copytree(tmp_path / "small", tmp_path / "hub" / "models--org--small" / "snapshots" / commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    given = ["student.from=org/small", f"student.revision={commit}", "teacher.fit.steps=1"]
+    assert main(["plan", str(path), *given, "--out", str(tmp_path / "run")]) == 0
+    assert "student.from: org/small is a distilbert of 2 layers" in capsys.readouterr().err
+    given += ["data.max_length=30", "training.freeze=[nosuch*]"]
+    assert main(["plan", str(path), *given, "--out", str(tmp_path / "other")]) == 2
+    said = capsys.readouterr().err
+    assert "student.from: 30 tokens per example, it has 20 positions" in said and "matches no parameter" in said
+    assert main(["plan", str(path), "student.from=org/none", "--out", str(tmp_path / "other")]) == 2
+    assert "student.from: cannot get 'org/none' from the model hub" in capsys.readouterr().err

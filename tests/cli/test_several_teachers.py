@@ -169,3 +169,15 @@ def test_the_plan_counts_the_memory_of_all_teachers(plain, tmp_path, capsys):
     assert teacher_row() != alone and teacher_row("teachers.1.device=cpu") == alone
     assert main(["plan", str(plain), "--out", str(tmp_path / "run")]) == 0
     assert "several teachers are not timed" in capsys.readouterr().out
+
+
+def test_tokens_that_a_task_writes_anew_are_refused_where_only_the_first_teacher_is_fitted(plain, tmp_path, capsys):
+    data = {"text": "dog sees cat", "head": [0, 3], "tail": [9, 12], "relation": "sees"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(data) + "\n")
+    given = [
+        "teachers.0.fit={steps: 1}",
+        f"data={{source: {tmp_path}/rows.jsonl, task: relation_extraction, max_length: 16}}",
+    ]
+    assert main(["plan", str(plain), *given, "--out", str(tmp_path / "run")]) == 2
+    words = "teachers.1.model: task: relation_extraction writes [E1], [/E1], [E2], [/E2], which only the first"
+    assert words in capsys.readouterr().err
