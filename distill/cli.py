@@ -70,7 +70,7 @@ def validate(recipe: RecipePath, overrides: Overrides = None) -> None:
 
     loaded = load_recipe(recipe, overrides or ())
     sources = [source.source for split in loaded.data.splits for source in loaded.data.origins(split)]
-    names = (loaded.teacher.model, *sources)
+    names = (*(model.model for model in loaded.models.values()), *sources)
     absent = " and ".join(name for name in names if is_left_behind(name, recipe.absolute().parent))
     _say(f"{recipe}: fine ({loaded.name})")
     if absent:

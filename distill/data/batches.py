@@ -83,7 +83,8 @@ def collate(
     if sizes:
         taken = {name: replace(own, sizes=sizes) if isinstance(own, Ragged) else own for name, own in taken.items()}
     given = {**taken, **corpus.constants}
-    return corpus.task.collate(given, corpus.padding, seeds or [(int(index),) for index in indices])
+    batch = corpus.task.collate(given, corpus.padding, seeds or [(int(index),) for index in indices])
+    return batch | {"route": torch.from_numpy(taken["route"])} if "route" in taken else batch
 
 
 @dataclass(frozen=True)

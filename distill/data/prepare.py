@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,8 @@ class Order:
     """The teacher's family can tell documents apart that share a row."""
     teacher: Path | None = None
     """Folder of the teacher, for tasks that read more of it than the tokenizer."""
+    routes: Mapping[str, int] = field(default_factory=dict)
+    """Name of a source -> the feature `route` of its examples; empty: they have none."""
     own_order: Callable[[Settled], Settled] = lambda settled: settled
     """Puts the classes into the order of a teacher that is already trained. Raises InputError."""
 
@@ -79,7 +81,8 @@ def prepare(order: Order, folder: Path, progress: Report = lambda _split, _done,
         if name in splits:
             encoder = Encoder(tokenizer, spec, settled, measured=name != "train", teacher=order.teacher)
             path, report = folder / f"{name}.arrow", partial(progress, name)
-            examples = _encode(task, splits[name], encoder, path, order.packs, report)
+            routes = [order.routes[source.source] for source in splits[name].rows.sources] if order.routes else []
+            examples = _encode(task, splits[name], encoder, path, order.packs, report, routes)
             digest.update(f"{name}:{_content_of(examples)}".encode())
             parts[name] = examples
             counts[name] = summarise(splits[name], encoder, examples)
@@ -103,14 +106,20 @@ def _read_splits(order: Order, folder: Path) -> dict[str, Split]:
 
 
 def _encode(
-    task: Task, split: Split, encoder: Encoder, path: Path, packs: bool, progress: Callable[[int, int], None]
+    task: Task,
+    split: Split,
+    encoder: Encoder,
+    path: Path,
+    packs: bool,
+    progress: Callable[[int, int], None],
+    routes: Sequence[int],
 ) -> Examples:
     """Encode the rows of a split, block by block, into an Arrow file of examples."""
 
     def blocks() -> Iterator[Features]:
         with as_input_error(f"the tokenizer cannot read the {path.stem} split"):
             for part in _blocks(split, task.block):
-                features = _encode_block(task, split, part, encoder)
+                features = _encode_block(task, split, part, encoder, routes)
                 if features["row"]:  # the task may leave rows out
                     yield features
                 progress(part.stop, len(split.index))
@@ -124,7 +133,7 @@ def _encode(
     return _write_examples(path, _packed(documents, encoder.spec.max_length, packs))
 
 
-def _encode_block(task: Task, split: Split, part: slice, encoder: Encoder) -> Features:
+def _encode_block(task: Task, split: Split, part: slice, encoder: Encoder, routes: Sequence[int]) -> Features:
     values, labelled = split.rows.file.take(split.index[part]), split.labelled[part].tolist()
     for name in task.columns.keys() & values.keys():
         if not task.columns[name].plain:
@@ -134,6 +143,9 @@ def _encode_block(task: Task, split: Split, part: slice, encoder: Encoder) -> Fe
             values[name] = [value if keep else None for value, keep in zip(values[name], labelled, strict=True)]
     features = task.encode(values, encoder)
     numbers = features.pop("row", range(len(labelled)))
+    if routes:
+        origins = split.rows.origins[split.index[part]]
+        features["route"] = [routes[origins[number]] for number in numbers]
     return {**features, "row": [part.start + number for number in numbers]}
 
 
@@ -153,7 +165,7 @@ def _packed(documents: Examples, size: int, packs: bool) -> Iterator[Features]:
     """Put documents, cut to `size`, together into rows; one document a row where the model cannot tell them apart."""
     pieces = cut_documents(documents.lengths, size)
     lengths = pieces[:, 2] - pieces[:, 1]
-    rows = pack(lengths, size) if packs else [[piece] for piece in range(len(pieces))]
+    rows = _rows_of(documents, pieces, size) if packs else [[piece] for piece in range(len(pieces))]
     for start in range(0, len(rows), BLOCK):
         part = rows[start : start + BLOCK]
         features: Features = {"documents": [lengths[row].tolist() for row in part]}
@@ -163,6 +175,16 @@ def _packed(documents: Examples, size: int, packs: bool) -> Iterator[Features]:
                 joined = values[0] if not isinstance(values, Ragged) else _join(values, pieces[row])
                 features.setdefault(name, []).append(joined)
         yield features
+
+
+def _rows_of(documents: Examples, pieces: np.ndarray, size: int) -> list[list[int]]:
+    """Pack pieces of documents into rows; where documents have routes, each row is of one."""
+    lengths = pieces[:, 2] - pieces[:, 1]
+    if "route" not in documents.columns:
+        return pack(lengths, size)
+    routes: Any = documents.take(pieces[:, 0])["route"]
+    parts = [np.flatnonzero(routes == route) for route in np.unique(routes)]
+    return [part[row].tolist() for part in parts for row in pack(lengths[part], size)]
 
 
 def _join(values: Ragged, pieces: np.ndarray) -> np.ndarray:

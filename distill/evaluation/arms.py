@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from distill.recipe.names import TWO_STACK_TASKS
 from distill.recipe.schema import Recipe, Term
 from distill.student.masks import mask_untrained
 
@@ -40,6 +41,7 @@ class Arm:
 
 ARMS: dict[str, Arm] = {
     "teacher": Arm("teacher", "teacher"),
+    "teachers": Arm("teachers (the mixture that taught)", "teacher"),
     "cut": Arm("cut (student before training)", "cut", prepare=_masked, rival="the student before training"),
     "repaired": Arm(
         "repaired (cut student after repair, before training)",
@@ -57,15 +59,27 @@ ARMS: dict[str, Arm] = {
 }
 
 
+def arms_of(recipe: Recipe) -> dict[str, Arm]:
+    """Return the rows in the words of a recipe, whose student may have been given instead of cut."""
+    if recipe.student.given is None:
+        return ARMS
+    words = "the student as given, before training"
+    return {**ARMS, "cut": replace(ARMS["cut"], title=f"cut (nothing was cut: {words})", rival=words)}
+
+
 def _is_made(recipe: Recipe, arm: str) -> bool:
     if arm == "labels_only" and recipe.data.task == "embedding" and not recipe.data.learns_from_pairs:
         return False
+    if arm == "teachers":  # what a task observes of texts is written by one model
+        return recipe.mixes and recipe.data.task not in TWO_STACK_TASKS
     return ARMS[arm].start != "repaired" or recipe.student.repair.wanted
 
 
 def measured_arms(recipe: Recipe) -> list[str]:
     """List the arms that a recipe measures, of those that it makes."""
-    return [arm for arm in recipe.evaluation.arms if _is_made(recipe, arm)]
+    own = recipe.evaluation.arms
+    beside = [each for arm in own for each in ((arm, "teachers") if arm == "teacher" else (arm,))]
+    return [arm for arm in beside if _is_made(recipe, arm)]
 
 
 def controls(recipe: Recipe) -> list[str]:
@@ -76,4 +90,4 @@ def controls(recipe: Recipe) -> list[str]:
 def rivals(recipe: Recipe) -> dict[str, str]:
     """Map each arm that the distilled student has to beat to its words, trained ones first; also those not measured."""
     made = [name for name, arm in ARMS.items() if arm.rival and _is_made(recipe, name)]
-    return {name: ARMS[name].rival for name in sorted(made, key=lambda name: ARMS[name].terms is None)}
+    return {name: arms_of(recipe)[name].rival for name in sorted(made, key=lambda name: ARMS[name].terms is None)}

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from distill.models.forward import Batch, Outputs, device_of, to_device
 from distill.models.head import OutputHead
-from distill.teacher import LiveTeacher
+from distill.models.mixture import MixtureHead
+from distill.teacher import LiveTeacher, Mixture
 
 HOST_BYTES = 2**30
 """Bytes of the teacher's outputs that are held in main memory; the rest lies on disk."""
@@ -25,10 +26,10 @@ class RecordedTeacher:
     one safetensors file per batch.
     """
 
-    def __init__(self, teacher: LiveTeacher, folder: Path, host_bytes: int):
+    def __init__(self, teacher: LiveTeacher | Mixture, folder: Path, host_bytes: int):
         self.teacher, self.folder, self.free_bytes = teacher, folder, host_bytes
         self._kept: dict[int, Tensor | Path] = {}
-        self._head: OutputHead | None = None
+        self._head: OutputHead | MixtureHead | None = None
 
     def __call__(self, batch: Batch) -> Outputs:
         """Return logits, or `last` and `head`, of a batch; its first of `examples` is what it is known by."""
@@ -55,7 +56,9 @@ class RecordedTeacher:
 
 
 @contextmanager
-def record_teacher(teacher: LiveTeacher, folder: Path, host_bytes: int = HOST_BYTES) -> Iterator[RecordedTeacher]:
+def record_teacher(
+    teacher: LiveTeacher | Mixture, folder: Path, host_bytes: int = HOST_BYTES
+) -> Iterator[RecordedTeacher]:
     """Record a teacher during the block. The folder takes the outputs that memory does not, and is gone afterwards."""
     shutil.rmtree(folder, ignore_errors=True)  # a killed run left it
     folder.mkdir(parents=True)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from distill.evaluation.arms import ARMS
+from distill.evaluation.arms import ARMS, Arm
 from distill.evaluation.metrics import compute, higher_is_better
 from distill.evaluation.predict import Rows
 
@@ -16,14 +16,16 @@ def finite_or_none(metrics: Mapping[str, float]) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
-def tabulate_arms(rows: Mapping[str, Rows], names: Sequence[str], steps: int) -> list[dict[str, Any]]:
+def tabulate_arms(
+    rows: Mapping[str, Rows], names: Sequence[str], steps: int, arms: Mapping[str, Arm] = ARMS
+) -> list[dict[str, Any]]:
     """Compute the named metrics of each arm from its rows; `steps` is the length of the training."""
     metrics = {arm: finite_or_none(compute(names, own)) for arm, own in rows.items()}
     return [
         {
             "name": arm,
-            "title": ARMS[arm].title,
-            "steps": 0 if ARMS[arm].terms is None else steps,
+            "title": arms[arm].title,
+            "steps": 0 if arms[arm].terms is None else steps,
             "metrics": own,
             "retained": retain(own, metrics.get("teacher", {})),
         }

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from distill.losses.slopes import BLOCK, Chunk, Fastest, Means, SumTerms, Terms
 from distill.models.head import OutputHead, products, soft_cap
 from distill.models.memory import free_bytes
+from distill.models.mixture import MixtureHead
 
 CHUNK = {"cpu": (5 * 10**6, 128, 512), "cuda": (2**28, 512, 4096)}
 """Device -> logits per chunk, and the fewest and most positions in it. With few positions the gradient of the weight is
@@ -48,7 +49,7 @@ class HeadInput:
 
     rows: Tensor
     """[N, D] what the head reads."""
-    head: OutputHead
+    head: OutputHead | MixtureHead
 
 
 def chunks(sides: Sequence[Any], size: int | None = None) -> Iterator[tuple[slice, list[Any]]]:
@@ -107,6 +108,7 @@ def through_heads(
         The loss, and the sum of each term [K] without gradient. Without positions both are 0 and so are the gradients.
     """
     terms = terms if isinstance(terms, Terms) else Terms(terms)
+    assert isinstance(student.head, OutputHead), "a student has one head"
     work = _Work(student.head, teacher, labels, terms, factors, size, means or Fastest())
     loss, sums = _ThroughHeads.apply(student.rows, student.head.weight, student.head.bias, work)  # type: ignore[no-untyped-call]
     return loss, sums

@@ -8,7 +8,7 @@ from typing import Literal
 
 from distill.errors import InputError
 from distill.models.layout import StackName
-from distill.models.plan import StudentPlan
+from distill.models.plan import StudentPlan, even_pairs
 
 Policy = Literal["plan", "span", "even", "last"] | Sequence[tuple[int, int]]
 """A policy by name, or explicit (student layer, teacher layer) pairs."""
@@ -33,6 +33,7 @@ def layer_map(
         policy: `plan` pairs each kept layer with the teacher layer it came from; `span` pairs it with the last layer
             before the next kept one, so that the student layer before a cut does the work of the dropped layers, too;
             `even` divides the teacher into as many equal spans and pairs their ends; `last` pairs the two last layers.
+            Of a given student that was not cut from this teacher, `plan` and `span` mean `even`.
         plan: how the student was cut; only `plan` and `span` need it.
         student_layers: number of layers of the student.
         teacher_layers: number of layers of the teacher.
@@ -41,13 +42,14 @@ def layer_map(
     Raises:
         InputError: no plan for `plan` or `span`, or a pair that names a layer which does not exist.
     """
+    if plan is not None and plan.given is not None and plan.given.map == "rule" and policy in ("plan", "span"):
+        policy = "even"
     if not isinstance(policy, str):
         pairs = [(student, teacher) for student, teacher in policy]
     elif policy == "last":
         pairs = [(student_layers - 1, teacher_layers - 1)]
     elif policy == "even":
-        ends = [(layer + 1) * teacher_layers // student_layers - 1 for layer in range(student_layers)]
-        pairs = [(layer, max(0, end)) for layer, end in enumerate(ends)]
+        pairs = even_pairs(student_layers, teacher_layers)
     elif plan is None:
         raise InputError(f"map: {policy} needs the plan of the student; write `map: last` or a list of pairs")
     else:

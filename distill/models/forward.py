@@ -21,6 +21,7 @@ from distill.models.attention import watch_maps, watch_projections
 from distill.models.family import layers_of
 from distill.models.head import OutputHead, output_head, stop_at_head, widen_class_logits
 from distill.models.layout import StackName
+from distill.models.mixture import MixtureHead
 from distill.models.padding import UNPADDED, padding_known
 
 Batch = dict[str, Tensor]
@@ -82,12 +83,18 @@ def _shift_right(model: Any, labels: Tensor) -> Tensor:
 def without_cache(model: Any) -> dict[str, Any]:
     """Options of a call that turn off the key-value cache, which is for generation; none for models without one."""
     kind: Any = type(model)
-    return {"use_cache": False} if _has_cache(kind) else {}
+    return {"use_cache": False} if _takes(kind, "use_cache") else {}
+
+
+def takes_token_types(model: Any) -> bool:
+    """Tell whether a model tells the texts of a pair apart by their token types."""
+    kind: Any = type(model)
+    return _takes(kind, "token_type_ids") and (getattr(model.config, "type_vocab_size", 2) or 0) > 1
 
 
 @cache  # asked at every forward pass
-def _has_cache(kind: Any) -> bool:
-    return "use_cache" in signature(kind.forward).parameters
+def _takes(kind: Any, name: str) -> bool:
+    return name in signature(kind.forward).parameters
 
 
 def row_count(batch: Batch) -> int:
@@ -132,7 +139,7 @@ class Outputs:
     """Layer index -> that layer's own output [B, L, D], before any final norm; -1 -> the first layer's input."""
     last: Tensor | None = None
     """[B, L, D] input of the output head."""
-    head: OutputHead | None = None
+    head: OutputHead | MixtureHead | None = None
     attention: dict[int, Tensor] = field(default_factory=dict)
     """Layer index -> attention probabilities [B, H, L, L]."""
     relations: dict[int, list[Tensor]] = field(default_factory=dict)
@@ -146,6 +153,8 @@ def forward(model: Any, batch: Batch, wanted: Capture) -> Outputs:
     head = output_head(model) if wanted.stop_at_head else None
     # With a cache transformers would not look for packed documents either.
     inputs = {**model_inputs(with_decoder_inputs(model, batch)), **without_cache(model)}
+    if "token_type_ids" in inputs and not takes_token_types(model):  # a tokenizer may serve several families
+        del inputs["token_type_ids"]
     with capture(model, wanted) as found, padding_known(batch, inputs):
         if head is None:
             with widen_class_logits(model):

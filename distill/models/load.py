@@ -54,7 +54,11 @@ class ModelHead:
 
 
 def teacher_path(
-    teacher: Teacher, base: Path, remote_code: bool = False, say: Callable[[str], None] = lambda _line: None
+    teacher: Teacher,
+    base: Path,
+    remote_code: bool = False,
+    say: Callable[[str], None] = lambda _line: None,
+    key: str = "teacher.model",
 ) -> Path:
     """Find the local folder of a teacher; downloads a hub id (safetensors, config and tokenizer files only).
 
@@ -65,31 +69,32 @@ def teacher_path(
         base: The folder that relative paths start from (the recipe's).
         remote_code: Download the modelling code that comes with a hub id, too.
         say: Gets a line about a GGUF file that is dequantised.
+        key: That of the recipe which names it.
 
     Raises:
         InputError: The folder, package or hub id cannot be had, a link in it leads elsewhere, or the weights do not
             have the given sha256.
     """
-    folder = teacher_folder(teacher.model, base)
+    folder, section = teacher_folder(teacher.model, base), key.rpartition(".")[0]
     if folder is not None and is_gguf(folder):
         if (actual := sha256_of(folder)) != (teacher.sha256 or actual):
-            raise InputError(f"teacher.sha256: {teacher.model} has {actual}, not {teacher.sha256}")
+            raise InputError(f"{section}.sha256: {teacher.model} has {actual}, not {teacher.sha256}")
         return dequantised(folder, actual, say)
     if folder is None:
-        folder = _from_hub(teacher.model, teacher.revision, ["*.py"] if remote_code else [])
+        folder = _from_hub(teacher.model, teacher.revision, ["*.py"] if remote_code else [], key)
     check_links(folder)
     if teacher.sha256 is not None and (actual := weights_sha256(folder)) != teacher.sha256:
-        raise InputError(f"teacher.sha256: the weights of {teacher.model} have {actual}, not {teacher.sha256}")
+        raise InputError(f"{section}.sha256: the weights of {teacher.model} have {actual}, not {teacher.sha256}")
     return folder
 
 
-def _from_hub(model: str, revision: str | None, code: list[str]) -> Path:
+def _from_hub(model: str, revision: str | None, code: list[str], key: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=[*HUB_FILES, *code]))
     except (OSError, ValueError) as error:  # every hub error is one of these
-        raise InputError(f"teacher.model: cannot get {model!r} from the model hub: {error}") from error
+        raise InputError(f"{key}: cannot get {model!r} from the model hub: {error}") from error
 
 
 def folder_fingerprint(folder: Path) -> str:
@@ -246,7 +251,7 @@ def random_model(
     config = load_config(folder, head, remote_code)
     torch.manual_seed(seed)
     with device, as_input_error(f"cannot build {head.auto_class} from the config.json of {folder}"):
-        model = getattr(transformers, head.auto_class).from_config(config, trust_remote_code=remote_code).eval()
+        model = _built(head, config, remote_code)
     if head.pooled:
         model.sentence_head = sentence_head(folder, say)
     return model
@@ -256,7 +261,14 @@ def hollow_model(folder: Path, remote_code: bool = False) -> Any:
     """Build the base model on the meta device, without weights, to inspect its structure."""
     config = load_config(folder, ModelHead(""), remote_code)
     with torch.device("meta"), as_input_error(f"cannot build a model from the config.json of {folder}"):
-        return transformers.AutoModel.from_config(config, trust_remote_code=remote_code).eval()
+        return _built(ModelHead("AutoModel"), config, remote_code)
+
+
+def _built(head: ModelHead, config: Any, remote_code: bool) -> Any:
+    """Build a model from its config, sizes per layer included."""
+    if is_unequal(config):
+        return as_stock(with_widths(_class_of(head, config))._from_config(config)).eval()
+    return getattr(transformers, head.auto_class).from_config(config, trust_remote_code=remote_code).eval()
 
 
 def trained_labels(folder: Path) -> list[str]:

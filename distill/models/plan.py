@@ -12,6 +12,12 @@ from distill.errors import InputError
 from distill.models.layout import AxisName, StackName
 
 
+def even_pairs(student_layers: int, teacher_layers: int) -> list[tuple[int, int]]:
+    """Divide the teacher into as many equal spans as the student has layers, and pair these with their ends."""
+    ends = [(layer + 1) * teacher_layers // student_layers - 1 for layer in range(student_layers)]
+    return [(layer, max(0, end)) for layer, end in enumerate(ends)]
+
+
 class KeptUnits(BaseModel):
     """The units of one axis that a layer keeps."""
 
@@ -90,6 +96,21 @@ def _convert_layer(layer: Any) -> dict[str, Any]:
     return {"teacher_layer": layer["teacher_layer"], "kept": {"mlp": kept}}
 
 
+class GivenStudent(BaseModel):
+    """A student that was not cut from the teacher."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model_type: str
+    """Its own `config.model_type`."""
+    hidden_size: int
+    """Width of its hidden states."""
+    teacher_hidden_size: int
+    """That of the teacher's."""
+    map: Literal["rule", "plan"]
+    """Source of the pairs of layers: an even rule, or the plan of the run that cut it from this teacher."""
+
+
 class StudentPlan(BaseModel):
     """Decided before anything is cut; `build_student` only carries it out."""
 
@@ -118,6 +139,9 @@ class StudentPlan(BaseModel):
     """Asked against got, by recipe key."""
     layer_scores: dict[str, list[float]] = {}
     """Figures per teacher layer that the decision was based on, e.g. block influence."""
+    given: GivenStudent | None = None
+    """A student that was there: `teacher_layer` is then the layer that each of its layers is compared with, and the
+    numbers of units are its own. null: the student was cut."""
 
     @model_validator(mode="before")
     @classmethod
@@ -153,7 +177,8 @@ class StudentPlan(BaseModel):
 
     def to_json(self) -> str:
         """The plan as JSON text with a final newline."""
-        return json.dumps(self.model_dump(mode="json"), indent=1) + "\n"
+        left_out = {"given"} if self.given is None else set()
+        return json.dumps(self.model_dump(mode="json", exclude=left_out), indent=1) + "\n"
 
     @classmethod
     def load(cls, path: Path) -> StudentPlan:

@@ -17,6 +17,7 @@ from distill.models.layout import StackName
 from distill.models.load import folder_fingerprint
 from distill.models.pattern import pattern_note
 from distill.models.plan import StudentPlan
+from distill.pipeline.given import build_given, given_inputs
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage
 from distill.pipeline.train import save_model
@@ -37,6 +38,9 @@ HALF_ROUNDING = 0.03
 
 def work(session: Session) -> None:
     """Build the student that the plan describes, once a student that keeps everything is the teacher."""
+    if session.recipe.student.given is not None:
+        build_given(session)
+        return
     teacher, corpus, plan = session.load(session.teacher), session.corpus, StudentPlan.load(session.folder.plan)
     size, free = sum(tensor.nbytes for tensor in teacher.state_dict().values()), free_memory()
     if size < free:
@@ -131,8 +135,9 @@ def _logits(model: Any, batch: Batch) -> Tensor:
 
 
 def inputs(session: Session) -> dict[str, Any]:
-    """List teacher and plan."""
-    return {"teacher": folder_fingerprint(session.teacher), "plan": content_of(session.folder.plan)}
+    """List teacher and plan, or a given student."""
+    own = {"teacher": folder_fingerprint(session.teacher), "plan": content_of(session.folder.plan)}
+    return own if session.recipe.student.given is None else {**own, **given_inputs(session)}
 
 
 STAGE = Stage("build", work, inputs, lambda session: [session.folder.student])

@@ -30,7 +30,7 @@ from distill.pipeline.train import is_taught, objective_of, terms_of
 from distill.ranks import process_state
 from distill.recipe.load import fingerprint
 from distill.release.wording import format_count, format_seconds, format_size
-from distill.teacher import LiveTeacher
+from distill.teacher import LiveTeacher, Mixture
 from distill.teacher.cache import ENTRIES, HEAD, Column, shard_name, write_head
 from distill.teacher.shards import ShardFolder
 from distill.teacher.topk import bytes_per_token, pack
@@ -100,8 +100,8 @@ class Filling:
         return [HEAD] if any(column.field == "last" for column in self.columns) else []
 
     @cached_property
-    def teacher(self) -> LiveTeacher:
-        """The teacher, loaded where something is missing."""
+    def teacher(self) -> LiveTeacher | Mixture:
+        """What teaches, loaded where something is missing."""
         layers = {
             field: sorted(column.layer for column in self.columns if column.field == field and column.layer is not None)
             for field in ("hidden", "encoder_hidden")
@@ -200,8 +200,8 @@ class Filling:
 
     def _likeliest(self, column: Column, outputs: Outputs, mask: Tensor) -> Tensor:
         vocabulary = self.session.vocabulary or 0
-        logits: Any = outputs.logits
-        side = logits[mask] if outputs.last is None else HeadInput(outputs.last[mask], self.head)
+        logits, head = outputs.logits, outputs.head
+        side: Any = HeadInput(outputs.last[mask], head) if outputs.last is not None and head else logits[mask]  # type: ignore[index]
         none = torch.zeros(0, bytes_per_token(column.k, vocabulary), dtype=torch.uint8, device=mask.device)
         tokens = (TopK.of(logits[:, :vocabulary], column.k) for _, (logits,) in chunks([side]))
         return torch.cat([none, *(pack(each, vocabulary) for each in tokens)])

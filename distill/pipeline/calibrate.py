@@ -55,6 +55,8 @@ def inputs(session: Session) -> dict[str, Any]:
 
 def check(session: Session) -> None:
     """Refuse gradients of a head that gives a number: there is no class to draw."""
+    if session.recipe.student.given is not None:
+        return
     if session.corpus.head == "regression" and wanted_statistics(session.recipe.student).gradients:
         raise InputError(
             "student.mlp.score: the labels are numbers, and gradients are taken of a head with classes; choose a score "
@@ -62,4 +64,12 @@ def check(session: Session) -> None:
         )
 
 
-STAGE = Stage("calibrate", work, inputs, lambda session: [session.folder.calibration], together=True, check_data=check)
+STAGE = Stage(
+    "calibrate",
+    work,
+    inputs,
+    lambda session: [session.folder.calibration],
+    wanted=lambda recipe: recipe.student.given is None,
+    together=True,
+    check_data=check,
+)

@@ -27,13 +27,14 @@ from distill.data.summary import describe
 from distill.data.tasks.classes import are_numbers
 from distill.data.tasks.task import Settled
 from distill.errors import InputError
-from distill.files import cache_folder, fresh_folder, put_back, sha256_of
+from distill.files import cache_folder, fresh_folder, put_back, read_object, sha256_of
 from distill.models.family import tells_documents_apart
 from distill.models.load import ModelHead, load_config, tokenizer_fingerprint, trained_labels
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage, with_version
 from distill.recipe.jsonrows import list_names
 from distill.recipe.load import fingerprint
+from distill.recipe.teachers import source_names
 
 SEQUENCE_CLASSES = "AutoModelForSequenceClassification"
 NAMELESS = re.compile(r"LABEL_\d+")
@@ -73,7 +74,9 @@ def _load_whole(session: Session, cache: Path) -> Corpus | None:
 
 def _prepare(session: Session, cache: Path) -> None:
     recipe = session.recipe
-    config = load_config(session.source, ModelHead(""), session.remote_code)
+    folders = (session.source, *session.folders_beside.values())
+    readers = {folder: load_config(folder, ModelHead(""), session.remote_code) for folder in folders}
+    config = readers[session.source]
 
     def own_order(settled: Settled) -> Settled:
         asks = settled.classes or settled.head == "regression"
@@ -87,11 +90,13 @@ def _prepare(session: Session, cache: Path) -> None:
             recipe.seed,
             session.base,
             looks=looks(session),
-            packs=tells_documents_apart(config),
+            packs=all(map(tells_documents_apart, readers.values())),
             teacher=session.source,
+            routes={name: at for at, name in enumerate(source_names(recipe.data))} if recipe.routes else {},
             own_order=own_order,
         )
-        _check_padding(session, config)
+        for source, own in readers.items():
+            _check_padding(session, source, own)
         corpus = prepare(order, folder, report)
         _check_vocabulary(session, config, corpus)
     megabytes = sum(file.stat().st_size for file in cache.iterdir()) / 1e6
@@ -214,7 +219,7 @@ def _check_vocabulary(session: Session, config: Any, corpus: Corpus) -> None:
     )
 
 
-def _check_padding(session: Session, config: Any) -> None:
+def _check_padding(session: Session, source: Path, config: Any) -> None:
     """Refuse a decoder with classes whose config and tokenizer pad with different tokens.
 
     Its head reads the last token that is not the config's padding. Another padding would be read instead of the text.
@@ -223,7 +228,7 @@ def _check_padding(session: Session, config: Any) -> None:
     decoder = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
     if session.task.auto_class == SEQUENCE_CLASSES and decoder and theirs not in (None, ours):
         raise InputError(
-            f"{session.source}: its tokenizer pads with {session.tokenizer.pad_token!r}, id {ours}, and config.json "
+            f"{source}: the tokenizer pads with {session.tokenizer.pad_token!r}, id {ours}, and config.json "
             f"says pad_token_id {theirs}, by which the head finds the last token of a text; write one in both"
         )
 
@@ -243,7 +248,14 @@ def inputs(session: Session) -> dict[str, Any]:
         "code": _code_fingerprint(session),
         "own_classes": recipe.teacher.fit is not None,
         "seed": recipe.seed,
+        **({"routes": source_names(recipe.data)} if recipe.routes else {}),
+        **{f"read_by.{key}": _reader(each) for key, each in session.folders_beside.items()},
     }
+
+
+def _reader(folder: Path) -> list[Any]:
+    """Select from a config what decides how rows are packed and padded."""
+    return [read_object(folder / "config.json").get(name) for name in ("model_type", "pad_token_id")]
 
 
 def _code_fingerprint(session: Session) -> str:

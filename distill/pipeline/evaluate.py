@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from distill.data import evaluation_batches, observe_batch
 from distill.errors import InputError
-from distill.evaluation.arms import ARMS, measured_arms, rivals
+from distill.evaluation.arms import ARMS, arms_of, measured_arms, rivals
 from distill.evaluation.efficiency import add_disk_bytes, measure_efficiency
 from distill.evaluation.metrics import METRICS, compute, find_metric, higher_is_better, measurable
 from distill.evaluation.predict import Rows, column_names, merge_rows, predict
@@ -25,6 +25,7 @@ from distill.models.load import folder_fingerprint
 from distill.models.precision import describe_precision, takes_autocast
 from distill.pipeline.session import Session, in_precision
 from distill.pipeline.stage import Stage, settings_of
+from distill.pipeline.teachers import describe_teachers, load_teaching
 from distill.pipeline.train import steps_of
 from distill.ranks import process_state
 from distill.recipe.data import SPLITS
@@ -32,7 +33,7 @@ from distill.recipe.names import TEACHER_METRICS
 from distill.registry import find
 from distill.release.export import without_folders
 from distill.student.masks import mask_settings, sparsity_table
-from distill.teacher import LiveTeacher
+from distill.teacher import LiveTeacher, Mixture
 
 COMPARED = 128
 """Examples on which the released student is measured in two precisions, where the evaluation's is not that of its
@@ -44,7 +45,7 @@ def work(session: Session) -> None:
     shares = session.shares()
     if shares is None:
         return
-    teacher = session.live_teacher(Capture(stop_at_head=True), whole=True)
+    teacher = load_teaching(session, Capture(stop_at_head=True), whole=True)
     recipe, corpus, steps = session.recipe, session.corpus, steps_of(session)
     rows = predict_arms(session, teacher, steps, *shares)
     if not process_state().is_main_process:
@@ -56,17 +57,21 @@ def work(session: Session) -> None:
     columns = next(iter(rows["test"].values()))
     wanted = recipe.evaluation.metrics or measurable(session.task.metrics_for(corpus.head), columns)
     names = list(dict.fromkeys([*wanted, *measurable(TEACHER_METRICS, columns)]))
-    student = session.load(session.folder.distilled, session.near(teacher.device)).to(teacher.device)
+    student = session.load(session.folder.distilled, session.near(teacher.model.device)).to(teacher.model.device)
+    words = arms_of(recipe)
     table = {
         "data": describe_data(session, len(columns["example"])),
         "metrics": names,
         "primary": names[0],
         "higher_is_better": {name: higher_is_better(name) for name in names},
-        "arms": tabulate_arms(rows["test"], names, steps),
-        "also": {split[5:]: tabulate_arms(arms, names, steps) for split, arms in rows.items() if split != "test"},
+        "arms": tabulate_arms(rows["test"], names, steps, words),
+        "also": {
+            split[5:]: tabulate_arms(arms, names, steps, words) for split, arms in rows.items() if split != "test"
+        },
         "teacher": read_object(session.folder.examined),
         "precision": describe_precisions(session, teacher, student),
         "rivals": rivals(recipe),
+        "taught_by": describe_teachers(session),
         "efficiency": compare_speed(session, teacher.model, student) if recipe.evaluation.efficiency else None,
         "sparsity": sparsity_table(recipe, student),
     }
@@ -92,7 +97,7 @@ def describe_data(session: Session, measured: int) -> dict[str, Any]:
     }
 
 
-def describe_precisions(session: Session, teacher: LiveTeacher, student: Any) -> dict[str, Any]:
+def describe_precisions(session: Session, teacher: LiveTeacher | Mixture, student: Any) -> dict[str, Any]:
     """Say what teacher and students computed in, and where that is not what is released, measure the difference.
 
     The distilled student is measured once more on the first test examples, in the precision of the evaluation and in
@@ -127,7 +132,7 @@ def save_rows(columns: Rows, path: Path, fingerprint: str) -> None:
 
 
 def predict_arms(
-    session: Session, teacher: LiveTeacher, steps: int, rank: int, ranks: int
+    session: Session, teacher: LiveTeacher | Mixture, steps: int, rank: int, ranks: int
 ) -> dict[str, dict[str, Rows]]:
     """Predict the test split, and those of `data.also`, with every arm; every rank gets all rows.
 
@@ -150,14 +155,16 @@ def predict_arms(
         recordings = {split: stack.enter_context(record_teacher(teacher, folders[split], share)) for split in splits}
         for arm in measured_arms(recipe):
             model, precision = teacher.model, recipe.training.precision
-            if arm != "teacher":
-                model = session.load(session.arm_folder(arm), session.near(teacher.device)).to(teacher.device)
-            if arm != "teacher" and not ARMS[arm].terms:
+            if ARMS[arm].start != "teacher":
+                model = session.load(session.arm_folder(arm), session.near(teacher.model.device)).to(
+                    teacher.model.device
+                )
+            if ARMS[arm].start != "teacher" and not ARMS[arm].terms:
                 model = ARMS[arm].prepare(recipe, model, steps)
             for split, recording in recordings.items():
                 examples = corpus.splits[split]
                 batches = evaluation_batches(corpus, examples, recipe.evaluation.batch_size, rank, ranks)
-                ask = recording if arm == "teacher" else None
+                ask = recording if arm == ("teachers" if recipe.mixes else "teacher") else None
                 observe = partial(observe_batch, corpus, examples)
                 own = [predict(model, batches, corpus.head, recording, session.vocabulary, observe, ask, precision)]
                 found = merge_rows(gather_object(own) if ranks > 1 else own)

@@ -16,8 +16,10 @@ from distill.evaluation.predict import merge_rows, predict
 from distill.evaluation.table import finite_or_none
 from distill.files import write_json
 from distill.losses import PREDICTION_KINDS
+from distill.models.forward import Capture
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage
+from distill.pipeline.teachers import load_teaching
 from distill.ranks import process_state
 from distill.release.wording import format_number
 
@@ -38,17 +40,19 @@ def work(session: Session) -> None:
     examples = corpus.splits[split]
     pool = range(min(EXAMINED, len(examples)))
     batches = partial(evaluation_batches, corpus, examples, session.recipe.evaluation.batch_size, pool=pool)
-    teacher, observe = session.live_teacher(whole=True), None
+    teacher, observe = load_teaching(session, Capture(stop_at_head=True), whole=True), None
     if corpus.task.observed_in_training:
         observe = partial(observe_batch, corpus, examples)
     vocabulary, precision = session.vocabulary, teacher.precision
-    own = predict(teacher.model, batches(*shares), corpus.head, None, vocabulary, observe, precision=precision)
+    ask = teacher if session.recipe.mixes else None
+    own = predict(teacher.model, batches(*shares), corpus.head, None, vocabulary, observe, ask, precision)
     rows = merge_rows(gather_object([own]) if shares[1] > 1 else [own])
     finished = corpus.task.finish(rows, corpus.settled)
     metrics = compute(measurable(corpus.task.metrics_for(corpus.head), finished), finished) if rows else {}
     figures = {"split": split, "examples": len(pool), "metrics": finite_or_none(metrics), "weakness": ""}
     line = ", ".join(f"{name} {format_number(value)}" for name, value in metrics.items())
-    session.say(f"  the teacher on {len(pool)} {split} examples: {line}")
+    who = "mixture of the teachers" if session.recipe.mixes else "teacher"
+    session.say(f"  the {who} on {len(pool)} {split} examples: {line}")
     if PREDICTION_KINDS[corpus.head].compares_classes and rows:
         classes = session.vocabulary or PREDICTION_KINDS[corpus.head].classes or len(corpus.classes)
         totals = {name: float(rows[name].sum()) for name in ("nll", "correct", "tokens")}

@@ -16,9 +16,10 @@ from distill.models.forward import Batch, Capture
 from distill.models.load import load_config
 from distill.pipeline.fp8 import quantise_teacher
 from distill.pipeline.session import Session
+from distill.pipeline.teachers import load_teaching
 from distill.recipe.cache import TeacherCache
 from distill.recipe.schema import Term
-from distill.teacher import CachedTeacher, LiveTeacher
+from distill.teacher import CachedTeacher, LiveTeacher, Mixture
 from distill.teacher.cache import ENTRIES, Column
 from distill.teacher.keys import row_keys
 from distill.teacher.shards import ShardFolder
@@ -27,7 +28,9 @@ FOLDER = "teachers"
 """Of the user's cache."""
 
 
-def find_teacher(session: Session, terms: Sequence[Term], objective: Objective) -> LiveTeacher | CachedTeacher | None:
+def find_teacher(
+    session: Session, terms: Sequence[Term], objective: Objective
+) -> LiveTeacher | CachedTeacher | Mixture | None:
     """Find the teacher of a training: live, from the cache where the recipe asks for one, or none."""
     if not objective.needs_teacher:
         return None
@@ -36,9 +39,9 @@ def find_teacher(session: Session, terms: Sequence[Term], objective: Objective) 
     return teaching(session, objective.teacher)
 
 
-def teaching(session: Session, capture: Capture) -> LiveTeacher:
-    """Load the teacher as it teaches: in 8 bits where the recipe says so. Raises InputError where that changes it."""
-    teacher = session.live_teacher(capture)
+def teaching(session: Session, capture: Capture) -> LiveTeacher | Mixture:
+    """Load what teaches, as it does: in 8 bits where the recipe says so. Raises InputError where that changes it."""
+    teacher = load_teaching(session, capture)
     if session.recipe.teacher.dtype == "fp8":
         quantise_teacher(session, teacher.model)
     return teacher
@@ -90,7 +93,8 @@ def _predictions(spec: TeacherCache, kind: str) -> Column:
 def keys_of(kind: str, batch: Batch) -> np.ndarray:
     """Hash the rows of a batch for a kind of predictions, uint8 [B, KEY]; a decoder that writes reads the labels."""
     marks = [_predicted(kind, batch), _states(kind, batch)] if PREDICTION_KINDS[kind].vocabulary else []
-    return row_keys(batch, marks, ("labels",) if kind == "seq2seq" else ())
+    # Which teacher answers may depend on the route.
+    return row_keys(batch, marks, ("route", "labels") if kind == "seq2seq" else ("route",))
 
 
 def real_rows(batch: Batch) -> Tensor:

@@ -5,13 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from distill.files import content_of, write_text
+from distill.pipeline.compatible import check_vocabularies, probe_tokenizers
+from distill.pipeline.given import given_inputs, plan_given
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage
+from distill.pipeline.teachers import check_members
 from distill.student import Statistics, check_strategies, plan_student
 
 
 def work(session: Session) -> None:
     """Plan the student from the calibration's statistics, and say what was asked and what was got."""
+    if session.recipe.student.given is not None:
+        write_text(session.folder.plan, plan_given(session).to_json())
+        return
     statistics = Statistics.load(session.folder.calibration)
     teacher = session.live_teacher(whole=True)
     decided = plan_student(teacher.model, session.recipe.student, statistics)
@@ -22,7 +28,9 @@ def work(session: Session) -> None:
 
 
 def inputs(session: Session) -> dict[str, Any]:
-    """List teacher, statistics and policies."""
+    """List teacher, statistics and policies; or what a given student is described by."""
+    if session.recipe.student.given is not None:
+        return given_inputs(session)
     return {
         "teacher": session.teacher_inputs(),
         "calibration": content_of(session.folder.calibration),
@@ -31,8 +39,15 @@ def inputs(session: Session) -> dict[str, Any]:
 
 
 def check(session: Session) -> None:
-    """Find every policy, score and allocation that the recipe names, the user's own included."""
+    """Find every policy, score and allocation that the recipe names, and look at the models beside the first."""
     check_strategies(session.recipe.student)
+    check_vocabularies(session)
 
 
-STAGE = Stage("plan", work, inputs, lambda session: [session.folder.plan], check=check)
+def check_data(session: Session) -> None:
+    """Try the tokenizers on the data, and look at the classes of every teacher."""
+    probe_tokenizers(session)
+    check_members(session)
+
+
+STAGE = Stage("plan", work, inputs, lambda session: [session.folder.plan], check=check, check_data=check_data)

@@ -66,6 +66,8 @@ class Rehearsal:
     """The same."""
     cached: TeacherCache | None = None
     """What is there of the teacher is what a cache keeps, and its head where logits are made by that."""
+    beside: Sequence[Callable[[], Any]] = ()
+    """Makes the other teachers on the device, which are run one after the other."""
 
     def objective(self, terms: Sequence[Term], chunk: int | None = None) -> Objective:
         """Make an objective of some of the terms."""
@@ -89,8 +91,7 @@ class Rehearsal:
 
     def hollow(self) -> tuple[Any, Any]:
         """Make the model that is trained, and the teacher or None, without weights."""
-        with torch.device("meta"), no_init_weights():
-            return self.build(), None if self.teacher is None else self.teacher()
+        return make_hollow(self.build), None if self.teacher is None else make_hollow(self.teacher)
 
     def freeze(self, student: Any) -> None:
         """Hold a model as the training does, and choose what learns of it: parameters, or adapters."""
@@ -119,6 +120,12 @@ class Rehearsal:
         return DistillModel(student, objective).train()
 
 
+def make_hollow(make: Callable[[], Any]) -> Any:
+    """Make a model without weights."""
+    with torch.device("meta"), no_init_weights():
+        return make()
+
+
 @contextmanager
 def autocast(spec: Optimization, device: torch.device) -> Iterator[None]:
     """Compute in the precision of a training, as Accelerate does."""
@@ -137,6 +144,7 @@ def rehearse_memory(training: Rehearsal, device: torch.device) -> Peak:
         device: Decides how many positions the loss has at once; it need not be there.
     """
     student, teacher = training.hollow()
+    others = [make_hollow(make) for make in training.beside]
     heads = [output_head(model) for model in (student, teacher) if model is not None]
     apart = heads[0] is not None and PREDICTION_KINDS[training.kind].vocabulary
     # The loss of a vocabulary is looked at apart: nothing of it is left in the step but the gradient of the head.
@@ -152,6 +160,9 @@ def rehearse_memory(training: Rehearsal, device: torch.device) -> Peak:
             make_fake(teacher)
             if training.cached and training.cached.keep == "hidden" and (kept := output_head(teacher)):
                 trace.move([kept.weight], "teacher")
+        trace.fill("teacher")
+        for each in others:
+            make_fake(each)
         before = _trace_step(training, wrapper, teacher, bool(left), trace)
         peaks = list(trace.peaks.values())
     if apart:

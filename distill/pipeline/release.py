@@ -78,6 +78,7 @@ def collect_evidence(session: Session, release_format: Format = "uniform") -> Ev
             "model_type": plan.model_type,
             "fitted": spec.fit is not None,
         },
+        student=_given(session, plan),
         environment={
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -91,6 +92,15 @@ def collect_evidence(session: Session, release_format: Format = "uniform") -> Ev
         release_format=release_format,
         sample=session.task.sample,
     )
+
+
+def _given(session: Session, plan: StudentPlan) -> dict[str, Any]:
+    """Name the model that a given student is from, without its folders."""
+    given = session.recipe.student.given
+    if given is None or plan.given is None:
+        return {}
+    named = {"model": without_folders(given.model), "revision": given.revision, "sha256": given.sha256}
+    return {**named, "model_type": plan.given.model_type}
 
 
 def inputs(session: Session) -> dict[str, Any]:

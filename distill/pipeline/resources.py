@@ -68,7 +68,9 @@ def forecast(session: Session) -> Iterator[Printed]:
 def depth_before_width(session: Session) -> str | None:
     """Say in a line what depth would bring in the place of narrower layers; None where it brings nothing."""
     plan = StudentPlan.load(session.folder.plan)
-    if all(layer.width == layer.teacher_width for side in ("main", "encoder") for layer in plan.stack(side)):
+    if plan.given is not None or all(
+        layer.width == layer.teacher_width for side in ("main", "encoder") for layer in plan.stack(side)
+    ):
         return None
     models = Models(session, session.teacher, session.head, plan)
     student, teacher = models.student(), models.hollow()
@@ -143,6 +145,8 @@ def time_of(work: Work, device: torch.device) -> StepTime | str:
     own = work.rehearsal
     if own.cached is None and (own.teacher_dtype == "int8" or own.teacher_device != "same"):
         return "a teacher in 8 bits, on the CPU or sharded is not timed"
+    if work.rehearsal.beside:
+        return "several teachers are not timed"
     try:
         time = rehearse_time(replace(work.rehearsal, batch=work.usual or work.rehearsal.batch), device)
     except torch.OutOfMemoryError:

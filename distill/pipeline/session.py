@@ -21,7 +21,7 @@ from distill.models.load import ModelHead, add_tokens, folder_fingerprint, load_
 from distill.models.precision import DTYPES
 from distill.pipeline.folder import RunDir
 from distill.ranks import process_state, shards_weights
-from distill.recipe.schema import Recipe
+from distill.recipe.schema import Recipe, Teacher
 from distill.registry import find
 from distill.teacher import LiveTeacher
 
@@ -44,11 +44,29 @@ class Session:
     accept_weak_teacher: bool = False
     """Go on with a teacher that is no better than chance."""
     _said: set[str] = field(default_factory=set, repr=False)
+    _folders: dict[str, Path] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def source(self) -> Path:
         """Local folder of the teacher as the recipe names it."""
-        return teacher_path(self.recipe.teacher, self.base, self.remote_code, self.say)
+        return self.folder_of(next(iter(self.recipe.models)))
+
+    @cached_property
+    def student_source(self) -> Path:
+        """Local folder of a student that is given."""
+        return self.folder_of("student.from")
+
+    @property
+    def folders_beside(self) -> dict[str, Path]:
+        """Folders of the models beside the first teacher, which read what its tokenizer writes, by their keys."""
+        return {key: self.folder_of(key) for key in list(self.recipe.models)[1:]}
+
+    def folder_of(self, key: str) -> Path:
+        """Return the local folder of the model that a key of the recipe names."""
+        if key not in self._folders:
+            model = self.recipe.models[key]
+            self._folders[key] = teacher_path(model, self.base, self.remote_code, self.say, key)
+        return self._folders[key]
 
     @property
     def teacher(self) -> Path:
@@ -129,36 +147,37 @@ class Session:
             self._said.add(line)
             self.say(line)
 
-    def live_teacher(self, capture: Capture = NOTHING, *, whole: bool = False) -> LiveTeacher:
+    def live_teacher(self, capture: Capture = NOTHING, *, whole: bool = False, member: int = 0) -> LiveTeacher:
         """Load the teacher, frozen, where `teacher.device` says and in `teacher.dtype`.
 
         Args:
             capture: Tensors that each of its forward passes hands on.
             whole: This rank alone uses it, or reads its weights. A sharded teacher then lies in main memory, and one
                 in 8 bits keeps the dtype that it is stored in; a line says so.
+            member: Number of the teacher among several.
         """
-        spec, device = self.recipe.teacher, process_state().device
+        spec, device = (self.recipe.teachers[member] if member else self.recipe.teacher), process_state().device
         on_cpu = spec.device == "cpu" or (whole and spec.device == "sharded")
         place, int8 = CPU if on_cpu else device, spec.dtype == "int8" and not whole
         if whole and (spec.device == "sharded" or spec.dtype == "int8"):
             memory = "main memory" if on_cpu else "the device"
             dtype = "its stored dtype" if spec.dtype in ("int8", "stored") else spec.dtype
             self.say(f"  the whole teacher is needed here, not shards or 8 bits: it is in {memory}, in {dtype}")
-        model = self.load(self.teacher, self.near(place), int8=int8)
+        folder = self.folder_of(f"teachers.{member}.model") if member else self.teacher
+        model = self.load(folder, self.near(place), int8=int8)
         if not int8:
             model.to(DTYPES.get(spec.dtype, model.dtype))
         if spec.device == "sharded" and not whole:
             model = shard_model(model.requires_grad_(False).to(device), layers_of(model))
-        return LiveTeacher(model, capture, place, "fp32" if int8 else self.teacher_precision)
+        return LiveTeacher(model, capture, place, "fp32" if int8 else self.precision_of(spec))
 
     def near(self, device: torch.device) -> torch.device:
         """Choose where a model meant for a device is read or drawn: there, unless FSDP or DeepSpeed place it."""
         return CPU if shards_weights() else device
 
-    @property
-    def teacher_precision(self) -> str:
-        """Precision in which fp32 weights of the teacher are multiplied: the training's, unless it names a dtype."""
-        return "fp32" if self.recipe.teacher.dtype in DTYPES else self.recipe.training.precision
+    def precision_of(self, spec: Teacher) -> str:
+        """Precision in which fp32 weights of a teacher are multiplied: the training's, unless it names a dtype."""
+        return "fp32" if spec.dtype in DTYPES else self.recipe.training.precision
 
     def shares(self) -> tuple[int, int] | None:
         """Return this rank, and the number of ranks, among which forward passes of the whole teacher are shared out.
@@ -171,10 +190,18 @@ class Session:
             return (0, 1) if state.is_main_process else None
         return state.process_index, state.num_processes
 
-    def teacher_inputs(self) -> dict[str, str]:
-        """Return the teacher's fingerprint and precision, on which every stage that runs it depends."""
-        own = {"weights": folder_fingerprint(self.teacher), "dtype": self.recipe.teacher.dtype}
-        return own | in_precision(self.teacher_precision)
+    def teacher_inputs(self) -> dict[str, Any]:
+        """Return the fingerprints and precisions of all teachers, on which every stage that runs them depends."""
+        members = self.recipe.teachers if self.recipe.mixes else [self.recipe.teacher]
+        folders = [self.teacher, *(self.folder_of(f"teachers.{number}.model") for number in range(1, len(members)))]
+        own: list[dict[str, Any]] = [
+            {"weights": folder_fingerprint(folder), "dtype": one.dtype, **in_precision(self.precision_of(one))}
+            for one, folder in zip(members, folders, strict=True)
+        ]
+        if len(own) == 1:
+            return own[0]
+        taught = [[one.weight, one.sources] for one in self.recipe.teachers]
+        return {**own[0], "others": own[1:], "shares": taught}
 
 
 def in_precision(precision: str) -> dict[str, str]:

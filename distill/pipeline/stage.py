@@ -164,8 +164,8 @@ def local_inputs(recipe: Recipe, base: Path) -> dict[str, Path]:
         key = f"data.{recipe.data.key_of(split)}"
         each = [path for source in recipe.data.origins(split) for path in searched_paths(source.source, base)]
         found |= {f"file {number} of {key}" if number else key: path for number, path in enumerate(each)}
-    teacher = teacher_folder(recipe.teacher.model, base)
-    return found if teacher is None else {"teacher.model": teacher, **found}
+    folders = {key: teacher_folder(model.model, base) for key, model in recipe.models.items()}
+    return {**{key: folder for key, folder in folders.items() if folder is not None}, **found}
 
 
 def with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
@@ -175,5 +175,4 @@ def with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
         expanded = Path(path).expanduser()
         return str(expanded if expanded.is_absolute() else (base / path).resolve()) if is_path(path) else path
 
-    teacher = recipe.teacher.model_copy(update={"model": absolute(recipe.teacher.model)})
-    return recipe.model_copy(update={"teacher": teacher, "data": recipe.data.with_sources(absolute)})
+    return recipe.with_paths(absolute)

@@ -35,11 +35,13 @@ from distill.ranks import process_state
 from distill.recipe.schema import Optimization, Recipe, Term
 from distill.registry import is_reference
 from distill.student.masks import compact_trained, mask_settings, masks_for
-from distill.teacher import CachedTeacher, LiveTeacher
+from distill.teacher import CachedTeacher, LiveTeacher, Mixture
 from distill.training import Job, train
 from distill.training.optim import find_optimizer
 from distill.training.setup import check_launch_keeps, deal_out, horizon
 from distill.training.tracking import check_trackers
+
+Teaching = LiveTeacher | CachedTeacher | Mixture
 
 
 def train_controls(session: Session) -> None:
@@ -55,7 +57,7 @@ def train_arm(session: Session, arm: str) -> None:
     teacher = find_teacher(session, terms_of(recipe, arm), objective)
     if teacher is not None:
         objective.project(model.config.hidden_size, teacher.width)
-        live = [teacher.model] if isinstance(teacher, LiveTeacher) else []
+        live = [] if isinstance(teacher, CachedTeacher) else [teacher.model]
         for each in (model, *live) if objective.student.attention else ():
             use_eager_attention(each)
     # In steps: fewer examples may carry a label, and then the same epochs would be fewer.
@@ -91,16 +93,14 @@ def maps_of(plan: StudentPlan) -> tuple[Maps, Maps | None]:
     return main, lambda policy: layer_map(policy, plan, *depths, side="encoder")
 
 
-def train_model(
-    session: Session, job: Job, model: Any, objective: Objective, teacher: LiveTeacher | CachedTeacher | None
-) -> None:
+def train_model(session: Session, job: Job, model: Any, objective: Objective, teacher: Teaching | None) -> None:
     """Train a model in place; it comes back on the CPU, in the dtype it had."""
     batches = batches_for(session, job.spec, labelled=not objective.needs_teacher)
     if isinstance(teacher, CachedTeacher):
         batches = replace(batches, extend=teacher.add)
     measured, dtype = partial(measure_held_out, session, precision=job.spec.precision), model.dtype
     model.float()  # AdamW's small steps would be lost in half-precision weights; of `weights: bf16` masters follow
-    measure = peak_measurement(session, job, model, teacher if isinstance(teacher, LiveTeacher) else None)
+    measure = peak_measurement(session, job, model, None if isinstance(teacher, CachedTeacher) else teacher)
     train(
         replace(job, peak_tokens_per_second=measure and measure(), measure_peak=measure),
         model,
@@ -140,10 +140,14 @@ def batches_for(session: Session, spec: Optimization, *, labelled: bool) -> Trai
     return TrainingBatches(corpus, pool, *sizes, session.recipe.seed, session.recipe.data.max_length)
 
 
-def peak_measurement(session: Session, job: Job, model: Any, teacher: LiveTeacher | None) -> Callable[[], float] | None:
+def peak_measurement(
+    session: Session, job: Job, model: Any, teacher: LiveTeacher | Mixture | None
+) -> Callable[[], float] | None:
     """Make what measures the tokens per second of a training at an MFU of 1; None where nothing counts its products."""
     spec, state = session.recipe.teacher, process_state()
     if teacher is not None and (spec.dtype in ("int8", "fp8") or spec.device != "same"):
+        return None
+    if isinstance(teacher, Mixture):
         return None
     adapters = job.spec.lora is not None
     flops = training_flops(model, teacher and teacher.model, session.recipe.data.max_length, adapters=adapters)
@@ -228,7 +232,8 @@ def check(session: Session) -> None:
     check_trackers(recipe.training.trackers)
     if recipe.training.keep_best not in (None, *task.metrics):  # of a task of the user's own
         raise InputError(f"training.keep_best: {recipe.training.keep_best} is not one of {', '.join(task.metrics)}")
-    check_dtype(recipe.teacher.dtype, state.device)
+    for one in (*recipe.teachers, recipe.teacher):
+        check_dtype(one.dtype, state.device)
     if recipe.teacher.device == "sharded" and state.num_processes == 1:
         raise InputError("teacher.device: sharded spreads the teacher over several processes, and there is one")
 

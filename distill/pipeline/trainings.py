@@ -26,6 +26,7 @@ from distill.pipeline.session import Session
 from distill.pipeline.train import batches_for, is_taught, maps_of, steps_of, terms_of
 from distill.recipe.schema import Student, Term, Training
 from distill.student import build_student, plan_student
+from distill.student.given import describe_student
 from distill.training.setup import deal_out, horizon
 
 LOOK = 200
@@ -87,7 +88,11 @@ def hollow_works(session: Session) -> list[Work]:
     pooled = PREDICTION_KINDS[task.head].vectors
     head = ModelHead(task.auto_class, settled.classes, None, task.model_settings(settled), pooled)
     meta = hollow_teacher(session, session.source, head)
-    models = Models(session, session.source, head, plan_student(meta, countable(recipe.student)))
+    if recipe.student.given is None:
+        plan = plan_student(meta, countable(recipe.student))
+    else:
+        plan = describe_student(meta, hollow_teacher(session, session.student_source, head))
+    models = Models(session, session.source, head, plan)
     works = []
     fit = None if recipe.teacher.fit is None else Training(**recipe.teacher.fit.model_dump(exclude_unset=True))
     makers = [] if fit is None else [(models.fit(fit), fit)]
@@ -170,6 +175,8 @@ class Models:
 
     def student(self) -> Any:
         """Make the student as it is trained."""
+        if self.plan.given is not None:
+            return hollow_teacher(self.session, self.session.student_source, self.head).float()
         with torch.device("meta"):
             return build_student(self.hollow(), self.plan).float()
 
@@ -177,6 +184,16 @@ class Models:
         """Make the teacher as it computes; one in 8 bits has its linear maps in bf16 here, see `as_eight_bits`."""
         model = self.hollow()
         return model.to(torch.bfloat16 if dtype == "int8" else DTYPES.get(dtype, model.dtype))
+
+    def beside(self) -> list[Callable[[], Any]]:
+        """Make the other teachers that lie on the device."""
+
+        def make(number: int, dtype: str) -> Any:
+            model = hollow_teacher(self.session, self.session.folder_of(f"teachers.{number}.model"), self.head)
+            return model.to(torch.bfloat16 if dtype == "int8" else DTYPES.get(dtype, model.dtype))
+
+        members = list(enumerate(self.session.recipe.teachers))[1:]
+        return [partial(make, number, one.dtype) for number, one in members if one.device == "same"]
 
     def fit(self, spec: Training) -> Callable[[str, Batch], Rehearsal]:
         """Rehearse the teacher's own fit."""
@@ -195,7 +212,7 @@ class Models:
         def make(kind: str, batch: Batch) -> Rehearsal:
             made = partial(self.teacher, teacher.dtype) if is_taught(terms) else None
             own = Rehearsal(arm, spec, self.student, made, terms, kind, batch, deal_out(spec)[1], *maps)
-            own = replace(own, teacher_dtype=teacher.dtype, teacher_device=teacher.device)
-            return replace(own, vocabulary=self.vocabulary, cached=teacher.cache)
+            own = replace(own, vocabulary=self.vocabulary, teacher_dtype=teacher.dtype, teacher_device=teacher.device)
+            return replace(own, cached=teacher.cache, beside=self.beside() if is_taught(terms) else ())
 
         return make

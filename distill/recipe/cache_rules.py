@@ -12,9 +12,6 @@ from distill.recipe.fields import KeyPath, Mistake
 from distill.recipe.sections import Teacher, Training
 from distill.recipe.terms import Term
 
-WITH_VOCABULARY = (*names.CAUSAL_TASKS, *names.TWO_STACK_TASKS, "masked_lm")
-"""Tasks whose predictions are tokens."""
-
 
 def cached_outputs_are_enough(teacher: Teacher, terms: Mapping[int, Term]) -> Iterator[Mistake]:
     """Refuse terms that compare what the cache does not keep."""
@@ -50,6 +47,6 @@ def cache_is_read(teacher: Teacher, losses: list[Term], data: Data, training: Tr
     elif topk and not matches & {*PREDICTIONS}:
         message = "no term compares predictions with the teacher's"
         yield Mistake((*key, "keep"), message, "write keep: hidden, with which layers are kept alone")
-    elif topk and ":" not in data.task and data.task not in WITH_VOCABULARY:
+    elif topk and ":" not in data.task and data.task not in names.VOCABULARY_TASKS:
         message = f"task: {data.task} has no vocabulary to choose the most likely tokens of"
         yield Mistake((*key, "keep"), message, "write keep: hidden, which keeps its few logits whole")

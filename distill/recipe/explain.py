@@ -25,7 +25,9 @@ from distill.recipe.sections import SHA256
 from distill.recipe.yaml import scalar
 from distill.registry import REFERENCE, nearest, suggest
 
-SECTIONS = sorted([(), ("student",), *(path for name, path in PARTS.items() if name != "losses")], key=len)
+NO_SECTIONS = ("losses", "teachers", "given")
+"""Parts that are lists or single values."""
+SECTIONS = sorted([(), ("student",), *(path for name, path in PARTS.items() if name not in NO_SECTIONS)], key=len)
 """Every section outside lists, the recipe itself first."""
 _PATTERNS = {
     NAME: "letters, digits, '.', '_' and '-', starting with a letter or digit",
@@ -96,7 +98,7 @@ def _field(path: KeyPath) -> FieldInfo | None:
     field = None
     for key in path:
         if isinstance(key, str):
-            field = section.model_fields.get(key) if section else None
+            field = section.keys().get(key) if section else None
             section = next(iter(_sections_in(field.annotation)), None) if field else None
     return field if isinstance(path[-1], str) else None
 
@@ -105,7 +107,7 @@ def _keys(path: KeyPath) -> list[str]:
     """Return the keys of a section; of a list of sections, those of its items."""
     names = [key for key in path if isinstance(key, str)]
     field = _field(tuple(names)) if names else None
-    return list(_sections_in(field.annotation if field else Recipe)[0].model_fields)
+    return list(_sections_in(field.annotation if field else Recipe)[0].keys())
 
 
 def _sections_in(annotation: Any) -> list[type[Section]]:
@@ -159,7 +161,7 @@ def _misplaced(
     if empty:
         fix = f"put spaces in front of it, so that it belongs to {dotted(target)}:{renamed}"
         mistake = replace(mistake, message=f"indented wrongly: {dotted(target)}: has nothing in it", fix=fix)
-    elif not target and _sections_in(Recipe.model_fields[wanted].annotation):
+    elif not target and _sections_in(Recipe.keys()[wanted].annotation):
         fix = f"move it to the left; it {mistake.fix}"
         mistake = replace(
             mistake, message=f"indented wrongly: {wanted}: is no key of {dotted(mistake.path[:-1])}:", fix=fix

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from distill.recipe.names import PARAMS
@@ -69,7 +70,14 @@ def dotted(path: KeyPath) -> str:
 class Section(BaseModel):
     """Strict, frozen base of every section: an unknown key is an error and nothing changes after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, serialize_by_alias=True
+    )
+
+    @classmethod
+    def keys(cls) -> dict[str, FieldInfo]:
+        """Map the keys of the section, as a recipe writes them, to their fields."""
+        return {field.alias or name: field for name, field in cls.model_fields.items()}
 
     def mistakes(self) -> Iterator[Mistake]:
         """Yield what is wrong with keys that are right one by one."""
@@ -82,6 +90,15 @@ class Section(BaseModel):
             context = {"text": "; ".join(map(str, found)), "mistakes": found}
             raise PydanticCustomError("mistakes", "{text}", context)
         return self
+
+    def get(self, path: KeyPath) -> Any:
+        """Return the value at a path of keys as a recipe writes them; None below a section that is not given."""
+        value: Any = self
+        for key in path:
+            names = {} if value is None else type(value).model_fields
+            found = [name for name, field in names.items() if key == (field.alias or name)]
+            value = getattr(value, found[0]) if found else None
+        return value
 
     def changed(self, *keys: str) -> list[str]:
         """Return those of the keys that differ from their default, which says nothing: a dumped recipe has them all."""

@@ -56,7 +56,7 @@ ADVICE = {
     "adam_epsilon": "write optimizer_params: {eps: 1.0e-8} under training:",
     "trust_remote_code": "give --trust-remote-code on the command line",
     "resume_from_checkpoint": "give the same command again; it continues from the last checkpoint",
-    "student_model": "remove it; the student is cut from the teacher",
+    "student_model": "write from: ./FOLDER under student:, or layers: to cut the student from the teacher",
     "load_best_model_at_end": "write keep_best: METRIC under training:; the best checkpoint is kept, not loaded",
 }
 """Key of another tool -> what to do here, where no key takes its place."""
@@ -66,6 +66,6 @@ UNSUPPORTED = (
     *("on_policy", "lmbda", "gkd", "seq_kd", "generation", "rollout"),
     *("vocabulary", "vocab", "vocab_size", "prune_vocabulary", "heads", "attention_heads", "prune_heads"),
     *("num_attention_heads", "hidden", "hidden_size", "embeddings", "experts", "early_stopping", "label_smoothing"),
-    *("early_stopping_patience", "label_smoothing_factor", "gradient_noise", "curriculum", "teachers", "push_to_hub"),
+    *("early_stopping_patience", "label_smoothing_factor", "gradient_noise", "curriculum", "push_to_hub"),
 )
 """Features that do not exist; a neighbour in spelling would be wrong."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from distill.errors import InputError
 from distill.files import read_object
@@ -23,6 +24,7 @@ from distill.recipe.locate import (
 )
 from distill.recipe.names import OFFERED_COLUMNS, SOURCE_COLUMNS, TASK_COLUMNS, columns_read
 from distill.recipe.schema import Data, Source, Teacher
+from distill.recipe.task_rules import reader_fits
 from distill.recipe.weights import check_tensors, parameter_names, read_headers
 from distill.registry import suggest
 
@@ -34,12 +36,29 @@ MAX_TOKENIZER = 20_000_000
 """Bytes of a tokenizer.json that is read to check a recipe."""
 
 
-def look_at_teacher(teacher: Teacher | None, base: Path, *, weights: bool = True) -> tuple[TeacherSize, list[Mistake]]:
+def look_at_models(
+    parts: Mapping[str, Any], base: Path, *, weights: bool = True
+) -> tuple[TeacherSize, TeacherSize | None, list[Mistake]]:
+    """Return the sizes of the first teacher and of a given student, and what is wrong with the files of all models."""
+    named: list[tuple[KeyPath, Teacher | None]] = [(("teacher", "model"), parts.get("teacher"))]
+    members = [(("teachers", number, "model"), one) for number, one in enumerate(parts.get("teachers") or ())]
+    named = [*members, *(() if members else named)]
+    if parts.get("given"):
+        named.append((("student", "from"), Teacher(model=parts["given"])))
+    looked = [look_at_teacher(model, base, path, weights=weights) for path, model in named]
+    (size, mistakes), *others = looked
+    for (path, _), (own, found) in zip(named[1:], others, strict=True):
+        mistakes += found or (reader_fits(parts["data"], size, own, path) if "data" in parts else ())
+    return size, others[-1][0] if parts.get("given") else None, mistakes
+
+
+def look_at_teacher(
+    teacher: Teacher | None, base: Path, path: KeyPath = ("teacher", "model"), *, weights: bool = True
+) -> tuple[TeacherSize, list[Mistake]]:
     """Return size and parameter names of the teacher, as far as its files tell, and what is wrong with them.
 
     Without `weights` there need not be any.
     """
-    path: KeyPath = ("teacher", "model")
     size, mistakes = TeacherSize(), []
     if teacher is None or is_left_behind(teacher.model, base):
         return size, []

@@ -18,9 +18,11 @@ from distill.errors import InputError, Problem, RecipeError
 from distill.recipe.document import Document, at
 from distill.recipe.explain import check_schema, valid_parts
 from distill.recipe.fields import KeyPath, Location, dotted
-from distill.recipe.headers import look_at_data, look_at_folder, look_at_teacher
+from distill.recipe.headers import look_at_data, look_at_folder, look_at_models
+from distill.recipe.locate import teacher_size
 from distill.recipe.rules import check_together
 from distill.recipe.schema import Recipe
+from distill.recipe.task_rules import reader_fits
 from distill.recipe.yaml import read_document, read_text, refuse, scalar
 
 
@@ -67,12 +69,12 @@ def _load(path: str | Path, overrides: Sequence[str], *, weights: bool) -> Recip
     recipe, mistakes, moved = check_schema(document)
     parts = recipe.parts if recipe else valid_parts(document.data)
     base = path.absolute().parent
-    size, of_teacher = look_at_teacher(parts.get("teacher"), base, weights=weights)
+    size, own, of_models = look_at_models(parts, base, weights=weights)
     of_data = look_at_data(parts.get("data"), base)
     reported = {mistake.path for mistake in mistakes}
-    for mistake in (*of_teacher, *of_data, *check_together(parts, size)):
+    for mistake in (*of_models, *of_data, *check_together(parts, size, own)):
         mistakes += [] if mistake.path in reported else [mistake]
-    mistakes = [each for each in mistakes if not any(each.path[: len(own)] == own for own in moved)]
+    mistakes = [each for each in mistakes if not any(each.path[: len(path)] == path for path in moved)]
     ranked += [document.problem(mistake) for mistake in document.mistakes + mistakes]
     if recipe is None or ranked:
         raise RecipeError([problem for _, problem in sorted(ranked, key=lambda entry: entry[0])])
@@ -88,6 +90,15 @@ def check_teacher(recipe: Recipe, folder: Path) -> None:
     size, of_teacher = look_at_folder(folder, weights=recipe.teacher.init != "random")
     mistakes = [*of_teacher, *map(str, check_together(recipe.parts, size))]
     if mistakes:
+        raise InputError("; ".join(mistakes))
+
+
+def check_beside(recipe: Recipe, key: str, first: Path, folder: Path) -> None:
+    """Check a recipe against a model beside its first teacher that it was read without. Raises InputError."""
+    size, (own, found) = teacher_size(first), look_at_folder(folder, weights=True)
+    rules = [*reader_fits(recipe.data, size, own, (key,))]
+    rules += check_together(recipe.parts, size, own) if key == "student.from" else ()
+    if mistakes := [*found, *map(str, rules)]:
         raise InputError("; ".join(mistakes))
 
 

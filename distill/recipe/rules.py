@@ -9,9 +9,10 @@ from __future__ import annotations
 import fnmatch
 import inspect
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
-from distill.recipe import names, task_rules
+from distill.recipe import names, task_rules, teachers
 from distill.recipe.cache_rules import cache_is_read, cached_outputs_are_enough
 from distill.recipe.fields import KeyPath, Mistake
 from distill.recipe.locate import TeacherSize
@@ -21,26 +22,41 @@ from distill.recipe.task_rules import MLP
 from distill.recipe.terms import TERM_KEYS, Term
 
 PARTS: dict[str, KeyPath] = {
-    **{name: (name,) for name in ("teacher", "data", "losses", "training", "evaluation", "release")},
+    **{name: (name,) for name in ("teacher", "teachers", "data", "losses", "training", "evaluation", "release")},
     **{
         name: ("student", name)
         for name in ("layers", "encoder_layers", "mlp", "mask", "target", "calibration", "repair")
     },
     "fit": ("teacher", "fit"),
+    "given": ("student", "from"),
 }
-"""Parts that a rule may ask for; beside these `terms`, the valid loss terms by position, and `size`, the teacher's."""
+"""Parts that a rule may ask for; beside these `terms`, the valid loss terms by position; `size`, the teacher's; and
+`own`, the student's where one is given, else the teacher's."""
 KEEP_FIRST = ("modernbert",)
 """Families whose first layer is built unlike the others, which cannot do without it."""
 STACKS: tuple[KeyPath, KeyPath] = (("student", "layers"), ("student", "encoder_layers"))
 
 
-def check_together(parts: Mapping[str, Any], size: TeacherSize | None = None) -> Iterator[Mistake]:
-    """Yield what is wrong between parts; without `size`, only what holds for every teacher."""
-    known = {**parts, "size": size or TeacherSize()}
+def check_together(
+    parts: Mapping[str, Any], size: TeacherSize | None = None, own: TeacherSize | None = None
+) -> Iterator[Mistake]:
+    """Yield what is wrong between parts.
+
+    Args:
+        parts: As `PARTS` names them.
+        size: Of the first teacher; None: only what holds for every teacher.
+        own: Of a student that is given.
+    """
+    if {"teacher", "teachers"} <= parts.keys():
+        yield from teachers.one_way_to_teach(parts["teacher"], parts["teachers"])
+    known = {**teachers.resolve_teacher(parts), "size": size or TeacherSize()}
+    known["own"] = own or TeacherSize() if parts.get("given") else known["size"]
+    first: KeyPath = ("teachers", 0) if parts.get("teachers") and parts.get("teacher") is None else ("teacher",)
     for rule in RULES:
         wanted = inspect.signature(rule).parameters
-        if wanted.keys() <= known.keys():
-            yield from rule(**{name: known[name] for name in wanted})
+        for mistake in rule(**{name: known[name] for name in wanted}) if wanted.keys() <= known.keys() else ():
+            moved = (*first, *mistake.path[1:]) if mistake.path[:1] == ("teacher",) else mistake.path
+            yield replace(mistake, path=moved)
 
 
 def layers_exist(layers: Layers, encoder_layers: Layers | None, size: TeacherSize) -> Iterator[Mistake]:
@@ -246,7 +262,7 @@ def masked_weights_learn(mask: Mask | None, training: Training) -> Iterator[Mist
 
 
 def patterns_match(
-    fit: Optimization | None, training: Training, mask: Mask | None, size: TeacherSize
+    fit: Optimization | None, training: Training, mask: Mask | None, size: TeacherSize, own: TeacherSize
 ) -> Iterator[Mistake]:
     """Require that patterns over parameter names match something, as far as the names in the files tell."""
     given: list[tuple[KeyPath, list[str]]]
@@ -254,24 +270,28 @@ def patterns_match(
     given += [(("training", key), getattr(training, key)) for key in ("freeze", "only")]
     given += [(("student", "mask", "only"), mask.only)] if mask else []
     given += [((*path, "also"), lora.also) for path, lora in _adapters(fit, training)]
-    bare = [name.partition(".")[2] for name in size.tensors]
     for path, patterns in given:
+        whose, known = ("teacher", size) if path[0] == "teacher" or own is size else ("given student", own)
+        bare = [name.partition(".")[2] for name in known.tensors]
         for position, pattern in enumerate(patterns):
             # A base model lacks the name that stands in front of its parameters in a model with a head.
-            found = fnmatch.filter(size.tensors, pattern) or fnmatch.filter(size.tensors, pattern.partition(".")[2])
-            if size.tensors and not found and not fnmatch.filter(bare, pattern):
-                message = f"{pattern!r} matches no parameter of the teacher"
-                yield Mistake((*path, position), message, f"there is e.g. {next(iter(size.tensors))}")
+            found = fnmatch.filter(known.tensors, pattern) or fnmatch.filter(known.tensors, pattern.partition(".")[2])
+            if known.tensors and not found and not fnmatch.filter(bare, pattern):
+                message = f"{pattern!r} matches no parameter of the {whose}"
+                yield Mistake((*path, position), message, f"there is e.g. {next(iter(known.tensors))}")
 
 
-def adapted_maps_exist(fit: Optimization | None, training: Training, size: TeacherSize) -> Iterator[Mistake]:
+def adapted_maps_exist(
+    fit: Optimization | None, training: Training, size: TeacherSize, own: TeacherSize
+) -> Iterator[Mistake]:
     """Require that patterns over linear maps to be adapted match something, as far as the names in the files tell."""
-    modules = [name.removesuffix(".weight") for name in size.tensors if name.endswith(".weight")]
     for path, lora in _adapters(fit, training):
+        whose, known = ("teacher", size) if path[0] == "teacher" or own is size else ("given student", own)
+        modules = [name.removesuffix(".weight") for name in known.tensors if name.endswith(".weight")]
         for position, pattern in enumerate([] if lora.targets == "all-linear" else lora.targets):
             one = lora.model_copy(update={"targets": [pattern]})
             if modules and not any(one.pattern_for(module) for module in modules):
-                message = f"{pattern!r} matches no linear map of the teacher"
+                message = f"{pattern!r} matches no linear map of the {whose}"
                 yield Mistake((*path, "targets", position), message, f"there is e.g. {modules[-1]}")
 
 
@@ -301,6 +321,8 @@ RULES = (
     masked_weights_learn,
     task_rules.teacher_fits_the_task,
     task_rules.examples_fit,
+    teachers.teachers_go_together,
+    teachers.every_source_is_taught,
     patterns_match,
     adapted_maps_exist,
     cached_outputs_are_enough,

@@ -225,7 +225,8 @@ class Evaluation(Section):
     """Metrics over the predictions; null: the task's own."""
     arms: list[Arm] = ["teacher", "cut", "repaired", "distilled", "labels_only"]
     """`cut`: the student before repair and training; `repaired`: before training, where `student.repair` asks for
-    anything; `labels_only`: the same student trained as long without teacher."""
+    anything; `labels_only`: the same student trained as long without teacher. Beside `teacher`, the mixture of several
+    is measured as well."""
     batch_size: Count = 64
     """Examples per forward pass."""
     efficiency: StrictBool = True

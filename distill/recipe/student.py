@@ -1,4 +1,4 @@
-"""The `student` section of a recipe: the cut from the teacher, and the repair before training."""
+"""The `student` section of a recipe: the cut from the teacher and its repair, or a model to start from."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Annotated, Literal
 from pydantic import Field, StrictBool, StrictStr
 
 from distill.recipe.fields import Count, Fraction, Index, Mistake, NonNegative, NotASwitch, Params, Positive, Section
+from distill.recipe.locate import is_path
 from distill.recipe.names import PROTECTING, Allocation, LayerPolicy, MaskScore, Reference, Score
+from distill.recipe.sections import SHA256, Teacher
 
 Width = Count | Annotated[float, Field(gt=0, le=1), NotASwitch]
 """Neurons (integer) or a share of them (0 < share ≤ 1)."""
@@ -210,10 +212,17 @@ class Repair(Section):
 
 
 class Student(Section):
-    """Cut of the student from the teacher."""
+    """The student: cut from the teacher, or given."""
 
-    layers: Layers
-    """Depth; of an encoder-decoder, that of the decoder."""
+    layers: Layers | None = None
+    """Depth; of an encoder-decoder, that of the decoder. Give `layers` or `from`."""
+    from_: Annotated[StrictStr | None, Field(alias="from")] = None
+    """Instead of a cut: a model that is there, named as `teacher.model` is, with the teacher's tokenizer. It may be of
+    another family and width, or a release of an earlier run."""
+    revision: StrictStr | None = None
+    """`from`: commit of a hub id."""
+    sha256: Annotated[StrictStr, Field(pattern=SHA256)] | None = None
+    """`from`: refuse other weights, as `teacher.sha256` does."""
     encoder_layers: Layers | None = None
     """Depth of the encoder of an encoder-decoder; null: all of its layers."""
     mlp: Mlp = Mlp()
@@ -226,3 +235,33 @@ class Student(Section):
     """Sample that the scores and the repair see."""
     repair: Repair = Repair()
     """Corrections after the cut, before training."""
+
+    @property
+    def depth(self) -> Layers:
+        """The layers that a cut keeps."""
+        assert self.layers is not None, "nothing is cut of a student that is given"
+        return self.layers
+
+    @property
+    def given(self) -> Teacher | None:
+        """The model that `from` names; None where the student is cut."""
+        own = {"model": self.from_, "revision": self.revision, "sha256": self.sha256}
+        return None if self.from_ is None else Teacher.model_validate(own)
+
+    def mistakes(self) -> Iterator[Mistake]:
+        """Refuse a student from nowhere, and keys about a cut beside one that is given."""
+        if self.from_ is None:
+            yield from self.without_effect(("revision", "sha256"), ": they are about the model of `from`")
+            if self.layers is None:
+                fix = "add layers: {keep: …} to cut the teacher, or from: ./FOLDER"
+                yield Mistake(("layers",), "missing, and from is not given either", fix, at="key")
+            return
+        if is_path(self.from_) or self.from_.startswith("package:"):
+            fix = "remove it; `sha256` pins the weights of a folder"
+            yield from self.without_effect(("revision",), ": only hub ids have revisions", fix)
+        why, fix = ": `from` names a student, and nothing is cut", "remove it, or `from`"
+        cutting = ("layers", "encoder_layers", "target", "calibration", "repair")
+        yield from self.without_effect(cutting, why, fix)
+        used = ("multiple_of",) if self.mask and self.mask.compact else ()
+        for key in self.mlp.changed(*(name for name in Mlp.model_fields if name not in used)):
+            yield Mistake(("mlp", key), f"has no effect{why}", fix, at="key")

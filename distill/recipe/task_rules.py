@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from distill.recipe import names
 from distill.recipe.data import Data
@@ -93,6 +94,19 @@ def teacher_fits_the_task(data: Data, size: TeacherSize) -> Iterator[Mistake]:
         message = f"{family} is an encoder: a token sees those after it, which task: {data.task} lets it predict"
         trained = f"; if it was trained as a decoder, its config.json must say {flag}: true" if flag else ""
         yield Mistake(path, message, f"name a decoder, e.g. a Llama or GPT-2{trained}")
+
+
+def reader_fits(data: Data, first: TeacherSize, own: TeacherSize, path: KeyPath) -> Iterator[Mistake]:
+    """Refuse a model beside the first teacher that is none for the task, or has other stacks or too few positions."""
+    found = list(teacher_fits_the_task(data, own)) or list(examples_fit(data, own))
+    if (
+        not found
+        and None not in (first.layers, own.layers)
+        and (first.encoder_layers is None) != (own.encoder_layers is None)
+    ):
+        message = f"{own.family} and the teacher, {first.family}, do not both have an encoder and a decoder"
+        found = [Mistake(path, message, "name a model with the teacher's stacks")]
+    yield from (replace(each, path=path, message=each.message.replace("the teacher has", "it has")) for each in found)
 
 
 def examples_fit(data: Data, size: TeacherSize) -> Iterator[Mistake]:

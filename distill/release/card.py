@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from distill.recipe.locate import GGUF
 from distill.recipe.names import TEACHER_METRICS
-from distill.release.evidence import Evidence, get_in, judge, standard_error, summarize
+from distill.release.evidence import Evidence, describe_origin, get_in, judge, standard_error, summarize
 from distill.release.tables import arms_table, tables
 from distill.release.wording import as_number, format_metric, format_percent, one_line
 
@@ -101,6 +101,7 @@ def context_of(evidence: Evidence) -> dict[str, Any]:
         "summary": summarize(evidence),
         "verdicts": judge(evidence),
         "tables": tables(evidence),
+        "origin": describe_origin(evidence),
         "elsewhere": {name: arms_table(own) for name, own in evidence.elsewhere.items()},
         "caveats": caveats(evidence),
     }
@@ -262,6 +263,11 @@ def caveats(evidence: Evidence) -> list[str]:
         notes.append(
             f"Of the teacher's predictions the student saw the {cache.k} most likely tokens and the probability of "
             "all others together."
+        )
+    if evidence.teachers:
+        notes.append(
+            f"{len(evidence.teachers)} teachers taught: agreement and KL are against their mixture, as it taught each "
+            f"example; shares in brackets, and losses on layers, refer to the first one alone."
         )
     if str(evidence.teacher["model"]).endswith(GGUF):
         notes.append(

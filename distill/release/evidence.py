@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from distill.models.plan import StudentPlan
@@ -46,8 +46,15 @@ class Evidence:
     """Reproduces the run, from the folder of the release."""
     pattern_note: str = ""
     """Software that computes another model than config.json describes; empty: none that is known."""
+    student: Mapping[str, Any] = field(default_factory=dict)
+    """Of a student that was given: `model` as the recipe names it, `revision`, `sha256`, `model_type`."""
     repair: dict[str, Any] | None = None
     """`calibration`, `held_out` and `steps`, as in repair.json; None where nothing was repaired."""
+
+    @property
+    def teachers(self) -> list[dict[str, Any]]:
+        """Model, weight and sources of each of several teachers; empty: there is one."""
+        return list(self.evaluation.get("taught_by") or [])
 
     @property
     def primary(self) -> str:
@@ -117,12 +124,39 @@ class Verdict:
     text: str
 
 
+def _left(plan: StudentPlan) -> str:
+    share = sum(plan.widths) / sum(layer.teacher_width for layer in plan.layers)
+    depth = f"{len(plan.layers)} of its teacher's {plan.teacher_layers} layers"
+    return f"keeps {depth} and {format_percent(share)} of their MLP neurons"
+
+
+def _origin(evidence: Evidence) -> str:
+    plan = evidence.plan
+    own, theirs = evidence.student.get("model_type"), f"a {plan.model_type} of {plan.teacher_layers} layers"
+    start = f"{evidence.student.get('model')}, a {own} of {len(plan.layers)} layers"
+    return f"was not cut from its teacher: it starts from {start}, and is taught by {theirs}"
+
+
+def describe_origin(evidence: Evidence) -> str:
+    """Say where a student that was given comes from, and which layers it is compared with; empty: it was cut."""
+    plan = evidence.plan
+    if plan.given is None:
+        return ""
+    own, theirs = plan.given.hidden_size, plan.given.teacher_hidden_size
+    widths = f"Hidden states are {own} wide, as the teacher's"
+    if own != theirs:
+        widths = f"Hidden states are {own} wide and the teacher's {theirs}; learned maps between them are not released"
+    pairs = {
+        "rule": "Its layers were never the teacher's: they are paired with the ends of equal spans of these",
+        "plan": "An earlier run cut it from this teacher, and its plan says which layer each of its layers was",
+    }
+    return f"The student {_origin(evidence)}. {pairs[plan.given.map]}. {widths}."
+
+
 def summarize(evidence: Evidence) -> str:
     """Say in one sentence what is left of the teacher, and at which size, score and speed."""
     plan, metric = evidence.plan, evidence.primary
-    share = sum(plan.widths) / sum(layer.teacher_width for layer in plan.layers)
-    depth = f"{len(plan.layers)} of its teacher's {plan.teacher_layers} layers"
-    text = f"keeps {depth} and {format_percent(share)} of their MLP neurons"
+    text = _origin(evidence) if plan.given else _left(plan)
     facts = []
     student, teacher = evidence.efficiency("student", "parameters"), evidence.efficiency("teacher", "parameters")
     if student and teacher:

@@ -73,12 +73,7 @@ if "distill" in sys.modules and not asked["packages"]:
 
 def releasable_recipe(recipe: Recipe) -> str:
     """Write the recipe as YAML, with folders of this machine cut down to their names."""
-    teacher = recipe.teacher
-    public = {
-        "teacher": teacher.model_copy(update={"model": without_folders(teacher.model)}),
-        "data": recipe.data.with_sources(without_folders),
-    }
-    return dump(recipe.model_copy(update=public))
+    return dump(recipe.with_paths(without_folders))
 
 
 def without_folders(path: str) -> str:

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from distill.release import charts
 from distill.release.card import context_of, make_environment
-from distill.release.evidence import Evidence, get_in
+from distill.release.evidence import Evidence, describe_origin, get_in
 from distill.release.wording import (
     as_number,
     format_count,
@@ -114,6 +114,8 @@ def agreement_tile(evidence: Evidence) -> Tile | None:
 def cut_figure(evidence: Evidence) -> Figure:
     """Draw the teacher's layers, and those that live on in the student."""
     plan = evidence.plan
+    if plan.given is not None:
+        return Figure("Where the student comes from", Markup(""), describe_origin(evidence))
     sources = ", ".join(str(index) for index in plan.kept_layers)
     title = f"{len(plan.layers)} of {plan.teacher_layers} layers kept"
     description = (

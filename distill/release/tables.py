@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,10 +47,14 @@ def tables(evidence: Evidence) -> dict[str, Table]:
         )
         for i, layer in enumerate(plan.layers)
     ]
+    head = ("student layer", "from teacher layer", "MLP width", "neurons kept")
+    if plan.given is not None:
+        head = ("student layer", "paired with teacher layer", "MLP width", "")
+        layers = [(str(i), str(own.teacher_layer), str(own.width), "") for i, own in enumerate(plan.layers)]
     return {
         "arms": arms_table(evidence),
         "choices": Table(("what", "asked", "got", "why they differ"), choices, text_columns=4),
-        "layers": Table(("student layer", "from teacher layer", "MLP width", "neurons kept"), layers, text_columns=0),
+        "layers": Table(head, layers, text_columns=0),
         "repair": repair_table(evidence),
         "losses": losses_table(evidence),
         "training": Table(("setting", "value"), training_rows(evidence), text_columns=2),
@@ -152,8 +156,12 @@ def training_rows(evidence: Evidence) -> list[tuple[str, ...]]:
     fitted = ", fitted on this data first" if teacher.get("fitted") else ""
     rows = {
         "teacher": f"{teacher['model']} ({teacher['model_type']}{fitted})",
+        **{f"teacher {number}": teacher_line(own) for number, own in enumerate(evidence.teachers, start=1)},
         "teacher revision": teacher.get("revision"),
         "teacher sha256": teacher.get("sha256"),
+        "student from": evidence.student.get("model"),
+        "student revision": evidence.student.get("revision"),
+        "student sha256": evidence.student.get("sha256"),
         "steps": get_in(evidence.arms, "distilled", "steps") or training.steps,
         "batch size": training.batch_size,
         "learning rate": f"{format_number(training.lr)}, {training.schedule}, warmup {format_number(training.warmup)}",
@@ -169,6 +177,13 @@ def training_rows(evidence: Evidence) -> list[tuple[str, ...]]:
         "test examples": data["examples"],
     }
     return [(key, str(value)) for key, value in rows.items() if value is not None]
+
+
+def teacher_line(own: Mapping[str, Any]) -> str:
+    """Name one of several teachers, with its weight and the sources that it teaches."""
+    sources = f", on {', '.join(own['sources'])}" if own["sources"] else ""
+    pins = "".join(f", {name} {own[name]}" for name in ("revision", "sha256") if own[name])
+    return f"{own['model']}, weight {format_number(own['weight'])}{sources}{pins}"
 
 
 def adapters_line(lora: Lora) -> str:

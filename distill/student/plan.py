@@ -72,7 +72,7 @@ def plan_student(model: Any, spec: Student, calibration: Statistics | None = Non
     """
     sides = layout_of(model).sides
     depths = _check_layers(model, spec)
-    asked = {"main": spec.layers, "encoder": spec.encoder_layers}
+    asked = {"main": spec.depth, "encoder": spec.encoder_layers}
     kept = {side: choose_layers(model, side, asked[side], calibration) for side in sides}
     scored = [
         _score_layer(mlp, index, side, spec, calibration and calibration.of(side))
@@ -93,7 +93,7 @@ def plan_student(model: Any, spec: Student, calibration: Statistics | None = Non
             layers=[layer for side, layer in cut if side == "main"],
             teacher_encoder_layers=depths.get("encoder"),
             encoder_layers=[layer for side, layer in cut if side == "encoder"] if "encoder" in sides else None,
-            layer_policy=policy_of(spec.layers),
+            layer_policy=policy_of(spec.depth),
             mlp_score=spec.mlp.score,
             mlp_allocation="explicit" if isinstance(spec.mlp.keep, list) else spec.mlp.allocate,
             calibration=None if calibration is None else calibration.fingerprint,
@@ -115,6 +115,8 @@ def check_student(model: Any, spec: Student) -> None:
     Raises:
         InputError: With what is wrong.
     """
+    if spec.given is not None:
+        return
     _check_layers(model, spec)
     check_target(model, spec)
 
@@ -122,7 +124,7 @@ def check_student(model: Any, spec: Student) -> None:
 def _check_layers(model: Any, spec: Student) -> dict[StackName, int]:
     """Apply the recipe's rules on layers to the model itself; returns its depths."""
     depths = {side: len(layers_of(model, side)) for side in layout_of(model).sides}
-    parts = {"layers": spec.layers, "encoder_layers": spec.encoder_layers, "mlp": spec.mlp}
+    parts = {"layers": spec.depth, "encoder_layers": spec.encoder_layers, "mlp": spec.mlp}
     if mistakes := list(check_together(parts, TeacherSize(depths["main"], encoder_layers=depths.get("encoder")))):
         raise InputError("; ".join(map(str, mistakes)))
     return depths
@@ -130,7 +132,7 @@ def _check_layers(model: Any, spec: Student) -> dict[StackName, int]:
 
 def wanted_statistics(spec: Student) -> StatisticsRequest:
     """List the statistics that this student's policies and scores read and that not every calibration collects."""
-    asked: dict[StackName, Layers] = {"main": spec.layers}
+    asked: dict[StackName, Layers] = {"main": spec.depth}
     if spec.encoder_layers is not None:
         asked["encoder"] = spec.encoder_layers
     needs = {side: layers.READS.get(policy_of(own)) for side, own in asked.items()}

@@ -9,6 +9,7 @@ import torch
 
 from distill.models.forward import Batch, Capture, Outputs, device_of, forward, to_device
 from distill.models.head import OutputHead
+from distill.models.mixture import MixtureHead
 from distill.models.precision import autocast_for
 
 
@@ -26,7 +27,12 @@ class LiveTeacher:
         if self.model.device != device:  # 8-bit models cannot be moved
             self.model = self.model.to(device)
         self.device, self.capture = device, capture
-        self._head: OutputHead | None = None
+        self._head: OutputHead | MixtureHead | None = None
+
+    @property
+    def models(self) -> list[Any]:
+        """The one model."""
+        return [self.model]
 
     @property
     def width(self) -> int:

@@ -12,7 +12,7 @@ import torch
 
 from distill.errors import RunError, Stopped
 from distill.recipe.schema import Training
-from distill.teacher import LiveTeacher
+from distill.teacher import LiveTeacher, Mixture
 from distill.training.checkpoint import Checkpoints, TrainState, state_of
 from distill.training.clock import Stopwatch, Utilisation
 from distill.training.compiled import compiled_layers
@@ -108,7 +108,7 @@ def train(
     fixed = job.spec.head_precision
     objective.head_precision = state.head_precision if fixed == "auto" else fixed
     watchdog = Watchdog(say, active=accelerator.num_processes > 1)
-    models = [learner.wrapper.student, *([teacher.model] if isinstance(teacher, LiveTeacher) else [])]
+    models = [learner.wrapper.student, *(teacher.models if isinstance(teacher, LiveTeacher | Mixture) else [])]
     with (
         StopSignals() as stop,
         Tracker(job.folder / METRICS, job.title, state.step, steps, accelerator) as tracker,

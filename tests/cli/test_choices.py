@@ -379,6 +379,13 @@ ELSEWHERE |= {
     for value in ("a value", *get_args(BuiltInSource), "first", "majority", "drop", "keep")
 }
 ELSEWHERE |= {
+    (f"Student.{key}", "a value"): "tests/cli/test_given_student.py" for key in ("from_", "revision", "sha256")
+}
+ELSEWHERE |= {
+    (key, "a value"): "tests/cli/test_several_teachers.py"
+    for key in ("Recipe.teachers", "Member.weight", "Member.sources")
+}
+ELSEWHERE |= {
     (f"Source.{key}", value): "tests/data/test_odd_inputs.py and test_hub.py: every kind of source and its options"
     for key in Source.model_fields
     for value in ("a value", *get_args(BuiltInSource), True, False)

@@ -62,7 +62,7 @@ def test_a_teacher_computes_in_the_precision_of_the_training_unless_it_has_one_o
     assert "teacher.precision" not in inputs("training.precision=bf16", "teacher.dtype=fp32")
     for name, wanted in (("stored", "bf16"), ("int8", "bf16"), ("fp32", "fp32"), ("bf16", "fp32")):
         session, _ = session_of(planned, "training.precision=bf16", f"teacher.dtype={name}")
-        assert session.teacher_precision == wanted
+        assert session.precision_of(session.recipe.teacher) == wanted
 
 
 def test_a_run_with_a_teacher_in_bf16_in_main_memory_repairs_and_measures(planned, tmp_path):
