@@ -23,6 +23,36 @@ def terms_fit_the_task(terms: Mapping[int, Term], data: Data) -> Iterator[Mistak
             yield Mistake(("losses", index, "match"), message, "write match: logits or match: hidden")
 
 
+def students_answers_are_scored(data: Data, terms: Mapping[int, Term], training: Training) -> Iterator[Mistake]:
+    """Refuse answers of the student that have no prompt, no end, or nobody to learn from."""
+    own, path = training.on_policy, ("training", "on_policy")
+    if own is None:
+        return
+    no_prompt = ":" not in data.task and data.task not in names.PROMPTED_TASKS
+    most = data.max_length - 1 if data.task == "chat" else data.max_target_length or data.max_length
+    problems = (
+        (no_prompt, path, f"the rows of task: {data.task} have no prompt", f"use {' or '.join(names.PROMPTED_TASKS)}"),
+        (data.learn_from == "all", path, "learn_from: all does not say where an answer begins", "use assistant"),
+        (
+            all(term.match == "labels" for term in terms.values()),
+            path, "no term compares with the teacher, who is to score what the student writes", "add match: logits",
+        ),
+        (
+            training.tokens is not None,
+            ("training", "tokens"), "how many tokens the student will write is not known", "give steps or epochs",
+        ),
+        (
+            own.max_new_tokens > most,
+            (*path, "max_new_tokens"), f"{own.max_new_tokens} do not fit in what data allows", f"use at most {most}",
+        ),
+    )  # fmt: skip
+    yield from (Mistake(where, message, fix, at="key") for wrong, where, message, fix in problems if wrong)
+    for index, term in terms.items():
+        if term.match == "labels" and own.share == 1:
+            message = "has no effect: with on_policy.share: 1 there are no answers but the student's, without labels"
+            yield Mistake(("losses", index, "match"), message, "remove it, or lower the share")
+
+
 def metrics_fit_the_task(data: Data, evaluation: Evaluation, training: Training) -> Iterator[Mistake]:
     """Refuse metrics that are neither the task's nor the user's own."""
     own = names.TASK_METRICS.get(data.task)  # type: ignore[call-overload]

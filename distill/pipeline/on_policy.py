@@ -1,0 +1,68 @@
+"""Put together what lets a student write answers of its own: prompts of the task, and what ends an answer."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from distill.models.generate import Writing, end_tokens
+from distill.pipeline.session import Session
+from distill.recipe.schema import Training
+from distill.training.on_policy import OnPolicy
+
+LOOK = 200
+"""Rows whose answers are looked at for the token that ends them."""
+
+
+def on_policy_for(session: Session, spec: Training, model: Any) -> OnPolicy | None:
+    """Make what lets a model write answers in its training; None where the recipe asks for none.
+
+    Args:
+        session: Knows task and data.
+        spec: The training.
+        model: The student.
+    """
+    if (own := spec.on_policy) is None:
+        return None
+    task, padding, tokenizer = session.bound_task, session.corpus.padding, session.tokenizer
+    chat = not model.config.is_encoder_decoder
+    ends = end_tokens(model, ends_of_answers(session) if chat else [tokenizer.eos_token_id])
+    named = ", ".join(map(str, tokenizer.convert_ids_to_tokens(sorted(ends))))
+    session.say(
+        f"  on-policy: the student writes up to {own.max_new_tokens} tokens, answers end with {named or 'none'}"
+    )
+    writing = Writing(
+        own.max_new_tokens,
+        own.temperature,
+        ends,
+        padding,
+        length=session.recipe.data.max_length if chat else None,
+        vocabulary=session.vocabulary,
+        first=None if chat else first_token(task, model),
+    )
+    answers = partial(task.with_answers, padding=padding)
+    return OnPolicy(spec, session.recipe.seed, task.prompts, writing, answers, session.say)
+
+
+def first_token(task: Any, model: Any) -> int | None:
+    """Return the token that every text of a decoder is made to begin with."""
+    own = getattr(model.generation_config, "forced_bos_token_id", None)
+    found: int | None = getattr(task, "settings", {}).get("forced_bos_token_id", own)
+    return found
+
+
+def ends_of_answers(session: Session) -> list[int]:
+    """Find the token that ends most answers of the training data, as the chat template writes them.
+
+    The configs of a model need not know it: many name the end of a text alone.
+    """
+    train = session.corpus.train
+    taken = train.take(range(min(LOOK, len(train))))
+    special, found = {*session.tokenizer.added_tokens_decoder}, Counter[int]()
+    for ids, learned in zip(taken["input_ids"], taken["learned"], strict=True):
+        last = np.flatnonzero(np.diff(learned, append=0) == -1)
+        found.update(token for token in ids[last].tolist() if token in special)
+    return [token for token, _ in found.most_common(1)]
