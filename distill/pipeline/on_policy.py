@@ -10,6 +10,7 @@ import numpy as np
 
 from distill.models.generate import Writing, end_tokens
 from distill.pipeline.session import Session
+from distill.recipe import on_policy as spec_of
 from distill.recipe.schema import Training
 from distill.training.on_policy import OnPolicy
 
@@ -18,33 +19,30 @@ LOOK = 200
 
 
 def on_policy_for(session: Session, spec: Training, model: Any) -> OnPolicy | None:
-    """Make what lets a model write answers in its training; None where the recipe asks for none.
-
-    Args:
-        session: Knows task and data.
-        spec: The training.
-        model: The student.
-    """
-    if (own := spec.on_policy) is None:
+    """Make what lets a model write answers in its training; None where the recipe asks for none."""
+    if spec.on_policy is None:
         return None
     task, padding, tokenizer = session.bound_task, session.corpus.padding, session.tokenizer
-    chat = not model.config.is_encoder_decoder
-    ends = end_tokens(model, ends_of_answers(session) if chat else [tokenizer.eos_token_id])
-    named = ", ".join(map(str, tokenizer.convert_ids_to_tokens(sorted(ends))))
-    session.say(
-        f"  on-policy: the student writes up to {own.max_new_tokens} tokens, answers end with {named or 'none'}"
-    )
-    writing = Writing(
-        own.max_new_tokens,
-        own.temperature,
-        ends,
-        padding,
-        length=session.recipe.data.max_length if chat else None,
-        vocabulary=session.vocabulary,
-        first=None if chat else first_token(task, model),
-    )
+    writing = writing_for(session, spec.on_policy, model)
+    ends = ", ".join(map(str, tokenizer.convert_ids_to_tokens(sorted(writing.ends)))) or "nothing but their length"
+    session.say(f"  on-policy: the student writes up to {writing.max_new_tokens} tokens; what ends an answer: {ends}")
     answers = partial(task.with_answers, padding=padding)
     return OnPolicy(spec, session.recipe.seed, task.prompts, writing, answers, session.say)
+
+
+def writing_for(session: Session, spec: spec_of.OnPolicy, model: Any) -> Writing:
+    """Settle how a model answers the prompts of the data."""
+    chat = not model.config.is_encoder_decoder
+    others = ends_of_answers(session) if chat else []
+    return Writing(
+        spec.max_new_tokens,
+        spec.temperature,
+        end_tokens(model, {*others, session.tokenizer.eos_token_id} - {None}),
+        session.corpus.padding,
+        length=session.recipe.data.max_length if chat else None,
+        vocabulary=session.vocabulary,
+        first=None if chat else first_token(session.bound_task, model),
+    )
 
 
 def first_token(task: Any, model: Any) -> int | None:
