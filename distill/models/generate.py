@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig
+from transformers import Cache, EncoderDecoderCache, GenerationConfig, StaticCache
 
 from distill.models.forward import Batch, model_inputs
 
@@ -87,13 +87,15 @@ class Writing:
             forced_bos_token_id=self.first,
             decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
             suppress_tokens=[*range(self.vocabulary or entries, entries)] or None,
-            cache_implementation="static",
             disable_compile=True,
             **(drawn if self.temperature else {"do_sample": False}),
         )
         with _without_own_settings(model):
             found = model.generate(
-                ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
+                ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                past_key_values=_cache_for(model, ids.shape[1], tokens),
+                generation_config=settings,
             )
         return cast("Tensor", found[:, 1 if two_stacks else ids.shape[1] :].cpu())
 
@@ -104,15 +106,25 @@ class Writing:
         return row[: int(ends[0]) + 1] if len(ends) else row
 
 
+class _Cache(StaticCache):  # type: ignore[misc]  # transformers is loaded lazily
+    """Keys and values of one dtype: under autocast a rotation leaves keys in fp32 beside values in less."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **named: Any) -> Any:
+        return super().update(key_states.to(value_states.dtype), value_states, *args, **named)
+
+
+def _cache_for(model: Any, read: int, tokens: int) -> Cache:
+    """Make a cache for so many tokens that are read and written, and no more: a longer one sums in another order."""
+    config = model.config.get_text_config(decoder=True)
+    if not model.config.is_encoder_decoder:
+        return _Cache(config, read + tokens)
+    return EncoderDecoderCache(_Cache(config, 1 + tokens), _Cache(config, read))
+
+
 @contextmanager
 def _without_own_settings(model: Any) -> Iterator[None]:
-    """Take a model's generation config away during the block: penalties and the like would go into what it writes.
-
-    So does the length of its last static cache, which it would keep to: longer ones are summed in another order.
-    """
-    own = model.generation_config
-    model.generation_config = GenerationConfig()
-    vars(model).pop("_previous_max_cache_length", None)
+    """Take a model's generation config away during the block: penalties and the like would go into what it writes."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
     try:
         yield
     finally:
