@@ -164,7 +164,7 @@ def test_labels_are_learned_of_the_data_alone_and_counted_so(corpus, tmp_path):
     batch = next(batches.stream(step, step + 1, 0, 1))[1][1]
     with torch.no_grad():
         logits = llama(0)(batch["input_ids"], position_ids=batch.get("position_ids"), attention_mask=None).logits
-    logits = logits[:, :-1, : len(TOKENIZER)].flatten(0, 1)
+    logits = logits[:, :-1].flatten(0, 1)
     expected = torch.nn.functional.cross_entropy(logits, batch["labels"][:, 1:].flatten(), ignore_index=-100)
     assert record["terms"]["labels"] == pytest.approx(expected.item(), rel=1e-4)
     assert record["on_policy"]["share"] == 0.5
@@ -190,9 +190,9 @@ def test_a_micro_batch_of_the_data_is_left_alone_and_random_streams_are_where_th
     on_policy = OnPolicy(
         spec, 0, corpus.task.prompts, writing_of(OWN), partial(corpus.task.with_answers, padding=0), print
     )
-    numbered = first_step(corpus)
+    numbered, model = first_step(corpus), llama(0)
     before = torch.get_rng_state()
-    written = on_policy(llama(0), numbered, 0, 1)
+    written = on_policy(model, numbered, 0, 1)
     assert torch.equal(torch.get_rng_state(), before) and "written" in written[0][1]
     spec = Training(steps=1, on_policy={**OWN, "share": 1e-9})
     assert replace(on_policy, spec=spec)(llama(0), numbered, 0, 1) == numbered
@@ -256,7 +256,7 @@ MASK = Mask(sparsity=0.5, schedule="cubic", end=0.5, every=2)
         {"precision": "bf16", "ema": 0.9, "ema_release": True},
         {"lora": {"rank": 2}},
         {"gradient_checkpointing": True},
-        {"compile": True},
+        pytest.param({"compile": True}, marks=pytest.mark.filterwarnings("ignore")),  # torch's compiler warns
         {"on_policy": {**OWN, "temperature": 0.0}},
     ],
     ids=str,
@@ -268,7 +268,7 @@ def test_it_goes_with_every_other_way_to_train(corpus, tmp_path, monkeypatch, sp
     model, said = run(corpus, tmp_path, own, **spec, steps=3)
     records = read_records(tmp_path / "metrics.jsonl")
     assert all(record["on_policy"]["share"] == 1 for record in records) and records[-1]["skipped"] == 0
-    assert sha256_of(model) != start and not any("cannot be compiled" in line for line in said)
+    assert sha256_of(model) != start and [line for line in said if "cannot be compiled" in line] == []
     assert model.generation_config.eos_token_id == 2  # as it was
 
 
