@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -67,10 +67,9 @@ class Writing:
         answers: dict[int, Tensor] = {}
         for numbers in together.values():
             own = [prompts[number] for number in numbers]
-            written = self._write(model, own, max(map(self.room, own)), entries)
-            answers |= {
-                at: self._until_end(row, self.room(prompts[at])) for at, row in zip(numbers, written, strict=True)
-            }
+            rooms = [*map(self.room, own)]
+            written = self._write(model, own, max(rooms), entries)
+            answers |= zip(numbers, map(self._until_end, written, rooms), strict=True)
         return [answers[number] for number in range(len(prompts))]
 
     def _write(self, model: Any, prompts: Sequence[Tensor], tokens: int, entries: int) -> Tensor:
@@ -131,10 +130,8 @@ def _without_own_settings(model: Any) -> Iterator[None]:
         model.generation_config = own
 
 
-def end_tokens(model: Any, others: Collection[int]) -> frozenset[int]:
+def end_tokens(model: Any, others: Iterable[int | None]) -> frozenset[int]:
     """List the tokens that end what a model writes: those of its configs, and others."""
-    found: set[int] = set(others)
-    for config in (model.config, model.generation_config):
-        given = getattr(config, "eos_token_id", None)
-        found |= set(given if isinstance(given, list) else [] if given is None else [given])
-    return frozenset(found)
+    given = [getattr(config, "eos_token_id", None) for config in (model.config, model.generation_config)]
+    flat = [*others, *(token for each in given for token in (each if isinstance(each, list) else [each]))]
+    return frozenset(token for token in flat if token is not None)

@@ -10,7 +10,7 @@ import numpy as np
 
 from distill.models.generate import Writing, end_tokens
 from distill.pipeline.session import Session
-from distill.recipe import on_policy as spec_of
+from distill.recipe.on_policy import OnPolicy as Settings
 from distill.recipe.schema import Training
 from distill.training.on_policy import OnPolicy
 
@@ -20,36 +20,28 @@ LOOK = 200
 
 def on_policy_for(session: Session, spec: Training, model: Any) -> OnPolicy | None:
     """Make what lets a model write answers in its training; None where the recipe asks for none."""
-    if spec.on_policy is None:
+    if (own := spec.on_policy) is None:
         return None
-    task, padding, tokenizer = session.bound_task, session.corpus.padding, session.tokenizer
-    writing = writing_for(session, spec.on_policy, model)
-    ends = ", ".join(map(str, tokenizer.convert_ids_to_tokens(sorted(writing.ends)))) or "nothing but their length"
-    session.say(f"  on-policy: the student writes up to {writing.max_new_tokens} tokens; what ends an answer: {ends}")
-    answers = partial(task.with_answers, padding=padding)
-    return OnPolicy(spec, session.recipe.seed, task.prompts, writing, answers, session.say)
+    task, writing = session.bound_task, writing_for(session, own, model)
+    ends = ", ".join(session.tokenizer.convert_ids_to_tokens(sorted(writing.ends))) or "nothing but their length"
+    session.say(f"  on-policy: the student writes up to {own.max_new_tokens} tokens; what ends an answer: {ends}")
+    answers = partial(task.with_answers, padding=session.corpus.padding)
+    return OnPolicy(own.share, spec.precision, session.recipe.seed, task.prompts, writing, answers)
 
 
-def writing_for(session: Session, spec: spec_of.OnPolicy, model: Any) -> Writing:
+def writing_for(session: Session, spec: Settings, model: Any) -> Writing:
     """Settle how a model answers the prompts of the data."""
-    chat = not model.config.is_encoder_decoder
-    others = ends_of_answers(session) if chat else []
+    two_stacks, settings = model.config.is_encoder_decoder, getattr(session.bound_task, "settings", {})
+    first = settings.get("forced_bos_token_id", getattr(model.generation_config, "forced_bos_token_id", None))
     return Writing(
         spec.max_new_tokens,
         spec.temperature,
-        end_tokens(model, {*others, session.tokenizer.eos_token_id} - {None}),
+        end_tokens(model, [session.tokenizer.eos_token_id, *([] if two_stacks else ends_of_answers(session))]),
         session.corpus.padding,
-        length=session.recipe.data.max_length if chat else None,
+        length=None if two_stacks else session.recipe.data.max_length,
         vocabulary=session.vocabulary,
-        first=None if chat else first_token(session.bound_task, model),
+        first=first if two_stacks else None,
     )
-
-
-def first_token(task: Any, model: Any) -> int | None:
-    """Return the token that every text of a decoder is made to begin with."""
-    own = getattr(model.generation_config, "forced_bos_token_id", None)
-    found: int | None = getattr(task, "settings", {}).get("forced_bos_token_id", own)
-    return found
 
 
 def ends_of_answers(session: Session) -> list[int]:

@@ -28,25 +28,20 @@ def students_answers_are_scored(data: Data, terms: Mapping[int, Term], training:
     own, path = training.on_policy, ("training", "on_policy")
     if own is None:
         return
-    no_prompt = ":" not in data.task and data.task not in names.PROMPTED_TASKS
     most = data.max_length - 1 if data.task == "chat" else data.max_target_length or data.max_length
-    problems = (
-        (no_prompt, path, f"the rows of task: {data.task} have no prompt", f"use {' or '.join(names.PROMPTED_TASKS)}"),
-        (data.learn_from == "all", path, "learn_from: all does not say where an answer begins", "use assistant"),
-        (
-            all(term.match == "labels" for term in terms.values()),
-            path, "no term compares with the teacher, who is to score what the student writes", "add match: logits",
-        ),
-        (
-            training.tokens is not None,
-            ("training", "tokens"), "how many tokens the student will write is not known", "give steps or epochs",
-        ),
-        (
-            own.max_new_tokens > most,
-            (*path, "max_new_tokens"), f"{own.max_new_tokens} do not fit in what data allows", f"use at most {most}",
-        ),
-    )  # fmt: skip
-    yield from (Mistake(where, message, fix, at="key") for wrong, where, message, fix in problems if wrong)
+    if ":" not in data.task and data.task not in names.PROMPTED_TASKS:
+        yield Mistake(path, f"the rows of task: {data.task} have no prompt", "use chat or seq2seq", at="key")
+    if data.learn_from == "all":
+        yield Mistake(path, "learn_from: all does not say where an answer begins", "use assistant", at="key")
+    if all(term.match == "labels" for term in terms.values()):
+        message = "no term compares with the teacher, who is to score what the student writes"
+        yield Mistake(path, message, "add match: logits", at="key")
+    if training.tokens is not None:
+        message = "how many tokens the student will write is not known"
+        yield Mistake(("training", "tokens"), message, "give steps or epochs", at="key")
+    if own.max_new_tokens > most:
+        message = f"{own.max_new_tokens} do not fit in what data allows"
+        yield Mistake((*path, "max_new_tokens"), message, f"use at most {most}")
     for index, term in terms.items():
         if term.match == "labels" and own.share == 1:
             message = "has no effect: with on_policy.share: 1 there are no answers but the student's, without labels"

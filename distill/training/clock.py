@@ -16,8 +16,6 @@ class Stopwatch:
         self.device, self.since, self.last = device, time.monotonic(), 0.0
         self.saving = 0.0
         """Seconds that training stood still for saves since the last record."""
-        self.writing = 0.0
-        """Seconds in which the student wrote answers since the last record."""
 
     def lap(self) -> float:
         """Return the seconds since the last call."""

@@ -245,7 +245,7 @@ class _Run:
             "lr": rate,
             **figures,
             **(learner.masks.figures() if learner.masks else {}),
-            **self.step.figures(self.clock),
+            **({"on_policy": own.read(learner.accelerator)} if (own := self.step.on_policy) else {}),
             "skipped": skipped,
             "examples_per_s": round(window.steps * self.batches.batch_size / seconds, 2),
             "tokens_per_s": round(tokens / seconds, 1),

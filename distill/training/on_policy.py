@@ -5,6 +5,7 @@ Generalized Knowledge Distillation (Agarwal et al. 2023, arXiv:2306.13649, algor
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,11 +19,12 @@ from distill.models.forward import UNLABELLED, Batch, with_decoder_inputs
 from distill.models.generate import Writing
 from distill.models.padding import mark_padding
 from distill.models.precision import autocast_for
-from distill.recipe.schema import Training
 
 COIN, TEXT = 0, 1
 """What is drawn, as the last of the numbers that its seed follows from."""
-FIGURES = ("micro_batches", "written", "answers", "tokens", "ended", "short")
+FIGURES = ("micro_batches", "written", "answers", "tokens", "ended", "short", "left_out")
+"""Micro-batches, those whose answers the student wrote, these answers, their tokens, answers that ended by themselves,
+that had less room than `max_new_tokens`, and answers of the data in these that have no prompt to write for."""
 
 
 def seed_of(*numbers: int) -> int:
@@ -34,24 +36,25 @@ def seed_of(*numbers: int) -> int:
 class OnPolicy:
     """Lets the student write, as `training.on_policy` says."""
 
-    spec: Training
+    share: float
+    precision: str
+    """Of the training."""
     seed: int
     prompts: Callable[[Batch], Sequence[Tensor | None]]
     """Token ids [L] that each answer of a batch, on the host, is written for; None: nothing stands before it."""
     writing: Writing
     with_answers: Callable[..., Batch]
     """(prompts, answers, sizes=…) -> a batch as those of the data are, whose labels are the answers."""
-    say: Callable[[str], None]
     sizes: tuple[int, ...] = ()
     """Lengths that rows are padded to; (): to the longest of a micro-batch."""
-    figures: Tensor = field(default_factory=lambda: torch.zeros(len(FIGURES), dtype=torch.int64))
-    """Counts since the last record, of this rank."""
-    said: set[str] = field(default_factory=set)
+    figures: Counter[str] = field(default_factory=Counter)
+    """`FIGURES` since the last record, of this rank."""
+    seconds: float = 0.0
+    """That writing took since the last record."""
 
     def chosen(self, step: int, number: int) -> bool:
         """Toss the coin of a micro-batch: does the student write its answers?"""
-        assert self.spec.on_policy is not None
-        return seed_of(self.seed, step, number, 0, COIN) < self.spec.on_policy.share * 2**32
+        return seed_of(self.seed, step, number, 0, COIN) < self.share * 2**32
 
     def __call__(
         self, student: Any, numbered: Sequence[tuple[int, Batch]], step: int, pieces: int
@@ -65,50 +68,47 @@ class OnPolicy:
             pieces: How many calls the prompts of a micro-batch are shared out to, for the memory.
         """
         devices = [student.device] if student.device.type == "cuda" else []
-        counts, found = torch.zeros_like(self.figures), []
-        with torch.random.fork_rng(devices), autocast_for(student, self.spec.precision):
-            for number, batch in numbered:
-                written = self._answer(student.eval(), batch, (self.seed, step, number), pieces, counts)
-                found.append((number, written))
-        self.figures += counts
-        return found
+        found = Counter[str](micro_batches=len(numbered))
+        with torch.random.fork_rng(devices), autocast_for(student.eval(), self.precision):
+            written = [
+                (number, self._answer(student, batch, (step, number), pieces, found)) for number, batch in numbered
+            ]
+        self.figures += found
+        return written
 
-    def _answer(self, student: Any, batch: Batch, numbers: tuple[int, int, int], pieces: int, counts: Tensor) -> Batch:
+    def _answer(self, student: Any, batch: Batch, place: tuple[int, int], pieces: int, found: Counter[str]) -> Batch:
         """Return a micro-batch, with answers of the student where its coin says so, and count what happened."""
-        counts[0] += 1
-        if not self.chosen(*numbers[1:]):
-            return batch
-        given = self.prompts(batch)
+        given = self.prompts(batch) if self.chosen(*place) else []
         prompts = [prompt for prompt in given if prompt is not None]
-        if len(prompts) < len(given):
-            self._say_once("answers that nothing stands before are no prompt to write for, and are left out there")
         if not prompts:
             return batch
         answers: list[Tensor] = []
         size = -(-len(prompts) // pieces)
         for piece, start in enumerate(range(0, len(prompts), size)):
-            torch.manual_seed(seed_of(*numbers, piece, TEXT))
+            torch.manual_seed(seed_of(self.seed, *place, piece, TEXT))
             answers += self.writing(student, prompts[start : start + size])
-        ended = sum(int(answer[-1]) in self.writing.ends for answer in answers)
-        short = sum(self.writing.room(prompt) < self.writing.max_new_tokens for prompt in prompts)
-        counts[1:] += torch.tensor([1, len(answers), sum(map(len, answers)), ended, short])
-        if short:
-            self._say_once("some prompts leave less room than max_new_tokens; metrics.jsonl has their share as `short`")
+        found.update(
+            written=1,
+            answers=len(answers),
+            tokens=sum(map(len, answers)),
+            ended=sum(int(answer[-1]) in self.writing.ends for answer in answers),
+            short=sum(self.writing.room(prompt) < self.writing.max_new_tokens for prompt in prompts),
+            left_out=len(given) - len(prompts),
+        )
         return unlabelled(with_decoder_inputs(student, self.with_answers(prompts, answers, sizes=self.sizes)))
 
-    def _say_once(self, line: str) -> None:
-        if line not in self.said:
-            self.said.add(line)
-            self.say(f"on-policy: {line}")
-
     def read(self, accelerator: Accelerator) -> dict[str, float | int | None]:
-        """Take out the figures since the last record, over all ranks. Collective."""
-        total = accelerator.reduce(self.figures.to(accelerator.device), "sum").tolist()
-        self.figures.zero_()
-        micro, written, answers, tokens, ended, short = total
-        shares = {"mean_tokens": tokens, "ended": ended, "short": short}
-        means = {name: round(value / answers, 4) if answers else None for name, value in shares.items()}
-        return {"share": written / micro if micro else None, "answers": answers, "tokens": tokens, **means}
+        """Take out what was written since the last record, over all ranks, and the seconds of this one. Collective."""
+        own = torch.tensor([self.figures[name] for name in FIGURES], device=accelerator.device)
+        found = dict(zip(FIGURES, accelerator.reduce(own, "sum").tolist(), strict=True))
+        micro, written, answers = (found.pop(name) for name in FIGURES[:3])
+        means = {
+            f"{name}_share": round(found.pop(name) / answers, 4) if answers else None for name in ("ended", "short")
+        }
+        length = round(found["tokens"] / answers, 2) if answers else None
+        seconds, self.seconds, self.figures = round(self.seconds, 3), 0.0, Counter()
+        share = {"share": written / micro if micro else None, "answers": answers, "mean_tokens": length}
+        return {**share, **found, **means, "seconds": seconds}
 
 
 def unlabelled(batch: Batch) -> Batch:

@@ -124,15 +124,8 @@ class Step:
             )
             wrapper.train()
             self.learner.accelerator.wait_for_everyone()
-        clock.writing += clock.last
+        on_policy.seconds += clock.last
         return found
-
-    def figures(self, clock: Stopwatch) -> dict[str, Any]:
-        """Take out what a record says of what the student wrote since the last one; nothing where it writes nothing."""
-        if self.on_policy is None:
-            return {}
-        seconds, clock.writing = clock.writing, 0.0
-        return {"on_policy": self.on_policy.read(self.learner.accelerator), "write_seconds": round(seconds, 3)}
 
     def _try_compiled(self, cpu_batch: Batch, counts: Tensor) -> None:
         """Run compiled layers once beside the wrapper that talks to other ranks: all give them up where one has to.

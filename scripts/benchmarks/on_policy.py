@@ -82,7 +82,7 @@ def train(recipe: str, settings: list[str], folder: Path) -> dict:
     records = [line for line in lines if line["event"] == "train"]
     own = [record["on_policy"] for record in records if "on_policy" in record]
     answers, written = sum(each["answers"] for each in own), sum(each["tokens"] for each in own)
-    ended = sum((each["ended"] or 0) * each["answers"] for each in own)
+    ended = sum((each["ended_share"] or 0) * each["answers"] for each in own)
     stamp = json.loads((folder / "stages/train.json").read_text())
     arms = {arm["name"]: arm["metrics"] for arm in json.loads((folder / "evaluation.json").read_text())["arms"]}
     return {

@@ -38,7 +38,9 @@ def test_a_chat_model_that_answers_itself_is_taught_and_released(tmp_path, capsy
     assert arms["distilled"]["kl"] < arms["cut"]["kl"] / 4
     figures = own_figures(tmp_path / "run")
     assert [each["share"] for each in figures] == [1] * 6
-    assert figures[-1]["ended"] == 1 and figures[-1]["mean_tokens"] == pytest.approx(6, abs=0.5)  # says … <|im_end|>
+    assert figures[-1]["ended_share"] == 1 and figures[-1]["mean_tokens"] == pytest.approx(
+        6, abs=0.5
+    )  # says … <|im_end|>
     assert not own_figures(tmp_path / "run/controls/labels_only")  # nobody would score its answers
     said = capsys.readouterr()
     assert "the student writes up to 10 tokens; what ends an answer: <|im_end|>" in said.err
@@ -63,7 +65,7 @@ def test_an_encoder_decoder_that_writes_its_own_targets_is_taught_and_released(t
     assert arms["distilled"]["kl"] < arms["cut"]["kl"]
     figures = own_figures(tmp_path / "run")
     assert 0.3 < sum(each["share"] for each in figures) / len(figures) < 0.7
-    assert figures[-1]["mean_tokens"] > 3 and figures[-1]["short"] == 0
+    assert figures[-1]["mean_tokens"] > 3 and figures[-1]["short_share"] == 0
     assert (tmp_path / "run/release/model.safetensors").exists()
 
 
