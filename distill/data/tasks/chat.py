@@ -14,7 +14,8 @@ import torch
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from distill.data.tasks.causal_lm import CausalLM, check_row_length
-from distill.data.tasks.task import Column, Encoder, Features, Ragged, Seeds, Values
+from distill.data.tasks.prompts import answered, last_prompts
+from distill.data.tasks.task import Column, Encoder, Features, Seeds, Values
 from distill.errors import InputError
 from distill.models.forward import UNLABELLED, Batch
 from distill.models.weights import as_input_error
@@ -135,26 +136,11 @@ class Chat(CausalLM):
 
     def prompts(self, batch: Batch) -> list[torch.Tensor | None]:
         """Take each conversation up to where its last answer begins."""
-        found: list[torch.Tensor | None] = []
-        ids, learned, real = (batch[name] for name in ("input_ids", "learned", "attention_mask"))
-        documents = batch.get("document_ids", torch.zeros_like(ids))
-        for row in range(len(ids)):
-            for document in torch.unique(documents[row][real[row].bool()]):
-                inside = torch.nonzero(real[row].bool() & (documents[row] == document)).flatten()
-                own = learned[row][inside]
-                begins = torch.nonzero(own[1:] & ~own[:-1]).flatten() + 1
-                found.append(ids[row][inside[: begins[-1]]] if len(begins) else None)
-        return found
+        return last_prompts(batch)
 
     def with_answers(self, prompts: Sequence[torch.Tensor], answers: Sequence[torch.Tensor], **given: Any) -> Batch:
         """Put each answer behind its prompt; the answers are what is learned."""
-        pairs = list(zip(prompts, answers, strict=True))
-        parts = {
-            "input_ids": [torch.cat(pair) for pair in pairs],
-            "learned": [torch.cat([torch.zeros_like(prompt), torch.ones_like(answer)]) for prompt, answer in pairs],
-        }
-        examples = {name: Ragged.of(rows, given["sizes"]) for name, rows in parts.items()}
-        return self.collate(examples, given["padding"], ())
+        return self.collate(answered(prompts, answers, given["sizes"]), given["padding"], ())
 
 
 def _check_tokenizer(tokenizer: Any) -> None:
