@@ -68,6 +68,16 @@ class Slow(Writing):
         return super().__call__(model, prompts)
 
 
+@dataclass(frozen=True)
+class Small(Writing):
+    """It has memory for two prompts."""
+
+    def __call__(self, model, prompts):
+        if len(prompts) > 2:
+            raise torch.OutOfMemoryError("not enough")
+        return super().__call__(model, prompts)
+
+
 def writing_of(own, kind=Writing):
     ends, vocabulary = frozenset({END}), len(TOKENIZER)
     return kind(own["max_new_tokens"], own.get("temperature", 1.0), ends, PADDING, length=56, vocabulary=vocabulary)
@@ -247,6 +257,13 @@ def test_no_speed_counts_the_seconds_in_which_the_student_writes(corpus, tmp_pat
     writing = sum(record["on_policy"]["seconds"] for record in records)
     assert writing >= 4 * 2 * 0.2
     assert writing + sum(8 / record["examples_per_s"] for record in records) < wall
+
+
+def test_where_memory_runs_out_while_it_writes_fewer_prompts_are_answered_at_once(corpus, tmp_path):
+    _, said = run(corpus, tmp_path, kind=Small, steps=2)
+    assert [line for line in said if "OUT OF MEMORY in step 1: micro-batches of up to 4 examples are halved" in line]
+    records = [record["on_policy"] for record in read_records(tmp_path / "metrics.jsonl")]
+    assert [(own["share"], own["answers"]) for own in records] == [(1.0, 8), (1.0, 8)]
 
 
 MASK = Mask(sparsity=0.5, schedule="cubic", end=0.5, every=2)
