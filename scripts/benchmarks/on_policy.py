@@ -33,16 +33,8 @@ from distill.training.on_policy import unlabelled
 
 TERMS = [Term(match="logits", loss="forward_kl"), Term(match="logits", loss="reverse_kl")]
 COLUMNS = (
-    "share",
-    "tokens",
-    "written",
-    "ended",
-    "KL",
-    "agreement",
-    "own: KL",
-    "own: reverse KL",
-    "own: tokens",
-    "seconds",
+    *("share", "tokens", "written", "ended", "KL", "agreement", "own: KL", "own: reverse KL", "own: tokens"),
+    *("seconds", "of these writing"),
 )
 
 
@@ -67,11 +59,12 @@ def main() -> None:
         rows.append(json.loads(file.read_text()))
     print("|", " | ".join(COLUMNS), "|\n|" + "---:|" * len(COLUMNS))
     for row in rows:
-        print(
-            "|",
-            " | ".join(f"{row[name]:,}" if isinstance(row[name], int) else f"{row[name]:.4g}" for name in COLUMNS),
-            "|",
-        )
+        print("|", " | ".join(cell_of(row.get(name)) for name in COLUMNS), "|")
+
+
+def cell_of(value: float | None) -> str:
+    """Write whole numbers whole, others with four digits."""
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def train(recipe: str, settings: list[str], folder: Path) -> dict:
@@ -86,9 +79,9 @@ def train(recipe: str, settings: list[str], folder: Path) -> dict:
     stamp = json.loads((folder / "stages/train.json").read_text())
     arms = {arm["name"]: arm["metrics"] for arm in json.loads((folder / "evaluation.json").read_text())["arms"]}
     return {
-        "tokens": records[-1]["tokens"], "written": written, "ended": ended / answers if answers else float("nan"),
+        "tokens": records[-1]["tokens"], "written": written, "ended": ended / answers if answers else None,
         "KL": arms["distilled"]["kl"], "agreement": arms["distilled"]["agreement"], "seconds": stamp["seconds"],
-        "cut": arms["cut"],
+        "of these writing": sum(each["seconds"] for each in own),
     }  # fmt: skip
 
 
