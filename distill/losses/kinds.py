@@ -125,6 +125,11 @@ def _labelled(batch: Batch) -> Tensor:
     return batch["labels"] != UNLABELLED
 
 
+def _target_tokens(batch: Batch) -> Tensor:
+    """Mask [B, T] of the target's tokens: those with a label, or those that are `written`, which have none."""
+    return batch["written"] if "written" in batch else _labelled(batch)
+
+
 def _next_labels(batch: Batch) -> Tensor:
     return batch["labels"][:, 1:]
 
@@ -207,6 +212,6 @@ PREDICTION_KINDS: dict[str, PredictionKind] = {
     # The tokens that were masked: logits [B, L, V], labels [B, L], given where a token is masked.
     "masked_token": PredictionKind(_same, _labels, _labelled, vocabulary=True),
     # The target text, given its beginning: logits [B, L, V] of the decoder, labels [B, L].
-    "seq2seq": PredictionKind(_same, _labels, _labelled, vocabulary=True, tokens=_labelled, causal=True),
+    "seq2seq": PredictionKind(_same, _labels, _target_tokens, vocabulary=True, tokens=_target_tokens, causal=True),
 }
 """The kinds by name."""

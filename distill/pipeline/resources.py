@@ -169,6 +169,8 @@ def _tabulate(works: Sequence[Work], peaks: Peaks, times: Times, title: str, siz
         speeds = [_speed(work, time) for work, time in zip(works, times, strict=True)]
         rows.append(("tokens/s", *(speed for speed, _ in speeds)))
         rows.append(("time of its steps", *(whole for _, whole in speeds)))
+    if any(getattr(work.rehearsal.spec, "on_policy", None) for work in works):
+        notes.append("All answers are taken for those of the data: what the student writes is not counted (on_policy).")
     for name, peak, time in zip(names, peaks, times, strict=True):
         notes += [f"{name}: {reason}." for reason in (peak, time) if isinstance(reason, str)]
     return Printed(title, Table(("", *names), rows), " ".join([NOTE, *notes]))

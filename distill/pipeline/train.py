@@ -29,10 +29,11 @@ from distill.models.plan import StudentPlan
 from distill.models.precision import DTYPES
 from distill.models.sentence import sentence_files
 from distill.pipeline.kept import find_teacher
+from distill.pipeline.on_policy import on_policy_for
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage, settings_of, with_version
 from distill.ranks import process_state
-from distill.recipe.schema import Optimization, Recipe, Term
+from distill.recipe.schema import Optimization, Recipe, Term, Training
 from distill.registry import is_reference
 from distill.student.masks import compact_trained, mask_settings, masks_for
 from distill.teacher import CachedTeacher, LiveTeacher, Mixture
@@ -61,7 +62,7 @@ def train_arm(session: Session, arm: str) -> None:
         for each in (model, *live) if objective.student.attention else ():
             use_eager_attention(each)
     # In steps: fewer examples may carry a label, and then the same epochs would be fewer.
-    spec = recipe.training.model_copy(update={"epochs": None, "tokens": None, "steps": steps})
+    spec = training_of(recipe, arm).model_copy(update={"epochs": None, "tokens": None, "steps": steps})
     job = Job(
         arm,
         spec,
@@ -107,6 +108,7 @@ def train_model(session: Session, job: Job, model: Any, objective: Objective, te
         objective,
         teacher,
         batches,
+        on_policy=on_policy_for(session, job.spec, model),
         evaluate=measured if session.corpus.validation else None,
         say=session.say,
     )
@@ -118,6 +120,12 @@ def terms_of(recipe: Recipe, arm: str) -> Sequence[Term]:
     terms = ARMS[arm].terms
     assert terms is not None, f"{arm} is not trained"
     return terms(recipe)
+
+
+def training_of(recipe: Recipe, arm: str) -> Training:
+    """Return the settings of a trained arm; where no teacher scores them, it writes no answers."""
+    taught = is_taught(terms_of(recipe, arm))
+    return recipe.training if taught else recipe.training.model_copy(update={"on_policy": None})
 
 
 def is_taught(terms: Sequence[Term]) -> bool:
@@ -197,7 +205,7 @@ def arm_inputs(session: Session, arm: str) -> dict[str, Any]:
         "student": folder_fingerprint(session.arm_start(arm)),
         "mask": mask_settings(recipe),
         "data": session.corpus.fingerprint,
-        "training": settings_of(recipe.training),
+        "training": settings_of(training_of(recipe, arm)),
         "losses": [term.model_dump(mode="json") for term in terms],
         "seed": recipe.seed,
     }
@@ -230,6 +238,8 @@ def check(session: Session) -> None:
     if recipe.teacher.fit is not None:
         check_optimization("teacher.fit", recipe.teacher.fit, task.head)
     check_trackers(recipe.training.trackers)
+    if recipe.training.on_policy is not None and not task.prompted:  # a task of the user's own
+        raise InputError(f"training.on_policy: task {task.name} does not say what is a prompt: its `prompted` is False")
     if recipe.training.keep_best not in (None, *task.metrics):  # of a task of the user's own
         raise InputError(f"training.keep_best: {recipe.training.keep_best} is not one of {', '.join(task.metrics)}")
     for one in (*recipe.teachers, recipe.teacher):

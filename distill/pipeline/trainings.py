@@ -23,7 +23,7 @@ from distill.models.plan import StudentPlan
 from distill.models.precision import DTYPES
 from distill.pipeline.rehearsal import Rehearsal
 from distill.pipeline.session import Session
-from distill.pipeline.train import batches_for, is_taught, maps_of, steps_of, terms_of
+from distill.pipeline.train import batches_for, is_taught, maps_of, steps_of, terms_of, training_of
 from distill.recipe.schema import Student, Term, Training
 from distill.student import build_student, plan_student
 from distill.student.given import describe_student
@@ -206,7 +206,7 @@ class Models:
 
     def arm(self, arm: str, terms: Sequence[Term]) -> Callable[[str, Batch], Rehearsal]:
         """Rehearse the training of an arm."""
-        spec, maps = self.session.recipe.training, maps_of(self.plan)
+        spec, maps = training_of(self.session.recipe, arm), maps_of(self.plan)
         teacher = self.session.recipe.teacher
 
         def make(kind: str, batch: Batch) -> Rehearsal:

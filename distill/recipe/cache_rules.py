@@ -38,7 +38,7 @@ def cache_is_read(teacher: Teacher, losses: list[Term], data: Data, training: Tr
     if teacher.device == "sharded":
         message = "the ranks fill it each at its own pace, and a sharded teacher needs all of them at once"
         yield Mistake(key, message, "write device: same or cpu: the teacher runs alone, without the student", at="key")
-    if getattr(training, "on_policy", None) is not None:
+    if training.on_policy is not None:
         message = "what the student will write is not known, so the teacher cannot be asked about it beforehand"
         yield Mistake(key, message, "remove it, or training.on_policy", at="key")
     matches, topk = {term.match for term in losses}, teacher.cache.keep == "topk"

@@ -52,6 +52,9 @@ ADVICE = {
         ("lora_r", "lora_alpha", "lora_dropout", "peft", "peft_config", "adapter", "adapters", "r", "target_modules"),
         "write lora: {rank: 16, alpha: 32, targets: all-linear} under training:",
     ),
+    **dict.fromkeys(
+        ("lmbda", "gkd", "generation", "rollout"), "write on_policy: {share: 0.5, max_new_tokens: 128} under training:"
+    ),
     "gradient_accumulation_steps": "give batch_size for the whole step and micro_batch_size for one forward pass",
     "adam_epsilon": "write optimizer_params: {eps: 1.0e-8} under training:",
     "trust_remote_code": "give --trust-remote-code on the command line",
@@ -63,7 +66,7 @@ ADVICE = {
 UNSUPPORTED = (
     "qlora",
     *("quantization", "quantisation", "quantization_config", "quantize", "load_in_4bit", "load_in_8bit", "int4"),
-    *("on_policy", "lmbda", "gkd", "seq_kd", "generation", "rollout"),
+    "seq_kd",
     *("vocabulary", "vocab", "vocab_size", "prune_vocabulary", "heads", "attention_heads", "prune_heads"),
     *("num_attention_heads", "hidden", "hidden_size", "embeddings", "experts", "early_stopping", "label_smoothing"),
     *("early_stopping_patience", "label_smoothing_factor", "gradient_noise", "curriculum", "push_to_hub"),

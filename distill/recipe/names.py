@@ -151,6 +151,8 @@ CAUSAL_TASKS: tuple[TaskName, ...] = ("causal_lm", "chat")
 """Tasks in which every token is predicted from those before it alone."""
 VOCABULARY_TASKS: tuple[TaskName, ...] = (*CAUSAL_TASKS, *TWO_STACK_TASKS, "masked_lm")
 """Tasks whose predictions are tokens."""
+PROMPTED_TASKS: tuple[TaskName, ...] = ("chat", "seq2seq")
+"""Tasks whose rows tell a prompt from its answer, so that a student can write one of its own."""
 TEACHER_METRICS: tuple[Metric, ...] = ("agreement", "kl", "teacher_mse", "cosine_to_teacher", "neighbours_kept")
 """Metrics that compare with the teacher, after training; a task has those that its kind of predictions allows."""
 VECTOR_METRICS: tuple[Metric, ...] = ("cosine_to_teacher", "neighbours_kept")

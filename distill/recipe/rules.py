@@ -314,6 +314,7 @@ RULES = (
     some_term_counts,
     mapped_layers_exist,
     task_rules.terms_fit_the_task,
+    task_rules.students_answers_are_scored,
     task_rules.metrics_fit_the_task,
     task_rules.embeddings_have_what_is_learnt_and_measured,
     task_rules.gradients_have_a_loss,

@@ -12,6 +12,7 @@ from distill.recipe.cache import TeacherCache
 from distill.recipe.fields import Count, Fraction, Index, Mistake, NonNegative, NotASwitch, Params, Positive, Section
 from distill.recipe.locate import is_path
 from distill.recipe.names import Metric, Optimizer, Reference
+from distill.recipe.on_policy import OnPolicy
 
 Format = Literal["uniform", "native", "padded"]
 SHA256 = "^[0-9a-f]{64}$"
@@ -200,6 +201,8 @@ class Teacher(Section):
 class Training(Optimization):
     """Training of the student."""
 
+    on_policy: OnPolicy | None = None
+    """Learn from answers that the student itself writes as well, for chat and seq2seq; null: from those of the data."""
     evaluate_every: Index = 0
     """Measure the held-out split every so many steps; 0: only at the end."""
     log_every: Count = 10

@@ -24,6 +24,31 @@ def terms_fit_the_task(terms: Mapping[int, Term], data: Data) -> Iterator[Mistak
             yield Mistake(("losses", index, "match"), message, "write match: logits or match: hidden")
 
 
+def students_answers_are_scored(data: Data, terms: Mapping[int, Term], training: Training) -> Iterator[Mistake]:
+    """Refuse answers of the student that have no prompt, no end, or nobody to learn from."""
+    own, path = training.on_policy, ("training", "on_policy")
+    if own is None:
+        return
+    most = data.max_length - 1 if data.task == "chat" else data.max_target_length or data.max_length
+    if ":" not in data.task and data.task not in names.PROMPTED_TASKS:
+        yield Mistake(path, f"the rows of task: {data.task} have no prompt", "use chat or seq2seq", at="key")
+    if data.learn_from == "all":
+        yield Mistake(path, "learn_from: all does not say where an answer begins", "use assistant", at="key")
+    if all(term.match == "labels" for term in terms.values()):
+        message = "no term compares with the teacher, who is to score what the student writes"
+        yield Mistake(path, message, "add match: logits", at="key")
+    if training.tokens is not None:
+        message = "how many tokens the student will write is not known"
+        yield Mistake(("training", "tokens"), message, "give steps or epochs", at="key")
+    if own.max_new_tokens > most:
+        message = f"{own.max_new_tokens} do not fit in what data allows"
+        yield Mistake((*path, "max_new_tokens"), message, f"use at most {most}")
+    for index, term in terms.items():
+        if term.match == "labels" and own.share == 1:
+            message = "has no effect: with on_policy.share: 1 there are no answers but the student's, without labels"
+            yield Mistake(("losses", index, "match"), message, "remove it, or lower the share")
+
+
 def metrics_fit_the_task(data: Data, evaluation: Evaluation, training: Training) -> Iterator[Mistake]:
     """Refuse metrics that are neither the task's nor the user's own."""
     own = names.TASK_METRICS.get(data.task)  # type: ignore[call-overload]

@@ -8,6 +8,7 @@ from typing import Any
 
 from distill.losses import MATCHES
 from distill.recipe.jsonrows import LISTED
+from distill.recipe.on_policy import OnPolicy
 from distill.recipe.schema import Schedule
 from distill.recipe.sections import Lora
 from distill.recipe.terms import TERM_KEYS
@@ -170,6 +171,7 @@ def training_rows(evidence: Evidence) -> list[tuple[str, ...]]:
         "precision": training.precision,
         "weights": "bf16, with fp32 masters" if training.weights == "bf16" else None,
         "adapters": None if training.lora is None else adapters_line(training.lora),
+        "on-policy": None if training.on_policy is None else on_policy_line(training.on_policy),
         **mask_rows(evidence),
         "seed": evidence.recipe.seed,
         "data": f"{data['source']}, fingerprint {data['fingerprint']}",
@@ -184,6 +186,15 @@ def teacher_line(own: Mapping[str, Any]) -> str:
     sources = f", on {', '.join(own['sources'])}" if own["sources"] else ""
     pins = "".join(f", {name} {own[name]}" for name in ("revision", "sha256") if own[name])
     return f"{own['model']}, weight {format_number(own['weight'])}{sources}{pins}"
+
+
+def on_policy_line(own: OnPolicy) -> str:
+    """Say how much of what the student learned from it wrote itself."""
+    share, temperature = format_percent(own.share), format_number(own.temperature)
+    limits = f"up to {own.max_new_tokens} tokens at temperature {temperature}"
+    return (
+        f"{share} of the micro-batches, drawn by lot: answers that the student wrote, {limits}, scored by the teacher"
+    )
 
 
 def adapters_line(lora: Lora) -> str:

@@ -56,6 +56,16 @@ class CompiledLayers:
             vars(layer).pop("forward", None)
         self.layers = []
 
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Run the layers as they are during the block, for what they are not compiled for."""
+        compiled = [(layer, vars(layer).pop("forward")) for layer in self.layers]
+        try:
+            yield
+        finally:
+            for layer, forward in compiled:
+                layer.forward = forward
+
     def caused(self, error: Exception) -> bool:
         """Tell whether an error comes from compiling layers, or from what was compiled."""
         return bool(self.layers) and is_compilers(error)

@@ -17,6 +17,7 @@ from distill.training.checkpoint import Checkpoints, TrainState, state_of
 from distill.training.clock import Stopwatch, Utilisation
 from distill.training.compiled import compiled_layers
 from distill.training.learner import Learner
+from distill.training.on_policy import OnPolicy
 from distill.training.optim import lr_factor
 from distill.training.setup import Constrain, horizon, make_accelerator, make_learner
 from distill.training.signals import StopSignals
@@ -75,6 +76,7 @@ def train(
     teacher: Teacher | None,
     batches: TrainingBatches,
     *,
+    on_policy: OnPolicy | None = None,
     evaluate: Evaluate | None = None,
     say: Callable[[str], None],
 ) -> None:
@@ -86,6 +88,7 @@ def train(
         objective: Minimised.
         teacher: A batch in, its outputs out; None where no term needs it.
         batches: The micro-batches of every step.
+        on_policy: Lets the student write some of the answers that it learns from.
         evaluate: (model, function that says when to give up) -> metrics; called on every rank.
         say: Receives notices.
 
@@ -117,7 +120,7 @@ def train(
         compiled_layers(job.spec.compile, models, objective, accelerator, job.title, say) as compiled,
     ):
         batches = _in_sizes(batches, job.title, steps, say) if compiled.layers else batches
-        step = Step(learner, teacher, job.seed, steps, job.folder / MICRO_BATCHES, compiled, say)
+        step = Step(learner, teacher, job.seed, steps, job.folder / MICRO_BATCHES, compiled, say, on_policy)
         run = _Run(job, learner, step, batches, evaluate, writer, state, steps, stop, tracker, watchdog, say)
         run.to_the_end()
     learner.finish()
@@ -171,6 +174,8 @@ class _Run:
     """True between an evaluation with the best metric so far and its save."""
 
     def __post_init__(self) -> None:
+        if self.step.on_policy is not None:
+            self.step.on_policy.sizes = self.batches.sizes
         self.clock = Stopwatch(self.learner.accelerator.device)
         self.utilisation = Utilisation(self.job.peak_tokens_per_second, self.job.measure_peak, self.say)
 
@@ -181,9 +186,10 @@ class _Run:
         stopping = self.measure()  # where a start comes after the step and before its evaluation
         self.save(newest=False)
         world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
-        for numbered in self.batches.stream(state.step, self.steps, rank, world, job.spec.loader_workers, device):
+        for given in self.batches.stream(state.step, self.steps, rank, world, job.spec.loader_workers, device):
             with self.watchdog.over("step"):
                 rate = self._set_rate()
+                numbered = self.step.write(given, state, self.clock)
                 stopping |= self.step(numbered, state, window, self.stop.requested)
             for line in self.learner.wrapper.objective.notices():
                 self.say(f"{job.title}: {line}")
@@ -239,6 +245,7 @@ class _Run:
             "lr": rate,
             **figures,
             **(learner.masks.figures() if learner.masks else {}),
+            **({"on_policy": own.read(learner.accelerator)} if (own := self.step.on_policy) else {}),
             "skipped": skipped,
             "examples_per_s": round(window.steps * self.batches.batch_size / seconds, 2),
             "tokens_per_s": round(tokens / seconds, 1),

@@ -100,6 +100,10 @@ def check_launch_keeps(spec: Optimization, launch: DistributedType | None = None
             raise InputError(f"{key}.weights: bf16 does not go with {kind.value}, which shards fp32 weights; {fix}")
         if spec.optimizer == "adamw_8bit":
             raise InputError(f"{key}.optimizer: adamw_8bit does not go with {kind.value}, which shards moments; {fix}")
+        if isinstance(spec, Training) and spec.on_policy is not None:
+            raise InputError(
+                f"{key}.on_policy does not go with {kind.value}: to write, a rank needs all weights; {fix}"
+            )
         if spec.lora is not None and kind == DistributedType.DEEPSPEED:
             raise InputError(f"{key}.lora does not go with DeepSpeed: launch it with DDP or FSDP2")
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,10 +17,13 @@ from torch import Tensor
 from distill.errors import RunError
 from distill.models.forward import Batch, Outputs, row_count, to_device, token_count
 from distill.training.checkpoint import TrainState
+from distill.training.clock import Stopwatch
 from distill.training.compiled import CompiledLayers, in_short
 from distill.training.learner import Learner
+from distill.training.on_policy import OnPolicy, seed_of
 
 Teacher = Callable[[Batch], Outputs]
+T = TypeVar("T")
 
 
 class Window:
@@ -67,6 +70,8 @@ class Step:
     """File in which a rank that ran out of memory asks the next start for smaller micro-batches."""
     compiled: CompiledLayers
     say: Callable[[str], None]
+    on_policy: OnPolicy | None = None
+    """Lets the student write some of the answers that it learns from."""
     tried: bool = False
     """All ranks have run the compiled layers once, or there is only one rank."""
 
@@ -93,12 +98,34 @@ class Step:
         if stopped and not self.tried:
             self._try_compiled(next(_split(numbered, 2**state.micro_batch_halvings))[1], counts)
         self.tried = True
-        loss, sums = self._until_it_fits(numbered, counts, state)
+        loss, sums = self._until_it_fits(
+            numbered, state, lambda pieces: self._gradients(list(_split(numbered, pieces)), counts, state.step)
+        )
         norm, bad = learner.step(state.step + 1, loss)
         window.add(loss, sums, counts, norm, bad)
         window.tokens += tokens
         # With one rank the local flag says it all, and the device is not waited for.
         return bool(stopped.item()) if stopped else stop
+
+    def write(
+        self, numbered: Sequence[tuple[int, Batch]], state: TrainState, clock: Stopwatch
+    ) -> Sequence[tuple[int, Batch]]:
+        """Let the student write answers of its own where `training.on_policy` asks for any, before all else of a step.
+
+        The counts of the step are those of what was written. No record's speed has the seconds that it takes, on the
+        slowest rank. Collective.
+        """
+        if (on_policy := self.on_policy) is None:
+            return numbered
+        wrapper = self.learner.wrapper
+        with clock.apart(), self.compiled.set_aside():
+            found = self._until_it_fits(
+                numbered, state, lambda pieces: on_policy(wrapper.student, numbered, state.step, pieces)
+            )
+            wrapper.train()
+            self.learner.accelerator.wait_for_everyone()
+        on_policy.seconds += clock.last
+        return found
 
     def _try_compiled(self, cpu_batch: Batch, counts: Tensor) -> None:
         """Run compiled layers once beside the wrapper that talks to other ranks: all give them up where one has to.
@@ -123,12 +150,11 @@ class Step:
         if learner.accelerator.reduce(failed, "sum").item():
             compiled.give_up(error)
 
-    def _until_it_fits(
-        self, numbered: Sequence[tuple[int, Batch]], counts: Tensor, state: TrainState
-    ) -> tuple[Tensor, Tensor]:
+    def _until_it_fits(self, numbered: Sequence[tuple[int, Batch]], state: TrainState, work: Callable[[int], T]) -> T:
+        """Do work in so many pieces of each micro-batch that it fits into memory."""
         while True:
             try:
-                return self._gradients(list(_split(numbered, 2**state.micro_batch_halvings)), counts, state.step)
+                return work(2**state.micro_batch_halvings)
             except torch.OutOfMemoryError as error:
                 self.learner.prepared.zero_grad()
                 largest = self._halve(numbered, state, error)
@@ -223,8 +249,3 @@ def _split(numbered: Sequence[tuple[int, Batch]], pieces: int) -> Iterator[tuple
         for piece in range(min(pieces, rows)):
             parts = {name: tensor.tensor_split(pieces)[piece] for name, tensor in examples.items()}
             yield (number, piece), {name: tensor.flatten(0, 1) for name, tensor in parts.items()}
-
-
-def seed_of(*numbers: int) -> int:
-    """Derive the dropout seed of one micro-batch: the same on whichever rank computes it, and after any restart."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])

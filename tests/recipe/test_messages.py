@@ -48,7 +48,8 @@ FOREIGN = [
     Bad("  lr: 3e-4", "  qlora: {}", 20, "training.qlora", "not supported"),
     Bad("  mlp: {", "  heads: {keep: 4}\n  mlp: {", 8, "student.heads", "not supported"),
     Bad("  mlp: {", "  vocabulary: {keep: 0.5}\n  mlp: {", 8, "student.vocabulary", "not supported"),
-    Bad("  lr: 3e-4", "  on_policy: 0.5", 20, "training.on_policy", "not supported"),
+    Bad("  lr: 3e-4", "  seq_kd: true", 20, "training.seq_kd", "not supported"),
+    Bad("  lr: 3e-4", "  lmbda: 0.5", 20, "training.lmbda", "write on_policy: {share: 0.5"),
     Bad("seed: 0", "quantization: int8", 2, "quantization", "not supported"),
     Bad("seed: 0", "deepspeed: ds.json", 2, "deepspeed", "accelerate launch"),
 ]  # fmt: skip

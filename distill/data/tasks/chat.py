@@ -14,6 +14,7 @@ import torch
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from distill.data.tasks.causal_lm import CausalLM, check_row_length
+from distill.data.tasks.prompts import answered, last_prompts
 from distill.data.tasks.task import Column, Encoder, Features, Seeds, Values
 from distill.errors import InputError
 from distill.models.forward import UNLABELLED, Batch
@@ -102,6 +103,7 @@ class Chat(CausalLM):
     }
     observed = ()
     divisible = False
+    prompted = True
 
     def check_row(self, values: dict[str, Any]) -> dict[str, Any]:
         """Read the conversation once, for its mistakes."""
@@ -131,6 +133,14 @@ class Chat(CausalLM):
             return batch
         learned = torch.from_numpy(examples["learned"].pad(0)).bool()
         return {**batch, "labels": batch["labels"].masked_fill(~learned, UNLABELLED), "learned": learned}
+
+    def prompts(self, batch: Batch) -> list[torch.Tensor | None]:
+        """Take each conversation up to where its last answer begins."""
+        return last_prompts(batch)
+
+    def with_answers(self, prompts: Sequence[torch.Tensor], answers: Sequence[torch.Tensor], **given: Any) -> Batch:
+        """Put each answer behind its prompt; the answers are what is learned."""
+        return self.collate(answered(prompts, answers, given["sizes"]), given["padding"], ())
 
 
 def _check_tokenizer(tokenizer: Any) -> None:

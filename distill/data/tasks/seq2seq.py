@@ -90,6 +90,7 @@ class Seq2Seq(WritesText):
     name = "seq2seq"
     auto_class = "AutoModelForSeq2SeqLM"
     columns: ClassVar = {"source": TEXT, "target": TARGET}
+    prompted = True
 
     def bind(self, teacher: Path, tokenizer: Any, spec: Data) -> Task:
         """Take the language of the target, too, where the tokenizer has one and targets begin with it."""
@@ -106,3 +107,14 @@ class Seq2Seq(WritesText):
         sources = [f"{encoder.spec.prefix or ''}{rows['source'][row]}" for row in kept]
         ids = encoder(sources)["input_ids"] if kept else []
         return {"input_ids": ids, **self.target_features([rows["target"][row] for row in kept], kept, encoder)}
+
+    def prompts(self, batch: Batch) -> list[torch.Tensor | None]:
+        """Take the source texts."""
+        return [ids[real.bool()] for ids, real in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+
+    def with_answers(self, prompts: Sequence[torch.Tensor], answers: Sequence[torch.Tensor], **given: Any) -> Batch:
+        """Make the answers the targets."""
+        parts = {"input_ids": prompts, self.target: answers}
+        return self.collate(
+            {name: Ragged.of(rows, given["sizes"]) for name, rows in parts.items()}, given["padding"], ()
+        )

@@ -173,6 +173,11 @@ class Ragged:
     sizes: tuple[int, ...] = ()
     """Lengths, ascending, to the first of which that is long enough rows are padded; else to the longest of them."""
 
+    @classmethod
+    def of(cls, rows: Sequence[torch.Tensor], sizes: tuple[int, ...]) -> Ragged:
+        """Join token ids [L] of each row."""
+        return cls(torch.cat(list(rows)).numpy(), np.array([len(row) for row in rows]), sizes)
+
     @cached_property
     def mask(self) -> np.ndarray:
         """Where padded rows have an entry, boolean [B, L]."""
@@ -221,6 +226,8 @@ class Task:
     """Rows that are encoded at once."""
     target: ClassVar[str] = "input_ids"
     """Feature with the token ids that a decoder is to write."""
+    prompted: ClassVar[bool] = False
+    """A batch tells prompts and answers apart, so that a model may write answers of its own; see `prompts`."""
     preprocessors: Sequence[Any] = ()
     """Whatever else turns rows into what the model reads, and is saved beside it: each has `save_pretrained`."""
 
@@ -283,6 +290,20 @@ class Task:
             if batch["labels"].dtype.kind == "f":
                 batch["labels"] = batch["labels"].astype(np.float32)
         return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+    def prompts(self, _batch: Batch) -> list[torch.Tensor | None]:
+        """Take the tokens [L] that each answer of a batch is written for; None where nothing stands before one."""
+        raise NotImplementedError(f"{self.name} is not prompted")
+
+    def with_answers(self, prompts: Sequence[torch.Tensor], answers: Sequence[torch.Tensor], **given: Any) -> Batch:
+        """Make a batch of prompts and other answers to them, as `collate` does: one row for each.
+
+        Args:
+            prompts: Token ids [L] of each.
+            answers: Token ids [T] of each.
+            given: `padding` and `sizes`, as for `collate` and `Ragged`.
+        """
+        raise NotImplementedError(f"{self.name} is not prompted")
 
     def observe(self, _model: Any, _outputs: Outputs, _batch: Batch, _examples: Mapping[str, Any]) -> dict[str, Any]:
         """Return the columns `observed` for a batch, one entry per example, from what a model said about it."""
