@@ -252,6 +252,7 @@ def _print_table(title: str, table: Table) -> None:
 
 def _print_evaluation(session: Session) -> None:
     from distill.pipeline.release import collect_evidence
+    from distill.release.controls import seeds_table, seeds_title
     from distill.release.tables import arms_table, efficiency_table
 
     evidence = collect_evidence(session)
@@ -261,6 +262,8 @@ def _print_evaluation(session: Session) -> None:
         arms = arms_table(own)
         rows = [(name, *row[1:]) for name, row in zip(own.arms, arms.rows, strict=True)]  # titles are too wide
         _print_table(title, replace(arms, rows=rows))
+        if (spread := seeds_table(own)).rows:
+            _print_table(seeds_title(own), spread)
     if efficiency.rows:
         _print_table("size and speed, measured in one run", efficiency)
 

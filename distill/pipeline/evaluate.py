@@ -12,17 +12,20 @@ from safetensors.numpy import save_file
 
 from distill.data import evaluation_batches, observe_batch
 from distill.errors import InputError
-from distill.evaluation.arms import ARMS, measured_arms, rivals
+from distill.evaluation.arms import ARMS, lessons, measured_arms, not_run, rivals, trained_arms
+from distill.evaluation.chance import most_frequent
 from distill.evaluation.efficiency import add_disk_bytes, measure_efficiency
 from distill.evaluation.metrics import METRICS, compute, find_metric, higher_is_better, measurable
-from distill.evaluation.predict import Rows, column_names, merge_rows, predict
+from distill.evaluation.predict import Ask, Rows, column_names, merge_rows, predict
 from distill.evaluation.recorded import HOST_BYTES, record_teacher
+from distill.evaluation.seeds import spread_over
 from distill.evaluation.table import finite_or_none, tabulate_arms
 from distill.files import content_of, fresh_folder, read_object, write_json
 from distill.models.family import all_layers
 from distill.models.forward import Capture
 from distill.models.load import folder_fingerprint
 from distill.models.precision import describe_precision, takes_autocast
+from distill.pipeline.control import budget_of
 from distill.pipeline.session import Session, in_precision
 from distill.pipeline.stage import Stage, settings_of
 from distill.pipeline.train import steps_of
@@ -34,6 +37,8 @@ from distill.release.export import without_folders
 from distill.student.masks import mask_settings, sparsity_table
 from distill.teacher import LiveTeacher
 
+COUNTED = 20_000
+"""Training examples, at most, whose labels are counted for the most frequent one."""
 COMPARED = 128
 """Examples on which the released student is measured in two precisions, where the evaluation's is not that of its
 weights."""
@@ -62,15 +67,36 @@ def work(session: Session) -> None:
         "metrics": names,
         "primary": names[0],
         "higher_is_better": {name: higher_is_better(name) for name in names},
-        "arms": tabulate_arms(rows["test"], names, steps),
+        "arms": with_budgets(session, tabulate_arms(rows["test"], names, steps)),
         "also": {split[5:]: tabulate_arms(arms, names, steps) for split, arms in rows.items() if split != "test"},
         "teacher": read_object(session.folder.examined),
         "precision": describe_precisions(session, teacher, student),
         "rivals": rivals(recipe),
+        "lessons": lessons(recipe),
+        "not_run": not_run(recipe),
         "efficiency": compare_speed(session, teacher.model, student) if recipe.evaluation.efficiency else None,
         "sparsity": sparsity_table(recipe, student),
     }
-    write_json(session.folder.evaluation, table)
+    write_json(session.folder.evaluation, table | compare_seeds(session, table))
+
+
+def with_budgets(session: Session, arms: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add to each trained arm how long and how fast it learned, and how that was chosen."""
+    trained = trained_arms(session.recipe)
+    return [row | (budget_of(session, row["name"]) if row["name"] in trained else {}) for row in arms]
+
+
+def compare_seeds(session: Session, table: dict[str, Any]) -> dict[str, Any]:
+    """Collect the figures of the trained arms with every seed; nothing where there is one seed."""
+    if not session.children:
+        return {}
+    tables = {session.recipe.seed: table}
+    tables |= {child.recipe.seed: read_object(child.folder.evaluation) for child in session.children}
+    arms = spread_over({seed: own["arms"] for seed, own in tables.items()})
+    also = {name: spread_over({seed: own["also"][name] for seed, own in tables.items()}) for name in table["also"]}
+    trained = trained_arms(session.recipe)
+    keep = [{name: own for name, own in each.items() if name in trained} for each in (arms, *also.values())]
+    return {"seeds": {"seeds": [*tables], "arms": keep[0], "also": dict(zip(also, keep[1:], strict=True))}}
 
 
 def describe_data(session: Session, measured: int) -> dict[str, Any]:
@@ -150,19 +176,33 @@ def predict_arms(
         recordings = {split: stack.enter_context(record_teacher(teacher, folders[split], share)) for split in splits}
         for arm in measured_arms(recipe):
             model, precision = teacher.model, recipe.training.precision
-            if arm != "teacher":
+            constant = majority(session) if ARMS[arm].start == "none" else None
+            if arm != "teacher" and constant is None:
                 model = session.load(session.arm_folder(arm), session.near(teacher.device)).to(teacher.device)
             if arm != "teacher" and not ARMS[arm].terms:
                 model = ARMS[arm].prepare(recipe, model, steps)
             for split, recording in recordings.items():
                 examples = corpus.splits[split]
                 batches = evaluation_batches(corpus, examples, recipe.evaluation.batch_size, rank, ranks)
-                ask = recording if arm == "teacher" else None
+                ask = recording if arm == "teacher" else constant
                 observe = partial(observe_batch, corpus, examples)
                 own = [predict(model, batches, corpus.head, recording, session.vocabulary, observe, ask, precision)]
                 found = merge_rows(gather_object(own) if ranks > 1 else own)
                 rows[split][arm] = dict(corpus.task.finish(found, corpus.settled))
     return rows
+
+
+def majority(session: Session) -> Ask:
+    """Make what answers every example with the most frequent label of the training examples."""
+    corpus, size = session.corpus, session.recipe.evaluation.batch_size
+    pool = corpus.labelled
+    counted = pool[:: -(-len(pool) // COUNTED)]
+    if len(counted) < len(pool):
+        session.say_once(
+            f"  majority: of the {len(pool):,} training examples every {len(pool) // len(counted)}. is counted"
+        )
+    batches = evaluation_batches(corpus, corpus.train, size, pool=counted)
+    return most_frequent(batches, corpus.head, session.vocabulary or len(corpus.classes))
 
 
 def compare_speed(session: Session, teacher: Any, student: Any) -> dict[str, Any]:
@@ -180,10 +220,17 @@ def compare_speed(session: Session, teacher: Any, student: Any) -> dict[str, Any
 
 
 def inputs(session: Session) -> dict[str, Any]:
+    """List all that the evaluation reads, the figures of other seeds included."""
+    seeds = {str(child.recipe.seed): content_of(child.folder.evaluation) for child in session.children}
+    return own_inputs(session) | ({"seeds": seeds} if seeds else {})
+
+
+def own_inputs(session: Session) -> dict[str, Any]:
     """List every arm's weights, the data and what is measured."""
     mask = mask_settings(session.recipe)
+    models = [arm for arm in measured_arms(session.recipe) if ARMS[arm].start != "none"]
     return {
-        "arms": {arm: folder_fingerprint(session.arm_folder(arm)) for arm in measured_arms(session.recipe)},
+        "arms": {arm: folder_fingerprint(session.arm_folder(arm)) for arm in models},
         "teacher": session.teacher_inputs(),
         "data": session.corpus.fingerprint,
         "examined": content_of(session.folder.examined),

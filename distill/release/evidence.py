@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 
 from distill.models.plan import StudentPlan
@@ -74,7 +75,12 @@ class Evidence:
     def elsewhere(self) -> dict[str, Evidence]:
         """The same run with its arms measured on other texts, by their name in `data.also`."""
         also = self.evaluation.get("also") or {}
-        return {name: replace(self, evaluation={**self.evaluation, "arms": arms}) for name, arms in also.items()}
+        seeds = self.evaluation.get("seeds") or {}
+        spread = {name: {**seeds, "arms": own} for name, own in seeds.get("also", {}).items()}
+        return {
+            name: replace(self, evaluation={**self.evaluation, "arms": arms, "seeds": spread.get(name)})
+            for name, arms in also.items()
+        }
 
     def title(self, arm: str) -> str:
         """Words for an arm in tables: those of evaluation.json, or its name."""
@@ -87,6 +93,18 @@ class Evidence:
     def retained(self, arm: str, metric: str) -> float | None:
         """Share of the teacher's value that an arm reaches."""
         return None if arm == "teacher" else as_number(get_in(self.arms, arm, "retained", metric))
+
+    def over_seeds(self, arm: str, count: int) -> list[float | None]:
+        """Primary metric of an arm with each seed; of an arm that no seed changes, or of one seed, `count` times."""
+        values = get_in(self.evaluation, "seeds", "arms", arm, self.primary, "values")
+        return [self.score(arm)] * count if values is None else [as_number(value) for value in values]
+
+    @property
+    def retained_note(self) -> str:
+        """Words for the shares in brackets; empty where there are none, as without the majority."""
+        if not any(arm.get("retained") for arm in self.arms.values()):
+            return ""
+        return "In brackets: share of the teacher's lead over the majority, (arm - majority) / (teacher - majority)."
 
     def higher_is_better(self, metric: str) -> bool:
         """Direction of a metric; higher is better unless the evaluation says otherwise."""
@@ -138,29 +156,59 @@ def summarize(evidence: Evidence) -> str:
 
 
 def judge(evidence: Evidence) -> list[Verdict]:
-    """Say whether the distilled student beats each rival of the evaluation, just as plainly when it does not."""
+    """Say whether the distilled student beats each rival, just as plainly when it does not, and which were not run."""
     score = evidence.score("distilled")
     if score is None:
         return [Verdict(False, "The distilled student was not measured, so nothing is known about its quality.")]
-    rivals = evidence.evaluation.get("rivals", {})
-    return [_compare(evidence, score, rival, words) for rival, words in rivals.items()]
+    rivals, left = evidence.evaluation.get("rivals", {}), evidence.evaluation.get("not_run") or {}
+    compare = _compare_over_seeds if len(evidence.over_seeds("distilled", 1)) > 1 else _compare
+    verdicts = [compare(evidence, score, rival, words) for rival, words in rivals.items()]
+    if left:
+        names = ", ".join(f"{name} ({why})" for name, why in left.items())
+        verdicts.append(Verdict(False, f"Not run: {names}. What the student adds over these is not known."))
+    return verdicts
 
 
 def _compare(evidence: Evidence, score: float, rival: str, words: str) -> Verdict:
     """Judge the distilled student against one rival on the primary metric."""
     metric, other = evidence.primary, evidence.score(rival)
     if other is None:
-        return Verdict(False, f"{rival} ({words}) was not measured: what distillation adds over it is unknown.")
+        return Verdict(False, f"{rival} ({words}) has no figure: what distillation adds over it is unknown.")
     figures = f"{metric} {format_metric(metric, score)} against {format_metric(metric, other)}"
     margin = (score - other) * (1 if evidence.higher_is_better(metric) else -1)
     if margin <= 0:
-        return Verdict(False, f"The distilled student does not beat {rival}, {words}: {figures}.")
+        return Verdict(
+            False, f"The distilled student does not beat {rival}, {words}: {figures}.{lesson(evidence, rival)}"
+        )
     error = standard_error(evidence, score)
     if error is not None and margin <= error:
         doubt = f"within one standard error ({format_difference(metric, error)}) of this test set, so this is a tie"
         return Verdict(False, f"The distilled student is only just ahead of {rival}, {words}: {figures}, {doubt}.")
     lead = format_difference(metric, margin)
     return Verdict(True, f"The distilled student beats {rival}, {words}, by {lead}: {figures}.")
+
+
+def _compare_over_seeds(evidence: Evidence, _score: float, rival: str, words: str) -> Verdict:
+    """Judge the distilled student of every seed against the rival of the same seed, or the one that no seed changes."""
+    metric, ours = evidence.primary, evidence.over_seeds("distilled", 1)
+    theirs = evidence.over_seeds(rival, len(ours))
+    if None in ours or None in theirs:
+        return Verdict(False, f"{rival} ({words}): not every seed has a figure, so what distillation adds is unknown.")
+    sign = 1 if evidence.higher_is_better(metric) else -1
+    margins = [sign * (own - other) for own, other in zip(ours, theirs, strict=True)]  # type: ignore[operator]
+    ahead, mean = sum(margin > 0 for margin in margins), fmean(margins)
+    span = ", ".join(f"{'-' if each < 0 else '+'}{format_difference(metric, abs(each))}" for each in margins)
+    if ahead == len(margins):
+        lead = f"by {format_difference(metric, mean)} of {metric} on average ({span})"
+        return Verdict(True, f"The distilled student beats {rival}, {words}, with each of {ahead} seeds, {lead}.")
+    text = f"The distilled student beats {rival}, {words}, with {ahead} of {len(margins)} seeds: {metric} {span}."
+    return Verdict(False, text + (lesson(evidence, rival) if mean <= 0 else ""))
+
+
+def lesson(evidence: Evidence, rival: str) -> str:
+    """Say what it means that a rival is not beaten; empty where nothing more is known."""
+    words = get_in(evidence.evaluation, "lessons", rival)
+    return f" So {words}." if words else ""
 
 
 def standard_error(evidence: Evidence, score: float) -> float | None:
