@@ -262,8 +262,8 @@ def _print_evaluation(session: Session) -> None:
         arms = arms_table(own)
         rows = [(name, *row[1:]) for name, row in zip(own.arms, arms.rows, strict=True)]  # titles are too wide
         _print_table(title, replace(arms, rows=rows))
-        if (spread := seeds_table(own)).rows:
-            _print_table(seeds_title(own), spread)
+        if title := seeds_title(own):
+            _print_table(title, seeds_table(own, short=True))
     if efficiency.rows:
         _print_table("size and speed, measured in one run", efficiency)
 

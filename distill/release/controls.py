@@ -10,12 +10,14 @@ from distill.release.tables import Table
 from distill.release.wording import format_count, format_metric, format_number
 
 
-def seeds_table(evidence: Evidence) -> Table:
-    """Tabulate mean and range of every metric of the arms that the seed changes; empty with one seed."""
+def seeds_table(evidence: Evidence, *, short: bool = False) -> Table:
+    """Tabulate mean and range of every metric of the arms that the seed changes; empty with one seed.
+
+    Arms have their names where it is to be `short`, else the words for them.
+    """
     names, found = evidence.metric_names, get_in(evidence.evaluation, "seeds", "arms") or {}
-    rows = [
-        (evidence.title(arm), *(_format_spread(name, own.get(name)) for name in names)) for arm, own in found.items()
-    ]
+    titles = {arm: arm if short else evidence.title(arm) for arm in found}
+    rows = [(titles[arm], *(_format_spread(name, own.get(name)) for name in names)) for arm, own in found.items()]
     return Table(("arm", *names), rows)
 
 

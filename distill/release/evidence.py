@@ -91,8 +91,8 @@ class Evidence:
         return as_number(get_in(self.arms, arm, "metrics", metric or self.primary))
 
     def retained(self, arm: str, metric: str) -> float | None:
-        """Share of the teacher's value that an arm reaches."""
-        return None if arm == "teacher" else as_number(get_in(self.arms, arm, "retained", metric))
+        """Share of the teacher's lead over the majority that an arm keeps; None for these two."""
+        return None if arm in ("teacher", "majority") else as_number(get_in(self.arms, arm, "retained", metric))
 
     def over_seeds(self, arm: str, count: int) -> list[float | None]:
         """Primary metric of an arm with each seed; of an arm that no seed changes, or of one seed, `count` times."""
@@ -183,7 +183,8 @@ def _compare(evidence: Evidence, score: float, rival: str, words: str) -> Verdic
     error = standard_error(evidence, score)
     if error is not None and margin <= error:
         doubt = f"within one standard error ({format_difference(metric, error)}) of this test set, so this is a tie"
-        return Verdict(False, f"The distilled student is only just ahead of {rival}, {words}: {figures}, {doubt}.")
+        text = f"The distilled student is only just ahead of {rival}, {words}: {figures}, {doubt}."
+        return Verdict(False, text + lesson(evidence, rival, "As far as it tells,"))
     lead = format_difference(metric, margin)
     return Verdict(True, f"The distilled student beats {rival}, {words}, by {lead}: {figures}.")
 
@@ -201,14 +202,15 @@ def _compare_over_seeds(evidence: Evidence, _score: float, rival: str, words: st
     if ahead == len(margins):
         lead = f"by {format_difference(metric, mean)} of {metric} on average ({span})"
         return Verdict(True, f"The distilled student beats {rival}, {words}, with each of {ahead} seeds, {lead}.")
-    text = f"The distilled student beats {rival}, {words}, with {ahead} of {len(margins)} seeds: {metric} {span}."
+    often = f"only with {ahead} of {len(margins)} seeds" if ahead else f"with none of {len(margins)} seeds"
+    text = f"The distilled student beats {rival}, {words}, {often}: {metric} {span}."
     return Verdict(False, text + (lesson(evidence, rival) if mean <= 0 else ""))
 
 
-def lesson(evidence: Evidence, rival: str) -> str:
+def lesson(evidence: Evidence, rival: str, start: str = "So") -> str:
     """Say what it means that a rival is not beaten; empty where nothing more is known."""
     words = get_in(evidence.evaluation, "lessons", rival)
-    return f" So {words}." if words else ""
+    return f" {start} {words}." if words else ""
 
 
 def standard_error(evidence: Evidence, score: float) -> float | None:

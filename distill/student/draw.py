@@ -9,7 +9,7 @@ import torch
 
 from distill.errors import InputError
 from distill.models.family import layers_of, layout_of
-from distill.models.layout import INDEX_FLAGS
+from distill.models.layout import INDEX_FLAGS, StackName
 from distill.models.plan import StudentPlan
 from distill.models.widths import axes_of, is_unequal, set_sizes
 from distill.recipe.schema import Layers, Student
@@ -53,13 +53,20 @@ def draw_plan(model: Any, plan: StudentPlan, spec: Student, seed: int) -> Studen
         except InputError as error:
             refused = f": {error}"
             continue
-        pairs = [pair for side in sides for pair in zip(drawn.stack(side), plan.stack(side), strict=True)]
-        if any(ours != theirs for ours, theirs in pairs) and all(a.teacher_width == b.teacher_width for a, b in pairs):
+        other = any(drawn.stack(side) != plan.stack(side) for side in sides)
+        if other and all(_sizes(model, side, drawn) == _sizes(model, side, plan) for side in sides):
             return drawn
     raise InputError(
         f"evaluation.arms: random_cut: no student with other layers or neurons has the sizes of this one{refused}; "
         f"leave it out"
     )
+
+
+def _sizes(model: Any, side: StackName, plan: StudentPlan) -> list[dict[str, torch.Size]]:
+    """List the shapes of the teacher's tensors in each kept layer: some teachers have experts in some layers only."""
+    layers, once = layers_of(model, side), layout_of(model).stack(side).first_only
+    kept = [layers[layer.teacher_layer] for layer in plan.stack(side)]
+    return [{name: own.shape for name, own in layer.named_parameters() if name not in once} for layer in kept]
 
 
 def draw_weights(student: Any, seed: int) -> Any:

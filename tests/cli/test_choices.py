@@ -109,7 +109,7 @@ RUNS = {
         training.evaluate_every=2
         training.keep_best=accuracy
         evaluation.metrics=[accuracy, f1_macro, agreement, kl, loss]
-        evaluation.arms=[teacher, cut, repaired, distilled, labels_only]
+        evaluation.arms=[teacher, majority, cut, repaired, distilled, labels_only, random_cut]
         evaluation.efficiency=true
         """,
     ),
@@ -204,7 +204,7 @@ RUNS = {
         training={steps: 4, batch_size: 8, micro_batch_size: 4, schedule: wsd, decay: 0.3, warmup: 1,
           gradient_checkpointing: true, head_precision: fp32, compile: false}
         evaluation.metrics=[perplexity, token_accuracy, agreement, kl, loss]
-        evaluation.arms=[teacher, cut, distilled, labels_only]
+        evaluation.arms=[teacher, cut, distilled, labels_only, from_scratch]
         evaluation.efficiency=true
         """,
     ),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from distill.evaluation.arms import ARMS, rivals
+from distill.evaluation.arms import ARMS, lessons, rivals
 from distill.models.plan import KeptUnits, LayerPlan, Outcome, StudentPlan
 from distill.recipe.schema import Recipe
 from distill.release.evidence import Evidence
@@ -162,7 +162,8 @@ def evidence() -> Evidence:
             arm("distilled", 300, 0.7608, 0.6951, 0.8917, 0.1243),
             arm("labels_only", 300, 0.5843, 0.5127, 0.6289, 1.0482),
         ],
-        "rivals": rivals(recipe()),
+        "rivals": {name: rivals(recipe())[name] for name in ("labels_only", "cut")},
+        "lessons": lessons(recipe()),
         "efficiency": efficiency(),
     }
     return Evidence(
