@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import tiny_project
+from two_stacks import text_project
 
 from distill.cli import main
 from distill.models.plan import StudentPlan
@@ -153,7 +154,7 @@ def test_other_labels_of_the_test_choose_no_other_setting(finished, copied):
             (copied.recipe.parent / f"{name}.jsonl").write_text(text)
         files = [f"data.{name}=./{name}.jsonl" for name in parts]
         run = copied.recipe.parent / f"turned-{turn}"
-        few = ["evaluation.arms=[distilled, labels_only]", "evaluation.controls.random_cut={}"]
+        few = ["evaluation.arms=[distilled, labels_only]", "evaluation.controls.random_cut={}", "teacher.fit.steps=4"]
         distill("evaluate", copied.recipe, *ALL, *few, "data.source=null", *files, "--out", run)
         outcomes.append(json.loads((run / "controls/labels_only/search.json").read_text()))
     assert outcomes[0] == outcomes[1]
@@ -247,3 +248,15 @@ def test_a_grid_asks_for_a_validation_split(tmp_path):
     for own, split in (([], False), ([grid], True)):
         loaded = load_recipe(recipe, ["training.evaluate_every=0", *own])
         assert looks(Session(loaded, tmp_path, RunDir(tmp_path / "run"), say=lambda _line: None)) == split
+
+
+@pytest.mark.slow
+def test_both_stacks_of_an_encoder_decoder_are_drawn(tmp_path):
+    recipe, run = text_project(tmp_path, "t5"), tmp_path / "run"
+    few = ["teacher.fit.steps=2", "training.steps=2", "evaluation.arms=[distilled, random_cut, from_scratch]"]
+    distill("evaluate", recipe, *few, "--out", run)
+    ours, drawn = (StudentPlan.load(run / name) for name in ("plan.json", "controls/random_cut/plan.json"))
+    assert ours.encoder_layers != drawn.encoder_layers and ours.layers != drawn.layers
+    sizes = [{name: each.shape for name, each in weights(run / name).items()} for name in ("distilled", "student")]
+    for arm in ("random_cut", "from_scratch"):
+        assert [{name: each.shape for name, each in weights(run / "controls" / arm / "model").items()}] * 2 == sizes
