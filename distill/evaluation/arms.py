@@ -24,12 +24,20 @@ def _masked(recipe: Recipe, model: Any, steps: int) -> Any:
     return model
 
 
+def _same_loss(recipe: Recipe) -> Sequence[Term]:
+    return recipe.losses
+
+
+def _labels(_recipe: Recipe) -> Sequence[Term]:
+    return LABELS_ONLY
+
+
 @dataclass(frozen=True)
 class Arm:
     """A model that is measured: its origin, its loss, and the words for it."""
 
-    title: str
-    """Words for tables."""
+    words: str
+    """What it is; empty where its name says it."""
     start: Literal["teacher", "cut", "repaired", "student", "own", "none"]
     """The model it starts from; `student` is the one that training starts from: repaired where the recipe asks for
     it, else as cut. `own`: one that the stage `draw` makes for it; `none`: there is no model."""
@@ -37,62 +45,28 @@ class Arm:
     """The loss that it is trained on; None: it is not trained."""
     prepare: Callable[[Recipe, Any, int], Any] = _unchanged
     """(recipe, start model, steps of the training) -> the model that is trained, or measured if nothing is."""
-    rival: str = ""
-    """Words for it as what the distilled student has to beat; empty: it is no rival."""
     lesson: str = ""
-    """What it means where it is not beaten."""
-
-
-def _same_loss(recipe: Recipe) -> Sequence[Term]:
-    return recipe.losses
+    """What it means where the distilled student does not beat it; empty: it is no rival."""
 
 
 UNTRAINED = "training it added nothing"
+NO_CHOICE = "the choice of layers and neurons by their scores is worth nothing here"
+NO_WEIGHTS = "the weights that were cut from the teacher are worth nothing here"
 ARMS: dict[str, Arm] = {
-    "teacher": Arm("teacher", "teacher"),
-    "cut": Arm(
-        "cut (student before training)",
-        "cut",
-        prepare=_masked,
-        rival="the student before training",
-        lesson=UNTRAINED,
-    ),
-    "repaired": Arm(
-        "repaired (cut student after repair, before training)",
-        "repaired",
-        prepare=_masked,
-        rival="the student after its repair, before training",
-        lesson=UNTRAINED,
-    ),
-    "distilled": Arm("distilled (this model)", "student", terms=_same_loss),
-    "labels_only": Arm(
-        "labels_only (same student, no teacher)",
-        "student",
-        terms=lambda _recipe: LABELS_ONLY,
-        rival="the same student trained without the teacher",
-        lesson="the teacher added nothing",
-    ),
-    "majority": Arm(
-        "majority (most frequent answer, no model)",
-        "none",
-        rival="the most frequent answer of the training labels",
-        lesson="it has learnt nothing that helps",
-    ),
-    "random_cut": Arm(
-        "random_cut (same sizes, random layers and neurons)",
-        "own",
-        terms=_same_loss,
-        rival="a student of the same sizes with random layers and neurons, trained on the same loss",
-        lesson="the choice of layers and neurons by their scores is worth nothing here",
-    ),
-    "from_scratch": Arm(
-        "from_scratch (same student, random weights)",
-        "own",
-        terms=_same_loss,
-        rival="the same student with random weights, trained on the same loss",
-        lesson="the weights that were cut from the teacher are worth nothing here",
-    ),
+    "teacher": Arm("", "teacher"),
+    "cut": Arm("the student before training", "cut", prepare=_masked, lesson=UNTRAINED),
+    "repaired": Arm("the student after its repair, before training", "repaired", prepare=_masked, lesson=UNTRAINED),
+    "distilled": Arm("this model", "student", _same_loss),
+    "labels_only": Arm("the same student, no teacher", "student", _labels, lesson="the teacher added nothing"),
+    "majority": Arm("the most frequent training label, no model", "none", lesson="it has learnt nothing that helps"),
+    "random_cut": Arm("the same sizes, random layers and neurons, same loss", "own", _same_loss, lesson=NO_CHOICE),
+    "from_scratch": Arm("the same student, random weights, same loss", "own", _same_loss, lesson=NO_WEIGHTS),
 }
+
+
+def title_of(arm: str) -> str:
+    """Return the words for an arm in tables."""
+    return f"{arm} ({ARMS[arm].words})" if ARMS[arm].words else arm
 
 
 def _why_not(recipe: Recipe, arm: str) -> str:
@@ -115,7 +89,7 @@ def not_run(recipe: Recipe) -> dict[str, str]:
     left = [
         arm for arm in ARMS if arm not in measured_arms(recipe) and (arm != "repaired" or not _why_not(recipe, arm))
     ]
-    return {arm: _why_not(recipe, arm) or ARMS[arm].rival or ARMS[arm].title for arm in left}
+    return {arm: _why_not(recipe, arm) or ARMS[arm].words for arm in left}
 
 
 def trained_arms(recipe: Recipe) -> list[str]:
@@ -146,8 +120,8 @@ def searches(recipe: Recipe) -> bool:
 
 def rivals(recipe: Recipe) -> dict[str, str]:
     """Map each measured arm that the distilled student has to beat to its words, trained ones first."""
-    measured = [name for name in ARMS if ARMS[name].rival and name in measured_arms(recipe)]
-    return {name: ARMS[name].rival for name in sorted(measured, key=lambda name: ARMS[name].terms is None)}
+    measured = [name for name in ARMS if ARMS[name].lesson and name in measured_arms(recipe)]
+    return {name: ARMS[name].words for name in sorted(measured, key=lambda name: ARMS[name].terms is None)}
 
 
 def lessons(recipe: Recipe) -> dict[str, str]:

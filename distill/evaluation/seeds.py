@@ -10,12 +10,12 @@ Rows = Sequence[Mapping[str, Any]]
 """The arms of one evaluation.json."""
 
 
-def spread_over(tables: Mapping[int, Rows]) -> dict[str, dict[str, Any]]:
+def spread_over(tables: Sequence[Rows]) -> dict[str, dict[str, Any]]:
     """Summarise the arms that every seed has, by arm and metric: `values` by seed, `mean`, `min` and `max`.
 
     A figure that is not finite with one of the seeds has no mean.
     """
-    by_seed = [{row["name"]: row["metrics"] for row in rows} for rows in tables.values()]
+    by_seed = [{row["name"]: row["metrics"] for row in rows} for rows in tables]
     shared = [name for name in by_seed[0] if all(name in own for own in by_seed)]
     return {
         name: {metric: _spread([own[name][metric] for own in by_seed]) for metric in by_seed[0][name]}

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from distill.evaluation.arms import ARMS
+from distill.evaluation.arms import ARMS, title_of
 from distill.evaluation.metrics import compute, higher_is_better
 from distill.evaluation.predict import Rows
 
@@ -22,7 +22,7 @@ def tabulate_arms(rows: Mapping[str, Rows], names: Sequence[str], steps: int) ->
     return [
         {
             "name": arm,
-            "title": ARMS[arm].title,
+            "title": title_of(arm),
             "steps": 0 if ARMS[arm].terms is None else steps,
             "metrics": own,
             "retained": retain(own, metrics.get("teacher", {}), metrics.get("majority", {})),

@@ -10,7 +10,7 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
-from distill.evaluation.arms import controls, tries_of
+from distill.evaluation.arms import controls, searches, tries_of
 from distill.evaluation.metrics import higher_is_better
 from distill.files import read_object, write_json
 from distill.pipeline.session import Session
@@ -28,11 +28,10 @@ def work(session: Session) -> None:
     """Train every control arm, and save it."""
     for arm in controls(session.recipe):
         tries = tries_of(session.recipe, arm)
-        if len(tries) == 1:
-            model = train_arm(session, arm, tries[0], session.train_folder(arm))
-            save_model(session, model, session.arm_folder(arm))
-        else:
+        if len(tries) > 1:
             search(session, arm, tries)
+        else:
+            save_model(session, train_arm(session, arm, tries[0], session.train_folder(arm)), session.arm_folder(arm))
 
 
 def search(session: Session, arm: str, tries: Sequence[Mapping[str, Any]]) -> None:
@@ -45,42 +44,37 @@ def search(session: Session, arm: str, tries: Sequence[Mapping[str, Any]]) -> No
     for own in tries:
         place = folder / "tries" / ",".join(f"{key}={value}" for key, value in own.items())
         model = train_arm(session, arm, own, place)
-        (measured,) = broadcast_object_list([last_measured(place) if main else None])
-        outcomes.append({**own, **measured})
-        if best_of(outcomes, session) == len(outcomes) - 1:
+        outcomes += broadcast_object_list([{**own, **_outcome(place)} if main else None])
+        by, best = best_of(outcomes, session.recipe.evaluation.metrics or ())
+        if best == len(outcomes) - 1:
             save_model(session, model, session.arm_folder(arm))
             if main:
                 shutil.copyfile(place / METRICS, folder / METRICS)
     if main:
-        by, best = headline(outcomes, session), best_of(outcomes, session)
         write_json(folder / SEARCH, {"by": by, "split": "validation", "tried": outcomes, "chosen": best})
-        session.say(f"  {arm}: best {by} on validation with {tries[best]}, of {len(tries)} settings")
+    session.say(f"  {arm}: best {by} on validation with {tries[best]}, of {len(tries)} settings")
 
 
-def last_measured(folder: Path) -> dict[str, Any]:
-    """Read what a training measured at its end, and how many tokens it saw."""
+def _outcome(folder: Path) -> dict[str, Any]:
     records = read_records(folder / METRICS)
     measured = [record["metrics"] for record in records if record["event"] == "evaluate"]
-    return {"metrics": measured[-1], "tokens": tokens_seen(records)}
+    return {"metrics": measured[-1], "tokens": _tokens(records)}
 
 
-def tokens_seen(records: Sequence[Mapping[str, Any]]) -> int | None:
+def _tokens(records: Sequence[Mapping[str, Any]]) -> int | None:
     """Find how many tokens a training saw, padding not counted; None where nothing was recorded."""
     return next((record["tokens"] for record in reversed(records) if record["event"] == "train"), None)
 
 
-def headline(outcomes: Sequence[Mapping[str, Any]], session: Session) -> str:
-    """Name the metric that settings are chosen by: the evaluation's first, of those that trainings measure."""
-    measured: list[str] = list(outcomes[0]["metrics"])
-    return next(name for name in (*(session.recipe.evaluation.metrics or ()), *measured) if name in measured)
+def best_of(outcomes: Sequence[Mapping[str, Any]], wanted: Sequence[str]) -> tuple[str, int]:
+    """Find the best of several settings, the first of equal ones; one whose value is not finite is the worst.
 
-
-def best_of(outcomes: Sequence[Mapping[str, Any]], session: Session) -> int:
-    """Find the best of several settings, the first of equal ones; one whose value is not finite is the worst."""
-    metric = headline(outcomes, session)
-    sign = 1 if higher_is_better(metric) else -1
-    values = [own["metrics"][metric] for own in outcomes]
-    return max(range(len(values)), key=lambda index: -math.inf if values[index] is None else sign * values[index])
+    They are judged by the first metric that is wanted, of those that trainings measure, else by the first of these.
+    """
+    metric: str = next(name for name in (*wanted, *outcomes[0]["metrics"]) if name in outcomes[0]["metrics"])
+    sign, values = 1 if higher_is_better(metric) else -1, [own["metrics"][metric] for own in outcomes]
+    scores = [-math.inf if value is None else sign * value for value in values]
+    return metric, scores.index(max(scores))
 
 
 def budget_of(session: Session, arm: str) -> dict[str, Any]:
@@ -88,17 +82,14 @@ def budget_of(session: Session, arm: str) -> dict[str, Any]:
     folder, tries = session.train_folder(arm), tries_of(session.recipe, arm)
     found = read_object(folder / SEARCH) if len(tries) > 1 else None
     spec = spec_of(session, arm, tries[found["chosen"] if found else 0])
-    return {"steps": spec.steps, "lr": spec.lr, "tokens": tokens_seen(read_records(folder / METRICS)), "search": found}
+    return {"steps": spec.steps, "lr": spec.lr, "tokens": _tokens(read_records(folder / METRICS)), "search": found}
 
 
 def inputs(session: Session) -> dict[str, Any]:
     """List what every control is made of, and what the best of several settings is chosen by."""
-    found: dict[str, Any] = {}
-    for arm in controls(session.recipe):
-        tries = tries_of(session.recipe, arm)
-        found[arm] = arm_inputs(session, arm, tries)
-        found |= {"chosen_by": session.recipe.evaluation.metrics} if len(tries) > 1 else {}
-    return found
+    recipe = session.recipe
+    chosen_by = {"chosen_by": recipe.evaluation.metrics} if searches(recipe) else {}
+    return chosen_by | {arm: arm_inputs(session, arm, tries_of(recipe, arm)) for arm in controls(recipe)}
 
 
 STAGE = Stage(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from distill.evaluation.arms import drawn_arms
@@ -18,45 +19,40 @@ from distill.student.draw import draw_plan, draw_weights
 
 def work(session: Session) -> None:
     """Draw a start for each arm that has one of its own."""
-    for arm in drawn_arms(session.recipe):
+    recipe, folder = session.recipe, session.folder
+    for arm in drawn_arms(recipe):
         if arm == "random_cut":
-            cut_at_random(session)
+            cut_at_random(session, folder.start(arm))
         else:
-            student = session.load(session.folder.student)
-            save_model(session, draw_weights(student, session.recipe.seed), session.folder.start(arm))
+            save_model(session, draw_weights(session.load(folder.student), recipe.seed), folder.start(arm))
 
 
-def cut_at_random(session: Session) -> None:
+def cut_at_random(session: Session, start: Path) -> None:
     """Cut a student of the same sizes from the teacher, with other layers and neurons; repaired where ours is."""
-    recipe, path = session.recipe, session.arm_plan("random_cut")
-    teacher, plan = session.load(session.teacher), StudentPlan.load(session.folder.plan)
-    drawn = draw_plan(teacher, plan, recipe.student, recipe.seed)
-    write_text(path, drawn.to_json())
-    session.say(f"  random_cut: layers {', '.join(map(str, drawn.kept_layers))}; ours are {plan.kept_layers}")
-    start = session.folder.start("random_cut")
+    spec, teacher, ours = session.recipe.student, session.load(session.teacher), StudentPlan.load(session.folder.plan)
+    drawn = draw_plan(teacher, ours, spec, session.recipe.seed)
+    write_text(session.arm_plan("random_cut"), drawn.to_json())
+    session.say(f"  random_cut: layers {drawn.kept_layers}, where the student has {ours.kept_layers}")
     save_model(session, build_student(teacher, drawn), start)
-    if recipe.student.repair.wanted:
-        repaired, _ = repair.repair(session, start, drawn)
-        save_model(session, repaired, start)
+    if spec.repair.wanted:
+        save_model(session, repair.repair(session, start, drawn)[0], start)
 
 
 def inputs(session: Session) -> dict[str, Any]:
     """List the student, the seed, and for another cut the teacher and all that a cut depends on."""
-    run, recipe, arms = session.folder, session.recipe, drawn_arms(session.recipe)
-    own = {"arms": arms, "seed": recipe.seed, "student": folder_fingerprint(run.student)}
+    run, spec, arms = session.folder, session.recipe.student, drawn_arms(session.recipe)
+    own = {"arms": arms, "seed": session.recipe.seed, "student": folder_fingerprint(run.student)}
     if "random_cut" in arms:
-        keys = {"layers", "encoder_layers"}
-        own |= {"plan": content_of(run.plan), "layers": recipe.student.model_dump(mode="json", include=keys)}
-        own |= {"teacher": folder_fingerprint(session.teacher)}
-        own |= {"repair": repair.inputs(session)} if recipe.student.repair.wanted else {}
+        layers = spec.model_dump(mode="json", include={"layers", "encoder_layers"})
+        own |= {"plan": content_of(run.plan), "layers": layers, "teacher": folder_fingerprint(session.teacher)}
+        own |= {"repair": repair.inputs(session)} if spec.repair.wanted else {}
     return own
 
 
-def results(session: Session) -> list[Any]:
+def results(session: Session) -> list[Path]:
     """List the starts, and the plan of a random cut."""
     arms = drawn_arms(session.recipe)
-    plans = [session.arm_plan(arm) for arm in arms if arm == "random_cut"]
-    return [*(session.folder.start(arm) for arm in arms), *plans]
+    return [*map(session.folder.start, arms), *(session.arm_plan(arm) for arm in arms if arm == "random_cut")]
 
 
 STAGE = Stage("draw", work, inputs, results, wanted=lambda recipe: bool(drawn_arms(recipe)))

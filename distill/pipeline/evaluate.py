@@ -87,16 +87,14 @@ def with_budgets(session: Session, arms: list[dict[str, Any]]) -> list[dict[str,
 
 
 def compare_seeds(session: Session, table: dict[str, Any]) -> dict[str, Any]:
-    """Collect the figures of the trained arms with every seed; nothing where there is one seed."""
-    if not session.children:
-        return {}
+    """Collect the figures of the arms that the other seeds measured, those that are trained; nothing with one seed."""
     tables = {session.recipe.seed: table}
     tables |= {child.recipe.seed: read_object(child.folder.evaluation) for child in session.children}
-    arms = spread_over({seed: own["arms"] for seed, own in tables.items()})
-    also = {name: spread_over({seed: own["also"][name] for seed, own in tables.items()}) for name in table["also"]}
-    trained = trained_arms(session.recipe)
-    keep = [{name: own for name, own in each.items() if name in trained} for each in (arms, *also.values())]
-    return {"seeds": {"seeds": [*tables], "arms": keep[0], "also": dict(zip(also, keep[1:], strict=True))}}
+    if len(tables) == 1:
+        return {}
+    also = {name: spread_over([own["also"][name] for own in tables.values()]) for name in table["also"]}
+    arms = spread_over([own["arms"] for own in tables.values()])
+    return {"seeds": {"seeds": [*tables], "arms": arms, "also": also}}
 
 
 def describe_data(session: Session, measured: int) -> dict[str, Any]:

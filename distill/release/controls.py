@@ -41,22 +41,18 @@ def budget_lines(evidence: Evidence) -> list[str]:
     """Say for each trained arm how long and how fast it learned, and how that was chosen where several were tried."""
     lines = []
     for name, arm in evidence.arms.items():
-        if not arm.get("lr"):
-            continue
-        tokens = f", {format_count(arm['tokens'])} tokens" if arm.get("tokens") else ""
-        line = f"{name}: {arm['steps']} steps, peak learning rate {format_number(arm['lr'])}{tokens}"
-        lines.append(f"{line}{_describe_search(arm.get('search'))}.")
+        if arm.get("lr"):
+            tokens = f", {format_count(arm['tokens'])} tokens" if arm.get("tokens") else ""
+            line = f"{name}: {arm['steps']} steps, peak learning rate {format_number(arm['lr'])}{tokens}"
+            lines.append(f"{line}{_describe_search(arm['search']) if arm.get('search') else ''}.")
     return lines
 
 
-def _describe_search(search: Mapping[str, Any] | None) -> str:
-    """Say what was tried, and what the best of it was chosen by."""
-    if not search:
-        return ""
+def _describe_search(search: Mapping[str, Any]) -> str:
     by, tried = search["by"], []
     for each in search["tried"]:
         settings = " ".join(f"{key} {format_number(each[key])}" for key in ("lr", "steps", "epochs") if key in each)
-        tried.append(f"{settings}: {format_metric(by, get_in(each, 'metrics', by))}")
-    total = format_count(sum(each.get("tokens") or 0 for each in search["tried"]))
+        tried.append(f"{settings}: {format_metric(by, each['metrics'].get(by))}")
+    total = format_count(sum(each["tokens"] or 0 for each in search["tried"]))
     choice = f"the best {by} on the {search['split']} split of {len(tried)} settings ({', '.join(tried)})"
     return f"; {choice}, which saw {total} tokens in all"

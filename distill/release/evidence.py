@@ -94,17 +94,16 @@ class Evidence:
         """Share of the teacher's lead over the majority that an arm keeps; None for these two."""
         return None if arm in ("teacher", "majority") else as_number(get_in(self.arms, arm, "retained", metric))
 
-    def over_seeds(self, arm: str, count: int) -> list[float | None]:
-        """Primary metric of an arm with each seed; of an arm that no seed changes, or of one seed, `count` times."""
+    def over_seeds(self, arm: str, count: int = 1) -> list[float | None]:
+        """Primary metric of an arm with each seed; of an arm that no seed changes `count` times."""
         values = get_in(self.evaluation, "seeds", "arms", arm, self.primary, "values")
         return [self.score(arm)] * count if values is None else [as_number(value) for value in values]
 
     @property
     def retained_note(self) -> str:
         """Words for the shares in brackets; empty where there are none, as without the majority."""
-        if not any(arm.get("retained") for arm in self.arms.values()):
-            return ""
-        return "In brackets: share of the teacher's lead over the majority, (arm - majority) / (teacher - majority)."
+        words = "In brackets: share of the teacher's lead over the majority, (arm - majority) / (teacher - majority)."
+        return words if any(arm.get("retained") for arm in self.arms.values()) else ""
 
     def higher_is_better(self, metric: str) -> bool:
         """Direction of a metric; higher is better unless the evaluation says otherwise."""
@@ -157,58 +156,44 @@ def summarize(evidence: Evidence) -> str:
 
 def judge(evidence: Evidence) -> list[Verdict]:
     """Say whether the distilled student beats each rival, just as plainly when it does not, and which were not run."""
-    score = evidence.score("distilled")
-    if score is None:
+    if evidence.score("distilled") is None:
         return [Verdict(False, "The distilled student was not measured, so nothing is known about its quality.")]
-    rivals, left = evidence.evaluation.get("rivals", {}), evidence.evaluation.get("not_run") or {}
-    compare = _compare_over_seeds if len(evidence.over_seeds("distilled", 1)) > 1 else _compare
-    verdicts = [compare(evidence, score, rival, words) for rival, words in rivals.items()]
-    if left:
-        names = ", ".join(f"{name} ({why})" for name, why in left.items())
+    verdicts = [_compare(evidence, *rival) for rival in evidence.evaluation.get("rivals", {}).items()]
+    if left := evidence.evaluation.get("not_run"):
+        names = ", ".join(f"{name} ({why})" if why else name for name, why in left.items())
         verdicts.append(Verdict(False, f"Not run: {names}. What the student adds over these is not known."))
     return verdicts
 
 
-def _compare(evidence: Evidence, score: float, rival: str, words: str) -> Verdict:
-    """Judge the distilled student against one rival on the primary metric."""
-    metric, other = evidence.primary, evidence.score(rival)
-    if other is None:
+def _compare(evidence: Evidence, rival: str, words: str) -> Verdict:
+    """Judge the distilled student against one rival on the primary metric, seed by seed where there are several."""
+    metric, ours = evidence.primary, evidence.over_seeds("distilled")
+    theirs = evidence.over_seeds(rival, len(ours))
+    pairs = [(own, other) for own, other in zip(ours, theirs, strict=True) if own is not None and other is not None]
+    if len(pairs) < len(ours):
         return Verdict(False, f"{rival} ({words}) has no figure: what distillation adds over it is unknown.")
-    figures = f"{metric} {format_metric(metric, score)} against {format_metric(metric, other)}"
-    margin = (score - other) * (1 if evidence.higher_is_better(metric) else -1)
-    if margin <= 0:
+    margins = [(own - other) * (1 if evidence.higher_is_better(metric) else -1) for own, other in pairs]
+    ahead, lead = sum(margin > 0 for margin in margins), fmean(margins)
+    figures = " against ".join(format_metric(metric, fmean(side)) for side in zip(*pairs, strict=True))
+    each = ", ".join(f"{'-' if margin < 0 else '+'}{format_difference(metric, abs(margin))}" for margin in margins)
+    figures = f"{metric} {figures}" + (f" on average over {len(pairs)} seeds ({each})" if len(pairs) > 1 else "")
+    if lead <= 0:
+        text = f"The distilled student does not beat {rival}, {words}: {figures}."
+        return Verdict(False, text + _lesson(evidence, rival, "So"))
+    if ahead < len(pairs):
         return Verdict(
-            False, f"The distilled student does not beat {rival}, {words}: {figures}.{lesson(evidence, rival)}"
+            False, f"The distilled student beats {rival}, {words}, with {ahead} of the seeds only: {figures}."
         )
-    error = standard_error(evidence, score)
-    if error is not None and margin <= error:
+    error = standard_error(evidence, pairs[0][0]) if len(pairs) == 1 else None
+    if error is not None and lead <= error:
         doubt = f"within one standard error ({format_difference(metric, error)}) of this test set, so this is a tie"
         text = f"The distilled student is only just ahead of {rival}, {words}: {figures}, {doubt}."
-        return Verdict(False, text + lesson(evidence, rival, "As far as it tells,"))
-    lead = format_difference(metric, margin)
-    return Verdict(True, f"The distilled student beats {rival}, {words}, by {lead}: {figures}.")
+        return Verdict(False, text + _lesson(evidence, rival, "As far as it tells,"))
+    text = f"The distilled student beats {rival}, {words}, by {format_difference(metric, lead)}: {figures}."
+    return Verdict(True, text)
 
 
-def _compare_over_seeds(evidence: Evidence, _score: float, rival: str, words: str) -> Verdict:
-    """Judge the distilled student of every seed against the rival of the same seed, or the one that no seed changes."""
-    metric, ours = evidence.primary, evidence.over_seeds("distilled", 1)
-    theirs = evidence.over_seeds(rival, len(ours))
-    if None in ours or None in theirs:
-        return Verdict(False, f"{rival} ({words}): not every seed has a figure, so what distillation adds is unknown.")
-    sign = 1 if evidence.higher_is_better(metric) else -1
-    margins = [sign * (own - other) for own, other in zip(ours, theirs, strict=True)]  # type: ignore[operator]
-    ahead, mean = sum(margin > 0 for margin in margins), fmean(margins)
-    span = ", ".join(f"{'-' if each < 0 else '+'}{format_difference(metric, abs(each))}" for each in margins)
-    if ahead == len(margins):
-        lead = f"by {format_difference(metric, mean)} of {metric} on average ({span})"
-        return Verdict(True, f"The distilled student beats {rival}, {words}, with each of {ahead} seeds, {lead}.")
-    often = f"only with {ahead} of {len(margins)} seeds" if ahead else f"with none of {len(margins)} seeds"
-    text = f"The distilled student beats {rival}, {words}, {often}: {metric} {span}."
-    return Verdict(False, text + (lesson(evidence, rival) if mean <= 0 else ""))
-
-
-def lesson(evidence: Evidence, rival: str, start: str = "So") -> str:
-    """Say what it means that a rival is not beaten; empty where nothing more is known."""
+def _lesson(evidence: Evidence, rival: str, start: str) -> str:
     words = get_in(evidence.evaluation, "lessons", rival)
     return f" {start} {words}." if words else ""
 

@@ -4,9 +4,9 @@
     python scripts/benchmarks/arms_over_seeds.py recipes/quickstart/recipe.yaml --seeds 0 1 2 --out runs/all-labels \
         data.labelled=null
 
-Each run is an ordinary `distill evaluate` with another teacher and other labelled examples too, where the seed decides
-these; `evaluation.seeds` in a recipe repeats what comes after one teacher. Finished runs are skipped, so the command can
-be given again. Times are those of this command, next to nothing for what was finished before.
+Each run is an ordinary `distill evaluate`, with another teacher and other labels where the seed decides them;
+`evaluation.seeds` repeats what comes after one teacher. Finished runs are skipped, so the command can be given again.
+Times are those of this command, next to nothing for what was finished before.
 """
 
 import argparse
