@@ -6,10 +6,12 @@ import contextlib
 import io
 import json
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from forked import Processes
 from safetensors.torch import load_file
 from tiny import tiny_project
 from two_stacks import text_project
@@ -260,3 +262,35 @@ def test_both_stacks_of_an_encoder_decoder_are_drawn(tmp_path):
     sizes = [{name: each.shape for name, each in weights(run / name).items()} for name in ("distilled", "student")]
     for arm in ("random_cut", "from_scratch"):
         assert [{name: each.shape for name, each in weights(run / "controls" / arm / "model").items()}] * 2 == sizes
+
+
+def command_line(arguments):
+    """Be a process of the command line."""
+    sys.exit(main(arguments))
+
+
+@pytest.mark.slow
+def test_two_processes_choose_the_same_settings_and_repeat_the_same_seeds(seeded, finished, tmp_path):
+    shutil.copytree(finished.recipe.parent, tmp_path / "own")
+    for stale in ("distilled", "controls", "checkpoints", "stages/train.json", "stages/control.json", "predictions"):
+        path = tmp_path / "own/run" / stale
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+    fewer = ["evaluation.arms=[teacher, distilled, labels_only, majority]", "evaluation.controls.random_cut={}"]
+    arguments = [
+        "evaluate",
+        tmp_path / "own/recipe.yaml",
+        *ALL,
+        *fewer,
+        "evaluation.seeds=2",
+        "--out",
+        tmp_path / "own/run",
+    ]
+    ranks = Processes(tmp_path / "log", command_line, [*map(str, arguments)], ranks=2)
+    assert ranks.wait() == [0, 0], ranks.said
+    ours, alone = (evaluation(run) for run in (tmp_path / "own/run", finished.run))
+    expected = {arm["name"]: arm for arm in alone["arms"]}
+    for arm in ours["arms"]:
+        assert arm["metrics"] == pytest.approx(expected[arm["name"]]["metrics"], rel=1e-4, abs=1e-6)
+        assert arm.get("lr") == expected[arm["name"]].get("lr")
+    values = evaluation(seeded.run)["seeds"]["arms"]["distilled"]["loss"]["values"]
+    assert ours["seeds"]["arms"]["distilled"]["loss"]["values"] == pytest.approx(values, rel=1e-4)
