@@ -57,10 +57,10 @@ ARMS: dict[str, Arm] = {
     "cut": Arm("the student before training", "cut", prepare=_masked, lesson=UNTRAINED),
     "repaired": Arm("the student after its repair, before training", "repaired", prepare=_masked, lesson=UNTRAINED),
     "distilled": Arm("this model", "student", _same_loss),
-    "labels_only": Arm("the same student, no teacher", "student", _labels, lesson="the teacher added nothing"),
-    "majority": Arm("the most frequent training label, no model", "none", lesson="it has learnt nothing that helps"),
-    "random_cut": Arm("the same sizes, random layers and neurons, same loss", "own", _same_loss, lesson=NO_CHOICE),
-    "from_scratch": Arm("the same student, random weights, same loss", "own", _same_loss, lesson=NO_WEIGHTS),
+    "labels_only": Arm("the same student without the teacher", "student", _labels, lesson="the teacher added nothing"),
+    "majority": Arm("the most frequent label of the training data", "none", lesson="it has learnt nothing that helps"),
+    "random_cut": Arm("random layers and neurons, as many, trained alike", "own", _same_loss, lesson=NO_CHOICE),
+    "from_scratch": Arm("the same student with random weights, trained alike", "own", _same_loss, lesson=NO_WEIGHTS),
 }
 
 
@@ -71,11 +71,12 @@ def title_of(arm: str) -> str:
 
 def _why_not(recipe: Recipe, arm: str) -> str:
     """Say why a recipe cannot have an arm; empty where it can."""
-    task = recipe.data.task
-    if arm == "labels_only" and task == "embedding" and not recipe.data.learns_from_pairs:
+    task = find(TASKS, recipe.data.task, "task")()
+    if arm == "labels_only" and recipe.data.task == "embedding" and not recipe.data.learns_from_pairs:
         return "the texts have no labels"
-    if arm == "majority" and find(TASKS, task, "task")().head not in DEFINED:
-        return f"no answer is the most frequent one in task: {task}"
+    # What a task observes slowly, it has the model write; there is no model here.
+    if arm == "majority" and (task.head not in DEFINED or (task.observed and not task.observed_in_training)):
+        return f"no answer is the most frequent one in task: {recipe.data.task}"
     return "nothing is repaired" if ARMS[arm].start == "repaired" and not recipe.student.repair.wanted else ""
 
 

@@ -62,13 +62,14 @@ def work(session: Session) -> None:
     wanted = recipe.evaluation.metrics or measurable(session.task.metrics_for(corpus.head), columns)
     names = list(dict.fromkeys([*wanted, *measurable(TEACHER_METRICS, columns)]))
     student = session.load(session.folder.distilled, session.near(teacher.device)).to(teacher.device)
+    tables = {split: with_budgets(session, tabulate_arms(arms, names, steps)) for split, arms in rows.items()}
     table = {
         "data": describe_data(session, len(columns["example"])),
         "metrics": names,
         "primary": names[0],
         "higher_is_better": {name: higher_is_better(name) for name in names},
-        "arms": with_budgets(session, tabulate_arms(rows["test"], names, steps)),
-        "also": {split[5:]: tabulate_arms(arms, names, steps) for split, arms in rows.items() if split != "test"},
+        "arms": tables["test"],
+        "also": {split[5:]: own for split, own in tables.items() if split != "test"},
         "teacher": read_object(session.folder.examined),
         "precision": describe_precisions(session, teacher, student),
         "rivals": rivals(recipe),
@@ -194,12 +195,10 @@ def majority(session: Session) -> Ask:
     """Make what answers every example with the most frequent label of the training examples."""
     corpus, size = session.corpus, session.recipe.evaluation.batch_size
     pool = corpus.labelled
-    counted = pool[:: -(-len(pool) // COUNTED)]
-    if len(counted) < len(pool):
-        session.say_once(
-            f"  majority: of the {len(pool):,} training examples every {len(pool) // len(counted)}. is counted"
-        )
-    batches = evaluation_batches(corpus, corpus.train, size, pool=counted)
+    step = -(-len(pool) // COUNTED)
+    if step > 1:
+        session.say(f"  majority: of {len(pool):,} labelled training examples one in {step} is counted")
+    batches = evaluation_batches(corpus, corpus.train, size, pool=pool[::step])
     return most_frequent(batches, corpus.head, session.vocabulary or len(corpus.classes))
 
 

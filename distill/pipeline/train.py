@@ -53,11 +53,11 @@ def train_arm(session: Session, arm: str, own: Mapping[str, Any], folder: Path) 
     Checkpoints and metrics go into the folder.
     """
     recipe, plan, spec = session.recipe, StudentPlan.load(session.arm_plan(arm)), spec_of(session, arm, own)
-    steps = spec.steps or 0  # it is always given in steps
+    assert spec.steps is not None, "spec_of gives a length in steps"
     maps, encoder_maps = maps_of(plan)
     kind, vocabulary = session.corpus.head, session.vocabulary
     objective = Objective(terms_of(recipe, arm), kind, maps, vocabulary, encoder_maps=encoder_maps)
-    model = ARMS[arm].prepare(recipe, session.load(session.arm_start(arm)), steps)
+    model = ARMS[arm].prepare(recipe, session.load(session.arm_start(arm)), spec.steps)
     teacher = session.live_teacher(objective.teacher) if objective.needs_teacher else None
     if teacher is not None and recipe.teacher.dtype == "fp8":
         quantise_teacher(session, teacher.model)
@@ -71,7 +71,7 @@ def train_arm(session: Session, arm: str, own: Mapping[str, Any], folder: Path) 
         folder,
         recipe.seed,
         with_version(arm_inputs(session, arm, [own])),
-        constrain=partial(masks_for, recipe, steps=steps),
+        constrain=partial(masks_for, recipe, steps=spec.steps),
         higher_is_better=higher_is_better(spec.keep_best) if spec.keep_best else True,
         continue_changed=session.continue_changed,
     )

@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +19,7 @@ from two_stacks import text_project
 
 from distill.cli import main
 from distill.models.plan import StudentPlan
-from distill.pipeline import RunDir, Session
+from distill.pipeline import RunDir, Session, evaluate
 from distill.pipeline.data import looks
 from distill.pipeline.train import measure_held_out
 from distill.recipe import load_recipe
@@ -107,6 +108,17 @@ def test_the_majority_answers_the_most_frequent_training_label(finished):
         lead = accuracy["teacher"] - accuracy["majority"]
         shares = [(accuracy[arm["name"]] - accuracy["majority"]) / lead] if lead > 0 else []
         assert [arm["retained"][name] for name in arm["retained"] if name == "accuracy"] == shares
+
+
+def test_of_many_labels_one_in_so_many_is_counted_and_a_line_says_so(finished, monkeypatch):
+    monkeypatch.setattr(evaluate, "COUNTED", 20)
+    lines = []
+    answer = evaluate.majority(replace(finished.session, say=lines.append))
+    assert lines == ["  majority: of 48 labelled training examples one in 3 is counted"]
+    corpus = finished.session.corpus
+    labels = corpus.train.take(corpus.labelled[::3])["label"].tolist()
+    shares = answer({"labels": torch.zeros(1)}).logits[0].exp().tolist()
+    assert shares == pytest.approx([(labels.count(each) + 1) / (16 + 3) for each in range(3)])
 
 
 def test_a_random_cut_is_another_student_of_the_same_sizes_cut_by_a_plan_of_its_own(finished):
