@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from distill.evaluation.arms import ARMS, Arm
+from distill.evaluation.arms import ARMS
 from distill.evaluation.metrics import compute, higher_is_better
 from distill.evaluation.predict import Rows
 
@@ -17,26 +17,40 @@ def finite_or_none(metrics: Mapping[str, float]) -> dict[str, float | None]:
 
 
 def tabulate_arms(
-    rows: Mapping[str, Rows], names: Sequence[str], steps: int, arms: Mapping[str, Arm] = ARMS
+    rows: Mapping[str, Rows], names: Sequence[str], steps: int, titles: Mapping[str, str] | None = None
 ) -> list[dict[str, Any]]:
-    """Compute the named metrics of each arm from its rows; `steps` is the length of the training."""
+    """Compute the named metrics of each arm from its rows.
+
+    Args:
+        rows: By arm.
+        names: Metrics.
+        steps: Length of the training.
+        titles: Words for arms in tables; None: their names.
+    """
     metrics = {arm: finite_or_none(compute(names, own)) for arm, own in rows.items()}
     return [
         {
             "name": arm,
-            "title": arms[arm].title,
-            "steps": 0 if arms[arm].terms is None else steps,
+            "title": (titles or {}).get(arm, arm),
+            "steps": 0 if ARMS[arm].terms is None else steps,
             "metrics": own,
-            "retained": retain(own, metrics.get("teacher", {})),
+            "retained": retain(own, metrics.get("teacher", {}), metrics.get("majority", {})),
         }
         for arm, own in metrics.items()
     ]
 
 
-def retain(metrics: Mapping[str, float | None], teacher: Mapping[str, float | None]) -> dict[str, float]:
-    """Compute the share of the teacher's value that an arm keeps, for metrics where more is better."""
-    return {
-        name: value / reference
-        for name, value in metrics.items()
-        if higher_is_better(name) and value is not None and (reference := teacher.get(name) or 0.0) > 0
-    }
+def retain(
+    metrics: Mapping[str, float | None], teacher: Mapping[str, float | None], chance: Mapping[str, float | None]
+) -> dict[str, float]:
+    """Compute the share of the teacher's lead over the majority that an arm keeps, where more of a metric is better.
+
+    It is (arm - majority) / (teacher - majority), as an accuracy of one half is nothing among two classes. Without a
+    majority there is none, nor where the teacher has no lead.
+    """
+    found = {}
+    for name, value in metrics.items():
+        top, least = teacher.get(name), chance.get(name)
+        if higher_is_better(name) and value is not None and top is not None and least is not None and top > least:
+            found[name] = (value - least) / (top - least)
+    return found

@@ -1,6 +1,19 @@
 """The only package that knows a whole recipe: one file per stage, in the order of the work."""
 
-from distill.pipeline import build, cache, calibrate, data, evaluate, examine, plan, release, repair, teacher, train
+from distill.pipeline import (
+    build,
+    cache,
+    calibrate,
+    data,
+    evaluate,
+    examine,
+    plan,
+    release,
+    repair,
+    seeds,
+    teacher,
+    train,
+)
 from distill.pipeline.folder import RunDir
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage, local_inputs, run_stages
@@ -13,9 +26,8 @@ STORY = (
     build.STAGE,
     repair.STAGE,
     examine.STAGE,  # here, as to plan and to build cost little, and to train much
-    cache.STAGE,
-    train.STAGE,
-    train.CONTROL,
+    *seeds.TRAININGS,  # draw, cache, train, control
+    seeds.STAGE,
     evaluate.STAGE,
     release.STAGE,
 )

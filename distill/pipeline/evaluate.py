@@ -12,17 +12,20 @@ from safetensors.numpy import save_file
 
 from distill.data import evaluation_batches, observe_batch
 from distill.errors import InputError
-from distill.evaluation.arms import ARMS, arms_of, measured_arms, rivals
+from distill.evaluation.arms import ARMS, lessons, measured_arms, not_run, rivals, title_of, trained_arms
+from distill.evaluation.chance import most_frequent
 from distill.evaluation.efficiency import add_disk_bytes, measure_efficiency
 from distill.evaluation.metrics import METRICS, compute, find_metric, higher_is_better, measurable
-from distill.evaluation.predict import Rows, column_names, merge_rows, predict
+from distill.evaluation.predict import Ask, Rows, column_names, merge_rows, predict
 from distill.evaluation.recorded import HOST_BYTES, record_teacher
+from distill.evaluation.seeds import spread_over
 from distill.evaluation.table import finite_or_none, tabulate_arms
 from distill.files import content_of, fresh_folder, read_object, write_json
 from distill.models.family import all_layers
 from distill.models.forward import Capture
 from distill.models.load import folder_fingerprint
 from distill.models.precision import describe_precision, takes_autocast
+from distill.pipeline.control import budget_of
 from distill.pipeline.session import Session, in_precision
 from distill.pipeline.stage import Stage, settings_of
 from distill.pipeline.teachers import describe_teachers, load_teaching
@@ -35,6 +38,8 @@ from distill.release.export import without_folders
 from distill.student.masks import mask_settings, sparsity_table
 from distill.teacher import LiveTeacher, Mixture
 
+COUNTED = 20_000
+"""Training examples, at most, whose labels are counted for the most frequent one."""
 COMPARED = 128
 """Examples on which the released student is measured in two precisions, where the evaluation's is not that of its
 weights."""
@@ -58,24 +63,42 @@ def work(session: Session) -> None:
     wanted = recipe.evaluation.metrics or measurable(session.task.metrics_for(corpus.head), columns)
     names = list(dict.fromkeys([*wanted, *measurable(TEACHER_METRICS, columns)]))
     student = session.load(session.folder.distilled, session.near(teacher.model.device)).to(teacher.model.device)
-    words = arms_of(recipe)
+    titles = {arm: title_of(recipe, arm) for arm in measured_arms(recipe)}
+    tables = {split: with_budgets(session, tabulate_arms(arms, names, steps, titles)) for split, arms in rows.items()}
     table = {
         "data": describe_data(session, len(columns["example"])),
         "metrics": names,
         "primary": names[0],
         "higher_is_better": {name: higher_is_better(name) for name in names},
-        "arms": tabulate_arms(rows["test"], names, steps, words),
-        "also": {
-            split[5:]: tabulate_arms(arms, names, steps, words) for split, arms in rows.items() if split != "test"
-        },
+        "arms": tables["test"],
+        "also": {split[5:]: own for split, own in tables.items() if split != "test"},
         "teacher": read_object(session.folder.examined),
         "precision": describe_precisions(session, teacher, student),
         "rivals": rivals(recipe),
         "taught_by": describe_teachers(session),
+        "lessons": lessons(recipe),
+        "not_run": not_run(recipe),
         "efficiency": compare_speed(session, teacher.model, student) if recipe.evaluation.efficiency else None,
         "sparsity": sparsity_table(recipe, student),
     }
-    write_json(session.folder.evaluation, table)
+    write_json(session.folder.evaluation, table | compare_seeds(session, table))
+
+
+def with_budgets(session: Session, arms: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add to each trained arm how long and how fast it learned, and how that was chosen."""
+    trained = trained_arms(session.recipe)
+    return [row | (budget_of(session, row["name"]) if row["name"] in trained else {}) for row in arms]
+
+
+def compare_seeds(session: Session, table: dict[str, Any]) -> dict[str, Any]:
+    """Collect the figures of the arms that the other seeds measured, those that are trained; nothing with one seed."""
+    tables = {session.recipe.seed: table}
+    tables |= {child.recipe.seed: read_object(child.folder.evaluation) for child in session.children}
+    if len(tables) == 1:
+        return {}
+    also = {name: spread_over([own["also"][name] for own in tables.values()]) for name in table["also"]}
+    arms = spread_over([own["arms"] for own in tables.values()])
+    return {"seeds": {"seeds": [*tables], "arms": arms, "also": also}}
 
 
 def describe_data(session: Session, measured: int) -> dict[str, Any]:
@@ -155,7 +178,8 @@ def predict_arms(
         recordings = {split: stack.enter_context(record_teacher(teacher, folders[split], share)) for split in splits}
         for arm in measured_arms(recipe):
             model, precision = teacher.model, recipe.training.precision
-            if ARMS[arm].start != "teacher":
+            constant = majority(session) if ARMS[arm].start == "none" else None
+            if ARMS[arm].start not in ("teacher", "none"):
                 model = session.load(session.arm_folder(arm), session.near(teacher.model.device)).to(
                     teacher.model.device
                 )
@@ -164,12 +188,24 @@ def predict_arms(
             for split, recording in recordings.items():
                 examples = corpus.splits[split]
                 batches = evaluation_batches(corpus, examples, recipe.evaluation.batch_size, rank, ranks)
-                ask = recording if arm == ("teachers" if recipe.mixes else "teacher") else None
+                taught = arm == ("teachers" if recipe.mixes else "teacher")
+                ask = recording if taught else constant
                 observe = partial(observe_batch, corpus, examples)
                 own = [predict(model, batches, corpus.head, recording, session.vocabulary, observe, ask, precision)]
                 found = merge_rows(gather_object(own) if ranks > 1 else own)
                 rows[split][arm] = dict(corpus.task.finish(found, corpus.settled))
     return rows
+
+
+def majority(session: Session) -> Ask:
+    """Make what answers every example with the most frequent label of the training examples."""
+    corpus, size = session.corpus, session.recipe.evaluation.batch_size
+    pool = corpus.labelled
+    step = -(-len(pool) // COUNTED)
+    if step > 1:
+        session.say(f"  majority: of {len(pool):,} labelled training examples one in {step} is counted")
+    batches = evaluation_batches(corpus, corpus.train, size, pool=pool[::step])
+    return most_frequent(batches, corpus.head, session.vocabulary or len(corpus.classes))
 
 
 def compare_speed(session: Session, teacher: Any, student: Any) -> dict[str, Any]:
@@ -187,10 +223,17 @@ def compare_speed(session: Session, teacher: Any, student: Any) -> dict[str, Any
 
 
 def inputs(session: Session) -> dict[str, Any]:
+    """List all that the evaluation reads, the figures of other seeds included."""
+    seeds = {str(child.recipe.seed): content_of(child.folder.evaluation) for child in session.children}
+    return own_inputs(session) | ({"seeds": seeds} if seeds else {})
+
+
+def own_inputs(session: Session) -> dict[str, Any]:
     """List every arm's weights, the data and what is measured."""
     mask = mask_settings(session.recipe)
+    models = [arm for arm in measured_arms(session.recipe) if ARMS[arm].start != "none"]
     return {
-        "arms": {arm: folder_fingerprint(session.arm_folder(arm)) for arm in measured_arms(session.recipe)},
+        "arms": {arm: folder_fingerprint(session.arm_folder(arm)) for arm in models},
         "teacher": session.teacher_inputs(),
         "data": session.corpus.fingerprint,
         "examined": content_of(session.folder.examined),

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StrictBool, StrictStr
 
 from distill.recipe.cache import TeacherCache
+from distill.recipe.controls import Controls
 from distill.recipe.fields import Count, Fraction, Index, Mistake, NonNegative, NotASwitch, Params, Positive, Section
 from distill.recipe.locate import is_path
 from distill.recipe.names import Metric, Optimizer, Reference
@@ -17,7 +18,9 @@ from distill.recipe.on_policy import OnPolicy
 Format = Literal["uniform", "native", "padded"]
 SHA256 = "^[0-9a-f]{64}$"
 Compile = Literal["auto"] | StrictBool
-Arm = Literal["teacher", "cut", "repaired", "distilled", "labels_only"]
+Arm = Literal[
+    "teacher", "cut", "repaired", "distilled", "labels_only", "majority", "random_cut", "from_scratch"
+]  # fmt: skip
 
 
 ONLY_WITH = (("decay", "schedule", ("wsd",)), ("betas", "optimizer", ("adamw", "adamw_8bit")))
@@ -226,19 +229,33 @@ class Evaluation(Section):
 
     metrics: list[Metric | Reference] | None = None
     """Metrics over the predictions; null: the task's own."""
-    arms: list[Arm] = ["teacher", "cut", "repaired", "distilled", "labels_only"]
+    arms: list[Arm] = ["teacher", "cut", "repaired", "distilled", "labels_only", "majority"]
     """`cut`: the student before repair and training; `repaired`: before training, where `student.repair` asks for
-    anything; `labels_only`: the same student trained as long without teacher. Beside `teacher`, the mixture of several
-    is measured as well."""
+    anything; `labels_only`: the same student trained without teacher; `majority`: no model, the most frequent answer
+    of the training labels; `random_cut`: a student of the same sizes with random layers and neurons, trained as
+    `distilled`; `from_scratch`: the same student with random weights, trained as `distilled`. Beside `teacher`, the
+    mixture of several is measured as well."""
+    controls: Controls = Controls()
+    """Learning rate and length of control arms, where they are not those of `training`."""
+    seeds: Count = 1
+    """Repeat all that is random after the teacher with so many seeds, `seed` and those after it; the released student
+    is that of `seed`."""
     batch_size: Count = 64
     """Examples per forward pass."""
     efficiency: StrictBool = True
     """Measure size, FLOPs, latency and throughput of teacher and student."""
 
     def mistakes(self) -> Iterator[Mistake]:
-        """Refuse an arm or a metric that is listed twice."""
+        """Refuse an arm or a metric that is listed twice, and settings of what is not measured."""
         yield from self.repeated("arms", "{}")
         yield from self.repeated("metrics", "{}")
+        for arm in self.controls.changed(*type(self.controls).model_fields):
+            if arm not in self.arms:
+                yield Mistake(
+                    ("controls", arm), f"has no effect: {arm} is not in arms", "add it, or remove this", at="key"
+                )
+        if self.seeds > 1 and "distilled" not in self.arms:
+            yield Mistake(("seeds",), "has no effect: distilled is not in arms", "add it, or remove this", at="key")
 
 
 class Release(Section):

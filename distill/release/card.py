@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from distill.recipe.locate import GGUF
 from distill.recipe.names import TEACHER_METRICS
+from distill.release.controls import budget_lines, seeds_table, seeds_title
 from distill.release.evidence import Evidence, describe_origin, get_in, judge, standard_error, summarize
 from distill.release.tables import arms_table, tables
 from distill.release.wording import as_number, format_metric, format_percent, one_line
@@ -103,6 +104,9 @@ def context_of(evidence: Evidence) -> dict[str, Any]:
         "tables": tables(evidence),
         "origin": describe_origin(evidence),
         "elsewhere": {name: arms_table(own) for name, own in evidence.elsewhere.items()},
+        "budgets": budget_lines(evidence),
+        "seeds": seeds_table(evidence),
+        "seeds_title": seeds_title(evidence),
         "caveats": caveats(evidence),
     }
 
@@ -244,9 +248,11 @@ def caveats(evidence: Evidence) -> list[str]:
     data, score = evidence.evaluation["data"], evidence.score("distilled")
     error = None if score is None else standard_error(evidence, score)
     unit = data.get("unit", "examples")
+    seeds = get_in(evidence.evaluation, "seeds", "seeds")
+    tried = f"{len(seeds)} seeds after one teacher; other texts" if seeds else "one seed; other texts and seeds"
     notes = [
-        f"Measured on {data['examples']} {unit} of the {data['split']} split of {evidence.measured_on} with one seed; "
-        "other texts and seeds were not tried.",
+        f"Measured on {data['examples']} {unit} of the {data['split']} split of {evidence.measured_on} with {tried} "
+        "were not tried.",
         describe_cuts(evidence),
         "The student inherits the biases and mistakes of its teacher, and cutting can add its own.",
     ]

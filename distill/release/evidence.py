@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import Any
 
 from distill.models.plan import StudentPlan
@@ -81,7 +82,12 @@ class Evidence:
     def elsewhere(self) -> dict[str, Evidence]:
         """The same run with its arms measured on other texts, by their name in `data.also`."""
         also = self.evaluation.get("also") or {}
-        return {name: replace(self, evaluation={**self.evaluation, "arms": arms}) for name, arms in also.items()}
+        seeds = self.evaluation.get("seeds") or {}
+        spread = {name: {**seeds, "arms": own} for name, own in seeds.get("also", {}).items()}
+        return {
+            name: replace(self, evaluation={**self.evaluation, "arms": arms, "seeds": spread.get(name)})
+            for name, arms in also.items()
+        }
 
     def title(self, arm: str) -> str:
         """Words for an arm in tables: those of evaluation.json, or its name."""
@@ -92,8 +98,19 @@ class Evidence:
         return as_number(get_in(self.arms, arm, "metrics", metric or self.primary))
 
     def retained(self, arm: str, metric: str) -> float | None:
-        """Share of the teacher's value that an arm reaches."""
-        return None if arm == "teacher" else as_number(get_in(self.arms, arm, "retained", metric))
+        """Share of the teacher's lead over the majority that an arm keeps; None for these two."""
+        return None if arm in ("teacher", "majority") else as_number(get_in(self.arms, arm, "retained", metric))
+
+    def over_seeds(self, arm: str, count: int = 1) -> list[float | None]:
+        """Primary metric of an arm with each seed; of an arm that no seed changes `count` times."""
+        values = get_in(self.evaluation, "seeds", "arms", arm, self.primary, "values")
+        return [self.score(arm)] * count if values is None else [as_number(value) for value in values]
+
+    @property
+    def retained_note(self) -> str:
+        """Words for the shares in brackets; empty where there are none, as without the majority."""
+        words = "In brackets: share of the teacher's lead over the majority, (arm - majority) / (teacher - majority)."
+        return words if any(arm.get("retained") for arm in self.arms.values()) else ""
 
     def higher_is_better(self, metric: str) -> bool:
         """Direction of a metric; higher is better unless the evaluation says otherwise."""
@@ -172,29 +189,47 @@ def summarize(evidence: Evidence) -> str:
 
 
 def judge(evidence: Evidence) -> list[Verdict]:
-    """Say whether the distilled student beats each rival of the evaluation, just as plainly when it does not."""
-    score = evidence.score("distilled")
-    if score is None:
+    """Say whether the distilled student beats each rival, just as plainly when it does not, and which were not run."""
+    if evidence.score("distilled") is None:
         return [Verdict(False, "The distilled student was not measured, so nothing is known about its quality.")]
-    rivals = evidence.evaluation.get("rivals", {})
-    return [_compare(evidence, score, rival, words) for rival, words in rivals.items()]
+    verdicts = [_compare(evidence, *rival) for rival in evidence.evaluation.get("rivals", {}).items()]
+    if left := evidence.evaluation.get("not_run"):
+        names = ", ".join(f"{name} ({why})" if why else name for name, why in left.items())
+        verdicts.append(Verdict(False, f"Not run: {names}. What the student adds over these is not known."))
+    return verdicts
 
 
-def _compare(evidence: Evidence, score: float, rival: str, words: str) -> Verdict:
-    """Judge the distilled student against one rival on the primary metric."""
-    metric, other = evidence.primary, evidence.score(rival)
-    if other is None:
-        return Verdict(False, f"{rival} ({words}) was not measured: what distillation adds over it is unknown.")
-    figures = f"{metric} {format_metric(metric, score)} against {format_metric(metric, other)}"
-    margin = (score - other) * (1 if evidence.higher_is_better(metric) else -1)
-    if margin <= 0:
-        return Verdict(False, f"The distilled student does not beat {rival}, {words}: {figures}.")
-    error = standard_error(evidence, score)
-    if error is not None and margin <= error:
+def _compare(evidence: Evidence, rival: str, words: str) -> Verdict:
+    """Judge the distilled student against one rival on the primary metric, seed by seed where there are several."""
+    metric, ours = evidence.primary, evidence.over_seeds("distilled")
+    theirs = evidence.over_seeds(rival, len(ours))
+    pairs = [(own, other) for own, other in zip(ours, theirs, strict=True) if own is not None and other is not None]
+    if len(pairs) < len(ours):
+        return Verdict(False, f"{rival} ({words}) has no figure: what distillation adds over it is unknown.")
+    margins = [(own - other) * (1 if evidence.higher_is_better(metric) else -1) for own, other in pairs]
+    ahead, lead = sum(margin > 0 for margin in margins), fmean(margins)
+    figures = " against ".join(format_metric(metric, fmean(side)) for side in zip(*pairs, strict=True))
+    each = ", ".join(f"{'-' if margin < 0 else '+'}{format_difference(metric, abs(margin))}" for margin in margins)
+    figures = f"{metric} {figures}" + (f" on average over {len(pairs)} seeds ({each})" if len(pairs) > 1 else "")
+    if lead <= 0:
+        text = f"The distilled student does not beat {rival}, {words}: {figures}."
+        return Verdict(False, text + _lesson(evidence, rival, "So"))
+    if ahead < len(pairs):
+        return Verdict(
+            False, f"The distilled student beats {rival}, {words}, with {ahead} of the seeds only: {figures}."
+        )
+    error = standard_error(evidence, pairs[0][0]) if len(pairs) == 1 else None
+    if error is not None and lead <= error:
         doubt = f"within one standard error ({format_difference(metric, error)}) of this test set, so this is a tie"
-        return Verdict(False, f"The distilled student is only just ahead of {rival}, {words}: {figures}, {doubt}.")
-    lead = format_difference(metric, margin)
-    return Verdict(True, f"The distilled student beats {rival}, {words}, by {lead}: {figures}.")
+        text = f"The distilled student is only just ahead of {rival}, {words}: {figures}, {doubt}."
+        return Verdict(False, text + _lesson(evidence, rival, "As far as it tells,"))
+    text = f"The distilled student beats {rival}, {words}, by {format_difference(metric, lead)}: {figures}."
+    return Verdict(True, text)
+
+
+def _lesson(evidence: Evidence, rival: str, start: str) -> str:
+    words = get_in(evidence.evaluation, "lessons", rival)
+    return f" {start} {words}." if words else ""
 
 
 def standard_error(evidence: Evidence, score: float) -> float | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from distill.evaluation.arms import ARMS, rivals
+from distill.evaluation.arms import lessons, rivals, title_of
 from distill.models.plan import KeptUnits, LayerPlan, Outcome, StudentPlan
 from distill.recipe.schema import Recipe
 from distill.release.evidence import Evidence
@@ -67,7 +67,7 @@ def plan() -> StudentPlan:
 def arm(name: str, steps: int, accuracy: float, f1: float, agreement: float, kl: float) -> dict[str, Any]:
     metrics = {"accuracy": accuracy, "f1_macro": f1, "agreement": agreement, "kl": kl}
     retained = {"accuracy": accuracy / 0.7817, "f1_macro": f1 / 0.7204}
-    return {"name": name, "title": ARMS[name].title, "steps": steps, "metrics": metrics, "retained": retained}
+    return {"name": name, "title": title_of(name), "steps": steps, "metrics": metrics, "retained": retained}
 
 
 def efficiency() -> dict[str, Any]:
@@ -162,7 +162,8 @@ def evidence() -> Evidence:
             arm("distilled", 300, 0.7608, 0.6951, 0.8917, 0.1243),
             arm("labels_only", 300, 0.5843, 0.5127, 0.6289, 1.0482),
         ],
-        "rivals": rivals(recipe()),
+        "rivals": {name: rivals(recipe())[name] for name in ("labels_only", "cut")},
+        "lessons": lessons(recipe()),
         "efficiency": efficiency(),
     }
     return Evidence(
