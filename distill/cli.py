@@ -61,7 +61,7 @@ def validate(recipe: RecipePath, overrides: Overrides = None) -> None:
     from distill.recipe.locate import is_left_behind
 
     loaded = load_recipe(recipe, overrides or ())
-    sources = [source.source for split in loaded.data.splits for source in loaded.data.origins(split)]
+    sources = [source.source for split in loaded.rows.splits for source in loaded.rows.origins(split)]
     names = (loaded.teacher.model, *sources)
     absent = " and ".join(name for name in names if is_left_behind(name, recipe.absolute().parent))
     _say(f"{recipe}: fine ({loaded.name})")

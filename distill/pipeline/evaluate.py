@@ -7,17 +7,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate.utils import gather_object
 from safetensors.numpy import save_file
 
 from distill.data import evaluation_batches, observe_batch
+from distill.data.splits import TRAINED_ON
 from distill.errors import InputError
 from distill.evaluation.arms import ARMS, measured_arms, rivals
 from distill.evaluation.efficiency import add_disk_bytes, measure_efficiency
 from distill.evaluation.metrics import METRICS, compute, find_metric, higher_is_better, measurable
 from distill.evaluation.predict import Rows, column_names, merge_rows, predict
 from distill.evaluation.recorded import HOST_BYTES, record_teacher
-from distill.evaluation.table import finite_or_none, tabulate_arms
+from distill.evaluation.table import finite_or_none, tabulate
 from distill.files import content_of, fresh_folder, read_object, write_json
 from distill.models.family import all_layers
 from distill.models.forward import Capture
@@ -27,8 +29,9 @@ from distill.pipeline.session import Session, in_precision
 from distill.pipeline.stage import Stage, settings_of
 from distill.pipeline.train import steps_of
 from distill.ranks import process_state
-from distill.recipe.data import SPLITS
+from distill.recipe.data import SET, SPLITS
 from distill.recipe.names import TEACHER_METRICS
+from distill.recipe.schema import Source
 from distill.registry import find
 from distill.release.export import without_folders
 from distill.student.masks import mask_settings, sparsity_table
@@ -57,13 +60,19 @@ def work(session: Session) -> None:
     wanted = recipe.evaluation.metrics or measurable(session.task.metrics_for(corpus.head), columns)
     names = list(dict.fromkeys([*wanted, *measurable(TEACHER_METRICS, columns)]))
     student = session.load(session.folder.distilled, session.near(teacher.device)).to(teacher.device)
+    classes, unit = corpus.classes, unit_of(session)
+    measured = {split: tabulate(arms, names, steps, classes, unit) for split, arms in rows.items()}
     table = {
         "data": describe_data(session, len(columns["example"])),
         "metrics": names,
         "primary": names[0],
         "higher_is_better": {name: higher_is_better(name) for name in names},
-        "arms": tabulate_arms(rows["test"], names, steps),
-        "also": {split[5:]: tabulate_arms(arms, names, steps) for split, arms in rows.items() if split != "test"},
+        **measured["test"],
+        "sets": {
+            split.removeprefix(SET): {**describe_set(session, split), **own}
+            for split, own in measured.items()
+            if split != "test"
+        },
         "teacher": read_object(session.folder.examined),
         "precision": describe_precisions(session, teacher, student),
         "rivals": rivals(recipe),
@@ -88,7 +97,31 @@ def describe_data(session: Session, measured: int) -> dict[str, Any]:
         "kind": corpus.head,
         "labels": corpus.settled.about,
         "summary": corpus.summary,
-        "unit": "rows of documents" if session.task.packed else "examples",
+        "unit": unit_of(session),
+    }
+
+
+def unit_of(session: Session) -> str:
+    """Name what one row of the predictions is."""
+    return "rows of documents" if session.task.packed else "examples"
+
+
+def describe_set(session: Session, split: str) -> dict[str, Any]:
+    """Name the sources of a set, count its examples, and say how much of it was trained on."""
+    given, summary = session.recipe.rows, session.corpus.summary[split]
+
+    def whole(source: Source) -> Source:
+        return source.model_copy(update={"weight": 1.0, "limit": None, "split": source.split or "train"})
+
+    trained = [whole(each) for each in given.origins("train")]
+    return {
+        "source": ", ".join(without_folders(each.source) for each in given.origins(split)),
+        "examples": summary["examples"],
+        "trained_on": {
+            "same_source": any(whole(each) in trained for each in given.origins(split)),
+            "rows": summary["rows"].get(TRAINED_ON, 0),
+            "of": summary["used"],
+        },
     }
 
 
@@ -129,7 +162,7 @@ def save_rows(columns: Rows, path: Path, fingerprint: str) -> None:
 def predict_arms(
     session: Session, teacher: LiveTeacher, steps: int, rank: int, ranks: int
 ) -> dict[str, dict[str, Rows]]:
-    """Predict the test split, and those of `data.also`, with every arm; every rank gets all rows.
+    """Predict the test split, and those of `evaluation.sets`, with every arm; every rank gets all rows.
 
     Args:
         session: The recipe at work.
@@ -162,6 +195,8 @@ def predict_arms(
                 own = [predict(model, batches, corpus.head, recording, session.vocabulary, observe, ask, precision)]
                 found = merge_rows(gather_object(own) if ranks > 1 else own)
                 rows[split][arm] = dict(corpus.task.finish(found, corpus.settled))
+                if corpus.task.packed:  # a long one fills several rows, which are not independent of each other
+                    rows[split][arm]["document"] = np.array(examples.take(found["example"])["row"])
     return rows
 
 
@@ -186,6 +221,7 @@ def inputs(session: Session) -> dict[str, Any]:
         "arms": {arm: folder_fingerprint(session.arm_folder(arm)) for arm in measured_arms(session.recipe)},
         "teacher": session.teacher_inputs(),
         "data": session.corpus.fingerprint,
+        "sets": session.corpus.sets,
         "examined": content_of(session.folder.examined),
         "student": folder_fingerprint(session.folder.distilled),
         "mask": {**mask, "training": settings_of(session.recipe.training)} if mask else None,

@@ -158,9 +158,10 @@ def _patient_wait(state: PartialState) -> Callable[[], Any]:
 def local_inputs(recipe: Recipe, base: Path) -> dict[str, Path]:
     """Name the files and folders of this machine that a recipe reads, by the key that names them."""
     found: dict[str, Path] = {}
-    for split in recipe.data.splits:
-        key = f"data.{recipe.data.key_of(split)}"
-        each = [path for source in recipe.data.origins(split) for path in searched_paths(source.source, base)]
+    rows = recipe.rows
+    for split in rows.splits:
+        key = rows.key_of(split)
+        each = [path for source in rows.origins(split) for path in searched_paths(source.source, base)]
         found |= {f"file {number} of {key}" if number else key: path for number, path in enumerate(each)}
     teacher = teacher_folder(recipe.teacher.model, base)
     return found if teacher is None else {"teacher.model": teacher, **found}
@@ -174,4 +175,5 @@ def with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
         return str(expanded if expanded.is_absolute() else (base / path).resolve()) if is_path(path) else path
 
     teacher = recipe.teacher.model_copy(update={"model": absolute(recipe.teacher.model)})
-    return recipe.model_copy(update={"teacher": teacher, "data": recipe.data.with_sources(absolute)})
+    sections = {name: getattr(recipe, name).with_sources(absolute) for name in ("data", "evaluation")}
+    return recipe.model_copy(update={"teacher": teacher, **sections})

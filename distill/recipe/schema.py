@@ -12,15 +12,27 @@ from typing import Annotated, Any
 
 from pydantic import Field, StrictStr
 
-from distill.recipe.data import Data, Source
+from distill.recipe.data import AllData, Data, Source
 from distill.recipe.fields import Index, Mistake, Section, dotted
 from distill.recipe.rules import PARTS, check_together
 from distill.recipe.sections import Arm, Evaluation, Format, Optimization, Release, Teacher, Training
 from distill.recipe.student import Layers, Mask, Mlp, Repair, Student, Target
 from distill.recipe.terms import Schedule, Term
 
-__all__ = ["Arm", "Data", "Evaluation", "Format", "Layers", "Mask", "Mlp", "Optimization", "Recipe", "Release"]
-__all__ += ["Repair", "Schedule", "Source", "Student", "Target", "Teacher", "Term", "Training"]
+__all__ = [
+    "AllData",
+    "Arm",
+    "Data",
+    "Evaluation",
+    "Format",
+    "Layers",
+    "Mask",
+    "Mlp",
+    "Optimization",
+    "Recipe",
+    "Release",
+]
+__all__ += ["Release", "Repair", "Schedule", "Source", "Student", "Target", "Teacher", "Term", "Training", "with_sets"]
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
@@ -45,10 +57,20 @@ class Recipe(Section):
         yield from check_together(self.parts)
 
     @property
+    def rows(self) -> AllData:
+        """The rows that training and evaluation read, by split."""
+        return with_sets(self.data, self.evaluation)
+
+    @property
     def parts(self) -> dict[str, Any]:
         """The parts that rules across sections ask for."""
         parts = {name: attrgetter(dotted(path))(self) for name, path in PARTS.items()}
         return {**parts, "terms": dict(enumerate(self.losses))}
+
+
+def with_sets(data: Data, evaluation: Evaluation | None) -> AllData:
+    """Join the rows of `data` and those of `evaluation.sets`."""
+    return AllData.model_construct(**dict(data), sets=evaluation.sets if evaluation else {})
 
 
 def json_schema() -> dict[str, Any]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from typing import Annotated, Literal
 
 from pydantic import Field, StrictBool, StrictStr
 
+from distill.recipe.data import Sets, renamed, weights_without_effect
 from distill.recipe.fields import Count, Fraction, Index, Mistake, NonNegative, NotASwitch, Params, Positive, Section
 from distill.recipe.locate import is_path
 from distill.recipe.names import Metric, Optimizer, Reference
@@ -222,13 +223,21 @@ class Evaluation(Section):
     arms: list[Arm] = ["teacher", "cut", "repaired", "distilled", "labels_only"]
     """`cut`: the student before repair and training; `repaired`: before training, where `student.repair` asks for
     anything; `labels_only`: the same student trained as long without teacher."""
+    sets: Sets = {}
+    """Name -> more rows that every arm is measured on, given as `data.source` is: what a student forgets shows on texts
+    of other kinds than those of training. A set of which training rows are a part is marked."""
     batch_size: Count = 64
     """Examples per forward pass."""
     efficiency: StrictBool = True
     """Measure size, FLOPs, latency and throughput of teacher and student."""
 
+    def with_sources(self, rename: Callable[[str], str]) -> Evaluation:
+        """Return the section with other names for the sources of its sets, e.g. absolute paths."""
+        return self.model_copy(update={"sets": {name: renamed(each, rename) for name, each in self.sets.items()}})
+
     def mistakes(self) -> Iterator[Mistake]:
-        """Refuse an arm or a metric that is listed twice."""
+        """Refuse an arm or a metric that is listed twice, and sets with weights."""
+        yield from weights_without_effect({("sets", name): each for name, each in self.sets.items()})
         yield from self.repeated("arms", "{}")
         yield from self.repeated("metrics", "{}")
 

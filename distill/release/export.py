@@ -76,7 +76,7 @@ def releasable_recipe(recipe: Recipe) -> str:
     teacher = recipe.teacher
     public = {
         "teacher": teacher.model_copy(update={"model": without_folders(teacher.model)}),
-        "data": recipe.data.with_sources(without_folders),
+        **{name: getattr(recipe, name).with_sources(without_folders) for name in ("data", "evaluation")},
     }
     return dump(recipe.model_copy(update=public))
 
