@@ -252,17 +252,20 @@ def _print_table(title: str, table: Table) -> None:
 
 def _print_evaluation(session: Session) -> None:
     from distill.pipeline.release import collect_evidence
-    from distill.release.tables import arms_table, efficiency_table
+    from distill.release.tables import arms_table, bytes_table, efficiency_table, speed_table
 
     evidence = collect_evidence(session)
     examples, efficiency = evidence.evaluation["data"]["examples"], efficiency_table(evidence)
-    titles = {f"{examples} held-out examples of {evidence.measured_on}": evidence, **evidence.elsewhere}
+    titles = {f"{examples} held-out examples of {evidence.measured_on}": evidence}
+    titles |= {f"{name} ({own.trained_on or 'not trained on'})": own for name, own in evidence.elsewhere.items()}
     for title, own in titles.items():
         arms = arms_table(own)
         rows = [(name, *row[1:]) for name, row in zip(own.arms, arms.rows, strict=True)]  # titles are too wide
         _print_table(title, replace(arms, rows=rows))
     if efficiency.rows:
         _print_table("size and speed, measured in one run", efficiency)
+        _print_table("memory and throughput", speed_table(evidence))
+        _print_table("where the bytes are", bytes_table(evidence))
 
 
 def _stop(number: int, _frame: FrameType | None) -> None:

@@ -15,7 +15,7 @@ from distill.data import evaluation_batches, observe_batch
 from distill.data.splits import TRAINED_ON
 from distill.errors import InputError
 from distill.evaluation.arms import ARMS, measured_arms, rivals
-from distill.evaluation.efficiency import add_disk_bytes, measure_efficiency
+from distill.evaluation.efficiency import add_disk_bytes, in_bf16, measure_efficiency
 from distill.evaluation.metrics import METRICS, compute, find_metric, higher_is_better, measurable
 from distill.evaluation.predict import Rows, column_names, merge_rows, predict
 from distill.evaluation.recorded import HOST_BYTES, record_teacher
@@ -202,8 +202,9 @@ def predict_arms(
 
 def compare_speed(session: Session, teacher: Any, student: Any) -> dict[str, Any]:
     """Measure size and speed of student and teacher on this rank's device; the others wait at the end of the stage."""
+    models = {"teacher": teacher, "student": student}
     found = measure_efficiency(
-        {"teacher": teacher, "student": student},
+        models | in_bf16(models),
         all_layers,
         kind=session.corpus.head,
         length=session.recipe.data.max_length,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +16,17 @@ from distill.release.wording import (
     MISSING,
     as_number,
     format_count,
+    format_interval,
     format_megabytes,
     format_metric,
     format_number,
+    format_paired,
     format_percent,
     format_ratio,
 )
+
+MANY_CLASSES = 10
+"""Of more classes the worst and the best are shown, half of the number each; evaluation.json has all."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,9 @@ def tables(evidence: Evidence) -> dict[str, Table]:
     ]
     return {
         "arms": arms_table(evidence),
+        "differences": differences_table(evidence),
+        "classes": classes_table(evidence),
+        "confusion": confusion_table(evidence),
         "choices": Table(("what", "asked", "got", "why they differ"), choices, text_columns=4),
         "layers": Table(("student layer", "from teacher layer", "MLP width", "neurons kept"), layers, text_columns=0),
         "repair": repair_table(evidence),
@@ -56,12 +64,14 @@ def tables(evidence: Evidence) -> dict[str, Table]:
         "training": Table(("setting", "value"), training_rows(evidence), text_columns=2),
         "data": data_table(evidence),
         "efficiency": efficiency_table(evidence),
+        "speed": speed_table(evidence),
+        "bytes": bytes_table(evidence),
         "versions": Table(("", "version"), [(key, str(value)) for key, value in evidence.environment.items()], 2),
     }
 
 
 def arms_table(evidence: Evidence) -> Table:
-    """Tabulate all arms and all metrics; in brackets what an arm retains of the teacher's value."""
+    """Tabulate all arms and all metrics, with intervals; in brackets what an arm retains of the teacher's value."""
     names = evidence.metric_names
     arrows = {True: " ↑", False: " ↓"}
     titles = [name + arrows.get(evidence.evaluation["higher_is_better"].get(name), "") for name in names]
@@ -71,9 +81,59 @@ def arms_table(evidence: Evidence) -> Table:
         for name in names:
             retained = evidence.retained(arm, name)
             share = "" if retained is None else f" ({format_percent(retained)})"
-            cells.append(format_metric(name, record["metrics"].get(name)) + share)
+            interval = format_interval(name, evidence.interval(arm, name))
+            cells.append(format_metric(name, record["metrics"].get(name)) + interval + share)
         rows.append((evidence.title(arm), str(record.get("steps") or MISSING), *cells))
     return Table(("arm", "steps", *titles), rows)
+
+
+def differences_table(evidence: Evidence) -> Table:
+    """Tabulate what the distilled student has more than every other arm, on the same draws of rows."""
+    pairs = evidence.evaluation.get("differences") or []
+    names = [name for name in evidence.metric_names if any(name in pair["metrics"] for pair in pairs)]
+    rows = [
+        (
+            f"distilled less {pair['against']}",
+            *(format_paired(name, pair["metrics"].get(name) or {}) or MISSING for name in names),
+        )
+        for pair in pairs
+    ]
+    return Table(("difference", *names), rows)
+
+
+def classes_table(evidence: Evidence) -> Table:
+    """Tabulate the classes, of many the worst and the best: F1 of teacher and student, and what they are taken for."""
+    found = evidence.evaluation.get("per_class") or {"classes": {}, "confusion": {}}
+    ours, theirs = (found["classes"].get(arm, {}) for arm in ("distilled", "teacher"))
+    names = sorted({**theirs, **ours}, key=lambda name: get_in(ours, name, "f1") or 0.0)
+    if len(names) > MANY_CLASSES:
+        names = [*names[: MANY_CLASSES // 2], *names[-MANY_CLASSES // 2 :]]
+    rows = []
+    for name in names:
+        own, other = ours.get(name, {}), theirs.get(name, {})
+        wrong = [pair for pair in found["confusion"].get("distilled", []) if pair[0] == name != pair[1]]
+        taken = f"{wrong[0][1]} ({wrong[0][2]})" if wrong else MISSING
+        shown = format_percent(own.get("f1")) + format_interval("f1", own)
+        teacher = format_percent(other.get("f1")) + format_interval("f1", other)
+        counts = (
+            str(own.get("true", other.get("true", 0))),
+            *(format_percent(own.get(key)) for key in ("precision", "recall")),
+        )
+        rows.append((name, taken, counts[0], teacher, shown, *counts[1:]))
+    head = ("class", "most often taken for", "examples", "F1 of the teacher", "F1", "precision", "recall")
+    return Table(head, rows, text_columns=2)
+
+
+def confusion_table(evidence: Evidence) -> Table:
+    """Tabulate true against predicted classes of the student; of many classes the most frequent mistakes."""
+    pairs = get_in(evidence.evaluation, "per_class", "confusion", "distilled") or []
+    names = sorted({name for pair in pairs for name in pair[:2]})
+    if len(names) > MANY_CLASSES:
+        wrong = [pair for pair in pairs if pair[0] != pair[1]][:MANY_CLASSES]
+        return Table(("true", "predicted", "times"), [(*pair[:2], str(pair[2])) for pair in wrong], text_columns=2)
+    counts = {(true, predicted): times for true, predicted, times in pairs}
+    rows = [(name, *(str(counts.get((name, other), 0)) for other in names)) for name in names]
+    return Table(("true, predicted:", *names), rows)
 
 
 def repair_table(evidence: Evidence) -> Table:
@@ -199,24 +259,60 @@ def mask_rows(evidence: Evidence) -> dict[str, str]:
 
 
 def efficiency_table(evidence: Evidence) -> Table:
-    """Tabulate size and speed of every measured model; empty when nothing was measured."""
-    efficiency = evidence.evaluation.get("efficiency") or {}
-    models, ratios = list(efficiency.get("models", {})), list(efficiency.get("ratios", {}))
+    """Tabulate size and speed of every measured form, one a line; empty when nothing was measured.
+
+    In brackets its ratio to the teacher; of times with the range over the rounds.
+    """
+    return _lines_of(
+        evidence,
+        ("parameters", ("parameters",), "parameters", format_count),
+        ("weights", ("bytes",), "bytes", format_megabytes),
+        ("on disk", ("disk_bytes",), "disk_bytes", format_megabytes),
+        ("FLOPs per example", ("flops_per_example",), "flops", lambda value: format_count(value, "kMGT")),
+        ("latency p50, ms", ("latency_ms", "p50"), "latency", format_number),
+        ("p90", ("latency_ms", "p90"), "", format_number),
+        ("throughput, examples/s", ("throughput",), "throughput", format_number),
+    )
+
+
+def speed_table(evidence: Evidence) -> Table:
+    """Tabulate memory, throughput by batch size, and writing, of every measured form."""
+    sizes = get_in(evidence.evaluation, "efficiency", "protocol", "batch_sizes") or []
+    writes = any("decode" in own for own in (get_in(evidence.evaluation, "efficiency", "models") or {}).values())
+    throughput = [(f"examples/s, batch {size}", ("throughputs", str(size)), "", format_number) for size in sizes]
+    speeds = [
+        ("prefill, tokens/s", ("prefill",), "", format_number),
+        ("decode, tokens/s", ("decode",), "", format_number),
+    ]
+    memory = ("peak memory", ("peak_bytes",), "peak_bytes", format_megabytes)
+    return _lines_of(evidence, memory, *throughput, *(speeds if writes else []))
+
+
+def bytes_table(evidence: Evidence) -> Table:
+    """Tabulate where the bytes of the weights are, of every measured form that tells."""
+    models = get_in(evidence.evaluation, "efficiency", "models") or {}
+    shares = {name: own["parts"] for name, own in models.items() if own.get("parts")}
     rows = [
         (
-            label,
-            *(write(evidence.efficiency(model, *path)) for model in models),
-            *(format_ratio(evidence.ratio(key, model)) for model in ratios),
+            name,
+            *(
+                f"{format_megabytes(size)} ({format_percent(size / max(1, sum(own.values())))})"
+                for size in own.values()
+            ),
         )
-        for label, path, key, write in (
-            ("parameters", ("parameters",), "parameters", format_count),
-            ("parameters in layers", ("layer_parameters",), "layer_parameters", format_count),
-            ("weights", ("bytes",), "bytes", format_megabytes),
-            ("on disk", ("disk_bytes",), "disk_bytes", format_megabytes),
-            ("FLOPs per example", ("flops_per_example",), "flops", lambda value: format_count(value, "kMGT")),
-            ("latency p50, ms", ("latency_ms", "p50"), "latency", format_number),
-            ("latency p95, ms", ("latency_ms", "p95"), "", format_number),
-            ("throughput, examples/s", ("throughput",), "throughput", format_number),
-        )
+        for name, own in shares.items()
     ]
-    return Table(("", *models, *(f"{model} ÷ teacher" for model in ratios)), rows if models else [])
+    return Table(("where the bytes are", *next(iter(shares.values()), {})), rows)
+
+
+def _lines_of(evidence: Evidence, *columns: tuple[str, tuple[str, ...], str, Callable[[Any], str]]) -> Table:
+    """Write a line for each model; a column is its title, the path of the figure, its ratio and what writes it."""
+    models, rows = get_in(evidence.evaluation, "efficiency", "models") or {}, []
+    for model in models:
+        cells = []
+        for _, path, key, write in columns:
+            ratio = evidence.ratio(key, model) if key else None
+            share = "" if ratio is None else f" ({format_ratio(ratio).replace(' (', ', ').rstrip(')')})"
+            cells.append(write(evidence.efficiency(model, *path)) + share)
+        rows.append((model, *cells))
+    return Table(("", *(title for title, *_ in columns)), rows)
