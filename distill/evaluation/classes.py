@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from distill.evaluation.intervals import FEW, RESAMPLES, Units, percentile_interval, wilson_interval
+from distill.evaluation.intervals import Units, percentile_interval, wilson_interval
 from distill.evaluation.metrics import Column
 
 NONE = "(none)"
@@ -79,7 +79,7 @@ def tabulate_classes(
     if not decided:
         return None
     size = len(next(iter(next(iter(rows.values())).values())))
-    times = (np.bincount(units.draw(number), minlength=size) for number in range(RESAMPLES if len(units) >= FEW else 0))
+    times = (np.bincount(index, minlength=size) for index in units.draws())
     drawn = [[own.f1(each) for own in decided.values()] for each in times]
     return {
         "classes": {

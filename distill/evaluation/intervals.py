@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import NormalDist
@@ -54,6 +54,10 @@ class Units:
         before = np.cumsum(sizes) - sizes
         drawn: Column = self.order[np.repeat(self.starts[chosen] - before, sizes) + np.arange(sizes.sum())]
         return drawn
+
+    def draws(self) -> Iterator[Column]:
+        """Yield every draw, the same ones each time; none of too few units."""
+        yield from (self.draw(number) for number in range(RESAMPLES if len(self) >= FEW else 0))
 
 
 def units_of(columns: Rows, unit: str) -> tuple[Units, str]:
@@ -181,8 +185,7 @@ def draw_metrics(
     spent, notes = dict.fromkeys(names, 0.0), dict.fromkeys(names, "")
     with warnings.catch_warnings():  # what is undefined on a draw is counted
         warnings.simplefilter("ignore")
-        for number in range(RESAMPLES if len(units) >= FEW else 0):
-            index = units.draw(number)
+        for index in units.draws():
             for name in (name for name in names if not notes[name]):
                 start = time.perf_counter()
                 try:
