@@ -26,7 +26,7 @@ from distill.release.wording import one_line, printable
 
 if TYPE_CHECKING:
     from distill.pipeline import Session
-    from distill.release.tables import Table
+    from distill.release.table import Table
 
 app = typer.Typer(
     name="distill",
@@ -252,7 +252,8 @@ def _print_table(title: str, table: Table) -> None:
 
 def _print_evaluation(session: Session) -> None:
     from distill.pipeline.release import collect_evidence
-    from distill.release.tables import arms_table, bytes_table, efficiency_table, speed_table
+    from distill.release.sizes import bytes_table, efficiency_table, speed_table
+    from distill.release.tables import arms_table, harness_table
 
     evidence = collect_evidence(session)
     examples, efficiency = evidence.evaluation["data"]["examples"], efficiency_table(evidence)
@@ -262,6 +263,8 @@ def _print_evaluation(session: Session) -> None:
         arms = arms_table(own)
         rows = [(name, *row[1:]) for name, row in zip(own.arms, arms.rows, strict=True)]  # titles are too wide
         _print_table(title, replace(arms, rows=rows))
+    if (harness := harness_table(evidence)).rows:
+        _print_table("lm-evaluation-harness, with one standard error", harness)
     if efficiency.rows:
         _print_table("size and speed, measured in one run", efficiency)
         _print_table("memory and throughput", speed_table(evidence))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from distill.data.splits import TRAINED_ON
 from distill.errors import InputError
 from distill.evaluation.arms import ARMS, measured_arms, rivals
 from distill.evaluation.efficiency import add_disk_bytes, in_bf16, measure_efficiency
+from distill.evaluation.harness import load_tasks, run_harness
 from distill.evaluation.metrics import METRICS, compute, find_metric, higher_is_better, measurable
 from distill.evaluation.predict import Rows, column_names, merge_rows, predict
 from distill.evaluation.recorded import HOST_BYTES, record_teacher
@@ -26,7 +28,7 @@ from distill.models.forward import Capture
 from distill.models.load import folder_fingerprint
 from distill.models.precision import describe_precision, takes_autocast
 from distill.pipeline.session import Session, in_precision
-from distill.pipeline.stage import Stage, settings_of
+from distill.pipeline.stage import Stage, harness_folder, settings_of
 from distill.pipeline.train import steps_of
 from distill.ranks import process_state
 from distill.recipe.data import SET, SPLITS
@@ -78,6 +80,7 @@ def work(session: Session) -> None:
         "rivals": rivals(recipe),
         "efficiency": compare_speed(session, teacher.model, student) if recipe.evaluation.efficiency else None,
         "sparsity": sparsity_table(recipe, student),
+        "harness": run_tasks(session, teacher, steps),
     }
     write_json(session.folder.evaluation, table)
 
@@ -182,11 +185,7 @@ def predict_arms(
         share = HOST_BYTES // len(splits)
         recordings = {split: stack.enter_context(record_teacher(teacher, folders[split], share)) for split in splits}
         for arm in measured_arms(recipe):
-            model, precision = teacher.model, recipe.training.precision
-            if arm != "teacher":
-                model = session.load(session.arm_folder(arm), session.near(teacher.device)).to(teacher.device)
-            if arm != "teacher" and not ARMS[arm].terms:
-                model = ARMS[arm].prepare(recipe, model, steps)
+            model, precision = load_arm(session, arm, teacher, steps), recipe.training.precision
             for split, recording in recordings.items():
                 examples = corpus.splits[split]
                 batches = evaluation_batches(corpus, examples, recipe.evaluation.batch_size, rank, ranks)
@@ -198,6 +197,26 @@ def predict_arms(
                 if corpus.task.packed:  # a long one fills several rows, which are not independent of each other
                     rows[split][arm]["document"] = np.array(examples.take(found["example"])["row"])
     return rows
+
+
+def load_arm(session: Session, arm: str, teacher: LiveTeacher, steps: int) -> Any:
+    """Load the finished model of an arm beside the teacher, which is one of them."""
+    if arm == "teacher":
+        return teacher.model
+    model = session.load(session.arm_folder(arm), session.near(teacher.device)).to(teacher.device)
+    return model if ARMS[arm].terms else ARMS[arm].prepare(session.recipe, model, steps)
+
+
+def run_tasks(session: Session, teacher: LiveTeacher, steps: int) -> dict[str, Any] | None:
+    """Run the tasks of lm-evaluation-harness on every arm; None where the recipe asks for none."""
+    spec, folder = session.recipe.evaluation.harness, harness_folder(session.recipe, session.base)
+    if spec is None:
+        return None
+    arms = {}
+    for arm in measured_arms(session.recipe):
+        session.say(f"  lm_eval: {arm}")
+        arms[arm] = run_harness(load_arm(session, arm, teacher, steps).eval(), session.tokenizer, spec, folder)
+    return {"lm_eval": version("lm_eval"), "limit": spec.limit, "num_fewshot": spec.num_fewshot, "arms": arms}
 
 
 def compare_speed(session: Session, teacher: Any, student: Any) -> dict[str, Any]:
@@ -228,14 +247,17 @@ def inputs(session: Session) -> dict[str, Any]:
         "mask": {**mask, "training": settings_of(session.recipe.training)} if mask else None,
         "max_length": [session.recipe.data.max_length, session.recipe.data.max_target_length],
         "evaluation": session.recipe.evaluation.model_dump(mode="json"),
+        "harness": content_of(folder) if (folder := harness_folder(session.recipe, session.base)) else None,
         **in_precision(session.recipe.training.precision),
     }
 
 
 def check_names(session: Session) -> None:
-    """Find every metric that the recipe names, the user's own included. Raises InputError where there is none."""
+    """Find every metric and task that the recipe names, the user's own included. Raises InputError where one is not."""
     for name in session.recipe.evaluation.metrics or ():
         find(METRICS, name, "metric")
+    if session.recipe.evaluation.harness is not None:
+        load_tasks(session.recipe.evaluation.harness, harness_folder(session.recipe, session.base))
 
 
 def check(session: Session) -> None:

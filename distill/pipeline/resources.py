@@ -24,7 +24,7 @@ from distill.pipeline.timing import StepTime, advise_depth, rehearse_time
 from distill.pipeline.trainings import Models, Work, hollow_works, works_of
 from distill.ranks import process_state
 from distill.recipe.sections import Lora
-from distill.release.tables import Table
+from distill.release.table import Table
 from distill.release.wording import MISSING, format_count, format_seconds, format_size
 from distill.training.learner import SHARDING
 

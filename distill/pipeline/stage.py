@@ -163,8 +163,16 @@ def local_inputs(recipe: Recipe, base: Path) -> dict[str, Path]:
         key = rows.key_of(split)
         each = [path for source in rows.origins(split) for path in searched_paths(source.source, base)]
         found |= {f"file {number} of {key}" if number else key: path for number, path in enumerate(each)}
+    if harness := harness_folder(recipe, base):
+        found["evaluation.harness.folder"] = harness
     teacher = teacher_folder(recipe.teacher.model, base)
     return found if teacher is None else {"teacher.model": teacher, **found}
+
+
+def harness_folder(recipe: Recipe, base: Path) -> Path | None:
+    """Return the folder with the user's own tasks for lm-evaluation-harness; None where there is none."""
+    given = recipe.evaluation.harness and recipe.evaluation.harness.folder
+    return base / Path(given).expanduser() if given else None
 
 
 def with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:

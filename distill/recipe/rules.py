@@ -294,6 +294,7 @@ RULES = (
     mapped_layers_exist,
     task_rules.terms_fit_the_task,
     task_rules.metrics_fit_the_task,
+    task_rules.harness_has_a_language_model,
     task_rules.embeddings_have_what_is_learnt_and_measured,
     task_rules.gradients_have_a_loss,
     compiled_layers_are_not_read,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from distill.losses import MATCHES
@@ -11,32 +9,19 @@ from distill.recipe.jsonrows import LISTED
 from distill.recipe.schema import Schedule
 from distill.recipe.sections import Lora
 from distill.recipe.terms import TERM_KEYS
+from distill.release.classes import classes_table, confusion_table
 from distill.release.evidence import Evidence, get_in
+from distill.release.sizes import bytes_table, efficiency_table, speed_table
+from distill.release.table import Table
 from distill.release.wording import (
     MISSING,
     as_number,
-    format_count,
     format_interval,
-    format_megabytes,
     format_metric,
     format_number,
     format_paired,
     format_percent,
-    format_ratio,
 )
-
-MANY_CLASSES = 10
-"""Of more classes the worst and the best are shown, half of the number each; evaluation.json has all."""
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of finished text."""
-
-    head: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
-    text_columns: int = 1
-    """The first columns hold text, the others numbers."""
 
 
 def tables(evidence: Evidence) -> dict[str, Table]:
@@ -55,6 +40,7 @@ def tables(evidence: Evidence) -> dict[str, Table]:
     return {
         "arms": arms_table(evidence),
         "differences": differences_table(evidence),
+        "harness": harness_table(evidence),
         "classes": classes_table(evidence),
         "confusion": confusion_table(evidence),
         "choices": Table(("what", "asked", "got", "why they differ"), choices, text_columns=4),
@@ -101,39 +87,16 @@ def differences_table(evidence: Evidence) -> Table:
     return Table(("difference", *names), rows)
 
 
-def classes_table(evidence: Evidence) -> Table:
-    """Tabulate the classes, of many the worst and the best: F1 of teacher and student, and what they are taken for."""
-    found = evidence.evaluation.get("per_class") or {"classes": {}, "confusion": {}}
-    ours, theirs = (found["classes"].get(arm, {}) for arm in ("distilled", "teacher"))
-    names = sorted({**theirs, **ours}, key=lambda name: get_in(ours, name, "f1") or 0.0)
-    if len(names) > MANY_CLASSES:
-        names = [*names[: MANY_CLASSES // 2], *names[-MANY_CLASSES // 2 :]]
-    rows = []
-    for name in names:
-        own, other = ours.get(name, {}), theirs.get(name, {})
-        wrong = [pair for pair in found["confusion"].get("distilled", []) if pair[0] == name != pair[1]]
-        taken = f"{wrong[0][1]} ({wrong[0][2]})" if wrong else MISSING
-        shown = format_percent(own.get("f1")) + format_interval("f1", own)
-        teacher = format_percent(other.get("f1")) + format_interval("f1", other)
-        counts = (
-            str(own.get("true", other.get("true", 0))),
-            *(format_percent(own.get(key)) for key in ("precision", "recall")),
-        )
-        rows.append((name, taken, counts[0], teacher, shown, *counts[1:]))
-    head = ("class", "most often taken for", "examples", "F1 of the teacher", "F1", "precision", "recall")
-    return Table(head, rows, text_columns=2)
-
-
-def confusion_table(evidence: Evidence) -> Table:
-    """Tabulate true against predicted classes of the student; of many classes the most frequent mistakes."""
-    pairs = get_in(evidence.evaluation, "per_class", "confusion", "distilled") or []
-    names = sorted({name for pair in pairs for name in pair[:2]})
-    if len(names) > MANY_CLASSES:
-        wrong = [pair for pair in pairs if pair[0] != pair[1]][:MANY_CLASSES]
-        return Table(("true", "predicted", "times"), [(*pair[:2], str(pair[2])) for pair in wrong], text_columns=2)
-    counts = {(true, predicted): times for true, predicted, times in pairs}
-    rows = [(name, *(str(counts.get((name, other), 0)) for other in names)) for name in names]
-    return Table(("true, predicted:", *names), rows)
+def harness_table(evidence: Evidence) -> Table:
+    """Tabulate the figures of lm-evaluation-harness with one standard error, an arm a column; empty without any."""
+    arms = get_in(evidence.evaluation, "harness", "arms") or {}
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for arm, figures in arms.items():
+        for own in figures:
+            error = "" if own["stderr"] is None else f" ± {format_number(own['stderr'])}"
+            found.setdefault((own["task"], own["metric"]), {})[arm] = format_number(own["value"]) + error
+    rows = [(*key, *(cells.get(arm, MISSING) for arm in arms)) for key, cells in found.items()]
+    return Table(("task", "metric", *arms), rows, text_columns=2)
 
 
 def repair_table(evidence: Evidence) -> Table:
@@ -256,63 +219,3 @@ def mask_rows(evidence: Evidence) -> dict[str, str]:
         "zeros in the MLPs": format_percent(found["zeros"]),
     }
     return rows | ({"MLP widths, compacted": ", ".join(map(str, found["widths"]))} if spec.compact else {})
-
-
-def efficiency_table(evidence: Evidence) -> Table:
-    """Tabulate size and speed of every measured form, one a line; empty when nothing was measured.
-
-    In brackets its ratio to the teacher; of times with the range over the rounds.
-    """
-    return _lines_of(
-        evidence,
-        ("parameters", ("parameters",), "parameters", format_count),
-        ("weights", ("bytes",), "bytes", format_megabytes),
-        ("on disk", ("disk_bytes",), "disk_bytes", format_megabytes),
-        ("FLOPs per example", ("flops_per_example",), "flops", lambda value: format_count(value, "kMGT")),
-        ("latency p50, ms", ("latency_ms", "p50"), "latency", format_number),
-        ("p90", ("latency_ms", "p90"), "", format_number),
-        ("throughput, examples/s", ("throughput",), "throughput", format_number),
-    )
-
-
-def speed_table(evidence: Evidence) -> Table:
-    """Tabulate memory, throughput by batch size, and writing, of every measured form."""
-    sizes = get_in(evidence.evaluation, "efficiency", "protocol", "batch_sizes") or []
-    writes = any("decode" in own for own in (get_in(evidence.evaluation, "efficiency", "models") or {}).values())
-    throughput = [(f"examples/s, batch {size}", ("throughputs", str(size)), "", format_number) for size in sizes]
-    speeds = [
-        ("prefill, tokens/s", ("prefill",), "", format_number),
-        ("decode, tokens/s", ("decode",), "", format_number),
-    ]
-    memory = ("peak memory", ("peak_bytes",), "peak_bytes", format_megabytes)
-    return _lines_of(evidence, memory, *throughput, *(speeds if writes else []))
-
-
-def bytes_table(evidence: Evidence) -> Table:
-    """Tabulate where the bytes of the weights are, of every measured form that tells."""
-    models = get_in(evidence.evaluation, "efficiency", "models") or {}
-    shares = {name: own["parts"] for name, own in models.items() if own.get("parts")}
-    rows = [
-        (
-            name,
-            *(
-                f"{format_megabytes(size)} ({format_percent(size / max(1, sum(own.values())))})"
-                for size in own.values()
-            ),
-        )
-        for name, own in shares.items()
-    ]
-    return Table(("where the bytes are", *next(iter(shares.values()), {})), rows)
-
-
-def _lines_of(evidence: Evidence, *columns: tuple[str, tuple[str, ...], str, Callable[[Any], str]]) -> Table:
-    """Write a line for each model; a column is its title, the path of the figure, its ratio and what writes it."""
-    models, rows = get_in(evidence.evaluation, "efficiency", "models") or {}, []
-    for model in models:
-        cells = []
-        for _, path, key, write in columns:
-            ratio = evidence.ratio(key, model) if key else None
-            share = "" if ratio is None else f" ({format_ratio(ratio).replace(' (', ', ').rstrip(')')})"
-            cells.append(write(evidence.efficiency(model, *path)) + share)
-        rows.append((model, *cells))
-    return Table(("", *(title for title, *_ in columns)), rows)
