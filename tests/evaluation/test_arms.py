@@ -8,7 +8,7 @@ import numpy as np
 from tiny import tiny_project
 
 from distill.evaluation.arms import ARMS, controls, rivals
-from distill.evaluation.table import retain, tabulate_arms
+from distill.evaluation.table import retain, tabulate
 from distill.recipe import load_recipe
 from distill.recipe.schema import Arm, Evaluation
 
@@ -30,16 +30,16 @@ def rows(hits, nll):
 
 def test_a_table_has_the_steps_of_trained_arms_and_what_each_keeps_of_the_teacher_where_more_is_better():
     measured = {"teacher": rows([1, 1], [1.0, 1.0]), "labels_only": rows([1, 0], [1.0, 3.0])}
-    teacher, control = tabulate_arms(measured, ["token_accuracy", "loss"], 7)
+    teacher, control = tabulate(measured, ["token_accuracy", "loss"], 7)["arms"]
     assert (teacher["steps"], control["steps"]) == (0, 7)
     assert control["title"] == ARMS["labels_only"].title
     assert control["metrics"] == {"token_accuracy": 0.5, "loss": 2.0} and control["retained"] == {"token_accuracy": 0.5}
-    (alone,) = tabulate_arms({"cut": measured["labels_only"]}, ["loss"], 7)
+    (alone,) = tabulate({"cut": measured["labels_only"]}, ["loss"], 7)["arms"]
     assert alone["retained"] == {} and alone["steps"] == 0
 
 
 def test_a_value_that_json_cannot_hold_is_none_and_keeps_no_share():
     broken = rows([0, 0], [np.inf, 1.0])
-    (cut,) = tabulate_arms({"cut": broken}, ["loss", "perplexity"], 1)
+    (cut,) = tabulate({"cut": broken}, ["loss", "perplexity"], 1)["arms"]
     assert cut["metrics"] == {"loss": None, "perplexity": None}
     assert retain({"accuracy": None}, {"accuracy": 0.8}) == retain({"accuracy": 0.5}, {"accuracy": 0.0}) == {}
