@@ -252,6 +252,7 @@ def _print_table(title: str, table: Table) -> None:
 
 def _print_evaluation(session: Session) -> None:
     from distill.pipeline.release import collect_evidence
+    from distill.release.controls import seeds_table, seeds_title
     from distill.release.sizes import bytes_table, efficiency_table, speed_table
     from distill.release.tables import arms_table, harness_table
 
@@ -263,6 +264,8 @@ def _print_evaluation(session: Session) -> None:
         arms = arms_table(own)
         rows = [(name, *row[1:]) for name, row in zip(own.arms, arms.rows, strict=True)]  # titles are too wide
         _print_table(title, replace(arms, rows=rows))
+        if title := seeds_title(own):
+            _print_table(title, seeds_table(own, short=True))
     if (harness := harness_table(evidence)).rows:
         _print_table("lm-evaluation-harness, with one standard error", harness)
     if efficiency.rows:

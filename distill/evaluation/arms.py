@@ -6,7 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from distill.data import TASKS
+from distill.evaluation.chance import DEFINED
 from distill.recipe.schema import Recipe, Term
+from distill.registry import find
 from distill.student.masks import mask_untrained
 
 LABELS_ONLY = (Term(match="labels"),)
@@ -21,51 +24,78 @@ def _masked(recipe: Recipe, model: Any, steps: int) -> Any:
     return model
 
 
+def _same_loss(recipe: Recipe) -> Sequence[Term]:
+    return recipe.losses
+
+
+def _labels(_recipe: Recipe) -> Sequence[Term]:
+    return LABELS_ONLY
+
+
 @dataclass(frozen=True)
 class Arm:
     """A model that is measured: its origin, its loss, and the words for it."""
 
-    title: str
-    """Words for tables."""
-    start: Literal["teacher", "cut", "repaired", "student"]
+    words: str
+    """What it is; empty where its name says it."""
+    start: Literal["teacher", "cut", "repaired", "student", "own", "none"]
     """The model it starts from; `student` is the one that training starts from: repaired where the recipe asks for
-    it, else as cut."""
+    it, else as cut. `own`: one that the stage `draw` makes for it; `none`: there is no model."""
     terms: Callable[[Recipe], Sequence[Term]] | None = None
-    """The loss that it is trained on, for as many steps as `distilled`; None: it is not trained."""
+    """The loss that it is trained on; None: it is not trained."""
     prepare: Callable[[Recipe, Any, int], Any] = _unchanged
     """(recipe, start model, steps of the training) -> the model that is trained, or measured if nothing is."""
-    rival: str = ""
-    """Words for it as what the distilled student has to beat; empty: it is no rival."""
+    lesson: str = ""
+    """What it means where the distilled student does not beat it; empty: it is no rival."""
 
 
+UNTRAINED = "training it added nothing"
+NO_CHOICE = "the choice of layers and neurons by their scores is worth nothing here"
+NO_WEIGHTS = "the weights that were cut from the teacher are worth nothing here"
 ARMS: dict[str, Arm] = {
-    "teacher": Arm("teacher", "teacher"),
-    "cut": Arm("cut (student before training)", "cut", prepare=_masked, rival="the student before training"),
-    "repaired": Arm(
-        "repaired (cut student after repair, before training)",
-        "repaired",
-        prepare=_masked,
-        rival="the student after its repair, before training",
-    ),
-    "distilled": Arm("distilled (this model)", "student", terms=lambda recipe: recipe.losses),
-    "labels_only": Arm(
-        "labels_only (same student, no teacher)",
-        "student",
-        terms=lambda _recipe: LABELS_ONLY,
-        rival="the same student trained for the same steps without the teacher",
-    ),
+    "teacher": Arm("", "teacher"),
+    "cut": Arm("the student before training", "cut", prepare=_masked, lesson=UNTRAINED),
+    "repaired": Arm("the student after its repair, before training", "repaired", prepare=_masked, lesson=UNTRAINED),
+    "distilled": Arm("this model", "student", _same_loss),
+    "labels_only": Arm("the same student without the teacher", "student", _labels, lesson="the teacher added nothing"),
+    "majority": Arm("the most frequent label of the training data", "none", lesson="it has learnt nothing that helps"),
+    "random_cut": Arm("random layers and neurons, as many, trained alike", "own", _same_loss, lesson=NO_CHOICE),
+    "from_scratch": Arm("the same student with random weights, trained alike", "own", _same_loss, lesson=NO_WEIGHTS),
 }
 
 
-def _is_made(recipe: Recipe, arm: str) -> bool:
+def title_of(arm: str) -> str:
+    """Return the words for an arm in tables."""
+    return f"{arm} ({ARMS[arm].words})" if ARMS[arm].words else arm
+
+
+def _why_not(recipe: Recipe, arm: str) -> str:
+    """Say why a recipe cannot have an arm; empty where it can."""
+    task = find(TASKS, recipe.data.task, "task")()
     if arm == "labels_only" and recipe.data.task == "embedding" and not recipe.data.learns_from_pairs:
-        return False
-    return ARMS[arm].start != "repaired" or recipe.student.repair.wanted
+        return "the texts have no labels"
+    # What a task observes slowly, it has the model write; there is no model here.
+    if arm == "majority" and (task.head not in DEFINED or (task.observed and not task.observed_in_training)):
+        return f"no answer is the most frequent one in task: {recipe.data.task}"
+    return "nothing is repaired" if ARMS[arm].start == "repaired" and not recipe.student.repair.wanted else ""
 
 
 def measured_arms(recipe: Recipe) -> list[str]:
     """List the arms that a recipe measures, of those that it makes."""
-    return [arm for arm in recipe.evaluation.arms if _is_made(recipe, arm)]
+    return [arm for arm in recipe.evaluation.arms if not _why_not(recipe, arm)]
+
+
+def not_run(recipe: Recipe) -> dict[str, str]:
+    """Map each arm that a recipe could have and does not measure to its words, or to why it cannot be had."""
+    left = [
+        arm for arm in ARMS if arm not in measured_arms(recipe) and (arm != "repaired" or not _why_not(recipe, arm))
+    ]
+    return {arm: _why_not(recipe, arm) or ARMS[arm].words for arm in left}
+
+
+def trained_arms(recipe: Recipe) -> list[str]:
+    """List the arms of a recipe that are trained, `distilled` first, which always is."""
+    return ["distilled", *controls(recipe)]
 
 
 def controls(recipe: Recipe) -> list[str]:
@@ -73,7 +103,28 @@ def controls(recipe: Recipe) -> list[str]:
     return [arm for arm in measured_arms(recipe) if ARMS[arm].terms is not None and arm != "distilled"]
 
 
+def drawn_arms(recipe: Recipe) -> list[str]:
+    """List the arms of a recipe that start from a model drawn at random."""
+    return [arm for arm in measured_arms(recipe) if ARMS[arm].start == "own"]
+
+
+def tries_of(recipe: Recipe, arm: str) -> list[dict[str, Any]]:
+    """List the settings that an arm is trained with, as what differs from `training`; of several the best is kept."""
+    own = getattr(recipe.evaluation.controls, arm, None)
+    return [{}] if own is None else own.tries
+
+
+def searches(recipe: Recipe) -> bool:
+    """Tell whether settings of a control are chosen by the validation split."""
+    return any(len(tries_of(recipe, arm)) > 1 for arm in controls(recipe))
+
+
 def rivals(recipe: Recipe) -> dict[str, str]:
-    """Map each arm that the distilled student has to beat to its words, trained ones first; also those not measured."""
-    made = [name for name, arm in ARMS.items() if arm.rival and _is_made(recipe, name)]
-    return {name: ARMS[name].rival for name in sorted(made, key=lambda name: ARMS[name].terms is None)}
+    """Map each measured arm that the distilled student has to beat to its words, trained ones first."""
+    measured = [name for name in ARMS if ARMS[name].lesson and name in measured_arms(recipe)]
+    return {name: ARMS[name].words for name in sorted(measured, key=lambda name: ARMS[name].terms is None)}
+
+
+def lessons(recipe: Recipe) -> dict[str, str]:
+    """Map each of these arms to what it means where it is not beaten."""
+    return {name: ARMS[name].lesson for name in rivals(recipe)}

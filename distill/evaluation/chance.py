@@ -1,15 +1,19 @@
-"""The figures of a model that has learnt nothing, which a teacher must beat."""
+"""What can be said without a model: the most frequent answer, and the figures that a teacher must beat."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from distill.losses import PREDICTION_KINDS
-from distill.models.forward import UNLABELLED, Batch
+from distill.models.forward import UNLABELLED, Batch, Outputs
+from distill.models.head import OutputHead
+
+DEFINED = ("sequence", "multi_label", "regression", "token", "next_token", "masked_token")
+"""Kinds of predictions that have a most frequent answer."""
 
 
 def label_counts(batches: Iterable[Batch], head: str) -> Tensor:
@@ -42,3 +46,40 @@ def weakness(metrics: Mapping[str, float], counts: Tensor, classes: int) -> str:
             f"of {loss:.4g} nats is no less than that of knowing how frequent each is, {prior:.4g}"
         )
     return ""
+
+
+def most_frequent(batches: Iterable[Batch], head: str, classes: int) -> Callable[[Batch], Outputs]:
+    """Make what answers every batch alike, from the labels of others.
+
+    It says how frequent each class, tag or token is, with one added to each count, so that none is impossible; of sets
+    of classes how frequent each one is; of numbers the mean. So its loss is that of knowing these frequencies, and what
+    it predicts is the most frequent one, of a set the classes that more than half of the examples have.
+
+    Args:
+        batches: With labels to count.
+        head: One of `DEFINED`.
+        classes: Number of classes or real tokens.
+    """
+    kind = PREDICTION_KINDS[head]
+    if head == "regression":
+        numbers = torch.cat([labels[labels != UNLABELLED] for labels in map(kind.labels, batches)])
+        constant = numbers.double().mean().float()[None]
+    elif head == "multi_label":
+        sets = torch.cat([labels[(labels != UNLABELLED).all(-1)] for labels in map(kind.labels, batches)])
+        have, lack = sets.sum(0) + 1.0, (1 - sets).sum(0) + 1.0
+        constant = (have / lack).log()
+    else:
+        counts = label_counts(batches, head)
+        counts = torch.cat([counts, counts.new_zeros(max(0, classes - len(counts)))]) + 1
+        constant = (counts.double() / counts.sum()).log().float()
+
+    def answer(batch: Batch) -> Outputs:
+        labels = batch["labels"]
+        own = constant.to(labels.device)
+        if kind.vocabulary:  # all logits of a vocabulary at once would take gigabytes
+            last = torch.zeros(*labels.shape, 1, device=labels.device)
+            return Outputs(None, last=last, head=OutputHead(own.new_zeros(len(own), 1), own))
+        places = labels.shape[:2] if head == "token" else labels.shape[:1]
+        return Outputs(own.expand(*places, len(own)))
+
+    return answer

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from distill.evaluation.arms import ARMS
+from distill.evaluation.arms import ARMS, title_of
 from distill.evaluation.classes import tabulate_classes
 from distill.evaluation.intervals import LEVEL, SEED, draw_metrics, units_of
 from distill.evaluation.metrics import compute, higher_is_better
@@ -41,11 +41,11 @@ def tabulate(
     arms = [
         {
             "name": arm,
-            "title": ARMS[arm].title,
+            "title": title_of(arm),
             "steps": 0 if ARMS[arm].terms is None else steps,
             "metrics": own,
             "intervals": {name: draws[name].of(arm) for name in names},
-            "retained": retain(own, metrics.get("teacher", {})),
+            "retained": retain(own, metrics.get("teacher", {}), metrics.get("majority", {})),
         }
         for arm, own in metrics.items()
     ]
@@ -69,10 +69,17 @@ def tabulate(
     }
 
 
-def retain(metrics: Mapping[str, float | None], teacher: Mapping[str, float | None]) -> dict[str, float]:
-    """Compute the share of the teacher's value that an arm keeps, for metrics where more is better."""
-    return {
-        name: value / reference
-        for name, value in metrics.items()
-        if higher_is_better(name) and value is not None and (reference := teacher.get(name) or 0.0) > 0
-    }
+def retain(
+    metrics: Mapping[str, float | None], teacher: Mapping[str, float | None], chance: Mapping[str, float | None]
+) -> dict[str, float]:
+    """Compute the share of the teacher's lead over the majority that an arm keeps, where more of a metric is better.
+
+    It is (arm - majority) / (teacher - majority), as an accuracy of one half is nothing among two classes. Without a
+    majority there is none, nor where the teacher has no lead.
+    """
+    found = {}
+    for name, value in metrics.items():
+        top, least = teacher.get(name), chance.get(name)
+        if higher_is_better(name) and value is not None and top is not None and least is not None and top > least:
+            found[name] = (value - least) / (top - least)
+    return found

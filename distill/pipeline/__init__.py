@@ -1,6 +1,6 @@
 """The only package that knows a whole recipe: one file per stage, in the order of the work."""
 
-from distill.pipeline import build, calibrate, data, evaluate, examine, plan, release, repair, teacher, train
+from distill.pipeline import build, calibrate, data, evaluate, examine, plan, release, repair, seeds, teacher, train
 from distill.pipeline.folder import RunDir
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage, local_inputs, run_stages
@@ -13,8 +13,8 @@ STORY = (
     build.STAGE,
     repair.STAGE,
     examine.STAGE,  # here, as to plan and to build cost little, and to train much
-    train.STAGE,
-    train.CONTROL,
+    *seeds.TRAININGS,  # draw, train, control
+    seeds.STAGE,
     evaluate.STAGE,
     release.STAGE,
 )

@@ -13,7 +13,6 @@ from distill.files import content_of
 from distill.losses import PREDICTION_KINDS
 from distill.models.family import layers_of, layout_of
 from distill.models.forward import MODEL_INPUTS, Batch, Capture, forward, with_decoder_inputs
-from distill.models.layout import StackName
 from distill.models.load import folder_fingerprint
 from distill.models.pattern import pattern_note
 from distill.models.plan import StudentPlan
@@ -21,10 +20,10 @@ from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage
 from distill.pipeline.train import save_model
 from distill.ranks import free_memory
-from distill.recipe.schema import Student
 from distill.release.formats import format_of
-from distill.student import build_student, plan_student
+from distill.student import build_student
 from distill.student.calibration.removal import skip_layers
+from distill.student.draw import exact_plan
 
 PROBES, PROBE_LENGTH = 4, 64
 """Training examples on which the student that keeps everything is compared with the teacher, and tokens of each; the
@@ -60,14 +59,6 @@ def work(session: Session) -> None:
     save_model(session, student, session.folder.student)
 
 
-def plan_of_whole(teacher: Any, kept: dict[StackName, list[int]]) -> StudentPlan:
-    """Plan a student of these layers of each stack, with every neuron."""
-    mlp = {"keep": 1.0, "multiple_of": 1, "score": "random"}  # nothing is ranked, so the cheapest score will do
-    stacks = {"layers": {"keep": kept["main"]}}
-    stacks |= {"encoder_layers": {"keep": kept["encoder"]}} if "encoder" in kept else {}
-    return plan_student(teacher, Student.model_validate({**stacks, "mlp": mlp}))
-
-
 @torch.no_grad()
 def check_keeps_all(teacher: Any, batch: Batch) -> None:
     """Refuse a teacher whose logits a student that keeps every layer and neuron does not give.
@@ -82,7 +73,7 @@ def check_keeps_all(teacher: Any, batch: Batch) -> None:
         InputError: With the largest gap.
     """
     every = {side: list(range(len(layers_of(teacher, side)))) for side in layout_of(teacher).sides}
-    student = build_student(teacher, plan_of_whole(teacher, every))
+    student = build_student(teacher, exact_plan(teacher, every))
     _compare(teacher, _logits(teacher, batch), _logits(student, batch), "keeps every layer and neuron", "teacher's")
 
 
@@ -107,7 +98,7 @@ def check_kept_layers(teacher: Any, plan: StudentPlan, batch: Batch) -> None:
         return
     with skip_layers(gone):
         given = _logits(teacher, batch)
-    student = build_student(teacher, plan_of_whole(teacher, kept))
+    student = build_student(teacher, exact_plan(teacher, kept))
     _compare(teacher, given, _logits(student, batch), "has only these layers", "teacher's without the others")
 
 

@@ -27,6 +27,7 @@ from distill.data.summary import describe
 from distill.data.tasks.classes import are_numbers
 from distill.data.tasks.task import Settled
 from distill.errors import InputError
+from distill.evaluation.arms import searches
 from distill.files import fresh_folder, put_back, sha256_of
 from distill.models.family import tells_documents_apart
 from distill.models.load import ModelHead, load_config, tokenizer_fingerprint, trained_labels
@@ -111,9 +112,10 @@ def _progress_bar(splits: Sequence[str]) -> Iterator[Report]:
 
 
 def looks(session: Session) -> bool:
-    """Tell whether anything looks at held-out examples during training."""
-    training = session.recipe.training
-    return training.evaluate_every > 0 or training.keep_best is not None or session.recipe.data.validation is not None
+    """Tell whether anything looks at held-out examples during training, or chooses a control's settings by them."""
+    recipe, training = session.recipe, session.recipe.training
+    asked = training.evaluate_every > 0 or training.keep_best is not None or searches(recipe)
+    return asked or recipe.data.validation is not None
 
 
 @contextmanager

@@ -15,18 +15,21 @@ from safetensors.numpy import save_file
 from distill.data import evaluation_batches, observe_batch
 from distill.data.splits import TRAINED_ON
 from distill.errors import InputError
-from distill.evaluation.arms import ARMS, measured_arms, rivals
+from distill.evaluation.arms import ARMS, lessons, measured_arms, not_run, rivals, trained_arms
+from distill.evaluation.chance import most_frequent
 from distill.evaluation.efficiency import add_disk_bytes, in_bf16, measure_efficiency
 from distill.evaluation.harness import load_tasks, run_harness
 from distill.evaluation.metrics import METRICS, compute, find_metric, higher_is_better, measurable
-from distill.evaluation.predict import Rows, column_names, merge_rows, predict
+from distill.evaluation.predict import Ask, Rows, column_names, merge_rows, predict
 from distill.evaluation.recorded import HOST_BYTES, record_teacher
+from distill.evaluation.seeds import spread_over
 from distill.evaluation.table import finite_or_none, tabulate
 from distill.files import content_of, fresh_folder, read_object, write_json
 from distill.models.family import all_layers
 from distill.models.forward import Capture
 from distill.models.load import folder_fingerprint
 from distill.models.precision import describe_precision, takes_autocast
+from distill.pipeline.control import budget_of
 from distill.pipeline.session import Session, in_precision
 from distill.pipeline.stage import Stage, harness_folder, settings_of
 from distill.pipeline.train import steps_of
@@ -39,6 +42,8 @@ from distill.release.export import without_folders
 from distill.student.masks import mask_settings, sparsity_table
 from distill.teacher import LiveTeacher
 
+COUNTED = 20_000
+"""Training examples, at most, whose labels are counted for the most frequent one."""
 COMPARED = 128
 """Examples on which the released student is measured in two precisions, where the evaluation's is not that of its
 weights."""
@@ -64,6 +69,8 @@ def work(session: Session) -> None:
     student = session.load(session.folder.distilled, session.near(teacher.device)).to(teacher.device)
     classes, unit = corpus.classes, unit_of(session)
     measured = {split: tabulate(arms, names, steps, classes, unit) for split, arms in rows.items()}
+    for own in measured.values():
+        own["arms"] = with_budgets(session, own["arms"])
     table = {
         "data": describe_data(session, len(columns["example"])),
         "metrics": names,
@@ -78,11 +85,30 @@ def work(session: Session) -> None:
         "teacher": read_object(session.folder.examined),
         "precision": describe_precisions(session, teacher, student),
         "rivals": rivals(recipe),
+        "lessons": lessons(recipe),
+        "not_run": not_run(recipe),
         "efficiency": compare_speed(session, teacher.model, student) if recipe.evaluation.efficiency else None,
         "sparsity": sparsity_table(recipe, student),
         "harness": run_tasks(session, teacher, steps),
     }
-    write_json(session.folder.evaluation, table)
+    write_json(session.folder.evaluation, table | compare_seeds(session, table))
+
+
+def with_budgets(session: Session, arms: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add to each trained arm how long and how fast it learned, and how that was chosen."""
+    trained = trained_arms(session.recipe)
+    return [row | (budget_of(session, row["name"]) if row["name"] in trained else {}) for row in arms]
+
+
+def compare_seeds(session: Session, table: dict[str, Any]) -> dict[str, Any]:
+    """Collect the figures of the arms that the other seeds measured, those that are trained; nothing with one seed."""
+    tables = {session.recipe.seed: table}
+    tables |= {child.recipe.seed: read_object(child.folder.evaluation) for child in session.children}
+    if len(tables) == 1:
+        return {}
+    sets = {name: spread_over([own["sets"][name]["arms"] for own in tables.values()]) for name in table["sets"]}
+    arms = spread_over([own["arms"] for own in tables.values()])
+    return {"seeds": {"seeds": [*tables], "arms": arms, "sets": sets}}
 
 
 def describe_data(session: Session, measured: int) -> dict[str, Any]:
@@ -185,11 +211,13 @@ def predict_arms(
         share = HOST_BYTES // len(splits)
         recordings = {split: stack.enter_context(record_teacher(teacher, folders[split], share)) for split in splits}
         for arm in measured_arms(recipe):
-            model, precision = load_arm(session, arm, teacher, steps), recipe.training.precision
+            constant = majority(session) if ARMS[arm].start == "none" else None
+            model = teacher.model if constant else load_arm(session, arm, teacher, steps)
+            precision = recipe.training.precision
             for split, recording in recordings.items():
                 examples = corpus.splits[split]
                 batches = evaluation_batches(corpus, examples, recipe.evaluation.batch_size, rank, ranks)
-                ask = recording if arm == "teacher" else None
+                ask = recording if arm == "teacher" else constant
                 observe = partial(observe_batch, corpus, examples)
                 own = [predict(model, batches, corpus.head, recording, session.vocabulary, observe, ask, precision)]
                 found = merge_rows(gather_object(own) if ranks > 1 else own)
@@ -213,10 +241,21 @@ def run_tasks(session: Session, teacher: LiveTeacher, steps: int) -> dict[str, A
     if spec is None:
         return None
     arms = {}
-    for arm in measured_arms(session.recipe):
+    for arm in (arm for arm in measured_arms(session.recipe) if ARMS[arm].start != "none"):
         session.say(f"  lm_eval: {arm}")
         arms[arm] = run_harness(load_arm(session, arm, teacher, steps).eval(), session.tokenizer, spec, folder)
     return {"lm_eval": version("lm_eval"), "limit": spec.limit, "num_fewshot": spec.num_fewshot, "arms": arms}
+
+
+def majority(session: Session) -> Ask:
+    """Make what answers every example with the most frequent label of the training examples."""
+    corpus, size = session.corpus, session.recipe.evaluation.batch_size
+    pool = corpus.labelled
+    step = -(-len(pool) // COUNTED)
+    if step > 1:
+        session.say(f"  majority: of {len(pool):,} labelled training examples one in {step} is counted")
+    batches = evaluation_batches(corpus, corpus.train, size, pool=pool[::step])
+    return most_frequent(batches, corpus.head, session.vocabulary or len(corpus.classes))
 
 
 def compare_speed(session: Session, teacher: Any, student: Any) -> dict[str, Any]:
@@ -235,10 +274,17 @@ def compare_speed(session: Session, teacher: Any, student: Any) -> dict[str, Any
 
 
 def inputs(session: Session) -> dict[str, Any]:
+    """List all that the evaluation reads, the figures of other seeds included."""
+    seeds = {str(child.recipe.seed): content_of(child.folder.evaluation) for child in session.children}
+    return own_inputs(session) | ({"seeds": seeds} if seeds else {})
+
+
+def own_inputs(session: Session) -> dict[str, Any]:
     """List every arm's weights, the data and what is measured."""
     mask = mask_settings(session.recipe)
+    models = [arm for arm in measured_arms(session.recipe) if ARMS[arm].start != "none"]
     return {
-        "arms": {arm: folder_fingerprint(session.arm_folder(arm)) for arm in measured_arms(session.recipe)},
+        "arms": {arm: folder_fingerprint(session.arm_folder(arm)) for arm in models},
         "teacher": session.teacher_inputs(),
         "data": session.corpus.fingerprint,
         "sets": session.corpus.sets,

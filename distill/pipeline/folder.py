@@ -20,13 +20,13 @@ LINKING_TRACKERS = ("wandb",)
 
 
 class _Inside:
-    """A path inside the run folder."""
+    """A path inside the run folder; a child run has those that are `shared` from its parent."""
 
-    def __init__(self, relative: str):
-        self.relative = relative
+    def __init__(self, relative: str, *, shared: bool = False):
+        self.relative, self.shared = relative, shared
 
     def __get__(self, run: RunDir, _owner: Any = None) -> Path:
-        return run.root / self.relative
+        return (run.parent if self.shared else run.root) / self.relative
 
 
 class RunDir:
@@ -34,23 +34,23 @@ class RunDir:
 
     recipe = _Inside("recipe.yaml")
     """The resolved recipe, every default written out."""
-    data = _Inside("data")
+    data = _Inside("data", shared=True)
     """The tokenised examples of each split, and the facts about them."""
-    fit = _Inside("fit")
+    fit = _Inside("fit", shared=True)
     """Checkpoints and metrics of the teacher's training."""
-    teacher = _Inside("teacher")
+    teacher = _Inside("teacher", shared=True)
     """The fitted teacher."""
-    calibration = _Inside("calibration.safetensors")
+    calibration = _Inside("calibration.safetensors", shared=True)
     """Statistics of the calibration pass."""
-    plan = _Inside("plan.json")
+    plan = _Inside("plan.json", shared=True)
     """The student plan."""
-    examined = _Inside("teacher.json")
+    examined = _Inside("teacher.json", shared=True)
     """The teacher's own figures on held-out examples."""
-    student = _Inside("student")
+    student = _Inside("student", shared=True)
     """The student as cut, before training."""
-    repaired = _Inside("repaired")
+    repaired = _Inside("repaired", shared=True)
     """The student after repair, before training; only where the recipe asks for it."""
-    repair = _Inside("repair.json")
+    repair = _Inside("repair.json", shared=True)
     """The held-out loss after each step of the repair."""
     distilled = _Inside("distilled")
     """The student after training."""
@@ -63,12 +63,21 @@ class RunDir:
     release = _Inside("release")
     """The folder that is handed out."""
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path, parent: Path | None = None):
         self.root = root
+        self.parent = root if parent is None else parent
+
+    def child(self, seed: int) -> RunDir:
+        """Return the folder of the run that repeats with another seed what depends on it."""
+        return RunDir(self.root / "seeds" / str(seed), self.root)
 
     def control(self, arm: str) -> Path:
         """Return the folder of the training of a control arm."""
         return self.root / "controls" / arm
+
+    def start(self, arm: str) -> Path:
+        """Return the folder of the model that was drawn for an arm to start from."""
+        return self.control(arm) / "start"
 
     def stamp(self, stage: str) -> Path:
         """Return the file that says what a finished stage was made from."""

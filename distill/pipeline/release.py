@@ -13,7 +13,7 @@ import transformers
 
 from distill import __version__
 from distill.data import collate
-from distill.evaluation.arms import controls
+from distill.evaluation.arms import trained_arms
 from distill.files import content_of, fresh_folder, write_text
 from distill.models.forward import MODEL_INPUTS, with_decoder_inputs
 from distill.models.pattern import pattern_note
@@ -68,7 +68,7 @@ def collect_evidence(session: Session, release_format: Format = "uniform") -> Ev
         plan=plan,
         repair=json.loads(run.repair.read_text(encoding="utf-8")) if recipe.student.repair.wanted else None,
         evaluation=json.loads(run.evaluation.read_text(encoding="utf-8")),
-        records={arm: read_records(session.train_folder(arm) / METRICS) for arm in ("distilled", *controls(recipe))},
+        records={arm: read_records(session.train_folder(arm) / METRICS) for arm in trained_arms(recipe)},
         teacher={
             "model": without_folders(spec.model),
             "revision": spec.revision,
@@ -95,7 +95,7 @@ def inputs(session: Session) -> dict[str, Any]:
     """List the distilled student, its evidence and the recipe."""
     run, recipe = session.folder, session.recipe
     files = {"student": run.distilled, "plan": run.plan, "evaluation": run.evaluation}
-    files |= {f"metrics.{arm}": session.train_folder(arm) / METRICS for arm in ("distilled", *controls(recipe))}
+    files |= {f"metrics.{arm}": session.train_folder(arm) / METRICS for arm in trained_arms(recipe)}
     files |= {"repair": run.repair} if recipe.student.repair.wanted else {}
     return {name: content_of(path) for name, path in files.items()} | {"recipe": recipe.model_dump(mode="json")}
 

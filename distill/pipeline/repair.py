@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,25 +50,29 @@ def check_data(session: Session) -> None:
 
 def work(session: Session) -> None:
     """Repair the student, and record the errors before and after each step."""
+    student, found = repair(session, session.folder.student, StudentPlan.load(session.folder.plan))
+    write_json(session.folder.repair, found)
+    save_model(session, student, session.folder.repaired)
+
+
+def repair(session: Session, folder: Path, plan: StudentPlan) -> tuple[Any, dict[str, Any]]:
+    """Repair the student that a plan cut, from its folder; returns it, on the CPU, and the record of the steps."""
     spec, corpus = session.recipe.student, session.corpus
-    decided = StudentPlan.load(session.folder.plan)
     end = spec.calibration.examples + spec.repair.held_out
     held_out = range(spec.calibration.examples, min(end, len(corpus.train)))
     loss_and_kl = HeldOutLoss(session, held_out)
-    student = session.load(session.folder.student).to(loss_and_kl.teacher.device)
+    student = session.load(folder).to(loss_and_kl.teacher.device)
     steps: list[dict[str, Any]] = [{"name": "cut", "layers": [], "notes": [], "held_out": loss_and_kl(student)}]
     sample = _batches(session, range(spec.calibration.examples), spec.calibration.batch_size)
-    for step in repair_student(loss_and_kl.teacher.model, student, decided, sample, spec.repair):
+    for step in repair_student(loss_and_kl.teacher.model, student, plan, sample, spec.repair):
         steps.append(_record(step) | {"held_out": loss_and_kl(student)})
         session.say(_describe(steps[-1], steps[-2]))
-    found = {
+    return student.cpu(), {
         "format": "distill.repair/1",
         "calibration": {"examples": spec.calibration.examples},
         "held_out": {"split": "train", "examples": len(held_out), "labelled": int(loss_and_kl.counts[0])},
         "steps": steps,
     }
-    write_json(session.folder.repair, found)
-    save_model(session, student.cpu(), session.folder.repaired)
 
 
 def inputs(session: Session) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 
 from distill.data import TASKS, Corpus, Task, load_corpus
 from distill.errors import InputError
-from distill.evaluation.arms import ARMS
+from distill.evaluation.arms import ARMS, trained_arms
 from distill.losses import PREDICTION_KINDS
 from distill.models.dtensor import shard_model
 from distill.models.family import layers_of
@@ -101,12 +101,29 @@ class Session:
         """Entries of the vocabulary that are tokens; heads are often padded beyond. None for class heads."""
         return self.task.vocabulary(self.tokenizer) if PREDICTION_KINDS[self.corpus.head].vocabulary else None
 
+    @property
+    def children(self) -> list[Session]:
+        """List the runs with other seeds: they share what does not depend on the seed, and measure what is trained."""
+        recipe, found = self.recipe, []
+        measured = [arm for arm in recipe.evaluation.arms if arm in trained_arms(recipe)]
+        own = {"arms": measured, "seeds": 1, "efficiency": False}
+        for seed in range(recipe.seed + 1, recipe.seed + recipe.evaluation.seeds):
+            changed = {"seed": seed, "evaluation": recipe.evaluation.model_copy(update=own)}
+            child = recipe.model_copy(update=changed)
+            found.append(replace(self, recipe=child, folder=self.folder.child(seed), say=partial(_say_of, self, seed)))
+        return found
+
     def arm_start(self, arm: str) -> Path:
         """Return the folder of the model that an arm starts from."""
         start = ARMS[arm].start
         if start == "student":
             start = "repaired" if self.recipe.student.repair.wanted else "cut"
-        return {"teacher": self.teacher, "cut": self.folder.student, "repaired": self.folder.repaired}[start]
+        folders = {"teacher": self.teacher, "cut": self.folder.student, "repaired": self.folder.repaired}
+        return {**folders, "own": self.folder.start(arm)}[start]
+
+    def arm_plan(self, arm: str) -> Path:
+        """Return the plan by which the layers of an arm are those of the teacher."""
+        return self.folder.control(arm) / "plan.json" if arm == "random_cut" else self.folder.plan
 
     def arm_folder(self, arm: str) -> Path:
         """Return the folder of an arm's finished model."""
@@ -175,6 +192,10 @@ class Session:
         """Return the teacher's fingerprint and precision, on which every stage that runs it depends."""
         own = {"weights": folder_fingerprint(self.teacher), "dtype": self.recipe.teacher.dtype}
         return own | in_precision(self.teacher_precision)
+
+
+def _say_of(session: Session, seed: int, line: str) -> None:
+    session.say(f"seed {seed}: {line.strip()}")
 
 
 def in_precision(precision: str) -> dict[str, str]:

@@ -94,6 +94,13 @@ def run_stages(session: Session, stages: Sequence[Stage], story: Sequence[Stage]
                 each.check_data(session)
 
 
+def run_inside(session: Session, stages: Sequence[Stage]) -> None:
+    """Bring stages of a child run up to date within a stage of its parent, which holds the lock. Collective."""
+    wait = _patient_wait(process_state())
+    for stage in stages:
+        _run_stage(session, stage, wait)
+
+
 def _run_stage(session: Session, stage: Stage, wait: Callable[[], Any]) -> None:
     """Bring one stage up to date: its inputs, the reason to run it, its work, and the stamp of its results."""
     if not stage.wanted(session.recipe):

@@ -18,9 +18,9 @@ from distill.losses import PREDICTION_KINDS, Objective
 from distill.models.cost import least_seconds, random_batch
 from distill.models.family import all_layers, layers_of, layout_of
 from distill.models.forward import Batch, Capture, Outputs, forward, to_device, without_cache
-from distill.pipeline.build import plan_of_whole
 from distill.pipeline.rehearsal import Rehearsal, autocast, widen
 from distill.student import build_student
+from distill.student.draw import exact_plan
 from distill.teacher import LiveTeacher
 from distill.training.compiled import CompiledLayers, is_compilers, is_wanted
 from distill.training.ema import Ema
@@ -100,7 +100,7 @@ def _rehearse(training: Rehearsal, device: torch.device, *, compiles: bool) -> S
 def _shallow(model: Any, depth: int) -> Any:
     """Make the same model with the first layers of each stack."""
     layout = layout_of(model)
-    plan = plan_of_whole(model, {side: [*range(min(depth, len(layers_of(model, side))))] for side in layout.sides})
+    plan = exact_plan(model, {side: [*range(min(depth, len(layers_of(model, side))))] for side in layout.sides})
     with torch.device("meta"):
         return build_student(model, plan)
 

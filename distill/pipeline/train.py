@@ -1,9 +1,9 @@
-"""Stages `train` and `control`: train the cut student, taught by the teacher or on labels alone."""
+"""Stage `train`: train the cut student, taught by the teacher; controls are trained by the same functions."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import takewhile
@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 
 from distill.data import TrainingBatches, evaluation_batches, observe_batch
 from distill.errors import InputError
-from distill.evaluation.arms import ARMS, controls
+from distill.evaluation.arms import ARMS, controls, measured_arms
 from distill.evaluation.metrics import compute, higher_is_better, measurable
 from distill.evaluation.predict import column_names, merge_rows, predict
 from distill.evaluation.table import finite_or_none
@@ -32,7 +32,7 @@ from distill.pipeline.fp8 import quantise_teacher
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage, settings_of, with_version
 from distill.ranks import process_state
-from distill.recipe.schema import Optimization, Recipe, Term
+from distill.recipe.schema import Optimization, Recipe, Term, Training
 from distill.registry import is_reference
 from distill.student.masks import compact_trained, mask_settings, masks_for
 from distill.teacher import LiveTeacher
@@ -42,19 +42,22 @@ from distill.training.setup import check_launch_keeps, deal_out, horizon
 from distill.training.tracking import check_trackers
 
 
-def train_controls(session: Session) -> None:
-    """Train every control arm: what distillation has to beat."""
-    for arm in controls(session.recipe):
-        train_arm(session, arm)
+def work(session: Session) -> None:
+    """Train the student, and save it."""
+    save_model(session, train_arm(session, "distilled", {}, session.folder.root), session.folder.distilled)
 
 
-def train_arm(session: Session, arm: str) -> None:
-    """Train an arm from its start on its own terms, for as many steps as the student, and save it."""
-    recipe, plan, steps = session.recipe, StudentPlan.load(session.folder.plan), steps_of(session)
+def train_arm(session: Session, arm: str, own: Mapping[str, Any], folder: Path) -> Any:
+    """Train an arm from its start on its own terms, with its own settings beside those of `training`; gives the model.
+
+    Checkpoints and metrics go into the folder.
+    """
+    recipe, plan, spec = session.recipe, StudentPlan.load(session.arm_plan(arm)), spec_of(session, arm, own)
+    assert spec.steps is not None, "spec_of gives a length in steps"
     maps, encoder_maps = maps_of(plan)
     kind, vocabulary = session.corpus.head, session.vocabulary
     objective = Objective(terms_of(recipe, arm), kind, maps, vocabulary, encoder_maps=encoder_maps)
-    model = ARMS[arm].prepare(recipe, session.load(session.arm_start(arm)), steps)
+    model = ARMS[arm].prepare(recipe, session.load(session.arm_start(arm)), spec.steps)
     teacher = session.live_teacher(objective.teacher) if objective.needs_teacher else None
     if teacher is not None and recipe.teacher.dtype == "fp8":
         quantise_teacher(session, teacher.model)
@@ -62,21 +65,30 @@ def train_arm(session: Session, arm: str) -> None:
         objective.project(model.config.hidden_size, teacher.model.config.hidden_size)
         for each in (model, teacher.model) if objective.student.attention else ():
             use_eager_attention(each)
-    # In steps: fewer examples may carry a label, and then the same epochs would be fewer.
-    spec = recipe.training.model_copy(update={"epochs": None, "tokens": None, "steps": steps})
     job = Job(
         arm,
         spec,
-        session.train_folder(arm),
+        folder,
         recipe.seed,
-        with_version(arm_inputs(session, arm)),
-        constrain=partial(masks_for, recipe, steps=steps),
+        with_version(arm_inputs(session, arm, [own])),
+        constrain=partial(masks_for, recipe, steps=spec.steps),
         higher_is_better=higher_is_better(spec.keep_best) if spec.keep_best else True,
         continue_changed=session.continue_changed,
     )
     train_model(session, job, model, objective, teacher)
     compact_trained(recipe, model, session.say)
-    save_model(session, model, session.arm_folder(arm))
+    return model
+
+
+def spec_of(session: Session, arm: str, own: Mapping[str, Any]) -> Training:
+    """Return the settings of an arm's training: those of the student, and as many steps, but for its own."""
+    training, given = session.recipe.training, dict(own)
+    if (epochs := given.pop("epochs", None)) is not None:
+        labelled = not is_taught(terms_of(session.recipe, arm))
+        given["steps"] = batches_for(session, training, labelled=labelled).steps_for(epochs)
+    # In steps: fewer examples may carry a label, and then the same epochs would be fewer.
+    steps = given.get("steps") or steps_of(session)
+    return training.model_copy(update={"epochs": None, "tokens": None, **given, "steps": steps})
 
 
 def maps_of(plan: StudentPlan) -> tuple[Maps, Maps | None]:
@@ -179,8 +191,14 @@ def save_model(session: Session, model: Any, folder: Path) -> None:
                 each.save_pretrained(temporary)
 
 
-def arm_inputs(session: Session, arm: str) -> dict[str, Any]:
-    """List what a trained arm is made of: its start, data, settings and loss, and the teacher where the loss has it."""
+def arm_inputs(session: Session, arm: str, tries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """List what a trained arm is made of: its start, data, settings and loss, and the teacher where the loss has it.
+
+    Args:
+        session: The recipe at work.
+        arm: Its name.
+        tries: Its own settings beside those of `training`, one or all of which the best is kept.
+    """
     recipe, terms = session.recipe, terms_of(session.recipe, arm)
     own = {
         "student": folder_fingerprint(session.arm_start(arm)),
@@ -192,7 +210,8 @@ def arm_inputs(session: Session, arm: str) -> dict[str, Any]:
     }
     if PREDICTION_KINDS[session.corpus.head].vectors:  # each text is compared with the others of its forward pass
         own["micro_batch_size"] = deal_out(recipe.training)[0]
-    taught_by = {"teacher": session.teacher_inputs(), "plan": content_of(session.folder.plan)}
+    own |= {"own": [dict(each) for each in tries]} if [*tries] != [{}] else {}
+    taught_by = {"teacher": session.teacher_inputs(), "plan": content_of(session.arm_plan(arm))}
     return own | taught_by if is_taught(terms) else own
 
 
@@ -272,7 +291,8 @@ def check_labels(session: Session) -> None:
     learners = ["teacher.fit"] if recipe.teacher.fit else []
     terms = [index for index, term in enumerate(recipe.losses) if not is_taught([term])]
     learners += [f"losses.{index} (match: {recipe.losses[index].match})" for index in terms]
-    from_labels = [arm for arm in controls(recipe) if not all(is_taught([term]) for term in terms_of(recipe, arm))]
+    from_labels = [arm for arm in controls(recipe) if not is_taught(terms_of(recipe, arm))]
+    from_labels += ["majority"] if "majority" in measured_arms(recipe) else []
     learners += [f"evaluation.arms ({arm})" for arm in from_labels]
     if learners:
         raise InputError(
@@ -292,18 +312,10 @@ def _check_keep_best(session: Session) -> None:
 
 STAGE = Stage(
     "train",
-    partial(train_arm, arm="distilled"),
-    partial(arm_inputs, arm="distilled"),
+    work,
+    partial(arm_inputs, arm="distilled", tries=[{}]),
     lambda session: [session.folder.distilled],
     together=True,
     check=check,
     check_data=check_labels,
-)
-CONTROL = Stage(
-    "control",
-    train_controls,
-    lambda session: {arm: arm_inputs(session, arm) for arm in controls(session.recipe)},
-    lambda session: [session.arm_folder(arm) for arm in controls(session.recipe)],
-    wanted=lambda recipe: bool(controls(recipe)),
-    together=True,
 )

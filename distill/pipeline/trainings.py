@@ -14,7 +14,7 @@ from distill.data import TrainingBatches, collate
 from distill.data.batches import micro_batches, step_indices
 from distill.data.tasks.task import Settled
 from distill.errors import InputError
-from distill.evaluation.arms import LABELS_ONLY, controls
+from distill.evaluation.arms import LABELS_ONLY, trained_arms, tries_of
 from distill.losses import PREDICTION_KINDS
 from distill.models.cost import random_ids
 from distill.models.forward import UNLABELLED, Batch
@@ -23,7 +23,7 @@ from distill.models.plan import StudentPlan
 from distill.models.precision import DTYPES
 from distill.pipeline.rehearsal import Rehearsal
 from distill.pipeline.session import Session
-from distill.pipeline.train import batches_for, is_taught, maps_of, steps_of, terms_of
+from distill.pipeline.train import batches_for, is_taught, maps_of, spec_of, terms_of
 from distill.recipe.schema import Student, Term, Training
 from distill.student import build_student, plan_student
 from distill.training.setup import deal_out, horizon
@@ -38,7 +38,7 @@ class Work:
 
     rehearsal: Rehearsal
     steps: int | None
-    """Optimizer steps; None: not known without the data."""
+    """Optimizer steps, of all settings and seeds that it is done with; None: not known without the data."""
     tokens: float
     """Real tokens of a step, over all processes."""
     usual: Batch | None = None
@@ -56,11 +56,12 @@ def works_of(session: Session) -> list[Work]:
         spec = Training(**recipe.teacher.fit.model_dump(exclude_unset=True))
         batches = batches_for(session, spec, labelled=True)
         works.append(_work(session, models.fit(spec), batches, horizon(spec, batches)))
-    steps = steps_of(session)
-    for arm in ("distilled", *controls(recipe)):
-        terms = terms_of(recipe, arm)
+    for arm in trained_arms(recipe):
+        terms, specs = terms_of(recipe, arm), [spec_of(session, arm, own) for own in tries_of(recipe, arm)]
         batches = batches_for(session, recipe.training, labelled=not is_taught(terms))
-        works.append(_work(session, models.arm(arm, terms), batches, steps))
+        lengths = [spec.steps or 0 for spec in specs]  # all have one
+        work = _work(session, models.arm(arm, terms), batches, lengths[0])
+        works.append(replace(work, steps=sum(lengths) * recipe.evaluation.seeds))
     return works
 
 
@@ -90,12 +91,16 @@ def hollow_works(session: Session) -> list[Work]:
     models = Models(session, session.source, head, plan_student(meta, countable(recipe.student)))
     works = []
     fit = None if recipe.teacher.fit is None else Training(**recipe.teacher.fit.model_dump(exclude_unset=True))
-    makers = [] if fit is None else [(models.fit(fit), fit)]
-    makers += [(models.arm(arm, terms_of(recipe, arm)), recipe.training) for arm in ("distilled", *controls(recipe))]
-    for make, spec in makers:
+    makers: list[tuple[Any, Training, list[dict[str, Any]]]] = [] if fit is None else [(models.fit(fit), fit, [{}])]
+    for arm in trained_arms(recipe):
+        repeated = tries_of(recipe, arm) * recipe.evaluation.seeds
+        makers.append((models.arm(arm, terms_of(recipe, arm)), recipe.training, repeated))
+    for make, spec, tries in makers:
         batch = full_batch(meta, task.head, deal_out(spec)[0], recipe.data.max_length, recipe.data.mask_share)
         per_step = spec.batch_size * recipe.data.max_length
-        steps = spec.steps or (-(-spec.tokens // per_step) if spec.tokens else None)
+        usual = spec.steps or (-(-spec.tokens // per_step) if spec.tokens else None)
+        lengths = [own.get("steps", None if "epochs" in own else usual) for own in tries]
+        steps = None if None in lengths else sum(length or 0 for length in lengths)
         works.append(Work(make(task.head, batch), steps, per_step))
     return works
 

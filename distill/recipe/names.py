@@ -140,6 +140,8 @@ OTHER_METRICS: dict[TaskName, tuple[Metric, ...]] = {
 """Metrics that a task measures where the recipe asks for them."""
 GENERATED_METRICS: tuple[Metric, ...] = ("rouge_l", "rouge_1", "rouge_2", "chrf", "exact_text", "wer", "cer")
 """Metrics of texts that a model writes, a forward pass per token: they are measured after training."""
+NO_MAJORITY: tuple[TaskName, ...] = ("question_answering", "embedding", "seq2seq", "speech_to_text")
+"""Tasks without a most frequent answer: theirs are places in a text, vectors, or texts."""
 TWO_STACK_TASKS: tuple[TaskName, ...] = ("seq2seq", "speech_to_text")
 """Tasks whose models have an encoder and a decoder."""
 SPEECH_FAMILIES = ("whisper",)

@@ -195,6 +195,20 @@ def repaired_arm_is_repaired(repair: Repair, evaluation: Evaluation) -> Iterator
         yield Mistake(path, "nothing is repaired", "remove it, or ask for student.repair")
 
 
+def controls_can_learn(training: Training, evaluation: Evaluation) -> Iterator[Mistake]:
+    """Refuse random weights that do not learn, and a control's warmup that is longer than its training."""
+    fixed = training.changed("lora", "freeze", "only")
+    if "from_scratch" in evaluation.arms and fixed:
+        path: KeyPath = ("evaluation", "arms", evaluation.arms.index("from_scratch"))
+        yield Mistake(path, f"with training.{fixed[0]} its random weights would not learn", "remove one of them")
+    for arm in evaluation.controls.changed(*type(evaluation.controls).model_fields):
+        for own in getattr(evaluation.controls, arm).tries:
+            if training.warmup > own.get("steps", training.warmup):
+                message = f"training.warmup of {training.warmup:g} steps is longer than {own['steps']} steps"
+                yield Mistake(("evaluation", "controls", arm), message, "give more steps, or a warmup below 1")
+                break
+
+
 def some_term_counts(losses: list[Term]) -> Iterator[Mistake]:
     """Refuse a loss that is zero whatever the student does."""
     if not any(term.weight or (term.schedule and term.schedule.weight) for term in losses):
@@ -290,12 +304,14 @@ RULES = (
     scores_are_fed,
     repair_has_work,
     repaired_arm_is_repaired,
+    controls_can_learn,
     some_term_counts,
     mapped_layers_exist,
     task_rules.terms_fit_the_task,
     task_rules.metrics_fit_the_task,
     task_rules.harness_has_a_language_model,
     task_rules.embeddings_have_what_is_learnt_and_measured,
+    task_rules.majority_is_defined,
     task_rules.gradients_have_a_loss,
     compiled_layers_are_not_read,
     masked_weights_learn,

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StrictBool, StrictStr
 
+from distill.recipe.controls import Controls
 from distill.recipe.data import FILE, Sets, renamed, weights_without_effect
 from distill.recipe.fields import Count, Fraction, Index, Mistake, NonNegative, NotASwitch, Params, Positive, Section
 from distill.recipe.locate import is_path
@@ -16,7 +17,9 @@ from distill.recipe.names import Metric, Optimizer, Reference
 Format = Literal["uniform", "native", "padded"]
 SHA256 = "^[0-9a-f]{64}$"
 Compile = Literal["auto"] | StrictBool
-Arm = Literal["teacher", "cut", "repaired", "distilled", "labels_only"]
+Arm = Literal[
+    "teacher", "cut", "repaired", "distilled", "labels_only", "majority", "random_cut", "from_scratch"
+]  # fmt: skip
 
 
 ONLY_WITH = (("decay", "schedule", ("wsd",)), ("betas", "optimizer", ("adamw", "adamw_8bit")))
@@ -241,9 +244,16 @@ class Evaluation(Section):
 
     metrics: list[Metric | Reference] | None = None
     """Metrics over the predictions; null: the task's own."""
-    arms: list[Arm] = ["teacher", "cut", "repaired", "distilled", "labels_only"]
+    arms: list[Arm] = ["teacher", "cut", "repaired", "distilled", "labels_only", "majority"]
     """`cut`: the student before repair and training; `repaired`: before training, where `student.repair` asks for
-    anything; `labels_only`: the same student trained as long without teacher."""
+    anything; `labels_only`: the same student trained without teacher; `majority`: no model, the most frequent answer
+    of the training labels; `random_cut`: a student of the same sizes with random layers and neurons, trained as
+    `distilled`; `from_scratch`: the same student with random weights, trained as `distilled`."""
+    controls: Controls = Controls()
+    """Learning rate and length of control arms, where they are not those of `training`."""
+    seeds: Count = 1
+    """Repeat all that is random after the teacher with so many seeds, `seed` and those after it; the released student
+    is that of `seed`."""
     sets: Sets = {}
     """Name -> more rows that every arm is measured on, given as `data.source` is: what a student forgets shows on texts
     of other kinds than those of training. A set of which training rows are a part is marked."""
@@ -262,10 +272,17 @@ class Evaluation(Section):
         return self.model_copy(update=changes)
 
     def mistakes(self) -> Iterator[Mistake]:
-        """Refuse an arm or a metric that is listed twice, and sets with weights."""
+        """Refuse what is listed twice, settings of what is not measured, and sets with weights."""
         yield from weights_without_effect({("sets", name): each for name, each in self.sets.items()})
         yield from self.repeated("arms", "{}")
         yield from self.repeated("metrics", "{}")
+        for arm in self.controls.changed(*type(self.controls).model_fields):
+            if arm not in self.arms:
+                yield Mistake(
+                    ("controls", arm), f"has no effect: {arm} is not in arms", "add it, or remove this", at="key"
+                )
+        if self.seeds > 1 and "distilled" not in self.arms:
+            yield Mistake(("seeds",), "has no effect: distilled is not in arms", "add it, or remove this", at="key")
 
 
 class Release(Section):

@@ -70,6 +70,13 @@ def embeddings_have_what_is_learnt_and_measured(
             yield Mistake(path, f"{name} needs {needs} in data.columns", "remove it")
 
 
+def majority_is_defined(data: Data, evaluation: Evaluation) -> Iterator[Mistake]:
+    """Refuse the most frequent answer of a task whose answers are texts, places or vectors."""
+    if evaluation.changed("arms") and "majority" in evaluation.arms and data.task in names.NO_MAJORITY:
+        path: KeyPath = ("evaluation", "arms", evaluation.arms.index("majority"))
+        yield Mistake(path, f"no answer is the most frequent one in task: {data.task}", "remove it")
+
+
 def gradients_have_a_loss(data: Data, mlp: Mlp, calibration: Calibration) -> Iterator[Mistake]:
     """Refuse gradients for an embedding: the loss of a text alone is none."""
     if data.task != "embedding":

@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from distill.recipe.locate import GGUF
 from distill.recipe.names import TEACHER_METRICS
+from distill.release.controls import budget_lines, seeds_table, seeds_title
 from distill.release.evidence import Evidence, get_in, judge, judge_sets, summarize
 from distill.release.tables import arms_table, tables
 from distill.release.wording import as_number, format_metric, format_percent, one_line
@@ -105,6 +106,9 @@ def context_of(evidence: Evidence) -> dict[str, Any]:
         "elsewhere": {
             name: {"table": arms_table(own), "trained_on": own.trained_on} for name, own in evidence.elsewhere.items()
         },
+        "budgets": budget_lines(evidence),
+        "seeds": seeds_table(evidence),
+        "seeds_title": seeds_title(evidence),
         "caveats": caveats(evidence),
     }
 
@@ -263,9 +267,11 @@ def caveats(evidence: Evidence) -> list[str]:
     """List the limits of the figures."""
     data = evidence.evaluation["data"]
     unit = data.get("unit", "examples")
+    seeds = get_in(evidence.evaluation, "seeds", "seeds")
+    tried = f"{len(seeds)} seeds after one teacher; other texts" if seeds else "one seed; other texts and seeds"
     notes = [
-        f"Measured on {data['examples']} {unit} of the {data['split']} split of {evidence.measured_on} with one seed; "
-        "other texts and seeds were not tried.",
+        f"Measured on {data['examples']} {unit} of the {data['split']} split of {evidence.measured_on} with {tried} "
+        "were not tried.",
         describe_cuts(evidence),
         "The student inherits the biases and mistakes of its teacher, and cutting can add its own.",
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 
 from distill.models.plan import StudentPlan
@@ -11,6 +12,7 @@ from distill.recipe.schema import Format, Recipe
 from distill.release.wording import (
     as_number,
     format_count,
+    format_difference,
     format_interval,
     format_metric,
     format_paired,
@@ -73,8 +75,12 @@ class Evidence:
     @property
     def elsewhere(self) -> dict[str, Evidence]:
         """The same run measured on other texts, by their name in `evaluation.sets`."""
-        sets = self.evaluation.get("sets") or {}
-        return {name: replace(self, evaluation={**self.evaluation, **own}) for name, own in sets.items()}
+        sets, seeds = self.evaluation.get("sets") or {}, self.evaluation.get("seeds") or {}
+        spread = {name: {**seeds, "arms": own} for name, own in seeds.get("sets", {}).items()}
+        return {
+            name: replace(self, evaluation={**self.evaluation, **own, "seeds": spread.get(name)})
+            for name, own in sets.items()
+        }
 
     @property
     def trained_on(self) -> str:
@@ -103,8 +109,19 @@ class Evidence:
         return get_in(pairs, against, metric or self.primary) or {}
 
     def retained(self, arm: str, metric: str) -> float | None:
-        """Share of the teacher's value that an arm reaches."""
-        return None if arm == "teacher" else as_number(get_in(self.arms, arm, "retained", metric))
+        """Share of the teacher's lead over the majority that an arm keeps; None for these two."""
+        return None if arm in ("teacher", "majority") else as_number(get_in(self.arms, arm, "retained", metric))
+
+    def over_seeds(self, arm: str, count: int = 1) -> list[float | None]:
+        """Primary metric of an arm with each seed; of an arm that no seed changes `count` times."""
+        values = get_in(self.evaluation, "seeds", "arms", arm, self.primary, "values")
+        return [self.score(arm)] * count if values is None else [as_number(value) for value in values]
+
+    @property
+    def retained_note(self) -> str:
+        """Words for the shares in brackets; empty where there are none, as without the majority."""
+        words = "In brackets: share of the teacher's lead over the majority, (arm - majority) / (teacher - majority)."
+        return words if any(arm.get("retained") for arm in self.arms.values()) else ""
 
     def higher_is_better(self, metric: str) -> bool:
         """Direction of a metric; higher is better unless the evaluation says otherwise."""
@@ -187,32 +204,55 @@ def _turned(pair: Mapping[str, Any], sign: int) -> dict[str, float | None]:
 
 
 def judge(evidence: Evidence) -> list[Verdict]:
-    """Say whether the distilled student beats each rival of the evaluation, just as plainly when it does not."""
-    score = evidence.score("distilled")
-    if score is None:
+    """Say whether the distilled student beats each rival, just as plainly when it does not, and which were not run."""
+    if evidence.score("distilled") is None:
         return [Verdict(False, "The distilled student was not measured, so nothing is known about its quality.")]
-    rivals = evidence.evaluation.get("rivals", {})
-    return [_compare(evidence, score, rival, words) for rival, words in rivals.items()]
+    verdicts = [_compare(evidence, *rival) for rival in evidence.evaluation.get("rivals", {}).items()]
+    if left := evidence.evaluation.get("not_run"):
+        names = ", ".join(f"{name} ({why})" if why else name for name, why in left.items())
+        verdicts.append(Verdict(False, f"Not run: {names}. What the student adds over these is not known."))
+    return verdicts
 
 
-def _compare(evidence: Evidence, score: float, rival: str, words: str) -> Verdict:
-    """Judge the distilled student against one rival on the primary metric, by their difference on the same draws."""
-    metric, other, pair = evidence.primary, evidence.score(rival), evidence.difference(rival)
-    if other is None:
-        return Verdict(False, f"{rival} ({words}) was not measured: what distillation adds over it is unknown.")
-    figures = f"{metric} {format_metric(metric, score)} against {format_metric(metric, other)}"
-    gain, not_shown = _turned(pair, evidence.direction), f"A gain over {rival}, {words}, is not shown: {figures}"
-    shown = format_paired(metric, gain)
-    if (score - other) * evidence.direction <= 0:
+def _compare(evidence: Evidence, rival: str, words: str) -> Verdict:
+    """Judge the distilled student against one rival on the primary metric.
+
+    Where there are several seeds it is judged seed by seed, else by the difference on the same draws of rows.
+    """
+    metric, ours = evidence.primary, evidence.over_seeds("distilled")
+    theirs = evidence.over_seeds(rival, len(ours))
+    pairs = [(own, other) for own, other in zip(ours, theirs, strict=True) if own is not None and other is not None]
+    if len(pairs) < len(ours):
+        return Verdict(False, f"{rival} ({words}) has no figure: what distillation adds over it is unknown.")
+    margins = [(own - other) * evidence.direction for own, other in pairs]
+    ahead, lead = sum(margin > 0 for margin in margins), fmean(margins)
+    figures = " against ".join(format_metric(metric, fmean(side)) for side in zip(*pairs, strict=True))
+    each = ", ".join(f"{'-' if margin < 0 else '+'}{format_difference(metric, abs(margin))}" for margin in margins)
+    figures = f"{metric} {figures}" + (f" on average over {len(pairs)} seeds ({each})" if len(pairs) > 1 else "")
+    pair = evidence.difference(rival) if len(pairs) == 1 else {}
+    gain = _turned(pair, evidence.direction)
+    shown, against = format_paired(metric, gain), f"{rival}, {words}"
+    if lead <= 0:
         behind = f", a gain of {shown}" if shown else ""
-        return Verdict(False, f"The distilled student does not beat {rival}, {words}: {figures}{behind}.")
-    if gain["low"] is None:
-        return Verdict(
-            False, f"{not_shown}, and the difference has no interval ({pair.get('note') or 'not computed'})."
-        )
-    if gain["low"] <= 0:
-        return Verdict(False, f"{not_shown}, a gain of {shown}, an interval that contains 0.")
-    return Verdict(True, f"The distilled student beats {rival}, {words}, by {shown}: {figures}.")
+        text = f"The distilled student does not beat {against}: {figures}{behind}."
+        return Verdict(False, text + _lesson(evidence, rival, "So"))
+    if ahead < len(pairs):
+        return Verdict(False, f"The distilled student beats {against}, with {ahead} of the seeds only: {figures}.")
+    if len(pairs) > 1:
+        by = format_difference(metric, lead)
+        return Verdict(True, f"The distilled student beats {against}, by {by}: {figures}.")
+    if gain["low"] is None or gain["low"] <= 0:
+        reason = f"a gain of {shown}, an interval that contains 0"
+        if gain["low"] is None:
+            reason = f"and the difference has no interval ({pair.get('note') or 'not computed'})"
+        text = f"A gain over {against}, is not shown: {figures}, {reason}."
+        return Verdict(False, text + _lesson(evidence, rival, "As far as it tells,"))
+    return Verdict(True, f"The distilled student beats {against}, by {shown}: {figures}.")
+
+
+def _lesson(evidence: Evidence, rival: str, start: str) -> str:
+    words = get_in(evidence.evaluation, "lessons", rival)
+    return f" {start} {words}." if words else ""
 
 
 def judge_sets(evidence: Evidence) -> list[Verdict]:

@@ -73,7 +73,7 @@ def score_tile(evidence: Evidence) -> Tile | None:
     if teacher is None:
         return Tile(metric, format_metric(metric, student), "the teacher was not measured")
     retained = evidence.retained("distilled", metric)
-    share = "" if retained is None else f", {format_percent(retained)} retained"
+    share = "" if retained is None else f", {format_percent(retained)} of its lead over the majority kept"
     note = f"teacher {format_metric(metric, teacher)}{share}"
     return Tile(metric, format_metric(metric, student), note, charts.pair(teacher, student))
 
@@ -148,7 +148,7 @@ def held_out_figure(evidence: Evidence) -> Figure:
     ]
     levels = score_bars(evidence, [name for name, arm in evidence.arms.items() if not arm.get("steps")])
     values = [value for line in lines for _, value in line.points] + [level.value for level in levels]
-    caption = f"{metric} on the held-out split; teacher and untrained student as horizontal lines where measured."
+    caption = f"{metric} on the held-out split; arms that were not trained are horizontal lines."
     write = round_percent if is_share(metric) else format_number
     return line_figure(f"Held-out {metric}", caption, lines, levels=levels, log=is_wide(values), write=write)
 

@@ -57,7 +57,7 @@ def tables(evidence: Evidence) -> dict[str, Table]:
 
 
 def arms_table(evidence: Evidence) -> Table:
-    """Tabulate all arms and all metrics, with intervals; in brackets what an arm retains of the teacher's value."""
+    """Tabulate all arms and all metrics, with intervals; in brackets what an arm retains of the teacher's lead."""
     names = evidence.metric_names
     arrows = {True: " ↑", False: " ↓"}
     titles = [name + arrows.get(evidence.evaluation["higher_is_better"].get(name), "") for name in names]
@@ -69,8 +69,9 @@ def arms_table(evidence: Evidence) -> Table:
             share = "" if retained is None else f" ({format_percent(retained)})"
             interval = format_interval(name, evidence.interval(arm, name))
             cells.append(format_metric(name, record["metrics"].get(name)) + interval + share)
-        rows.append((evidence.title(arm), str(record.get("steps") or MISSING), *cells))
-    return Table(("arm", "steps", *titles), rows)
+        trained = (str(record.get("steps") or MISSING), format_number(record.get("lr")))
+        rows.append((evidence.title(arm), *trained, *cells))
+    return Table(("arm", "steps", "lr", *titles), rows)
 
 
 def differences_table(evidence: Evidence) -> Table:

@@ -4,8 +4,9 @@
     python scripts/benchmarks/arms_over_seeds.py recipes/quickstart/recipe.yaml --seeds 0 1 2 --out runs/all-labels \
         data.labelled=null
 
-Each run is an ordinary `distill evaluate`; finished ones are skipped, so the command can be given again. Times are
-those of this command, next to nothing for what was finished before.
+Each run is an ordinary `distill evaluate`, with another teacher and other labels where the seed decides them;
+`evaluation.seeds` repeats what comes after one teacher. Finished runs are skipped, so the command can be given again.
+Times are those of this command, next to nothing for what was finished before.
 """
 
 import argparse
@@ -47,6 +48,16 @@ def processor_time() -> float:
     return used.ru_utime + used.ru_stime
 
 
+def known(value: float | None) -> float:
+    """Return nan for a figure that an arm does not have, as a majority has no correlation."""
+    return float("nan") if value is None else value
+
+
+def mean(values: list[float | None]) -> float:
+    """Compute the mean; nan where one of them is missing."""
+    return statistics.mean(map(known, values))
+
+
 def print_table(seeds: list[int], tables: list[dict]) -> None:
     """One row per arm, one column per seed, and the gap that distillation has to show."""
     metric = tables[0]["primary"]
@@ -55,9 +66,9 @@ def print_table(seeds: list[int], tables: list[dict]) -> None:
     means = {}
     for index, arm in enumerate(tables[0]["arms"]):
         values = [table["arms"][index]["metrics"][metric] for table in tables]
-        means[arm["name"]] = statistics.mean(values)
+        means[arm["name"]] = mean(values)
         share = means[arm["name"]] / means.get("teacher", float("nan"))
-        cells = " | ".join(f"{value:.4f}" for value in values)
+        cells = " | ".join(f"{value:.4f}" for value in map(known, values))
         print(f"| {arm['name']} | {cells} | {means[arm['name']]:.4f} | {100 * share:.1f} % |")
     if {"distilled", "labels_only"} <= means.keys():
         gaps = [
@@ -77,7 +88,7 @@ def print_means(tables: list[dict]) -> None:
     print(f"\n| mean of {len(tables)} | {' | '.join(metrics)} |")
     print("|---" * (len(metrics) + 1) + "|")
     for arms in zip(*(table["arms"] for table in tables), strict=True):
-        means = [statistics.mean(arm["metrics"][metric] for arm in arms) for metric in metrics]
+        means = [mean([arm["metrics"][metric] for arm in arms]) for metric in metrics]
         print(f"| {arms[0]['name']} | {' | '.join(f'{value:.4f}' for value in means)} |")
 
 

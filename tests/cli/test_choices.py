@@ -30,6 +30,7 @@ from distill.data import TASKS
 from distill.evaluation.metrics import METRICS
 from distill.losses import ATTENTION, HIDDEN, LOGITS, RELATION
 from distill.recipe import load_recipe
+from distill.recipe.controls import Control, Controls, Grid
 from distill.recipe.names import GENERATED_METRICS, BuiltInSource
 from distill.recipe.schema import Recipe, Source
 from distill.student import ALLOCATIONS, LAYER_POLICIES, SCORES
@@ -109,7 +110,7 @@ RUNS = {
         training.evaluate_every=2
         training.keep_best=accuracy
         evaluation.metrics=[accuracy, f1_macro, agreement, kl, loss]
-        evaluation.arms=[teacher, cut, repaired, distilled, labels_only]
+        evaluation.arms=[teacher, majority, cut, repaired, distilled, labels_only, random_cut]
         evaluation.efficiency=true
         """,
     ),
@@ -204,7 +205,7 @@ RUNS = {
         training={steps: 4, batch_size: 8, micro_batch_size: 4, schedule: wsd, decay: 0.3, warmup: 1,
           gradient_checkpointing: true, head_precision: fp32, compile: false}
         evaluation.metrics=[perplexity, token_accuracy, agreement, kl, loss]
-        evaluation.arms=[teacher, cut, distilled, labels_only]
+        evaluation.arms=[teacher, cut, distilled, labels_only, from_scratch]
         evaluation.efficiency=true
         """,
     ),
@@ -371,6 +372,12 @@ ELSEWHERE = {
     **{("Data.task", task): f"tests/data/tasks/test_{task}.py" for task in ("seq2seq", "speech_to_text")},
     **{(f"Data.{key}", "a value"): "tests/data/tasks/test_seq2seq.py" for key in ("max_target_length", "prefix")},
     ("Data.language", "a value"): "tests/data/tasks/test_speech_to_text.py",
+    **{(f"Evaluation.{key}", "a value"): "tests/cli/test_control_arms.py" for key in ("controls", "seeds")},
+}
+ELSEWHERE |= {
+    (f"{section.__name__}.{key}", "a value"): "tests/cli/test_control_arms.py and tests/recipe/test_control_rules.py"
+    for section in (Controls, Control, Grid)
+    for key in section.model_fields
 }
 ELSEWHERE |= {
     (f"Data.{key}", value): "tests/data/test_splits.py and test_odd_inputs.py: rows, and what becomes of them"

@@ -22,6 +22,14 @@ FROZEN = {
         "agreement": 1.0,
         "kl": 0.0,
     },
+    "majority": {
+        "perplexity": 394.56,
+        "token_accuracy": 0.0438,
+        "loss": 5.9778,
+        "bits_per_byte": 2.8817,
+        "agreement": 0.158,
+        "kl": 0.5791,
+    },
     "cut": {
         "perplexity": 177.31,
         "token_accuracy": 0.0853,

@@ -113,7 +113,7 @@ def test_the_release_is_a_stock_model_with_its_evidence(finished):
 def test_the_control_trains_for_the_same_steps_without_the_teacher(finished):
     _, run, _ = finished
     arms = {arm["name"]: arm for arm in json.loads((run / "evaluation.json").read_text())["arms"]}
-    assert list(arms) == ["teacher", "cut", "distilled", "labels_only"]
+    assert list(arms) == ["teacher", "cut", "distilled", "labels_only", "majority"]
     assert arms["distilled"]["steps"] == arms["labels_only"]["steps"] == 12
     records = [json.loads(line) for line in (run / "controls/labels_only/metrics.jsonl").read_text().splitlines()]
     assert all(set(record["terms"]) == {"labels"} for record in records if record["event"] == "train")

@@ -44,7 +44,7 @@ def test_the_recipe_of_texts_measures_every_arm_on_texts_of_other_kinds_too(tmp_
     kl = run_small("smollm2-text", tmp_path, *few)
     assert kl.keys() == {"test", "python", "docstrings"}
     for own in kl.values():
-        assert own.keys() == {"teacher", "cut", "distilled", "labels_only"}
+        assert own.keys() == {"teacher", "majority", "cut", "distilled", "labels_only"}
         assert own["distilled"] < own["labels_only"]
     assert kl["test"]["distilled"] < kl["test"]["cut"]  # of other texts ten steps towards random weights tell nothing
     card = (tmp_path / "run/release/README.md").read_text(encoding="utf-8")

@@ -28,12 +28,12 @@ def unlabelled_project(folder, recipe):
 
 
 CASES = {
-    "the default arms": (UNTAUGHT, READY, "evaluation.arms (labels_only)"),
+    "the default arms": (UNTAUGHT, READY, "evaluation.arms (labels_only), evaluation.arms (majority)"),
     "a term": (RECIPE, [*READY, "evaluation.arms=[teacher, distilled]"], "losses.0 (match: labels)"),
     "all of them": (
         RECIPE,
         ALL,
-        "teacher.fit, losses.0 (match: labels), evaluation.arms (labels_only)",
+        "teacher.fit, losses.0 (match: labels), evaluation.arms (labels_only), evaluation.arms (majority)",
     ),
 }
 

@@ -18,7 +18,7 @@ from tiny import tiny_model
 
 from distill.cli import main
 from distill.data import TASKS, load_corpus
-from distill.evaluation.arms import controls, measured_arms, rivals
+from distill.evaluation.arms import controls, measured_arms, not_run, rivals
 from distill.models.sentence import SentenceHead, sentence_head
 from distill.recipe import load_recipe
 from distill.recipe.locate import teacher_folder
@@ -119,6 +119,8 @@ def test_texts_alone_are_learnt_from_the_teacher_and_have_no_control(tmp_path, c
         measured_arms(asked) == ["teacher", "cut", "distilled"]
         and controls(asked) == []
         and list(rivals(asked)) == ["cut"]
+        and not_run(asked)["labels_only"] == "the texts have no labels"
+        and not_run(asked)["majority"] == "no answer is the most frequent one in task: embedding"
     )
     assert main(["evaluate", str(recipe), "--out", str(tmp_path / "run")]) == 0
     assert "no modules.json: a text's vector is the mean of its last hidden states" in capsys.readouterr().err

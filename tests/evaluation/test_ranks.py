@@ -42,7 +42,7 @@ def test_two_processes_give_the_figures_of_one(tmp_path):
             tiny_model("bert", seed=seed, vocab_size=17, pad_token_id=0).save_pretrained(run / name)
             AutoTokenizer.from_pretrained(tmp_path / "teacher").save_pretrained(run / name)
     one, two = (launch(processes, recipe, tmp_path / str(processes)) for processes in (1, 2))
-    assert [arm["name"] for arm in two["arms"]] == ["teacher", "cut", "distilled", "labels_only"]
+    assert [arm["name"] for arm in two["arms"]] == ["teacher", "cut", "distilled", "labels_only", "majority"]
     for own, other in zip(one["arms"], two["arms"], strict=True):
         assert own["metrics"] == pytest.approx(other["metrics"], rel=1e-6, abs=1e-6), own["name"]
         rows, others = (load_file(tmp_path / f"{n}/predictions/{own['name']}.safetensors") for n in (1, 2))

@@ -13,10 +13,10 @@ from distill.errors import InputError
 from distill.losses import LayerMap, Objective, label_loss, layer_map
 from distill.losses.kinds import PREDICTION_KINDS
 from distill.models.forward import Capture, forward, run_base, with_decoder_inputs
-from distill.pipeline.build import plan_of_whole
 from distill.recipe.schema import Term
 from distill.student import calibrate
 from distill.student.calibration.collect import StatisticsRequest
+from distill.student.draw import exact_plan
 
 
 def batch_for(model):
@@ -147,7 +147,7 @@ def test_one_stack_can_be_named_and_pairs_must_be_of_one():
 
 
 def test_the_plan_maps_each_stack_to_the_layers_it_came_from():
-    plan = plan_of_whole(tiny_model("bart"), {"main": [1, 3], "encoder": [0, 2, 3]})
+    plan = exact_plan(tiny_model("bart"), {"main": [1, 3], "encoder": [0, 2, 3]})
     assert layer_map("plan", plan, 2, LAYERS).pairs == ((0, 1), (1, 3))
     assert layer_map("plan", plan, 3, LAYERS, side="encoder").pairs == ((0, 0), (1, 2), (2, 3))
     assert layer_map("span", plan, 3, LAYERS, side="encoder").pairs == ((0, 1), (1, 2), (2, 3))

@@ -13,7 +13,8 @@ from distill.cli import main
 from distill.errors import InputError
 from distill.models.family import layers_of, layout_of
 from distill.models.layout import LAYOUTS
-from distill.pipeline.build import check_keeps_all, check_kept_layers, plan_of_whole
+from distill.pipeline.build import check_keeps_all, check_kept_layers
+from distill.student.draw import exact_plan
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -33,7 +34,7 @@ def test_what_no_tensor_holds_is_found():
 @pytest.mark.parametrize("family", ["bert", "gpt2", "qwen3_moe", "smollm3", "t5", "bart"])
 def test_kept_layers_compute_what_they_did_in_the_teacher(family):
     teacher = tiny_model(family)
-    plan = plan_of_whole(teacher, {side: [0, 3] for side in layout_of(teacher).sides})
+    plan = exact_plan(teacher, {side: [0, 3] for side in layout_of(teacher).sides})
     check_kept_layers(teacher, plan, tiny_inputs(teacher))
 
 
@@ -41,7 +42,7 @@ def test_a_layer_that_goes_by_its_index_is_found():
     teacher = tiny_model("gpt2", scale_attn_by_inverse_layer_idx=True)
     for layer in layers_of(teacher):  # fresh weights hardly attend to anything
         layer.attn.c_attn.weight.data.mul_(20)
-    plan = plan_of_whole(teacher, {"main": [0, 1]})
+    plan = exact_plan(teacher, {"main": [0, 1]})
     moved = plan.model_copy(update={"layers": [plan.layers[0], plan.layers[1].model_copy(update={"teacher_layer": 3})]})
     with pytest.raises(InputError, match="only the last layers can be dropped"):
         check_kept_layers(teacher, moved, tiny_batch())

@@ -75,5 +75,5 @@ def test_a_run_with_a_teacher_in_bf16_in_main_memory_repairs_and_measures(planne
     ]
     assert main(["evaluate", str(planned / "recipe.yaml"), *arguments]) == 0
     arms = json.loads((tmp_path / "run/evaluation.json").read_text())["arms"]
-    assert [arm["name"] for arm in arms] == ["teacher", "cut", "repaired", "distilled", "labels_only"]
+    assert [arm["name"] for arm in arms] == ["teacher", "cut", "repaired", "distilled", "labels_only", "majority"]
     assert arms[0]["metrics"]["kl"] < 0.01  # the stored teacher beside the one in bf16

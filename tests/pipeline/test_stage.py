@@ -10,7 +10,7 @@ from tiny import tiny_project
 
 from distill.files import write_text
 from distill.pipeline import RunDir, Session, run_stages
-from distill.pipeline.train import CONTROL
+from distill.pipeline.control import STAGE as CONTROL
 from distill.recipe import load_recipe
 
 

@@ -24,7 +24,7 @@ ACCEPTED = [
     ("keep: 0.5", "keep: 64"),
     ("keep: 0.5, score: activation, multiple_of: 64", "keep: 1.0, multiple_of: 1000"),
     ("multiple_of: 64}", "multiple_of: 64}\n  repair: {refit: true, ridge: 0.1, merge: true}"),
-    ("arms: [teacher, cut, distilled]", "arms: [teacher, cut, repaired, distilled, labels_only]"),
+    ("arms: [teacher, cut, distilled]", "arms: [teacher, cut, repaired, distilled, labels_only, majority]"),
     ("choose: even", "choose: mine.policies:spread, params: {anything: 1}"),
     ("score: activation", "score: random, params: {seed: 3}"),
     ("choose: even", "choose: angular, protect_first: 1, protect_last: 1"),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from made_figures import difference
 
-from distill.evaluation.arms import ARMS, rivals
+from distill.evaluation.arms import lessons, rivals, title_of
 from distill.models.plan import KeptUnits, LayerPlan, Outcome, StudentPlan
 from distill.recipe.schema import Recipe
 from distill.release.evidence import Evidence
@@ -69,7 +69,7 @@ def arm(name: str, steps: int, accuracy: float, f1: float, agreement: float, kl:
     metrics = {"accuracy": accuracy, "f1_macro": f1, "agreement": agreement, "kl": kl}
     intervals = {key: {"low": value - 0.02, "high": value + 0.02} for key, value in metrics.items()}
     retained = {"accuracy": accuracy / 0.7817, "f1_macro": f1 / 0.7204}
-    return {"name": name, "title": ARMS[name].title, "steps": steps, "metrics": metrics, "intervals": intervals} | {
+    return {"name": name, "title": title_of(name), "steps": steps, "metrics": metrics, "intervals": intervals} | {
         "retained": retained
     }
 
@@ -201,7 +201,8 @@ def evidence() -> Evidence:
             "confusion": {"distilled": [["a", "a", 70], ["b", "b", 50], ["b", "a", 30], ["a", "b", 10]]},
         },
         "sets": {},
-        "rivals": rivals(recipe()),
+        "rivals": {name: rivals(recipe())[name] for name in ("labels_only", "cut")},
+        "lessons": lessons(recipe()),
         "efficiency": efficiency(),
     }
     return Evidence(

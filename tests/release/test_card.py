@@ -98,13 +98,14 @@ def test_base_model_is_named_only_when_it_is_on_the_hub(evidence: Evidence, mode
 
 def test_every_figure_of_the_arms_is_in_their_table(evidence: Evidence) -> None:
     table = rows(render_card(evidence))[0]
-    assert table[0] == ["arm", "steps", "accuracy ↑", "f1_macro ↑", "agreement ↑", "kl ↓"]
+    assert table[0] == ["arm", "steps", "lr", "accuracy ↑", "f1_macro ↑", "agreement ↑", "kl ↓"]
     for record, cells in zip(evidence.evaluation["arms"], table[2:], strict=True):
-        for name, cell in zip(("accuracy", "f1_macro", "agreement", "kl"), cells[2:], strict=True):
+        for name, cell in zip(("accuracy", "f1_macro", "agreement", "kl"), cells[3:], strict=True):
             assert cell.startswith(wording.format_metric(name, record["metrics"][name]))
     assert table[4] == [
         "distilled (this model)",
         "300",
+        wording.MISSING,
         r"76.1 % \[74.1, 78.1\] (97.3 %)",
         r"69.5 % \[67.5, 71.5\] (96.5 %)",
         r"89.2 % \[87.2, 91.2\]",
@@ -224,7 +225,7 @@ def test_values_that_are_no_numbers_are_left_out(evidence: Evidence, value: Any)
     card = ModelCard(render_card(with_score(evidence, "distilled", value)))
     assert [result.metric_type for result in card.data.eval_results or []] == ["f1_macro"]
     assert "nothing is known about its quality" in card.text
-    assert rows(card.text)[0][4][2].startswith(wording.MISSING)
+    assert rows(card.text)[0][4][3].startswith(wording.MISSING)
 
 
 def test_card_of_a_bare_run_says_what_is_missing(bare: Evidence) -> None:
