@@ -14,6 +14,8 @@ from distill.evaluation import intervals
 from distill.pipeline import RunDir, Session, data, run_stages
 from distill.recipe import load_recipe
 
+pytestmark = pytest.mark.slow
+
 LM = """\
 name: tiny
 seed: 1
