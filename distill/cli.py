@@ -27,7 +27,7 @@ from distill.release.wording import one_line, printable
 
 if TYPE_CHECKING:
     from distill.pipeline import Session
-    from distill.release.tables import Table
+    from distill.release.table import Table
 
 app = typer.Typer(
     name="distill",
@@ -69,7 +69,7 @@ def validate(recipe: RecipePath, overrides: Overrides = None) -> None:
     from distill.recipe.locate import is_left_behind
 
     loaded = load_recipe(recipe, overrides or ())
-    sources = [source.source for split in loaded.data.splits for source in loaded.data.origins(split)]
+    sources = [source.source for split in loaded.rows.splits for source in loaded.rows.origins(split)]
     names = (*(model.model for model in loaded.models.values()), *sources)
     absent = " and ".join(name for name in names if is_left_behind(name, recipe.absolute().parent))
     _say(f"{recipe}: fine ({loaded.name})")
@@ -348,19 +348,25 @@ def _print_table(title: str, table: Table) -> None:
 def _print_evaluation(session: Session) -> None:
     from distill.pipeline.release import collect_evidence
     from distill.release.controls import seeds_table, seeds_title
-    from distill.release.tables import arms_table, efficiency_table
+    from distill.release.sizes import bytes_table, efficiency_table, speed_table
+    from distill.release.tables import arms_table, harness_table
 
     evidence = collect_evidence(session)
     examples, efficiency = evidence.evaluation["data"]["examples"], efficiency_table(evidence)
-    titles = {f"{examples} held-out examples of {evidence.measured_on}": evidence, **evidence.elsewhere}
+    titles = {f"{examples} held-out examples of {evidence.measured_on}": evidence}
+    titles |= {f"{name} ({own.trained_on or 'not trained on'})": own for name, own in evidence.elsewhere.items()}
     for title, own in titles.items():
         arms = arms_table(own)
         rows = [(name, *row[1:]) for name, row in zip(own.arms, arms.rows, strict=True)]  # titles are too wide
         _print_table(title, replace(arms, rows=rows))
         if title := seeds_title(own):
             _print_table(title, seeds_table(own, short=True))
+    if (harness := harness_table(evidence)).rows:
+        _print_table("lm-evaluation-harness, with one standard error", harness)
     if efficiency.rows:
         _print_table("size and speed, measured in one run", efficiency)
+        _print_table("memory and throughput", speed_table(evidence))
+        _print_table("where the bytes are", bytes_table(evidence))
 
 
 def _stop(number: int, _frame: FrameType | None) -> None:

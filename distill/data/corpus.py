@@ -49,15 +49,18 @@ class Corpus:
     task: Task
     settled: Settled
     splits: dict[str, Examples]
-    """`train`, `test`, and `validation` where anything looks at it."""
+    """`train`, `test`, `validation` where anything looks at it, and the sets as `sets.NAME`."""
     padding: int
     """Token id that fills short rows; never looked at, the attention mask hides it."""
     fingerprint: str
-    """sha256 over every feature of every split, and the classes."""
+    """sha256 over every feature of every split but the sets, and the classes: what is measured besides changes no
+    training."""
     summary: dict[str, Any]
     """Counts of rows, classes and tokens, for people."""
     constants: dict[str, Any] = field(default_factory=dict)
     """What collating needs beside the features, see `Task.constants`."""
+    sets: dict[str, str] = field(default_factory=dict)
+    """Name of a split of `evaluation.sets` -> hash of its features."""
 
     @property
     def head(self) -> str:
@@ -93,7 +96,7 @@ class Corpus:
 
 def save_facts(corpus: Corpus, folder: Path) -> None:
     """Write what is not in the Arrow files of a corpus, and the checksums of these."""
-    facts = {name: getattr(corpus, name) for name in ("padding", "fingerprint", "summary", "constants")}
+    facts = {name: getattr(corpus, name) for name in ("padding", "fingerprint", "summary", "constants", "sets")}
     files = {name: sha256_of(examples.path) for name, examples in corpus.splits.items()}
     write_json(folder / FACTS, {"settled": asdict(corpus.settled), **facts, "files": files})
 

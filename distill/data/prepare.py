@@ -21,6 +21,7 @@ from distill.data.summary import summarise
 from distill.data.tasks.task import Encoder, Features, Ragged, Settled, Task
 from distill.errors import InputError
 from distill.models.weights import as_input_error
+from distill.recipe.data import SET
 from distill.recipe.schema import Data
 
 FEW_DOCUMENTS = 10
@@ -76,6 +77,7 @@ def prepare(order: Order, folder: Path, progress: Report = lambda _split, _done,
     constants = task.constants(tokenizer, spec)
     digest = hashlib.sha256(json.dumps([settled.head, settled.classes, *sorted(constants.items())]).encode())
     parts: dict[str, Examples] = {}
+    sets: dict[str, str] = {}
     counts: dict[str, Any] = {}
     for name in spec.splits:
         if name in splits:
@@ -83,10 +85,14 @@ def prepare(order: Order, folder: Path, progress: Report = lambda _split, _done,
             path, report = folder / f"{name}.arrow", partial(progress, name)
             routes = [order.routes[source.source] for source in splits[name].rows.sources] if order.routes else []
             examples = _encode(task, splits[name], encoder, path, order.packs, report, routes)
-            digest.update(f"{name}:{_content_of(examples)}".encode())
+            content = f"{name}:{_content_of(examples)}"
+            if name.startswith(SET):
+                sets[name] = content
+            else:
+                digest.update(content.encode())
             parts[name] = examples
             counts[name] = summarise(splits[name], encoder, examples)
-    corpus = Corpus(task, settled, parts, int(tokenizer.pad_token_id), digest.hexdigest(), counts, constants)
+    corpus = Corpus(task, settled, parts, int(tokenizer.pad_token_id), digest.hexdigest(), counts, constants, sets)
     save_facts(corpus, folder)
     for leftover in [file for kind in ("rows", "parts", "documents") for file in folder.glob(f"*.{kind}.arrow")]:
         leftover.unlink()

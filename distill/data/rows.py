@@ -82,7 +82,7 @@ def read_split(split: str, task: Task, spec: Data, draws: Mapping[str, str], bas
     """Read all rows of a split into an Arrow file of the folder.
 
     Args:
-        split: `train`, `validation`, `test`, or `also.NAME`.
+        split: `train`, `validation`, `test`, or `sets.NAME`.
         task: Judges the values.
         spec: The recipe's section.
         draws: As `draws_for` chooses them.
@@ -243,17 +243,17 @@ def _read(
                 values[role] = task.columns[role].read(row.get(name))
             except ValueError as error:
                 given = reprlib.repr(row.get(name))
-                raise InputError(f"data.{key}: {place}: column {name!r} {error}: {given}") from error
+                raise InputError(f"{key}: {place}: column {name!r} {error}: {given}") from error
         try:
             values = task.check_row(values)
         except ValueError as error:
-            raise InputError(f"data.{key}: {place}: {error}") from error
+            raise InputError(f"{key}: {place}: {error}") from error
         if offered:
             seen |= names.values() & row.keys()
         yield place, values
     if offered and len(offered) == len(names) and not seen:
         listed, fix = ", ".join(offered), f"as in columns: {{{offered[0]}: {next(iter(row))}}}"
-        raise InputError(f"data.{key}: {source.source} has none of {listed}, but {', '.join(row)}; name them, {fix}")
+        raise InputError(f"{key}: {source.source} has none of {listed}, but {', '.join(row)}; name them, {fix}")
 
 
 def _is_empty(value: Any) -> bool:

@@ -13,7 +13,11 @@ import numpy as np
 
 from distill.data.rows import BLOCK, Rows
 from distill.errors import InputError
+from distill.recipe.data import SET
 from distill.recipe.schema import Data
+
+TRAINED_ON = "also_in_training_kept"
+"""Count of the rows of a set that are among those of training, by the hash of what the model is given."""
 
 
 @dataclass
@@ -71,7 +75,7 @@ class Split:
             kept[start : start + size] = False if rule == "drop" else group == winner
         if groups and rule == "refuse":
             raise InputError(
-                f"data.{key}: {groups} texts stand there with different labels, e.g. {' and '.join(places)}; "
+                f"{key}: {groups} texts stand there with different labels, e.g. {' and '.join(places)}; "
                 f"mend them, or write data.contradictions: first, majority, drop or keep"
             )
         self.keep(kept, "contradicting")
@@ -93,7 +97,7 @@ class Split:
 
     def drop_those_of(self, other: Split) -> None:
         """Leave out rows whose input is in another split."""
-        self.keep(~np.isin(self.keys, other.keys), f"also_in_{other.name.removeprefix('also.')}")
+        self.keep(~np.isin(self.keys, other.keys), f"also_in_{other.name}")
 
     def take(self, name: str, share: float) -> Split:
         """Move the share of rows with the smallest draws to a new split of that name."""
@@ -151,7 +155,7 @@ def divide(rows: Mapping[str, Rows], spec: Data, looks: bool, asks: bool) -> dic
     """Clean the rows of the given splits, and take those that are not given from the training rows.
 
     Args:
-        rows: `train`, and `validation` and `test` where the recipe gives them.
+        rows: `train`, and `validation`, `test` and sets where the recipe gives them.
         spec: The recipe's section.
         looks: Something looks at a split during training, so that a validation split is needed.
         asks: The task has a column that is asked for: only rows with a label can be measured.
@@ -163,7 +167,7 @@ def divide(rows: Mapping[str, Rows], spec: Data, looks: bool, asks: bool) -> dic
     train = splits["train"]
     if {"validation", "test"} <= rows.keys():
         splits["validation"].drop_those_of(splits["test"])
-    for name in [name for name in rows if name != "train"]:
+    for name in {"validation", "test"} & rows.keys():  # what else is measured changes nothing about the training
         train.drop_those_of(splits[name])
     for own in splits.values():
         own.cut(spec.limit)
@@ -174,6 +178,8 @@ def divide(rows: Mapping[str, Rows], spec: Data, looks: bool, asks: bool) -> dic
                 splits[name].drop_unlabelled()
     for name, own in splits.items():
         own.choose_labels(asks, spec.labelled if name == "train" else None)
+        if name.startswith(SET):
+            own.counts[TRAINED_ON] = int(np.isin(own.keys, train.keys).sum())
     train.weigh()
     refuse_empty(splits)
     return splits

@@ -72,7 +72,11 @@ def describe(summary: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
             yield f"  {name}: {own['unknown_share']:.1%} of the tokens are unknown to the tokenizer"
     if parts := summary["test"]["parts_of"]:
         what, its = ("1 document is", "its") if parts == 1 else (f"{parts} documents are", "their")
-        before = f", the part before {'it' if parts == 1 else 'them'} the validation split" if len(summary) > 2 else ""
+        before = (
+            f", the part before {'it' if parts == 1 else 'them'} the validation split"
+            if "validation" in summary
+            else ""
+        )
         yield f"  {what} split by place: {its} end is the test split{before}"
     yield from _describe_classes(summary)
     if summary["test"]["examples"] < FEW_TEST_EXAMPLES:

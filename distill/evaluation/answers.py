@@ -9,6 +9,9 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
+
+from distill.evaluation.formulas import Column, mean, of_shares
 from distill.evaluation.texts import WITHOUT_SPACES
 
 WORDS = re.compile(rf"[{WITHOUT_SPACES}]|[^\s{WITHOUT_SPACES}]+")
@@ -32,14 +35,16 @@ def _is_wide_mark(letter: str) -> bool:
     return letter >= "\u3000" and unicodedata.category(letter).startswith("P")
 
 
-def exact_match_answer(answers: Iterable[str], gold: Iterable[str]) -> float:
+@of_shares(mean)
+def exact_match_answer(answers: Iterable[str], gold: Iterable[str]) -> Column:
     """Share of the answers whose words are those of a true one; `gold` holds JSON lists, an empty one for no answer."""
-    return _mean_of_best(answers, gold, lambda given, true: float(given == true))
+    return _best(answers, gold, lambda given, true: float(given == true))
 
 
-def f1_answer(answers: Iterable[str], gold: Iterable[str]) -> float:
+@of_shares(mean)
+def f1_answer(answers: Iterable[str], gold: Iterable[str]) -> Column:
     """Mean over answers of F1 between their words and those of the true answer that is closest."""
-    return _mean_of_best(answers, gold, f1_of_words)
+    return _best(answers, gold, f1_of_words)
 
 
 def f1_of_words(given: Sequence[str], true: Sequence[str]) -> float:
@@ -49,9 +54,9 @@ def f1_of_words(given: Sequence[str], true: Sequence[str]) -> float:
     return 2 * (Counter(given) & Counter(true)).total() / (len(given) + len(true))
 
 
-def _mean_of_best(answers: Iterable[str], gold: Iterable[str], score: Callable[[list[str], list[str]], float]) -> float:
+def _best(answers: Iterable[str], gold: Iterable[str], score: Callable[[list[str], list[str]], float]) -> Column:
     scores = []
     for answer, texts in zip(answers, gold, strict=True):
         given, true = words_of(answer), [words for text in json.loads(texts) if (words := words_of(text))]
         scores.append(max(score(given, words) for words in true or [[]]))
-    return sum(scores) / len(scores)
+    return np.array(scores)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import platform
+import re
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,65 +16,207 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill.models.cost import WARM_UP, flops_by_module, paired_ratio, random_batch, time_in_turns
+from distill.models.cost import WARM_UP, Rounds, flops_by_module, paired_ratio, random_batch, time_in_turns
 from distill.models.forward import without_cache
+from distill.models.memory import MemoryTrace
 
 Layers = Callable[[nn.Module], Iterable[nn.Module]]
+Batch = Mapping[str, Tensor]
+BATCH_SIZES = (1, 8, 32)
 LATENCY_PASSES = 5
-"""Passes of one example per model and round: enough samples for a 95th percentile."""
+"""Passes of one example per model and round: enough samples for a 90th percentile."""
+PATIENCE = 60.0
+"""Seconds after which no other round of a batch size begins; a size that would take longer is left out, and named."""
+NEW_TOKENS = 16
+"""Tokens that are written one by one to time the decoding."""
+PARTS = ("embeddings", "attention", "mlp", "head", "other")
+ATTENTION, NORM = re.compile("attn|attention", re.IGNORECASE), re.compile("norm", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the table: a model in one form, whatever runs it."""
+
+    run: Callable[[Batch], object]
+    """Computes a batch of inputs on the host's or the model's device."""
+    figures: Mapping[str, Any]
+    """What is known without the clock: `parameters`, `bytes`, `dtype` and whatever else the form has."""
+    generate: Callable[[Batch, int], object] | None = None
+    """Writes so many tokens after a prompt, with a key-value cache; None: it writes none."""
+
+
+def model_line(model: Any, layers: Layers, one: Batch, many: Batch) -> Line:
+    """Make the line of a model in eval mode; it is counted on one example, and its memory on many."""
+
+    def run(batch: Batch) -> object:
+        return model(**_typed(batch, model), **without_cache(model))
+
+    def generate(batch: Batch, new: int) -> object:
+        return model.generate(**batch, max_new_tokens=new, min_new_tokens=new, do_sample=False, num_beams=1)
+
+    figures = count_size(model, layers) | count_flops(model, layers, one)
+    if hasattr(model, "base_model"):
+        figures["parts"] = bytes_by_part(model, layers)
+    figures["peak_bytes"] = peak_bytes(partial(run, many), [*model.parameters(), *model.buffers(), *many.values()])
+    writes = "input_ids" in one and getattr(model, "can_generate", lambda: False)()
+    return Line(run, figures, generate if writes else None)
+
+
+def in_bf16(models: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy the models whose weights are all fp32 to bf16, by their name and `, bf16`."""
+    return {
+        f"{name}, bf16": copy.deepcopy(model).to(torch.bfloat16)
+        for name, model in models.items()
+        if all(p.dtype == torch.float32 for p in model.parameters())
+    }
 
 
 def measure_efficiency(
-    models: Mapping[str, nn.Module],
+    models: Mapping[str, nn.Module | Line],
     layers: Layers,
     *,
     kind: str,
     length: int,
     target_length: int | None = None,
-    batch_size: int = 32,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
     repeats: int = 9,
     vocabulary: int,
 ) -> dict[str, Any]:
     """Compare models in eval mode on their device; the first one (the teacher) is the reference of every ratio.
 
-    A pass runs `length` random ids without padding and without a key-value cache; latency is that of one example, and
-    throughput that of `batch_size`. In an encoder-decoder it is one pass of the encoder, over the ids or over sound of
-    the full length, and one of the decoder over the tokens of a whole target at once.
+    A pass runs `length` random ids without padding and without a key-value cache; latency is that of one example. In an
+    encoder-decoder it is one pass of the encoder, over the ids or over sound of the full length, and one of the decoder
+    over the tokens of a whole target at once. What writes text is timed at that as well: a prompt at once (prefill),
+    and token by token with a cache (decode).
 
     Args:
-        models: Name -> model.
+        models: Name -> model, or what runs it in another form; the first one is a model.
         layers: Gives a model's layers.
         kind: One output per example, or logits at every position; recorded in the protocol.
         length: Tokens per example.
         target_length: Tokens that the decoder of an encoder-decoder reads; None: `length`.
-        batch_size: Examples per pass.
-        repeats: Rounds of turns.
+        batch_sizes: Examples per pass, ascending; the latency is that of a single example, whatever they are.
+        repeats: Rounds of turns, fewer where they take long.
         vocabulary: Ids are drawn below this number.
 
     Returns:
         JSON-able `protocol`, `models` (`size`, `flops` and `speed` of each) and `ratios` (`compare_sizes` for each but
         the first).
     """
-    reference = next(iter(models))
-    device = next(models[reference].parameters()).device
-    many = random_batch(models[reference], (batch_size, length), vocabulary, target_length)
-    one = {name: tensor[:1] for name, tensor in many.items()}
-    measured = {name: count_size(model, layers) | count_flops(model, layers, one) for name, model in models.items()}
+    reference, teacher = next(iter(models.items()))
+    assert isinstance(teacher, nn.Module), "the reference is a model"
+    device = next(teacher.parameters()).device
+    many = random_batch(teacher, (max(batch_sizes), length), vocabulary, target_length)
     with torch.inference_mode():
-        passes = {name: partial(model, **_typed(one, model), **without_cache(model)) for name, model in models.items()}
-        single = time_in_turns(passes, repeats, LATENCY_PASSES, device)
-        passes = {name: partial(model, **_typed(many, model), **without_cache(model)) for name, model in models.items()}
-        batched = time_in_turns(passes, repeats, 1, device)
+        lines = {
+            name: model if isinstance(model, Line) else model_line(model, layers, _first(many, 1), many)
+            for name, model in models.items()
+        }
+        single = _time(lines, _first(many, 1), repeats, LATENCY_PASSES, device)
+        batched, skipped = _time_batches(lines, many, batch_sizes, repeats, device, single)
+        written = _time_generation(lines, _first(many, 1), repeats, device)
     measured = {
-        name: model | summarize_speed(single[name], batched[name], batch_size) for name, model in measured.items()
+        name: {**line.figures, **summarize_speed(single[name], {size: own[name] for size, own in batched.items()})}
+        | written.get(name, {})
+        for name, line in lines.items()
     }
     ratios = {name: compare_sizes(model, measured[reference]) for name, model in measured.items() if name != reference}
     for name, ratio in ratios.items():
         ratio["latency"] = paired_ratio(single[name], single[reference])
-        ratio["throughput"] = paired_ratio(batched[reference], batched[name])
-    protocol = {"kind": kind, "batch_size": batch_size, **_describe(many), "repeats": repeats, "reference": reference}
+        largest = batched[max(batched)]
+        ratio["throughput"] = paired_ratio(largest[reference], largest[name])
+    protocol = {"kind": kind, "batch_size": max(batched), "batch_sizes": [*batched], **_describe(many)}
+    protocol |= {"rounds": repeats, "reference": reference} | ({"left_out": skipped} if skipped else {})
     dtypes = {"dtype": ", ".join(sorted({model["dtype"] for model in measured.values()}))}
     return {"protocol": protocol | dtypes | describe_machine(device), "models": measured, "ratios": ratios}
+
+
+def _first(batch: Batch, rows: int) -> dict[str, Tensor]:
+    return {name: tensor[:rows] for name, tensor in batch.items()}
+
+
+def _time(lines: Mapping[str, Line], batch: Batch, repeats: int, per_round: int, device: torch.device) -> Rounds:
+    passes = {name: partial(line.run, batch) for name, line in lines.items()}
+    return time_in_turns(passes, repeats, per_round, device, patience=PATIENCE)
+
+
+def _time_batches(
+    lines: Mapping[str, Line],
+    many: Batch,
+    sizes: Sequence[int],
+    repeats: int,
+    device: torch.device,
+    single: Rounds,
+) -> tuple[dict[int, Rounds], list[int]]:
+    """Time every batch size but those that would take too long by what an example took before; returns both."""
+    found: dict[int, Rounds] = {}
+    each = sum(statistics.median(samples) for rounds in single.values() for samples in rounds[:1])
+    for size in sizes:
+        if found and (WARM_UP + 1) * size * each > PATIENCE:
+            return found, [left for left in sizes if left >= size]
+        found[size] = _time(lines, _first(many, size), repeats, 1, device)
+        each = sum(statistics.median(samples) for rounds in found[size].values() for samples in rounds[:1]) / size
+    return found, []
+
+
+def _time_generation(
+    lines: Mapping[str, Line], one: Batch, repeats: int, device: torch.device
+) -> dict[str, dict[str, float | None]]:
+    """Measure tokens per second of a prompt and of what is written after it, of the lines that write."""
+    length = one["input_ids"].shape[-1] if "input_ids" in one else 0
+    new = max(1, min(NEW_TOKENS, length // 2))
+    prompt = {"input_ids": one["input_ids"][:, : max(1, length - new - 1)]} if length else {}
+    passes: dict[str, Callable[[], object]] = {}
+    for name, line in lines.items() if prompt else ():
+        if line.generate is not None:
+            passes |= {f"{name}:{count}": partial(line.generate, prompt, count) for count in (1, new + 1)}
+    rounds = time_in_turns(passes, repeats, 1, device, patience=PATIENCE)
+    found: dict[str, dict[str, float | None]] = {}
+    for name in (name for name in lines if f"{name}:1" in rounds):
+        first, all_ = ([seconds for own in rounds[f"{name}:{count}"] for seconds in own] for count in (1, new + 1))
+        rest = statistics.median(long - short for short, long in zip(first, all_, strict=True))
+        prefill = prompt["input_ids"].shape[-1] / statistics.median(first)
+        found[name] = {"prefill": prefill, "decode": new / rest if rest > 0 else None}
+    return found
+
+
+def peak_bytes(run: Callable[[], object], known: Iterable[Tensor]) -> int:
+    """Run a pass and count the most bytes that are alive at once: of tensors known before, and of those that it makes.
+
+    What kernels take for themselves inside of one operation is not seen, so that it is the same on every device.
+    """
+    with MemoryTrace() as trace:
+        for tensor in known:
+            tensor.detach()  # makes the trace see its storage
+        run()
+    return max((peak.total for peak in trace.peaks.values()), default=0)
+
+
+def bytes_by_part(model: Any, layers: Layers) -> dict[str, int]:
+    """Add up where the bytes of the weights are; a tensor that is used twice, as a tied head, counts where it is first.
+
+    Of a layer, what attends is attention, norms are other, and the rest is the MLP with its router. Outside of layers
+    stand embeddings, the head (all that a base model lacks) and the rest.
+    """
+    inside = {id(module): name for layer in layers(model) for name, module in layer.named_modules()}
+    base = {id(p) for p in model.base_model.parameters()} if model.base_model is not model else None
+    found: Counter[str] = Counter(dict.fromkeys(PARTS, 0))
+    seen: set[int] = set()
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            if NORM.search(type(module).__name__):
+                part = "other"
+            elif id(module) in inside:
+                part = "attention" if ATTENTION.search(inside[id(module)]) else "mlp"
+            elif isinstance(module, nn.Embedding):
+                part = "embeddings"
+            else:
+                part = "head" if base is not None and id(parameter) not in base else "other"
+            found[part] += parameter.numel() * parameter.element_size()
+    return dict(found)
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
@@ -119,20 +265,26 @@ def count_flops(model: nn.Module, layers: Layers, batch: Mapping[str, Tensor]) -
     }
 
 
-def summarize_speed(single: list[list[float]], batched: list[list[float]], batch_size: int) -> dict[str, Any]:
-    """Compute median and 95th percentile of the milliseconds for one example, and examples per second in a batch."""
+def summarize_speed(single: list[list[float]], batched: Mapping[int, list[list[float]]]) -> dict[str, Any]:
+    """Compute median and 90th percentile of the milliseconds for one example, and examples per second by batch size."""
     milliseconds = [1000 * seconds for samples in single for seconds in samples]
-    p95 = statistics.quantiles(milliseconds, n=20, method="inclusive")[-1]
+    p90 = statistics.quantiles(milliseconds, n=10, method="inclusive")[-1]
+    by_size = {
+        str(size): size / statistics.median(seconds for samples in rounds for seconds in samples)
+        for size, rounds in batched.items()
+    }
     return {
-        "latency_ms": {"p50": statistics.median(milliseconds), "p95": p95},
-        "throughput": batch_size / statistics.median(seconds for samples in batched for seconds in samples),
+        "latency_ms": {"p50": statistics.median(milliseconds), "p90": p90},
+        "throughput": by_size[str(max(batched))],
+        "throughputs": by_size,
     }
 
 
 def compare_sizes(model: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, Any]:
     """Divide model by reference for sizes and FLOPs; `latency` and `throughput` join as {median, min, max}."""
-    keys = ("parameters", "layer_parameters", "bytes", "flops_per_example", "layer_flops_per_example")
-    return {key.removesuffix("_per_example"): model[key] / reference[key] for key in keys}
+    keys = ("parameters", "layer_parameters", "bytes", "peak_bytes", "flops_per_example", "layer_flops_per_example")
+    known = [key for key in keys if key in model]
+    return {key.removesuffix("_per_example"): model[key] / reference[key] for key in known}
 
 
 def device_name(device: torch.device) -> str:
@@ -146,7 +298,7 @@ def device_name(device: torch.device) -> str:
 
 
 def add_disk_bytes(result: dict[str, Any], folders: Mapping[str, Path]) -> None:
-    """Add the size of each model's weight files, and its ratio to the first model's, to a finished measurement."""
+    """Add the size of the weight files of the models named, and its ratio to that of the first, to a measurement."""
     sizes = {name: sum(file.stat().st_size for file in path.glob("*.safetensors")) for name, path in folders.items()}
     reference = next(iter(sizes.values()))
     for name, size in sizes.items():

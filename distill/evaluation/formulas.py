@@ -25,19 +25,48 @@ A recipe may name a function of its own, `package.module:function`, written the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import partial, update_wrapper
 from typing import Any
 
 import numpy as np
 
-from distill.evaluation.texts import characters_of, chrf_counts, chrf_score, error_rate, rouge_lcs, rouge_n, words_of
+from distill.evaluation.texts import characters_of, chrf_counts, chrf_score, edits, rouge_lcs, rouge_n, words_of
 from distill.evaluation.vectors import NEIGHBOURS, neighbours, ranks_of_pairs
 
 Column = np.ndarray[tuple[int], np.dtype[Any]]
 
 BINS = 15
 """Of the expected calibration error."""
+MANY = 10_000
+"""Numbers of classes below this are counted without being sorted."""
+
+
+class OfShares:
+    """A metric made of a share of each row, which is computed once however often the rows are drawn again."""
+
+    def __init__(self, total: Callable[[Column], float], shares: Callable[..., Column]):
+        self.total, self.shares = total, shares
+        update_wrapper(self, shares)  # so that its parameters are those of `shares`
+
+    def __call__(self, *columns: Any) -> float:
+        """Compute the metric of whole columns."""
+        return self.total(self.shares(*columns))
+
+
+def of_shares(total: Callable[[Column], float]) -> Callable[[Callable[..., Column]], OfShares]:
+    """Decorate a function of columns that gives each row's share [n] or [n, k] of what `total` makes of all of them."""
+    return partial(OfShares, total)
+
+
+def mean(shares: Column) -> float:
+    """Average the shares, exactly summed."""
+    return math.fsum(shares) / len(shares)
+
+
+def ratio(shares: Column) -> float:
+    """Divide the totals of two columns of shares; nan where the second is 0."""
+    return _per(shares[:, 0], shares[:, 1])
 
 
 def accuracy(predictions: Column, references: Column) -> float:
@@ -72,10 +101,19 @@ def _f1_by_class(predictions: Column, references: Column) -> tuple[Column, Colum
         times = (predictions + references).sum(axis=0)
         (classes,) = np.nonzero(times)
         return classes, 2 * (predictions * references).sum(axis=0)[classes] / times[classes]
-    classes, codes = np.unique(np.concatenate([predictions, references]), return_inverse=True)
-    predicted, true = np.split(codes, 2)
-    hits = np.bincount(true[predicted == true], minlength=len(classes))
-    return classes, 2 * hits / np.bincount(codes, minlength=len(classes))
+    classes, predicted, true = _numbered(predictions, references)
+    times = np.bincount(predicted, minlength=len(classes)) + np.bincount(true, minlength=len(classes))
+    hits, there = np.bincount(true[predicted == true], minlength=len(classes)), times > 0
+    return classes[there], 2 * hits[there] / times[there]
+
+
+def _numbered(predictions: Column, references: Column) -> tuple[Column, Column, Column]:
+    """Number the classes of both sides; returns them (and, of small numbers, those between them), and both sides."""
+    both = np.concatenate([predictions, references])
+    if both.dtype.kind == "i" and both.min() >= 0 and (highest := int(both.max())) < MANY:
+        return np.arange(highest + 1), predictions, references  # nothing to sort, which is slow
+    classes, codes = np.unique(both, return_inverse=True)
+    return classes, codes[: len(predictions)], codes[len(predictions) :]
 
 
 def f1_micro(predictions: Column, references: Column) -> float:
@@ -90,8 +128,8 @@ def matthews(predictions: Column, references: Column) -> float:
 
     0 where one side has only one class, as in scikit-learn.
     """
-    classes, codes = np.unique(np.concatenate([predictions, references]), return_inverse=True)
-    ours, true = (np.bincount(own, minlength=len(classes)).astype(float) for own in np.split(codes, 2))
+    classes, *sides = _numbered(predictions, references)
+    ours, true = (np.bincount(own, minlength=len(classes)).astype(float) for own in sides)
     size = float(len(references))
     covariance = (predictions == references).sum() * size - ours @ true
     spread = (size**2 - ours @ ours) * (size**2 - true @ true)
@@ -190,19 +228,23 @@ def kl(kl_sum: Column, positions: Column) -> float:
     return _per(kl_sum, positions)
 
 
-def mrr_at_10(embeddings: Column, pair_embeddings: Column) -> float:
+@of_shares(mean)
+def mrr_at_10(embeddings: Column, pair_embeddings: Column) -> Column:
     """Mean over texts of 1 / rank of their own pair among all pairs by cosine; 0 where it is not among the first 10."""
-    return float((1 / _first_ranks(embeddings, pair_embeddings)).mean())
+    return 1 / _first_ranks(embeddings, pair_embeddings)
 
 
-def ndcg_at_10(embeddings: Column, pair_embeddings: Column) -> float:
+@of_shares(mean)
+def ndcg_at_10(embeddings: Column, pair_embeddings: Column) -> Column:
     """As `mrr_at_10`, with 1 / log2(1 + rank): one pair is right, so the ideal gain is 1."""
-    return float((1 / np.log2(1 + _first_ranks(embeddings, pair_embeddings))).mean())
+    gains: Column = 1 / np.log2(1 + _first_ranks(embeddings, pair_embeddings))
+    return gains
 
 
-def recall_at_10(embeddings: Column, pair_embeddings: Column) -> float:
+@of_shares(mean)
+def recall_at_10(embeddings: Column, pair_embeddings: Column) -> Column:
     """Share of the texts whose own pair is among the first 10."""
-    return float(np.isfinite(_first_ranks(embeddings, pair_embeddings)).mean())
+    return np.isfinite(_first_ranks(embeddings, pair_embeddings)).astype(float)
 
 
 def _first_ranks(texts: Column, pairs: Column) -> Column:
@@ -216,33 +258,38 @@ def cosine_to_teacher(teacher_cosine: Column) -> float:
     return float(teacher_cosine.mean())
 
 
-def neighbours_kept(embeddings: Column, teacher_embeddings: Column) -> float:
+@of_shares(mean)
+def neighbours_kept(embeddings: Column, teacher_embeddings: Column) -> Column:
     """Share of the teacher's ten nearest other texts that are among the ten nearest here; nan for a single text."""
     if len(embeddings) < 2:
-        return math.nan
+        return np.full(len(embeddings), math.nan)
     own, theirs = neighbours(embeddings), neighbours(teacher_embeddings)
-    return float(np.mean([len(np.intersect1d(*rows)) for rows in zip(own, theirs, strict=True)]) / own.shape[1])
+    found: Column = np.array([len(np.intersect1d(*rows)) for rows in zip(own, theirs, strict=True)]) / own.shape[1]
+    return found
 
 
-def rouge_l(generated: Column, target_text: Column) -> float:
+@of_shares(mean)
+def rouge_l(generated: Column, target_text: Column) -> Column:
     """Mean over texts of the F1 of the longest common subsequence of words."""
-    return _mean(rouge_lcs, generated, target_text)
+    return _of_pairs(rouge_lcs, generated, target_text)
 
 
-def rouge_1(generated: Column, target_text: Column) -> float:
+@of_shares(mean)
+def rouge_1(generated: Column, target_text: Column) -> Column:
     """Mean over texts of the F1 of words."""
-    return _mean(partial(rouge_n, length=1), generated, target_text)
+    return _of_pairs(partial(rouge_n, length=1), generated, target_text)
 
 
-def rouge_2(generated: Column, target_text: Column) -> float:
+@of_shares(mean)
+def rouge_2(generated: Column, target_text: Column) -> Column:
     """Mean over texts of the F1 of pairs of words."""
-    return _mean(partial(rouge_n, length=2), generated, target_text)
+    return _of_pairs(partial(rouge_n, length=2), generated, target_text)
 
 
-def chrf(generated: Column, target_text: Column) -> float:
+@of_shares(lambda counts: chrf_score(counts.sum(axis=0).tolist()))
+def chrf(generated: Column, target_text: Column) -> Column:
     """chrF2 of all texts together, 0 to 1 (sacrebleu's chrF divided by 100): runs of 1 to 6 characters."""
-    counts = [chrf_counts(*pair) for pair in zip(generated.tolist(), target_text.tolist(), strict=True)]
-    return chrf_score([sum(column) for column in zip(*counts, strict=True)])
+    return _of_pairs(chrf_counts, generated, target_text)
 
 
 def exact_text(generated: Column, target_text: Column) -> float:
@@ -250,19 +297,26 @@ def exact_text(generated: Column, target_text: Column) -> float:
     return float((generated == target_text).mean())
 
 
-def wer(generated: Column, target_text: Column) -> float:
+@of_shares(ratio)
+def wer(generated: Column, target_text: Column) -> Column:
     """Word error rate: words inserted, left out or replaced, per true word of all texts; case and punctuation aside."""
-    return error_rate(generated.tolist(), target_text.tolist(), words_of)
+    return _of_pairs(partial(_errors, split=words_of), generated, target_text)
 
 
-def cer(generated: Column, target_text: Column) -> float:
+@of_shares(ratio)
+def cer(generated: Column, target_text: Column) -> Column:
     """Character error rate, as `wer`, of the characters of words and the spaces between them."""
-    return error_rate(generated.tolist(), target_text.tolist(), characters_of)
+    return _of_pairs(partial(_errors, split=characters_of), generated, target_text)
 
 
-def _mean(score: Callable[[str, str], float], written: Column, true: Column) -> float:
-    pairs = zip(written.tolist(), true.tolist(), strict=True)
-    return math.fsum(score(*pair) for pair in pairs) / len(written)
+def _errors(written: str, true: str, split: Callable[[str], Sequence[str]]) -> tuple[int, int]:
+    """Count the edits from one text to the other, and the true units."""
+    units = split(true)
+    return edits(split(written), units), len(units)
+
+
+def _of_pairs(score: Callable[[str, str], Any], written: Column, true: Column) -> Column:
+    return np.array([score(*pair) for pair in zip(written.tolist(), true.tolist(), strict=True)])
 
 
 def _per(amount: Column, count: Column) -> float:

@@ -144,6 +144,19 @@ LOWER_IS_BETTER = (
     "perplexity", "kl", "loss", "ece", "mse", "rmse", "teacher_mse", "bits_per_byte", "masked_perplexity", "wer", "cer",
 )  # fmt: skip
 
+UNBOUNDED = (
+    *(name for name in LOWER_IS_BETTER if name not in ("ece", "wer", "cer")),
+    "pearson",
+    "spearman",
+    "matthews",
+)
+"""Metrics that are no shares of 1; `cosine_to_teacher` is below 0 at most for a broken student."""
+
+
+def is_share(name: str) -> bool:
+    """Tell whether a metric is a share of 1, which has an interval even where all rows agree; not of the user's own."""
+    return name in METRICS and name not in UNBOUNDED
+
 
 def higher_is_better(name: str) -> bool:
     """Tell the direction of a metric; of the user's own, more is better."""

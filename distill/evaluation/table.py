@@ -7,8 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distill.evaluation.arms import ARMS
+from distill.evaluation.classes import tabulate_classes
+from distill.evaluation.intervals import LEVEL, SEED, draw_metrics, units_of
 from distill.evaluation.metrics import compute, higher_is_better
 from distill.evaluation.predict import Rows
+from distill.recipe.names import TEACHER_METRICS
 
 
 def finite_or_none(metrics: Mapping[str, float]) -> dict[str, float | None]:
@@ -16,28 +19,60 @@ def finite_or_none(metrics: Mapping[str, float]) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
-def tabulate_arms(
-    rows: Mapping[str, Rows], names: Sequence[str], steps: int, titles: Mapping[str, str] | None = None
-) -> list[dict[str, Any]]:
-    """Compute the named metrics of each arm from its rows.
+def tabulate(
+    rows: Mapping[str, Rows],
+    names: Sequence[str],
+    steps: int,
+    classes: Sequence[str] = (),
+    unit: str = "examples",
+    titles: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Compute the named metrics of each arm of a set from its rows, with intervals.
 
     Args:
-        rows: By arm.
+        rows: Arm -> columns, of the same rows in each.
         names: Metrics.
         steps: Length of the training.
+        classes: Names of the classes that predictions number.
+        unit: Name of what a row is.
         titles: Words for arms in tables; None: their names.
+
+    Returns:
+        JSON-able `arms`; `differences`, of `distilled` from every other arm on the same draws; `drawn`, what is drawn
+        and how many of it there are; and `per_class`, None where nothing is classified.
     """
+    units, unit = units_of(next(iter(rows.values())), unit)
     metrics = {arm: finite_or_none(compute(names, own)) for arm, own in rows.items()}
-    return [
+    draws = draw_metrics(rows, metrics, names, units)
+    arms = [
         {
             "name": arm,
             "title": (titles or {}).get(arm, arm),
             "steps": 0 if ARMS[arm].terms is None else steps,
             "metrics": own,
+            "intervals": {name: draws[name].of(arm) for name in names},
             "retained": retain(own, metrics.get("teacher", {}), metrics.get("majority", {})),
         }
         for arm, own in metrics.items()
     ]
+    others = [arm for arm in rows if "distilled" in rows and arm != "distilled"]
+    own_metrics = [name for name in names if name not in TEACHER_METRICS]
+    compared = {other: own_metrics if other in ("teacher", "teachers") else names for other in others}
+    differences = [
+        {
+            "arm": "distilled",
+            "against": other,
+            "metrics": {name: draws[name].between("distilled", other) for name in own},
+        }
+        for other, own in compared.items()
+    ]
+    drawn = {"unit": unit, "number": len(units), "level": LEVEL, "seed": SEED}
+    return {
+        "arms": arms,
+        "differences": differences,
+        "drawn": drawn,
+        "per_class": tabulate_classes(rows, classes, units),
+    }
 
 
 def retain(

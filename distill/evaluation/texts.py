@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 WITHOUT_SPACES = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
@@ -106,13 +106,6 @@ def edits(written: Sequence[str], true: Sequence[str]) -> int:
             row[place] = min(before + (item != other), above + 1, row[place - 1] + 1)
             before = above
     return row[-1]
-
-
-def error_rate(written: Sequence[str], true: Sequence[str], split: Callable[[str], Sequence[str]]) -> float:
-    """Divide the edits of all texts by the true units of all texts; nan without any."""
-    pairs = [(split(own), split(other)) for own, other in zip(written, true, strict=True)]
-    units = sum(len(other) for _, other in pairs)
-    return sum(edits(*pair) for pair in pairs) / units if units else float("nan")
 
 
 def characters_of(text: str) -> str:

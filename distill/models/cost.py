@@ -155,13 +155,20 @@ def time_in_turns(
     per_round: int,
     device: torch.device,
     warm_up: int = WARM_UP,
+    patience: float = float("inf"),
 ) -> Rounds:
-    """Time every model in every round, one after the other, after `warm_up` untimed passes of each."""
+    """Time every model in every round, one after the other, after `warm_up` untimed passes of each.
+
+    After so many seconds of `patience` no other round begins.
+    """
     for run in passes.values():
         for _ in range(warm_up):
             run()
     rounds: Rounds = {name: [] for name in passes}
-    for _ in range(repeats):
+    begin = time.perf_counter()
+    for number in range(repeats):
+        if number and time.perf_counter() - begin > patience:
+            break
         for samples in rounds.values():
             samples.append([])
         for _ in range(per_round):

@@ -7,7 +7,7 @@ from distill.pipeline.entries import find_entries, inputs_of_training
 from distill.pipeline.session import Session
 from distill.pipeline.timing import StepTime
 from distill.pipeline.trainings import Work
-from distill.release.tables import Table
+from distill.release.table import Table
 from distill.release.wording import MISSING, format_count, format_seconds, format_size
 
 LOOKED_AT = 4096

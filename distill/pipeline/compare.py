@@ -14,7 +14,7 @@ from distill.release import charts
 from distill.release.card import make_environment
 from distill.release.evidence import get_in
 from distill.release.report import Figure
-from distill.release.tables import Table
+from distill.release.table import Table
 from distill.release.wording import (
     MISSING,
     as_number,

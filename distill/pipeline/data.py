@@ -83,10 +83,10 @@ def _prepare(session: Session, cache: Path) -> None:
         asks = settled.classes or settled.head == "regression"
         return _agree_with_teacher(session, settled) if asks and not recipe.teacher.fit else settled
 
-    with fresh_folder(cache) as folder, _progress_bar(recipe.data.splits) as report:
+    with fresh_folder(cache) as folder, _progress_bar(recipe.rows.splits) as report:
         order = Order(
             session.bound_task,
-            recipe.data,
+            recipe.rows,
             session.tokenizer,
             recipe.seed,
             session.base,
@@ -237,15 +237,15 @@ def _check_padding(session: Session, source: Path, config: Any) -> None:
 
 def inputs(session: Session) -> dict[str, Any]:
     """List the content of the sources, tokenizer and config of the teacher, and how rows are split and labelled."""
-    recipe = session.recipe
+    recipe, rows = session.recipe, session.recipe.rows
     files = [recipe.data.columns.get(name, name) for name, own in session.task.columns.items() if own.content]
     return {
         "sources": {
-            split: [source_fingerprint(source, split, session.base, files) for source in recipe.data.origins(split)]
-            for split in recipe.data.splits
+            split: [source_fingerprint(source, split, session.base, files) for source in rows.origins(split)]
+            for split in rows.splits
         },
         "tokenizer": tokenizer_fingerprint(session.source),
-        "data": recipe.data.model_dump(mode="json"),
+        "data": rows.model_dump(mode="json"),
         "validation": looks(session),
         "code": _code_fingerprint(session),
         "own_classes": recipe.teacher.fit is not None,

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate.utils import gather_object
 from safetensors.numpy import save_file
 
 from distill.data import evaluation_batches, observe_batch
+from distill.data.splits import TRAINED_ON
 from distill.errors import InputError
 from distill.evaluation.arms import ARMS, lessons, measured_arms, not_run, rivals, title_of, trained_arms
 from distill.evaluation.chance import most_frequent
-from distill.evaluation.efficiency import add_disk_bytes, measure_efficiency
+from distill.evaluation.efficiency import add_disk_bytes, in_bf16, measure_efficiency
+from distill.evaluation.harness import load_tasks, run_harness
 from distill.evaluation.metrics import METRICS, compute, find_metric, higher_is_better, measurable
 from distill.evaluation.predict import Ask, Rows, column_names, merge_rows, predict
 from distill.evaluation.recorded import HOST_BYTES, record_teacher
 from distill.evaluation.seeds import spread_over
-from distill.evaluation.table import finite_or_none, tabulate_arms
+from distill.evaluation.table import finite_or_none, tabulate
 from distill.files import content_of, fresh_folder, read_object, write_json
 from distill.models.family import all_layers
 from distill.models.forward import Capture
@@ -27,12 +32,13 @@ from distill.models.load import folder_fingerprint
 from distill.models.precision import describe_precision, takes_autocast
 from distill.pipeline.control import budget_of
 from distill.pipeline.session import Session, in_precision
-from distill.pipeline.stage import Stage, settings_of
+from distill.pipeline.stage import Stage, harness_folder, settings_of
 from distill.pipeline.teachers import describe_teachers, load_teaching
 from distill.pipeline.train import steps_of
 from distill.ranks import process_state
-from distill.recipe.data import SPLITS
+from distill.recipe.data import SET, SPLITS
 from distill.recipe.names import TEACHER_METRICS
+from distill.recipe.schema import Source
 from distill.registry import find
 from distill.release.export import without_folders
 from distill.student.masks import mask_settings, sparsity_table
@@ -63,15 +69,18 @@ def work(session: Session) -> None:
     wanted = recipe.evaluation.metrics or measurable(session.task.metrics_for(corpus.head), columns)
     names = list(dict.fromkeys([*wanted, *measurable(TEACHER_METRICS, columns)]))
     student = session.load(session.folder.distilled, session.near(teacher.model.device)).to(teacher.model.device)
-    titles = {arm: title_of(recipe, arm) for arm in measured_arms(recipe)}
-    tables = {split: with_budgets(session, tabulate_arms(arms, names, steps, titles)) for split, arms in rows.items()}
+    measured = tabulate_sets(session, rows, names, steps)
     table = {
         "data": describe_data(session, len(columns["example"])),
         "metrics": names,
         "primary": names[0],
         "higher_is_better": {name: higher_is_better(name) for name in names},
-        "arms": tables["test"],
-        "also": {split[5:]: own for split, own in tables.items() if split != "test"},
+        **measured["test"],
+        "sets": {
+            split.removeprefix(SET): {**describe_set(session, split), **own}
+            for split, own in measured.items()
+            if split != "test"
+        },
         "teacher": read_object(session.folder.examined),
         "precision": describe_precisions(session, teacher, student),
         "rivals": rivals(recipe),
@@ -80,8 +89,18 @@ def work(session: Session) -> None:
         "not_run": not_run(recipe),
         "efficiency": compare_speed(session, teacher.model, student) if recipe.evaluation.efficiency else None,
         "sparsity": sparsity_table(recipe, student),
+        "harness": run_tasks(session, teacher, steps),
     }
     write_json(session.folder.evaluation, table | compare_seeds(session, table))
+
+
+def tabulate_sets(
+    session: Session, rows: Mapping[str, Mapping[str, Rows]], names: Sequence[str], steps: int
+) -> dict[str, dict[str, Any]]:
+    """Compute the figures of every split, with the words for its arms and their budgets."""
+    titles, classes = {arm: title_of(session.recipe, arm) for arm in rows["test"]}, session.corpus.classes
+    found = {split: tabulate(arms, names, steps, classes, unit_of(session), titles) for split, arms in rows.items()}
+    return {split: {**own, "arms": with_budgets(session, own["arms"])} for split, own in found.items()}
 
 
 def with_budgets(session: Session, arms: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -96,9 +115,9 @@ def compare_seeds(session: Session, table: dict[str, Any]) -> dict[str, Any]:
     tables |= {child.recipe.seed: read_object(child.folder.evaluation) for child in session.children}
     if len(tables) == 1:
         return {}
-    also = {name: spread_over([own["also"][name] for own in tables.values()]) for name in table["also"]}
+    sets = {name: spread_over([own["sets"][name]["arms"] for own in tables.values()]) for name in table["sets"]}
     arms = spread_over([own["arms"] for own in tables.values()])
-    return {"seeds": {"seeds": [*tables], "arms": arms, "also": also}}
+    return {"seeds": {"seeds": [*tables], "arms": arms, "sets": sets}}
 
 
 def describe_data(session: Session, measured: int) -> dict[str, Any]:
@@ -116,7 +135,31 @@ def describe_data(session: Session, measured: int) -> dict[str, Any]:
         "kind": corpus.head,
         "labels": corpus.settled.about,
         "summary": corpus.summary,
-        "unit": "rows of documents" if session.task.packed else "examples",
+        "unit": unit_of(session),
+    }
+
+
+def unit_of(session: Session) -> str:
+    """Name what one row of the predictions is."""
+    return "rows of documents" if session.task.packed else "examples"
+
+
+def describe_set(session: Session, split: str) -> dict[str, Any]:
+    """Name the sources of a set, count its examples, and say how much of it was trained on."""
+    given, summary = session.recipe.rows, session.corpus.summary[split]
+
+    def whole(source: Source) -> Source:
+        return source.model_copy(update={"weight": 1.0, "limit": None, "split": source.split or "train"})
+
+    trained = [whole(each) for each in given.origins("train")]
+    return {
+        "source": ", ".join(without_folders(each.source) for each in given.origins(split)),
+        "examples": summary["examples"],
+        "trained_on": {
+            "same_source": any(whole(each) in trained for each in given.origins(split)),
+            "rows": summary["rows"].get(TRAINED_ON, 0),
+            "of": summary["used"],
+        },
     }
 
 
@@ -157,7 +200,7 @@ def save_rows(columns: Rows, path: Path, fingerprint: str) -> None:
 def predict_arms(
     session: Session, teacher: LiveTeacher | Mixture, steps: int, rank: int, ranks: int
 ) -> dict[str, dict[str, Rows]]:
-    """Predict the test split, and those of `data.also`, with every arm; every rank gets all rows.
+    """Predict the test split, and those of `evaluation.sets`, with every arm; every rank gets all rows.
 
     Args:
         session: The recipe at work.
@@ -177,14 +220,9 @@ def predict_arms(
         share = HOST_BYTES // len(splits)
         recordings = {split: stack.enter_context(record_teacher(teacher, folders[split], share)) for split in splits}
         for arm in measured_arms(recipe):
-            model, precision = teacher.model, recipe.training.precision
             constant = majority(session) if ARMS[arm].start == "none" else None
-            if ARMS[arm].start not in ("teacher", "none"):
-                model = session.load(session.arm_folder(arm), session.near(teacher.model.device)).to(
-                    teacher.model.device
-                )
-            if ARMS[arm].start != "teacher" and not ARMS[arm].terms:
-                model = ARMS[arm].prepare(recipe, model, steps)
+            model = teacher.model if constant else load_arm(session, arm, teacher, steps)
+            precision = recipe.training.precision
             for split, recording in recordings.items():
                 examples = corpus.splits[split]
                 batches = evaluation_batches(corpus, examples, recipe.evaluation.batch_size, rank, ranks)
@@ -194,7 +232,30 @@ def predict_arms(
                 own = [predict(model, batches, corpus.head, recording, session.vocabulary, observe, ask, precision)]
                 found = merge_rows(gather_object(own) if ranks > 1 else own)
                 rows[split][arm] = dict(corpus.task.finish(found, corpus.settled))
+                if corpus.task.packed:  # a long one fills several rows, which are not independent of each other
+                    rows[split][arm]["document"] = np.array(examples.take(found["example"])["row"])
     return rows
+
+
+def load_arm(session: Session, arm: str, teacher: LiveTeacher | Mixture, steps: int) -> Any:
+    """Load the finished model of an arm beside the teacher, which is one of them."""
+    if ARMS[arm].start == "teacher":
+        return teacher.model
+    device = teacher.model.device
+    model = session.load(session.arm_folder(arm), session.near(device)).to(device)
+    return model if ARMS[arm].terms else ARMS[arm].prepare(session.recipe, model, steps)
+
+
+def run_tasks(session: Session, teacher: LiveTeacher | Mixture, steps: int) -> dict[str, Any] | None:
+    """Run the tasks of lm-evaluation-harness on every arm; None where the recipe asks for none."""
+    spec, folder = session.recipe.evaluation.harness, harness_folder(session.recipe, session.base)
+    if spec is None:
+        return None
+    arms = {}
+    for arm in (arm for arm in measured_arms(session.recipe) if arm != "teachers" and ARMS[arm].start != "none"):
+        session.say(f"  lm_eval: {arm}")
+        arms[arm] = run_harness(load_arm(session, arm, teacher, steps).eval(), session.tokenizer, spec, folder)
+    return {"lm_eval": version("lm_eval"), "limit": spec.limit, "num_fewshot": spec.num_fewshot, "arms": arms}
 
 
 def majority(session: Session) -> Ask:
@@ -210,8 +271,9 @@ def majority(session: Session) -> Ask:
 
 def compare_speed(session: Session, teacher: Any, student: Any) -> dict[str, Any]:
     """Measure size and speed of student and teacher on this rank's device; the others wait at the end of the stage."""
+    models = {"teacher": teacher, "student": student}
     found = measure_efficiency(
-        {"teacher": teacher, "student": student},
+        models | in_bf16(models),
         all_layers,
         kind=session.corpus.head,
         length=session.recipe.data.max_length,
@@ -236,19 +298,23 @@ def own_inputs(session: Session) -> dict[str, Any]:
         "arms": {arm: folder_fingerprint(session.arm_folder(arm)) for arm in models},
         "teacher": session.teacher_inputs(),
         "data": session.corpus.fingerprint,
+        "sets": session.corpus.sets,
         "examined": content_of(session.folder.examined),
         "student": folder_fingerprint(session.folder.distilled),
         "mask": {**mask, "training": settings_of(session.recipe.training)} if mask else None,
         "max_length": [session.recipe.data.max_length, session.recipe.data.max_target_length],
         "evaluation": session.recipe.evaluation.model_dump(mode="json"),
+        "harness": content_of(folder) if (folder := harness_folder(session.recipe, session.base)) else None,
         **in_precision(session.recipe.training.precision),
     }
 
 
 def check_names(session: Session) -> None:
-    """Find every metric that the recipe names, the user's own included. Raises InputError where there is none."""
+    """Find every metric and task that the recipe names, the user's own included. Raises InputError where one is not."""
     for name in session.recipe.evaluation.metrics or ():
         find(METRICS, name, "metric")
+    if session.recipe.evaluation.harness is not None:
+        load_tasks(session.recipe.evaluation.harness, harness_folder(session.recipe, session.base))
 
 
 def check(session: Session) -> None:

@@ -25,7 +25,7 @@ from distill.ranks import process_state
 from distill.recipe.locate import is_path
 from distill.recipe.schema import Source, Student, Teacher
 from distill.registry import find
-from distill.release.tables import Table
+from distill.release.table import Table
 from distill.release.wording import MISSING, format_number, format_percent
 from distill.student import LAYER_POLICIES, Statistics, calibrate
 from distill.student.plan import plan_student

@@ -26,7 +26,7 @@ from distill.pipeline.trainings import Models, Work, hollow_works, works_of
 from distill.ranks import process_state
 from distill.recipe.cache import LAYERS, PREDICTIONS, TeacherCache
 from distill.recipe.sections import Lora
-from distill.release.tables import Table
+from distill.release.table import Table
 from distill.release.wording import MISSING, format_count, format_seconds, format_size
 from distill.training.learner import SHARDING
 

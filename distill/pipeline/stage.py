@@ -167,12 +167,21 @@ def _patient_wait(state: PartialState) -> Callable[[], Any]:
 def local_inputs(recipe: Recipe, base: Path) -> dict[str, Path]:
     """Name the files and folders of this machine that a recipe reads, by the key that names them."""
     found: dict[str, Path] = {}
-    for split in recipe.data.splits:
-        key = f"data.{recipe.data.key_of(split)}"
-        each = [path for source in recipe.data.origins(split) for path in searched_paths(source.source, base)]
+    rows = recipe.rows
+    for split in rows.splits:
+        key = rows.key_of(split)
+        each = [path for source in rows.origins(split) for path in searched_paths(source.source, base)]
         found |= {f"file {number} of {key}" if number else key: path for number, path in enumerate(each)}
+    if harness := harness_folder(recipe, base):
+        found["evaluation.harness.folder"] = harness
     folders = {key: teacher_folder(model.model, base) for key, model in recipe.models.items()}
     return {**{key: folder for key, folder in folders.items() if folder is not None}, **found}
+
+
+def harness_folder(recipe: Recipe, base: Path) -> Path | None:
+    """Return the folder with the user's own tasks for lm-evaluation-harness; None where there is none."""
+    given = recipe.evaluation.harness and recipe.evaluation.harness.folder
+    return base / Path(given).expanduser() if given else None
 
 
 def with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:

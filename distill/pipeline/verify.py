@@ -26,6 +26,7 @@ from distill.pipeline.folder import RunDir
 from distill.pipeline.session import Session
 from distill.pipeline.stage import run_stages
 from distill.ranks import process_state
+from distill.recipe.data import SET
 from distill.recipe.load import read_released
 from distill.recipe.locate import CHECKSUMS, is_path
 from distill.recipe.names import TEACHER_METRICS
@@ -33,7 +34,8 @@ from distill.recipe.schema import Recipe, Teacher
 from distill.release.card import inline
 from distill.release.evidence import Evidence, get_in
 from distill.release.sums import changed_files, listed_files
-from distill.release.tables import Table, arms_table
+from distill.release.table import Table
+from distill.release.tables import arms_table
 from distill.release.wording import as_number, format_number
 from distill.teacher import LiveTeacher
 
@@ -75,7 +77,9 @@ class Verification:
         elif math.isclose(own, other, rel_tol=ROUNDING, abs_tol=ROUNDING if abs(own) < 1 else 0):
             verdict = SAME
         else:
-            verdict = WITHIN if interval and interval[0] <= other <= interval[1] else DIFFERS
+            low, high = (as_number(get_in(interval, side)) for side in ("low", "high"))
+            inside = low is not None and high is not None and low <= other <= high
+            verdict = WITHIN if inside else DIFFERS
         self.checks.append(Check(what, format_number(claimed), format_number(found), verdict))
 
     def agree(self, what: str, claimed: str, found: str) -> None:
@@ -117,7 +121,10 @@ def verify_release(
     recipe = read_released(folder / "recipe.yaml")
     session = _session_for(recipe, folder, scratch, rows, say)
     run_stages(session, [data.STAGE])
-    found.agree("data, as tokens", str(get_in(found.claims, "data", "fingerprint")), session.corpus.fingerprint)
+    if recipe.routes:
+        found.leave_out("data, as tokens", "each row names its teacher, and these are not here")
+    else:
+        found.agree("data, as tokens", str(get_in(found.claims, "data", "fingerprint")), session.corpus.fingerprint)
     student = session.load(folder, process_state().device).eval()
     taught_by, reason = _teacher_for(session, recipe, teacher)
     _check_figures(found, session, student, taught_by, reason)
@@ -136,8 +143,9 @@ def read_claims(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{folder} holds no evaluation.json, so it is no release of distill that could be verified")
     claims = read_object(path)
-    also = claims.get("also") or {}
-    for arms in (claims.get("arms"), *(also.values() if isinstance(also, dict) else [also])):
+    sets = claims.get("sets") or {}
+    others = [get_in(own, "arms") for own in (sets.values() if isinstance(sets, dict) else [sets])]
+    for arms in (claims.get("arms"), *others):
         known = isinstance(arms, list) and all(isinstance(get_in(arm, "metrics"), dict) for arm in arms)
         if not known or not all(isinstance(arm.get("name"), str) for arm in arms):
             raise InputError(f"{path} has no list of arms with a name and metrics each: no release of distill wrote it")
@@ -155,17 +163,19 @@ def _check_files(found: Verification) -> None:
 
 def _session_for(recipe: Recipe, folder: Path, scratch: Path, rows: Path | None, say: Callable[[str], None]) -> Session:
     """Open the recipe of a release with the release in the place of the teacher: its tokenizer, config and classes."""
-    named = [each.source for split in recipe.data.splits for each in recipe.data.origins(split)]
+    named = [each.source for split in recipe.rows.splits for each in recipe.rows.origins(split)]
     if rows is None and (missing := [name for name in dict.fromkeys(named) if is_path(name)]):
         raise InputError(f"{folder}: it was measured on {', '.join(missing)}: give the folder with --data")
     teacher = Teacher.model_construct(**{**dict(Teacher(model=str(folder))), "model": str(folder)})
-    recipe = recipe.model_copy(update={"teacher": teacher})
+    recipe = recipe.model_copy(update={"teacher_": teacher, "teachers": []})
     return Session(recipe, (rows or folder).absolute(), RunDir(scratch), say)
 
 
 def _teacher_for(session: Session, recipe: Recipe, given: str | None) -> tuple[LiveTeacher | None, str]:
     """Load the teacher that the figures compare with; or None, and why not."""
     own = recipe.teacher
+    if recipe.mixes:
+        return None, "was compared with a mixture of teachers"
     if given is None and own.fit is not None:
         return None, "needs the fitted teacher, --teacher FOLDER"
     try:
@@ -184,8 +194,8 @@ def _check_figures(
     found: Verification, session: Session, student: Any, teacher: LiveTeacher | None, reason: str
 ) -> None:
     """Measure the student, and the teacher where it is there, on every split that has figures."""
-    also = get_in(found.claims, "also") or {}
-    for split, arms in {"test": found.claims["arms"], **{f"also.{name}": own for name, own in also.items()}}.items():
+    sets = {f"{SET}{name}": own["arms"] for name, own in (found.claims.get("sets") or {}).items()}
+    for split, arms in {"test": found.claims["arms"], **sets}.items():
         measured = {"distilled": _predict(session, split, student, teacher)}
         if teacher is not None:
             measured["teacher"] = _predict(session, split, teacher.model, teacher)
@@ -194,9 +204,9 @@ def _check_figures(
 
 
 def _compare_arm(found: Verification, split: str, arm: Mapping[str, Any], columns: Rows | None, reason: str) -> None:
-    title = arm["name"] if split == "test" else f"{arm['name']} on {split.removeprefix('also.')}"
+    title = arm["name"] if split == "test" else f"{arm['name']} on {split.removeprefix(SET)}"
     if columns is None:
-        found.leave_out(title, reason if arm["name"] == "teacher" else "its weights are not released")
+        found.leave_out(title, reason if arm["name"] == "teacher" else "it is not part of the release")
         return
     names = measurable(list(arm["metrics"]), columns)
     values = compute(names, columns) if names else {}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, StrictBool, StrictInt, StrictStr
 
-from distill.recipe.fields import Columns, Count, Index, Mistake, NotASwitch, Positive, Section
+from distill.recipe.fields import Columns, Count, Index, KeyPath, Mistake, NotASwitch, Positive, Section, dotted
 from distill.recipe.locate import is_path
 from distill.recipe.names import FORMS, TASK_COLUMNS, TASK_KEYS, BuiltInSource, Reference, TaskName
 from distill.registry import suggest
@@ -19,6 +19,8 @@ HUB = r"^hub:[\w.-]+/[\w.-]+$"
 
 LABEL = r"^[a-z][a-z0-9-]*$"
 SPLITS = ("train", "validation", "test")
+SET = "sets."
+"""Begins the names of the sets of `evaluation.sets` among the splits."""
 
 SourceName = (
     BuiltInSource | Reference | Annotated[StrictStr, Field(pattern=FILE)] | Annotated[StrictStr, Field(pattern=HUB)]
@@ -63,6 +65,8 @@ class Source(Section):
 
 
 Sources = SourceName | Source | list[SourceName | Source]
+Sets = dict[Annotated[StrictStr, Field(pattern=LABEL)], Sources]
+"""Name -> rows."""
 
 
 class Data(Section):
@@ -78,9 +82,6 @@ class Data(Section):
     """Rows to look at during training; null: some of the training rows, where anything looks."""
     test: Sources | None = None
     """Rows that nobody looks at before the evaluation; null: some of the training rows, by a hash of their text."""
-    also: dict[Annotated[StrictStr, Field(pattern=LABEL)], Sources] = {}
-    """Name -> more rows to measure every arm on, of other kinds than those of training: what a student forgets shows
-    there. Rows of training that stand in them are left out."""
     task: TaskName | Reference
     """Prediction that the model is trained for."""
     columns: Columns = {}
@@ -138,13 +139,8 @@ class Data(Section):
             yield from self.without_effect(("validation_share",), ": validation is given")
         if self.stride is not None and self.stride >= self.max_length:
             yield Mistake(("stride",), f"is not less than max_length: {self.max_length}", "share fewer tokens")
-        held_out: dict[tuple[str | int, ...], Any] = {("validation",): self.validation, ("test",): self.test}
-        held_out |= {("also", name): each for name, each in self.also.items()}
-        for start, each in held_out.items():
-            for number, source in enumerate(each if isinstance(each, list) else [each]):
-                if isinstance(source, Source) and source.weight != 1:
-                    path = (*start, number, "weight") if isinstance(each, list) else (*start, "weight")
-                    yield Mistake(path, "has no effect: it is for training rows only", "remove it", at="key")
+        held_out: dict[KeyPath, Any] = {("validation",): self.validation, ("test",): self.test}
+        yield from weights_without_effect(held_out)
         for key, tasks in TASK_KEYS.items():
             if ":" not in self.task and self.task not in tasks:
                 yield from self.without_effect((key,), f" with task: {self.task}", f"remove it; it is for {tasks[0]}")
@@ -169,33 +165,65 @@ class Data(Section):
                 message = f"task: {self.task} has no column {role}"
                 yield Mistake(("columns", role), message, f"{suggest(role, roles)}It has {', '.join(roles)}", at="key")
 
+    def with_sources(self, rename: Callable[[str], str]) -> Data:
+        """Return the section with other names for its sources, e.g. absolute paths."""
+        given = {key: getattr(self, key) for key in ("source", *SPLITS)}
+        return self.model_copy(update={key: renamed(own, rename) for key, own in given.items() if own is not None})
+
     @property
     def splits(self) -> tuple[str, ...]:
-        """Names of all sets of rows that may be given, those of `also` as `also.NAME`."""
-        return (*SPLITS, *(f"also.{name}" for name in self.also))
+        """Names of the sets of rows that may be given."""
+        return SPLITS
+
+    def path_of(self, split: str) -> KeyPath:
+        """Return the path of the key that gives the rows of a split: `train` may be `source`."""
+        return ("data", "source" if split == "train" and self.train is None else split)
 
     def key_of(self, split: str) -> str:
-        """Name the key that gives the rows of a split: `train` may be `source`."""
-        return "source" if split == "train" and self.train is None else split
+        """Name the key that gives the rows of a split."""
+        return dotted(self.path_of(split))
+
+    def given(self, split: str) -> Any:
+        """Return what the recipe says about the rows of a split."""
+        return getattr(self, str(self.path_of(split)[-1]))
 
     def origins(self, split: str) -> list[Source]:
         """List the sources of a split; none where its rows are taken from those of training."""
-        given = self.also[split[5:]] if split.startswith("also.") else getattr(self, self.key_of(split))
+        given = self.given(split)
         each = given if isinstance(given, list) else [] if given is None else [given]
         return [one if isinstance(one, Source) else Source(source=one) for one in each]
 
-    def with_sources(self, rename: Callable[[str], str]) -> Data:
-        """Return the section with other names for its sources, e.g. absolute paths."""
 
-        def renamed(given: Any) -> Any:
-            if isinstance(given, list):
-                return [renamed(each) for each in given]
-            return (
-                given.model_copy(update={"source": rename(given.source)})
-                if isinstance(given, Source)
-                else rename(given)
-            )
+class AllData(Data):
+    """The rows that a recipe names: those of `data`, and the sets that every arm is measured on besides."""
 
-        given = {key: getattr(self, key) for key in ("source", *SPLITS)}
-        changes = {key: renamed(value) for key, value in given.items() if value is not None}
-        return self.model_copy(update={**changes, "also": {name: renamed(each) for name, each in self.also.items()}})
+    sets: Sets = {}
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of all sets of rows that may be given, those of `evaluation.sets` as `sets.NAME`."""
+        return (*SPLITS, *(f"{SET}{name}" for name in self.sets))
+
+    def path_of(self, split: str) -> KeyPath:
+        """Return the path of the key that gives the rows of a split."""
+        return ("evaluation", "sets", split[len(SET) :]) if split.startswith(SET) else super().path_of(split)
+
+    def given(self, split: str) -> Any:
+        """Return what the recipe says about the rows of a split."""
+        return self.sets[split[len(SET) :]] if split.startswith(SET) else super().given(split)
+
+
+def renamed(given: Any, rename: Callable[[str], str]) -> Any:
+    """Give other names to sources."""
+    if isinstance(given, list):
+        return [renamed(each, rename) for each in given]
+    return given.model_copy(update={"source": rename(given.source)}) if isinstance(given, Source) else rename(given)
+
+
+def weights_without_effect(given: Mapping[KeyPath, Any]) -> Iterator[Mistake]:
+    """Yield a mistake for each source with a weight that is not one of training, by the path of its key."""
+    for start, each in given.items():
+        for number, source in enumerate(each if isinstance(each, list) else [each]):
+            if isinstance(source, Source) and source.weight != 1:
+                path = (*start, number, "weight") if isinstance(each, list) else (*start, "weight")
+                yield Mistake(path, "has no effect: it is for training rows only", "remove it", at="key")

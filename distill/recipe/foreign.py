@@ -60,6 +60,7 @@ ADVICE = {
     "trust_remote_code": "give --trust-remote-code on the command line",
     "resume_from_checkpoint": "give the same command again; it continues from the last checkpoint",
     "student_model": "write from: ./FOLDER under student:, or layers: to cut the student from the teacher",
+    "also": "write sets: {NAME: …} under evaluation:",
     "load_best_model_at_end": "write keep_best: METRIC under training:; the best checkpoint is kept, not loaded",
 }
 """Key of another tool -> what to do here, where no key takes its place."""

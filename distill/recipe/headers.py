@@ -23,7 +23,7 @@ from distill.recipe.locate import (
     teacher_size,
 )
 from distill.recipe.names import OFFERED_COLUMNS, SOURCE_COLUMNS, TASK_COLUMNS, columns_read
-from distill.recipe.schema import Data, Source, Teacher
+from distill.recipe.schema import Data, Evaluation, Source, Teacher, with_sets
 from distill.recipe.task_rules import reader_fits
 from distill.recipe.weights import check_tensors, parameter_names, read_headers
 from distill.registry import suggest
@@ -108,16 +108,17 @@ def _check_vocabulary(folder: Path, size: TeacherSize) -> Iterator[str]:
         )
 
 
-def look_at_data(data: Data | None, base: Path) -> Iterator[Mistake]:
+def look_at_data(data: Data | None, base: Path, evaluation: Evaluation | None = None) -> Iterator[Mistake]:
     """Yield what is wrong with the data files: they are not there, of no known kind, or lack a column."""
     if data is None:
         return
     needed = columns_read(data.task, TASK_COLUMNS.get(data.task, ()), data.columns)  # type: ignore[call-overload]
     sure = [role for role in needed if role not in OFFERED_COLUMNS or role in data.columns]
     wanted = {role: data.columns.get(role, role) for role in sure}
-    for split in data.splits:
-        key = data.key_of(split)
-        for source in data.origins(split):
+    rows = with_sets(data, evaluation)
+    for split in rows.splits:
+        key = rows.path_of(split)
+        for source in rows.origins(split):
             if is_left_behind(source.source, base):
                 continue
             if columns := SOURCE_COLUMNS.get(source.source):  # type: ignore[call-overload]
@@ -130,7 +131,7 @@ def look_at_data(data: Data | None, base: Path) -> Iterator[Mistake]:
                         yield from lacking
                         break  # other files of the source are hardly different
             except InputError as error:
-                yield Mistake(("data", key), str(error))
+                yield Mistake(key, str(error))
 
 
 def first_columns(path: Path, source: Source, wanted: set[str]) -> Collection[str] | None:
@@ -165,10 +166,10 @@ def check_parquet(path: Path) -> None:
         raise InputError(f"{path} is {'cut off' if start == PARQUET else 'not a parquet file'}")
 
 
-def _lacking(key: str, name: str, columns: Collection[str], wanted: dict[str, str]) -> Iterator[Mistake]:
+def _lacking(key: KeyPath, name: str, columns: Collection[str], wanted: dict[str, str]) -> Iterator[Mistake]:
     """Yield the columns that a file or a corpus does not have."""
     for role, column in wanted.items():
         if column not in columns:
             message = f"{name} has no column {column!r}; it has {quote_names(columns)}"
             fix = f"{suggest(column, columns)}Name it: columns: {{{role}: COLUMN}}"
-            yield Mistake(("data", "columns", role) if role != column else ("data", key), message, fix)
+            yield Mistake(("data", "columns", role) if role != column else key, message, fix)

@@ -70,7 +70,7 @@ def _load(path: str | Path, overrides: Sequence[str], *, weights: bool) -> Recip
     parts = recipe.parts if recipe else valid_parts(document.data)
     base = path.absolute().parent
     size, own, of_models = look_at_models(parts, base, weights=weights)
-    of_data = look_at_data(parts.get("data"), base)
+    of_data = look_at_data(parts.get("data"), base, parts.get("evaluation"))
     reported = {mistake.path for mistake in mistakes}
     for mistake in (*of_models, *of_data, *check_together(parts, size, own)):
         mistakes += [] if mistake.path in reported else [mistake]

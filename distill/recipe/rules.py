@@ -205,6 +205,13 @@ def repair_has_work(
         yield Mistake((*path, "merge"), message, "remove it, or keep fewer layers", at="key")
 
 
+def another_cut_is_made_where_one_is(given: str | None, evaluation: Evaluation) -> Iterator[Mistake]:
+    """Refuse the arm `random_cut` where the student was given."""
+    if "random_cut" in evaluation.arms and given is not None:
+        path: KeyPath = ("evaluation", "arms", evaluation.arms.index("random_cut"))
+        yield Mistake(path, "the student is given, and nothing is cut", "remove it")
+
+
 def repaired_arm_is_repaired(repair: Repair, evaluation: Evaluation) -> Iterator[Mistake]:
     """Refuse the arm `repaired` where nothing is repaired."""
     if evaluation.changed("arms") and "repaired" in evaluation.arms and not repair.wanted:
@@ -325,12 +332,14 @@ RULES = (
     scores_are_fed,
     repair_has_work,
     repaired_arm_is_repaired,
+    another_cut_is_made_where_one_is,
     controls_can_learn,
     some_term_counts,
     mapped_layers_exist,
     task_rules.terms_fit_the_task,
     task_rules.students_answers_are_scored,
     task_rules.metrics_fit_the_task,
+    task_rules.harness_has_a_language_model,
     task_rules.embeddings_have_what_is_learnt_and_measured,
     task_rules.majority_is_defined,
     task_rules.gradients_have_a_loss,
@@ -339,6 +348,7 @@ RULES = (
     task_rules.teacher_fits_the_task,
     task_rules.examples_fit,
     teachers.teachers_go_together,
+    teachers.answers_have_a_teacher,
     teachers.every_source_is_taught,
     patterns_match,
     adapted_maps_exist,

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, StrictStr
 
-from distill.recipe.data import Data, Source
+from distill.recipe.data import AllData, Data, Source
 from distill.recipe.fields import Index, Mistake, Section
 from distill.recipe.rules import PARTS, check_together
 from distill.recipe.sections import Arm, Evaluation, Format, Optimization, Release, Teacher, Training
@@ -19,8 +19,20 @@ from distill.recipe.student import Layers, Mask, Mlp, Repair, Student, Target
 from distill.recipe.teachers import Member
 from distill.recipe.terms import Schedule, Term
 
-__all__ = ["Arm", "Data", "Evaluation", "Format", "Layers", "Mask", "Mlp", "Optimization", "Recipe", "Release"]
-__all__ += ["Repair", "Schedule", "Source", "Student", "Target", "Teacher", "Term", "Training"]
+__all__ = [
+    "AllData",
+    "Arm",
+    "Data",
+    "Evaluation",
+    "Format",
+    "Layers",
+    "Mask",
+    "Mlp",
+    "Optimization",
+    "Recipe",
+    "Release",
+]
+__all__ += ["Release", "Repair", "Schedule", "Source", "Student", "Target", "Teacher", "Term", "Training", "with_sets"]
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
@@ -47,6 +59,11 @@ class Recipe(Section):
     def mistakes(self) -> Iterator[Mistake]:
         """Refuse sections that do not go together."""
         yield from check_together(self.parts)
+
+    @property
+    def rows(self) -> AllData:
+        """The rows that training and evaluation read, by split."""
+        return with_sets(self.data, self.evaluation)
 
     @property
     def parts(self) -> dict[str, Any]:
@@ -89,9 +106,14 @@ class Recipe(Section):
             "teacher_": one and one.model_copy(update={"model": rename(one.model)}),
             "teachers": members,
             "student": self.student.model_copy(update={"from_": given and rename(given)}),
-            "data": self.data.with_sources(rename),
+            **{name: getattr(self, name).with_sources(rename) for name in ("data", "evaluation")},
         }
         return self.model_copy(update=changes)
+
+
+def with_sets(data: Data, evaluation: Evaluation | None) -> AllData:
+    """Join the rows of `data` and those of `evaluation.sets`."""
+    return AllData.model_construct(**dict(data), sets=evaluation.sets if evaluation else {})
 
 
 def json_schema() -> dict[str, Any]:

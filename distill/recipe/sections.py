@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, StrictBool, StrictStr
 
 from distill.recipe.cache import TeacherCache
 from distill.recipe.controls import Controls
+from distill.recipe.data import FILE, Sets, renamed, weights_without_effect
 from distill.recipe.fields import Count, Fraction, Index, Mistake, NonNegative, NotASwitch, Params, Positive, Section
 from distill.recipe.locate import is_path
 from distill.recipe.names import Metric, Optimizer, Reference
@@ -224,6 +225,27 @@ class Training(Optimization):
             yield Mistake(("keep_best",), message, "give evaluate_every as well", at="key")
 
 
+class Harness(Section):
+    """Tasks of lm-evaluation-harness (extra `harness`), which language models are measured on as well."""
+
+    tasks: list[StrictStr] = []
+    """Names of its tasks, or of those in `folder`; [] takes all of the folder."""
+    folder: Annotated[StrictStr, Field(pattern=FILE)] | None = None
+    """A folder with tasks as YAML files. Such a file may name Python code, which is run."""
+    limit: Count | None = None
+    """Use at most so many examples of each task, the first ones."""
+    num_fewshot: Index | None = None
+    """Examples before each question; null: as the task says."""
+    batch_size: Count = 8
+    """Requests per forward pass."""
+
+    def mistakes(self) -> Iterator[Mistake]:
+        """Refuse to run nothing, and tasks that are listed twice."""
+        if not self.tasks and self.folder is None:
+            yield Mistake((), "names no task", "add tasks: [NAME], or a folder", at="key")
+        yield from self.repeated("tasks", "the task {}")
+
+
 class Evaluation(Section):
     """Metrics, and the arms that they are measured on."""
 
@@ -240,13 +262,26 @@ class Evaluation(Section):
     seeds: Count = 1
     """Repeat all that is random after the teacher with so many seeds, `seed` and those after it; the released student
     is that of `seed`."""
+    sets: Sets = {}
+    """Name -> more rows that every arm is measured on, given as `data.source` is: what a student forgets shows on texts
+    of other kinds than those of training. A set of which training rows are a part is marked."""
+    harness: Harness | None = None
+    """Tasks of lm-evaluation-harness for every arm of a language model; null: none."""
     batch_size: Count = 64
     """Examples per forward pass."""
     efficiency: StrictBool = True
     """Measure size, FLOPs, latency and throughput of teacher and student."""
 
+    def with_sources(self, rename: Callable[[str], str]) -> Evaluation:
+        """Return the section with other names for the sources of its sets, e.g. absolute paths."""
+        changes: dict[str, Any] = {"sets": {name: renamed(each, rename) for name, each in self.sets.items()}}
+        if self.harness is not None and self.harness.folder is not None:
+            changes["harness"] = self.harness.model_copy(update={"folder": rename(self.harness.folder)})
+        return self.model_copy(update=changes)
+
     def mistakes(self) -> Iterator[Mistake]:
-        """Refuse an arm or a metric that is listed twice, and settings of what is not measured."""
+        """Refuse what is listed twice, settings of what is not measured, and sets with weights."""
+        yield from weights_without_effect({("sets", name): each for name, each in self.sets.items()})
         yield from self.repeated("arms", "{}")
         yield from self.repeated("metrics", "{}")
         for arm in self.controls.changed(*type(self.controls).model_fields):

@@ -66,6 +66,13 @@ def metrics_fit_the_task(data: Data, evaluation: Evaluation, training: Training)
         yield Mistake(("training", "keep_best"), message, f"use {', '.join(quick)}")
 
 
+def harness_has_a_language_model(data: Data, evaluation: Evaluation) -> Iterator[Mistake]:
+    """Refuse tasks of lm-evaluation-harness for models that predict no next token."""
+    if evaluation.harness is not None and data.task not in names.CAUSAL_TASKS:
+        message = f"lm-evaluation-harness measures language models, and task: {data.task} makes none"
+        yield Mistake(("evaluation", "harness"), message, "remove it", at="key")
+
+
 def embeddings_have_what_is_learnt_and_measured(
     teacher: Teacher, data: Data, terms: Mapping[int, Term], evaluation: Evaluation, training: Training
 ) -> Iterator[Mistake]:

@@ -10,7 +10,7 @@ from pydantic import Field, StrictStr
 from distill.recipe import names
 from distill.recipe.data import Data
 from distill.recipe.fields import Mistake, Positive
-from distill.recipe.sections import Teacher
+from distill.recipe.sections import Teacher, Training
 from distill.registry import suggest
 
 
@@ -82,6 +82,13 @@ def teachers_go_together(teachers: Sequence[Member], data: Data) -> Iterator[Mis
         if one.device == "sharded":
             message = "several teachers are not sharded"
             yield Mistake(("teachers", number, "device"), message, "write same or cpu")
+
+
+def answers_have_a_teacher(teachers: Sequence[Member], training: Training) -> Iterator[Mistake]:
+    """Refuse answers of the student, which come from no source, where each teacher has its own."""
+    if training.on_policy is not None and len(teachers) > 1 and any(one.sources for one in teachers):
+        message = "what the student writes comes from no source, and each teacher teaches its own"
+        yield Mistake(("training", "on_policy"), message, "remove it, or sources of the teachers", at="key")
 
 
 def every_source_is_taught(teachers: Sequence[Member], data: Data) -> Iterator[Mistake]:

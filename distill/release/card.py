@@ -14,7 +14,7 @@ from markupsafe import Markup
 from distill.recipe.locate import GGUF
 from distill.recipe.names import TEACHER_METRICS
 from distill.release.controls import budget_lines, seeds_table, seeds_title
-from distill.release.evidence import Evidence, describe_origin, get_in, judge, standard_error, summarize
+from distill.release.evidence import Evidence, describe_origin, get_in, judge, judge_sets, summarize
 from distill.release.tables import arms_table, tables
 from distill.release.wording import as_number, format_metric, format_percent, one_line
 
@@ -100,10 +100,13 @@ def context_of(evidence: Evidence) -> dict[str, Any]:
     return {
         "evidence": evidence,
         "summary": summarize(evidence),
-        "verdicts": judge(evidence),
+        "verdicts": [*judge(evidence), *judge_sets(evidence)],
         "tables": tables(evidence),
         "origin": describe_origin(evidence),
-        "elsewhere": {name: arms_table(own) for name, own in evidence.elsewhere.items()},
+        "class_count": len(get_in(evidence.evaluation, "per_class", "classes", "distilled") or ()),
+        "elsewhere": {
+            name: {"table": arms_table(own), "trained_on": own.trained_on} for name, own in evidence.elsewhere.items()
+        },
         "budgets": budget_lines(evidence),
         "seeds": seeds_table(evidence),
         "seeds_title": seeds_title(evidence),
@@ -243,10 +246,27 @@ def describe_precision(evidence: Evidence) -> str:
     )
 
 
+def describe_intervals(evidence: Evidence) -> str:
+    """Say how the intervals were made, and which figures have none; empty where there are none at all."""
+    drawn = evidence.evaluation.get("drawn")
+    if not drawn:
+        return ""
+    missing: dict[str, list[str]] = {}
+    for arm in evidence.arms:
+        for metric in evidence.metric_names:
+            own = evidence.interval(arm, metric)
+            if own and own.get("low") is None:
+                missing.setdefault(str(own.get("note")), []).append(f"{metric} of {arm}")
+    without = "".join(f" Without one: {', '.join(names)} ({note})." for note, names in missing.items())
+    return (
+        f"In square brackets: intervals of {drawn['level']:.0%}, from drawing the {drawn['number']:,} {drawn['unit']} "
+        f"anew, the same ones for every arm; other seeds of the training are not in them.{without}"
+    )
+
+
 def caveats(evidence: Evidence) -> list[str]:
     """List the limits of the figures."""
-    data, score = evidence.evaluation["data"], evidence.score("distilled")
-    error = None if score is None else standard_error(evidence, score)
+    data = evidence.evaluation["data"]
     unit = data.get("unit", "examples")
     seeds = get_in(evidence.evaluation, "seeds", "seeds")
     tried = f"{len(seeds)} seeds after one teacher; other texts" if seeds else "one seed; other texts and seeds"
@@ -258,8 +278,12 @@ def caveats(evidence: Evidence) -> list[str]:
     ]
     if said := describe_precision(evidence):
         notes.insert(1, said)
-    if error is not None:
-        notes.insert(1, f"One standard error of its {evidence.primary} is {100 * error:.1f} points.")
+    if said := describe_intervals(evidence):
+        notes.insert(1, said)
+    if all(own.trained_on for own in evidence.elsewhere.values()):
+        notes.append(
+            "What is kept of the teacher on texts of other kinds was not measured (`evaluation.sets` in the recipe)."
+        )
     if evidence.teacher.get("fitted"):
         notes.append(
             "The teacher was fitted on this recipe's own labels first: shares of the teacher's score refer to that "

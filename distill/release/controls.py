@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from distill.release.evidence import Evidence, get_in
-from distill.release.tables import Table
+from distill.release.table import Table
 from distill.release.wording import format_count, format_metric, format_number
 
 

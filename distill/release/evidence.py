@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
@@ -14,7 +13,9 @@ from distill.release.wording import (
     as_number,
     format_count,
     format_difference,
+    format_interval,
     format_metric,
+    format_paired,
     format_percent,
     format_ratio,
 )
@@ -80,14 +81,22 @@ class Evidence:
 
     @property
     def elsewhere(self) -> dict[str, Evidence]:
-        """The same run with its arms measured on other texts, by their name in `data.also`."""
-        also = self.evaluation.get("also") or {}
-        seeds = self.evaluation.get("seeds") or {}
-        spread = {name: {**seeds, "arms": own} for name, own in seeds.get("also", {}).items()}
+        """The same run measured on other texts, by their name in `evaluation.sets`."""
+        sets, seeds = self.evaluation.get("sets") or {}, self.evaluation.get("seeds") or {}
+        spread = {name: {**seeds, "arms": own} for name, own in seeds.get("sets", {}).items()}
         return {
-            name: replace(self, evaluation={**self.evaluation, "arms": arms, "seeds": spread.get(name)})
-            for name, arms in also.items()
+            name: replace(self, evaluation={**self.evaluation, **own, "seeds": spread.get(name)})
+            for name, own in sets.items()
         }
+
+    @property
+    def trained_on(self) -> str:
+        """Say how a set was trained on; empty: it was not, as far as sources and rows tell."""
+        found = self.evaluation.get("trained_on") or {}
+        rows = f"{found['rows']:,} of its {found['of']:,} rows are training rows" if found.get("rows") else ""
+        return ", ".join(
+            filter(None, ["from the source of the training rows" if found.get("same_source") else "", rows])
+        )
 
     def title(self, arm: str) -> str:
         """Words for an arm in tables: those of evaluation.json, or its name."""
@@ -96,6 +105,15 @@ class Evidence:
     def score(self, arm: str, metric: str | None = None) -> float | None:
         """Value of one arm (of the primary metric by default); None when it was not measured or is not finite."""
         return as_number(get_in(self.arms, arm, "metrics", metric or self.primary))
+
+    def interval(self, arm: str, metric: str) -> dict[str, Any]:
+        """Return `low` and `high` of an arm's metric, None where there are none, and a `note`."""
+        return get_in(self.arms, arm, "intervals", metric) or {}
+
+    def difference(self, against: str, metric: str | None = None) -> dict[str, Any]:
+        """Return `value`, `low` and `high` of the distilled student less another arm, on the same draws of rows."""
+        pairs = {pair["against"]: pair["metrics"] for pair in self.evaluation.get("differences", [])}
+        return get_in(pairs, against, metric or self.primary) or {}
 
     def retained(self, arm: str, metric: str) -> float | None:
         """Share of the teacher's lead over the majority that an arm keeps; None for these two."""
@@ -115,6 +133,11 @@ class Evidence:
     def higher_is_better(self, metric: str) -> bool:
         """Direction of a metric; higher is better unless the evaluation says otherwise."""
         return bool(self.evaluation["higher_is_better"].get(metric, True))
+
+    @property
+    def direction(self) -> int:
+        """1 where more of the primary metric is better, else -1."""
+        return 1 if self.higher_is_better(self.primary) else -1
 
     def efficiency(self, model: str, *path: str) -> float | None:
         """One figure of one model, e.g. `efficiency("student", "latency_ms", "p50")`."""
@@ -181,11 +204,37 @@ def summarize(evidence: Evidence) -> str:
         facts.append(f"{counts} ({format_percent(student / teacher)})")
     score, reference = evidence.score("distilled"), evidence.score("teacher")
     if score is not None:
-        against = "" if reference is None else f" against the teacher's {format_metric(metric, reference)}"
-        facts.append(f"{metric} {format_metric(metric, score)}{against}")
+        fact = (
+            f"{metric} {format_metric(metric, score)}{format_interval(metric, evidence.interval('distilled', metric))}"
+        )
+        if reference is not None:
+            less = format_paired(metric, evidence.difference("teacher"))
+            fact += f" against the teacher's {format_metric(metric, reference)}{less and f' (a difference of {less})'}"
+        facts.append(fact)
+        facts += _gain(evidence)
     if evidence.ratio("throughput") is not None:
         facts.append(f"{format_ratio(evidence.ratio('throughput'))} the teacher's throughput")
     return f"{text}: {', '.join(facts)}." if facts else f"{text}."
+
+
+def _gain(evidence: Evidence) -> list[str]:
+    """Say what the teacher added over the first rival that was measured, the one that is most like the student."""
+    for rival, words in evidence.evaluation.get("rivals", {}).items():
+        if evidence.score(rival) is not None:
+            gain = _turned(evidence.difference(rival), evidence.direction)
+            shown = format_paired(evidence.primary, gain)
+            if (gain["low"] or 0) > 0:
+                return [f"better than {words} by {shown}"]
+            return [f"a gain over {words} is not shown{shown and f' ({shown})'}"]
+    return []
+
+
+def _turned(pair: Mapping[str, Any], sign: int) -> dict[str, float | None]:
+    """Return a difference and its interval as numbers, turned round where the sign is -1."""
+    value, low, high = (as_number(pair.get(key)) for key in ("value", "low", "high"))
+    if sign < 0:
+        value, low, high = (None if end is None else -end for end in (value, high, low))
+    return {"value": value, "low": low, "high": high}
 
 
 def judge(evidence: Evidence) -> list[Verdict]:
@@ -200,31 +249,39 @@ def judge(evidence: Evidence) -> list[Verdict]:
 
 
 def _compare(evidence: Evidence, rival: str, words: str) -> Verdict:
-    """Judge the distilled student against one rival on the primary metric, seed by seed where there are several."""
+    """Judge the distilled student against one rival on the primary metric.
+
+    Where there are several seeds it is judged seed by seed, else by the difference on the same draws of rows.
+    """
     metric, ours = evidence.primary, evidence.over_seeds("distilled")
     theirs = evidence.over_seeds(rival, len(ours))
     pairs = [(own, other) for own, other in zip(ours, theirs, strict=True) if own is not None and other is not None]
     if len(pairs) < len(ours):
         return Verdict(False, f"{rival} ({words}) has no figure: what distillation adds over it is unknown.")
-    margins = [(own - other) * (1 if evidence.higher_is_better(metric) else -1) for own, other in pairs]
+    margins = [(own - other) * evidence.direction for own, other in pairs]
     ahead, lead = sum(margin > 0 for margin in margins), fmean(margins)
     figures = " against ".join(format_metric(metric, fmean(side)) for side in zip(*pairs, strict=True))
     each = ", ".join(f"{'-' if margin < 0 else '+'}{format_difference(metric, abs(margin))}" for margin in margins)
     figures = f"{metric} {figures}" + (f" on average over {len(pairs)} seeds ({each})" if len(pairs) > 1 else "")
+    pair = evidence.difference(rival) if len(pairs) == 1 else {}
+    gain = _turned(pair, evidence.direction)
+    shown, against = format_paired(metric, gain), f"{rival}, {words}"
     if lead <= 0:
-        text = f"The distilled student does not beat {rival}, {words}: {figures}."
+        behind = f", a gain of {shown}" if shown else ""
+        text = f"The distilled student does not beat {against}: {figures}{behind}."
         return Verdict(False, text + _lesson(evidence, rival, "So"))
     if ahead < len(pairs):
-        return Verdict(
-            False, f"The distilled student beats {rival}, {words}, with {ahead} of the seeds only: {figures}."
-        )
-    error = standard_error(evidence, pairs[0][0]) if len(pairs) == 1 else None
-    if error is not None and lead <= error:
-        doubt = f"within one standard error ({format_difference(metric, error)}) of this test set, so this is a tie"
-        text = f"The distilled student is only just ahead of {rival}, {words}: {figures}, {doubt}."
+        return Verdict(False, f"The distilled student beats {against}, with {ahead} of the seeds only: {figures}.")
+    if len(pairs) > 1:
+        by = format_difference(metric, lead)
+        return Verdict(True, f"The distilled student beats {against}, by {by}: {figures}.")
+    if gain["low"] is None or gain["low"] <= 0:
+        reason = f"a gain of {shown}, an interval that contains 0"
+        if gain["low"] is None:
+            reason = f"and the difference has no interval ({pair.get('note') or 'not computed'})"
+        text = f"A gain over {against}, is not shown: {figures}, {reason}."
         return Verdict(False, text + _lesson(evidence, rival, "As far as it tells,"))
-    text = f"The distilled student beats {rival}, {words}, by {format_difference(metric, lead)}: {figures}."
-    return Verdict(True, text)
+    return Verdict(True, f"The distilled student beats {against}, by {shown}: {figures}.")
 
 
 def _lesson(evidence: Evidence, rival: str, start: str) -> str:
@@ -232,8 +289,22 @@ def _lesson(evidence: Evidence, rival: str, start: str) -> str:
     return f" {start} {words}." if words else ""
 
 
-def standard_error(evidence: Evidence, score: float) -> float | None:
-    """Compute that of an accuracy over examples: sqrt(p (1 - p) / n). None for metrics that are no mean of hits."""
-    examples = as_number(evidence.evaluation["data"].get("examples"))
-    known = evidence.primary == "accuracy" and evidence.auto_class == "AutoModelForSequenceClassification"
-    return math.sqrt(score * (1 - score) / examples) if known and examples and 0 <= score <= 1 else None
+def judge_sets(evidence: Evidence) -> list[Verdict]:
+    """Say on each other set of texts what is kept of the teacher; nothing of sets that were trained on."""
+    found = []
+    for name, own in evidence.elsewhere.items():
+        metric, score, teacher = own.primary, own.score("distilled"), own.score("teacher")
+        if own.trained_on:
+            text = f"{name} was trained on ({own.trained_on}), so its figures say nothing about what was kept."
+            found.append(Verdict(False, text))
+        elif score is not None and teacher is not None:
+            loss = _turned(own.difference("teacher"), -own.direction)
+            words = f"worse than the teacher by {format_paired(metric, loss)}"
+            if loss["low"] is None:
+                words = "their difference has no interval"
+            elif loss["low"] <= 0:
+                words = f"no loss is shown, {format_paired(metric, loss)}"
+            figures = f"{metric} {format_metric(metric, score)} against the teacher's {format_metric(metric, teacher)}"
+            kept = loss["low"] is not None and loss["low"] <= 0
+            found.append(Verdict(kept, f"On {name}, which was not trained on: {figures}; {words}."))
+    return found

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from distill.losses import MATCHES
@@ -12,27 +11,19 @@ from distill.recipe.on_policy import OnPolicy
 from distill.recipe.schema import Schedule
 from distill.recipe.sections import Lora
 from distill.recipe.terms import TERM_KEYS
+from distill.release.classes import classes_table, confusion_table
 from distill.release.evidence import Evidence, get_in
+from distill.release.sizes import bytes_table, efficiency_table, speed_table
+from distill.release.table import Table
 from distill.release.wording import (
     MISSING,
     as_number,
-    format_count,
-    format_megabytes,
+    format_interval,
     format_metric,
     format_number,
+    format_paired,
     format_percent,
-    format_ratio,
 )
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of finished text."""
-
-    head: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
-    text_columns: int = 1
-    """The first columns hold text, the others numbers."""
 
 
 def tables(evidence: Evidence) -> dict[str, Table]:
@@ -54,6 +45,10 @@ def tables(evidence: Evidence) -> dict[str, Table]:
         layers = [(str(i), str(own.teacher_layer), str(own.width), "") for i, own in enumerate(plan.layers)]
     return {
         "arms": arms_table(evidence),
+        "differences": differences_table(evidence),
+        "harness": harness_table(evidence),
+        "classes": classes_table(evidence),
+        "confusion": confusion_table(evidence),
         "choices": Table(("what", "asked", "got", "why they differ"), choices, text_columns=4),
         "layers": Table(head, layers, text_columns=0),
         "repair": repair_table(evidence),
@@ -61,12 +56,14 @@ def tables(evidence: Evidence) -> dict[str, Table]:
         "training": Table(("setting", "value"), training_rows(evidence), text_columns=2),
         "data": data_table(evidence),
         "efficiency": efficiency_table(evidence),
+        "speed": speed_table(evidence),
+        "bytes": bytes_table(evidence),
         "versions": Table(("", "version"), [(key, str(value)) for key, value in evidence.environment.items()], 2),
     }
 
 
 def arms_table(evidence: Evidence) -> Table:
-    """Tabulate all arms and all metrics; in brackets what an arm retains of the teacher's lead."""
+    """Tabulate all arms and all metrics, with intervals; in brackets what an arm retains of the teacher's lead."""
     names = evidence.metric_names
     arrows = {True: " ↑", False: " ↓"}
     titles = [name + arrows.get(evidence.evaluation["higher_is_better"].get(name), "") for name in names]
@@ -76,10 +73,37 @@ def arms_table(evidence: Evidence) -> Table:
         for name in names:
             retained = evidence.retained(arm, name)
             share = "" if retained is None else f" ({format_percent(retained)})"
-            cells.append(format_metric(name, record["metrics"].get(name)) + share)
+            interval = format_interval(name, evidence.interval(arm, name))
+            cells.append(format_metric(name, record["metrics"].get(name)) + interval + share)
         trained = (str(record.get("steps") or MISSING), format_number(record.get("lr")))
         rows.append((evidence.title(arm), *trained, *cells))
     return Table(("arm", "steps", "lr", *titles), rows)
+
+
+def differences_table(evidence: Evidence) -> Table:
+    """Tabulate what the distilled student has more than every other arm, on the same draws of rows."""
+    pairs = evidence.evaluation.get("differences") or []
+    names = [name for name in evidence.metric_names if any(name in pair["metrics"] for pair in pairs)]
+    rows = [
+        (
+            f"distilled less {pair['against']}",
+            *(format_paired(name, pair["metrics"].get(name) or {}) or MISSING for name in names),
+        )
+        for pair in pairs
+    ]
+    return Table(("difference", *names), rows)
+
+
+def harness_table(evidence: Evidence) -> Table:
+    """Tabulate the figures of lm-evaluation-harness with one standard error, an arm a column; empty without any."""
+    arms = get_in(evidence.evaluation, "harness", "arms") or {}
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for arm, figures in arms.items():
+        for own in figures:
+            error = "" if own["stderr"] is None else f" ± {format_number(own['stderr'])}"
+            found.setdefault((own["task"], own["metric"]), {})[arm] = format_number(own["value"]) + error
+    rows = [(*key, *(cells.get(arm, MISSING) for arm in arms)) for key, cells in found.items()]
+    return Table(("task", "metric", *arms), rows, text_columns=2)
 
 
 def repair_table(evidence: Evidence) -> Table:
@@ -223,27 +247,3 @@ def mask_rows(evidence: Evidence) -> dict[str, str]:
         "zeros in the MLPs": format_percent(found["zeros"]),
     }
     return rows | ({"MLP widths, compacted": ", ".join(map(str, found["widths"]))} if spec.compact else {})
-
-
-def efficiency_table(evidence: Evidence) -> Table:
-    """Tabulate size and speed of every measured model; empty when nothing was measured."""
-    efficiency = evidence.evaluation.get("efficiency") or {}
-    models, ratios = list(efficiency.get("models", {})), list(efficiency.get("ratios", {}))
-    rows = [
-        (
-            label,
-            *(write(evidence.efficiency(model, *path)) for model in models),
-            *(format_ratio(evidence.ratio(key, model)) for model in ratios),
-        )
-        for label, path, key, write in (
-            ("parameters", ("parameters",), "parameters", format_count),
-            ("parameters in layers", ("layer_parameters",), "layer_parameters", format_count),
-            ("weights", ("bytes",), "bytes", format_megabytes),
-            ("on disk", ("disk_bytes",), "disk_bytes", format_megabytes),
-            ("FLOPs per example", ("flops_per_example",), "flops", lambda value: format_count(value, "kMGT")),
-            ("latency p50, ms", ("latency_ms", "p50"), "latency", format_number),
-            ("latency p95, ms", ("latency_ms", "p95"), "", format_number),
-            ("throughput, examples/s", ("throughput",), "throughput", format_number),
-        )
-    ]
-    return Table(("", *models, *(f"{model} ÷ teacher" for model in ratios)), rows if models else [])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 MISSING = "\N{EN DASH}"
@@ -82,6 +83,23 @@ def format_metric(metric: str, value: Any) -> str:
 def format_difference(metric: str, value: float) -> str:
     """Write the distance between two values of a metric."""
     return f"{100 * value:.1f} points" if is_share(metric) else format_number(value)
+
+
+def format_interval(metric: str, interval: Mapping[str, Any]) -> str:
+    """Write the two ends of an interval behind its figure, with a space in front; empty where it has none."""
+    ends = [as_number(interval.get(end)) for end in ("low", "high")]
+    if None in ends:
+        return ""
+    low, high = (f"{100 * end:.1f}" if is_share(metric) else format_number(end) for end in ends if end is not None)
+    return f" [{low}, {high}]"
+
+
+def format_paired(metric: str, pair: Mapping[str, Any]) -> str:
+    """Write a difference of two values of a metric with its interval; empty where there is none."""
+    value = as_number(pair.get("value"))
+    if value is None:
+        return ""
+    return format_difference(metric, value) + format_interval(metric, pair)
 
 
 def format_size(value: Any) -> str:

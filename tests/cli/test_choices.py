@@ -362,7 +362,12 @@ ELSEWHERE = {
     ("Data.learn_from", "a value"): "tests/data/tasks/test_chat.py",
     ("Data.mask_share", "a value"): "tests/data/tasks/test_masked_lm.py",
     ("Data.source", "pydoc-topics"): "recipes/smoke has it, in every test of it",
-    ("Data.also", "a value"): "tests/pipeline/test_examine.py",
+    ("Evaluation.sets", "a value"): "tests/cli/test_figures.py",
+    **{
+        (f"Harness.{key}", "a value"): "tests/cli/test_harness.py" for key in ("tasks", "folder", "limit", "batch_size")
+    },
+    ("Harness.num_fewshot", "a value"): "tests/cli/test_harness.py",
+    ("Evaluation.harness", "a value"): "tests/cli/test_harness.py",
     ("Data.classes", True): "tests/data/tasks/test_classification.py",
     ("Data.classes", False): "as above",
     **{("Data.task", task): f"tests/data/tasks/test_{task}.py" for task in ("seq2seq", "speech_to_text")},

@@ -9,7 +9,7 @@ from tiny import tiny_model, tiny_project
 
 from distill import cli
 from distill.cli import main
-from distill.release.tables import Table
+from distill.release.table import Table
 
 EVIL = "\x1b]0;owned\x07\x1b[2Jevil\x9b31m"
 READY = ["teacher.init=pretrained", "teacher.fit=null", "evaluation.arms=[teacher, distilled]"]

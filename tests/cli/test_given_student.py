@@ -256,3 +256,10 @@ def test_a_student_of_the_hub_is_looked_at_before_the_first_stage(tmp_path, caps
     assert "student.from: 30 tokens per example, it has 20 positions" in said and "matches no parameter" in said
     assert main(["plan", str(path), "student.from=org/none", "--out", str(tmp_path / "other")]) == 2
     assert "student.from: cannot get 'org/none' from the model hub" in capsys.readouterr().err
+
+
+def test_a_random_cut_is_refused_where_nothing_is_cut(tmp_path, capsys):
+    path = tiny_project(tmp_path, GIVEN)
+    small(tmp_path, **TINY)
+    assert main(["validate", str(path), "evaluation.arms=[distilled, random_cut]"]) == 2
+    assert "nothing is cut" in capsys.readouterr().err

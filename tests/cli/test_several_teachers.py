@@ -214,3 +214,10 @@ def test_a_mixture_is_kept_once_and_not_as_hidden_states_of_one(tmp_path, capsys
     given = ["data.task=causal_lm", "teachers.0.cache={keep: hidden}", "losses=[{match: logits}]"]
     assert main(["validate", str(path), *given]) == 2
     assert "write keep: topk" in capsys.readouterr().err
+
+
+def test_answers_that_the_student_writes_have_no_teacher_of_their_own(tmp_path, capsys):
+    path = project(tmp_path, ROUTED.replace("task: causal_lm", "task: chat"))
+    (tmp_path / "more.jsonl").write_text((tmp_path / "data.jsonl").read_text())
+    assert main(["validate", str(path), "training.on_policy={share: 0.5}", "losses=[{match: logits}]"]) == 2
+    assert "comes from no source" in capsys.readouterr().err

@@ -33,13 +33,14 @@ def run_small(name, folder, *overrides):
     few = ["training.steps=10", "training.batch_size=4", "evaluation.batch_size=8"]
     assert main(["run", str(recipe), *small, *few, *overrides, "--out", str(folder / "run")]) == 0
     found = json.loads((folder / "run/evaluation.json").read_text(encoding="utf-8"))
-    measured = {"test": found["arms"], **found["also"]}
+    measured = {"test": found["arms"], **{name: own["arms"] for name, own in found["sets"].items()}}
     return {name: {arm["name"]: arm["metrics"]["kl"] for arm in arms} for name, arms in measured.items()}
 
 
 @pytest.mark.slow
 def test_the_recipe_of_texts_measures_every_arm_on_texts_of_other_kinds_too(tmp_path):
-    few = ["data.source={source: pydoc-topics, limit: 12}", "data.also.python.limit=2", "data.also.docstrings.limit=20"]
+    sets = ["evaluation.sets.python.limit=2", "evaluation.sets.docstrings.limit=20"]
+    few = ["data.source={source: pydoc-topics, limit: 12}", *sets]
     kl = run_small("smollm2-text", tmp_path, *few)
     assert kl.keys() == {"test", "python", "docstrings"}
     for own in kl.values():

@@ -65,7 +65,7 @@ def test_a_release_as_it_was_written_holds_in_every_figure(finished, release):
 def test_figures_about_a_fitted_teacher_are_named_as_not_checked_without_it(finished, release):
     found = verify(release, "--data", finished)
     assert re.search(r"distilled, kl\b.*not checked: needs the", found.table)
-    assert re.search(r"labels_only .*not checked: its weights", found.table)
+    assert re.search(r"labels_only .*not checked: it is not part", found.table)
 
 
 def test_data_of_the_users_own_have_to_be_given(release):

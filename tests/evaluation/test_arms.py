@@ -9,7 +9,7 @@ from tiny import tiny_project
 
 from distill.evaluation.arms import ARMS, controls, lessons, not_run, rivals, title_of
 from distill.evaluation.seeds import spread_over
-from distill.evaluation.table import retain, tabulate_arms
+from distill.evaluation.table import retain, tabulate
 from distill.recipe import load_recipe
 from distill.recipe.controls import Controls
 from distill.recipe.schema import Arm, Evaluation
@@ -39,22 +39,22 @@ def rows(hits, nll):
 
 def test_a_table_has_the_steps_of_trained_arms_and_what_each_keeps_of_the_teachers_lead_over_the_majority():
     measured = {"teacher": rows([1, 1], [1.0, 1.0]), "labels_only": rows([1, 0], [1.0, 3.0])}
-    teacher, control = tabulate_arms(measured, ["token_accuracy", "loss"], 7)
+    teacher, control = tabulate(measured, ["token_accuracy", "loss"], 7)["arms"]
     assert (teacher["steps"], control["steps"]) == (0, 7)
     assert control["title"] == title_of("labels_only")
     assert control["metrics"] == {"token_accuracy": 0.5, "loss": 2.0}
     assert control["retained"] == teacher["retained"] == {}  # half of two classes may be nothing at all
     measured["majority"] = rows([0, 0.25], [2.0, 2.0])
-    _, control, chance = tabulate_arms(measured, ["token_accuracy", "loss"], 7)
+    _, control, chance = tabulate(measured, ["token_accuracy", "loss"], 7)["arms"]
     assert control["retained"] == {"token_accuracy": (0.5 - 0.125) / (1 - 0.125)}
     assert chance["retained"] == {"token_accuracy": 0} and chance["steps"] == 0
-    (alone,) = tabulate_arms({"cut": measured["labels_only"]}, ["loss"], 7)
+    (alone,) = tabulate({"cut": measured["labels_only"]}, ["loss"], 7)["arms"]
     assert alone["retained"] == {} and alone["steps"] == 0
 
 
 def test_a_value_that_json_cannot_hold_is_none_and_keeps_no_share():
     broken = rows([0, 0], [np.inf, 1.0])
-    (cut,) = tabulate_arms({"cut": broken}, ["loss", "perplexity"], 1)
+    (cut,) = tabulate({"cut": broken}, ["loss", "perplexity"], 1)["arms"]
     assert cut["metrics"] == {"loss": None, "perplexity": None}
     none = {"accuracy": None}
     assert retain(none, {"accuracy": 0.8}, {"accuracy": 0.5}) == {}

@@ -7,7 +7,17 @@ from tiny import cut_by_hand, tiny_config, tiny_model
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from distill.evaluation.efficiency import add_disk_bytes, count_flops, count_size, measure_efficiency
+from distill.evaluation import efficiency
+from distill.evaluation.efficiency import (
+    Line,
+    add_disk_bytes,
+    bytes_by_part,
+    count_flops,
+    count_size,
+    in_bf16,
+    measure_efficiency,
+    peak_bytes,
+)
 from distill.models import family
 from distill.models.cost import random_batch, random_ids, training_flops
 
@@ -46,7 +56,7 @@ def layers_of(model):
 
 
 def measure(models, kind="sequence", **own):
-    own = {"length": LENGTH, "batch_size": 2, "repeats": 2, "vocabulary": VOCABULARY} | own
+    own = {"length": LENGTH, "batch_sizes": (1, 2), "repeats": 2, "vocabulary": VOCABULARY} | own
     return measure_efficiency(models, layers_of, kind=kind, **own)
 
 
@@ -145,13 +155,13 @@ def test_half_the_layers_are_half_the_layer_flops():
 def test_the_result_is_json_with_its_protocol_and_positive_times():
     result = measure({"teacher": bert(2), "student": bert(1), "smallest": bert(1).bfloat16()})
     assert json.loads(json.dumps(result, allow_nan=False)) == result
-    protocol = {"kind": "sequence", "batch_size": 2, "length": LENGTH, "repeats": 2, "reference": "teacher"}
+    protocol = {"kind": "sequence", "batch_size": 2, "length": LENGTH, "rounds": 2, "reference": "teacher"}
     assert protocol.items() <= result["protocol"].items()
     assert result["protocol"]["dtype"] == "bfloat16, float32"
     assert result["protocol"]["threads"] == torch.get_num_threads()
     for model in result["models"].values():
-        assert 0 < model["latency_ms"]["p50"] <= model["latency_ms"]["p95"]
-        assert model["throughput"] > 0
+        assert 0 < model["latency_ms"]["p50"] <= model["latency_ms"]["p90"]
+        assert model["throughput"] == model["throughputs"]["2"] > 0 < model["throughputs"]["1"]
     for ratio in result["ratios"].values():
         for key in ("latency", "throughput"):
             assert 0 < ratio[key]["min"] <= ratio[key]["median"] <= ratio[key]["max"]
@@ -179,10 +189,10 @@ def test_models_run_in_turns_on_the_same_ids():
         length=4,
         repeats=3,
         vocabulary=9,
-        batch_size=2,
+        batch_sizes=[2],
     )
     timed = [name for name, shape, _ in log if shape == (2, 4)]
-    assert timed == ["a", "a", "b", "b"] + ["a", "b"] * 3  # warm-up, then rounds
+    assert timed == ["a", "b"] + ["a", "a", "b", "b"] + ["a", "b"] * 3  # for the memory; warm-up, then rounds
     sums = [int(total) for _, shape, total in log if shape == (2, 4)]
     assert len(set(sums)) == 1
 
@@ -218,7 +228,7 @@ def test_bytes_on_disk_are_those_of_the_weight_files(tmp_path):
 def test_both_stacks_of_an_encoder_decoder_are_counted_and_timed(name, reads):
     models = {"teacher": tiny_model(name), "student": cut_by_hand(tiny_model(name), (0, 1))}
     result = measure_efficiency(
-        models, family.all_layers, kind="seq2seq", length=12, target_length=5, batch_size=2, repeats=2, vocabulary=60
+        models, family.all_layers, kind="seq2seq", length=12, target_length=5, batch_sizes=[2], repeats=2, vocabulary=60
     )
     assert {**reads, "target_length": 5}.items() <= result["protocol"].items()
     stacks = [family.layers_of(models["student"], side) for side in ("encoder", "main")]
@@ -233,3 +243,78 @@ def test_a_head_of_classes_feeds_its_decoder_by_itself():
     assert list(batch) == ["input_ids"]
     assert (batch["input_ids"] == 2).sum(1).tolist() == [1, 1, 1]  # each text ends once
     assert model(**batch).logits.shape == (3, 3)
+
+
+def test_bytes_are_found_where_they_are():
+    parts = bytes_by_part(bert(3), layers_of)
+    norms = 2 * WIDTH * (1 + 2 * 3)
+    attention, mlp = 4 * (WIDTH * WIDTH + WIDTH), WIDTH * MLP + MLP + MLP * WIDTH + WIDTH
+    assert parts == {
+        "embeddings": 4 * (VOCABULARY + 16 + 2) * WIDTH,
+        "attention": 4 * 3 * attention,
+        "mlp": 4 * 3 * mlp,
+        "head": 4 * (5 * WIDTH + 5),
+        "other": 4 * (norms + WIDTH * WIDTH + WIDTH),  # the pooler belongs to the base model
+    }
+    assert sum(parts.values()) == count_size(bert(3), layers_of)["bytes"]
+    tied, untied = (bytes_by_part(llama(1, tie_word_embeddings=tie), layers_of) for tie in (True, False))
+    assert (tied["head"], untied["head"]) == (0, 4 * VOCABULARY * WIDTH) and tied["embeddings"] == untied["embeddings"]
+    assert tied["attention"] == 4 * 3 * WIDTH * WIDTH and tied["mlp"] == 4 * 3 * WIDTH * MLP
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5", "modernbert", "mixtral"])
+def test_the_neurons_of_every_family_are_in_its_mlp(name):
+    model = tiny_model(name)
+    parts = bytes_by_part(model, family.all_layers)
+    inside = {id(p): p for layer in family.all_layers(model) for p in layer.parameters()}
+    neurons = 0
+    for side in family.layout_of(model).sides:
+        for layer in family.layers_of(model, side):
+            names = {tensor for mlp in family.layout_of(model).stack(side).mlps for tensor in mlp.axis.tensors}
+            neurons += sum(4 * p.numel() for name, p in layer.named_parameters() if name in names)
+    assert 0 < neurons <= parts["mlp"] < neurons * 1.1
+    assert parts["attention"] + parts["mlp"] <= 4 * sum(p.numel() for p in inside.values())
+
+
+def test_peak_memory_is_what_is_alive_at_once():
+    rows = torch.zeros(10, 4)
+    wide, narrow = nn.Linear(4, 100, bias=False), nn.Linear(100, 2, bias=False)
+
+    def run():
+        with torch.no_grad():
+            return narrow(wide(rows))
+
+    known = [rows, wide.weight, narrow.weight]
+    # The wide result lives until the narrow one is there.
+    assert peak_bytes(run, known) == 4 * (10 * 4 + 4 * 100 + 100 * 2 + 10 * 100 + 10 * 2)
+
+
+def test_a_language_model_is_timed_at_writing_and_an_encoder_is_not():
+    models = {"teacher": llama(2).eval(), "student": llama(1).eval()}
+    result = measure(models | in_bf16(models), kind="next_token")
+    assert list(result["models"]) == ["teacher", "student", "teacher, bf16", "student, bf16"]
+    for model in result["models"].values():
+        assert model["prefill"] > 0 and (model["decode"] is None or model["decode"] > 0)
+    assert result["models"]["student, bf16"]["bytes"] * 2 == result["models"]["student"]["bytes"]
+    assert next(models["student"].parameters()).dtype == torch.float32
+    assert "decode" not in measure({"teacher": bert(1).eval()})["models"]["teacher"]
+
+
+def test_another_form_of_a_model_is_one_more_line_of_the_same_table():
+    seen = []
+    form = Line(
+        lambda batch: seen.append(tuple(batch["input_ids"].shape)), {"parameters": 7, "bytes": 9, "dtype": "int8"}
+    )
+    result = measure({"teacher": bert(1).eval(), "student, int8": form})
+    assert {(1, LENGTH), (2, LENGTH)} == {*seen}
+    found = result["models"]["student, int8"]
+    assert found["bytes"] == 9 and found["throughput"] > 0 and "flops_per_example" not in found
+    assert result["ratios"]["student, int8"]["bytes"] == 9 / result["models"]["teacher"]["bytes"]
+    assert result["protocol"]["dtype"] == "float32, int8"
+
+
+def test_a_batch_that_would_take_too_long_is_left_out_and_named(monkeypatch):
+    monkeypatch.setattr(efficiency, "PATIENCE", 1e-9)
+    result = measure({"teacher": bert(1).eval()}, batch_sizes=(1, 2, 4))
+    assert result["protocol"]["left_out"] == [2, 4] and result["protocol"]["batch_sizes"] == [1]
+    assert list(result["models"]["teacher"]["throughputs"]) == ["1"]

@@ -1,4 +1,4 @@
-"""The stage `examine`, and the rows of `data.also`."""
+"""The stage `examine`."""
 
 from __future__ import annotations
 
@@ -59,27 +59,3 @@ def test_a_teacher_that_is_no_better_than_chance_is_refused_before_it_teaches(tm
     run_stages(session, stages)
     found = json.loads(session.folder.examined.read_text())
     assert found["weakness"] == "" and found["metrics"]["accuracy"] > 0.6
-
-
-def test_other_texts_are_measured_with_every_arm_and_left_out_of_training(tmp_path):
-    tiny_project(tmp_path)
-    rows = (tmp_path / "data.jsonl").read_text().splitlines()
-    (tmp_path / "other.jsonl").write_text("\n".join(rows[:40]) + "\n")
-    wanted = [
-        "data.also={held: ./other.jsonl}",
-        "data.labelled=null",
-        "training.steps=2",
-        "evaluation.efficiency=false",
-    ]
-    session, _ = session_of(tmp_path, *wanted)
-    from distill.pipeline import VERBS
-
-    run_stages(session, VERBS["evaluate"])
-    corpus = session.corpus
-    texts = [{tuple(ids.tolist()) for ids in corpus.splits[name]} for name in ("train", "also.held")]
-    assert not texts[0] & texts[1]
-    assert corpus.summary["train"]["rows"]["also_in_held"]
-    table = json.loads(session.folder.evaluation.read_text())
-    arms = {arm["name"]: arm["metrics"]["accuracy"] for arm in table["also"]["held"]}
-    assert arms.keys() == {arm["name"] for arm in table["arms"]}
-    assert (session.folder.predictions / "cut.also.held.safetensors").exists()

@@ -242,6 +242,15 @@ CROSS_CHECKS = [
     Bad("map: plan", "map: [[3, 5]]", 16, "losses.2.map.0", "the student has no layer 3 0 to 2"),
     Bad("map: plan", "map: [[0, 6]]", 16, "losses.2.map.0", "the teacher has no layer 6 0 to 5"),
     Bad("map: plan", "map: [[0, 1], [0, 1]]", 16, "losses.2.map.1", "listed twice"),
+    Bad("labelled: 160", "also: {b: ./a.csv}", 12, "data.also", "unknown key write sets: {NAME: …} under evaluation:"),
+    Bad(
+        "arms: [teacher, cut, distilled]",
+        "sets: {b: {source: ./texts.csv, weight: 2}}",
+        23,
+        "evaluation.sets.b.weight",
+        "training rows only",
+    ),
+    Bad("arms: [teacher, cut, distilled]", "sets: {b: ./no.csv}", 23, "evaluation.sets.b", "no.csv"),
     Bad("labelled: 160", "text: body", 12, "data.text", "unknown key write columns: {text: COLUMN} under data:"),
     Bad("labelled: 160", "columns: {txt: body}", 12, "data.columns.txt", "no column txt did you mean 'text'"),
     Bad("labelled: 160", "columns: {text: body}", 12, "data.columns.text", "has no column 'body' 'text', 'label'"),
@@ -251,7 +260,6 @@ CROSS_CHECKS = [
     Bad("stdlib-docstrings", "{source: ./texts.csv, config: a}", 10, "data.source.config", "only hub datasets have it"),
     Bad("stdlib-docstrings", "./texts.csv\n  train: ./texts.csv", 11, "data.train", "source and train are both given"),
     Bad("labelled: 160", "test: [{source: ./a.csv, weight: 2}]", 12, "data.test.0.weight", "training rows only"),
-    Bad("labelled: 160", "also: {b: {source: ./texts.csv, weight: 2}}", 12, "data.also.b.weight", "training rows only"),
     Bad("labelled: 160", "test: ./texts.csv\n  test_share: 0.3", 13, "data.test_share", "no effect: test is given"),
     Bad("labelled: 160", "classes: [a, b, a]", 12, "data.classes.2", "the class a is listed twice"),
     Bad(

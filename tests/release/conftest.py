@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from made_figures import difference
 
 from distill.evaluation.arms import lessons, rivals, title_of
 from distill.models.plan import KeptUnits, LayerPlan, Outcome, StudentPlan
@@ -66,13 +67,16 @@ def plan() -> StudentPlan:
 
 def arm(name: str, steps: int, accuracy: float, f1: float, agreement: float, kl: float) -> dict[str, Any]:
     metrics = {"accuracy": accuracy, "f1_macro": f1, "agreement": agreement, "kl": kl}
+    intervals = {key: {"low": value - 0.02, "high": value + 0.02} for key, value in metrics.items()}
     retained = {"accuracy": accuracy / 0.7817, "f1_macro": f1 / 0.7204}
-    return {"name": name, "title": title_of(name), "steps": steps, "metrics": metrics, "retained": retained}
+    return {"name": name, "title": title_of(name), "steps": steps, "metrics": metrics, "intervals": intervals} | {
+        "retained": retained
+    }
 
 
 def efficiency() -> dict[str, Any]:
-    def model(parameters: int, layers: int, flops: int, p50: float, p95: float, throughput: float) -> dict[str, Any]:
-        latency = {"p50": p50, "p95": p95}
+    def model(parameters: int, layers: int, flops: int, p50: float, p90: float, throughput: float) -> dict[str, Any]:
+        latency = {"p50": p50, "p90": p90}
         return {
             "parameters": parameters,
             "layer_parameters": layers,
@@ -80,10 +84,20 @@ def efficiency() -> dict[str, Any]:
             "flops_per_example": flops,
             "latency_ms": latency,
             "throughput": throughput,
+            "throughputs": {"1": throughput / 3, "32": throughput},
+            "peak_bytes": 5 * parameters,
+            "parts": {"embeddings": parameters, "attention": layers, "mlp": layers, "head": 0, "other": layers},
         }
 
     return {
-        "protocol": {"batch_size": 32, "length": 64, "repeats": 5, "threads": 2, "device": "cpu"},
+        "protocol": {
+            "batch_size": 32,
+            "batch_sizes": [1, 32],
+            "length": 64,
+            "repeats": 5,
+            "threads": 2,
+            "device": "cpu",
+        },
         "models": {
             "teacher": model(22_718_220, 10_646_784, 1_362_100_000, 14.21, 15.93, 412.7),
             "student": model(15_632_652, 3_554_304, 454_200_000, 5.87, 6.41, 1031.4),
@@ -162,6 +176,31 @@ def evidence() -> Evidence:
             arm("distilled", 300, 0.7608, 0.6951, 0.8917, 0.1243),
             arm("labels_only", 300, 0.5843, 0.5127, 0.6289, 1.0482),
         ],
+        "drawn": {"unit": "examples", "number": 612, "level": 0.95, "seed": 0},
+        "differences": [
+            difference("teacher", accuracy=(-0.0209, -0.04, -0.002)),
+            difference("cut", accuracy=(0.5289, 0.49, 0.57), kl=(-2.1828, -2.3, -2.1)),
+            difference("labels_only", accuracy=(0.1765, 0.14, 0.21), kl=(-0.9239, -1.0, -0.8)),
+        ],
+        "per_class": {
+            "classes": {
+                arm: {
+                    name: {
+                        "true": 80,
+                        "predicted": 70,
+                        "precision": 0.7,
+                        "recall": f1,
+                        "f1": f1,
+                        "low": f1 - 0.1,
+                        "high": 0.9,
+                    }
+                    for name, f1 in (("a", 0.81), ("b", 0.625))
+                }
+                for arm in ("teacher", "distilled")
+            },
+            "confusion": {"distilled": [["a", "a", 70], ["b", "b", 50], ["b", "a", 30], ["a", "b", 10]]},
+        },
+        "sets": {},
         "rivals": {name: rivals(recipe())[name] for name in ("labels_only", "cut")},
         "lessons": lessons(recipe()),
         "efficiency": efficiency(),

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
+from made_figures import difference
 
 from distill.recipe.schema import Recipe
 from distill.recipe.student import Mask
 from distill.release import wording
-from distill.release.card import KIND_USES, LOADING, USES, fence, inline, render_card, snippet
-from distill.release.evidence import Evidence, judge
+from distill.release.card import KIND_USES, LOADING, USES, caveats, fence, inline, render_card, snippet
+from distill.release.classes import classes_table
+from distill.release.evidence import Evidence, judge, judge_sets, summarize
 from distill.release.report import render_report
 from distill.release.wording import MISSING
 
@@ -104,31 +106,35 @@ def test_every_figure_of_the_arms_is_in_their_table(evidence: Evidence) -> None:
         "distilled (this model)",
         "300",
         wording.MISSING,
-        "76.1 % (97.3 %)",
-        "69.5 % (96.5 %)",
-        "89.2 %",
-        "0.1243",
+        r"76.1 % \[74.1, 78.1\] (97.3 %)",
+        r"69.5 % \[67.5, 71.5\] (96.5 %)",
+        r"89.2 % \[87.2, 91.2\]",
+        r"0.1243 \[0.1043, 0.1443\]",
     ]
 
 
 def test_card_tells_what_was_cut_and_how_it_was_trained(evidence: Evidence) -> None:
-    tables = rows(render_card(evidence))
-    assert ["student.mlp.keep", "800", "768", "rounded down to a multiple of 64"] in tables[1]
-    assert ["1", "2", "1536 → 768", "50.0 %"] in tables[2]
-    assert ["logits", "predictions with the teacher's", "forward_kl", "temperature 2", "1"] in tables[3]
-    assert ["training examples", "2448, labelled: 160"] in tables[4]
-    assert ["throughput, examples/s", "412.7", "1,031", "2.47x (2.31 to 2.62)"] in tables[6]
+    lines = [line for table in rows(render_card(evidence)) for line in table]
+    assert ["student.mlp.keep", "800", "768", "rounded down to a multiple of 64"] in lines
+    assert ["1", "2", "1536 → 768", "50.0 %"] in lines
+    assert ["logits", "predictions with the teacher's", "forward_kl", "temperature 2", "1"] in lines
+    assert ["training examples", "2448, labelled: 160"] in lines
+    (speed,) = [line for line in lines if line[0] == "student" and line[-1].startswith("1,031 (")]
+    assert speed[-1] == "1,031 (2.47x, 2.31 to 2.62)"
+    assert ["student", "78.2 MB", "343.8", "1,031"] in lines  # memory, examples a second at batch 1 and 32
+    assert any(line[0] == "student" and line[1].startswith("15.6 MB (") for line in lines)  # bytes of embeddings
 
 
 def test_card_tells_of_adapters_and_of_what_training_was_held_in(evidence: Evidence) -> None:
-    assert not {"optimizer", "weights", "adapters"} & {row[0] for row in rows(render_card(evidence))[4]}
+    assert not {"optimizer", "weights", "adapters"} & {row[0] for table in rows(render_card(evidence)) for row in table}
     given = evidence.recipe.model_dump()
     given["training"] |= {"precision": "bf16", "weights": "bf16", "optimizer": "adamw_8bit"}
     given["training"]["lora"] = {"rank": 8, "targets": ["q_proj", "v_proj"], "also": ["*norm*"]}
-    table = rows(render_card(replace(evidence, recipe=Recipe.model_validate(given))))[4]
+    card = render_card(replace(evidence, recipe=Recipe.model_validate(given)))
+    table = [row for each in rows(card) for row in each]
     assert ["optimizer", "adamw_8bit"] in table and ["weights", "bf16, with fp32 masters"] in table
     line = "LoRA, rank 8, alpha 32, on q_proj, v_proj; beside them *norm*; merged into the weights"
-    assert ["adapters", line] in [[key, value.replace("\\", "")] for key, value in table if key == "adapters"]
+    assert ["adapters", line] in [[key, value.replace("\\", "")] for key, value, *_ in table if key == "adapters"]
 
 
 def test_card_holds_command_and_recipe_unchanged(evidence: Evidence) -> None:
@@ -155,10 +161,58 @@ def test_card_admits_when_a_control_is_as_good(evidence: Evidence, rival: str, v
     assert f"**Note.** The distilled student does not beat {rival}" in text
 
 
-def test_a_lead_within_one_standard_error_is_called_a_tie(evidence: Evidence) -> None:
-    verdict = judge(with_score(evidence, "labels_only", 0.755))[0]
+def with_gain(evidence: Evidence, low: float | None, **note: str) -> Evidence:
+    pairs = [difference("labels_only", accuracy=(0.01, low, 0.03))]
+    pairs[0]["metrics"]["accuracy"] |= note
+    changed = with_score(evidence, "labels_only", 0.7508)
+    return replace(changed, evaluation=changed.evaluation | {"differences": pairs})
+
+
+def test_a_gain_whose_interval_contains_zero_is_not_shown(evidence: Evidence) -> None:
+    verdict = judge(with_gain(evidence, -0.01))[0]
     assert not verdict.good
-    assert "so this is a tie" in verdict.text
+    assert "not shown" in verdict.text and "1.0 points [-1.0, 3.0]" in verdict.text
+    assert "a gain over the same student" in render_card(with_gain(evidence, -0.01)).replace("\n", " ")
+    shown = with_gain(evidence, 0.001)
+    assert judge(shown)[0].good and "better than the same student" in summarize(shown)
+    unknown = judge(with_gain(evidence, None, note="n too small: 5"))[0]
+    assert not unknown.good and "no interval (n too small: 5)" in unknown.text
+
+
+def on_other_texts(evidence: Evidence, low: float, **trained: Any) -> Evidence:
+    arms = evidence.evaluation["arms"]
+    found = {"same_source": False, "rows": 0, "of": 100} | trained
+    own = {"arms": arms, "differences": [difference("teacher", accuracy=(-0.02, low, 0.01 + low / 2))]}
+    sets = {"reviews": {**own, "trained_on": found, "per_class": None}}
+    return replace(evidence, evaluation=evidence.evaluation | {"sets": sets})
+
+
+def test_what_is_kept_is_claimed_on_texts_that_were_not_trained_on_alone(evidence: Evidence) -> None:
+    assert "was not measured (`evaluation.sets`" in " ".join(caveats(evidence))
+    lost, kept = on_other_texts(evidence, -0.04), on_other_texts(evidence, -0.01)
+    (verdict,) = judge_sets(lost)
+    assert not verdict.good and "worse than the teacher by 2.0 points [1.0, 4.0]" in verdict.text
+    (verdict,) = judge_sets(kept)
+    assert verdict.good and "no loss is shown" in verdict.text
+    assert "On other texts, reviews:" in render_card(kept) and "evaluation.sets" not in " ".join(caveats(kept))
+    for trained in ({"rows": 3}, {"same_source": True}):
+        own = on_other_texts(evidence, -0.01, **trained)
+        (verdict,) = judge_sets(own)
+        assert not verdict.good and "say nothing about what was kept" in verdict.text
+        assert "evaluation.sets" in " ".join(caveats(own)) and "(trained on: " in render_card(own)
+
+
+def test_classes_are_listed_and_of_many_the_worst_and_the_best(evidence: Evidence) -> None:
+    card = render_card(evidence)
+    lines = [line for table in rows(card) for line in table]
+    assert ["b", "a (30)", "80", *[r"62.5 % \[52.5, 90.0\]"] * 2, "70.0 %", "62.5 %"] in lines
+    assert "| b | 30 | 50 |" in card  # the confusion
+    figures = {"true": 9, "predicted": 9, "precision": 0.5, "recall": 0.5, "low": 0.1, "high": 0.9}
+    many = {f"c{number:02}": {**figures, "f1": number / 20} for number in range(14)}
+    pairs = [[name, "c00", number] for number, name in enumerate(many)]
+    per_class = {"classes": {"distilled": many}, "confusion": {"distilled": pairs}}
+    table = classes_table(replace(evidence, evaluation=evidence.evaluation | {"per_class": per_class}))
+    assert [row[0] for row in table.rows] == [f"c{number:02}" for number in (*range(5), *range(9, 14))]
 
 
 def test_lower_values_win_where_lower_is_better(evidence: Evidence) -> None:
@@ -204,6 +258,7 @@ def with_an_unknown_arm(evidence: Evidence) -> Evidence:
     arms = [arm | {"name": "majority", "title": "the most frequent class"} for arm in evidence.evaluation["arms"][1:2]]
     nameless = [{**arms[0], "name": "from_scratch", "title": ""}]
     more = {"arms": [*evidence.evaluation["arms"], *arms, *nameless], "rivals": {"majority": "no model at all"}}
+    more["differences"] = [difference("majority", accuracy=(0.5, 0.4, 0.6))]
     return replace(evidence, evaluation=evidence.evaluation | more, records={**evidence.records, "from_scratch": []})
 
 

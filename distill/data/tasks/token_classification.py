@@ -98,7 +98,7 @@ class TokenClassification(Task):
         "text": TEXT,
         "spans": Column(read_spans, answer=True),
     }
-    observed = ("entities_found", "entities_predicted", "entities_true")
+    observed = ("entities_found", "entities_predicted", "entities_true", "entity_pairs")
     observed_in_training = True
 
     def check_row(self, values: dict[str, Any]) -> dict[str, Any]:
@@ -162,15 +162,16 @@ class TokenClassification(Task):
         return {"input_ids": encoded["input_ids"], "label": labels, "labelled": labelled}
 
     def observe(self, model: Any, outputs: Outputs, batch: Batch, _examples: Mapping[str, Any]) -> dict[str, Any]:
-        """Count spans: those predicted, the true ones, and those that are both."""
+        """Count spans: those predicted, the true ones, and those that are both; and pair their types."""
         assert outputs.logits is not None, "a head of classes gives logits"
         names = model.config.id2label
-        columns: dict[str, list[int]] = {name: [] for name in self.observed}
+        columns: dict[str, list[Any]] = {name: [] for name in self.observed}
         for predicted, labels in zip(outputs.logits.argmax(-1).tolist(), batch["labels"].tolist(), strict=True):
             pairs = [(ours, true) for ours, true in zip(predicted, labels, strict=True) if true != UNLABELLED]
             ours, true = ({*spans_of([names[pair[side]] for pair in pairs])} for side in (0, 1))
-            for name, count in zip(self.observed, (len(ours & true), len(ours), len(true)), strict=True):
-                columns[name].append(count)
+            pairs_found = json.dumps(pair_spans(ours, true))
+            for name, own in zip(self.observed, (len(ours & true), len(ours), len(true), pairs_found), strict=True):
+                columns[name].append(own)
         return columns
 
 
@@ -297,6 +298,14 @@ def spans_of(tags: Sequence[str | None]) -> list[tuple[str, int, int]]:
             kind, start = own, position
         ended = place in ("E", "S", "L", "U")
     return found
+
+
+def pair_spans(
+    predicted: Collection[tuple[str, int, int]], true: Collection[tuple[str, int, int]]
+) -> list[tuple[str | None, str | None]]:
+    """Pair the types [true, predicted] of spans with the same ends; None stands for a span that is not there."""
+    found, wanted = ({(first, last): kind for kind, first, last in side} for side in (predicted, true))
+    return [(wanted.get(ends), found.get(ends)) for ends in sorted({*found, *wanted})]
 
 
 def count_strays(tags: Sequence[str | None]) -> int:

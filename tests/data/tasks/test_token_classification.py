@@ -284,5 +284,7 @@ def test_predicted_and_true_spans_are_counted_where_words_have_tags():
     predicted = torch.tensor([[1, 1, 0, 2, 0, 0], [0, 1, 2, 0, 1, 1]])
     outputs = Outputs(torch.nn.functional.one_hot(predicted, 3).float())
     found = TokenClassification().observe(model, outputs, {"labels": labels}, {})
+    pairs = [json.loads(each) for each in found.pop("entity_pairs")]
     assert found == {"entities_found": [1, 0], "entities_predicted": [1, 1], "entities_true": [2, 1]}
     assert np.array(list(found.values())).sum() == 6
+    assert pairs == [[["X", "X"], ["X", None]], [["X", None], [None, "X"]]]
