@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from distill.errors import InputError
+from distill.files import read_json
 from distill.models.layout import AxisName, StackName
 
 
@@ -159,7 +160,6 @@ class StudentPlan(BaseModel):
     def load(cls, path: Path) -> StudentPlan:
         """Read a plan. Raises InputError when the file is not one."""
         try:
-            data: Any = json.loads(path.read_text(encoding="utf-8"))
-            return cls.model_validate(data)
+            return cls.model_validate(read_json(path))
         except (OSError, ValueError) as error:
             raise InputError(f"{path} is not a student plan: {error}") from error
