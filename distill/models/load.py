@@ -306,5 +306,7 @@ def load_student(folder: str | Path) -> Any:
     if not (isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)):
         raise InputError(f"{folder}: transformers {transformers.__version__} has no model class {architecture!r}")
     if not isinstance(config := load_config(folder, ModelHead("")), getattr(named, "config_class", None) or object):
-        raise InputError(f"{folder}: config.json says model_type {config.model_type}, which is not that of {architecture}")
+        raise InputError(
+            f"{folder}: config.json says model_type {config.model_type}, which is not that of {architecture}"
+        )
     return load_model(folder, ModelHead(architecture))

@@ -7,7 +7,7 @@ import os
 import re
 import reprlib
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ class TeacherSize:
     """True where a token is known to see those after it."""
     vocabulary: int | None = None
     """Rows of the embeddings."""
-    hidden: int | None = None
+    hidden: int | None = field(default=None, compare=False)
     """Width of its hidden states."""
 
 
@@ -186,7 +186,8 @@ def _check_config(path: Path, config: dict[str, Any]) -> None:
         for key, (least, most) in _RANGES.items():
             for value in own[key] if isinstance(own.get(key), list) else [own.get(key)]:
                 if isinstance(value, int | float) and not least <= value <= most:
-                    raise InputError(f"{path} says {key} {value:,}; models have {least:,} to {most:,}")
+                    limit = f"larger than {most:,}" if value > most else f"smaller than {least:,}"
+                    raise InputError(f"{path} says {key} {value:,}; no model is {limit}")
                 if isinstance(value, str):
                     raise InputError(f"{path} says {key} {reprlib.repr(value)}, which is no number")
         for key in own:

@@ -146,7 +146,11 @@ def check_tensors(folder: Path, tensors: Mapping[str, Any], size: TeacherSize) -
         return
     yield from _missing_layers(folder, tensors, size)
     shapes = [info["shape"] for info in tensors.values()]
-    if size.hidden is not None and max(map(len, shapes), default=0) > 1 and not any(size.hidden in own for own in shapes):
+    if (
+        size.hidden is not None
+        and max(map(len, shapes), default=0) > 1
+        and not any(size.hidden in own for own in shapes)
+    ):
         yield f"{folder}: config.json says a hidden size of {size.hidden:,}, and no tensor has it"
     for name, info in tensors.items():
         rows = info["shape"][0] if _EMBEDDINGS.fullmatch(name) and len(info["shape"]) == 2 else None

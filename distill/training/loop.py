@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from distill.errors import RunError, Stopped
+from distill.files import read_json
 from distill.recipe.schema import Training
 from distill.teacher import LiveTeacher
 from distill.training.checkpoint import Checkpoints, TrainState, state_of

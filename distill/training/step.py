@@ -14,6 +14,7 @@ from accelerate import Accelerator, DistributedType
 from torch import Tensor
 
 from distill.errors import RunError
+from distill.files import write_json
 from distill.models.forward import Batch, Outputs, row_count, to_device, token_count
 from distill.training.checkpoint import TrainState
 from distill.training.compiled import CompiledLayers, in_short

@@ -115,7 +115,9 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({error}); remove it, and what it recorded is lost") from error
     if odd := [record for record in records if not isinstance(record, dict)]:
-        raise InputError(f"{path} is damaged (it holds {reprlib.repr(odd[0])}); remove it, and what it recorded is lost")
+        raise InputError(
+            f"{path} is damaged (it holds {reprlib.repr(odd[0])}); remove it, and what it recorded is lost"
+        )
     return records
 
 
