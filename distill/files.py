@@ -54,7 +54,7 @@ def write_text(path: Path, text: str) -> None:
     """Replace a file's content at once: readers see the old text or the new one, also after a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)
+    remove(temporary)
     with temporary.open("x", encoding="utf-8") as file:  # a new file: a link of that name would be written through
         file.write(text)
         file.flush()

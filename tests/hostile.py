@@ -10,6 +10,7 @@ import pickle
 import resource
 import socket
 import sys
+import tempfile
 
 DEEP = "[" * 100_000 + "]" * 100_000
 ESCAPES = "\x1b]0;owned\x07\x1b[2Jevil\x9b31m"
@@ -17,7 +18,7 @@ SECRETS = {"HF_TOKEN": "hf_TokenOfTheUser", "WANDB_API_KEY": "KeyOfTheUser", "AW
 WRITES = {
     "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.chmod", "os.chown", "os.rename", "os.link", "os.symlink",
 }  # fmt: skip
-NETWORK = {"socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "socket.bind"}
+NETWORK = {"socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto"}
 STARTS = {"os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "pty.spawn", "ctypes.dlopen"}
 CHANGES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
@@ -33,6 +34,7 @@ def strike(project, run, commands, seconds=20, gigabytes=12):
 
     huggingface_hub.constants.HF_HUB_OFFLINE = False  # nothing holds it back but itself
     os.chdir(project)
+    tempfile.tempdir = os.environ["TMPDIR"]
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     resource.setrlimit(resource.RLIMIT_AS, (gigabytes << 30, gigabytes << 30))
     sys.addaudithook(_watch(project, [run, os.environ["TMPDIR"], os.environ["DISTILL_CACHE"], "/dev", "/proc"]))
@@ -165,7 +167,12 @@ def says(name="config.json", **changes):
 
 def row(text):
     """Make a change that adds a line to the data."""
-    return lambda project: (project / "data.jsonl").open("a").write(text + "\n")
+
+    def change(project):
+        with (project / "data.jsonl").open("ab") as file:
+            file.write(text if isinstance(text, bytes) else f"{text}\n".encode())
+
+    return change
 
 
 PICKLE = pickle.dumps(Payload())
@@ -228,12 +235,12 @@ def _slow_rule(project):
 
 
 ROWS = {
-    "deep row": (DATA, row('{"text":"x","label":"none","z":' + DEEP + "}"), ""),
+    "deep row": (READ, row('{"text":"x","label":"none","z":' + DEEP + "}"), ""),
     "deep parquet metadata": (READ, lambda p: parquet(p, "Value", ["x"] * 9, x=[[]]) or _deep_metadata(p), "own.parquet"),
     "pictures": (READ, lambda p: parquet(p, "Image", [{"path": "/etc/passwd", "bytes": None}] * 9), "own.parquet"),
     "pipe": (DATA, pipe("data.jsonl"), ""),
     "endless": (DATA, link("data.jsonl", "/dev/zero"), ""),
-    "bytes that are no text": (DATA, lambda p: (p / "data.jsonl").open("ab").write(b'{"text": "\xff"}\n'), ""),
+    "bytes that are no text": (READ, row(b'{"text": "\xff"}\n'), ""),
     "300,000 columns": (DATA, put("own.csv", ",".join(f"c{i}" for i in range(300_000)) + "\n"), "own.csv"),
     "20,000 columns": (DATA, put("own.csv", ",".join(f"\x1b[2J{i}" for i in range(20_000)) + "\n1"), "own.csv"),
     "names that steer": (DATA, put("own.jsonl", json.dumps({ESCAPES: 1})), "own.jsonl"),

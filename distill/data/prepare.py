@@ -80,6 +80,8 @@ def prepare(order: Order, folder: Path, progress: Report = lambda _split, _done,
             encoder = Encoder(tokenizer, spec, settled, measured=name != "train", teacher=order.teacher)
             path, report = folder / f"{name}.arrow", partial(progress, name)
             examples = _encode(task, splits[name], encoder, path, order.packs, report)
+            if not examples.lengths.any():
+                raise InputError(f"data: the tokenizer makes no token of any text of the {name} split")
             digest.update(f"{name}:{_content_of(examples)}".encode())
             parts[name] = examples
             counts[name] = summarise(splits[name], encoder, examples)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ class KeptUnits(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    of: int = Field(ge=1)
+    of: int = Field(ge=1, le=1_000_000)
     """Number of units of the teacher's layer."""
     units: list[int] | list[list[int]] | None = None
     """Their indices in the teacher, ascending; one list per expert where each has its own; null: all."""
@@ -36,7 +37,9 @@ class KeptUnits(BaseModel):
 
     @model_validator(mode="after")
     def _check_units(self) -> KeptUnits:
-        ascending = all(units and sorted({*units} & {*range(self.of)}) == [*units] for units in self._lists)
+        lists = [] if self.units is None else self._lists
+        inside = all(units and 0 <= units[0] and units[-1] < self.of for units in lists)
+        ascending = inside and all(one < other for units in lists for one, other in pairwise(units))
         if not ascending or len({*map(len, self._lists)}) > 1:
             raise ValueError(f"units must be ascending indices below {self.of}, equally many for each expert")
         return self
@@ -119,6 +122,14 @@ class StudentPlan(BaseModel):
     """Asked against got, by recipe key."""
     layer_scores: dict[str, list[float]] = {}
     """Figures per teacher layer that the decision was based on, e.g. block influence."""
+
+    @model_validator(mode="after")
+    def _check_layers(self) -> StudentPlan:
+        for layers, depth in ((self.layers, self.teacher_layers), (self.encoder_layers, self.teacher_encoder_layers)):
+            numbers = [-1, *(layer.teacher_layer for layer in layers or ()), depth or 0]
+            if layers and not all(one < other for one, other in pairwise(numbers)):
+                raise ValueError(f"layers must be ascending layers of the teacher, which has {depth}")
+        return self
 
     @model_validator(mode="before")
     @classmethod

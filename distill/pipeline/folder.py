@@ -128,7 +128,7 @@ class RunDir:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
-            for aside in [*self.root.rglob(".*.old")]:
+            for aside in [*self.root.rglob(".[!.]*.old")]:
                 put_back(aside.with_name(aside.name[1 : -len(".old")]))
             yield
 

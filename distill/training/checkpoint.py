@@ -198,6 +198,12 @@ def fault_of(checkpoint: Path) -> str | None:
         state = read_json(checkpoint / STATE)
         if absent := {"made_from", "numbers"} - state.keys():
             return f"it was written by an older version, without {', '.join(sorted(absent))}"
+        whole = TrainState(**{key: value for key, value in state.items() if key != "made_from"})
+        counts = [whole.step, whole.examples, whole.tokens, whole.micro_batch_size, whole.evaluated]
+        if not (all(type(each) is int and each >= 0 for each in counts) and whole.micro_batch_halvings in range(64)):
+            return "its counts are those of no training"
+        if not isinstance(whole.seconds, int | float) or not isinstance(whole.numbers, dict):
+            return "its state is that of no training"
         return None if checkpoint.stem == _name(state["step"]) else f"it is of step {state['step']}"
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return f"it is incomplete ({type(error).__name__}: {error})"

@@ -55,10 +55,12 @@ def attack(project, asked, **limits):
     """Give commands to `distill`; returns what it said, with everything beside the run folder as it was."""
     for name in ("tmp", "cache"):
         (project.parent / name).mkdir()
-    surroundings = {"TMPDIR": project.parent / "tmp", "DISTILL_CACHE": project.parent / "cache", "RUST_BACKTRACE": 0}
+    places = {"TMPDIR": str(project.parent / "tmp"), "DISTILL_CACHE": str(project.parent / "cache")}
     before = _everything(project)
     log = project.parent / "log"
-    done = Processes(log, strike, project, project / "run", asked, *limits.values(), **surroundings, **SECRETS)
+    done = Processes(
+        log, strike, project, project / "run", asked, *limits.values(), **places, **SECRETS, RUST_BACKTRACE="0"
+    )
     code, said = done.wait(), done.said
     assert code == [0] and "Traceback" not in said and len(said) < 20_000, (code, said[:3000])
     assert not [each for each in said if unicodedata.category(each) in ("Cc", "Cf") and each != "\n"], repr(said)
@@ -68,8 +70,14 @@ def attack(project, asked, **limits):
 
 
 def _everything(project):
-    own = [path for path in project.parent.rglob("*") if not {"run", "tmp", "cache", "log"} & {*path.relative_to(project.parent).parts}]
-    return {str(path): os.readlink(path) if path.is_symlink() else content_of(path) for path in own if not path.is_dir()}
+    own = [
+        path
+        for path in project.parent.rglob("*")
+        if not {"run", "tmp", "cache", "log"} & {*path.relative_to(project.parent).parts}
+    ]
+    return {
+        str(path): os.readlink(path) if path.is_symlink() else content_of(path) for path in own if not path.is_dir()
+    }
 
 
 @pytest.mark.parametrize("name", TEACHERS)
@@ -108,23 +116,44 @@ def make_hostile(project):
     """Make a project that nothing is wrong with, and that carries everything that must not come through."""
     customer = project.parent / "customer-acme"
     customer.mkdir()
-    labels = {"mammal": f"{SCRIPT}{ESCAPES}", "none": "](javascript:alert)|`x`", "swimmer": '"><img src=x onerror=alert(1)>'}
+    labels = {
+        "mammal": f"{SCRIPT}{ESCAPES}",
+        "none": "](javascript:alert)|`x`",
+        "swimmer": '"><img src=x onerror=alert(1)>',
+    }
     lines = [json.loads(line) for line in (project / "data.jsonl").read_text().splitlines()]
-    rows = [{**line, "text": f"{line['text']} {SCRIPT} {ESCAPES}", "label": labels[line["label"]]} for line in lines]
+    texts = [
+        f"{line['text']} {SCRIPT} {ESCAPES}" * (number % 9 == 0) or line["text"] for number, line in enumerate(lines)
+    ]
+    rows = [{"text": text, "label": labels[line["label"]]} for text, line in zip(texts, lines, strict=True)]
     (customer / "data.jsonl").write_text("".join(json.dumps(own) + "\n" for own in rows))
     shutil.move(project / "teacher", customer / "teacher")
-    code = {"AutoModelForSequenceClassification": "evil.Evil", "AutoConfig": "attacker/repo--evil.Evil", "AutoTokenizer": ["evil.Evil", None]}
+    code = {
+        "AutoModelForSequenceClassification": "evil.Evil",
+        "AutoConfig": "attacker/repo--evil.Evil",
+        "AutoTokenizer": ["evil.Evil", None],
+    }
     named = {"auto_map": code, "custom_pipelines": {"evil": {"impl": "evil.Evil"}}}
     (project / "teacher").symlink_to(customer / "teacher")
     config(project, id2label=dict(enumerate(labels.values())), label2id={}, _name_or_path=str(customer), **named)
     config(project, "tokenizer_config.json", name_or_path=str(customer), **named)
     for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
         put(f"teacher/{name}", PICKLE)(project)
-    for name in ("evil.py", "custom_generate/generate.py", "modeling_bert.py", "tokenization.py", "json.py", "torch.py"):
+    for name in (
+        "evil.py",
+        "custom_generate/generate.py",
+        "modeling_bert.py",
+        "tokenization.py",
+        "json.py",
+        "torch.py",
+    ):
         put(f"teacher/{name}", "open('RAN', 'w')")(project)
     for name in ("json.py", "torch.py", "accuracy.py", "datasets.py", "evaluate.py"):
         put(name, "open('RAN', 'w')")(project)
-    put("teacher/chat_template.jinja", "{% for a in range(99999) %}{% for b in range(99999) %}{{ ''.__class__ }}{% endfor %}{% endfor %}")(project)
+    put(
+        "teacher/chat_template.jinja",
+        "{% for a in range(99999) %}{% for b in range(99999) %}{{ ''.__class__ }}{% endfor %}{% endfor %}",
+    )(project)
     return ["teacher.model=../customer-acme/teacher", "data.source=./../customer-acme/data.jsonl"]
 
 
