@@ -147,7 +147,7 @@ def remove(path: Path) -> None:
 
 def is_plain_name(name: Any) -> bool:
     """Tell whether a name that a stranger's file gives to another file leads nowhere else than into a folder."""
-    return isinstance(name, str) and Path(name).name == name != ".."
+    return isinstance(name, str) and Path(name).name == name and name not in ("", "..")
 
 
 def flush(path: Path) -> None:

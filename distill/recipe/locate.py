@@ -162,7 +162,7 @@ def teacher_size(folder: Path) -> TeacherSize:
         method = quantized.get("quant_method", "something") if isinstance(quantized, dict) else "something"
         message = f"{path} says quantized with {method}; such weights cannot be cut"
         raise InputError(f"{message}, name the original model instead")
-    _check_config(path, config)
+    check_sizes(path, config)
     width = _first_count(config, WIDTH_KEYS)
     if width is None:
         embedding = _first_count(config, ("n_embd",))  # GPT-2: null, or no key, stands for four times the model width
@@ -180,7 +180,7 @@ def teacher_size(folder: Path) -> TeacherSize:
     )
 
 
-def _check_config(path: Path, config: dict[str, Any]) -> None:
+def check_sizes(path: Path, config: dict[str, Any]) -> None:
     """Refuse sizes that no model has, in the config and in those inside it, and kernels of others."""
     for own in [each for each in parts_of(config) if isinstance(each, dict)]:
         for key, (least, most) in _RANGES.items():

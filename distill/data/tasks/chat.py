@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -39,6 +42,8 @@ NO_TEMPLATE = (
 EMPTY_TURN = "conversations that are empty, or have a turn that says nothing, left out"
 NO_ANSWER = "conversations without a turn of the assistant to learn from, left out"
 CUT_ANSWER = "conversations whose first max_length tokens hold no answer, left out"
+PATIENCE = 10
+"""Seconds for a conversation; a template is a program of a stranger, and its loops may never end."""
 HIDDEN_ANSWER = "conversations whose answers are not found in what the chat template writes, left out"
 REWRITTEN = "conversations whose earlier turns the chat template writes differently later: one example per answer"
 
@@ -120,7 +125,7 @@ class Chat(CausalLM):
             if found.empty:
                 encoder.note(EMPTY_TURN)
                 continue
-            with as_input_error(f"data: {place}: the chat template refuses the conversation"):
+            with as_input_error(f"data: {place}: the chat template refuses the conversation"), within(PATIENCE):
                 written += [(number, *own) for own in render(tokenizer, found, encoder.spec.learn_from == "all", notes)]
         return encoder.features(_cut(written, encoder) if written else [])
 
@@ -131,6 +136,25 @@ class Chat(CausalLM):
             return batch
         learned = torch.from_numpy(examples["learned"].pad(0)).bool()
         return {**batch, "labels": batch["labels"].masked_fill(~learned, UNLABELLED), "learned": learned}
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError where the block takes longer; outside of the main thread it may take for ever."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(_number: int, _frame: Any) -> None:
+        raise TimeoutError(f"it takes longer than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _check_tokenizer(tokenizer: Any) -> None:
