@@ -100,15 +100,15 @@ def index(project, name):
     (project / "teacher/model.safetensors.index.json").write_text(weights)
 
 
-def parquet(project, kind, values, **metadata):
+def parquet(project, kind, values, metadata=None):
     """A parquet file whose metadata call the texts something else."""
     import pyarrow as pa
     from pyarrow import parquet as files
 
     features = {"text": {"_type": kind}, "label": {"_type": "Value", "dtype": "string"}}
-    found = {"info": {"features": features}, **metadata}
+    metadata = metadata or json.dumps({"info": {"features": features}})
     table = pa.table({"text": values, "label": ["none"] * len(values)})
-    files.write_table(table.replace_schema_metadata({"huggingface": json.dumps(found)}), project / "own.parquet")
+    files.write_table(table.replace_schema_metadata({"huggingface": metadata}), project / "own.parquet")
 
 
 def saved(project, **changes):
@@ -175,13 +175,31 @@ def row(text):
     return change
 
 
+def both(*changes):
+    """Make a change of several."""
+    return lambda project: [change(project) for change in changes]
+
+
+def gone(name):
+    """Make a change that removes a file."""
+    return lambda project: (project / name).unlink()
+
+
+def slow(project):
+    """Make the tokenizer go back and back."""
+    rule = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    config(project, "tokenizer.json", pre_tokenizer=rule)
+
+
 PICKLE = pickle.dumps(Payload())
+ELSEWHERE = [{"filename": "../../outside/secret.txt"}]
+NO_WORDS = gone("teacher/tokenizer.json")
 ALL, READ = ("validate", "inspect", "plan"), ("plan",)
 TEACHER, DATA = ("inspect", "plan"), ("validate", "plan")
 TEACHERS = {
-    "pickle alone": (ALL, lambda p: ((p / "teacher/model.safetensors").unlink(), put("teacher/pytorch_model.bin", PICKLE)(p))),
+    "pickle alone": (ALL, both(gone("teacher/model.safetensors"), put("teacher/pytorch_model.bin", PICKLE))),
     "pickle called safetensors": (ALL, put("teacher/model.safetensors", PICKLE)),
-    "index to a pickle": (ALL, lambda p: (put("teacher/evil.bin", PICKLE)(p), index(p, "evil.bin"))),
+    "index to a pickle": (ALL, both(put("teacher/evil.bin", PICKLE), lambda p: index(p, "evil.bin"))),
     "index outside": (ALL, lambda p: index(p, "../../outside/w.safetensors")),
     "index to a place": (ALL, lambda p: index(p, "/etc/w.safetensors")),
     "weights named elsewhere": (ALL, says(transformers_weights="../w.safetensors")),
@@ -219,24 +237,18 @@ TEACHERS = {
     "huge header": (ALL, put("teacher/model.safetensors", (2**62).to_bytes(8, "little") + b"{}")),
     "number of 10^5 digits": (ALL, put("teacher/config.json", '{"vocab_size": ' + "9" * 100_000 + "}")),
     "tokenizer of a file elsewhere": (TEACHER, says("tokenizer_config.json", vocab_file="../../outside/secret.txt")),
-    "tokenizer of files elsewhere": (TEACHER, says("tokenizer_config.json", init_inputs=[["../../outside/secret.txt"]])),
+    "tokenizer of files elsewhere": (TEACHER, says("tokenizer_config.json", init_inputs=["../../outside/secret.txt"])),
     "tokenizer of no length": (READ, says("tokenizer_config.json", model_max_length="x")),
-    "tokenizer of nothing": (READ, lambda p: (says("tokenizer_config.json", tokenizer_class="GPT2Tokenizer")(p), (p / "teacher/tokenizer.json").unlink())),
-    "tokenizer that is none": (READ, lambda p: (says("tokenizer_config.json", tokenizer_class="RagTokenizer")(p), (p / "teacher/tokenizer.json").unlink())),
-    "tokenizer that goes back and back": (READ, lambda p: (_slow_rule(p), row(json.dumps({"text": "a" * 60 + "!", "label": "none"}))(p))),
+    "tokenizer of nothing": (READ, both(says("tokenizer_config.json", tokenizer_class="GPT2Tokenizer"), NO_WORDS)),
+    "tokenizer that is none": (READ, both(says("tokenizer_config.json", tokenizer_class="RagTokenizer"), NO_WORDS)),
+    "tokenizer that goes back and back": (READ, both(slow, row(json.dumps({"text": "a" * 60 + "!", "label": "none"})))),
 }  # fmt: skip
 """What is done to a teacher's folder: name -> (commands that must refuse it, change)."""
 
 
-def _slow_rule(project):
-    rule = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
-    path = project / "teacher/tokenizer.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"pre_tokenizer": rule}))
-
-
 ROWS = {
     "deep row": (READ, row('{"text":"x","label":"none","z":' + DEEP + "}"), ""),
-    "deep parquet metadata": (READ, lambda p: parquet(p, "Value", ["x"] * 9, x=[[]]) or _deep_metadata(p), "own.parquet"),
+    "deep parquet metadata": (READ, lambda p: parquet(p, "Value", ["x"] * 9, DEEP), "own.parquet"),
     "pictures": (READ, lambda p: parquet(p, "Image", [{"path": "/etc/passwd", "bytes": None}] * 9), "own.parquet"),
     "pipe": (DATA, pipe("data.jsonl"), ""),
     "endless": (DATA, link("data.jsonl", "/dev/zero"), ""),
@@ -248,19 +260,11 @@ ROWS = {
     "bomb of gzip": (DATA, lambda p: put("own.jsonl.gz", gzip.compress(b"a" * 300_000_000, 1))(p), "own.jsonl.gz"),
     "bomb of spaces": (DATA, lambda p: put("own.jsonl.gz", gzip.compress(b" " * 300_000_000))(p), "own.jsonl.gz"),
     "bomb of bzip2": (DATA, lambda p: put("own.csv.bz2", bz2.compress(b"a" * 300_000_000))(p), "own.csv.bz2"),
-    "saved dataset of files elsewhere": (READ, lambda p: saved(p, _data_files=[{"filename": "../../outside/secret.txt"}]), "saved"),
-    "saved dataset of splits elsewhere": (READ, lambda p: (put("saved/dataset_dict.json", '{"splits": ["../teacher"]}')(p)), "saved"),
+    "saved dataset of files elsewhere": (READ, lambda p: saved(p, _data_files=ELSEWHERE), "saved"),
+    "saved dataset of splits elsewhere": (READ, put("saved/dataset_dict.json", '{"splits": ["../x"]}'), "saved"),
     "deep saved dataset": (READ, put("saved/state.json", DEEP), "saved"),
 }  # fmt: skip
 """What is done to data: name -> (commands that must refuse it, change, file that the recipe names)."""
-
-
-def _deep_metadata(project):
-    import pyarrow as pa
-    from pyarrow import parquet as files
-
-    table = pa.table({"text": ["x"] * 9, "label": ["none"] * 9})
-    files.write_table(table.replace_schema_metadata({"huggingface": DEEP}), project / "own.parquet")
 
 
 RECIPES = {

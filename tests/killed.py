@@ -12,7 +12,7 @@ SEEN = {"open", "os.listdir", "os.mkdir", "os.remove", "os.rename", "os.rmdir", 
 
 
 def dies(number, action):
-    """Call `action` in a copy of this process that is killed before its call `number`; tells whether it made so many."""
+    """Call `action` in a copy of this process that is killed before call `number`; tells if it made so many."""
     child = os.fork()
     if child == 0:
         calls = count(1)

@@ -43,9 +43,9 @@ def source_fingerprint(source: Source, split: str, base: Path, paths: Collection
     """Return a sha256 of what a source is made from, without reading rows from it where that can be.
 
     Of files their content decides, never their time; hub datasets are files. Of those that rows name in the columns
-    `paths`, of which there may be any number, it is path, size and time. A built-in corpus follows from the Python
-    version and the content of its standard library. What the user's own function reads is not known, so it is called,
-    and its rows are hashed.
+    `paths`, of which there may be any number, it is path, size and the kernel's own time. A built-in corpus follows
+    from the Python version and the content of its standard library. What the user's own function reads is not known,
+    so it is called, and its rows are hashed.
     """
     files, names = find_files(source, split, base)
     if files:
@@ -64,7 +64,7 @@ def source_fingerprint(source: Source, split: str, base: Path, paths: Collection
 def _signature(path: Any) -> Any:
     try:
         stat = os.stat(path)
-        return [path, stat.st_size, stat.st_mtime_ns]
+        return [path, stat.st_size, stat.st_ctime_ns]  # which `os.utime` cannot set
     except (OSError, ValueError, TypeError):  # said with its line when the row is read
         return str(path)
 

@@ -38,7 +38,7 @@ class KeptUnits(BaseModel):
     @model_validator(mode="after")
     def _check_units(self) -> KeptUnits:
         lists = [] if self.units is None else self._lists
-        inside = all(units and 0 <= units[0] and units[-1] < self.of for units in lists)
+        inside = all(units and units[0] >= 0 and units[-1] < self.of for units in lists)
         ascending = inside and all(one < other for units in lists for one, other in pairwise(units))
         if not ascending or len({*map(len, self._lists)}) > 1:
             raise ValueError(f"units must be ascending indices below {self.of}, equally many for each expert")

@@ -29,7 +29,7 @@ ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 """Endings that may follow, except after .parquet, which compresses by itself."""
 DENSEST, UNSUSPECTED = 100, 10_000_000
-"""A compressed file may unpack to so many times its size, or to so many bytes; text takes a tenth to a third of its size."""
+"""A compressed file may unpack to so many times its size, or to so many bytes; of text it is ten times at most."""
 SAVED = ("state.json", "dataset_dict.json")
 """Files that tell a folder of `Dataset.save_to_disk`, or of `DatasetDict.save_to_disk`."""
 UNREAD = (

@@ -28,7 +28,7 @@ def quote_names(names: Collection[Any]) -> str:
 
 
 def read_lines(file: TextIO, number: int = 0) -> Iterator[str]:
-    """Read lines of text after line `number`. Raises ValueError where one never ends or holds bytes that no text has."""
+    """Read lines after line `number`. Raises ValueError where one never ends or holds bytes that no text has."""
     while line := file.readline(LONGEST):
         number += 1
         if len(line) == LONGEST:

@@ -1,15 +1,16 @@
-"""Datasets that name files outside of their own folder: these would be read, and no fingerprint covers them."""
+"""Files that data name: none outside of a dataset's own folder, and none that changed without being noticed."""
 
 from __future__ import annotations
 
 import json
+import os
 
 import datasets
 import huggingface_hub
 import pytest
 
 from distill.data import sources
-from distill.data.sources import read_source
+from distill.data.sources import read_source, source_fingerprint
 from distill.errors import InputError
 from distill.recipe.schema import Source
 
@@ -57,3 +58,14 @@ def test_a_saved_dataset_gives_its_own_files_alone(way, tmp_path):
         (tmp_path / "own/dataset_dict.json").write_text('{"splits": ["../private"]}')
     with pytest.raises(InputError, match=r"names '\.\./private.*does not lie in the folder itself"):
         texts("./own", tmp_path)
+
+
+def test_an_edited_sound_file_of_the_same_size_and_time_is_another_source(tmp_path):
+    sound, own = tmp_path / "a.wav", Source(source="./x.jsonl")
+    (tmp_path / "x.jsonl").write_text('{"audio": "a.wav", "text": "x"}\n')
+    sound.write_bytes(b"one")
+    before, stat = source_fingerprint(own, "train", tmp_path, ["audio"]), sound.stat()
+    assert source_fingerprint(own, "train", tmp_path, ["audio"]) == before
+    sound.write_bytes(b"two")
+    os.utime(sound, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert source_fingerprint(own, "train", tmp_path, ["audio"]) != before
