@@ -126,7 +126,7 @@ class StudentPlan(BaseModel):
     @model_validator(mode="after")
     def _check_layers(self) -> StudentPlan:
         for layers, depth in ((self.layers, self.teacher_layers), (self.encoder_layers, self.teacher_encoder_layers)):
-            numbers = [-1, *(layer.teacher_layer for layer in layers or ()), depth or 0]
+            numbers = [layer.teacher_layer for layer in layers or ()] + ([] if depth is None else [depth])
             if layers and not all(one < other for one, other in pairwise(numbers)):
                 raise ValueError(f"layers must be ascending layers of the teacher, which has {depth}")
         return self

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from distill.errors import DistillError, InputError
 from distill.files import parts_of, read_json, sha256_of
@@ -30,6 +33,25 @@ def as_input_error(what: str) -> Iterator[None]:
         text = str(error).strip()
         named = text if isinstance(error, OSError | ValueError) and text else f"{type(error).__name__}: {text}"
         raise InputError(f"{what}: {named}") from error
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError where what runs a stranger's program takes longer; threads beside the main one may go on."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(_number: int, _frame: Any) -> None:
+        raise TimeoutError(f"it takes longer than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def check_files(folder: Path) -> None:

@@ -51,7 +51,7 @@ def open_model(name: str) -> Any:
         InputError: There is no such model, or its family is not known.
     """
     folder = _folder(name)
-    if mistakes := look_at_folder(folder, weights=True)[1]:
+    if (folder / "config.json").is_file() and (mistakes := look_at_folder(folder, weights=True)[1]):
         raise InputError("; ".join(mistakes))
     model = load_student(folder)
     layout_of(model)

@@ -53,7 +53,7 @@ PLAN |= dict.fromkeys(("layer_policy", "mlp_score", "mlp_allocation"), "x")
         {"layers": [{**LAYER, "kept": {"mlp": {"of": 10**30}}}]},
         {"layers": [{**LAYER, "kept": {"mlp": {"of": 8, "units": [-1, 3]}}}]},
         {"layers": [{**LAYER, "kept": {"mlp": {"of": 8, "units": [3, 8]}}}]},
-        {"encoder_layers": [LAYER]},
+        {"encoder_layers": [LAYER, LAYER]},
     ],
 )
 def test_a_plan_of_what_no_teacher_has_is_refused(change, tmp_path):

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-import signal
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -20,7 +17,7 @@ from distill.data.tasks.causal_lm import CausalLM, check_row_length
 from distill.data.tasks.task import Column, Encoder, Features, Seeds, Values
 from distill.errors import InputError
 from distill.models.forward import UNLABELLED, Batch
-from distill.models.weights import as_input_error
+from distill.models.weights import as_input_error, within
 
 Message = dict[str, Any]
 Span = tuple[int, int]
@@ -136,25 +133,6 @@ class Chat(CausalLM):
             return batch
         learned = torch.from_numpy(examples["learned"].pad(0)).bool()
         return {**batch, "labels": batch["labels"].masked_fill(~learned, UNLABELLED), "learned": learned}
-
-
-@contextmanager
-def within(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError where the block takes longer; outside of the main thread it may take for ever."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(_number: int, _frame: Any) -> None:
-        raise TimeoutError(f"it takes longer than {seconds:g} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def _check_tokenizer(tokenizer: Any) -> None:
