@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import huggingface_hub
 import pytest
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model, tiny_project
@@ -46,6 +47,21 @@ def test_changed_weights_are_another_folder_and_notes_are_not(folder):
     tensors["classifier.bias"] += 1
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     assert folder_fingerprint(folder) != before
+
+
+def test_a_hub_teacher_brings_python_only_where_that_was_asked_for(folder, tmp_path, monkeypatch):
+    asked = []
+
+    def download(_model, revision, allow_patterns):
+        asked.append((revision, sorted(allow_patterns)))
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    for code in (False, True):
+        teacher_path(Teacher(model="org/tiny", revision="abc"), tmp_path, code)
+    (_, without), (revision, whole) = asked
+    assert revision == "abc" and {*whole} - {*without} == {"*.py"}
+    assert not [pattern for pattern in without if pattern.endswith((".bin", ".pt", ".pkl", ".py", "*"))]
 
 
 def test_a_tokenizer_config_may_name_files_of_its_folder_and_of_other_machines(folder, tmp_path):
