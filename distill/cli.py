@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import signal
 import sys
 import tempfile
+import threading
+import traceback
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import rich.table
 import typer
@@ -398,6 +402,22 @@ def main(arguments: list[str] | None = None) -> int:
             signal.signal(number, handler)
 
 
-def entry() -> None:
+def _tame_output() -> None:
+    """Let nothing steer the terminal of what Python and libraries print: tracebacks, warnings and log records."""
+    make, write = logging.getLogRecordFactory(), warnings.formatwarning
+
+    def plain_record(*given: Any, **named: Any) -> logging.LogRecord:
+        record = make(*given, **named)
+        record.msg, record.args = printable(record.getMessage()), ()
+        return record
+
+    sys.excepthook = lambda *error: _say("".join(traceback.format_exception(*error)).rstrip())
+    threading.excepthook = lambda found: _say("".join(traceback.format_exception(*found[:3])).rstrip())
+    warnings.formatwarning = lambda *given, **named: printable(write(*given, **named))
+    logging.setLogRecordFactory(plain_record)
+
+
+def entry(arguments: list[str] | None = None) -> None:
     """Exit with what the command line returns (console script)."""
-    sys.exit(main())
+    _tame_output()
+    sys.exit(main(arguments))

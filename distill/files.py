@@ -71,13 +71,13 @@ def write_text(path: Path, text: str) -> None:
     """Replace a file's content at once: readers see the old text or the new one, also after a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)
+    remove(temporary)
     with temporary.open("x", encoding="utf-8") as file:  # a new file: a link of that name would be written through
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    fsync_folder(path.parent)
+    flush(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -85,19 +85,35 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises InputError when the file cannot be read, is huge or holds something else."""
+def read_json(path: Path) -> Any:
+    """Read JSON. Raises InputError when the file is no regular one, is huge, nested too deeply or no JSON."""
     try:
         if path.exists() and not path.is_file():
             raise OSError("it is not a regular file")  # a pipe may never end
         with path.open("rb") as file:
             content = file.read(MAX_JSON + 1)
-        found = json.loads(content) if len(content) <= MAX_JSON else None
+        if len(content) > MAX_JSON:
+            raise ValueError(f"it has more than {MAX_JSON:,} bytes")
+        return json.loads(content)
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises InputError as `read_json`, and when the file holds something else."""
+    found = read_json(path)
     if not isinstance(found, dict):
         raise InputError(f"{path} holds no JSON object")
     return found
+
+
+def parts_of(value: Any) -> Iterator[Any]:
+    """Yield a JSON value and everything inside it, the outer parts first."""
+    left = [value]
+    while left:
+        value = left.pop()
+        yield value
+        left += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 @contextmanager
@@ -113,18 +129,15 @@ def fresh_folder(path: Path) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as opened:
-                    os.fsync(opened.fileno())
-        fsync_folder(temporary)
+        for path_inside in (*temporary.rglob("*"), temporary):
+            flush(path_inside)
     except BaseException:
         remove(temporary)  # half a folder is of no use, and the disk may be full
         raise
     if path.is_symlink() or path.exists():
         os.rename(path, aside)
     os.rename(temporary, path)
-    fsync_folder(path.parent)
+    flush(path.parent)
     remove(aside)
 
 
@@ -149,8 +162,13 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def fsync_folder(path: Path) -> None:
-    """Make renames inside a folder survive a power cut."""
+def is_plain_name(name: Any) -> bool:
+    """Tell whether a name that a stranger's file gives to another file leads nowhere else than into a folder."""
+    return isinstance(name, str) and Path(name).name == name and name not in ("", "..")
+
+
+def flush(path: Path) -> None:
+    """Make the content of a file, or the names in a folder, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -7,7 +7,7 @@ ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 \
 
 import sys
 
-from distill.cli import main
+from distill.cli import entry
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))
+    entry(["train", *sys.argv[1:]])

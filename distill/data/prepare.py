@@ -85,6 +85,8 @@ def prepare(order: Order, folder: Path, progress: Report = lambda _split, _done,
             path, report = folder / f"{name}.arrow", partial(progress, name)
             routes = [order.routes[source.source] for source in splits[name].rows.sources] if order.routes else []
             examples = _encode(task, splits[name], encoder, path, order.packs, report, routes)
+            if not examples.lengths.any():
+                raise InputError(f"data: the tokenizer makes no token of any text of the {name} split")
             content = f"{name}:{_content_of(examples)}"
             if name.startswith(SET):
                 sets[name] = content

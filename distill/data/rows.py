@@ -241,7 +241,7 @@ def _read(
         for role, name in names.items():
             try:
                 values[role] = task.columns[role].read(row.get(name))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 given = reprlib.repr(row.get(name))
                 raise InputError(f"{key}: {place}: column {name!r} {error}: {given}") from error
         try:

@@ -15,11 +15,20 @@ from typing import Any
 
 from distill.data.builtin import SOURCES, library_fingerprint
 from distill.errors import InputError
-from distill.files import content_of
+from distill.files import content_of, is_plain_name, read_object
 from distill.models.weights import as_input_error
-from distill.recipe.datafiles import check_kinds, check_options, data_files, ending_of, is_saved_dataset, read_rows
+from distill.recipe.datafiles import (
+    SAVED,
+    check_kinds,
+    check_options,
+    data_files,
+    ending_of,
+    is_saved_dataset,
+    read_rows,
+)
 from distill.recipe.jsonrows import quote_names
 from distill.recipe.schema import Source
+from distill.recipe.weights import is_inside
 from distill.registry import find
 
 Row = dict[str, Any]
@@ -34,9 +43,9 @@ def source_fingerprint(source: Source, split: str, base: Path, paths: Collection
     """Return a sha256 of what a source is made from, without reading rows from it where that can be.
 
     Of files their content decides, never their time; hub datasets are files. Of those that rows name in the columns
-    `paths`, of which there may be any number, it is path, size and time. A built-in corpus follows from the Python
-    version and the content of its standard library. What the user's own function reads is not known, so it is called,
-    and its rows are hashed.
+    `paths`, of which there may be any number, it is path, size and the kernel's own time. A built-in corpus follows
+    from the Python version and the content of its standard library. What the user's own function reads is not known,
+    so it is called, and its rows are hashed.
     """
     files, names = find_files(source, split, base)
     if files:
@@ -55,7 +64,7 @@ def source_fingerprint(source: Source, split: str, base: Path, paths: Collection
 def _signature(path: Any) -> Any:
     try:
         stat = os.stat(path)
-        return [path, stat.st_size, stat.st_mtime_ns]
+        return [path, stat.st_size, stat.st_ctime_ns]  # which `os.utime` cannot set
     except (OSError, ValueError, TypeError):  # said with its line when the row is read
         return str(path)
 
@@ -219,10 +228,23 @@ def _saved_dataset(path: Path, split: str) -> Any:
     import datasets
 
     with as_input_error(f"{path} is no folder that `datasets` saved"):
+        _check_saved(path)
         found = datasets.load_from_disk(str(path))
     if isinstance(found, datasets.DatasetDict):
         return found[_one_of(found, split, str(path))]
     return found
+
+
+def _check_saved(path: Path) -> None:
+    """Refuse a saved dataset that names files of other folders: they would be read, and no fingerprint covers them."""
+    names = read_object(path / SAVED[1])["splits"] if (path / SAVED[1]).is_file() else []
+    for state in [path / SAVED[0], *(path / str(name) / SAVED[0] for name in names)]:
+        listed = read_object(state) if state.is_file() else {}
+        names += [
+            each["filename"] for key, files in listed.items() if key.endswith("data_files") for each in files or ()
+        ]
+    if odd := [name for name in names if not is_plain_name(name)]:
+        raise InputError(f"{path} names {odd[0]!r}, which does not lie in the folder itself")
 
 
 def _one_of(splits: Collection[str], split: str, place: str) -> str:
@@ -249,5 +271,7 @@ def _hub_files(source: Source, split: str) -> tuple[list[Path], ClassNames]:
         builder = datasets.load_dataset_builder(folder, source.config)
     splits = builder.config.data_files or {}
     files = [Path(file) for file in splits[_one_of([*map(str, splits)], source.split or split, source.source)]]
+    if odd := [file for file in files if not is_inside(Path(folder), file)]:
+        raise InputError(f"{source.source}: {odd[0]} is no file of the dataset")
     check_kinds(files)
     return files, _class_names(builder.info.features.to_dict() if builder.info.features else {})

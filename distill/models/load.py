@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AddedToken, AutoConfig, AutoTokenizer
+from transformers import AddedToken, AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from distill.errors import InputError
 from distill.files import read_object, sha256_of
@@ -24,13 +24,13 @@ from distill.models.quantised import import_bitsandbytes
 from distill.models.report import check_loaded, untie_config
 from distill.models.sentence import sentence_head
 from distill.models.trainable import mark_drawn
-from distill.models.weights import as_input_error, check_links, weights_sha256
+from distill.models.weights import as_input_error, check_files, weights_sha256
 from distill.models.widths import as_stock, is_unequal, with_widths
 from distill.recipe.locate import is_gguf, teacher_folder, teacher_size
 from distill.recipe.schema import Teacher
 from distill.recipe.weights import weight_files
 
-SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
+SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.spm", "*.codes", "*.tiktoken"]
 HUB_FILES = [*SMALL_FILES, "*.safetensors"]
 CPU = torch.device("cpu")
 UNLIMITED = 10**9
@@ -72,8 +72,8 @@ def teacher_path(
         key: That of the recipe which names it.
 
     Raises:
-        InputError: The folder, package or hub id cannot be had, a link in it leads elsewhere, or the weights do not
-            have the given sha256.
+        InputError: The folder, package or hub id cannot be had, something in it leads elsewhere, or the weights do
+            not have the given sha256.
     """
     folder, section = teacher_folder(teacher.model, base), key.rpartition(".")[0]
     if folder is not None and is_gguf(folder):
@@ -82,7 +82,7 @@ def teacher_path(
         return dequantised(folder, actual, say)
     if folder is None:
         folder = _from_hub(teacher.model, teacher.revision, ["*.py"] if remote_code else [], key)
-    check_links(folder)
+    check_files(folder)
     if teacher.sha256 is not None and (actual := weights_sha256(folder)) != teacher.sha256:
         raise InputError(f"{section}.sha256: the weights of {teacher.model} have {actual}, not {teacher.sha256}")
     return folder
@@ -98,7 +98,7 @@ def _from_hub(model: str, revision: str | None, code: list[str], key: str) -> Pa
 
 
 def folder_fingerprint(folder: Path) -> str:
-    """Return one sha256 over the names and contents of a model folder's config, weights and tokenizer files."""
+    """Return one sha256 over the names and contents of a model folder's config, weights, tokenizer files and code."""
     return _fingerprint(folder, HUB_FILES)
 
 
@@ -108,7 +108,7 @@ def tokenizer_fingerprint(folder: Path) -> str:
 
 
 def _fingerprint(folder: Path, patterns: Sequence[str]) -> str:
-    files = {file for pattern in patterns for file in folder.glob(pattern)}
+    files = {file for pattern in (*patterns, "*.py") for file in folder.glob(pattern)}
     files |= {*folder.glob("additional_chat_templates/*.jinja"), *folder.glob("*/config.json")}
     listing = {str(file.relative_to(folder)): sha256_of(file) for file in sorted(files)}
     return hashlib.sha256(json.dumps(listing, sort_keys=True).encode()).hexdigest()
@@ -122,6 +122,8 @@ def load_tokenizer(folder: Path, remote_code: bool = False) -> Any:
     """
     with as_input_error(f"{folder} has no usable tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=remote_code)
+        if not (isinstance(tokenizer, PreTrainedTokenizerBase) and tokenizer.model_max_length > 0 and len(tokenizer)):
+            raise ValueError(f"a {type(tokenizer).__name__} without words, or for no text")
     if tokenizer.pad_token is None:
         # The head of a decoder with classes finds the end of a text by the padding that its config names.
         stated = read_object(folder / "config.json").get("pad_token_id") if (folder / "config.json").exists() else None
@@ -315,4 +317,8 @@ def load_student(folder: str | Path) -> Any:
     named = getattr(transformers, str(architecture), None)
     if not (isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)):
         raise InputError(f"{folder}: transformers {transformers.__version__} has no model class {architecture!r}")
+    if not isinstance(config := load_config(folder, ModelHead("")), getattr(named, "config_class", None) or object):
+        raise InputError(
+            f"{folder}: config.json says model_type {config.model_type}, which is not that of {architecture}"
+        )
     return load_model(folder, ModelHead(architecture))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from distill.errors import InputError
+from distill.files import read_json
 from distill.models.layout import AxisName, StackName
 
 
@@ -23,7 +25,7 @@ class KeptUnits(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    of: int = Field(ge=1)
+    of: int = Field(ge=1, le=1_000_000)
     """Number of units of the teacher's layer."""
     units: list[int] | list[list[int]] | None = None
     """Their indices in the teacher, ascending; one list per expert where each has its own; null: all."""
@@ -41,7 +43,9 @@ class KeptUnits(BaseModel):
 
     @model_validator(mode="after")
     def _check_units(self) -> KeptUnits:
-        ascending = all(units and sorted({*units} & {*range(self.of)}) == [*units] for units in self._lists)
+        lists = [] if self.units is None else self._lists
+        inside = all(units and units[0] >= 0 and units[-1] < self.of for units in lists)
+        ascending = inside and all(one < other for units in lists for one, other in pairwise(units))
         if not ascending or len({*map(len, self._lists)}) > 1:
             raise ValueError(f"units must be ascending indices below {self.of}, equally many for each expert")
         return self
@@ -143,6 +147,14 @@ class StudentPlan(BaseModel):
     """A student that was there: `teacher_layer` is then the layer that each of its layers is compared with, and the
     numbers of units are its own. null: the student was cut."""
 
+    @model_validator(mode="after")
+    def _check_layers(self) -> StudentPlan:
+        for layers, depth in ((self.layers, self.teacher_layers), (self.encoder_layers, self.teacher_encoder_layers)):
+            numbers = [layer.teacher_layer for layer in layers or ()] + ([] if depth is None else [depth])
+            if layers and not all(one < other for one, other in pairwise(numbers)):
+                raise ValueError(f"layers must be ascending layers of the teacher, which has {depth}")
+        return self
+
     @model_validator(mode="before")
     @classmethod
     def _convert_format_1(cls, data: Any) -> Any:
@@ -184,7 +196,6 @@ class StudentPlan(BaseModel):
     def load(cls, path: Path) -> StudentPlan:
         """Read a plan. Raises InputError when the file is not one."""
         try:
-            data: Any = json.loads(path.read_text(encoding="utf-8"))
-            return cls.model_validate(data)
+            return cls.model_validate(read_json(path))
         except (OSError, ValueError) as error:
             raise InputError(f"{path} is not a student plan: {error}") from error

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from distill.errors import InputError
-from distill.files import read_object
+from distill.files import is_plain_name, read_json, read_object
 
 MODULES, SETTINGS, POOLING = "modules.json", "config_sentence_transformers.json", "1_Pooling/config.json"
 TRANSFORMER = "sentence_bert_config.json"
@@ -152,7 +152,7 @@ def _is_texts(prompts: Any) -> bool:
 def _modules(path: Path) -> Iterator[tuple[str, str]]:
     """Yield kind and folder of the modules; raises InputError for any that are not kept."""
     try:
-        listed = [(str(each["type"]), str(each["path"])) for each in json.loads(path.read_text(encoding="utf-8"))]
+        listed = [(str(each["type"]), str(each["path"])) for each in read_json(path)]
     except (OSError, ValueError, TypeError, LookupError) as error:
         raise InputError(f"{path} does not list modules: {error}") from error
     kinds = [name.rpartition(".")[2] if name.startswith("sentence_transformers.") else name for name, _ in listed]
@@ -165,7 +165,7 @@ def _modules(path: Path) -> Iterator[tuple[str, str]]:
     if kinds[:2] != ["Transformer", "Pooling"] or set(kinds[2:]) - {"Normalize"} or listed[0][1]:
         raise InputError(f"{path}: it must list a Transformer in the folder itself, then a Pooling, then a Normalize")
     for kind, (_, folder) in zip(kinds, listed, strict=True):
-        if Path(folder).name != folder:
+        if folder and not is_plain_name(folder):
             raise InputError(f"{path}: {folder!r} is no folder beside it")
         yield kind, folder
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from distill.errors import DistillError, InputError
-from distill.files import sha256_of
+from distill.files import parts_of, read_json, sha256_of
 from distill.recipe.weights import is_inside, weight_files
 
 
@@ -23,20 +27,51 @@ def as_input_error(what: str) -> Iterator[None]:
         yield
     except (DistillError, MemoryError):
         raise
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of a library in Rust
+            raise
         text = str(error).strip()
         named = text if isinstance(error, OSError | ValueError) and text else f"{type(error).__name__}: {text}"
         raise InputError(f"{what}: {named}") from error
 
 
-def check_links(folder: Path) -> None:
-    """Refuse links that lead out of a model folder; their targets would be copied into students and releases.
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError where what runs a stranger's program takes longer; threads beside the main one may go on."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(_number: int, _frame: Any) -> None:
+        raise TimeoutError(f"it takes longer than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def check_files(folder: Path) -> None:
+    """Refuse what would bring files from elsewhere into students and releases, or would never end when it is read.
 
     A snapshot of the model hub is made of links into its own `blobs`. The folder itself may be a link.
+
+    Raises:
+        InputError: A link leads out of the folder or to nothing, the tokenizer's config names a file elsewhere, or
+            there is something that is neither a file nor a folder.
     """
     for path in (*folder.iterdir(), *folder.glob("*/*")):
         if path.is_symlink() and not is_inside(folder, path):
             raise InputError(f"{path} is a link to a place outside of {folder}; copy what is meant into the folder")
+        if not (path.is_file() or path.is_dir()):
+            raise InputError(f"{path} is no regular file; remove it")  # a pipe, or a link to nothing
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        for text in parts_of(read_json(folder / name)) if (folder / name).is_file() else ():
+            if isinstance(text, str) and os.path.isfile(folder / text) and not is_inside(folder, folder / text):
+                raise InputError(f"{folder / name} names {text}, a file that does not lie in the folder; remove it")
 
 
 def weights_sha256(folder: Path) -> str:

@@ -112,7 +112,8 @@ class RunDir:
             raise InputError(f"--out: {self.root} is not empty and no run folder; name another, or an empty one")
         written = (path for path in self.root.iterdir() if path.name not in LINKING_TRACKERS)
         for link in _links(written):
-            raise InputError(f"--out: {link} is a link; a run folder holds none, as a run would write to its target")
+            kind = "a link" if link.is_symlink() else "no regular file"
+            raise InputError(f"--out: {link} is {kind}; a run folder holds none, as a run would write to its target")
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -138,15 +139,14 @@ class RunDir:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
-            for aside in [*self.root.rglob(".*.old")]:
+            for aside in [*self.root.rglob(".[!.]*.old")]:
                 put_back(aside.with_name(aside.name[1 : -len(".old")]))
             yield
 
 
 def _links(paths: Iterable[Path]) -> Iterator[Path]:
-    """Find symbolic links among some paths and below them."""
+    """Find symbolic links, pipes and the like among some paths and below them."""
     for path in paths:
-        if path.is_symlink():
-            yield path
-        elif path.is_dir():
-            yield from (found for found in path.rglob("*") if found.is_symlink())
+        for found in (path, *(path.rglob("*") if path.is_dir() and not path.is_symlink() else ())):
+            if found.is_symlink() or not (found.is_file() or found.is_dir()):
+                yield found

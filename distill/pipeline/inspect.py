@@ -22,6 +22,7 @@ from distill.models.load import load_student, load_tokenizer, teacher_path
 from distill.models.mlp import NeuronAxis, mlps_of
 from distill.models.plan import StudentPlan
 from distill.ranks import process_state
+from distill.recipe.headers import look_at_folder
 from distill.recipe.locate import is_path
 from distill.recipe.schema import Source, Student, Teacher
 from distill.registry import find
@@ -49,14 +50,17 @@ def open_model(name: str) -> Any:
     Raises:
         InputError: There is no such model, or its family is not known.
     """
-    model = load_student(_folder(name))
+    folder = _folder(name)
+    if (folder / "config.json").is_file() and (mistakes := look_at_folder(folder, weights=True)[1]):
+        raise InputError("; ".join(mistakes))
+    model = load_student(folder)
     layout_of(model)
     return model
 
 
 def _folder(name: str) -> Path:
     folder = Path(name).expanduser()
-    return folder if folder.is_dir() else teacher_path(Teacher(model=name), Path.cwd())
+    return teacher_path(Teacher(model=str(folder.absolute()) if folder.is_dir() else name), Path.cwd())
 
 
 def read_statistics(path: Path, model: Any) -> Statistics:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from dataclasses import replace
 from typing import Any
@@ -14,7 +13,7 @@ import transformers
 from distill import __version__
 from distill.data import collate
 from distill.evaluation.arms import trained_arms
-from distill.files import content_of, fresh_folder, write_text
+from distill.files import content_of, fresh_folder, read_object, write_text
 from distill.models.forward import MODEL_INPUTS, with_decoder_inputs
 from distill.models.pattern import pattern_note
 from distill.models.plan import StudentPlan
@@ -68,8 +67,8 @@ def collect_evidence(session: Session, release_format: Format = "uniform") -> Ev
         recipe=recipe,
         recipe_text=releasable_recipe(recipe),
         plan=plan,
-        repair=json.loads(run.repair.read_text(encoding="utf-8")) if recipe.student.repair.wanted else None,
-        evaluation=json.loads(run.evaluation.read_text(encoding="utf-8")),
+        repair=read_object(run.repair) if recipe.student.repair.wanted else None,
+        evaluation=read_object(run.evaluation),
         records={arm: read_records(session.train_folder(arm) / METRICS) for arm in trained_arms(recipe)},
         teacher={
             "model": without_folders(spec.model),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -17,7 +16,7 @@ from accelerate.utils import broadcast_object_list
 
 from distill import __version__
 from distill.errors import Stopped
-from distill.files import content_of, write_json, write_text
+from distill.files import content_of, read_json, write_json, write_text
 from distill.pipeline.session import Session
 from distill.ranks import check_launch, process_state
 from distill.recipe.datafiles import searched_paths
@@ -137,7 +136,7 @@ def _run_stage(session: Session, stage: Stage, wait: Callable[[], Any]) -> None:
 def _reason_to_run(session: Session, stage: Stage, inputs: dict[str, Any]) -> str | None:
     """Name what changed since the stage finished: inputs or results. None: nothing; empty: it has never finished."""
     try:
-        stamp = json.loads(session.folder.stamp(stage.name).read_text(encoding="utf-8"))
+        stamp = read_json(session.folder.stamp(stage.name))
         if stamp["made_from"] != fingerprint(inputs):
             return describe_changes(stamp["inputs"], inputs)
         contents, before = _contents(session, stage), stamp["results"]

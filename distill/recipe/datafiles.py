@@ -12,10 +12,12 @@ import glob
 import gzip
 import lzma
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
+from io import BufferedReader, RawIOBase, TextIOWrapper
 from pathlib import Path
-from typing import TextIO
+from typing import Any, BinaryIO, TextIO
 
 from distill.errors import InputError
 from distill.recipe.data import Source
@@ -24,8 +26,10 @@ from distill.recipe.locate import is_path
 
 ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 """Kinds of data files."""
-COMPRESSED: dict[str, Callable[..., TextIO]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 """Endings that may follow, except after .parquet, which compresses by itself."""
+DENSEST, UNSUSPECTED = 100, 10_000_000
+"""A compressed file may unpack to so many times its size, or to so many bytes; of text it is ten times at most."""
 SAVED = ("state.json", "dataset_dict.json")
 """Files that tell a folder of `Dataset.save_to_disk`, or of `DatasetDict.save_to_disk`."""
 UNREAD = (
@@ -164,7 +168,11 @@ def read_rows(path: Path, source: Source) -> Iterator[Row]:
         encoding = "utf-8-sig"  # takes a byte order mark away, where there is one
     try:
         newline = "" if ending in (".csv", ".tsv") else None
-        with COMPRESSED.get(path.suffix, open)(path, "rt", encoding=encoding, newline=newline) as file:
+        with (
+            COMPRESSED.get(path.suffix, open)(path, "rb") as packed,
+            _unpacked(packed, path) as plain,
+            TextIOWrapper(plain, encoding=encoding, newline=newline) as file,
+        ):
             for number, row in READERS[ending](file, source):
                 yield number, row
     except LookupError as error:
@@ -178,6 +186,27 @@ def read_rows(path: Path, source: Source) -> Iterator[Row]:
         other = _other_content(path)
         why = f"it is {other}" if other else str(getattr(error, "strerror", None) or error)
         raise InputError(f"{path}: cannot read it: {why}") from error
+
+
+def _unpacked(packed: Any, path: Path) -> BinaryIO:
+    """Read what a file holds, and stop where a compressed one of that size holds more than any text."""
+    if path.suffix not in COMPRESSED:
+        return packed  # type: ignore[no-any-return]
+    most = max(UNSUSPECTED, DENSEST * path.stat().st_size)
+
+    class Limited(RawIOBase):
+        def readable(self) -> bool:
+            return True
+
+        def readinto(self, buffer: Any) -> int:
+            count: int = packed.readinto(buffer)
+            if packed.tell() > most:
+                raise ValueError(
+                    f"it unpacks to more than {most:,} bytes, as nothing but a trap does; unpack it yourself"
+                )
+            return count
+
+    return BufferedReader(Limited())
 
 
 def _other_content(path: Path) -> str:
@@ -197,7 +226,7 @@ def _csv_rows(delimiter: str, file: TextIO, source: Source) -> Iterator[Row]:
     quoting = csv.QUOTE_NONE if source.quotes is False else csv.QUOTE_MINIMAL
     reader = csv.reader(lines, delimiter=delimiter, strict=True, quoting=quoting)  # type: ignore[arg-type]
     names, start = next(reader, []), 1
-    if twice := [name for name in names if name and names.count(name) > 1]:
+    if twice := [name for name, count in Counter(names).items() if name and count > 1]:
         raise ValueError(f"two columns are called {twice[0]!r}")
     if len(names) == 1 and (other := next((mark for mark in ",;\t|" if mark in names[0]), None)):
         raise ValueError(f"its first line is one column; name the mark between columns, as in {{delimiter: {other!r}}}")

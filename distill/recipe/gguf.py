@@ -11,13 +11,23 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from distill.errors import InputError
-from distill.recipe.locate import TeacherSize
+from distill.recipe.locate import TeacherSize, check_sizes
 
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """Type of a value -> its format in `struct`."""
 TEXT, ARRAY = 8, 9
 MOST = 10_000_000
 """Bytes of a text, and entries of an array or a header, beyond which it is none."""
+SIZES = {
+    "block_count": "num_hidden_layers",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "context_length": "max_position_embeddings",
+    "vocab_size": "vocab_size",
+    "attention.head_count": "num_attention_heads",
+    "expert_count": "num_experts",
+}
+"""Key of a size -> its name in a config.json."""
 FAMILIES = {"gemma3": "gemma3_text", "qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe"}
 """Architecture -> `model_type`, where they differ."""
 
@@ -36,6 +46,7 @@ def gguf_size(path: Path) -> TeacherSize:
         value if type(value := header.get(f"{architecture}.{key}")) is int and value > 0 else None
         for key in ("block_count", "feed_forward_length", "context_length", "vocab_size")
     )
+    check_sizes(path, {name: header.get(f"{architecture}.{key}") for key, name in SIZES.items()})
     tokens = header.get("tokenizer.ggml.tokens")
     if tokens is None:
         raise InputError(f"{path} holds no tokenizer; name a file that does")

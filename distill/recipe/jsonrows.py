@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import reprlib
 from collections.abc import Collection, Iterator
+from itertools import chain
 from typing import Any, TextIO
 
 LONGEST = 2**28
@@ -26,9 +27,8 @@ def quote_names(names: Collection[Any]) -> str:
     return list_names([repr(name)[:60] for name in names])
 
 
-def read_lines(file: TextIO) -> Iterator[str]:
-    """Read lines of text. Raises ValueError where one never ends or holds bytes that no text has."""
-    number = 0
+def read_lines(file: TextIO, number: int = 0) -> Iterator[str]:
+    """Read lines after line `number`. Raises ValueError where one never ends or holds bytes that no text has."""
     while line := file.readline(LONGEST):
         number += 1
         if len(line) == LONGEST:
@@ -40,22 +40,20 @@ def read_lines(file: TextIO) -> Iterator[str]:
 
 def json_rows(file: TextIO, _source: Any = None) -> Iterator[Row]:
     """Read one object per line, or one list of objects. Raises ValueError that names the line or the item."""
-    start, first = file.read(1), 1
-    while start.isspace():
-        first += start == "\n"
-        start = file.read(1)
-    if start == "[":
-        text = start + file.read(LONGEST)
+    first, text = next(
+        ((number, line) for number, line in enumerate(read_lines(file), start=1) if line.strip()), (1, "")
+    )
+    if text.lstrip().startswith("["):
+        text += file.read(LONGEST)
         if len(text) > LONGEST:
             raise ValueError(f"its list has more than {LONGEST:,} characters; write one object per line instead")
         for number, item in enumerate(JSON.decode(text), start=1):
             yield number, _checked(item, f"item {number}")
         return
-    for number, line in enumerate(read_lines(file), start=first):
-        text = start + line if number == first else line
-        if text.strip():
+    for number, line in enumerate(chain([text], read_lines(file, first)), start=first):
+        if line.strip():
             try:
-                item = JSON.decode(text)
+                item = JSON.decode(line)
             except (ValueError, RecursionError) as error:
                 why = getattr(error, "msg", error)  # without the place within the line
                 raise ValueError(f"line {number}: {why}; a row is one object on one line") from error

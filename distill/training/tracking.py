@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import reprlib
 import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -106,16 +107,24 @@ def drop_after(path: Path, step: int) -> None:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Read all records of a metrics.jsonl; none when there is no file."""
+    """Read all records of a metrics.jsonl; none when there is no file. Raises InputError where it holds others."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    try:
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is damaged ({error}); remove it, and what it recorded is lost") from error
+    if odd := [record for record in records if not isinstance(record, dict)]:
+        raise InputError(
+            f"{path} is damaged (it holds {reprlib.repr(odd[0])}); remove it, and what it recorded is lost"
+        )
+    return records
 
 
 def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, LookupError, TypeError):  # the process was killed while writing this line
+    except (ValueError, LookupError, TypeError, RecursionError):  # the process was killed while writing this line
         return math.inf
 
 

@@ -1,16 +1,13 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
 
 import pytest
 from tiny import tiny_project
 
 from distill.cli import main
 from distill.errors import InputError
-from distill.files import content_of, fresh_folder, put_back, sha256_of, write_json, write_text
+from distill.files import content_of, fresh_folder, sha256_of, write_json, write_text
 from distill.pipeline.folder import RunDir
 
 
@@ -21,50 +18,6 @@ def test_a_failed_write_leaves_the_old_folder_and_nothing_beside_it(tmp_path):
         (folder / "a").write_text("half")
         _ = 1 / 0
     assert (tmp_path / "model/a").read_text() == "old" and os.listdir(tmp_path) == ["model"]
-
-
-PUBLISHING = """
-import os, signal, sys
-from pathlib import Path
-from distill.files import fresh_folder
-
-calls, deadly, release = 0, int(sys.argv[1]), Path(sys.argv[2])
-
-def dying(function):
-    def call(*given, **named):
-        global calls
-        calls += 1
-        if calls == deadly:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*given, **named)
-    return call
-
-for name in ("rename", "unlink", "rmdir", "fsync", "mkdir"):
-    setattr(os, name, dying(getattr(os, name)))
-with fresh_folder(release) as folder:
-    for name in "abc":
-        (folder / name).write_text("new")
-"""
-
-
-def test_a_kill_at_any_call_of_publishing_leaves_the_old_or_the_new_release_whole(tmp_path):
-    deaths, whole = 0, {"old": 0, "new": 0}
-    while True:
-        release = tmp_path / str(deaths) / "release"
-        release.mkdir(parents=True)
-        for name in "abc":
-            (release / name).write_text("old")
-        command = [sys.executable, "-c", PUBLISHING, str(deaths + 1), str(release)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode == 0:
-            break
-        assert done.returncode == -signal.SIGKILL, done.stderr
-        put_back(release)
-        texts = [(release / name).read_text() for name in "abc"]
-        assert len(set(texts)) == 1 and len(os.listdir(release)) == 3
-        whole[texts[0]] += 1
-        deaths += 1
-    assert whole["old"] >= 5 and whole["new"] >= 3  # before the move in, and while the old one is removed
 
 
 def test_write_text_replaces_and_leaves_nothing_beside(tmp_path):

@@ -18,7 +18,7 @@ from distill.data.tasks.prompts import answered, last_prompts
 from distill.data.tasks.task import Column, Encoder, Features, Seeds, Values
 from distill.errors import InputError
 from distill.models.forward import UNLABELLED, Batch
-from distill.models.weights import as_input_error
+from distill.models.weights import as_input_error, within
 
 Message = dict[str, Any]
 Span = tuple[int, int]
@@ -40,6 +40,8 @@ NO_TEMPLATE = (
 EMPTY_TURN = "conversations that are empty, or have a turn that says nothing, left out"
 NO_ANSWER = "conversations without a turn of the assistant to learn from, left out"
 CUT_ANSWER = "conversations whose first max_length tokens hold no answer, left out"
+PATIENCE = 10
+"""Seconds for a conversation; a template is a program of a stranger, and its loops may never end."""
 HIDDEN_ANSWER = "conversations whose answers are not found in what the chat template writes, left out"
 REWRITTEN = "conversations whose earlier turns the chat template writes differently later: one example per answer"
 
@@ -122,7 +124,7 @@ class Chat(CausalLM):
             if found.empty:
                 encoder.note(EMPTY_TURN)
                 continue
-            with as_input_error(f"data: {place}: the chat template refuses the conversation"):
+            with as_input_error(f"data: {place}: the chat template refuses the conversation"), within(PATIENCE):
                 written += [(number, *own) for own in render(tokenizer, found, encoder.spec.learn_from == "all", notes)]
         return encoder.features(_cut(written, encoder) if written else [])
 
