@@ -87,6 +87,8 @@ def read_object(path: Path) -> dict[str, Any]:
 def fresh_folder(path: Path) -> Iterator[Path]:
     """Give a temporary folder that takes the place of `path` when the block ends without an error.
 
+    Its files get the permissions that the umask gives new ones.
+
     The old folder is moved aside, the new one in, and only then is the old one removed: whenever the process is killed,
     one of them is whole. Where that happens between the two moves, `put_back` restores the old one.
     """
@@ -96,8 +98,10 @@ def fresh_folder(path: Path) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        readable = temporary.stat().st_mode & 0o666  # the umask's, as `mkdir` got it; safetensors writes 600
         for file in temporary.rglob("*"):
             if file.is_file():
+                file.chmod(readable)
                 with file.open("rb") as opened:
                     os.fsync(opened.fileno())
         fsync_folder(temporary)

@@ -201,7 +201,9 @@ def _count(mask: Tensor) -> Tensor:
 
 
 def _first(states: Tensor, mask: Tensor) -> Tensor:
-    return states[torch.arange(len(states), device=states.device), mask.int().argmax(1)]
+    return states[
+        torch.arange(states.shape[0], device=states.device), mask.int().argmax(1)
+    ]  # len() would be a constant of an export
 
 
 def _last(states: Tensor, mask: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from distill.models.layout import StackName
 from distill.models.load import folder_fingerprint
 from distill.models.pattern import pattern_note
 from distill.models.plan import StudentPlan
+from distill.pipeline.forms import try_forms
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage
 from distill.pipeline.train import save_model
@@ -57,6 +58,7 @@ def work(session: Session) -> None:
     if note := pattern_note(student.config):
         session.say(f"  {note}")
     format_of(student, session.recipe.release.format)  # refused before it is trained
+    try_forms(session, student)
     save_model(session, student, session.folder.student)
 
 

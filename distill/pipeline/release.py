@@ -12,13 +12,12 @@ import torch
 import transformers
 
 from distill import __version__
-from distill.data import collate
 from distill.evaluation.arms import controls
 from distill.files import content_of, fresh_folder, write_text
-from distill.models.forward import MODEL_INPUTS, with_decoder_inputs
 from distill.models.pattern import pattern_note
 from distill.models.plan import StudentPlan
 from distill.models.sentence import sentence_files
+from distill.pipeline.forms import check, make_forms, probe_of
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage
 from distill.ranks import process_state
@@ -37,23 +36,22 @@ def work(session: Session) -> None:
     recipe, model = session.recipe, session.load(session.folder.distilled)
     release_format = format_of(model, recipe.release.format)
     evidence = replace(collect_evidence(session, release_format), pattern_note=pattern_note(model.config))
-    report = render_report(evidence)
-    texts = {
-        "README.md": render_card(evidence),
-        "report.html": report,
-        "plan.json": evidence.plan.to_json(),
-        "recipe.yaml": evidence.recipe_text,
-        "evaluation.json": session.folder.evaluation.read_text(encoding="utf-8"),
-    }
-    probe = collate(session.corpus, session.corpus.test, range(min(8, len(session.corpus.test))))
-    texts |= sentence_files(model, recipe.data.prompts, recipe.data.learns_from_pairs)
-    probe = with_decoder_inputs(model, probe)
-    # Documents need not be told apart: any tokens will do, as long as all loaders get the same.
-    probe = {name: tensor for name, tensor in probe.items() if name in MODEL_INPUTS and name != "position_ids"}
     with fresh_folder(session.folder.release) as folder:
-        beside, form = session.preprocessors, evidence.release_format
-        written = write_release(folder, model, beside, texts, evidence.auto_class, form)
-        check_release(folder, written, evidence.auto_class, probe, evidence.release_format)
+        forms = make_forms(session, folder, model)
+        evidence = replace(evidence, evaluation=evidence.evaluation | ({"forms": forms} if forms else {}))
+        report = render_report(evidence)
+        texts = {
+            "README.md": render_card(evidence),
+            "report.html": report,
+            "plan.json": evidence.plan.to_json(),
+            "recipe.yaml": evidence.recipe_text,
+            "evaluation.json": json.dumps(evidence.evaluation, indent=1, allow_nan=False) + "\n",
+        }
+        texts |= sentence_files(model, recipe.data.prompts, recipe.data.learns_from_pairs)
+        # Documents need not be told apart: any tokens will do, as long as all loaders get the same.
+        probe, beside = probe_of(session, model), session.preprocessors
+        written = write_release(folder, model, beside, texts, evidence.auto_class, release_format)
+        check_release(folder, written, evidence.auto_class, probe, release_format)
         check_padding(model, written, probe)
     write_text(session.folder.report, report)
 
@@ -100,4 +98,4 @@ def inputs(session: Session) -> dict[str, Any]:
     return {name: content_of(path) for name, path in files.items()} | {"recipe": recipe.model_dump(mode="json")}
 
 
-STAGE = Stage("release", work, inputs, lambda session: [session.folder.release, session.folder.report])
+STAGE = Stage("release", work, inputs, lambda session: [session.folder.release, session.folder.report], check=check)

@@ -14,6 +14,7 @@ from markupsafe import Markup
 from distill.recipe.locate import GGUF
 from distill.recipe.names import TEACHER_METRICS
 from distill.release.evidence import Evidence, get_in, judge, standard_error, summarize
+from distill.release.forms import examples
 from distill.release.tables import arms_table, tables
 from distill.release.wording import as_number, format_metric, format_percent, one_line
 
@@ -88,6 +89,7 @@ def render_card(evidence: Evidence) -> str:
             metadata=Markup(metadata(evidence).to_yaml(line_break="\n")),  # noqa: S704 (YAML quotes its own values)
             loading=Markup(LOADING[evidence.release_format]),  # noqa: S704 (our own text)
             snippet=fence(snippet(evidence), "python"),
+            forms=form_examples(evidence),
             command=fence(evidence.command, "bash"),
             recipe=fence(evidence.recipe_text, "yaml"),
         )
@@ -166,6 +168,13 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 model = {name}.from_pretrained(folder{code})
 inputs = {given}
 {use}"""
+
+
+def form_examples(evidence: Evidence) -> dict[str, Markup]:
+    """Write Python that runs each other form of the release, by its title."""
+    release = evidence.recipe.release
+    found = examples(release.also, evidence.auto_class, evidence.recipe.name)
+    return {title: fence(text, "python") for title, text in found.items()}
 
 
 def metadata(evidence: Evidence) -> ModelCardData:

@@ -160,7 +160,8 @@ def check_release(
             save_file({name: tensor.contiguous() for name, tensor in probe.items()}, files["probe"])
             save_file(_prompt(probe), files["prompt"])
             asked = {"folder": str(folder), "auto_class": auto_class, "threads": torch.get_num_threads(), **files}
-            _ask_fresh_process({**asked, **way}, scratch)
+            loader = "load_student" if way["packages"] else "stock transformers"
+            ask_fresh_process(FRESH_PROCESS, {**asked, **way}, scratch, loader)
             logits = load_file(files["answer"])["logits"]
             if not torch.equal(logits, expected):
                 gap = (logits - expected).abs().max().item()
@@ -191,16 +192,23 @@ def check_padding(model: Any, wide: Any, probe: Mapping[str, Tensor]) -> None:
         raise RunError(f"release: zero neurons change the logits by up to {gap:.3g}")
 
 
-def _ask_fresh_process(asked: dict[str, Any], scratch: str) -> None:
+def ask_fresh_process(program: str, asked: dict[str, Any], scratch: str, loader: str) -> None:
+    """Run a program in a new Python process of this environment; raises RunError, with its last line, where it fails.
+
+    Args:
+        program: Python that reads `asked` as JSON from its argument.
+        asked: Paths and settings.
+        scratch: Folder for what transformers keeps of modelling code.
+        loader: Name, for the message, of what loads the student there.
+    """
     # Isolated mode: neither the working folder nor PYTHONPATH can slip distill or a shadowing module in.
-    command = [sys.executable, "-I", "-c", FRESH_PROCESS, json.dumps(asked)]
+    command = [sys.executable, "-I", "-c", program, json.dumps(asked)]
     environment = {**os.environ, "HF_MODULES_CACHE": str(Path(scratch) / "modules")}
     done = subprocess.run(  # noqa: S603 (our own interpreter on our own text)
         command, capture_output=True, text=True, check=False, env=environment
     )
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        loader = "load_student" if asked["packages"] else "stock transformers"
         raise RunError(f"release: {loader} cannot load the student: {reason}")
 
 

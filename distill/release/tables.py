@@ -56,6 +56,7 @@ def tables(evidence: Evidence) -> dict[str, Table]:
         "training": Table(("setting", "value"), training_rows(evidence), text_columns=2),
         "data": data_table(evidence),
         "efficiency": efficiency_table(evidence),
+        "forms": forms_table(evidence),
         "versions": Table(("", "version"), [(key, str(value)) for key, value in evidence.environment.items()], 2),
     }
 
@@ -220,3 +221,30 @@ def efficiency_table(evidence: Evidence) -> Table:
         )
     ]
     return Table(("", *models, *(f"{model} ÷ teacher" for model in ratios)), rows if models else [])
+
+
+def forms_table(evidence: Evidence) -> Table:
+    """Tabulate the other forms of the release: size, difference from the student, and what rounding costs."""
+    rows = []
+    for title, form in (evidence.evaluation.get("forms") or {}).items():
+        test, metric = form.get("test") or {}, evidence.primary
+        own, value = (as_number(get_in(test, side, metric)) for side in ("student", "metrics"))
+        kept = (
+            MISSING
+            if own is None or value is None
+            else " → ".join(format_metric(metric, each) for each in (own, value))
+        )
+        agreed = as_number(get_in(test, "metrics", "agreement"))
+        cells = (form["path"], form["runtime"], format_megabytes(form["bytes"]))
+        difference = f"{form['difference']:.2g} of {form['largest']:.2g}"
+        rows.append((title, *cells, difference, kept, MISSING if agreed is None else format_percent(agreed)))
+    head = (
+        "form",
+        "file",
+        "runtime",
+        "size",
+        "difference of outputs",
+        f"{evidence.primary}, student → form",
+        "agreement",
+    )
+    return Table(head, rows, text_columns=3)
