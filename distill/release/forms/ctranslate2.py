@@ -86,7 +86,9 @@ def write(folder: Path, model: Any, preprocessors: Sequence[Any], _probe: Probe)
     from ctranslate2.converters import transformers as loaders
     from ctranslate2.converters.converter import Converter
 
-    loader = loaders._MODEL_LOADERS[type(model.config).__name__]
+    # Marian's own loader starts the decoder from zeros, which the embedding of the padding is until somebody trains it.
+    config = type(model.config).__name__.replace("Marian", "Bart")
+    loader = loaders._MODEL_LOADERS[config]
     stack = _prepared(copy.deepcopy(model), loader.architecture_name)  # loaders take models apart
     pooled = getattr(stack, "pooler", True) is not None
 
@@ -114,13 +116,13 @@ def _prepared(model: Any, wanted: str) -> Any:
     """Take the part of a model that a loader is for, and put back what it reads and transformers 5 removed."""
     config, family = model.config, model.config.model_type
     config.position_embedding_type = "absolute"
-    config.normalize_before = False  # BART; Marian's loader sets its own
+    config.normalize_before, config.normalize_embedding = False, family == "bart"
     if family in ("t5", "mt5"):
         # The loader scales the states before the head where embeddings are tied; transformers 5 where this says so.
         config.tie_word_embeddings = getattr(config, "scale_decoder_outputs", False)
     if family == "xlm-roberta":
         return SimpleNamespace(config=config, roberta=model.base_model)
-    return model if type(model).__name__ == wanted else model.base_model
+    return model if type(model).__name__ == wanted or family == "marian" else model.base_model
 
 
 def settings(model: Any, _path: str) -> dict[str, Any]:
