@@ -64,7 +64,7 @@ def make_forms(session: Session, folder: Path, student: Any, *, measured: bool =
     if not names:
         return {}
     model = copy.deepcopy(student).float()
-    found = write_forms(folder, model, session.preprocessors, names, probe_of(session, student))
+    found = write_forms(folder, model, session.released_preprocessors, names, probe_of(session, student))
     for form in (form for name in names for form in FORMS[name] if measured and form.ask is not None):
         assert form.ask is not None
         if (ask := form.ask(folder / form.path, model)) is not None:

@@ -47,9 +47,9 @@ def work(session: Session) -> None:
             "recipe.yaml": evidence.recipe_text,
             "evaluation.json": json.dumps(evidence.evaluation, indent=1, allow_nan=False) + "\n",
         }
-        texts |= sentence_files(model, recipe.data.prompts, recipe.data.learns_from_pairs)
+        texts |= sentence_files(model, recipe.data.prompts, recipe.data.learns_from_pairs, recipe.data.max_length)
         # Documents need not be told apart: any tokens will do, as long as all loaders get the same.
-        probe, beside = probe_of(session, model), session.preprocessors
+        probe, beside = probe_of(session, model), session.released_preprocessors
         written = write_release(folder, model, beside, texts, evidence.auto_class, release_format)
         check_release(folder, written, evidence.auto_class, probe, release_format)
         check_padding(model, written, probe)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -88,6 +89,18 @@ class Session:
     def preprocessors(self) -> list[Any]:
         """List what turns rows into what a model reads, and is saved beside it: tokenizer, feature extractor."""
         return [self.tokenizer, *self.bound_task.preprocessors]
+
+    @property
+    def released_preprocessors(self) -> list[Any]:
+        """List the same for a release: the tokenizer's limit is the length of the training, and no trace of its use."""
+        tokenizer = copy.deepcopy(self.tokenizer)
+        tokenizer.model_max_length = self.recipe.data.max_length
+        for key in ("is_local", "local_files_only"):  # how it was loaded here
+            tokenizer.init_kwargs.pop(key, None)
+        if tokenizer.is_fast:  # the last call's settings would cut whatever is read with the file
+            tokenizer.backend_tokenizer.no_truncation()
+            tokenizer.backend_tokenizer.no_padding()
+        return [tokenizer, *self.bound_task.preprocessors]
 
     @cached_property
     def head(self) -> ModelHead:

@@ -23,6 +23,7 @@ from distill.recipe.load import dump
 from distill.recipe.locate import CHECKSUMS, is_path
 from distill.recipe.schema import Format, Recipe
 from distill.release.formats import write_modelling
+from distill.release.older import add_old_names
 
 PADDING_TOLERANCE = 1e-6
 """Of the largest logit, or of 1: zero neurons change the order in which a matrix product is summed, nothing else."""
@@ -97,7 +98,7 @@ def write_release(
     """Write weights, preprocessors and the given text files, then checksums over everything.
 
     Args:
-        folder: An empty folder.
+        folder: A folder with nothing in it, or other forms of the student.
         model: The trained student.
         preprocessors: Its tokenizer, and whatever else makes its inputs.
         texts: File name -> content.
@@ -114,6 +115,7 @@ def write_release(
     remove_code_references(folder)
     if release_format == "native":
         write_modelling(folder, model, auto_class)
+    add_old_names(folder)
     for name, text in texts.items():
         write_text(folder / name, text)
     files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
@@ -166,6 +168,7 @@ def check_release(
             if not torch.equal(logits, expected):
                 gap = (logits - expected).abs().max().item()
                 raise RunError(f"release: logits of the reloaded student differ by up to {gap:.3g}")
+            add_old_names(Path(files["again"]))
             # Our own loader runs no code, and does not carry the modelling file over.
             patterns = ["*.safetensors"] if way["packages"] else ["*.safetensors", "*.py", "config.json"]
             if _sums(folder, patterns) != _sums(Path(files["again"]), patterns):
