@@ -49,6 +49,13 @@ Continue = Annotated[
     bool, typer.Option("--continue-from-changed", help="Continue from a checkpoint that was made from other inputs.")
 ]
 
+CheckOldest = Annotated[
+    bool,
+    typer.Option(
+        "--check-oldest",
+        help="Load the release with the oldest transformers that distill is for, too; pip installs it, for this check.",
+    ),
+]
 AcceptWeak = Annotated[
     bool, typer.Option("--accept-weak-teacher", help="Go on with a teacher that is no better than chance on the data.")
 ]
@@ -95,7 +102,7 @@ def plan(
 ) -> None:
     """Fit the teacher where the recipe says so, calibrate, decide what the student keeps; say what training takes."""
     if memory is None:
-        _run("plan", recipe, overrides, out, (remote_code, continue_changed, accept_weak_teacher))
+        _run("plan", recipe, overrides, out, (remote_code, continue_changed, accept_weak_teacher, False))
     else:
         _plan_for(memory, recipe, overrides, remote_code)
 
@@ -110,17 +117,36 @@ def _add_verb(name: str, text: str) -> None:
         continue_changed: Continue = False,
         accept_weak_teacher: AcceptWeak = False,
     ) -> None:
-        _run(name, recipe, overrides, out, (remote_code, continue_changed, accept_weak_teacher))
+        _run(name, recipe, overrides, out, (remote_code, continue_changed, accept_weak_teacher, False))
 
 
 for _name, _text in {
     "build": "Everything up to the student as cut.",
     "train": "Everything up to the distilled student; also the door for `accelerate launch scripts/train.py`.",
     "evaluate": "Everything up to the measured arms; prints the table.",
+}.items():
+    _add_verb(_name, _text)
+
+
+def _add_release_verb(name: str, text: str) -> None:
+    @app.command(name, help=text)
+    def verb(
+        recipe: RecipePath,
+        overrides: Overrides = None,
+        out: Out = None,
+        remote_code: RemoteCode = False,
+        continue_changed: Continue = False,
+        accept_weak_teacher: AcceptWeak = False,
+        check_oldest: CheckOldest = False,
+    ) -> None:
+        _run(name, recipe, overrides, out, (remote_code, continue_changed, accept_weak_teacher, check_oldest))
+
+
+for _name, _text in {
     "release": "Everything up to the release folder.",
     "run": "The whole recipe. Give the same command again after an interruption; finished stages are skipped.",
 }.items():
-    _add_verb(_name, _text)
+    _add_release_verb(_name, _text)
 
 
 @app.command()
@@ -163,7 +189,9 @@ def options(
     """One recipe takes a large transformer to a released, measured small one."""
 
 
-def _run(verb: str, path: Path, overrides: list[str] | None, out: Path | None, flags: tuple[bool, bool, bool]) -> None:
+def _run(
+    verb: str, path: Path, overrides: list[str] | None, out: Path | None, flags: tuple[bool, bool, bool, bool]
+) -> None:
     from distill.recipe.load import load_recipe
 
     recipe = load_recipe(path, overrides or ())  # before torch: a wrong recipe is answered at once

@@ -29,7 +29,7 @@ LOGITS = 2**26
 """Logits of a batch, at most, as the runtimes give those of a whole batch."""
 
 
-def check(session: Session) -> None:
+def check_wanted(session: Session) -> None:
     """Refuse forms that models of the teacher's family cannot have, and missing packages, with an InputError."""
     if session.recipe.release.also:
         config = load_config(session.source, ModelHead(""), session.remote_code)

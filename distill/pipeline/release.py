@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import accelerate
@@ -17,7 +18,7 @@ from distill.files import content_of, fresh_folder, write_text
 from distill.models.pattern import pattern_note
 from distill.models.plan import StudentPlan
 from distill.models.sentence import sentence_files
-from distill.pipeline.forms import check, make_forms, probe_of
+from distill.pipeline.forms import check_wanted, make_forms, probe_of
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage
 from distill.ranks import process_state
@@ -26,6 +27,7 @@ from distill.release.card import render_card
 from distill.release.evidence import Evidence
 from distill.release.export import check_padding, check_release, releasable_recipe, without_folders, write_release
 from distill.release.formats import format_of
+from distill.release.oldest import oldest_version
 from distill.release.report import render_report
 from distill.training import read_records
 from distill.training.loop import METRICS
@@ -51,7 +53,8 @@ def work(session: Session) -> None:
         # Documents need not be told apart: any tokens will do, as long as all loaders get the same.
         probe, beside = probe_of(session, model), session.released_preprocessors
         written = write_release(folder, model, beside, texts, evidence.auto_class, release_format)
-        check_release(folder, written, evidence.auto_class, probe, release_format)
+        older = Path(session.oldest.name) if session.check_oldest else None
+        check_release(folder, written, evidence.auto_class, probe, release_format, older)
         check_padding(model, written, probe)
     write_text(session.folder.report, report)
 
@@ -82,6 +85,7 @@ def collect_evidence(session: Session, release_format: Format = "uniform") -> Ev
             "distill": __version__,
             "device": str(process_state().device.type),
             "processes": process_state().num_processes,
+            **({"loaded with transformers too": oldest_version()} if session.check_oldest else {}),
         },
         auto_class=session.task.auto_class,
         release_format=release_format,
@@ -95,7 +99,21 @@ def inputs(session: Session) -> dict[str, Any]:
     files = {"student": run.distilled, "plan": run.plan, "evaluation": run.evaluation}
     files |= {f"metrics.{arm}": session.train_folder(arm) / METRICS for arm in ("distilled", *controls(recipe))}
     files |= {"repair": run.repair} if recipe.student.repair.wanted else {}
-    return {name: content_of(path) for name, path in files.items()} | {"recipe": recipe.model_dump(mode="json")}
+    # What was checked is on the card: a release that is not checked again loses it.
+    checked = {"check_oldest": oldest_version()} if session.check_oldest else {}
+    settings = {"recipe": recipe.model_dump(mode="json"), **checked}
+    return {name: content_of(path) for name, path in files.items()} | settings
+
+
+def check(session: Session) -> None:
+    """Refuse what the release cannot have, while nothing is done yet.
+
+    Raises:
+        InputError: A form that models of this kind cannot have, or no network for the oldest transformers.
+    """
+    check_wanted(session)
+    if session.check_oldest and process_state().is_main_process:
+        assert session.oldest, "installed when first asked for"
 
 
 STAGE = Stage("release", work, inputs, lambda session: [session.folder.release, session.folder.report], check=check)

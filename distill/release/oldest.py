@@ -1,0 +1,33 @@
+"""Install the oldest transformers that distill is for, into a folder of its own, to load a release with it too."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from distill.errors import InputError
+
+
+def oldest_version(package: str = "transformers") -> str:
+    """Read the lowest version that distill's own metadata allows of a package."""
+    asked = importlib.metadata.requires("distill") or []
+    return next(found[1] for each in asked if (found := re.fullmatch(rf"{package}>=([\d.]+)", each)))
+
+
+def install_oldest(folder: Path) -> None:
+    """Install that transformers, and what it needs except torch, into a folder, with pip and the network.
+
+    Raises:
+        InputError: It cannot be had.
+    """
+    wanted = f"transformers=={oldest_version()}"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input"]
+    done = subprocess.run(  # noqa: S603 (pip, on a name of our own)
+        [*command, "--target", str(folder), wanted], capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise InputError(f"--check-oldest: pip cannot install {wanted}, for which it needs the network: {reason}")
