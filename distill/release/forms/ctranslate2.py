@@ -201,34 +201,28 @@ def _has_pooler(model: Any) -> bool:
     return getattr(model.base_model, "pooler", None) is not None
 
 
+USES = {
+    "AutoModelForCausalLM": """model = ctranslate2.Generator(path, compute_type="float32")  # or "int8"
+tokens = tokenizer.convert_ids_to_tokens(tokenizer("Some text.").input_ids)
+text = tokenizer.decode(model.generate_batch([tokens], max_length=40)[0].sequences_ids[0])""",
+    "AutoModelForSeq2SeqLM": """model = ctranslate2.Translator(path, compute_type="float32")  # or "int8"
+tokens = tokenizer.convert_ids_to_tokens(tokenizer("Some text.").input_ids)
+found = tokenizer.convert_tokens_to_ids(model.translate_batch([tokens])[0].hypotheses[0])
+text = tokenizer.decode(found, skip_special_tokens=True)""",
+}
+STATES = """model = ctranslate2.Encoder(path, compute_type="float32")  # or "int8"
+ids = tokenizer(["Some text."]).input_ids
+states = model.forward_batch(ids).last_hidden_state  # what the head or the pooling reads"""
+
+
 def example(auto_class: str, folder: str) -> str:
     """Write the card's example: what is run depends on the head."""
-    start = f"""import ctranslate2
+    return f"""import ctranslate2
 from transformers import AutoTokenizer
 
-folder = "{folder}"  # this folder
-tokenizer = AutoTokenizer.from_pretrained(f"{{folder}}/ctranslate2")
-"""
-    load = '(f"{folder}/ctranslate2", compute_type="float32")  # or "int8"\n'
-    if auto_class == "AutoModelForCausalLM":
-        use = (
-            'tokens = tokenizer.convert_ids_to_tokens(tokenizer("Some text.").input_ids)\n'
-            "found = generator.generate_batch([tokens], max_length=40)[0].sequences_ids[0]\n"
-            "text = tokenizer.decode(found)"
-        )
-        return f"{start}generator = ctranslate2.Generator{load}{use}"
-    if auto_class == "AutoModelForSeq2SeqLM":
-        use = (
-            'tokens = tokenizer.convert_ids_to_tokens(tokenizer("Some text.").input_ids)\n'
-            "found = translator.translate_batch([tokens])[0].hypotheses[0]\n"
-            "text = tokenizer.decode(tokenizer.convert_tokens_to_ids(found), skip_special_tokens=True)"
-        )
-        return f"{start}translator = ctranslate2.Translator{load}{use}"
-    use = (
-        'ids = tokenizer(["Some text."]).input_ids\n'
-        "states = encoder.forward_batch(ids).last_hidden_state  # what the head or the pooling reads"
-    )
-    return f"{start}encoder = ctranslate2.Encoder{load}{use}"
+path = "{folder}/ctranslate2"  # in this folder
+tokenizer = AutoTokenizer.from_pretrained(path)
+{USES.get(auto_class, STATES)}"""
 
 
 FORM = Form(
