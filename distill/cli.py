@@ -10,6 +10,7 @@ import errno
 import json
 import signal
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -198,6 +199,7 @@ def _run(
     _quiet_libraries()
     from distill.pipeline import STORY, VERBS, RunDir, Session, local_inputs, run_stages
     from distill.ranks import launched, process_state
+    from distill.release.oldest import oldest_installed
     from distill.training.signals import die_with_parent, leaving_in_time
 
     if launched():
@@ -211,8 +213,11 @@ def _run(
 
     base, run = path.absolute().parent, RunDir(folder.absolute())
     run.check({"the recipe": path, **local_inputs(recipe, base)})
-    session = Session(recipe, base, run, say, *flags)
-    with leaving_in_time():
+    remote_code, continue_changed, accept_weak, check_oldest = flags
+    if check_oldest and main_process:
+        say("--check-oldest: installing that transformers for this command")
+    with leaving_in_time(), oldest_installed() if check_oldest and main_process else nullcontext() as older:
+        session = Session(recipe, base, run, say, remote_code, continue_changed, accept_weak, older)
         run_stages(session, VERBS[verb], STORY)
     if main_process and verb == "plan":
         _print_resources(session)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import platform
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import accelerate
@@ -53,8 +52,7 @@ def work(session: Session) -> None:
         # Documents need not be told apart: any tokens will do, as long as all loaders get the same.
         probe, beside = probe_of(session, model), session.released_preprocessors
         written = write_release(folder, model, beside, texts, evidence.auto_class, release_format)
-        older = Path(session.oldest.name) if session.check_oldest else None
-        check_release(folder, written, evidence.auto_class, probe, release_format, older)
+        check_release(folder, written, evidence.auto_class, probe, release_format, session.oldest)
         check_padding(model, written, probe)
     write_text(session.folder.report, report)
 
@@ -85,7 +83,7 @@ def collect_evidence(session: Session, release_format: Format = "uniform") -> Ev
             "distill": __version__,
             "device": str(process_state().device.type),
             "processes": process_state().num_processes,
-            **({"loaded with transformers too": oldest_version()} if session.check_oldest else {}),
+            **({"loaded with transformers too": oldest_version()} if session.oldest else {}),
         },
         auto_class=session.task.auto_class,
         release_format=release_format,
@@ -100,20 +98,11 @@ def inputs(session: Session) -> dict[str, Any]:
     files |= {f"metrics.{arm}": session.train_folder(arm) / METRICS for arm in ("distilled", *controls(recipe))}
     files |= {"repair": run.repair} if recipe.student.repair.wanted else {}
     # What was checked is on the card: a release that is not checked again loses it.
-    checked = {"check_oldest": oldest_version()} if session.check_oldest else {}
+    checked = {"check_oldest": oldest_version()} if session.oldest else {}
     settings = {"recipe": recipe.model_dump(mode="json"), **checked}
     return {name: content_of(path) for name, path in files.items()} | settings
 
 
-def check(session: Session) -> None:
-    """Refuse what the release cannot have, while nothing is done yet.
-
-    Raises:
-        InputError: A form that models of this kind cannot have, or no network for the oldest transformers.
-    """
-    check_wanted(session)
-    if session.check_oldest and process_state().is_main_process:
-        assert session.oldest, "installed when first asked for"
-
-
-STAGE = Stage("release", work, inputs, lambda session: [session.folder.release, session.folder.report], check=check)
+STAGE = Stage(
+    "release", work, inputs, lambda session: [session.folder.release, session.folder.report], check=check_wanted
+)

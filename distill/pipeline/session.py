@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -25,7 +24,6 @@ from distill.pipeline.folder import RunDir
 from distill.ranks import process_state, shards_weights
 from distill.recipe.schema import Recipe
 from distill.registry import find
-from distill.release.oldest import install_oldest, oldest_version
 from distill.teacher import LiveTeacher
 
 NOTHING = Capture()
@@ -46,8 +44,8 @@ class Session:
     """Continue trainings from checkpoints that were made from other inputs as well."""
     accept_weak_teacher: bool = False
     """Go on with a teacher that is no better than chance."""
-    check_oldest: bool = False
-    """Load the release with the oldest transformers that distill is for, too."""
+    oldest: Path | None = None
+    """Folder with the oldest transformers that distill is for, where the release is loaded with it, too."""
     _said: set[str] = field(default_factory=set, repr=False)
 
     @cached_property
@@ -88,14 +86,6 @@ class Session:
     def corpus(self) -> Corpus:
         """The examples of every split, as the stage `data` left them in the run folder."""
         return load_corpus(self.folder.data, self.bound_task)
-
-    @cached_property
-    def oldest(self) -> TemporaryDirectory[str]:
-        """A folder with the oldest transformers, installed when first asked for and gone with this session."""
-        folder = TemporaryDirectory()
-        self.say(f"  --check-oldest: installing transformers {oldest_version()}")
-        install_oldest(Path(folder.name))
-        return folder
 
     @property
     def preprocessors(self) -> list[Any]:

@@ -6,7 +6,10 @@ import importlib.metadata
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from distill.errors import InputError
 
@@ -17,17 +20,20 @@ def oldest_version(package: str = "transformers") -> str:
     return next(found[1] for each in asked if (found := re.fullmatch(rf"{package}>=([\d.]+)", each)))
 
 
-def install_oldest(folder: Path) -> None:
-    """Install that transformers, and what it needs except torch, into a folder, with pip and the network.
+@contextmanager
+def oldest_installed() -> Iterator[Path]:
+    """Install that transformers, and what it needs except torch, into a temporary folder, with pip and the network.
 
     Raises:
         InputError: It cannot be had.
     """
     wanted = f"transformers=={oldest_version()}"
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input"]
-    done = subprocess.run(  # noqa: S603 (pip, on a name of our own)
-        [*command, "--target", str(folder), wanted], capture_output=True, text=True, check=False
-    )
-    if done.returncode != 0:
-        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise InputError(f"--check-oldest: pip cannot install {wanted}, for which it needs the network: {reason}")
+    with TemporaryDirectory() as folder:
+        done = subprocess.run(  # noqa: S603 (pip, on a name of our own)
+            [*command, "--target", folder, wanted], capture_output=True, text=True, check=False
+        )
+        if done.returncode != 0:
+            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise InputError(f"--check-oldest: pip cannot install {wanted}, for which it needs the network: {reason}")
+        yield Path(folder)
