@@ -37,7 +37,7 @@ class Form:
     are those of the row before it."""
     program: str
     """Python that reads `{path, pairs: [[probe, answer], …], threads, …settings}` from its argument and runs the form
-    on each probe; it imports neither torch nor distill."""
+    on each probe; it does not import distill."""
     answer: Callable[[Any, Probe], Answers]
     """(student in fp32, probe) -> what the program must say, at real positions only."""
     example: Callable[[str, str], str]

@@ -77,6 +77,7 @@ def _quietly() -> Iterator[None]:
 
 def write(folder: Path, model: Any, preprocessors: Sequence[Any], probe: Probe) -> None:
     """Export a model and save what makes its inputs beside it."""
+    import onnx
     import onnx_ir
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
@@ -91,9 +92,11 @@ def write(folder: Path, model: Any, preprocessors: Sequence[Any], probe: Probe) 
     path = folder / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     size = sum(tensor.nbytes for tensor in model.state_dict().values())
-    onnx_ir.save(
-        getattr(program, "model", program), path, external_data=f"{path.name}_data" if size > ONE_FILE else None
-    )
+    beside = f"{path.name}_data" if size > ONE_FILE else None
+    onnx_ir.save(getattr(program, "model", program), path, external_data=beside)
+    proto = onnx.load(path, load_external_data=False)
+    del proto.graph.value_info[:]  # shapes that runtimes infer anew; the quantiser trips over those of its matrices
+    onnx.save(proto, path)
     for each in preprocessors:
         each.save_pretrained(path.parent)
 
