@@ -366,6 +366,7 @@ ELSEWHERE = {
     **{("Data.task", task): f"tests/data/tasks/test_{task}.py" for task in ("seq2seq", "speech_to_text")},
     **{(f"Data.{key}", "a value"): "tests/data/tasks/test_seq2seq.py" for key in ("max_target_length", "prefix")},
     ("Data.language", "a value"): "tests/data/tasks/test_speech_to_text.py",
+    **{("Release.also", form): "tests/cli/test_forms_run.py" for form in ("a value", "onnx", "int8", "ctranslate2")},
 }
 ELSEWHERE |= {
     (f"Data.{key}", value): "tests/data/test_splits.py and test_odd_inputs.py: rows, and what becomes of them"
