@@ -51,11 +51,7 @@ Continue = Annotated[
 ]
 
 CheckOldest = Annotated[
-    bool,
-    typer.Option(
-        "--check-oldest",
-        help="Load the release with the oldest transformers that distill is for, too; pip installs it, for this check.",
-    ),
+    bool, typer.Option("--check-oldest", help="Load the release with the oldest supported transformers, too (by pip).")
 ]
 AcceptWeak = Annotated[
     bool, typer.Option("--accept-weak-teacher", help="Go on with a teacher that is no better than chance on the data.")
@@ -214,9 +210,7 @@ def _run(
     base, run = path.absolute().parent, RunDir(folder.absolute())
     run.check({"the recipe": path, **local_inputs(recipe, base)})
     remote_code, continue_changed, accept_weak, check_oldest = flags
-    if check_oldest and main_process:
-        say("--check-oldest: installing that transformers for this command")
-    with leaving_in_time(), oldest_installed() if check_oldest and main_process else nullcontext() as older:
+    with leaving_in_time(), oldest_installed(say) if check_oldest and main_process else nullcontext() as older:
         session = Session(recipe, base, run, say, remote_code, continue_changed, accept_weak, older)
         run_stages(session, VERBS[verb], STORY)
     if main_process and verb == "plan":

@@ -6,7 +6,7 @@ import importlib.metadata
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,7 +21,7 @@ def oldest_version(package: str = "transformers") -> str:
 
 
 @contextmanager
-def oldest_installed() -> Iterator[Path]:
+def oldest_installed(say: Callable[[str], None]) -> Iterator[Path]:
     """Install that transformers, and what it needs except torch, into a temporary folder, with pip and the network.
 
     Raises:
@@ -29,6 +29,7 @@ def oldest_installed() -> Iterator[Path]:
     """
     wanted = f"transformers=={oldest_version()}"
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input"]
+    say(f"--check-oldest: pip installs {wanted} for this command")
     with TemporaryDirectory() as folder:
         done = subprocess.run(  # noqa: S603 (pip, on a name of our own)
             [*command, "--target", folder, wanted], capture_output=True, text=True, check=False

@@ -66,13 +66,14 @@ def exported(model: Any) -> Any:
 @contextmanager
 def _quietly() -> Iterator[None]:
     """Silence what torch and onnxscript say about their own code on every export."""
+    before = logging.root.manager.disable
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
         try:
             yield
         finally:
-            logging.disable(logging.NOTSET)
+            logging.disable(before)
 
 
 def write(folder: Path, model: Any, preprocessors: Sequence[Any], probe: Probe) -> None:
