@@ -15,6 +15,7 @@ import tempfile
 import threading
 import traceback
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -61,6 +62,9 @@ Continue = Annotated[
     bool, typer.Option("--continue-from-changed", help="Continue from a checkpoint that was made from other inputs.")
 ]
 
+CheckOldest = Annotated[
+    bool, typer.Option("--check-oldest", help="Load the release with the oldest supported transformers, too (by pip).")
+]
 AcceptWeak = Annotated[
     bool, typer.Option("--accept-weak-teacher", help="Go on with a teacher that is no better than chance on the data.")
 ]
@@ -107,7 +111,7 @@ def plan(
 ) -> None:
     """Fit the teacher where the recipe says so, calibrate, decide what the student keeps; say what training takes."""
     if memory is None:
-        _run("plan", recipe, overrides, out, (remote_code, continue_changed, accept_weak_teacher))
+        _run("plan", recipe, overrides, out, (remote_code, continue_changed, accept_weak_teacher, False))
     else:
         _plan_for(memory, recipe, overrides, remote_code)
 
@@ -122,15 +126,7 @@ def _add_verb(name: str, text: str) -> None:
         continue_changed: Continue = False,
         accept_weak_teacher: AcceptWeak = False,
     ) -> None:
-        more = [text for text in overrides or () if "=" not in text and text.endswith((".yaml", ".yml"))]
-        values = [text for text in overrides or () if text not in more]
-        recipes = [recipe, *map(Path, more)]
-        if more or name == "cache":
-            _check_together(name, recipes, values, out)
-        for each in recipes:
-            if more:
-                _say(f"{each}:")
-            _run(name, each, values, out, (remote_code, continue_changed, accept_weak_teacher))
+        _run_each(name, recipe, overrides, out, (remote_code, continue_changed, accept_weak_teacher, False))
 
 
 for _name, _text in {
@@ -138,10 +134,29 @@ for _name, _text in {
     "cache": "Everything up to what the teacher says about the training examples, where `teacher.cache` asks for it.",
     "train": "Everything up to the distilled student; also the door for `accelerate launch scripts/train.py`.",
     "evaluate": "Everything up to the measured arms; prints the table.",
+}.items():
+    _add_verb(_name, _text)
+
+
+def _add_release_verb(name: str, text: str) -> None:
+    @app.command(name, help=text)
+    def verb(
+        recipe: RecipePath,
+        overrides: More = None,
+        out: Out = None,
+        remote_code: RemoteCode = False,
+        continue_changed: Continue = False,
+        accept_weak_teacher: AcceptWeak = False,
+        check_oldest: CheckOldest = False,
+    ) -> None:
+        _run_each(name, recipe, overrides, out, (remote_code, continue_changed, accept_weak_teacher, check_oldest))
+
+
+for _name, _text in {
     "release": "Everything up to the release folder.",
     "run": "The whole recipe. Give the same command again after an interruption; finished stages are skipped.",
 }.items():
-    _add_verb(_name, _text)
+    _add_release_verb(_name, _text)
 
 
 @app.command()
@@ -247,6 +262,21 @@ def options(
     """One recipe takes a large transformer to a released, measured small one."""
 
 
+def _run_each(
+    verb: str, path: Path, overrides: list[str] | None, out: Path | None, flags: tuple[bool, bool, bool, bool]
+) -> None:
+    """Run a verb on a recipe, and on those among the overrides, one after the other."""
+    more = [text for text in overrides or () if "=" not in text and text.endswith((".yaml", ".yml"))]
+    values = [text for text in overrides or () if text not in more]
+    recipes = [path, *map(Path, more)]
+    if more or verb == "cache":
+        _check_together(verb, recipes, values, out)
+    for each in recipes:
+        if more:
+            _say(f"{each}:")
+        _run(verb, each, values, out, flags)
+
+
 def _check_together(verb: str, paths: list[Path], overrides: list[str], out: Path | None) -> None:
     """Look at all recipes of a command before the first one takes hours, and refuse two with one run folder."""
     from distill.recipe.load import load_recipe
@@ -262,13 +292,16 @@ def _check_together(verb: str, paths: list[Path], overrides: list[str], out: Pat
         raise InputError(f"several of these recipes are named {min(twice)}, and would have one run folder; rename them")
 
 
-def _run(verb: str, path: Path, overrides: list[str] | None, out: Path | None, flags: tuple[bool, bool, bool]) -> None:
+def _run(
+    verb: str, path: Path, overrides: list[str] | None, out: Path | None, flags: tuple[bool, bool, bool, bool]
+) -> None:
     from distill.recipe.load import load_recipe
 
     recipe = load_recipe(path, overrides or ())  # before torch: a wrong recipe is answered at once
     _quiet_libraries()
     from distill.pipeline import STORY, VERBS, RunDir, Session, local_inputs, run_stages
     from distill.ranks import launched, process_state
+    from distill.release.oldest import oldest_installed
     from distill.training.signals import die_with_parent, leaving_in_time
 
     if launched():
@@ -282,8 +315,9 @@ def _run(verb: str, path: Path, overrides: list[str] | None, out: Path | None, f
 
     base, run = path.absolute().parent, RunDir(folder.absolute())
     run.check({"the recipe": path, **local_inputs(recipe, base)})
-    session = Session(recipe, base, run, say, *flags)
-    with leaving_in_time():
+    remote_code, continue_changed, accept_weak, check_oldest = flags
+    with leaving_in_time(), oldest_installed(say) if check_oldest and main_process else nullcontext() as older:
+        session = Session(recipe, base, run, say, remote_code, continue_changed, accept_weak, older)
         run_stages(session, VERBS[verb], STORY)
     if main_process and verb == "plan":
         _print_resources(session)

@@ -120,6 +120,8 @@ def parts_of(value: Any) -> Iterator[Any]:
 def fresh_folder(path: Path) -> Iterator[Path]:
     """Give a temporary folder that takes the place of `path` when the block ends without an error.
 
+    Its files get the permissions that the umask gives new ones.
+
     The old folder is moved aside, the new one in, and only then is the old one removed: whenever the process is killed,
     one of them is whole. Where that happens between the two moves, `put_back` restores the old one.
     """
@@ -129,7 +131,10 @@ def fresh_folder(path: Path) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        readable = temporary.stat().st_mode & 0o666  # the umask's, as `mkdir` got it; safetensors writes 600
         for path_inside in (*temporary.rglob("*"), temporary):
+            if path_inside.is_file():
+                path_inside.chmod(readable)
             flush(path_inside)
     except BaseException:
         remove(temporary)  # half a folder is of no use, and the disk may be full

@@ -180,10 +180,18 @@ def _modes(pooling: Mapping[str, Any], folder: Path) -> tuple[str, ...]:
     return modes
 
 
-def sentence_files(model: Any, prompts: Mapping[str, str] | None = None, retrieval: bool = False) -> dict[str, str]:
-    """Write the files beside a model that makes sentence embeddings, with the prompts of a recipe; else none."""
+def sentence_files(
+    model: Any, prompts: Mapping[str, str] | None = None, retrieval: bool = False, length: int | None = None
+) -> dict[str, str]:
+    """Write the files beside a model that makes sentence embeddings, else none.
+
+    With the prompts of a recipe, and the tokens to which it cuts texts, where these are given.
+    """
     head = getattr(model, "sentence_head", None)
-    return head.with_prompts(prompts or {}, retrieval).files(model.config.hidden_size) if head else {}
+    if head is None:
+        return {}
+    limited: SentenceHead = replace(head, max_length=length or head.max_length)
+    return limited.with_prompts(prompts or {}, retrieval).files(model.config.hidden_size)
 
 
 def unused_parameters(model: Any) -> Sequence[str]:
@@ -201,7 +209,9 @@ def _count(mask: Tensor) -> Tensor:
 
 
 def _first(states: Tensor, mask: Tensor) -> Tensor:
-    return states[torch.arange(len(states), device=states.device), mask.int().argmax(1)]
+    return states[
+        torch.arange(states.shape[0], device=states.device), mask.int().argmax(1)
+    ]  # len() would be a constant of an export
 
 
 def _last(states: Tensor, mask: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from distill.models.forward import MODEL_INPUTS, Batch, Capture, forward, with_d
 from distill.models.load import folder_fingerprint
 from distill.models.pattern import pattern_note
 from distill.models.plan import StudentPlan
+from distill.pipeline.forms import try_forms
 from distill.pipeline.given import build_given, given_inputs
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage
@@ -60,6 +61,7 @@ def work(session: Session) -> None:
     if note := pattern_note(student.config):
         session.say(f"  {note}")
     format_of(student, session.recipe.release.format)  # refused before it is trained
+    try_forms(session, student)
     save_model(session, student, session.folder.student)
 
 

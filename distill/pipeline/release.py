@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from dataclasses import replace
 from typing import Any
@@ -11,13 +12,12 @@ import torch
 import transformers
 
 from distill import __version__
-from distill.data import collate
 from distill.evaluation.arms import trained_arms
 from distill.files import content_of, fresh_folder, read_object, write_text
-from distill.models.forward import MODEL_INPUTS, with_decoder_inputs
 from distill.models.pattern import pattern_note
 from distill.models.plan import StudentPlan
 from distill.models.sentence import sentence_files
+from distill.pipeline.forms import check_wanted, make_forms, probe_of
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage
 from distill.ranks import process_state
@@ -26,6 +26,7 @@ from distill.release.card import render_card
 from distill.release.evidence import Evidence
 from distill.release.export import check_padding, check_release, releasable_recipe, without_folders, write_release
 from distill.release.formats import format_of
+from distill.release.oldest import oldest_version
 from distill.release.report import render_report
 from distill.release.results import result_files
 from distill.training import read_records
@@ -37,24 +38,23 @@ def work(session: Session) -> None:
     recipe, model = session.recipe, session.load(session.folder.distilled)
     release_format = format_of(model, recipe.release.format)
     evidence = replace(collect_evidence(session, release_format), pattern_note=pattern_note(model.config))
-    report = render_report(evidence)
-    texts = {
-        "README.md": render_card(evidence),
-        "report.html": report,
-        "plan.json": evidence.plan.to_json(),
-        "recipe.yaml": evidence.recipe_text,
-        "evaluation.json": session.folder.evaluation.read_text(encoding="utf-8"),
-        **result_files(evidence),
-    }
-    probe = collate(session.corpus, session.corpus.test, range(min(8, len(session.corpus.test))))
-    texts |= sentence_files(model, recipe.data.prompts, recipe.data.learns_from_pairs)
-    probe = with_decoder_inputs(model, probe)
-    # Documents need not be told apart: any tokens will do, as long as all loaders get the same.
-    probe = {name: tensor for name, tensor in probe.items() if name in MODEL_INPUTS and name != "position_ids"}
     with fresh_folder(session.folder.release) as folder:
-        beside, form = session.preprocessors, evidence.release_format
-        written = write_release(folder, model, beside, texts, evidence.auto_class, form)
-        check_release(folder, written, evidence.auto_class, probe, evidence.release_format)
+        forms = make_forms(session, folder, model)
+        evidence = replace(evidence, evaluation=evidence.evaluation | ({"forms": forms} if forms else {}))
+        report = render_report(evidence)
+        texts = {
+            "README.md": render_card(evidence),
+            "report.html": report,
+            "plan.json": evidence.plan.to_json(),
+            "recipe.yaml": evidence.recipe_text,
+            "evaluation.json": json.dumps(evidence.evaluation, indent=1, allow_nan=False) + "\n",
+            **result_files(evidence),
+        }
+        texts |= sentence_files(model, recipe.data.prompts, recipe.data.learns_from_pairs, recipe.data.max_length)
+        # Documents need not be told apart: any tokens will do, as long as all loaders get the same.
+        probe, beside = probe_of(session, model), session.released_preprocessors
+        written = write_release(folder, model, beside, texts, evidence.auto_class, release_format)
+        check_release(folder, written, evidence.auto_class, probe, release_format, session.oldest)
         check_padding(model, written, probe)
     write_text(session.folder.report, report)
 
@@ -86,6 +86,7 @@ def collect_evidence(session: Session, release_format: Format = "uniform") -> Ev
             "distill": __version__,
             "device": str(process_state().device.type),
             "processes": process_state().num_processes,
+            **({"loaded with transformers too": oldest_version()} if session.oldest else {}),
         },
         auto_class=session.task.auto_class,
         release_format=release_format,
@@ -108,7 +109,12 @@ def inputs(session: Session) -> dict[str, Any]:
     files = {"student": run.distilled, "plan": run.plan, "evaluation": run.evaluation}
     files |= {f"metrics.{arm}": session.train_folder(arm) / METRICS for arm in trained_arms(recipe)}
     files |= {"repair": run.repair} if recipe.student.repair.wanted else {}
-    return {name: content_of(path) for name, path in files.items()} | {"recipe": recipe.model_dump(mode="json")}
+    # What was checked is on the card: a release that is not checked again loses it.
+    checked = {"check_oldest": oldest_version()} if session.oldest else {}
+    settings = {"recipe": recipe.model_dump(mode="json"), **checked}
+    return {name: content_of(path) for name, path in files.items()} | settings
 
 
-STAGE = Stage("release", work, inputs, lambda session: [session.folder.release, session.folder.report])
+STAGE = Stage(
+    "release", work, inputs, lambda session: [session.folder.release, session.folder.report], check=check_wanted
+)

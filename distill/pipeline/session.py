@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -43,6 +44,8 @@ class Session:
     """Continue trainings from checkpoints that were made from other inputs as well."""
     accept_weak_teacher: bool = False
     """Go on with a teacher that is no better than chance."""
+    oldest: Path | None = None
+    """Folder with the oldest transformers that distill is for, where the release is loaded with it, too."""
     _said: set[str] = field(default_factory=set, repr=False)
     _folders: dict[str, Path] = field(default_factory=dict, init=False, repr=False)
 
@@ -106,6 +109,18 @@ class Session:
     def preprocessors(self) -> list[Any]:
         """List what turns rows into what a model reads, and is saved beside it: tokenizer, feature extractor."""
         return [self.tokenizer, *self.bound_task.preprocessors]
+
+    @property
+    def released_preprocessors(self) -> list[Any]:
+        """List the same for a release: the tokenizer's limit is the length of the training, and no trace of its use."""
+        tokenizer = copy.deepcopy(self.tokenizer)
+        tokenizer.model_max_length = self.recipe.data.max_length
+        for key in ("is_local", "local_files_only"):  # how it was loaded here
+            tokenizer.init_kwargs.pop(key, None)
+        if tokenizer.is_fast:  # the last call's settings would cut whatever is read with the file
+            tokenizer.backend_tokenizer.no_truncation()
+            tokenizer.backend_tokenizer.no_padding()
+        return [tokenizer, *self.bound_task.preprocessors]
 
     @cached_property
     def head(self) -> ModelHead:

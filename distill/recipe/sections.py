@@ -17,6 +17,7 @@ from distill.recipe.names import Metric, Optimizer, Reference
 from distill.recipe.on_policy import OnPolicy
 
 Format = Literal["uniform", "native", "padded"]
+Form = Literal["onnx", "int8", "ctranslate2"]
 SHA256 = "^[0-9a-f]{64}$"
 Compile = Literal["auto"] | StrictBool
 Arm = Literal[
@@ -300,7 +301,15 @@ class Release(Section):
     """`uniform`: one MLP width for all layers; stock transformers loads it everywhere. For students with different
     widths: `native` (widths in `per_layer_config` and a small modelling file; loads with `trust_remote_code=True` or
     `distill.load_student`) or `padded` (zero neurons up to the widest layer; loads everywhere, saves nothing)."""
+    also: list[Form] = []
+    """Other forms of the student in the same folder, each compared with it in its own runtime: `onnx` (ONNX Runtime,
+    batch and length free), `int8` (the same with weights of 8 bits), `ctranslate2` (CTranslate2, which rounds to 8
+    bits where it is asked to). All of them hold different MLP widths."""
     license: StrictStr | None = None
     """SPDX id for the model card. Give the teacher's licence, or one that it allows."""
     language: StrictStr | None = None
     """Language code for the model card."""
+
+    def mistakes(self) -> Iterator[Mistake]:
+        """Refuse a form that is listed twice."""
+        yield from self.repeated("also", "{}")

@@ -15,6 +15,7 @@ from distill.recipe.locate import GGUF
 from distill.recipe.names import TEACHER_METRICS
 from distill.release.controls import budget_lines, seeds_table, seeds_title
 from distill.release.evidence import Evidence, describe_origin, get_in, judge, judge_sets, summarize
+from distill.release.forms import examples
 from distill.release.tables import arms_table, tables
 from distill.release.wording import as_number, format_metric, format_percent, one_line
 
@@ -89,6 +90,7 @@ def render_card(evidence: Evidence) -> str:
             metadata=Markup(metadata(evidence).to_yaml(line_break="\n")),  # noqa: S704 (YAML quotes its own values)
             loading=Markup(LOADING[evidence.release_format]),  # noqa: S704 (our own text)
             snippet=fence(snippet(evidence), "python"),
+            forms=form_examples(evidence),
             command=fence(evidence.command, "bash"),
             recipe=fence(evidence.recipe_text, "yaml"),
         )
@@ -174,6 +176,13 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 model = {name}.from_pretrained(folder{code})
 inputs = {given}
 {use}"""
+
+
+def form_examples(evidence: Evidence) -> dict[str, Markup]:
+    """Write Python that runs each other form of the release, by its title."""
+    release = evidence.recipe.release
+    found = examples(release.also, evidence.auto_class, evidence.recipe.name)
+    return {title: fence(text, "python") for title, text in found.items()}
 
 
 def metadata(evidence: Evidence) -> ModelCardData:

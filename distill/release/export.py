@@ -23,16 +23,20 @@ from distill.recipe.load import dump
 from distill.recipe.locate import CHECKSUMS, is_path
 from distill.recipe.schema import Format, Recipe
 from distill.release.formats import write_modelling
+from distill.release.older import add_old_names
 
 CODE_KEYS = ("auto_map", "custom_pipelines")
 """Keys of a config that name code."""
 PADDING_TOLERANCE = 1e-6
 """Of the largest logit, or of 1: zero neurons change the order in which a matrix product is summed, nothing else."""
 
+OLDER_TOLERANCE = 1e-5
+"""The same for another version of transformers, which may compute in another order."""
+
 FRESH_PROCESS = """
 import json, sys
 asked = json.loads(sys.argv[1])
-sys.path[:0] = asked["packages"]
+sys.path[:0] = asked["packages"] + asked.get("older", [])
 import torch, transformers
 from safetensors.torch import load_file, save_file
 torch.set_num_threads(asked["threads"])
@@ -94,7 +98,7 @@ def write_release(
     """Write weights, preprocessors and the given text files, then checksums over everything.
 
     Args:
-        folder: An empty folder.
+        folder: A folder with nothing in it, or other forms of the student.
         model: The trained student.
         preprocessors: Its tokenizer, and whatever else makes its inputs.
         texts: File name -> content.
@@ -111,6 +115,7 @@ def write_release(
     remove_code_references(folder)
     if release_format == "native":
         write_modelling(folder, model, auto_class)
+    add_old_names(folder)
     for name, text in texts.items():
         write_text(folder / name, text)
     files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
@@ -129,7 +134,12 @@ def remove_code_references(folder: Path) -> None:
 
 
 def check_release(
-    folder: Path, model: Any, auto_class: str, probe: Mapping[str, Tensor], release_format: Format = "uniform"
+    folder: Path,
+    model: Any,
+    auto_class: str,
+    probe: Mapping[str, Tensor],
+    release_format: Format = "uniform",
+    older: Path | None = None,
 ) -> None:
     """Prove a release: loaded by a process that never imports distill, it is the same model.
 
@@ -142,6 +152,8 @@ def check_release(
         auto_class: The transformers Auto class that a user would call.
         probe: Inputs of the model, e.g. input_ids and attention_mask [B, L].
         release_format: Format of the release.
+        older: Packages that a process more finds before those of this environment: an older transformers, whose logits
+            may differ by rounding.
 
     Raises:
         RunError: It does not load, logits differ in any bit, greedy generation differs with and without cache, or
@@ -149,7 +161,8 @@ def check_release(
     """
     with torch.no_grad():
         expected = model(**probe)[0]
-    ways = [{"code": release_format == "native", "packages": []}]
+    ways: list[dict[str, Any]] = [{"code": release_format == "native", "packages": []}]
+    ways += [] if older is None else [{**ways[0], "older": [str(older)]}]
     if release_format == "native":
         ways.append({"code": False, "packages": [path for path in sys.path if path]})
     for way in ways:
@@ -158,11 +171,16 @@ def check_release(
             save_file({name: tensor.contiguous() for name, tensor in probe.items()}, files["probe"])
             save_file(_prompt(probe), files["prompt"])
             asked = {"folder": str(folder), "auto_class": auto_class, "threads": torch.get_num_threads(), **files}
-            _ask_fresh_process({**asked, **way}, scratch)
+            loader = "load_student" if way["packages"] else f"stock transformers{', the older one' * ('older' in way)}"
+            ask_fresh_process(FRESH_PROCESS, {**asked, **way}, scratch, loader)
             logits = load_file(files["answer"])["logits"]
-            if not torch.equal(logits, expected):
-                gap = (logits - expected).abs().max().item()
+            gap = (logits - expected).abs().max().item()
+            allowed = OLDER_TOLERANCE * max(1.0, expected.abs().max().item()) if "older" in way else 0.0
+            if not gap <= allowed:
                 raise RunError(f"release: logits of the reloaded student differ by up to {gap:.3g}")
+            if "older" in way:
+                continue
+            add_old_names(Path(files["again"]))
             # Our own loader runs no code, and does not carry the modelling file over.
             patterns = ["*.safetensors"] if way["packages"] else ["*.safetensors", "*.py", "config.json"]
             if _sums(folder, patterns) != _sums(Path(files["again"]), patterns):
@@ -189,16 +207,23 @@ def check_padding(model: Any, wide: Any, probe: Mapping[str, Tensor]) -> None:
         raise RunError(f"release: zero neurons change the logits by up to {gap:.3g}")
 
 
-def _ask_fresh_process(asked: dict[str, Any], scratch: str) -> None:
+def ask_fresh_process(program: str, asked: dict[str, Any], scratch: str, loader: str) -> None:
+    """Run a program in a new Python process of this environment; raises RunError, with its last line, where it fails.
+
+    Args:
+        program: Python that reads `asked` as JSON from its argument.
+        asked: Paths and settings.
+        scratch: Folder for what transformers keeps of modelling code.
+        loader: Name, for the message, of what loads the student there.
+    """
     # Isolated mode: neither the working folder nor PYTHONPATH can slip distill or a shadowing module in.
-    command = [sys.executable, "-I", "-c", FRESH_PROCESS, json.dumps(asked)]
+    command = [sys.executable, "-I", "-c", program, json.dumps(asked)]
     environment = {**os.environ, "HF_MODULES_CACHE": str(Path(scratch) / "modules")}
     done = subprocess.run(  # noqa: S603 (our own interpreter on our own text)
         command, capture_output=True, text=True, check=False, env=environment
     )
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        loader = "load_student" if asked["packages"] else "stock transformers"
         raise RunError(f"release: {loader} cannot load the student: {reason}")
 
 

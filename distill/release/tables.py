@@ -19,6 +19,7 @@ from distill.release.wording import (
     MISSING,
     as_number,
     format_interval,
+    format_megabytes,
     format_metric,
     format_number,
     format_paired,
@@ -58,6 +59,7 @@ def tables(evidence: Evidence) -> dict[str, Table]:
         "efficiency": efficiency_table(evidence),
         "speed": speed_table(evidence),
         "bytes": bytes_table(evidence),
+        "forms": forms_table(evidence),
         "versions": Table(("", "version"), [(key, str(value)) for key, value in evidence.environment.items()], 2),
     }
 
@@ -247,3 +249,30 @@ def mask_rows(evidence: Evidence) -> dict[str, str]:
         "zeros in the MLPs": format_percent(found["zeros"]),
     }
     return rows | ({"MLP widths, compacted": ", ".join(map(str, found["widths"]))} if spec.compact else {})
+
+
+def forms_table(evidence: Evidence) -> Table:
+    """Tabulate the other forms of the release: size, difference from the student, and what rounding costs."""
+    rows = []
+    for title, form in (evidence.evaluation.get("forms") or {}).items():
+        test, metric = form.get("test") or {}, evidence.primary
+        own, value = (as_number(get_in(test, side, metric)) for side in ("student", "metrics"))
+        kept = (
+            MISSING
+            if own is None or value is None
+            else " → ".join(format_metric(metric, each) for each in (own, value))
+        )
+        agreed = as_number(get_in(test, "metrics", "agreement"))
+        cells = (form["path"], form["runtime"], format_megabytes(form["bytes"]))
+        difference = f"{form['difference']:.2g} of {form['largest']:.2g}"
+        rows.append((title, *cells, difference, kept, MISSING if agreed is None else format_percent(agreed)))
+    head = (
+        "form",
+        "file",
+        "runtime",
+        "size",
+        "difference of outputs",
+        f"{evidence.primary}, student → form",
+        "agreement",
+    )
+    return Table(head, rows, text_columns=3)

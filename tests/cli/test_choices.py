@@ -374,6 +374,7 @@ ELSEWHERE = {
     **{(f"Data.{key}", "a value"): "tests/data/tasks/test_seq2seq.py" for key in ("max_target_length", "prefix")},
     ("Data.language", "a value"): "tests/data/tasks/test_speech_to_text.py",
     **{(f"Evaluation.{key}", "a value"): "tests/cli/test_control_arms.py" for key in ("controls", "seeds")},
+    **{("Release.also", form): "tests/cli/test_forms_run.py" for form in ("a value", "onnx", "int8", "ctranslate2")},
 }
 ELSEWHERE |= {
     (f"{section.__name__}.{key}", "a value"): "tests/cli/test_control_arms.py and tests/recipe/test_control_rules.py"
