@@ -8,31 +8,27 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import signal
 import sys
-import tempfile
-import threading
-import traceback
-import warnings
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
-import rich.table
 import typer
-from rich.console import Console
-from rich.text import Text
 
 from distill import __version__
-from distill.errors import DistillError, InputError, RunError, Stopped
-from distill.release.wording import one_line, printable
-
-if TYPE_CHECKING:
-    from distill.pipeline import Session
-    from distill.release.table import Table
+from distill.errors import DistillError, InputError, Stopped
+from distill.terminal import (
+    print_evaluation,
+    print_note,
+    print_resources,
+    print_table,
+    quiet_libraries,
+    say,
+    tame_output,
+)
+from distill.verbs import compare, inspect, push, verify
 
 app = typer.Typer(
     name="distill",
@@ -41,8 +37,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="One recipe takes a large transformer to a released, measured small one.",
 )
-console = Console(stderr=True, highlight=False)
-
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="Path of a recipe.yaml.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Replace values, e.g. training.lr=1e-4.")
@@ -80,9 +74,9 @@ def validate(recipe: RecipePath, overrides: Overrides = None) -> None:
     sources = [source.source for split in loaded.rows.splits for source in loaded.rows.origins(split)]
     names = (*(model.model for model in loaded.models.values()), *sources)
     absent = " and ".join(name for name in names if is_left_behind(name, recipe.absolute().parent))
-    _say(f"{recipe}: fine ({loaded.name})")
+    say(f"{recipe}: fine ({loaded.name})")
     if absent:
-        _say(f"  {absent}: not in this release, so not looked at")
+        say(f"  {absent}: not in this release, so not looked at")
 
 
 @app.command()
@@ -159,92 +153,8 @@ for _name, _text in {
     _add_release_verb(_name, _text)
 
 
-@app.command()
-def inspect(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, package:NAME/SUBFOLDER, or hub id ORG/NAME.")],
-    calibration: Annotated[Path | None, typer.Option(help="Statistics of an earlier run's calibration.")] = None,
-    data: Annotated[str | None, typer.Option(help="Gather statistics over a built-in corpus or a file.")] = None,
-    keep_layers: Annotated[int | None, typer.Option(min=1, help="Layers to keep (default: half).")] = None,
-    examples: Annotated[int, typer.Option(min=1, help="Texts to read with --data.")] = 256,
-    max_length: Annotated[int, typer.Option(min=1, help="Tokens per text with --data.")] = 128,
-) -> None:
-    """Show what is in a model: norms, zeros, redundancy, and the layers that each policy would drop."""
-    if calibration is not None and data is not None:
-        raise InputError("--calibration and --data: give one of them")
-    _quiet_libraries()
-    from distill.pipeline.inspect import gather_statistics, inspect_model, open_model, read_statistics
-
-    opened, statistics = open_model(model), None
-    if calibration is not None:
-        statistics = read_statistics(calibration, opened)
-    elif data is not None:
-        statistics = gather_statistics(model, opened, data, examples, max_length)
-    for title, table, note in inspect_model(opened, statistics, keep_layers):
-        _print_table(title, table)
-        _wide_console().print(printable(note), "")
-
-
-@app.command()
-def verify(
-    release: Annotated[Path, typer.Argument(metavar="FOLDER", help="A released folder.")],
-    data: Annotated[Path | None, typer.Option(help="Folder with the data files that its recipe names.")] = None,
-    teacher: Annotated[str | None, typer.Option(help="The teacher's folder, or package:NAME/SUBFOLDER.")] = None,
-) -> None:
-    """Measure a released folder again, and say of every figure whether it comes out as claimed."""
-    _quiet_libraries()
-    from distill.pipeline.verify import verify_release
-
-    with tempfile.TemporaryDirectory() as scratch:
-        found = verify_release(release, Path(scratch), data, teacher, _say)
-    _print_table(str(release), found.table())
-    if found.faults:
-        raise RunError(f"{found.faults} of {len(found.checks)} claims do not hold")
-    _say(f"{release}: every claim that was checked holds")
-
-
-@app.command()
-def push(
-    release: Annotated[Path, typer.Argument(metavar="FOLDER", help="A released folder.")],
-    repository: Annotated[str, typer.Argument(metavar="ORG/NAME", help="The repository on the model hub.")],
-    public: Annotated[bool, typer.Option("--public", help="Let everybody see it; otherwise it is private.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-) -> None:
-    """Send a release to the model hub, with the token in HF_TOKEN, after showing every file."""
-    _quiet_libraries()
-    from distill.release.push import prepare_push
-    from distill.release.push import push as send
-
-    prepared = prepare_push(release, repository, public=public)
-    for line in prepared.describe():
-        _say(line)
-    if not yes and not sys.stdin.isatty():
-        raise InputError("nobody is here to be asked; look at the list, and add --yes")
-    if not yes and not typer.confirm("Send these files?", err=True):
-        raise InputError("nothing was sent")
-    _say(f"sent: {send(prepared)}")
-
-
-@app.command()
-def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Two or more run folders, or releases.")],
-    out: Annotated[Path | None, typer.Option(help="Also write one HTML page to this file.")] = None,
-) -> None:
-    """Compare finished runs: quality against size and speed, and what their recipes differ in."""
-    from distill.files import write_text
-    from distill.pipeline.compare import read_runs, render_comparison, runs_table, settings_table, warnings_about
-
-    if len(runs) < 2:
-        raise InputError("one run alone has nothing to be compared with; name two or more")
-    if out is not None and (out.is_dir() or out.suffix != ".html"):
-        raise InputError(f"--out: {out} is no name of an HTML page, as comparison.html")
-    found = read_runs(runs)
-    _print_table(f"{len(found)} runs", runs_table(found))
-    _print_table("what their recipes differ in", settings_table(found))
-    for line in warnings_about(found):
-        _say(line)
-    if out is not None:
-        write_text(out, render_comparison(found))
-        _say(f"written: {out}")
+for _verb in (inspect, verify, compare, push):
+    app.command()(_verb)
 
 
 def _version(show: bool) -> None:
@@ -273,7 +183,7 @@ def _run_each(
         _check_together(verb, recipes, values, out)
     for each in recipes:
         if more:
-            _say(f"{each}:")
+            say(f"{each}:")
         _run(verb, each, values, out, flags)
 
 
@@ -298,7 +208,7 @@ def _run(
     from distill.recipe.load import load_recipe
 
     recipe = load_recipe(path, overrides or ())  # before torch: a wrong recipe is answered at once
-    _quiet_libraries()
+    quiet_libraries()
     from distill.pipeline import STORY, VERBS, RunDir, Session, local_inputs, run_stages
     from distill.ranks import launched, process_state
     from distill.release.oldest import oldest_installed
@@ -309,20 +219,20 @@ def _run(
     main_process = process_state().is_main_process
     folder = out if out is not None else Path("runs") / recipe.name
 
-    def say(message: str) -> None:
+    def say_once(message: str) -> None:
         if main_process:
-            _say(message)
+            say(message)
 
     base, run = path.absolute().parent, RunDir(folder.absolute())
     run.check({"the recipe": path, **local_inputs(recipe, base)})
     remote_code, continue_changed, accept_weak, check_oldest = flags
-    with leaving_in_time(), oldest_installed(say) if check_oldest and main_process else nullcontext() as older:
-        session = Session(recipe, base, run, say, remote_code, continue_changed, accept_weak, older)
+    with leaving_in_time(), oldest_installed(say_once) if check_oldest and main_process else nullcontext() as older:
+        session = Session(recipe, base, run, say_once, remote_code, continue_changed, accept_weak, older)
         run_stages(session, VERBS[verb], STORY)
     if main_process and verb == "plan":
-        _print_resources(session)
+        print_resources(session)
     if main_process and verb in ("evaluate", "release", "run"):
-        _print_evaluation(session)
+        print_evaluation(session)
     if main_process and verb in ("release", "run"):
         say(f"released: {folder / 'release'}   report: {folder / 'report.html'}")
 
@@ -332,79 +242,16 @@ def _plan_for(memory: str, path: Path, overrides: list[str] | None, remote_code:
     from distill.recipe.load import load_without_weights
 
     recipe = load_without_weights(path, overrides or ())
-    _quiet_libraries()
+    quiet_libraries()
     from distill.models.memory import parse_size
     from distill.pipeline import RunDir, Session
     from distill.pipeline.resources import forecast_for
 
     size, base = parse_size(memory), path.absolute().parent
-    session = Session(recipe, base, RunDir(Path("runs") / recipe.name), _say, remote_code)
+    session = Session(recipe, base, RunDir(Path("runs") / recipe.name), say, remote_code)
     for title, table, note in forecast_for(session, size):
-        _print_table(title, table)
-        _wide_console().print(printable(note), "")
-
-
-def _print_resources(session: Session) -> None:
-    from distill.pipeline.resources import depth_before_width, forecast
-
-    for title, table, note in forecast(session):
-        _print_table(title, table)
-        _wide_console().print(printable(note), "")
-    if line := depth_before_width(session):
-        _say(line)
-
-
-def _quiet_libraries() -> None:
-    # Their progress bars and notices about heads that are about to be fitted would bury our own lines.
-    import datasets
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.utils.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-
-
-def _say(message: str) -> None:
-    """Print a message, which may name classes, columns and files of strangers, on standard error."""
-    console.print(printable(message), markup=False, soft_wrap=True)
-
-
-def _wide_console() -> Console:
-    return Console(highlight=False, markup=False, width=max(110, console.width))  # else rich cuts columns at 80
-
-
-def _print_table(title: str, table: Table) -> None:
-    printed = rich.table.Table(title=one_line(title))
-    for index, name in enumerate(table.head):
-        printed.add_column(one_line(name), justify="left" if index < table.text_columns else "right")
-    for row in table.rows:
-        printed.add_row(*(Text(one_line(cell)) for cell in row))
-    _wide_console().print(printed)
-
-
-def _print_evaluation(session: Session) -> None:
-    from distill.pipeline.release import collect_evidence
-    from distill.release.controls import seeds_table, seeds_title
-    from distill.release.sizes import bytes_table, efficiency_table, speed_table
-    from distill.release.tables import arms_table, harness_table
-
-    evidence = collect_evidence(session)
-    examples, efficiency = evidence.evaluation["data"]["examples"], efficiency_table(evidence)
-    titles = {f"{examples} held-out examples of {evidence.measured_on}": evidence}
-    titles |= {f"{name} ({own.trained_on or 'not trained on'})": own for name, own in evidence.elsewhere.items()}
-    for title, own in titles.items():
-        arms = arms_table(own)
-        rows = [(name, *row[1:]) for name, row in zip(own.arms, arms.rows, strict=True)]  # titles are too wide
-        _print_table(title, replace(arms, rows=rows))
-        if title := seeds_title(own):
-            _print_table(title, seeds_table(own, short=True))
-    if (harness := harness_table(evidence)).rows:
-        _print_table("lm-evaluation-harness, with one standard error", harness)
-    if efficiency.rows:
-        _print_table("size and speed, measured in one run", efficiency)
-        _print_table("memory and throughput", speed_table(evidence))
-        _print_table("where the bytes are", bytes_table(evidence))
+        print_table(title, table)
+        print_note(note)
 
 
 def _stop(number: int, _frame: FrameType | None) -> None:
@@ -421,14 +268,14 @@ def main(arguments: list[str] | None = None) -> int:
     except typer.Exit as exit_:
         return exit_.exit_code
     except DistillError as error:
-        _say(f"{'stopped' if error.exit_code == 75 else 'error'}: {error}")
+        say(f"{'stopped' if error.exit_code == 75 else 'error'}: {error}")
         return error.exit_code
     except Exception as error:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # click's usage errors
-            _say(f"error: {error.format_message() or 'a verb is missing; see distill --help'}")
+            say(f"error: {error.format_message() or 'a verb is missing; see distill --help'}")
             return 2
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
-            _say(f"error: the disk is full: {error}; make space, and give the same command again")
+            say(f"error: the disk is full: {error}; make space, and give the same command again")
             return 1
         raise
     finally:
@@ -436,22 +283,7 @@ def main(arguments: list[str] | None = None) -> int:
             signal.signal(number, handler)
 
 
-def _tame_output() -> None:
-    """Let nothing steer the terminal of what Python and libraries print: tracebacks, warnings and log records."""
-    make, write = logging.getLogRecordFactory(), warnings.formatwarning
-
-    def plain_record(*given: Any, **named: Any) -> logging.LogRecord:
-        record = make(*given, **named)
-        record.msg, record.args = printable(record.getMessage()), ()
-        return record
-
-    sys.excepthook = lambda *error: _say("".join(traceback.format_exception(*error)).rstrip())
-    threading.excepthook = lambda found: _say("".join(traceback.format_exception(*found[:3])).rstrip())
-    warnings.formatwarning = lambda *given, **named: printable(write(*given, **named))
-    logging.setLogRecordFactory(plain_record)
-
-
 def entry(arguments: list[str] | None = None) -> None:
     """Exit with what the command line returns (console script)."""
-    _tame_output()
+    tame_output()
     sys.exit(main(arguments))

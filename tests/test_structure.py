@@ -12,12 +12,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "distill").rglob("*.py"))
-BUDGET = 16_800
-"""Code lines of the package: without docstrings, comments and blank lines. It only goes down."""
+BUDGET = 21_500
+"""Code lines of the package: without docstrings, comments and blank lines. It goes down, and was raised once, by what
+the teacher's other lives, the evidence and the other forms of a release took."""
 PACKAGES = {
     "data", "evaluation", "losses", "models", "pipeline", "recipe", "release", "student", "teacher", "training",
 }  # fmt: skip
-MODULES = {"__init__", "__main__", "cli", "errors", "files", "ranks", "registry"}
+MODULES = {"__init__", "__main__", "cli", "errors", "files", "ranks", "registry", "terminal", "verbs"}
 DRAWERS = {"utils", "util", "common", "base", "helpers", "helper", "misc", "tools", "core"}
 """Names under which everything ends up."""
 

@@ -17,6 +17,7 @@ from distill.models.load import folder_fingerprint, grow_embeddings, hollow_mode
 from distill.models.plan import StudentPlan
 from distill.pipeline.compatible import check_same_classes
 from distill.pipeline.data import NAMELESS
+from distill.pipeline.forms import try_forms
 from distill.pipeline.session import Session
 from distill.pipeline.train import maps_of, save_model
 from distill.release.formats import format_of
@@ -74,6 +75,7 @@ def build_given(session: Session) -> None:
         check_causal(each)
     try_terms(session, student, teacher)
     format_of(student, session.recipe.release.format)  # refused before it is trained
+    try_forms(session, student)
     save_model(session, student, session.folder.student)
 
 

@@ -166,7 +166,7 @@ def _session_for(recipe: Recipe, folder: Path, scratch: Path, rows: Path | None,
     named = [each.source for split in recipe.rows.splits for each in recipe.rows.origins(split)]
     if rows is None and (missing := [name for name in dict.fromkeys(named) if is_path(name)]):
         raise InputError(f"{folder}: it was measured on {', '.join(missing)}: give the folder with --data")
-    teacher = Teacher.model_construct(**{**dict(Teacher(model=str(folder))), "model": str(folder)})
+    teacher = Teacher(model=str(folder.absolute()))
     recipe = recipe.model_copy(update={"teacher_": teacher, "teachers": []})
     return Session(recipe, (rows or folder).absolute(), RunDir(scratch), say)
 

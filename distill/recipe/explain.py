@@ -98,7 +98,7 @@ def _field(path: KeyPath) -> FieldInfo | None:
     field = None
     for key in path:
         if isinstance(key, str):
-            field = section.keys().get(key) if section else None
+            field = section.fields_by_key().get(key) if section else None
             section = next(iter(_sections_in(field.annotation)), None) if field else None
     return field if isinstance(path[-1], str) else None
 
@@ -107,7 +107,7 @@ def _keys(path: KeyPath) -> list[str]:
     """Return the keys of a section; of a list of sections, those of its items."""
     names = [key for key in path if isinstance(key, str)]
     field = _field(tuple(names)) if names else None
-    return list(_sections_in(field.annotation if field else Recipe)[0].keys())
+    return list(_sections_in(field.annotation if field else Recipe)[0].fields_by_key())
 
 
 def _sections_in(annotation: Any) -> list[type[Section]]:
@@ -161,7 +161,7 @@ def _misplaced(
     if empty:
         fix = f"put spaces in front of it, so that it belongs to {dotted(target)}:{renamed}"
         mistake = replace(mistake, message=f"indented wrongly: {dotted(target)}: has nothing in it", fix=fix)
-    elif not target and _sections_in(Recipe.keys()[wanted].annotation):
+    elif not target and _sections_in(Recipe.fields_by_key()[wanted].annotation):
         fix = f"move it to the left; it {mistake.fix}"
         mistake = replace(
             mistake, message=f"indented wrongly: {wanted}: is no key of {dotted(mistake.path[:-1])}:", fix=fix

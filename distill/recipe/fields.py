@@ -75,7 +75,7 @@ class Section(BaseModel):
     )
 
     @classmethod
-    def keys(cls) -> dict[str, FieldInfo]:
+    def fields_by_key(cls) -> dict[str, FieldInfo]:
         """Map the keys of the section, as a recipe writes them, to their fields."""
         return {field.alias or name: field for name, field in cls.model_fields.items()}
 
