@@ -190,8 +190,9 @@ def tail_aware_kl(
     This is D1 + beta a D2; `beta=1` is `forward_kl`. Of a `TopK` the tail is its other tokens and its last class, so
     its K has to be above k.
 
-    Source: Dasgupta et al. 2026 (TAD), arXiv:2602.20816, section 2. There beta is divided by the mean of a over the
-    sequence, which a value per position knows nothing of: beta here is that quotient. They find a k of 5 to 10 best.
+    Follows Dasgupta et al. 2026 (TAD), arXiv:2602.20816, by an excerpt of its section 2; the whole paper was not at
+    hand. There beta is divided by the mean of a over the sequence, which a value per position knows nothing of: beta
+    here is that quotient. They find a k of 5 to 10 best.
     """
     student, teacher = _log_probabilities(student_logits, teacher_logits, temperature)
     most = student.shape[-1] - 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import accelerate
@@ -12,25 +13,36 @@ import torch
 import transformers
 
 from distill import __version__
+from distill.errors import DistillError
 from distill.evaluation.arms import trained_arms
 from distill.files import content_of, fresh_folder, read_object, write_text
 from distill.models.pattern import pattern_note
 from distill.models.plan import StudentPlan
 from distill.models.sentence import sentence_files
+from distill.pipeline.disagreements import tabulate_disagreements
 from distill.pipeline.forms import check_wanted, make_forms, probe_of
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage
 from distill.ranks import process_state
+from distill.recipe.load import read_released
 from distill.recipe.schema import Format
 from distill.release.card import render_card
-from distill.release.evidence import Evidence
+from distill.release.evidence import Evidence, get_in
 from distill.release.export import check_padding, check_release, releasable_recipe, without_folders, write_release
 from distill.release.formats import format_of
 from distill.release.oldest import oldest_version
 from distill.release.report import render_report
 from distill.release.results import result_files
+from distill.release.wording import format_metric
 from distill.training import read_records
 from distill.training.loop import METRICS
+from distill.training.provenance import describe_changes, flatten
+
+STAGES = (
+    *("data", "teacher", "calibrate", "plan", "build", "repair", "examine", "draw", "cache", "train", "control"),
+    *("seeds", "evaluate"),
+)
+"""Those before this one, in the order of the work."""
 
 
 def work(session: Session) -> None:
@@ -38,6 +50,7 @@ def work(session: Session) -> None:
     recipe, model = session.recipe, session.load(session.folder.distilled)
     release_format = format_of(model, recipe.release.format)
     evidence = replace(collect_evidence(session, release_format), pattern_note=pattern_note(model.config))
+    before = read_release(session.folder.release)
     with fresh_folder(session.folder.release) as folder:
         forms = make_forms(session, folder, model)
         evidence = replace(evidence, evaluation=evidence.evaluation | ({"forms": forms} if forms else {}))
@@ -56,7 +69,37 @@ def work(session: Session) -> None:
         written = write_release(folder, model, beside, texts, evidence.auto_class, release_format)
         check_release(folder, written, evidence.auto_class, probe, release_format, session.oldest)
         check_padding(model, written, probe)
-    write_text(session.folder.report, report)
+    write_text(session.folder.report, render_report(evidence, tabulate_disagreements(session)))
+    if before is not None:
+        session.say(f"  it replaces a release: {describe_difference(before, read_release(session.folder.release))}")
+
+
+def read_release(folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """Read settings and evaluation of a release; None where there is none that can be read."""
+    try:
+        settings = read_released(folder / "recipe.yaml").model_dump(mode="json", by_alias=True)
+        return flatten(settings), read_object(folder / "evaluation.json")
+    except DistillError:
+        return None
+
+
+def describe_difference(before: Any, now: Any) -> str:
+    """Say which keys of the recipe changed between two releases, from what to what, and the student's figure."""
+    (old, old_table), (new, table) = before, now
+    keys = describe_changes(old, new) or "the same recipe"
+    metric = str(table.get("primary"))
+    arms = [
+        [arm for arm in each.get("arms") or () if get_in(arm, "name") == "distilled"] for each in (old_table, table)
+    ]
+    own = [format_metric(metric, get_in(each[0], "metrics", metric) if each else None) for each in arms]
+    return f"{keys}; {metric} {' → '.join(own)}"
+
+
+def read_stages(session: Session) -> list[dict[str, Any]]:
+    """Read how long each finished stage before this one took, and how much memory, in their order."""
+    stamps = {name: session.folder.stamp(name) for name in STAGES}
+    found = {name: read_object(stamp) for name, stamp in stamps.items() if stamp.is_file()}
+    return [{"stage": name, **{key: own.get(key) for key in ("seconds", "peak_bytes")}} for name, own in found.items()]
 
 
 def collect_evidence(session: Session, release_format: Format = "uniform") -> Evidence:
@@ -88,6 +131,8 @@ def collect_evidence(session: Session, release_format: Format = "uniform") -> Ev
             "processes": process_state().num_processes,
             **({"loaded with transformers too": oldest_version()} if session.oldest else {}),
         },
+        stages=read_stages(session),
+        fit=read_records(run.fit / METRICS) if spec.fit else [],
         auto_class=session.task.auto_class,
         release_format=release_format,
         sample=session.task.sample,

@@ -25,6 +25,7 @@ from distill.recipe.locate import is_path, teacher_folder
 from distill.recipe.schema import Optimization, Recipe
 from distill.training.provenance import describe_changes, flatten
 from distill.training.signals import StopSignals
+from distill.training.tracking import forget_peak, measure_memory
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -119,6 +120,7 @@ def _run_stage(session: Session, stage: Stage, wait: Callable[[], Any]) -> None:
     if reason:
         session.say(f"{stage.name}: runs again ({reason})")
     start = time.monotonic()
+    forget_peak()
     session.say(f"{stage.name}: started")
     if main:
         stamp.unlink(missing_ok=True)
@@ -128,7 +130,7 @@ def _run_stage(session: Session, stage: Stage, wait: Callable[[], Any]) -> None:
     if main:
         seconds = round(time.monotonic() - start, 1)
         made = {"made_from": fingerprint(inputs), "inputs": inputs, "results": _contents(session, stage)}
-        write_json(stamp, {**made, "seconds": seconds})
+        write_json(stamp, {**made, "seconds": seconds, "peak_bytes": measure_memory()})
         session.say(f"{stage.name}: done in {seconds} s")
     wait()
 

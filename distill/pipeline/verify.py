@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,8 +14,9 @@ from huggingface_hub import ModelCard
 from distill.data import evaluation_batches, observe_batch
 from distill.errors import InputError
 from distill.evaluation.efficiency import count_size
-from distill.evaluation.metrics import compute, measurable
+from distill.evaluation.metrics import measurable
 from distill.evaluation.predict import Rows, predict
+from distill.evaluation.table import tabulate
 from distill.files import read_object
 from distill.models.family import all_layers
 from distill.models.forward import Capture
@@ -41,6 +42,8 @@ from distill.teacher import LiveTeacher
 
 ROUNDING = 1e-4
 """Other processors sum in another order: figures that differ by less, of the value or of 1, are the same."""
+SHIFT = 0.1
+"""Of its width, by which an interval may have moved: a slow machine has time for fewer draws."""
 SAME, WITHIN, DIFFERS = "the same", "within its interval", "DIFFERS"
 SIZES = ("parameters", "layer_parameters", "bytes")
 
@@ -69,18 +72,29 @@ class Verification:
         """Number of claims that do not hold."""
         return sum(check.verdict == DIFFERS for check in self.checks)
 
-    def compare(self, what: str, claimed: Any, found: Any, interval: Any = None) -> None:
-        """Judge a figure: the same but for rounding, inside its claimed interval, or different."""
+    def compare(self, what: str, claimed: Any, found: Any, interval: Any = None, drawn: Any = None) -> None:
+        """Judge a figure: the same but for rounding, inside its claimed interval, or different.
+
+        Args:
+            what: The figure, in words.
+            claimed: As the release says it.
+            found: As it came out.
+            interval: As claimed.
+            drawn: As it came out. The same interval around another figure is a figure that somebody edited, and
+                another one around the same figure an interval that somebody did.
+        """
         own, other = as_number(claimed), as_number(found)
+        ends = [[as_number(get_in(each, side)) for side in ("low", "high")] for each in (interval, drawn)]
         if own is None or other is None:
             verdict = SAME if own == other else DIFFERS
         elif math.isclose(own, other, rel_tol=ROUNDING, abs_tol=ROUNDING if abs(own) < 1 else 0):
-            verdict = SAME
+            verdict = SAME if drawn is None or _near(*ends) else DIFFERS
         else:
-            low, high = (as_number(get_in(interval, side)) for side in ("low", "high"))
+            low, high = ends[0]
             inside = low is not None and high is not None and low <= other <= high
-            verdict = WITHIN if inside else DIFFERS
-        self.checks.append(Check(what, format_number(claimed), format_number(found), verdict))
+            verdict = WITHIN if inside and (drawn is None or not _near(*ends)) else DIFFERS
+        shown = [f" [{format_number(low)}, {format_number(high)}]" if low is not None else "" for low, high in ends]
+        self.checks.append(Check(what, format_number(claimed) + shown[0], format_number(found) + shown[1], verdict))
 
     def agree(self, what: str, claimed: str, found: str) -> None:
         """Judge a fact that is either as claimed or not."""
@@ -94,6 +108,14 @@ class Verification:
         """Tabulate all checks."""
         rows = [(check.what, check.claimed, check.found, check.verdict) for check in self.checks]
         return Table(("what", "claimed", "found", "verdict"), rows, text_columns=4)
+
+
+def _near(claimed: Sequence[float | None], drawn: Sequence[float | None]) -> bool:
+    """Tell whether two intervals are the same, but for the number of draws that there was time for."""
+    if None in (*claimed, *drawn):
+        return [*claimed] == [*drawn]
+    (low, high), (own_low, own_high) = [float(end or 0) for end in claimed], [float(end or 0) for end in drawn]
+    return max(abs(low - own_low), abs(high - own_high)) <= SHIFT * (own_high - own_low)
 
 
 def verify_release(
@@ -179,7 +201,8 @@ def _teacher_for(session: Session, recipe: Recipe, given: str | None) -> tuple[L
     if given is None and own.fit is not None:
         return None, "needs the fitted teacher, --teacher FOLDER"
     try:
-        asked = own if given is None else Teacher(model=given)
+        here = given is not None and Path(given).exists()
+        asked = own if given is None else Teacher(model=str(Path(given).absolute()) if here else given)
         folder = teacher_path(asked, session.base)
     except InputError as error:
         if given is not None:
@@ -206,13 +229,14 @@ def _check_figures(
 def _compare_arm(found: Verification, split: str, arm: Mapping[str, Any], columns: Rows | None, reason: str) -> None:
     title = arm["name"] if split == "test" else f"{arm['name']} on {split.removeprefix(SET)}"
     if columns is None:
-        found.leave_out(title, reason if arm["name"] == "teacher" else "it is not part of the release")
+        found.leave_out(title, reason if arm["name"] == "teacher" else "not released")
         return
     names = measurable(list(arm["metrics"]), columns)
-    values = compute(names, columns) if names else {}
+    again = tabulate({str(arm["name"]): columns}, names, 0)["arms"][0] if names else {}
     for name, claimed in arm["metrics"].items():
-        if name in values:
-            found.compare(f"{title}, {name}", claimed, values[name], get_in(arm, "intervals", name))
+        if name in names:
+            ends = [get_in(each, "intervals", name) for each in (arm, again)]
+            found.compare(f"{title}, {name}", claimed, again["metrics"][name], *ends)
         else:
             found.leave_out(f"{title}, {name}", reason if name in TEACHER_METRICS else "it needs other columns")
 
@@ -241,4 +265,4 @@ def _check_card(found: Verification, recipe: Recipe) -> None:
     metrics = evidence.arms.get("distilled", {}).get("metrics", {})
     head = ModelCard(text, ignore_metadata_errors=True).data
     for result in getattr(head, "eval_results", None) or []:
-        found.compare(f"head of the card, {result.metric_type}", result.metric_value, metrics.get(result.metric_type))
+        found.compare(f"card head, {result.metric_type}", result.metric_value, metrics.get(result.metric_type))

@@ -218,8 +218,9 @@ def bar_chart(
     description: str,
     mark: Bar | None = None,
     write: Callable[[float], str] = format_number,
+    dots: bool = False,
 ) -> Markup:
-    """Draw horizontal bars with their values, and a reference as a line through all; empty without values.
+    """Draw horizontal bars, or dots, with their values, and a reference as a line through all; empty without values.
 
     One value far above the rest is drawn broken, so that the others can still be told apart.
     """
@@ -241,7 +242,9 @@ def bar_chart(
         left, right = sorted((x.at(0), x.at(min(bar.value, x.high))))
         shapes.append(text(140, y + 17, bar.name, f"name {bar.style}", "end", BESIDE))
         shapes.append(
-            tag("rect", x=left, y=y, width=max(right - left, 1.5), height=24, rx=3, class_=f"bar {bar.style}")
+            tag("circle", cx=right, cy=y + 12, r=6, class_=f"dot {bar.style}")
+            if dots
+            else tag("rect", x=left, y=y, width=max(right - left, 1.5), height=24, rx=3, class_=f"bar {bar.style}")
         )
         if bar.value > x.high:
             shapes.append(tag("path", d=f"M{right - 22:.1f} {y + 28:.1f}l8 -32", class_="break"))

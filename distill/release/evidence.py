@@ -41,6 +41,10 @@ class Evidence:
     """Versions, device and number of ranks."""
     auto_class: str
     """Class of transformers that loads the student."""
+    stages: Sequence[Mapping[str, Any]] = ()
+    """`stage`, `seconds` and `peak_bytes` of each, in their order."""
+    fit: Sequence[dict[str, Any]] = ()
+    """Records of the teacher's own training; none where it was not fitted."""
     release_format: Format = "uniform"
     sample: Sequence[str] = ("Some text.",)
     """What the card gives to the tokenizer: a text, or a pair of texts."""

@@ -12,7 +12,9 @@ from markupsafe import Markup
 from distill.release import charts
 from distill.release.card import context_of, make_environment
 from distill.release.evidence import Evidence, describe_origin, get_in
+from distill.release.table import Table
 from distill.release.wording import (
+    EXPLAINED,
     as_number,
     format_count,
     format_megabytes,
@@ -26,6 +28,8 @@ from distill.release.wording import (
 
 COLOURS = ("c3", "c4", "c1", "c0", "c2", "c5")
 """Classes of the stylesheet for arms other than teacher and distilled, which have their own."""
+NO_MODEL = ("majority", "teachers")
+"""Arms without a size of their own."""
 WIDE = 50
 """Values that differ by more than this factor are drawn on a logarithmic scale."""
 
@@ -49,12 +53,12 @@ class Figure:
     caption: str
 
 
-def render_report(evidence: Evidence) -> str:
-    """Render one self-contained HTML page."""
+def render_report(evidence: Evidence, disagreements: Table | None = None) -> str:
+    """Render one self-contained HTML page; with examples of the test texts only where it stays with the run."""
     environment = make_environment()
     environment.filters["one_line"] = one_line
     tiles = [score_tile(evidence), size_tile(evidence), speed_tile(evidence), agreement_tile(evidence)]
-    curves = [loss_figure(evidence), held_out_figure(evidence), rate_figure(evidence)]
+    curves = [loss_figure(evidence), held_out_figure(evidence), rate_figure(evidence), fit_figure(evidence)]
     return environment.get_template("report.html.jinja").render(
         **context_of(evidence),
         this_arm=evidence.title("distilled"),
@@ -62,7 +66,45 @@ def render_report(evidence: Evidence) -> str:
         cuts=cut_figure(evidence),
         curves=[figure for figure in curves if figure.picture],
         compared=arms_figure(evidence),
+        trades=trade_figures(evidence),
+        disagreements=disagreements,
+        explained=[(name, EXPLAINED[name]) for name in evidence.metric_names if name in EXPLAINED],
     )
+
+
+def trade_figures(evidence: Evidence) -> list[Figure]:
+    """Draw the primary metric of teacher and students against their size, and against their latency."""
+    metric, found = evidence.primary, []
+    higher = "up" if evidence.higher_is_better(metric) else "down"
+    for title, path, write in (
+        ("parameters", ("parameters",), format_count),
+        ("latency p50, ms", ("latency_ms", "p50"), format_number),
+    ):
+        dots = [
+            charts.Dot(name, cost, score, style_of(evidence, name), name in ("teacher", "distilled"))
+            for name, arm in evidence.arms.items()
+            for cost in [evidence.efficiency("teacher" if name == "teacher" else "student", *path)]
+            if (score := evidence.score(name)) is not None and cost is not None and name not in NO_MODEL
+        ]
+        caption = f"Better is {higher} and to the left. Hollow: arms of the student's size that are not released."
+        picture = charts.scatter_chart(
+            dots,
+            title,
+            title=f"{metric} against {title}",
+            description=caption,
+            write_x=write,
+            write_y=partial(format_metric, metric),
+        )
+        found += [Figure(f"{metric} against {title}", picture, caption)] if picture else []
+    return found
+
+
+def fit_figure(evidence: Evidence) -> Figure:
+    """Draw the loss of the teacher's own training."""
+    line = charts.Series("loss", points(list(evidence.fit), "train", "loss"), "teacher")
+    wide = is_wide(value for _, value in line.points)
+    caption = f"The teacher's loss on the labels while it was fitted{', logarithmic scale' if wide else ''}."
+    return line_figure("Fit of the teacher", caption, [line], log=wide)
 
 
 def score_tile(evidence: Evidence) -> Tile | None:
@@ -75,7 +117,9 @@ def score_tile(evidence: Evidence) -> Tile | None:
     retained = evidence.retained("distilled", metric)
     share = "" if retained is None else f", {format_percent(retained)} of its lead over the majority kept"
     note = f"teacher {format_metric(metric, teacher)}{share}"
-    return Tile(metric, format_metric(metric, student), note, charts.pair(teacher, student))
+    # Two bars would show the better student as less.
+    picture = charts.pair(teacher, student) if evidence.higher_is_better(metric) else None
+    return Tile(metric, format_metric(metric, student), note, picture)
 
 
 def size_tile(evidence: Evidence) -> Tile:
@@ -179,10 +223,12 @@ def arms_figure(evidence: Evidence) -> Figure:
     direction = "higher" if evidence.higher_is_better(metric) else "lower"
     bars = score_bars(evidence, evidence.arms)
     teacher = next((bar for bar in bars if bar.name == "teacher"), None)
-    caption = f"{metric}, {direction} is better." + (" Dashed: the teacher." if teacher else "")
+    where = "" if direction == "higher" else ", further left"
+    caption = f"{metric}, {direction} is better{where}." + (" Dashed: the teacher." if teacher else "")
     title = f"Arms compared: {metric}"
     write = partial(format_metric, metric)
-    picture = charts.bar_chart(bars, title=title, description=caption, mark=teacher, write=write)
+    dots = not evidence.higher_is_better(metric)  # a long bar would look like much of something good
+    picture = charts.bar_chart(bars, title=title, description=caption, mark=teacher, write=write, dots=dots)
     return Figure(title, picture, caption)
 
 

@@ -18,12 +18,15 @@ from distill.release.table import Table
 from distill.release.wording import (
     MISSING,
     as_number,
+    format_count,
     format_interval,
     format_megabytes,
     format_metric,
     format_number,
     format_paired,
     format_percent,
+    format_seconds,
+    format_size,
 )
 
 
@@ -60,6 +63,7 @@ def tables(evidence: Evidence) -> dict[str, Table]:
         "speed": speed_table(evidence),
         "bytes": bytes_table(evidence),
         "forms": forms_table(evidence),
+        "stages": stages_table(evidence),
         "versions": Table(("", "version"), [(key, str(value)) for key, value in evidence.environment.items()], 2),
     }
 
@@ -125,6 +129,14 @@ def repair_table(evidence: Evidence) -> Table:
     return Table(("step", "not done", "calibration error left", title, "held-out loss"), rows, text_columns=2)
 
 
+def stages_table(evidence: Evidence) -> Table:
+    """Tabulate time and memory of every stage."""
+    rows = [
+        (str(own["stage"]), format_seconds(own["seconds"]), format_size(own["peak_bytes"])) for own in evidence.stages
+    ]
+    return Table(("stage", "time", "memory at its peak"), rows)
+
+
 def losses_table(evidence: Evidence) -> Table:
     """Tabulate the terms of the training loss, with the changes of their schedules."""
     rows = []
@@ -182,6 +194,7 @@ def training_rows(evidence: Evidence) -> list[tuple[str, ...]]:
     """List how long, how fast and on what the student learned."""
     training, data, teacher = evidence.recipe.training, evidence.evaluation["data"], evidence.teacher
     fitted = ", fitted on this data first" if teacher.get("fitted") else ""
+    tokens = as_number(get_in(evidence.arms, "distilled", "tokens"))
     rows = {
         "teacher": f"{teacher['model']} ({teacher['model_type']}{fitted})",
         **{f"teacher {number}": teacher_line(own) for number, own in enumerate(evidence.teachers, start=1)},
@@ -191,6 +204,7 @@ def training_rows(evidence: Evidence) -> list[tuple[str, ...]]:
         "student revision": evidence.student.get("revision"),
         "student sha256": evidence.student.get("sha256"),
         "steps": get_in(evidence.arms, "distilled", "steps") or training.steps,
+        "tokens": None if tokens is None else format_count(tokens),
         "batch size": training.batch_size,
         "learning rate": f"{format_number(training.lr)}, {training.schedule}, warmup {format_number(training.warmup)}",
         "weight decay": format_number(training.weight_decay),

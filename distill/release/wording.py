@@ -10,6 +10,46 @@ MISSING = "\N{EN DASH}"
 SHARES = ("accuracy", "agreement", "exact_match", "exact_text", "f1", "precision", "recall", "entity", "wer", "cer")
 """Metrics whose name starts like this are shares of 1 and are written as percentages."""
 
+EXPLAINED = {
+    "accuracy": "share of right answers",
+    "f1_macro": "F1 of each class, averaged over classes",
+    "f1_micro": "F1 over all decisions at once",
+    "f1_relations": "F1 averaged over the classes that are relations",
+    "matthews": "correlation of answers and truth, 0 is chance",
+    "ece": "distance between confidence and share of right answers",
+    "agreement": "share of answers that are the teacher's",
+    "kl": "distance of the student's probabilities from the teacher's, in nats",
+    "perplexity": "as if so many tokens were equally likely at each place",
+    "loss": "mean of -log of the probability of what is right, in nats",
+    "bits_per_byte": "bits that the model needs for a byte of text",
+    "token_accuracy": "share of tokens predicted right",
+    "masked_perplexity": "as if so many tokens were equally likely behind a mask",
+    "masked_accuracy": "share of masked tokens predicted right",
+    "entity_f1": "F1 of whole spans with their kind",
+    "entity_precision": "share of the marked spans that are right",
+    "entity_recall": "share of the true spans that are marked",
+    "exact_match_answer": "share of answers that are the true text",
+    "f1_answer": "overlap of words with the true answer",
+    "mse": "mean squared error",
+    "rmse": "root of the mean squared error",
+    "pearson": "correlation of values",
+    "spearman": "correlation of ranks",
+    "mrr_at_10": "1 / rank of the right text among the first ten, averaged",
+    "ndcg_at_10": "gain by rank among the first ten, 1 is best",
+    "recall_at_10": "share of right texts among the first ten",
+    "cosine_to_teacher": "cosine between the student's vector of a text and the teacher's",
+    "neighbours_kept": "share of the ten nearest texts that are the teacher's",
+    "teacher_mse": "mean squared distance from the teacher's values",
+    "rouge_l": "longest common run of words",
+    "rouge_1": "common words",
+    "rouge_2": "common pairs of words",
+    "chrf": "common runs of characters",
+    "exact_text": "share of texts written exactly",
+    "wer": "words to change for each true word",
+    "cer": "characters to change for each true character",
+}
+"""Metric -> half a sentence about it."""
+
 
 def as_number(value: Any) -> float | None:
     """Convert to a float; None for what is not a number that can be written or drawn."""

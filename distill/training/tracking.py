@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
 import reprlib
 import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +61,7 @@ class Tracker:
 
     def advance(self, step: int) -> None:
         """Move the progress bar of a terminal."""
-        self.progress.update(self.task, completed=step, memory=f"{memory_gb():.1f} GB")
+        self.progress.update(self.task, completed=step, memory=f"{measure_memory() / 1e9:.1f} GB")
 
     def record(self, record: Mapping[str, Any]) -> None:
         """Append one record, and print it unless another was printed just before."""
@@ -82,11 +84,21 @@ def check_trackers(names: Sequence[str]) -> None:
             raise InputError(f"training.trackers: {name} is not installed: pip install 'distill[{name}]'")
 
 
-def memory_gb() -> float:
-    """Measure peak memory of this process so far, in 10^9 bytes: of the GPU where there is one, resident otherwise."""
+def measure_memory() -> int:
+    """Measure the most bytes since `forget_peak`: on the GPU where there is one, else resident in main memory."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return 1024 * (int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+def forget_peak() -> None:
+    """Begin to measure the most memory anew; a system that cannot goes on from the start of the process."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def numbers_in(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -22,6 +22,13 @@ def test_the_schema_knows_the_rows_and_measures_by_default_all_but_those_that_co
     assert [name for name, arm in ARMS.items() if not arm.lesson] == ["teacher", "teachers", "distilled"]
 
 
+def test_words_for_a_student_that_was_given_do_not_speak_of_a_cut(tmp_path):
+    recipe = load_recipe(tiny_project(tmp_path))
+    assert title_of(recipe, "cut") == "cut (the student before training)" and title_of(recipe, "teacher") == "teacher"
+    given = recipe.model_copy(update={"student": recipe.student.model_copy(update={"from_": "./small"})})
+    assert title_of(given, "cut").startswith("cut (nothing was cut")
+
+
 def test_rivals_are_the_measured_arms_and_what_is_left_out_is_named_where_it_could_be_had(tmp_path):
     recipe = load_recipe(tiny_project(tmp_path))
     assert list(rivals(recipe)) == ["labels_only", "cut", "majority"] == list(lessons(recipe))
@@ -39,9 +46,10 @@ def rows(hits, nll):
 
 def test_a_table_has_the_steps_of_trained_arms_and_what_each_keeps_of_the_teachers_lead_over_the_majority():
     measured = {"teacher": rows([1, 1], [1.0, 1.0]), "labels_only": rows([1, 0], [1.0, 3.0])}
-    teacher, control = tabulate(measured, ["token_accuracy", "loss"], 7)["arms"]
+    titles = {"labels_only": "labels_only (in words)"}
+    teacher, control = tabulate(measured, ["token_accuracy", "loss"], 7, titles=titles)["arms"]
     assert (teacher["steps"], control["steps"]) == (0, 7)
-    assert control["title"] == title_of("labels_only")
+    assert control["title"] == "labels_only (in words)" and teacher["title"] == "teacher"
     assert control["metrics"] == {"token_accuracy": 0.5, "loss": 2.0}
     assert control["retained"] == teacher["retained"] == {}  # half of two classes may be nothing at all
     measured["majority"] = rows([0, 0.25], [2.0, 2.0])

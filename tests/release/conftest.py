@@ -69,9 +69,13 @@ def arm(name: str, steps: int, accuracy: float, f1: float, agreement: float, kl:
     metrics = {"accuracy": accuracy, "f1_macro": f1, "agreement": agreement, "kl": kl}
     intervals = {key: {"low": value - 0.02, "high": value + 0.02} for key, value in metrics.items()}
     retained = {"accuracy": accuracy / 0.7817, "f1_macro": f1 / 0.7204}
-    return {"name": name, "title": title_of(name), "steps": steps, "metrics": metrics, "intervals": intervals} | {
-        "retained": retained
-    }
+    return {
+        "name": name,
+        "title": title_of(recipe(), name),
+        "steps": steps,
+        "metrics": metrics,
+        "intervals": intervals,
+    } | {"retained": retained}
 
 
 def efficiency() -> dict[str, Any]:
