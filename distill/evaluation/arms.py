@@ -108,6 +108,13 @@ def not_run(recipe: Recipe) -> dict[str, str]:
     return {arm: _why_not(recipe, arm) or words_of(recipe, arm) for arm in left}
 
 
+def terms_of(recipe: Recipe, arm: str) -> Sequence[Term]:
+    """Return the loss of a trained arm."""
+    terms = ARMS[arm].terms
+    assert terms is not None, f"{arm} is not trained"
+    return terms(recipe)
+
+
 def trained_arms(recipe: Recipe) -> list[str]:
     """List the arms of a recipe that are trained, `distilled` first, which always is."""
     return ["distilled", *controls(recipe)]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distill.errors import InputError, RunError
-from distill.evaluation.arms import controls
+from distill.evaluation.arms import controls, terms_of
 from distill.files import cache_folder, write_json
 from distill.losses import PREDICTION_KINDS
 from distill.losses.chunked import HeadInput, chunks
@@ -26,7 +26,8 @@ from distill.pipeline.entries import Entries, find_entries, inputs_of_training
 from distill.pipeline.kept import FOLDER, columns_of, lost_parts, real_rows, teaching
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage, with_version
-from distill.pipeline.train import is_taught, objective_of, terms_of
+from distill.pipeline.train import objective_of
+from distill.pipeline.train_checks import is_taught
 from distill.ranks import process_state
 from distill.recipe.load import fingerprint
 from distill.release.wording import format_count, format_seconds, format_size

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
-
-import numpy as np
-from accelerate.utils import gather_object
-from safetensors.numpy import save_file
 
 from distill.data import evaluation_batches, observe_batch
 from distill.data.splits import TRAINED_ON
 from distill.errors import InputError
 from distill.evaluation.arms import ARMS, lessons, measured_arms, not_run, rivals, title_of, trained_arms
-from distill.evaluation.chance import most_frequent
 from distill.evaluation.efficiency import add_disk_bytes, in_bf16, measure_efficiency
 from distill.evaluation.harness import load_tasks, run_harness
 from distill.evaluation.metrics import METRICS, compute, find_metric, higher_is_better, measurable
-from distill.evaluation.predict import Ask, Rows, column_names, merge_rows, predict
-from distill.evaluation.recorded import HOST_BYTES, record_teacher
+from distill.evaluation.predict import Rows, column_names, predict
 from distill.evaluation.seeds import spread_over
 from distill.evaluation.table import finite_or_none, tabulate
 from distill.files import content_of, fresh_folder, read_object, write_json
@@ -31,6 +23,7 @@ from distill.models.forward import Capture
 from distill.models.load import folder_fingerprint
 from distill.models.precision import describe_precision, takes_autocast
 from distill.pipeline.control import budget_of
+from distill.pipeline.predictions import load_arm, predict_arms, save_rows
 from distill.pipeline.session import Session, in_precision
 from distill.pipeline.stage import Stage, harness_folder, settings_of
 from distill.pipeline.teachers import describe_teachers, load_teaching
@@ -44,8 +37,6 @@ from distill.release.export import without_folders
 from distill.student.masks import mask_settings, sparsity_table
 from distill.teacher import LiveTeacher, Mixture
 
-COUNTED = 20_000
-"""Training examples, at most, whose labels are counted for the most frequent one."""
 COMPARED = 128
 """Examples on which the released student is measured in two precisions, where the evaluation's is not that of its
 weights."""
@@ -189,63 +180,6 @@ def describe_precisions(session: Session, teacher: LiveTeacher | Mixture, studen
     return found | {"released": released}
 
 
-def save_rows(columns: Rows, path: Path, fingerprint: str) -> None:
-    """Write the predictions of an arm: numbers as safetensors, texts as JSON."""
-    numbers = {name: values for name, values in columns.items() if values.dtype.kind != "U"}
-    save_file(numbers, f"{path}.safetensors", {"data": fingerprint})
-    if texts := {name: values.tolist() for name, values in columns.items() if name not in numbers}:
-        write_json(path.with_name(f"{path.name}.json"), texts)
-
-
-def predict_arms(
-    session: Session, teacher: LiveTeacher | Mixture, steps: int, rank: int, ranks: int
-) -> dict[str, dict[str, Rows]]:
-    """Predict the test split, and those of `evaluation.sets`, with every arm; every rank gets all rows.
-
-    Args:
-        session: The recipe at work.
-        teacher: Runs once over each split, for all arms.
-        steps: Length of the training, which decides how an untrained arm is masked.
-        rank: Of those that take part, among which batches are shared out.
-        ranks: Number of those that take part.
-
-    Returns:
-        Split -> arm -> rows.
-    """
-    corpus, recipe = session.corpus, session.recipe
-    splits = [name for name in corpus.splits if name not in ("train", "validation")]
-    rows: dict[str, dict[str, Rows]] = {split: {} for split in splits}
-    with ExitStack() as stack:
-        folders = {split: session.folder.root / f".teacher-{split}-{rank}" for split in splits}
-        share = HOST_BYTES // len(splits)
-        recordings = {split: stack.enter_context(record_teacher(teacher, folders[split], share)) for split in splits}
-        for arm in measured_arms(recipe):
-            constant = majority(session) if ARMS[arm].start == "none" else None
-            model = teacher.model if constant else load_arm(session, arm, teacher, steps)
-            precision = recipe.training.precision
-            for split, recording in recordings.items():
-                examples = corpus.splits[split]
-                batches = evaluation_batches(corpus, examples, recipe.evaluation.batch_size, rank, ranks)
-                taught = arm == ("teachers" if recipe.mixes else "teacher")
-                ask = recording if taught else constant
-                observe = partial(observe_batch, corpus, examples)
-                own = [predict(model, batches, corpus.head, recording, session.vocabulary, observe, ask, precision)]
-                found = merge_rows(gather_object(own) if ranks > 1 else own)
-                rows[split][arm] = dict(corpus.task.finish(found, corpus.settled))
-                if corpus.task.packed:  # a long one fills several rows, which are not independent of each other
-                    rows[split][arm]["document"] = np.array(examples.take(found["example"])["row"])
-    return rows
-
-
-def load_arm(session: Session, arm: str, teacher: LiveTeacher | Mixture, steps: int) -> Any:
-    """Load the finished model of an arm beside the teacher, which is one of them."""
-    if ARMS[arm].start == "teacher":
-        return teacher.model
-    device = teacher.model.device
-    model = session.load(session.arm_folder(arm), session.near(device)).to(device)
-    return model if ARMS[arm].terms else ARMS[arm].prepare(session.recipe, model, steps)
-
-
 def run_tasks(session: Session, teacher: LiveTeacher | Mixture, steps: int) -> dict[str, Any] | None:
     """Run the tasks of lm-evaluation-harness on every arm; None where the recipe asks for none."""
     spec, folder = session.recipe.evaluation.harness, harness_folder(session.recipe, session.base)
@@ -256,17 +190,6 @@ def run_tasks(session: Session, teacher: LiveTeacher | Mixture, steps: int) -> d
         session.say(f"  lm_eval: {arm}")
         arms[arm] = run_harness(load_arm(session, arm, teacher, steps).eval(), session.tokenizer, spec, folder)
     return {"lm_eval": version("lm_eval"), "limit": spec.limit, "num_fewshot": spec.num_fewshot, "arms": arms}
-
-
-def majority(session: Session) -> Ask:
-    """Make what answers every example with the most frequent label of the training examples."""
-    corpus, size = session.corpus, session.recipe.evaluation.batch_size
-    pool = corpus.labelled
-    step = -(-len(pool) // COUNTED)
-    if step > 1:
-        session.say(f"  majority: of {len(pool):,} labelled training examples one in {step} is counted")
-    batches = evaluation_batches(corpus, corpus.train, size, pool=pool[::step])
-    return most_frequent(batches, corpus.head, session.vocabulary or len(corpus.classes))
 
 
 def compare_speed(session: Session, teacher: Any, student: Any) -> dict[str, Any]:

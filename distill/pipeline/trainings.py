@@ -14,7 +14,7 @@ from distill.data import TrainingBatches, collate
 from distill.data.batches import micro_batches, step_indices
 from distill.data.tasks.task import Settled
 from distill.errors import InputError
-from distill.evaluation.arms import LABELS_ONLY, trained_arms, tries_of
+from distill.evaluation.arms import LABELS_ONLY, terms_of, trained_arms, tries_of
 from distill.losses import PREDICTION_KINDS
 from distill.models.cost import random_ids
 from distill.models.forward import UNLABELLED, Batch
@@ -23,7 +23,8 @@ from distill.models.plan import StudentPlan
 from distill.models.precision import DTYPES
 from distill.pipeline.rehearsal import Rehearsal
 from distill.pipeline.session import Session
-from distill.pipeline.train import batches_for, is_taught, maps_of, spec_of, terms_of, training_of
+from distill.pipeline.train import batches_for, maps_of, spec_of, training_of
+from distill.pipeline.train_checks import is_taught
 from distill.recipe.schema import Student, Term, Training
 from distill.student import build_student, plan_student
 from distill.student.given import describe_student

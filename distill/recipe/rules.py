@@ -12,11 +12,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from distill.recipe import names, task_rules, teachers
+from distill.recipe import arm_rules, names, task_rules, teachers
 from distill.recipe.cache_rules import cache_is_read, cached_outputs_are_enough
 from distill.recipe.fields import KeyPath, Mistake
 from distill.recipe.locate import TeacherSize
-from distill.recipe.sections import Evaluation, Lora, Optimization, Release, Training
+from distill.recipe.sections import Lora, Optimization, Release, Training
 from distill.recipe.student import Calibration, Layers, Mask, Mlp, Repair, Target
 from distill.recipe.task_rules import MLP
 from distill.recipe.terms import TERM_KEYS, Term
@@ -205,34 +205,6 @@ def repair_has_work(
         yield Mistake((*path, "merge"), message, "remove it, or keep fewer layers", at="key")
 
 
-def another_cut_is_made_where_one_is(given: str | None, evaluation: Evaluation) -> Iterator[Mistake]:
-    """Refuse the arm `random_cut` where the student was given."""
-    if "random_cut" in evaluation.arms and given is not None:
-        path: KeyPath = ("evaluation", "arms", evaluation.arms.index("random_cut"))
-        yield Mistake(path, "the student is given, and nothing is cut", "remove it")
-
-
-def repaired_arm_is_repaired(repair: Repair, evaluation: Evaluation) -> Iterator[Mistake]:
-    """Refuse the arm `repaired` where nothing is repaired."""
-    if evaluation.changed("arms") and "repaired" in evaluation.arms and not repair.wanted:
-        path: KeyPath = ("evaluation", "arms", evaluation.arms.index("repaired"))
-        yield Mistake(path, "nothing is repaired", "remove it, or ask for student.repair")
-
-
-def controls_can_learn(training: Training, evaluation: Evaluation) -> Iterator[Mistake]:
-    """Refuse random weights that do not learn, and a control's warmup that is longer than its training."""
-    fixed = training.changed("lora", "freeze", "only")
-    if "from_scratch" in evaluation.arms and fixed:
-        path: KeyPath = ("evaluation", "arms", evaluation.arms.index("from_scratch"))
-        yield Mistake(path, f"with training.{fixed[0]} its random weights would not learn", "remove one of them")
-    for arm in evaluation.controls.changed(*type(evaluation.controls).model_fields):
-        for own in getattr(evaluation.controls, arm).tries:
-            if training.warmup > own.get("steps", training.warmup):
-                message = f"training.warmup of {training.warmup:g} steps is longer than {own['steps']} steps"
-                yield Mistake(("evaluation", "controls", arm), message, "give more steps, or a warmup below 1")
-                break
-
-
 def some_term_counts(losses: list[Term]) -> Iterator[Mistake]:
     """Refuse a loss that is zero whatever the student does."""
     if not any(term.weight or (term.schedule and term.schedule.weight) for term in losses):
@@ -331,9 +303,9 @@ RULES = (
     target_decides_alone,
     scores_are_fed,
     repair_has_work,
-    repaired_arm_is_repaired,
-    another_cut_is_made_where_one_is,
-    controls_can_learn,
+    arm_rules.repaired_arm_is_repaired,
+    arm_rules.another_cut_is_made_where_one_is,
+    arm_rules.controls_can_learn,
     some_term_counts,
     mapped_layers_exist,
     task_rules.terms_fit_the_task,

@@ -123,8 +123,9 @@ class Arm:
     def __init__(self, session, steps: int, kept: int):
         import torch
 
+        from distill.evaluation.arms import terms_of
         from distill.pipeline.kept import find_teacher
-        from distill.pipeline.train import objective_of, terms_of
+        from distill.pipeline.train import objective_of
         from distill.training.model import DistillModel
 
         self.bytes, self.session, self.number = kept, session, steps

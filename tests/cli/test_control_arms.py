@@ -19,7 +19,7 @@ from two_stacks import text_project
 
 from distill.cli import main
 from distill.models.plan import StudentPlan
-from distill.pipeline import RunDir, Session, evaluate
+from distill.pipeline import RunDir, Session, predictions
 from distill.pipeline.data import looks
 from distill.pipeline.train import measure_held_out
 from distill.recipe import load_recipe
@@ -111,9 +111,9 @@ def test_the_majority_answers_the_most_frequent_training_label(finished):
 
 
 def test_of_many_labels_one_in_so_many_is_counted_and_a_line_says_so(finished, monkeypatch):
-    monkeypatch.setattr(evaluate, "COUNTED", 20)
+    monkeypatch.setattr(predictions, "COUNTED", 20)
     lines = []
-    answer = evaluate.majority(replace(finished.session, say=lines.append))
+    answer = predictions.majority(replace(finished.session, say=lines.append))
     assert lines == ["  majority: of 48 labelled training examples one in 3 is counted"]
     corpus = finished.session.corpus
     labels = corpus.train.take(corpus.labelled[::3])["label"].tolist()

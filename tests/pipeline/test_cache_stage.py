@@ -15,9 +15,10 @@ from forked import Processes
 import distill.pipeline.entries
 from distill.cli import main
 from distill.errors import InputError
+from distill.evaluation.arms import terms_of
 from distill.pipeline import cache
 from distill.pipeline.kept import find_teacher
-from distill.pipeline.train import batches_for, objective_of, terms_of
+from distill.pipeline.train import batches_for, objective_of
 from distill.training.provenance import flatten
 
 THERE = "  all of it is there, from an earlier run; the teacher is not loaded"

@@ -26,10 +26,11 @@ from two_stacks import speech_project, text_project
 
 from distill.data.batches import collate
 from distill.errors import InputError
+from distill.evaluation.arms import terms_of
 from distill.models.head import OutputHead
 from distill.models.topk import TopK
 from distill.pipeline.kept import find_teacher
-from distill.pipeline.train import batches_for, objective_of, terms_of
+from distill.pipeline.train import batches_for, objective_of
 from distill.teacher import CachedTeacher
 from distill.teacher.cache import read_head, write_head
 from distill.teacher.keys import Index, row_keys
