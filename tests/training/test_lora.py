@@ -19,7 +19,7 @@ from distill.errors import InputError
 from distill.models.forward import Capture, forward
 from distill.models.load import ModelHead, load_model
 from distill.models.trainable import mark_drawn
-from distill.pipeline import train
+from distill.pipeline import train_checks
 from distill.recipe.schema import Training
 from distill.recipe.sections import Lora
 from distill.training.lora import Adapters, adapted_names
@@ -210,10 +210,10 @@ def test_deepspeed_is_refused_with_what_to_do(monkeypatch):
 def test_packages_that_are_not_installed_are_named_with_their_extra(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"^teacher\.fit\.lora needs peft: pip install 'distill\[lora\]'$"):
-        train.check_optimization("teacher.fit", Training(steps=1, lora={}), "sequence")
+        train_checks.check_optimization("teacher.fit", Training(steps=1, lora={}), "sequence")
     with pytest.raises(InputError, match=r"adamw_8bit needs bitsandbytes: pip install 'distill\[int8\]'"):
-        train.check_optimization("training", Training(steps=1, optimizer="adamw_8bit"), "sequence")
-    train.check_optimization("training", Training(steps=1), "sequence")
+        train_checks.check_optimization("training", Training(steps=1, optimizer="adamw_8bit"), "sequence")
+    train_checks.check_optimization("training", Training(steps=1), "sequence")
 
 
 def test_a_pooler_that_the_vectors_do_not_depend_on_is_not_adapted():
