@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -12,8 +14,10 @@ from torch.nn import functional
 
 from distill.files import cache_folder, read_object
 from distill.losses import MATCHES, PREDICTION_KINDS, Objective
-from distill.models.forward import Batch, Capture
+from distill.models.forward import Batch, Capture, Outputs
 from distill.models.load import load_config
+from distill.models.precision import DTYPES
+from distill.models.topk import TopK
 from distill.pipeline.fp8 import quantise_teacher
 from distill.pipeline.session import Session
 from distill.pipeline.teachers import load_teaching
@@ -123,3 +127,21 @@ def _real_tokens(batch: Batch) -> Tensor:
 
 def _real_rows(batch: Batch) -> Tensor:
     return batch["attention_mask"].bool().any(-1, keepdim=True)
+
+
+def as_kept(outputs: Outputs, spec: TeacherCache) -> Outputs:
+    """Bring a teacher's outputs to the form in which a cache gives them; the likeliest tokens are made up."""
+    dtype = DTYPES[spec.dtype]
+    states = {
+        name: {layer: value.to(dtype, copy=True) for layer, value in getattr(outputs, name).items()}
+        for name in ("hidden", "encoder_hidden")
+    }
+    if outputs.last is None:
+        logits = None if outputs.logits is None else outputs.logits.clone()
+        return replace(outputs, logits=logits, **states)  # type: ignore[arg-type]
+    if spec.keep == "hidden":
+        return replace(outputs, last=outputs.last.to(dtype, copy=True), **states)  # type: ignore[arg-type]
+    shape, device = outputs.last.shape[:-1], outputs.last.device
+    ids = torch.arange(spec.k, device=device).expand(*shape, -1).clone()
+    likely = torch.full((*shape, spec.k + 1), -math.log(spec.k + 1), device=device)
+    return replace(outputs, last=None, head=None, logits=TopK(ids, likely), **states)  # type: ignore[arg-type]

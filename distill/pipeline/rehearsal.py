@@ -6,7 +6,6 @@ vocabulary is looked at for a few positions, as its memory grows evenly with the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,8 +23,8 @@ from distill.models.head import OutputHead, output_head
 from distill.models.memory import MemoryTrace, Peak, make_fake, tracing
 from distill.models.precision import DTYPES
 from distill.models.sentence import unused_parameters
-from distill.models.topk import TopK
 from distill.models.trainable import freeze
+from distill.pipeline.kept import as_kept
 from distill.recipe.cache import TeacherCache
 from distill.recipe.schema import Optimization, Term
 from distill.teacher import LiveTeacher
@@ -220,24 +219,6 @@ def _trace_step(
     _take_step(training, wrapper, average, trace)
     del state
     return before
-
-
-def as_kept(outputs: Outputs, spec: TeacherCache) -> Outputs:
-    """Bring a teacher's outputs to the form in which a cache gives them; the likeliest tokens are made up."""
-    dtype = DTYPES[spec.dtype]
-    states = {
-        name: {layer: value.to(dtype, copy=True) for layer, value in getattr(outputs, name).items()}
-        for name in ("hidden", "encoder_hidden")
-    }
-    if outputs.last is None:
-        logits = None if outputs.logits is None else outputs.logits.clone()
-        return replace(outputs, logits=logits, **states)  # type: ignore[arg-type]
-    if spec.keep == "hidden":
-        return replace(outputs, last=outputs.last.to(dtype, copy=True), **states)  # type: ignore[arg-type]
-    shape, device = outputs.last.shape[:-1], outputs.last.device
-    ids = torch.arange(spec.k, device=device).expand(*shape, -1).clone()
-    likely = torch.full((*shape, spec.k + 1), -math.log(spec.k + 1), device=device)
-    return replace(outputs, last=None, head=None, logits=TopK(ids, likely), **states)  # type: ignore[arg-type]
 
 
 def _fill_state(training: Rehearsal, wrapper: DistillModel, trace: MemoryTrace) -> tuple[list[Tensor], Ema | None]:

@@ -241,11 +241,10 @@ def bar_chart(
         y = 8.0 + row * index
         left, right = sorted((x.at(0), x.at(min(bar.value, x.high))))
         shapes.append(text(140, y + 17, bar.name, f"name {bar.style}", "end", BESIDE))
-        shapes.append(
-            tag("circle", cx=right, cy=y + 12, r=6, class_=f"dot {bar.style}")
-            if dots
-            else tag("rect", x=left, y=y, width=max(right - left, 1.5), height=24, rx=3, class_=f"bar {bar.style}")
-        )
+        box = {"x": left, "y": y, "width": max(right - left, 1.5), "height": 24, "rx": 3}
+        spot = {"cx": right, "cy": y + 12, "r": 6}
+        kind, place, style = ("circle", spot, "dot") if dots else ("rect", box, "bar")
+        shapes.append(tag(kind, class_=f"{style} {bar.style}", **place))
         if bar.value > x.high:
             shapes.append(tag("path", d=f"M{right - 22:.1f} {y + 28:.1f}l8 -32", class_="break"))
         shapes.append(text(right + 8, y + 17, write(bar.value), "value"))
@@ -269,8 +268,7 @@ def scatter_chart(
     columns = nice_ticks(0, max(dot.x for dot in known), 4)
     x = Scale(columns[0], columns[-1], LEFT, WIDTH - RIGHT)
     y = Scale(rows[0], rows[-1], HEIGHT - BOTTOM, TOP)
-    ends = [Bar(dot.name, y.at(dot.y), dot.style) for dot in known]
-    places = space_out([end.value for end in ends], 15, TOP, HEIGHT - BOTTOM)
+    places = space_out([y.at(dot.y) for dot in known], 15, TOP, HEIGHT - BOTTOM)
     shapes = [_across(y.at(v), "grid") for v in rows]
     shapes += [text(LEFT - 8, y.at(v) + 4, write_y(v), anchor="end") for v in rows]
     shapes += [text(x.at(v), HEIGHT - BOTTOM + 20, write_x(v), anchor="middle") for v in columns]

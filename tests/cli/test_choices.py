@@ -32,6 +32,7 @@ from distill.losses import ATTENTION, HIDDEN, LOGITS, RELATION
 from distill.recipe import load_recipe
 from distill.recipe.controls import Control, Controls, Grid
 from distill.recipe.names import GENERATED_METRICS, BuiltInSource
+from distill.recipe.on_policy import OnPolicy
 from distill.recipe.schema import Recipe, Source
 from distill.student import ALLOCATIONS, LAYER_POLICIES, SCORES
 from distill.student.masks.masks import MASK_SCORES
@@ -374,6 +375,8 @@ ELSEWHERE = {
     **{(f"Data.{key}", "a value"): "tests/data/tasks/test_seq2seq.py" for key in ("max_target_length", "prefix")},
     ("Data.language", "a value"): "tests/data/tasks/test_speech_to_text.py",
     **{(f"Evaluation.{key}", "a value"): "tests/cli/test_control_arms.py" for key in ("controls", "seeds")},
+    ("Training.on_policy", "a value"): "tests/cli/test_on_policy_run.py",
+    **{(f"OnPolicy.{key}", "a value"): "tests/training/test_on_policy.py" for key in OnPolicy.model_fields},
     **{("Release.also", form): "tests/cli/test_forms_run.py" for form in ("a value", "onnx", "int8", "ctranslate2")},
 }
 ELSEWHERE |= {

@@ -7,9 +7,9 @@ import json
 import pytest
 from tiny import tiny_model, tiny_project
 
-from distill import cli
 from distill.cli import main
 from distill.release.table import Table
+from distill.terminal import print_table
 
 EVIL = "\x1b]0;owned\x07\x1b[2Jevil\x9b31m"
 READY = ["teacher.init=pretrained", "teacher.fit=null", "evaluation.arms=[teacher, distilled]"]
@@ -34,6 +34,6 @@ def test_names_of_classes_and_columns_in_a_message(what, tmp_path, capsys):
 
 
 def test_names_in_tables(capsys):
-    cli._print_table(EVIL, Table((EVIL,), [(EVIL,)]))
+    print_table(EVIL, Table((EVIL,), [(EVIL,)]))
     table = capsys.readouterr().out
     assert table.count("owned[2Jevil31m") == 3 and not {"\x1b", "\x07", "\x9b"} & set(table)

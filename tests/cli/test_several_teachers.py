@@ -57,7 +57,7 @@ def mixed(tmp_path_factory):
 def test_a_mixture_teaches_a_student_to_a_release(mixed):
     table = json.loads((mixed / "evaluation.json").read_text())
     arms = {arm["name"]: arm["metrics"] for arm in table["arms"]}
-    assert list(arms) == ["teacher", "teachers", "cut", "distilled", "labels_only"]
+    assert list(arms) == ["teacher", "teachers", "cut", "distilled", "labels_only", "majority"]
     assert arms["teachers"]["kl"] == pytest.approx(0, abs=1e-6) and arms["teachers"]["agreement"] == 1
     assert arms["teacher"]["kl"] > 1e-3  # the first teacher is not what taught
     assert [(one["model"], one["weight"]) for one in table["taught_by"]] == [("./one", 3.0), ("./two", 1.0)]
