@@ -74,3 +74,11 @@ def test_what_goes_with_it_is_accepted_and_a_target_has_its_own_length(write):
     assert load_recipe(write(("temperature: 0.7", "temperature: 0"))).training.on_policy.temperature == 0
     own = load_recipe(write(("  on_policy: {share: 0.5, max_new_tokens: 63, temperature: 0.7}\n", "")))
     assert own.training.on_policy is None
+
+
+def test_a_cached_teacher_cannot_have_been_asked_about_what_is_not_yet_written(write):
+    path = write()
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, ["teacher.cache={keep: hidden}"])
+    (problem,) = caught.value.problems
+    assert problem.key == "teacher.cache" and "what the student will write is not known" in problem.message
