@@ -403,7 +403,7 @@ def test_the_checks_and_the_documents_name_the_same_commands():
         assert command in "\n".join(blocks(contributing, "bash")), command
     pattern = re.search(r'\$\(sed -n "s/(.*)/\\1/p" README\.md\)', CI).group(1)
     as_python = pattern.replace(r"\(", "(").replace(r"\)", ")")
-    assert re.findall(as_python, README, re.MULTILINE) == ["pytest -n auto"]
+    assert re.findall(as_python, README, re.MULTILINE) == ["pytest -n auto -m 'not slow'"]
     assert "distill run recipes/quickstart/recipe.yaml" in README.split("```bash")[1]
 
 

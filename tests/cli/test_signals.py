@@ -209,6 +209,7 @@ def test_two_processes_stop_together(fork, moment, signalled):
         assert_saved(run)
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_ends_the_others(fork):
     processes, run = fork(ranks=2, patience=10.0)
     until(recorded(run, "evaluate"))  # the first step and the first evaluation may take many minutes

@@ -52,6 +52,7 @@ def two_stages(recipe, end):
     run_stages(Session(load_recipe(recipe), recipe.parent, RunDir(recipe.parent / "run"), say=print), stages)
 
 
+@pytest.mark.slow
 def test_a_stage_of_the_main_process_may_take_longer_than_the_timeout(tmp_path):
     started = Processes(tmp_path / "log", two_stages, tiny_project(tmp_path), "finished", ranks=2)
     assert started.wait() == [0, 0], started.said

@@ -83,6 +83,7 @@ def test_masking_gradients_alone_would_bring_them_back(corpus, tmp_path):
     assert alive(model, masks) > 0.9 * sum(int(mask.sum()) for mask in masks.masks.values())
 
 
+@pytest.mark.slow
 def test_resuming_is_bitwise_the_uninterrupted_run_masks_included(corpus, tmp_path):
     whole, wanted = run(corpus, tmp_path / "whole", CUBIC)
     for kept in (2, 4, 6):  # before, between and after the choices at 0, 2, 4 and 6

@@ -243,6 +243,7 @@ def test_a_dead_loader_worker_ends_the_run_with_a_message(corpus, tmp_path):
         run(corpus, tmp_path, steps=500, loader_workers=1, job={"evaluate": evaluate}, evaluate_every=2)
 
 
+@pytest.mark.slow
 def test_a_hanging_loader_worker_ends_the_run_with_a_message(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(batches, "WORKER_TIMEOUT", 1)
     monkeypatch.setattr(batches, "collate", lambda *_: time.sleep(60))
