@@ -29,7 +29,7 @@ evaluation:
   sets:
     own: {source: ./texts.jsonl, limit: 20}
     some: [./mixed.jsonl]
-    library: {source: stdlib-docstrings, limit: 12}
+    manual: {source: stdlib-docstrings, limit: 12}
 release: {license: apache-2.0}
 """
 
@@ -64,7 +64,7 @@ def run(tmp_path_factory, fewer_draws):
 
 def test_every_arm_is_measured_on_every_set_with_intervals_and_paired_differences(run, capsys):
     found = json.loads((run / "evaluation.json").read_text())
-    assert found["sets"].keys() == {"own", "some", "library"}
+    assert found["sets"].keys() == {"own", "some", "manual"}
     for own in (found, *found["sets"].values()):
         assert [arm["name"] for arm in own["arms"]] == ["teacher", "cut", "distilled"]
         assert [pair["against"] for pair in own["differences"]] == ["teacher", "cut"]
@@ -78,8 +78,8 @@ def test_every_arm_is_measured_on_every_set_with_intervals_and_paired_difference
         pair = own["differences"][1]["metrics"]["loss"]
         assert pair["value"] == loss["distilled"] - loss["cut"] and pair["low"] < pair["value"] < pair["high"]
     assert found["drawn"]["unit"] == "documents" and found["per_class"] is None
-    rows = load_file(run / "predictions/distilled.sets.library.safetensors")
-    assert len({*rows["document"].tolist()}) == found["sets"]["library"]["drawn"]["number"] <= 12
+    rows = load_file(run / "predictions/distilled.sets.manual.safetensors")
+    assert len({*rows["document"].tolist()}) == found["sets"]["manual"]["drawn"]["number"] <= 12
 
 
 def test_sets_that_were_trained_on_are_known_by_their_source_and_by_their_rows(run):
@@ -87,15 +87,15 @@ def test_sets_that_were_trained_on_are_known_by_their_source_and_by_their_rows(r
     assert sets["own"]["trained_on"]["same_source"] and sets["own"]["trained_on"]["rows"] > 0
     some = sets["some"]["trained_on"]
     assert not some["same_source"] and some["of"] == 27 and 0 < some["rows"] <= 15
-    assert sets["library"]["trained_on"] == {"same_source": False, "rows": 0, "of": 12}
+    assert sets["manual"]["trained_on"] == {"same_source": False, "rows": 0, "of": 12}
 
 
 def test_the_card_says_what_was_kept_on_the_sets_that_were_not_trained_on(run):
     card = (run / "release/README.md").read_text()
-    assert "On library, which was not trained on: perplexity" in card
+    assert "On manual, which was not trained on: perplexity" in card
     assert "own was trained on (from the source of the training rows" in card
     assert "some was trained on (" in card and "of its 27 rows are training rows)" in card
-    assert "On other texts, library:" in card and "On other texts, own (trained on:" in card
+    assert "On other texts, manual:" in card and "On other texts, own (trained on:" in card
     assert "distilled less cut" in card and "intervals of 95%" in card
     for words in ("where the bytes are", "decode, tokens/s", "student, bf16", "peak memory", "p90"):
         assert words in card
@@ -106,7 +106,7 @@ def test_the_card_says_what_was_kept_on_the_sets_that_were_not_trained_on(run):
 def test_the_terminal_shows_intervals_and_every_set(run, capsys):
     assert main(["evaluate", str(run.parent / "recipe.yaml"), "--out", str(run), "--accept-weak-teacher"]) == 0
     printed = capsys.readouterr()
-    assert "library (not trained on)" in printed.out and "own (from the source of" in printed.out
+    assert "manual (not trained on)" in printed.out and "own (from the source of" in printed.out
     assert " [" in printed.out and "where the bytes are" in printed.out
     assert "evaluate: unchanged" in printed.err or "unchanged" in printed.err
 
