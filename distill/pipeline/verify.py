@@ -22,6 +22,7 @@ from distill.models.family import all_layers
 from distill.models.forward import Capture
 from distill.models.load import teacher_path
 from distill.models.plan import StudentPlan
+from distill.models.precision import DTYPES
 from distill.pipeline import data
 from distill.pipeline.folder import RunDir
 from distill.pipeline.session import Session
@@ -80,7 +81,7 @@ class Verification:
             claimed: As the release says it.
             found: As it came out.
             interval: As claimed.
-            drawn: As it came out. The same interval around another figure is a figure that somebody edited, and
+            drawn: As it came out. The same interval around a figure far from it is a figure that somebody edited, and
                 another one around the same figure an interval that somebody did.
         """
         own, other = as_number(claimed), as_number(found)
@@ -92,7 +93,9 @@ class Verification:
         else:
             low, high = ends[0]
             inside = low is not None and high is not None and low <= other <= high
-            verdict = WITHIN if inside and (drawn is None or not _near(*ends)) else DIFFERS
+            width = 0.0 if None in ends[1] else float(ends[1][1] or 0) - float(ends[1][0] or 0)
+            edited = abs(own - other) > SHIFT * width > 0 and _near(*ends)
+            verdict = WITHIN if inside and not edited else DIFFERS
         shown = [f" [{format_number(low)}, {format_number(high)}]" if low is not None else "" for low, high in ends]
         self.checks.append(Check(what, format_number(claimed) + shown[0], format_number(found) + shown[1], verdict))
 
@@ -209,7 +212,8 @@ def _teacher_for(session: Session, recipe: Recipe, given: str | None) -> tuple[L
             raise
         return None, f"needs the teacher, --teacher FOLDER ({error})"
     model = session.load(folder, process_state().device)
-    precision = "fp32" if own.dtype != "stored" else recipe.training.precision
+    model.to(DTYPES.get(own.dtype, model.dtype))
+    precision = "fp32" if own.dtype in DTYPES else recipe.training.precision
     return LiveTeacher(model, Capture(stop_at_head=True), process_state().device, precision), ""
 
 
