@@ -269,12 +269,15 @@ def test_the_operands_of_the_head_are_never_coarser_than_the_whole_vocabulary_wo
 # The recipe
 
 
+SOMEWHERE_ELSE = ["teacher.model=org/some-model", "teacher.revision=abc", "teacher.sha256=null"]
+"""The teacher of the recipe is in a package that need not be there."""
 LANGUAGE_MODEL = Path(__file__).parents[2] / "recipes/smollm2-text/recipe.yaml"
 
 
 def load_with(loss, cache):
     return load_recipe(
-        LANGUAGE_MODEL, [f"losses=[{{match: labels}}, {{match: logits, {loss}}}]", f"teacher.cache={cache}"]
+        LANGUAGE_MODEL,
+        [*SOMEWHERE_ELSE, f"losses=[{{match: labels}}, {{match: logits, {loss}}}]", f"teacher.cache={cache}"],
     )
 
 
