@@ -47,8 +47,9 @@ def test_a_chat_model_that_answers_itself_is_taught_and_released(tmp_path, capsy
     card = (tmp_path / "run/release/README.md").read_text()
     assert "100.0 % of the micro-batches, drawn by lot: answers that the student wrote, up to 10 tokens" in card
     talk = [{"role": "user", "content": "the black owl"}]
+    own_way = "max_new_tokens=20, do_sample=False"  # by itself the pipeline draws its tokens
     answer = with_stock_transformers(
-        f"said = pipeline('text-generation', {str(tmp_path / 'run/release')!r}, max_new_tokens=20)({talk})\n"
+        f"said = pipeline('text-generation', {str(tmp_path / 'run/release')!r}, {own_way})({talk})\n"
         "print(said[0]['generated_text'][-1]['content'].strip())"
     )
     assert answer.strip() == "says hoot and looks dark"
