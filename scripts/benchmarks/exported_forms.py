@@ -10,6 +10,13 @@ does not count, but for what it does to the caches.
 "gained" is the student's throughput over the teacher's in the same runtime; "of FLOPs" divides that by the teacher's
 FLOPs over the student's. "cosine" is that of the vectors of texts (their mean states) with PyTorch's, the lowest of
 all. The profile of ONNX Runtime says where the rest of the time goes: in operations whose FLOPs do not count.
+
+CTranslate2 has no profile of its own. `--loop` runs one model in one runtime for as long as a profiler wants, here
+behind the 20 seconds in which both are exported. Of the threads, the one with `gemm_s8u8s32` is CTranslate2's:
+
+    perf record -D 20000 -F 499 -e cpu-clock python scripts/benchmarks/exported_forms.py --batch 8 \\
+        --loop student "CTranslate2, int8" 45
+    perf report --no-children --sort tid,symbol --stdio -t ';'
 """
 
 import argparse
@@ -89,6 +96,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--texts", type=int, default=256)
+    parser.add_argument("--loop", nargs=3, metavar=("MODEL", "RUNTIME", "SECONDS"), help="nothing but passes of one")
     options = parser.parse_args()
     torch.set_num_threads(1)
     folder = teacher_folder(TEACHER, Path())
@@ -111,6 +119,12 @@ def main() -> None:
                 found = write_forms(Path(scratch) / name, model, [tokenizer], ["onnx", "int8", "ctranslate2"], inputs)
             runs[name] = runtimes(Path(scratch) / name, model)
             print(name, {title: f"{form['difference']:.2g}" for title, form in found.items()})
+        if options.loop:
+            name, kind, seconds = options.loop
+            end = time.monotonic() + float(seconds)
+            while time.monotonic() < end:
+                runs[name][kind](*timed)
+            return
         fastest = {(kind, name): float("inf") for kind in runs["teacher"] for name in runs}
         for _ in range(options.rounds):
             for kind, name in fastest:
