@@ -14,9 +14,8 @@ all. The profile of ONNX Runtime says where the rest of the time goes: in operat
 CTranslate2 has no profile of its own. `--loop` runs one model in one runtime for as long as a profiler wants, here
 behind the 20 seconds in which both are exported. Of the threads, the one with `gemm_s8u8s32` is CTranslate2's:
 
-    perf record -D 20000 -F 499 -e cpu-clock python scripts/benchmarks/exported_forms.py --batch 8 \\
-        --loop student "CTranslate2, int8" 45
-    perf report --no-children --sort tid,symbol --stdio -t ';'
+    perf record -D 20000 -e cpu-clock python scripts/benchmarks/exported_forms.py --loop student "CTranslate2, int8" 45
+    perf report --no-children --sort pid,symbol --stdio -t ';'
 """
 
 import argparse
@@ -89,6 +88,13 @@ def profile(file, inputs, folder):
     return spent
 
 
+def loop(run, inputs, seconds):
+    """Run one model again and again, for a profiler."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        run(*inputs)
+
+
 def main() -> None:
     """Export both, compare the student on texts of the standard library, then time all of them in turns."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -121,10 +127,7 @@ def main() -> None:
             print(name, {title: f"{form['difference']:.2g}" for title, form in found.items()})
         if options.loop:
             name, kind, seconds = options.loop
-            end = time.monotonic() + float(seconds)
-            while time.monotonic() < end:
-                runs[name][kind](*timed)
-            return
+            return loop(runs[name][kind], timed, float(seconds))
         fastest = {(kind, name): float("inf") for kind in runs["teacher"] for name in runs}
         for _ in range(options.rounds):
             for kind, name in fastest:
