@@ -120,7 +120,7 @@ def train(
         compiled_layers(job.spec.compile, models, objective, accelerator, job.title, say) as compiled,
     ):
         batches = _in_sizes(batches, job.title, steps, say) if compiled.layers else batches
-        step = Step(learner, teacher, job.seed, steps, job.folder / MICRO_BATCHES, compiled, say, on_policy)
+        step = Step(learner, teacher, job.seed, steps, state, job.folder / MICRO_BATCHES, compiled, say, on_policy)
         run = _Run(job, learner, step, batches, evaluate, writer, state, steps, stop, tracker, watchdog, say)
         run.to_the_end()
     learner.finish()
@@ -176,21 +176,20 @@ class _Run:
     def __post_init__(self) -> None:
         if self.step.on_policy is not None:
             self.step.on_policy.sizes = self.batches.sizes
-        self.clock = Stopwatch(self.learner.accelerator.device)
+        device = self.learner.accelerator.device
+        self.clock, self.window = Stopwatch(device), Window(self.learner.wrapper.objective.names, device)
         self.utilisation = Utilisation(self.job.peak_tokens_per_second, self.job.measure_peak, self.say)
 
     def to_the_end(self) -> None:
         """Take every step that is left, and log, evaluate and save where due. Raises Stopped after a signal."""
         job, state, accelerator = self.job, self.state, self.learner.accelerator
-        window = self._window()
         stopping = self.measure()  # where a start comes after the step and before its evaluation
         self.save(newest=False)
         world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
         for given in self.batches.stream(state.step, self.steps, rank, world, job.spec.loader_workers, device):
             with self.watchdog.over("step"):
-                rate = self._set_rate()
-                numbered = self.step.write(given, state, self.clock)
-                stopping |= self.step(numbered, state, window, self.stop.requested)
+                self._set_rate()
+                stopping |= self.step(self.step.write(given, self.clock), self.window, self.stop.requested)
             for line in self.learner.wrapper.objective.notices():
                 self.say(f"{job.title}: {line}")
             state.step += 1
@@ -198,10 +197,10 @@ class _Run:
             self.tracker.advance(state.step)
             saving = state.step == self.steps or stopping or _due(job.spec.save_every, state.step)
             if saving or _due(job.spec.log_every, state.step):
-                self.log(window, rate)
-                window = self._window()
-            if not stopping:
-                stopping = self.measure()
+                self.log()
+            if not stopping and self.measure():
+                stopping = True
+                self.log()
             self.save(newest=saving or stopping)
             if stopping:
                 break
@@ -211,15 +210,11 @@ class _Run:
                 f"after step {state.step} of {self.steps}; a checkpoint is saved, the same command continues from it"
             )
 
-    def _window(self) -> Window:
-        return Window(len(self.learner.wrapper.objective.names), self.learner.accelerator.device)
-
-    def _set_rate(self) -> float:
+    def _set_rate(self) -> None:
         spec = self.job.spec
         rate = spec.lr * lr_factor(self.state.step, self.steps, spec.warmup, spec.schedule, spec.decay)
         for group in self.learner.optimizer.param_groups:
             group["lr"] = rate
-        return rate
 
     def anyone_stopped(self) -> bool:
         """Ask all ranks whether one was told to stop, also during the last step, its evaluation or its save."""
@@ -227,10 +222,13 @@ class _Run:
         flag = torch.tensor([int(self.stop.requested)], device=accelerator.device)
         return bool(accelerator.reduce(flag, "sum").item())
 
-    def log(self, window: Window, rate: float) -> None:
-        """Write one record. Raises RunError when too many steps in a row were skipped."""
-        state, learner, job = self.state, self.learner, self.job
-        figures = window.read(learner.accelerator, learner.wrapper.objective.names)
+    def log(self) -> None:
+        """Write one record of the steps since the last one. Raises RunError when too many in a row were skipped."""
+        state, learner, job, window = self.state, self.learner, self.job, self.window
+        if not window.steps:
+            return
+        self.window = Window(window.names, learner.accelerator.device)
+        figures = window.read(learner.accelerator)
         skipped, in_a_row = learner.skip_rule.skipped.tolist()
         tokens = int(window.tokens.item())
         seconds = self.clock.lap()  # now that the device has done all steps
@@ -242,7 +240,7 @@ class _Run:
             "event": "train",
             "step": state.step,
             "epoch": round(self.batches.epoch_at(state.step), 4),
-            "lr": rate,
+            "lr": learner.optimizer.param_groups[0]["lr"],
             **figures,
             **(learner.masks.figures() if learner.masks else {}),
             **({"on_policy": own.read(learner.accelerator)} if (own := self.step.on_policy) else {}),

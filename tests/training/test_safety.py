@@ -143,6 +143,25 @@ def test_pieces_of_unequal_size_are_halved_down_to_single_examples(corpus, tmp_p
             torch.testing.assert_close(a, b, rtol=0, atol=1e-6, msg=name)
 
 
+class FailsOnce(SmallMemory):
+    """A teacher that runs out of memory in one pass."""
+
+    def __call__(self, batch):
+        self.most -= 1
+        if self.most == 0:
+            raise torch.OutOfMemoryError("not enough")
+        return Outputs(torch.zeros(1), {})
+
+
+def test_out_of_memory_in_a_later_micro_batch_leaves_nothing_of_the_earlier_ones_in_the_gradient(corpus, tmp_path):
+    run(corpus, tmp_path / "plain", micro=2, dropout=0.0, log_every=1)
+    second_of_four = FailsOnce(6)
+    _, said = run(corpus, tmp_path / "halved", micro=2, dropout=0.0, log_every=1, teacher=second_of_four)
+    assert [line.startswith("OUT OF MEMORY in step 2") for line in said] == [True]
+    pairs = [[r["grad_norm"] for r in read_records(tmp_path / f"{kind}/metrics.jsonl")] for kind in ("plain", "halved")]
+    assert pairs[1] == pytest.approx(pairs[0], abs=1e-5)
+
+
 def test_the_halving_survives_a_restart_bitwise(corpus, tmp_path):
     whole, _ = run(corpus, tmp_path / "whole", micro=8, teacher=SmallMemory(4))
     run(corpus, tmp_path / "parts", micro=8, teacher=SmallMemory(4))
@@ -314,6 +333,17 @@ def test_a_signal_during_an_evaluation_saves_at_once_and_the_evaluation_is_made_
     assert equal(whole, model)
     records = read_records(tmp_path / "parts/metrics.jsonl")
     assert [r["step"] for r in records if r["event"] == "evaluate"] == [3, 6]
+
+
+def test_a_signal_during_an_evaluation_loses_no_record_and_no_token(corpus, tmp_path):
+    often, job = {"log_every": 5, "save_every": 0, "evaluate_every": 3}, {"evaluate": stopping_after(0)}
+    run(corpus, tmp_path / "whole", **often)
+    with pytest.raises(Stopped, match="after step 3 of 6"):
+        run(corpus, tmp_path / "parts", job=job, **often)
+    run(corpus, tmp_path / "parts", job=job, **often)
+    whole, parts = (read_records(tmp_path / kind / "metrics.jsonl") for kind in ("whole", "parts"))
+    assert [(record["event"], record["step"]) for record in parts[:2]] == [("train", 3), ("evaluate", 3)]
+    assert parts[-2]["tokens"] == whole[-1]["tokens"]
 
 
 def test_an_evaluation_that_was_saved_with_its_step_is_not_made_again(corpus, tmp_path):
