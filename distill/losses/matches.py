@@ -61,12 +61,6 @@ class MicroBatch:
             self._found[function] = Positions.of(function(self.batch))
         return self._found[function]
 
-    @property
-    def no_positions(self) -> Positions:
-        """Positions of predictions, none of them."""
-        labels = self.kind.raw_labels(self.batch)
-        return Positions(labels.new_zeros(0, dtype=torch.int64), labels.ndim)
-
     @cached_property
     def visible(self) -> Tensor:
         """Mask of the keys (last axis) that a query (second axis) may attend to, boolean [B, L, L]."""

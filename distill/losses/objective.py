@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill.losses.align import without_autocast
+from distill.losses.align import Positions, without_autocast
 from distill.losses.chunked import HeadInput, through_heads
 from distill.losses.kinds import PREDICTION_KINDS, Mask
 from distill.losses.matches import MicroBatch, located, projection_name
@@ -214,9 +214,11 @@ class Objective:
         Without such a term no position is selected, which ties the head into the graph all the same.
         """
         with_teacher = any(term.resolved.match.needs_teacher for term in terms)
-        # Whatever has a label is predicted, so the positions with predictions are those of both.
-        valid = micro.positions("predicted" if with_teacher else "labelled") if terms else micro.no_positions
-        labels = valid.select(self.kind.labels(micro.batch))
+        labels = self.kind.labels(micro.batch)
+        valid = Positions(labels.new_zeros(0, dtype=torch.int64), labels.ndim)
+        if terms:  # whatever has a label is predicted, so the positions with predictions are those of both
+            valid = micro.positions("predicted" if with_teacher else "labelled")
+        labels = valid.select(labels)
 
         def sum_terms(student: Tensor, teacher: Any, labels: Tensor) -> Tensor:
             sums = [term.total(student, teacher, labels, self.classes) for term in terms]

@@ -174,7 +174,10 @@ class Fastest:
         """Compute sums and slope. Raises what autograd raises where it is the last means."""
         for key, means in self._means(chunk, terms):
             try:
-                return means(chunk, terms, factors)
+                found = means(chunk, terms, factors)
+                if means == self.by_kernel_after_trial:
+                    self._trusted.add(key)
+                return found
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
@@ -191,11 +194,8 @@ class Fastest:
             return
         key: Any = ("kernel", tuple(term.name for term in terms.named), chunk.cap is None, chunk.product)
         if key not in self._given_up and fits_kernel(chunk, terms):
-            if key not in self._trusted and not isinstance(chunk.linear, FakeTensor):
-                self._trusted.add(key)
-                yield key, self.by_kernel_after_trial
-            else:
-                yield key, by_kernel
+            known = key in self._trusted or isinstance(chunk.linear, FakeTensor)
+            yield key, by_kernel if known else self.by_kernel_after_trial
         if isinstance(chunk.linear, FakeTensor):
             return
         key = ("compiled", terms.key, chunk.cap, chunk.product, type(chunk.teacher))

@@ -241,12 +241,10 @@ def capture(model: Any, wanted: Capture) -> Iterator[Outputs]:
     """
     found = Outputs(None)
     handles: list[RemovableHandle] = []
-    sides: dict[StackName, Any] = {
-        "main": (wanted.hidden, found.hidden),
-        "encoder": (wanted.encoder_hidden, found.encoder_hidden),
-    }
-    for side, (indices, states) in sides.items():
-        handles += _watch_states(model, side, indices, states) if indices else []
+    if wanted.hidden:
+        handles += _watch_states(model, "main", wanted.hidden, found.hidden)
+    if wanted.encoder_hidden:
+        handles += _watch_states(model, "encoder", wanted.encoder_hidden, found.encoder_hidden)
     for layer in wanted.attention:
         handles.append(watch_maps(model, layer, partial(found.attention.__setitem__, layer)))
     for layer in wanted.relations:
@@ -264,16 +262,13 @@ def _watch_states(
     """Collect the outputs of one stack's layers, and for -1 the input of the first, whenever it runs."""
     layers = layers_of(model, side)
 
-    def output_of(index: int) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            found[index] = first_tensor(output)
+    def keep_output(index: int, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        found[index] = first_tensor(output)
 
-        return hook
-
-    def input_of(_module: nn.Module, inputs: Any, named: Any) -> None:
+    def keep_input(_module: nn.Module, inputs: Any, named: Any) -> None:
         found[-1] = layer_input(inputs, named)
 
-    handles = [layers[index].register_forward_hook(output_of(index)) for index in wanted if index >= 0]
+    handles = [layers[index].register_forward_hook(partial(keep_output, index)) for index in wanted if index >= 0]
     if -1 in wanted:
-        handles.append(layers[0].register_forward_pre_hook(input_of, with_kwargs=True))
+        handles.append(layers[0].register_forward_pre_hook(keep_input, with_kwargs=True))
     return handles

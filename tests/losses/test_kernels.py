@@ -184,6 +184,23 @@ def test_a_kernel_that_is_off_is_not_used(monkeypatch):
     assert len(fastest.notices) == 1 and "off" in fastest.notices[0]
 
 
+def test_a_kernel_is_tried_again_where_memory_was_too_small_for_its_trial(monkeypatch):
+    tried = []
+
+    def too_large(*given):
+        tried.append(given)
+        if len(tried) == 1:
+            raise torch.OutOfMemoryError("not enough")
+        return trial(*given)
+
+    monkeypatch.setattr("distill.losses.slopes.trial", too_large)
+    fastest = Fastest(devices=("cpu",))
+    with pytest.raises(torch.OutOfMemoryError):
+        learn(fastest, terms=BOTH)
+    learn(fastest, terms=BOTH)
+    assert len(tried) == 2
+
+
 def test_terms_that_follow_a_schedule_are_never_compiled():
     schedule = {"temperature": 4.0}
     objective = Objective([Term(match="logits", loss="logit_mse", schedule=schedule)], "next_token")
