@@ -82,11 +82,6 @@ class Objective:
         return Capture(**fields, stop_at_head=self.kind.vocabulary)
 
     @property
-    def has_vocabulary(self) -> bool:
-        """True where the predictions are tokens, whose head is part of the loss."""
-        return self.kind.vocabulary
-
-    @property
     def names(self) -> list[str]:
         """Name each term, as reports show it: `labels`, `logits.forward_kl`, `hidden.mse`, `hidden.mse.2`."""
         return [term.name for term in self._terms]

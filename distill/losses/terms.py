@@ -176,21 +176,15 @@ def _check_loss(term: Term, match: Match, name: str, kind: PredictionKind, where
 
 
 def _check_schedule(schedule: Schedule, function: Loss, where: str) -> None:
-    for name in schedule.params:
-        if _is_whole_number(function, name):
+    """Refuse a schedule of a whole number: a parameter that says so, or that says nothing and has one as default."""
+    parameters = inspect.signature(function).parameters
+    for name in [name for name in schedule.params if name in parameters]:
+        annotation, default = parameters[name].annotation, parameters[name].default
+        unsaid = annotation is inspect.Parameter.empty
+        if type(default) is int if unsaid else annotation in (int, "int", "int | None"):
             raise InputError(
                 f"{where}.params.{name}: a whole number has nothing in between; remove it from the schedule"
             )
-
-
-def _is_whole_number(function: Loss, name: str) -> bool:
-    """Look whether a parameter is a whole number: it says so, or says nothing and its default is one."""
-    parameter = inspect.signature(function).parameters.get(name)
-    if parameter is None:
-        return False
-    if parameter.annotation is inspect.Parameter.empty:
-        return type(parameter.default) is int
-    return parameter.annotation in (int, "int", "int | None")
 
 
 def _try_out(loss: Loss, match: Match, kind: PredictionKind, params: Mapping[str, Any], where: str, name: str) -> None:

@@ -56,7 +56,7 @@ def with_decoder_inputs(model: Any, batch: Batch) -> Batch:
         InputError: The model has no such rule.
     """
     two_stacks = getattr(model.config, "is_encoder_decoder", False)
-    if "decoder_input_ids" in batch or "labels" not in batch or not two_stacks or not _predicts_tokens(model):
+    if "decoder_input_ids" in batch or "labels" not in batch or not two_stacks or model.get_output_embeddings() is None:
         return batch
     labels = batch["labels"]
     if getattr(model.config, "decoder_start_token_id", None) is None:
@@ -64,10 +64,6 @@ def with_decoder_inputs(model: Any, batch: Batch) -> Batch:
     after_last = (labels != UNLABELLED).flip(-1).cumsum(-1).flip(-1) == 0  # a gap in the labels is no padding
     shifted = _shift_right(model, labels)
     return {**batch, "decoder_input_ids": shifted, "decoder_attention_mask": (~after_last).to(labels.dtype)}
-
-
-def _predicts_tokens(model: Any) -> bool:
-    return model.get_output_embeddings() is not None
 
 
 def _shift_right(model: Any, labels: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ import copy
 from typing import Any
 
 import torch
-from transformers.initialization import no_init_weights
 
 from distill.errors import InputError
 from distill.models.axes import keep_units
@@ -15,7 +14,7 @@ from distill.models.layout import Axis, StackName
 from distill.models.mlp import mlps_of
 from distill.models.pattern import cut_lists, settle_periods
 from distill.models.plan import StudentPlan
-from distill.models.widths import axes_of, resize_layers, set_sizes
+from distill.models.widths import axes_of, empty_like, resize_layers, set_sizes
 
 
 @torch.no_grad()
@@ -38,15 +37,9 @@ def build_student(teacher: Any, plan: StudentPlan) -> Any:
         )
     for side in sides:
         check_kept(teacher, side, [layer.teacher_layer for layer in plan.stack(side)])
-    with no_init_weights():  # every tensor is copied below; drawing random ones first would be wasted
-        student = type(teacher)._from_config(student_config(teacher, plan), dtype=teacher.dtype)
+    student = empty_like(teacher, student_config(teacher, plan))
     resize_layers(student, lambda side, index, axis: plan.stack(side)[index].kept[axis.name].count)
-    student.tie_weights()  # part of the skipped initialisation
     _copy_cut(teacher, student, plan)
-    if teacher.can_generate():
-        student.generation_config = copy.deepcopy(teacher.generation_config)
-    if hasattr(teacher, "sentence_head"):
-        student.sentence_head = teacher.sentence_head
     return student.eval()
 
 

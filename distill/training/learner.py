@@ -166,11 +166,14 @@ class Learner:
         files = {
             "model": self.weights(),
             "optimizer": {name: value for name, value in moments.items() if isinstance(value, Tensor)},
-            "skip_rule": self.skip_rule.tensors(),
-            "ema": self.ema.tensors() if self.ema else {},
-            "masks": self.masks.tensors() if self.masks else {},
+            **{name: part.tensors() for name, part in self._parts()},
         }
         return files, numbers
+
+    def _parts(self) -> list[tuple[str, SkipRule | Ema | Masks]]:
+        """List, by the name of their file, what else has tensors of its own."""
+        parts = ("skip_rule", self.skip_rule), ("ema", self.ema), ("masks", self.masks)
+        return [(name, part) for name, part in parts if part is not None]
 
     @property
     def saves_whole(self) -> bool:
@@ -193,11 +196,8 @@ class Learner:
         """Continue from a verified checkpoint, written by any number of ranks."""
         files, numbers = read(checkpoint, self.parameter_of()), state_of(checkpoint).numbers
         self.load_weights(files, numbers)
-        self.skip_rule.load(files["skip_rule"])
-        if self.ema:
-            self.ema.load(files["ema"])
-        if self.masks:
-            self.masks.load(files.get("masks", {}))
+        for name, part in self._parts():
+            part.load(files.get(name, {}))
         if self.accelerator.scaler is not None and numbers["scaler"]:
             self.accelerator.scaler.load_state_dict(numbers["scaler"])
 

@@ -264,7 +264,7 @@ class _Run:
         spec, objective = self.job.spec, self.learner.wrapper.objective
         on_gpu = self.learner.accelerator.device.type == "cuda"
         in_bf16 = "bf16" in (spec.precision, spec.weights)
-        if on_gpu and in_bf16 and spec.head_precision == "auto" and objective.has_vocabulary:
+        if on_gpu and in_bf16 and spec.head_precision == "auto" and objective.kind.vocabulary:
             if line := objective.adapt_head_precision(terms):
                 self.say(f"{self.job.title}: after step {self.state.step} {line}")
             self.state.head_precision = objective.head_precision
@@ -282,14 +282,10 @@ class _Run:
             return True
         state.evaluated = state.step
         self.tracker.record({"event": "evaluate", "step": state.step, "metrics": dict(metrics), "seconds": seconds})
-        if job.spec.keep_best is not None:
-            self._keep_best(metrics[job.spec.keep_best])
-        return False
-
-    def _keep_best(self, value: float | None) -> None:
-        job, best = self.job, self.state.best
+        value, best = metrics[job.spec.keep_best] if job.spec.keep_best else None, state.best
         if value is not None and (best is None or (value > best if job.higher_is_better else value < best)):
-            self.state.best, self.improved = value, True
+            state.best, self.improved = value, True
+        return False
 
     def save(self, *, newest: bool) -> None:
         """Have a checkpoint written: as the `newest` one, as the best one where it is that, or not at all. Collective.

@@ -137,7 +137,7 @@ class Step:
         if not compiled.layers or learner.accelerator.distributed_type == DistributedType.DEEPSPEED:
             return  # DeepSpeed's engine has a backward pass of its own
         try:
-            self._forward(learner.wrapper, cpu_batch, counts, 0.0)[0].backward()
+            torch.autograd.backward(self._forward(learner.wrapper, cpu_batch, counts, 0.0)[0])
         except torch.OutOfMemoryError:
             pass  # the step itself comes by it again, and knows what to do
         except Exception as failure:

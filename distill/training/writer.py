@@ -110,7 +110,7 @@ class CheckpointWriter:
         except RunError as error:
             raise self._given_up(places, error) from error
         behind = self._fits(surveys)
-        copied, await_copy = self.memory.copy(files) if behind else (gathered(files, _as_it_is), _at_once)
+        copied, await_copy = self.memory.copy(files) if behind else (gathered(files, _keep_as_is), lambda: None)
         others = [rank for rank, survey in enumerate(surveys) if rank and survey.writes]
         self.flight = Flight(places, replace(state), copied, await_copy, self.ranks.process_index, others)
         self.flight.start()
@@ -186,12 +186,8 @@ class CheckpointWriter:
         return RunError(f"{error}; {self.checkpoints.last_good()}")
 
 
-def _as_it_is(_file: str, _name: str, tensor: Tensor) -> Tensor:
+def _keep_as_is(_file: str, _name: str, tensor: Tensor) -> Tensor:
     return tensor
-
-
-def _at_once() -> None:
-    """Wait for nothing."""
 
 
 def on_all_ranks(action: Callable[[], T]) -> list[T]:
