@@ -64,7 +64,7 @@ class Objective:
         self.chunk = chunk
         self.head_precision = head_precision
         """Of the operands of the heads' products; None: that of the weights or of autocast."""
-        self._means = Fastest()
+        self._slopes = Fastest()
         self._terms = resolve(terms, kind, maps, encoder_maps)
         self._scheduled: tuple[float, list[ScheduledTerm]] = (0.0, [term.at(0.0) for term in self._terms])
         self.projections = nn.ModuleDict()
@@ -103,7 +103,7 @@ class Objective:
 
     def notices(self) -> list[str]:
         """Take out what people should know about the way in which the loss is computed, each said once."""
-        notices, self._means.notices = self._means.notices, []
+        notices, self._slopes.notices = self._slopes.notices, []
         return notices
 
     def adapt_head_precision(self, values: Mapping[str, float | None]) -> str | None:
@@ -234,7 +234,7 @@ class Objective:
         fixed = not any(term.changes for term in terms)
         named = [term.named for term in terms]
         made = Terms(sum_terms, named, self.classes.stop, (tuple(key), self.classes.stop) if fixed else None)
-        return through_heads(student, teacher, labels, made, factor, self.chunk, self._means)
+        return through_heads(student, teacher, labels, made, factor, self.chunk, self._slopes)
 
     def _in_head_precision(self, side: Any) -> Any:
         if not isinstance(side, HeadInput) or self.head_precision is None:

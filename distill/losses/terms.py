@@ -41,7 +41,7 @@ class ScheduledTerm:
 
     @property
     def named(self) -> NamedTerm:
-        """The same by name, for those who compute it by other means; "" where the function is the user's own."""
+        """The same by name, for those who compute it by other methods; "" where the function is the user's own."""
         known = {CROSS_ENTROPY: cross_entropy, **LOGITS}
         name = next((name for name, each in known.items() if each is self.resolved.function), "")
         return NamedTerm(name, self.scale, self.loss.keywords)  # type: ignore[attr-defined]

@@ -24,7 +24,7 @@ class Stopwatch:
         return max(seconds, 1e-9)
 
     @contextmanager
-    def apart(self) -> Iterator[None]:
+    def paused(self) -> Iterator[None]:
         """Time what is no step, from when the device has done all steps before it; `last` has the seconds."""
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)

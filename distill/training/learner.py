@@ -104,11 +104,11 @@ class Learner:
         return self.accelerator.distributed_type in SHARDING
 
     @contextmanager
-    def measured(self) -> Iterator[Any]:
+    def for_evaluation(self) -> Iterator[Any]:
         """Put the student into eval mode, with the weights that would be handed on."""
         ema = self.ema if self.spec.ema_release else None
         with ema.swapped_in() if ema else nullcontext():
-            self._settle(self.accelerator.device)
+            self._to_eval_mode(self.accelerator.device)
             try:
                 yield self.student
             finally:
@@ -120,13 +120,13 @@ class Learner:
             self.masters.restore(self.student)
         if self.spec.ema_release and self.ema:
             self.ema.copy_to_model()
-        self._settle(torch.device("cpu"))
+        self._to_eval_mode(torch.device("cpu"))
         if self.spec.gradient_checkpointing and not self.sharded:
             gradient_checkpointing(self.student, "disable")()
         if self.adapters:
             self.adapters.merge()
 
-    def _settle(self, device: torch.device) -> None:
+    def _to_eval_mode(self, device: torch.device) -> None:
         """Put the student, masked and with whole weights, into eval mode."""
         if self.spec.ema_release and self.masks:
             self.masks.apply()  # an average keeps traces of what is masked by now

@@ -122,7 +122,7 @@ def train(
         batches = _in_sizes(batches, job.title, steps, say) if compiled.layers else batches
         step = Step(learner, teacher, job.seed, steps, state, job.folder / MICRO_BATCHES, compiled, say, on_policy)
         run = _Run(job, learner, step, batches, evaluate, writer, state, steps, stop, tracker, watchdog, say)
-        run.to_the_end()
+        run.run_steps()
     learner.finish()
     accelerator.free_memory()
 
@@ -180,14 +180,14 @@ class _Run:
         self.clock, self.window = Stopwatch(device), Window(self.learner.wrapper.objective.names, device)
         self.utilisation = Utilisation(self.job.peak_tokens_per_second, self.job.measure_peak, self.say)
 
-    def to_the_end(self) -> None:
+    def run_steps(self) -> None:
         """Take every step that is left, and log, evaluate and save where due. Raises Stopped after a signal."""
         job, state, accelerator = self.job, self.state, self.learner.accelerator
         stopping = self.measure()  # where a start comes after the step and before its evaluation
         self.save(newest=False)
         world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
         for given in self.batches.stream(state.step, self.steps, rank, world, job.spec.loader_workers, device):
-            with self.watchdog.over("step"):
+            with self.watchdog.guard("step"):
                 self._set_rate()
                 stopping |= self.step(self.step.write(given, self.clock), self.window, self.stop.requested)
             for line in self.learner.wrapper.objective.notices():
@@ -275,7 +275,7 @@ class _Run:
         due = state.step == self.steps or (state.step > 0 and _due(job.spec.evaluate_every, state.step))
         if self.evaluate is None or not due or state.evaluated == state.step:
             return False
-        with self.watchdog.over("evaluation"), self.clock.apart(), self.learner.measured() as model:
+        with self.watchdog.guard("evaluation"), self.clock.paused(), self.learner.for_evaluation() as model:
             metrics = self.evaluate(model, self.stop.asked)
         seconds = round(self.clock.last, 3)
         if self.anyone_stopped():
@@ -294,11 +294,11 @@ class _Run:
         counts the seconds that training stands still: for the copy, and for what is left to write of the one before.
         """
         if newest or self.improved:
-            with self.clock.apart():
+            with self.clock.paused():
                 self._hand_over(newest)
             self.clock.saving += self.clock.last
         elif self.state.step and not self.writer.prepared:
-            with self.clock.apart():
+            with self.clock.paused():
                 self.writer.prepare(self.learner.contents()[0], whole=self.learner.saves_whole)
 
     def _hand_over(self, newest: bool) -> None:
@@ -307,14 +307,14 @@ class _Run:
         best = Checkpoints(self.job.folder / CHECKPOINTS / "best", self.job.made_from, self.say, keep=1)
         places = [best] * self.improved + [self.writer.checkpoints] * newest
         self.improved = False
-        with self.watchdog.over("save"):
+        with self.watchdog.guard("save"):
             tensors, self.state.numbers = self.learner.contents()
             self.writer.save(places, self.state, tensors, whole=self.learner.saves_whole)
 
     def settle(self) -> None:
         """Wait until the checkpoint in flight is published. Raises RunError where it could not be. Collective."""
         if self.writer.flight is not None:
-            with self.watchdog.over("publication"):
+            with self.watchdog.guard("publication"):
                 seconds = self.writer.settle()
             self.watchdog.note("publication", seconds)
 

@@ -119,7 +119,7 @@ class Step:
         if (on_policy := self.on_policy) is None:
             return numbered
         wrapper = self.learner.wrapper
-        with clock.apart(), self.compiled.set_aside():
+        with clock.paused(), self.compiled.set_aside():
             found = self._until_it_fits(
                 numbered, lambda pieces: on_policy(wrapper.student, numbered, self.state.step, pieces)
             )
@@ -184,9 +184,10 @@ class Step:
                 f"out of memory in step {state.step + 1} with micro-batches of up to {largest} examples, and "
                 f"the other ranks cannot wait: give the same command again; it halves them from the start"
             ) from error
+        compared = self.learner.wrapper.objective.kind.vectors
         self.say(
-            f"OUT OF MEMORY in step {state.step + 1}: micro-batches of up to {largest} examples are halved from "
-            f"here on; the batch of a step stays what it is"
+            f"OUT OF MEMORY in step {state.step + 1}: micro-batches of up to {largest} examples are halved from here "
+            f"on; {'each text is compared with fewer others' if compared else 'the batch of a step stays what it is'}"
         )
 
     def _gradients(self, pieces: Iterable[tuple[tuple[int, ...], Batch]], counts: Tensor) -> tuple[Tensor, Tensor]:

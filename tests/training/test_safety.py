@@ -22,10 +22,15 @@ from tiny import tiny_model
 
 from distill.data import batches
 from distill.errors import RunError, Stopped
+from distill.losses import Objective
 from distill.models.forward import Outputs
-from distill.training import checkpoint, read_records
+from distill.recipe.schema import Term, Training
+from distill.training import TrainState, checkpoint, read_records
+from distill.training.compiled import CompiledLayers
 from distill.training.ema import Ema
+from distill.training.setup import make_accelerator, make_learner
 from distill.training.skip import WINDOW, SkipRule
+from distill.training.step import Step
 
 
 def equal(first, second):
@@ -160,6 +165,17 @@ def test_out_of_memory_in_a_later_micro_batch_leaves_nothing_of_the_earlier_ones
     assert [line.startswith("OUT OF MEMORY in step 2") for line in said] == [True]
     pairs = [[r["grad_norm"] for r in read_records(tmp_path / f"{kind}/metrics.jsonl")] for kind in ("plain", "halved")]
     assert pairs[1] == pytest.approx(pairs[0], abs=1e-5)
+
+
+def test_halving_says_where_it_changes_the_loss(tmp_path):
+    spec, objective, said = Training(steps=1, batch_size=4, lr=1e-3), Objective([Term(match="labels")], "embedding"), []
+    learner = make_learner(tiny_model("bert"), objective, spec, None, make_accelerator(spec, tmp_path))
+    step = Step(learner, None, 0, 1, TrainState(), tmp_path, CompiledLayers("test", print), said.append)
+    step._halve([(0, {"input_ids": torch.ones(8, 3), "texts": torch.ones(4)})], torch.OutOfMemoryError())
+    assert said == [
+        "OUT OF MEMORY in step 1: micro-batches of up to 4 examples are halved from here on; each text is compared with "
+        "fewer others"
+    ]
 
 
 def test_the_halving_survives_a_restart_bitwise(corpus, tmp_path):

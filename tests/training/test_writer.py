@@ -246,10 +246,10 @@ def test_a_second_signal_does_not_wait(corpus, tmp_path, let_go):
 def test_a_rank_that_waits_for_a_checkpoint_has_patience_for_as_long_as_writing_took():
     watchdog = Watchdog(print, active=False)
     for _ in range(2):
-        with watchdog.over("publication"):
+        with watchdog.guard("publication"):
             pass
         watchdog.note("publication", 20.0)
-    with watchdog.over("publication"):
+    with watchdog.guard("publication"):
         assert 90 < watchdog.deadline - time.monotonic() <= 100
 
 
