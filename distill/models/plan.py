@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -138,6 +139,11 @@ class StudentPlan(_Part):
             if layers and not all(one < other for one, other in pairwise(numbers)):
                 raise ValueError(f"layers must be ascending layers of the teacher, which has {depth}")
         return self
+
+    def is_for(self, model_type: str, depths: Mapping[StackName, int]) -> bool:
+        """Tell whether the plan was made for a teacher of this family with as many layers in each stack."""
+        planned = {"main": self.teacher_layers, "encoder": self.teacher_encoder_layers}
+        return self.model_type == model_type and all(planned[side] == depth for side, depth in depths.items())
 
     def stack(self, side: StackName) -> list[LayerPlan]:
         """The layers of one stack; empty when the model does not have it."""

@@ -9,7 +9,7 @@ import torch
 
 from distill.errors import InputError
 from distill.models.axes import keep_units
-from distill.models.family import check_kept, layers_of, layers_prefix, layout_of
+from distill.models.family import check_kept, depths_of, layers_prefix, layout_of
 from distill.models.layout import Axis, StackName
 from distill.models.mlp import mlps_of
 from distill.models.pattern import cut_lists, settle_periods
@@ -27,15 +27,13 @@ def build_student(teacher: Any, plan: StudentPlan) -> Any:
     Raises:
         InputError: The plan was made for another model, or its layers cannot stand without those it drops.
     """
-    sides = layout_of(teacher).sides
-    depths = {side: len(layers_of(teacher, side)) for side in sides}
-    planned = {"main": plan.teacher_layers, "encoder": plan.teacher_encoder_layers}
-    if plan.model_type != teacher.config.model_type or any(planned[side] != depths[side] for side in sides):
+    depths = depths_of(teacher)
+    if not plan.is_for(teacher.config.model_type, depths):
         raise InputError(
             f"the plan is for a {plan.model_type} of {plan.teacher_layers} layers, "
             f"the teacher is a {teacher.config.model_type} of {depths['main']}"
         )
-    for side in sides:
+    for side in depths:
         check_kept(teacher, side, [layer.teacher_layer for layer in plan.stack(side)])
     student = empty_like(teacher, student_config(teacher, plan))
     resize_layers(student, lambda side, index, axis: plan.stack(side)[index].kept[axis.name].count)

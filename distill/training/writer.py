@@ -113,7 +113,7 @@ class CheckpointWriter:
         copied, await_copy = self.memory.copy(files) if behind else (gathered(files, _keep_as_is), lambda: None)
         others = [rank for rank, survey in enumerate(surveys) if rank and survey.writes]
         self.flight = Flight(places, replace(state), copied, await_copy, self.ranks.process_index, others)
-        self.flight.start()
+        self.flight.thread.start()
         if not behind:
             self.settle()
 
@@ -130,10 +130,10 @@ class CheckpointWriter:
         if flight is None:
             return 0.0
         try:
-            broken = sorted({name for names in on_all_ranks(flight.await_files) for name in names})
+            broken = sorted({name for names in on_all_ranks(flight.written.result) for name in names})
             if broken:
                 raise RunError(f"weights are not finite ({', '.join(broken[:3])}): not saved")
-            seconds = max(on_all_ranks(flight.await_publication))
+            seconds = max(on_all_ranks(flight.finished.result))
         except RunError as error:
             self.flight = None
             flight.cancel()

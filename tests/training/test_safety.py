@@ -172,10 +172,7 @@ def test_halving_says_where_it_changes_the_loss(tmp_path):
     learner = make_learner(tiny_model("bert"), objective, spec, None, make_accelerator(spec, tmp_path))
     step = Step(learner, None, 0, 1, TrainState(), tmp_path, CompiledLayers("test", print), said.append)
     step._halve([(0, {"input_ids": torch.ones(8, 3), "texts": torch.ones(4)})], torch.OutOfMemoryError())
-    assert said == [
-        "OUT OF MEMORY in step 1: micro-batches of up to 4 examples are halved from here on; each text is compared with "
-        "fewer others"
-    ]
+    assert said[0].endswith("halved from here on; each text is compared with fewer others")
 
 
 def test_the_halving_survives_a_restart_bitwise(corpus, tmp_path):
