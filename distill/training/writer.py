@@ -20,7 +20,6 @@ from typing import TypeVar
 import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
-from torch import Tensor
 
 from distill.errors import RunError, Stopped
 from distill.ranks import free_memory, process_state
@@ -110,7 +109,7 @@ class CheckpointWriter:
         except RunError as error:
             raise self._given_up(places, error) from error
         behind = self._fits(surveys)
-        copied, await_copy = self.memory.copy(files) if behind else (gathered(files, _keep_as_is), lambda: None)
+        copied, await_copy = self.memory.copy(files) if behind else (gathered(files), lambda: None)
         others = [rank for rank, survey in enumerate(surveys) if rank and survey.writes]
         self.flight = Flight(places, replace(state), copied, await_copy, self.ranks.process_index, others)
         self.flight.thread.start()
@@ -184,10 +183,6 @@ class CheckpointWriter:
             for place in places:
                 place.discard_drafts()
         return RunError(f"{error}; {self.checkpoints.last_good()}")
-
-
-def _keep_as_is(_file: str, _name: str, tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def on_all_ranks(action: Callable[[], T]) -> list[T]:
