@@ -21,7 +21,7 @@ from distill.training.on_policy import OnPolicy
 from distill.training.optim import lr_factor
 from distill.training.setup import Constrain, horizon, make_accelerator, make_learner
 from distill.training.signals import StopSignals
-from distill.training.step import Step, Teacher, Window
+from distill.training.step import Step, Teacher, Window, check_passes
 from distill.training.tracking import Tracker
 from distill.training.watchdog import Watchdog
 from distill.training.writer import CheckpointWriter, out_of_resources
@@ -108,6 +108,8 @@ def train(
     if found is not None:
         say(f"{job.title}: continuing after step {state.step} of {steps} ({found.name})")
     _set_micro_batches(state, batches.micro_batch_size, job, student, say)
+    if learner.sharded and accelerator.num_processes > 1:
+        check_passes(batches.batch_size, batches.micro_batch_size, state.micro_batch_halvings)
     fixed = job.spec.head_precision
     objective.head_precision = state.head_precision if fixed == "auto" else fixed
     watchdog = Watchdog(say, active=accelerator.num_processes > 1)

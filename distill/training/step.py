@@ -235,6 +235,20 @@ class _AsyncScalar:
         return self.value.item()
 
 
+def check_passes(batch_size: int, micro_batch_size: int, halvings: int) -> None:
+    """Refuse micro-batches of which one has fewer pieces than the others, so that a rank would run fewer passes.
+
+    Where ranks hold shards of the weights, each pass gathers them: the others would wait for ever. Raises RunError.
+    """
+    rest = batch_size % micro_batch_size
+    if 0 < rest < 2**halvings:
+        raise RunError(
+            f"for want of memory micro-batches of {micro_batch_size} examples run in {2**halvings} passes, and the last "
+            f"one of a step has {rest}; ranks that shard weights must run as many passes each: make batch_size a "
+            f"multiple of micro_batch_size"
+        )
+
+
 def _split(numbered: Sequence[tuple[int, Batch]], pieces: int) -> Iterator[tuple[tuple[int, ...], Batch]]:
     """Split each micro-batch into so many pieces, one example at least; yields (numbers to seed its dropout, piece)."""
     for number, batch in numbered:

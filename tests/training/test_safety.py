@@ -30,7 +30,7 @@ from distill.training.compiled import CompiledLayers
 from distill.training.ema import Ema
 from distill.training.setup import make_accelerator, make_learner
 from distill.training.skip import WINDOW, SkipRule
-from distill.training.step import Step
+from distill.training.step import Step, check_passes
 
 
 def equal(first, second):
@@ -173,6 +173,14 @@ def test_halving_says_where_it_changes_the_loss(tmp_path):
     step = Step(learner, None, 0, 1, TrainState(), tmp_path, CompiledLayers("test", print), said.append)
     step._halve([(0, {"input_ids": torch.ones(8, 3), "texts": torch.ones(4)})], torch.OutOfMemoryError())
     assert said[0].endswith("halved from here on; each text is compared with fewer others")
+
+
+def test_ranks_that_would_run_different_numbers_of_passes_are_refused():
+    for fits in ((8, 4, 2), (6, 4, 1), (13, 4, 0)):
+        check_passes(*fits)
+    for uneven in ((13, 4, 1), (6, 4, 2)):  # 2 + 2 + 2 pieces and 1; 4 pieces and 2
+        with pytest.raises(RunError, match="as many passes each: make batch_size a multiple of micro_batch_size"):
+            check_passes(*uneven)
 
 
 def test_the_halving_survives_a_restart_bitwise(corpus, tmp_path):
