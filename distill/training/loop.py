@@ -195,7 +195,6 @@ class _Run:
             for line in self.learner.wrapper.objective.notices():
                 self.say(f"{job.title}: {line}")
             state.step += 1
-            state.examples += self.batches.batch_size
             self.tracker.advance(state.step)
             saving = state.step == self.steps or stopping or _due(job.spec.save_every, state.step)
             if saving or _due(job.spec.log_every, state.step):
@@ -235,7 +234,6 @@ class _Run:
         tokens = int(window.tokens.item())
         seconds = self.clock.lap()  # now that the device has done all steps
         state.tokens += tokens
-        state.seconds += seconds
         mfu = self.utilisation.of(tokens / seconds)
         saving, self.clock.saving = self.clock.saving, 0.0
         record = {

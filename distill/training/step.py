@@ -243,9 +243,9 @@ def check_passes(batch_size: int, micro_batch_size: int, halvings: int) -> None:
     rest = batch_size % micro_batch_size
     if 0 < rest < 2**halvings:
         raise RunError(
-            f"for want of memory micro-batches of {micro_batch_size} examples run in {2**halvings} passes, and the last "
-            f"one of a step has {rest}; ranks that shard weights must run as many passes each: make batch_size a "
-            f"multiple of micro_batch_size"
+            f"for want of memory micro-batches of {micro_batch_size} examples run in {2**halvings} passes, and the "
+            f"last one of a step has {rest}; ranks that shard weights must run as many passes each: make batch_size "
+            f"a multiple of micro_batch_size"
         )
 
 
