@@ -54,7 +54,7 @@ class MicroBatch:
         if (key := located(mask)) in self.batch:
             axes = self.kind.raw_labels(self.batch).ndim if mask in ("labelled", "predicted") else 2
             return Positions(self.batch[key], axes)
-        function = self.kind.mask(mask)
+        function = getattr(self.kind, mask)
         if mask == "states" and "learned" not in self.batch:
             function = self.kind.tokens  # often those that predict as well, and then looked at once
         if function not in self._found:

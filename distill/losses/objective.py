@@ -145,7 +145,7 @@ class Objective:
         """
         total = torch.zeros(len(self._terms), dtype=torch.int64)
         for batch in batches:
-            counts = torch.stack([self.kind.mask(term.match.mask)(batch).sum() for term in self._terms])
+            counts = torch.stack([getattr(self.kind, term.match.mask)(batch).sum() for term in self._terms])
             total = total.to(counts.device) + counts
         return total
 
