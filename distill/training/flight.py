@@ -47,7 +47,7 @@ class Flight:
         self.thread = threading.Thread(target=self.run, name="checkpoint", daemon=True)
         self.cancelled = threading.Event()
         self.written: Future[list[str]] = Future()
-        """Done once the files of this rank are on the disk; the names of weights that are not finite."""
+        """Done once the files and the notes of this rank are on the disk; the names of weights that are not finite."""
         self.finished: Future[float] = Future()
         """Done with the thread, which on rank 0 publishes; the seconds that it took."""
 
@@ -58,11 +58,11 @@ class Flight:
             self.await_copy()
             broken = _not_finite(self.files)
             sums = [write(place.draft(self.state.step), self.files) for place in self.places if not broken]
+            if self.rank and self.files and not broken:
+                self._leave_notes(sums)  # before the ranks agree that all is written: rank 0 waits for it
             self.written.set_result(broken)
             if self.rank == 0 and not broken:
                 self._publish(sums)
-            elif self.files and not broken:
-                self._leave_notes(sums)
             self.finished.set_result(time.monotonic() - start)
         except Exception as error:  # raised again in the main thread
             for future in (self.written, self.finished):
