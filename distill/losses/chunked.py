@@ -2,7 +2,7 @@
 
 The gradient of a chunk is formed while its logits are there, in the forward pass, and backward only hands it out. So
 `[N, V]` never exists, nothing is computed twice, and the large buffers are allocated once: a fresh large tensor costs
-more page faults than its arithmetic. Any loss will do; `slopes` says by which means it is differentiated.
+more page faults than its arithmetic. Any loss will do; `slopes` says by which method it is differentiated.
 `OutputHead.__call__` and the loss on all logits at once are the plain form of the same, which the tests compare.
 
 N positions, V vocabulary, D what the head reads, K terms.
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from distill.losses.slopes import BLOCK, Chunk, Fastest, Means, SumTerms, Terms
+from distill.losses.slopes import BLOCK, Chunk, Fastest, SlopeMethod, SumTerms, Terms
 from distill.models.head import OutputHead, products, soft_cap
 from distill.models.memory import free_bytes
 from distill.models.mixture import MixtureHead
@@ -90,7 +90,7 @@ def through_heads(
     terms: Terms | SumTerms,
     factors: Tensor,
     size: int | None = None,
-    means: Means | None = None,
+    method: SlopeMethod | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the loss, with the gradient of the student's rows and head.
 
@@ -102,14 +102,14 @@ def through_heads(
         terms: The terms, or only their sums.
         factors: [K] factor of each sum in the loss.
         size: Positions per chunk; None: `chunk_size`.
-        means: Computes the slope of a chunk; None: whatever is fastest here.
+        method: Computes the slope of a chunk; None: whatever is fastest here.
 
     Returns:
         The loss, and the sum of each term [K] without gradient. Without positions both are 0 and so are the gradients.
     """
     terms = terms if isinstance(terms, Terms) else Terms(terms)
     assert isinstance(student.head, OutputHead), "a student has one head"
-    work = _Work(student.head, teacher, labels, terms, factors, size, means or Fastest())
+    work = _Work(student.head, teacher, labels, terms, factors, size, method or Fastest())
     loss, sums = _ThroughHeads.apply(student.rows, student.head.weight, student.head.bias, work)  # type: ignore[no-untyped-call]
     return loss, sums
 
@@ -122,7 +122,7 @@ class _Work:
     terms: Terms
     factors: Tensor
     size: int | None
-    means: Means
+    method: SlopeMethod
 
 
 class _Gradients:
@@ -196,7 +196,7 @@ class _ThroughHeads(torch.autograd.Function):
             chunk = Chunk(linear, target[0] if target else None, work.labels[part], head.cap, gradients.product)
             with torch.autocast(linear.device.type, enabled=False):
                 if any(needed):
-                    sums, slope = work.means(chunk, work.terms, factors)
+                    sums, slope = work.method(chunk, work.terms, factors)
                     gradients.add(part, slope)
                 else:
                     sums = _sum_only(chunk, work.terms)

@@ -100,11 +100,6 @@ class PredictionKind:
         tokens = self.tokens(batch)
         return tokens & functional.pad(batch["learned"][:, 1:], (0, 1)) if "learned" in batch else tokens
 
-    def mask(self, name: Mask) -> Callable[[Batch], Tensor]:
-        """Look up the function that makes a mask of a batch."""
-        function: Callable[[Batch], Tensor] = getattr(self, name)
-        return function
-
     def select(self, outputs: Outputs, batch: Batch, positions: Positions) -> Any:
         """Select the predictions at these positions: logits [N, V], or what they are made from."""
         if outputs.logits is not None:

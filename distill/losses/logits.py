@@ -31,6 +31,20 @@ def _non_negative(value: Tensor) -> Tensor:
     return value - value.detach().clamp(max=0)
 
 
+def _kl(first: Tensor, second: Tensor) -> Tensor:
+    """Compute KL(P || Q) [...] from the logs of P and Q [..., V]."""
+    return _non_negative((first.exp() * (first - second)).sum(-1))
+
+
+def _skewed_kl(first: Tensor, second: Tensor, alpha: float) -> Tensor:
+    """Compute KL(P || alpha P + (1 - alpha) Q) [...] from the logs of P and Q [..., V]."""
+    if not 0 <= alpha < 1:  # at 1 the mixture is P itself: a loss that is 0 everywhere and teaches nothing
+        raise ValueError(f"alpha must be at least 0 and below 1, got {alpha}")
+    if alpha == 0:
+        return _kl(first, second)
+    return _non_negative(-(first.exp() * _log_mixture(second - first, 1 - alpha, alpha)).sum(-1))
+
+
 def _log_mixture(log_ratio: Tensor, weight: float, rest: float) -> Tensor:
     """log(weight * exp(log_ratio) + rest) with weight + rest = 1: exactly 0 at ratio 1 and finite at any ratio."""
     near = torch.log1p(weight * torch.expm1(log_ratio.clamp(-1, 1)))
@@ -44,7 +58,7 @@ def forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: f
     Source: Hinton et al. 2015, arXiv:1503.02531, section 2 (there as cross-entropy; the gradient is the same).
     """
     student, teacher = _log_probabilities(student_logits, teacher_logits, temperature)
-    return _non_negative((teacher.exp() * (teacher - student)).sum(-1))
+    return _kl(teacher, student)
 
 
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -53,7 +67,7 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: f
     Source: Gu et al. 2023 (MiniLLM), arXiv:2306.08543, section 2.
     """
     student, teacher = _log_probabilities(student_logits, teacher_logits, temperature)
-    return _non_negative((student.exp() * (student - teacher)).sum(-1))
+    return _kl(student, teacher)
 
 
 def symmetric_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -76,11 +90,9 @@ def jsd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 
     """
     if not 0 <= beta <= 1:
         raise ValueError(f"beta must be between 0 and 1, got {beta}")
-    if beta == 0:
-        return forward_kl(student_logits, teacher_logits, temperature=temperature)
-    if beta == 1:
-        return reverse_kl(student_logits, teacher_logits, temperature=temperature)
     student, teacher = _log_probabilities(student_logits, teacher_logits, temperature)
+    if beta in (0, 1):
+        return _kl(student, teacher) if beta else _kl(teacher, student)
     log_ratio = teacher - student
     teacher_part = teacher.exp() * -_log_mixture(-log_ratio, 1 - beta, beta)  # T log(T / M)
     student_part = student.exp() * -_log_mixture(log_ratio, beta, 1 - beta)  # S log(S / M)
@@ -96,11 +108,8 @@ def skew_forward_kl(
 
     Source: Ko et al. 2024 (DistiLLM), arXiv:2402.03898, section 3.1.
     """
-    _check_skew(alpha)
-    if alpha == 0:
-        return forward_kl(student_logits, teacher_logits, temperature=temperature)
     student, teacher = _log_probabilities(student_logits, teacher_logits, temperature)
-    return _non_negative(-(teacher.exp() * _log_mixture(student - teacher, 1 - alpha, alpha)).sum(-1))
+    return _skewed_kl(teacher, student, alpha)
 
 
 def skew_reverse_kl(
@@ -112,17 +121,8 @@ def skew_reverse_kl(
 
     Source: Ko et al. 2024 (DistiLLM), arXiv:2402.03898, section 3.1.
     """
-    _check_skew(alpha)
-    if alpha == 0:
-        return reverse_kl(student_logits, teacher_logits, temperature=temperature)
     student, teacher = _log_probabilities(student_logits, teacher_logits, temperature)
-    return _non_negative(-(student.exp() * _log_mixture(teacher - student, 1 - alpha, alpha)).sum(-1))
-
-
-def _check_skew(alpha: float) -> None:
-    # At 1 the mixture is the target itself: a loss that is 0 everywhere and teaches nothing.
-    if not 0 <= alpha < 1:
-        raise ValueError(f"alpha must be at least 0 and below 1, got {alpha}")
+    return _skewed_kl(student, teacher, alpha)
 
 
 def total_variation(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -169,15 +169,13 @@ def adaptive_kl(
     if not 0 < head < 1:
         raise ValueError(f"head must be between 0 and 1, got {head}")
     student, teacher = _log_probabilities(student_logits, teacher_logits, temperature)
-    own, target = student.exp(), teacher.exp()
+    target = teacher.exp()
     ranked, order = _ranks(target, teacher_logits).sort(-1, descending=True)
     before = ranked.cumsum(-1) - ranked  # `head` is reached when it is up to rounding
     in_head = torch.zeros_like(ranked).scatter(-1, order, (before < head * (1 - 1e-5)).to(ranked.dtype))
-    gap = (target - own).abs()
+    gap = (target - student.exp()).abs()
     share = (gap * in_head).sum(-1) / gap.sum(-1).clamp(min=1e-12)
-    forward = _non_negative((target * (teacher - student)).sum(-1))
-    reverse = _non_negative((own * (student - teacher)).sum(-1))
-    return share * forward + (1 - share) * reverse
+    return share * _kl(teacher, student) + (1 - share) * _kl(student, teacher)
 
 
 def tail_aware_kl(

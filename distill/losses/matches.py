@@ -54,18 +54,12 @@ class MicroBatch:
         if (key := located(mask)) in self.batch:
             axes = self.kind.raw_labels(self.batch).ndim if mask in ("labelled", "predicted") else 2
             return Positions(self.batch[key], axes)
-        function = self.kind.mask(mask)
+        function = getattr(self.kind, mask)
         if mask == "states" and "learned" not in self.batch:
             function = self.kind.tokens  # often those that predict as well, and then looked at once
         if function not in self._found:
             self._found[function] = Positions.of(function(self.batch))
         return self._found[function]
-
-    @property
-    def no_positions(self) -> Positions:
-        """Positions of predictions, none of them."""
-        labels = self.kind.raw_labels(self.batch)
-        return Positions(labels.new_zeros(0, dtype=torch.int64), labels.ndim)
 
     @cached_property
     def visible(self) -> Tensor:

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill.losses.align import without_autocast
+from distill.losses.align import Positions, without_autocast
 from distill.losses.chunked import HeadInput, through_heads
 from distill.losses.kinds import PREDICTION_KINDS, Mask
 from distill.losses.matches import MicroBatch, located, projection_name
 from distill.losses.precision import choose_precision, estimate_kl
 from distill.losses.slopes import Fastest, Terms
-from distill.losses.terms import Maps, ScheduledTerm, resolve
+from distill.losses.terms import Maps, ResolvedTerm, resolve
 from distill.models.forward import Batch, Capture, Outputs
 from distill.models.head import HeadPrecision
 from distill.recipe.schema import Term
@@ -64,9 +64,8 @@ class Objective:
         self.chunk = chunk
         self.head_precision = head_precision
         """Of the operands of the heads' products; None: that of the weights or of autocast."""
-        self._means = Fastest()
+        self._slopes = Fastest()
         self._terms = resolve(terms, kind, maps, encoder_maps)
-        self._scheduled: tuple[float, list[ScheduledTerm]] = (0.0, [term.at(0.0) for term in self._terms])
         self.projections = nn.ModuleDict()
         """Learned maps from the student's width to the teacher's, one per pair of layers; see `project`."""
         self.needs_teacher = any(term.match.needs_teacher for term in self._terms)
@@ -80,11 +79,6 @@ class Objective:
                 layers.setdefault(term.match.capture, set()).update(pair[side] for pair in term.pairs)
         fields = {field: sorted(indices) for field, indices in layers.items()}
         return Capture(**fields, stop_at_head=self.kind.vocabulary)
-
-    @property
-    def has_vocabulary(self) -> bool:
-        """True where the predictions are tokens, whose head is part of the loss."""
-        return self.kind.vocabulary
 
     @property
     def names(self) -> list[str]:
@@ -108,7 +102,7 @@ class Objective:
 
     def notices(self) -> list[str]:
         """Take out what people should know about the way in which the loss is computed, each said once."""
-        notices, self._means.notices = self._means.notices, []
+        notices, self._slopes.notices = self._slopes.notices, []
         return notices
 
     def adapt_head_precision(self, values: Mapping[str, float | None]) -> str | None:
@@ -120,11 +114,9 @@ class Objective:
         Returns:
             A line about it where the choice changes.
         """
-        terms = [term for term in self._scheduled[1] if term.resolved.match.on_logits]
-        taught = [term for term in terms if term.resolved.match.needs_teacher]
         nearest: float | None = math.inf
-        for term in taught:
-            value = values[term.resolved.name]
+        for term in [term for term in self._terms if term.match.on_logits and term.match.needs_teacher]:
+            value = values[term.name]
             if value is None:
                 continue
             near = estimate_kl(term.named.name, value * term.to_temperature_one, term.named.params)
@@ -153,7 +145,7 @@ class Objective:
         """
         total = torch.zeros(len(self._terms), dtype=torch.int64)
         for batch in batches:
-            counts = torch.stack([self.kind.mask(term.match.mask)(batch).sum() for term in self._terms])
+            counts = torch.stack([getattr(self.kind, term.match.mask)(batch).sum() for term in self._terms])
             total = total.to(counts.device) + counts
         return total
 
@@ -188,35 +180,37 @@ class Objective:
         terms = self._at(progress)
         factors = [term.weight / count for term, count in zip(terms, counts.clamp(min=1), strict=True)]
         micro = MicroBatch(self.kind, batch, student, teacher, self.projections)
-        on_logits = [number for number, term in enumerate(terms) if term.resolved.match.on_logits]
+        on_logits = [number for number, term in enumerate(terms) if term.match.on_logits]
         loss, sums = self._from_logits(micro, [terms[n] for n in on_logits], [factors[n] for n in on_logits])
         totals = dict(zip(on_logits, sums, strict=True))
         with without_autocast(loss.device):
             for number, (term, factor) in enumerate(zip(terms, factors, strict=True)):
                 if number not in totals:
-                    valid = micro.positions(term.resolved.match.mask)
-                    total = torch.stack([term.total(micro, valid, pair) for pair in term.resolved.pairs]).mean()
+                    valid = micro.positions(term.match.mask)
+                    total = torch.stack([term.total(micro, valid, pair) for pair in term.pairs]).mean()
                     loss = loss + factor * total
                     totals[number] = total.detach()
         return loss, torch.stack([totals[number].float() for number in range(len(terms))])
 
-    def _at(self, progress: float) -> list[ScheduledTerm]:
+    def _at(self, progress: float) -> list[ResolvedTerm]:
         """Follow the schedules, once per step: all micro-batches of a step have the same progress."""
-        if self._scheduled[0] != progress:
-            self._scheduled = (progress, [term.at(progress) for term in self._terms])
-        return self._scheduled[1]
+        if self._terms[0].progress != progress:
+            self._terms = [replace(term, progress=progress) for term in self._terms]
+        return self._terms
 
     def _from_logits(
-        self, micro: MicroBatch, terms: Sequence[ScheduledTerm], factors: Sequence[Tensor]
+        self, micro: MicroBatch, terms: Sequence[ResolvedTerm], factors: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Compute the loss of the terms on logits, and their sums, in one pass over the positions that predict.
 
         Without such a term no position is selected, which ties the head into the graph all the same.
         """
-        with_teacher = any(term.resolved.match.needs_teacher for term in terms)
-        # Whatever has a label is predicted, so the positions with predictions are those of both.
-        valid = micro.positions("predicted" if with_teacher else "labelled") if terms else micro.no_positions
-        labels = valid.select(self.kind.labels(micro.batch))
+        with_teacher = any(term.match.needs_teacher for term in terms)
+        labels = self.kind.labels(micro.batch)
+        valid = Positions(labels.new_zeros(0, dtype=torch.int64), labels.ndim)
+        if terms:  # whatever has a label is predicted, so the positions with predictions are those of both
+            valid = micro.positions("predicted" if with_teacher else "labelled")
+        labels = valid.select(labels)
 
         def sum_terms(student: Tensor, teacher: Any, labels: Tensor) -> Tensor:
             sums = [term.total(student, teacher, labels, self.classes) for term in terms]
@@ -233,11 +227,11 @@ class Objective:
                 sums = sum_terms(student, None if teacher is None else teacher.detach(), labels)
                 return (factor * sums).sum(), sums.detach()
         # Outside of the block, as on a GPU autocast says in which dtype the heads take their operands.
-        key = [(id(term.resolved.function), term.scale, str(term.named.params)) for term in terms]
+        key = [(id(term.function), term.scale, str(term.named.params)) for term in terms]
         fixed = not any(term.changes for term in terms)
         named = [term.named for term in terms]
         made = Terms(sum_terms, named, self.classes.stop, (tuple(key), self.classes.stop) if fixed else None)
-        return through_heads(student, teacher, labels, made, factor, self.chunk, self._means)
+        return through_heads(student, teacher, labels, made, factor, self.chunk, self._slopes)
 
     def _in_head_precision(self, side: Any) -> Any:
         if not isinstance(side, HeadInput) or self.head_precision is None:

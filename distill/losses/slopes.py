@@ -1,6 +1,6 @@
-"""A chunk of logits in, the sums of the terms and their slope out, by the fastest means that works.
+"""A chunk of logits in, the sums of the terms and their slope out, by the fastest method that works.
 
-The slope is the derivative of the loss by the student's logits, of which only the chunk's are ever there. Three means
+The slope is the derivative of the loss by the student's logits, of which only the chunk's are ever there. Three methods
 compute it. On a GPU a Triton kernel takes one of the common divergences and the cross-entropy with labels; anything
 else, a user's own function too, is traced together with its gradient and compiled. On a CPU, and where neither works,
 autograd differentiates the loss block by block. All give the same; the tests compare.
@@ -99,7 +99,7 @@ class Chunk:
     """The dtype in which products with the slope are taken."""
 
 
-Means = Callable[[Chunk, Terms, Tensor], tuple[Tensor, Tensor]]
+SlopeMethod = Callable[[Chunk, Terms, Tensor], tuple[Tensor, Tensor]]
 """(chunk, terms, factor of each sum in the loss [K]) -> sums [K], slope [n, V]; the logits are gone."""
 
 
@@ -154,7 +154,7 @@ def fits_kernel(chunk: Chunk, terms: Terms) -> bool:
 
 
 class Fastest:
-    """The fastest means that works: kernel, compiled, autograd; says once why one is left out."""
+    """The fastest method that works: kernel, compiled, autograd; says once why one is left out."""
 
     def __init__(self, devices: Sequence[str] = ("cuda",), backend: str = "inductor") -> None:
         """Take nothing for granted yet.
@@ -171,31 +171,31 @@ class Fastest:
         self._trusted: set[Any] = set()
 
     def __call__(self, chunk: Chunk, terms: Terms, factors: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute sums and slope. Raises what autograd raises where it is the last means."""
-        for key, means in self._means(chunk, terms):
+        """Compute sums and slope. Raises what autograd raises where it is the last method."""
+        for key, method in self._methods(chunk, terms):
             try:
-                return means(chunk, terms, factors)
+                found = method(chunk, terms, factors)
+                if method == self.by_kernel_after_trial:
+                    self._trusted.add(key)
+                return found
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
                 self._given_up.add(key)
                 line = str(error).strip().splitlines()[:1]
                 self.notices.append(
-                    f"the loss on logits is not computed {means.__name__.replace('_', ' ')}, but more slowly "
+                    f"the loss on logits is not computed {method.__name__.replace('_', ' ')}, but more slowly "
                     f"({type(error).__name__}: {' '.join(line)})"
                 )
         return by_autograd(chunk, terms, factors)
 
-    def _means(self, chunk: Chunk, terms: Terms) -> Iterator[tuple[Any, Means]]:
+    def _methods(self, chunk: Chunk, terms: Terms) -> Iterator[tuple[Any, SlopeMethod]]:
         if chunk.linear.device.type not in self.devices or len(chunk.linear) == 0:
             return
         key: Any = ("kernel", tuple(term.name for term in terms.named), chunk.cap is None, chunk.product)
         if key not in self._given_up and fits_kernel(chunk, terms):
-            if key not in self._trusted and not isinstance(chunk.linear, FakeTensor):
-                self._trusted.add(key)
-                yield key, self.by_kernel_after_trial
-            else:
-                yield key, by_kernel
+            known = key in self._trusted or isinstance(chunk.linear, FakeTensor)
+            yield key, by_kernel if known else self.by_kernel_after_trial
         if isinstance(chunk.linear, FakeTensor):
             return
         key = ("compiled", terms.key, chunk.cap, chunk.product, type(chunk.teacher))
@@ -235,8 +235,8 @@ class Fastest:
         return self._compiled[key](*inputs)
 
 
-def trial(chunk: Chunk, terms: Terms, means: Means, rows: int = 4) -> float:
-    """Measure how far a means is off autograd, relative, on random logits of the chunk's form."""
+def trial(chunk: Chunk, terms: Terms, method: SlopeMethod, rows: int = 4) -> float:
+    """Measure how far a method is off autograd, relative, on random logits of the chunk's form."""
     linear = chunk.linear
     draw = torch.Generator(linear.device).manual_seed(0)
 
@@ -248,7 +248,7 @@ def trial(chunk: Chunk, terms: Terms, means: Means, rows: int = 4) -> float:
     labels = torch.arange(rows, device=linear.device) % linear.shape[-1]
     factors = torch.ones(len(terms.named), dtype=linear.dtype, device=linear.device)
     sample = replace(chunk, teacher=teacher, labels=labels)
-    found, expected = (each(replace(sample, linear=made.clone()), terms, factors) for each in (means, by_autograd))
+    found, expected = (each(replace(sample, linear=made.clone()), terms, factors) for each in (method, by_autograd))
     return max(
         float((one.double() - other.double()).norm() / other.double().norm().clamp(min=1e-30))
         for one, other in zip(found, expected, strict=True)

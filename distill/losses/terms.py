@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -29,49 +29,8 @@ EXAMPLE_COLUMNS = 64
 
 
 @dataclass(frozen=True)
-class ScheduledTerm:
-    """A term at one step of the training."""
-
-    resolved: ResolvedTerm
-    weight: float
-    scale: float
-    """Temperature², or 1."""
-    loss: Loss
-    """With temperature and parameters filled in."""
-
-    @property
-    def named(self) -> NamedTerm:
-        """The same by name, for those who compute it by other means; "" where the function is the user's own."""
-        known = {CROSS_ENTROPY: cross_entropy, **LOGITS}
-        name = next((name for name, each in known.items() if each is self.resolved.function), "")
-        return NamedTerm(name, self.scale, self.loss.keywords)  # type: ignore[attr-defined]
-
-    @property
-    def to_temperature_one(self) -> float:
-        """Factor that brings its values to temperature 1; near the teacher they fall as 1 / temperature²."""
-        return float(self.named.params.get("temperature", 1.0)) ** 2 / self.scale
-
-    @property
-    def changes(self) -> bool:
-        """True where more than the weight follows a schedule."""
-        schedule = self.resolved.spec.schedule
-        return schedule is not None and bool(schedule.params or schedule.temperature is not None)
-
-    def total(self, *compared: Any) -> Tensor:
-        """Sum the values of the loss over positions, times `scale`; `compared` is what the match's `values` takes.
-
-        Raises:
-            InputError: the loss cannot compare these two models, whose widths or heads do not fit.
-        """
-        try:
-            return self.scale * self.resolved.match.values(self.loss, *compared).sum()
-        except ValueError as error:
-            raise InputError(f"{self.resolved.key}: {self.resolved.name}: {error}") from error
-
-
-@dataclass(frozen=True)
 class ResolvedTerm:
-    """A term whose names are found and whose parameters are checked."""
+    """A term whose names are found and whose parameters are checked, at one step of the training."""
 
     key: str
     """Its place in the recipe, e.g. `losses.0`."""
@@ -84,21 +43,69 @@ class ResolvedTerm:
     """The term is the mean over them. Empty for terms on predictions."""
     share: float = 1.0
     """Of the weight: a term on the states of both stacks is the mean of one on each."""
+    progress: float = 0.0
+    """Share of the training that is done, 0 to 1; schedules follow it."""
 
-    def at(self, progress: float) -> ScheduledTerm:
-        """Follow the schedule to this share of the training, 0 to 1."""
-        spec, params = self.spec, dict(self.spec.params)
-        weight, temperature = spec.weight, spec.temperature
-        if spec.schedule is not None:
-            move = partial(_interpolate, share=_share_done(spec.schedule, progress))
-            weight = move(weight, spec.schedule.weight)
-            temperature = move(temperature, spec.schedule.temperature)
-            params |= {name: move(params[name], end) for name, end in spec.schedule.params.items()}
-        weight *= self.share
+    @property
+    def weight(self) -> float:
+        """Of the sum of its values in the loss."""
+        end = self.spec.schedule and self.spec.schedule.weight
+        return float(self._follow(self.spec.weight, end) * self.share)
+
+    @property
+    def temperature(self) -> float | None:
+        """Of the softmax; None: what is compared has none."""
         if "temperature" not in TERM_KEYS[self.spec.match].keys:
-            return ScheduledTerm(self, weight, 1.0, partial(self.function, **params))
-        scale = temperature**2 if spec.scale_by_temperature else 1.0
-        return ScheduledTerm(self, weight, scale, partial(self.function, temperature=temperature, **params))
+            return None
+        return float(self._follow(self.spec.temperature, self.spec.schedule and self.spec.schedule.temperature))
+
+    @cached_property
+    def params(self) -> dict[str, Any]:
+        """Keyword arguments of the function, temperature included."""
+        params, schedule = dict(self.spec.params), self.spec.schedule
+        if schedule is not None:
+            params |= {name: self._follow(params[name], end) for name, end in schedule.params.items()}
+        return params if self.temperature is None else {"temperature": self.temperature, **params}
+
+    @property
+    def scale(self) -> float:
+        """Temperature², or 1."""
+        return self.temperature**2 if self.temperature is not None and self.spec.scale_by_temperature else 1.0
+
+    @property
+    def named(self) -> NamedTerm:
+        """The same by name, for those who compute it by other methods; "" where the function is the user's own."""
+        known = {CROSS_ENTROPY: cross_entropy, **LOGITS}
+        name = next((name for name, each in known.items() if each is self.function), "")
+        return NamedTerm(name, self.scale, self.params)
+
+    @property
+    def to_temperature_one(self) -> float:
+        """Factor that brings its values to temperature 1; near the teacher they fall as 1 / temperature²."""
+        return (self.temperature or 1.0) ** 2 / self.scale
+
+    @property
+    def changes(self) -> bool:
+        """True where more than the weight follows a schedule."""
+        schedule = self.spec.schedule
+        return schedule is not None and bool(schedule.params or schedule.temperature is not None)
+
+    def total(self, *compared: Any) -> Tensor:
+        """Sum the values of the loss over positions, times `scale`; `compared` is what the match's `values` takes.
+
+        Raises:
+            InputError: the loss cannot compare these two models, whose widths or heads do not fit.
+        """
+        try:
+            return self.scale * self.match.values(partial(self.function, **self.params), *compared).sum()
+        except ValueError as error:
+            raise InputError(f"{self.key}: {self.name}: {error}") from error
+
+    def _follow(self, start: Any, end: Any) -> Any:
+        """Follow the schedule from one value to another; None: it does not change."""
+        if self.spec.schedule is None or end is None:
+            return start
+        return start + (end - start) * _share_done(self.spec.schedule, self.progress)
 
 
 def _share_done(schedule: Schedule, progress: float) -> float:
@@ -106,10 +113,6 @@ def _share_done(schedule: Schedule, progress: float) -> float:
     length = schedule.end - schedule.start
     done = min(1.0, max(0.0, (progress - schedule.start) / length)) if length else float(progress >= schedule.end)
     return done if schedule.shape == "linear" else (1 - math.cos(math.pi * done)) / 2
-
-
-def _interpolate(start: Any, end: Any, share: float) -> Any:
-    return start if end is None else start + (end - start) * share
 
 
 def resolve(
@@ -176,21 +179,15 @@ def _check_loss(term: Term, match: Match, name: str, kind: PredictionKind, where
 
 
 def _check_schedule(schedule: Schedule, function: Loss, where: str) -> None:
-    for name in schedule.params:
-        if _is_whole_number(function, name):
+    """Refuse a schedule of a whole number: a parameter that says so, or that says nothing and has one as default."""
+    parameters = inspect.signature(function).parameters
+    for name in [name for name in schedule.params if name in parameters]:
+        annotation, default = parameters[name].annotation, parameters[name].default
+        unsaid = annotation is inspect.Parameter.empty
+        if type(default) is int if unsaid else annotation in (int, "int", "int | None"):
             raise InputError(
                 f"{where}.params.{name}: a whole number has nothing in between; remove it from the schedule"
             )
-
-
-def _is_whole_number(function: Loss, name: str) -> bool:
-    """Look whether a parameter is a whole number: it says so, or says nothing and its default is one."""
-    parameter = inspect.signature(function).parameters.get(name)
-    if parameter is None:
-        return False
-    if parameter.annotation is inspect.Parameter.empty:
-        return type(parameter.default) is int
-    return parameter.annotation in (int, "int", "int | None")
 
 
 def _try_out(loss: Loss, match: Match, kind: PredictionKind, params: Mapping[str, Any], where: str, name: str) -> None:

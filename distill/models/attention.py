@@ -6,6 +6,7 @@ Shapes: B examples, L positions, D width, H heads.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,16 +42,13 @@ def watch_projections(model: Any, layer: int, keep: Callable[[int, Tensor], None
     """Hand queries (0), keys (1) and values (2) of one layer, [B, L, D] each, to `keep` whenever they are made."""
     layout, module = _attention(model, layer)
 
-    def hook(number: int) -> Callable[[nn.Module, Any, Tensor], None]:
-        def keep_each(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            made = _split_fused(model.config, layout.fused, output) if layout.fused else [output]
-            for offset, projection in enumerate(made):
-                keep(number + offset, projection)
-
-        return keep_each
+    def keep_each(first: int, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        made = _split_fused(model.config, layout.fused, output) if layout.fused else [output]
+        for number, projection in enumerate(made, first):
+            keep(number, projection)
 
     names = enumerate(layout.projections)
-    return [module.get_submodule(name).register_forward_hook(hook(number)) for number, name in names]
+    return [module.get_submodule(name).register_forward_hook(partial(keep_each, number)) for number, name in names]
 
 
 def relation_widths(model: Any, layer: int) -> list[int]:

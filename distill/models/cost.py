@@ -199,13 +199,8 @@ def least_seconds(
         repeats: At most so many turns.
         patience: Seconds after which no other turn begins.
     """
-    start, least = time.perf_counter(), dict.fromkeys(passes, float("inf"))
-    for turn in range(repeats):
-        rounds = time_in_turns(passes, 1, 1, device, warm_up=int(turn == 0))
-        least = {name: min(seconds, rounds[name][0][0]) for name, seconds in least.items()}
-        if time.perf_counter() - start > patience:
-            break
-    return least
+    rounds = time_in_turns(passes, repeats, 1, device, warm_up=1, patience=patience)
+    return {name: min(seconds for (seconds,) in own) for name, own in rounds.items()}
 
 
 @torch.inference_mode()

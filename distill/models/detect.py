@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers.initialization import no_init_weights
 
 from distill.models.axes import keep_units
@@ -114,15 +115,12 @@ def _is_permutable(base: Any, path: str, depth_key: str, mlp: MlpLayout) -> bool
     inside = dict(small.get_submodule(path)[0].named_parameters())
 
     def output_with(*mixed: str) -> Tensor:
-        kept = {name: inside[name].clone() for name in mixed if name in inside}
-        for name, tensor in kept.items():
-            inside[name].copy_(keep_units(tensor, mlp.axis.tensors[name], order))
+        places = {name: mlp.axis.tensors[name] for name in mixed if name in inside}
+        changed = {f"{path}.0.{name}": keep_units(inside[name], place, order) for name, place in places.items()}
         try:
-            output: Tensor = small(input_ids=torch.arange(TRIAL_LENGTH)[None])[0]
+            output: Tensor = functional_call(small, changed, (), {"input_ids": torch.arange(TRIAL_LENGTH)[None]})[0]
         except FAILURES as error:
             raise Unrecognised(f"one layer of it cannot be run on token ids ({error})") from error
-        for name, tensor in kept.items():
-            inside[name].copy_(tensor)
         return output
 
     plain, together, alone = output_with(), output_with(*mlp.axis.tensors), output_with(f"{mlp.out}.weight")

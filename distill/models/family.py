@@ -64,6 +64,11 @@ def protected_layers(model: Any, side: StackName, spec: Layers) -> frozenset[int
     return frozenset(stay)
 
 
+def depths_of(model: Any) -> dict[StackName, int]:
+    """Count the layers of each stack, in the order of the forward pass."""
+    return {side: len(layers_of(model, side)) for side in layout_of(model).sides}
+
+
 def layers_of(model: Any, side: StackName = "main") -> nn.ModuleList:
     """The layers of one stack, first to last."""
     layers = model.base_model.get_submodule(layout_of(model).stack(side).layers)

@@ -56,7 +56,7 @@ def with_decoder_inputs(model: Any, batch: Batch) -> Batch:
         InputError: The model has no such rule.
     """
     two_stacks = getattr(model.config, "is_encoder_decoder", False)
-    if "decoder_input_ids" in batch or "labels" not in batch or not two_stacks or not _predicts_tokens(model):
+    if "decoder_input_ids" in batch or "labels" not in batch or not two_stacks or model.get_output_embeddings() is None:
         return batch
     labels = batch["labels"]
     if getattr(model.config, "decoder_start_token_id", None) is None:
@@ -64,10 +64,6 @@ def with_decoder_inputs(model: Any, batch: Batch) -> Batch:
     after_last = (labels != UNLABELLED).flip(-1).cumsum(-1).flip(-1) == 0  # a gap in the labels is no padding
     shifted = _shift_right(model, labels)
     return {**batch, "decoder_input_ids": shifted, "decoder_attention_mask": (~after_last).to(labels.dtype)}
-
-
-def _predicts_tokens(model: Any) -> bool:
-    return model.get_output_embeddings() is not None
 
 
 def _shift_right(model: Any, labels: Tensor) -> Tensor:
@@ -241,12 +237,10 @@ def capture(model: Any, wanted: Capture) -> Iterator[Outputs]:
     """
     found = Outputs(None)
     handles: list[RemovableHandle] = []
-    sides: dict[StackName, Any] = {
-        "main": (wanted.hidden, found.hidden),
-        "encoder": (wanted.encoder_hidden, found.encoder_hidden),
-    }
-    for side, (indices, states) in sides.items():
-        handles += _watch_states(model, side, indices, states) if indices else []
+    if wanted.hidden:
+        handles += _watch_states(model, "main", wanted.hidden, found.hidden)
+    if wanted.encoder_hidden:
+        handles += _watch_states(model, "encoder", wanted.encoder_hidden, found.encoder_hidden)
     for layer in wanted.attention:
         handles.append(watch_maps(model, layer, partial(found.attention.__setitem__, layer)))
     for layer in wanted.relations:
@@ -264,16 +258,13 @@ def _watch_states(
     """Collect the outputs of one stack's layers, and for -1 the input of the first, whenever it runs."""
     layers = layers_of(model, side)
 
-    def output_of(index: int) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            found[index] = first_tensor(output)
+    def keep_output(index: int, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        found[index] = first_tensor(output)
 
-        return hook
-
-    def input_of(_module: nn.Module, inputs: Any, named: Any) -> None:
+    def keep_input(_module: nn.Module, inputs: Any, named: Any) -> None:
         found[-1] = layer_input(inputs, named)
 
-    handles = [layers[index].register_forward_hook(output_of(index)) for index in wanted if index >= 0]
+    handles = [layers[index].register_forward_hook(partial(keep_output, index)) for index in wanted if index >= 0]
     if -1 in wanted:
-        handles.append(layers[0].register_forward_pre_hook(input_of, with_kwargs=True))
+        handles.append(layers[0].register_forward_pre_hook(keep_input, with_kwargs=True))
     return handles

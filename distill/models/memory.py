@@ -10,10 +10,10 @@ import logging
 import re
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from distill.errors import InputError
 from distill.ranks import free_memory
 
+T = TypeVar("T")
 UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 
@@ -140,6 +141,20 @@ def make_fake(module: nn.Module) -> None:
                 fake = torch.empty(tensor.shape, dtype=tensor.dtype)
                 new[tensor] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
             setattr(each, name, new[tensor])
+
+
+def split_groups(items: Iterable[T], cost: Callable[[T], int], most: int) -> Iterator[list[T]]:
+    """Split the items in order into groups that cost at most `most` together; one that costs more stands alone."""
+    group: list[T] = []
+    spent = 0
+    for item in items:
+        if group and spent + cost(item) > most:
+            yield group
+            group, spent = [], 0
+        group.append(item)
+        spent += cost(item)
+    if group:
+        yield group
 
 
 def free_bytes(device: torch.device) -> int:

@@ -33,44 +33,29 @@ class MixtureHead:
         """A matrix with a row for each logit."""
         return self.parts[0].weight
 
-    def operands(self, rows: Tensor) -> tuple[Mixing, Tensor]:
+    def operands(self, rows: Tensor) -> tuple[MixtureHead, Tensor]:
         """Prepare the products, as `OutputHead.operands` does."""
         parts = [replace(part, precision=self.precision or part.precision) for part in self.parts]
-        return Mixing([part.operands(rows[:0, : part.weight.shape[1]])[0] for part in parts]), rows.detach()
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        """Compute all logits [..., V] at once: the reference of the chunked ones."""
-        *own, weights = _columns(rows, self.parts)
-        logits = [part(each) for part, each in zip(self.parts, own, strict=True)]
-        return mix_classes([each.flatten(0, -2) for each in logits], weights.flatten(0, -2)).view(logits[0].shape)
-
-
-class Mixing:
-    """A mixture at work on the chunks of one pass, with a buffer of its own."""
-
-    def __init__(self, parts: Sequence[OutputHead]):
-        self.parts, self._room = parts, torch.empty(0)
-
-    @property
-    def weight(self) -> Tensor:
-        """A matrix with a row for each logit."""
-        return self.parts[0].weight
+        prepared = tuple(part.operands(rows[:0, : part.weight.shape[1]])[0] for part in parts)
+        return replace(self, parts=prepared), rows.detach()
 
     def logits(self, rows: Tensor, out: Tensor) -> Tensor:
-        """Write the log-probabilities of `rows` [N, D_1 + … + T] into `out` [N, V], without gradient."""
+        """Write the log-probabilities of `rows` [N, D_1 + … + T] into `out` [N, V]; from `operands`, no gradient."""
         *own, weights = _columns(rows, self.parts)
+        room = torch.empty_like(out)
         for number, (part, each) in enumerate(zip(self.parts, own, strict=True)):
-            target = out if number == 0 else self._buffer(out)
+            target = room if number else out
             part.logits(each.to(part.weight.dtype), out=target)
             target.sub_(target.logsumexp(-1, keepdim=True)).add_(weights[:, number : number + 1])
             if number:
                 torch.logaddexp(out, target, out=out)
         return out
 
-    def _buffer(self, like: Tensor) -> Tensor:
-        if self._room.numel() < like.numel():
-            self._room = torch.empty(like.numel(), dtype=like.dtype, device=like.device)
-        return self._room[: like.numel()].view(like.shape)
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Compute all logits [..., V] at once: the reference of the chunked ones."""
+        *own, weights = _columns(rows, self.parts)
+        logits = [part(each) for part, each in zip(self.parts, own, strict=True)]
+        return mix_classes([each.flatten(0, -2) for each in logits], weights.flatten(0, -2)).view(logits[0].shape)
 
 
 def _columns(rows: Tensor, parts: Sequence[OutputHead]) -> tuple[Tensor, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -20,10 +21,12 @@ def even_pairs(student_layers: int, teacher_layers: int) -> list[tuple[int, int]
     return [(layer, max(0, end)) for layer, end in enumerate(ends)]
 
 
-class KeptUnits(BaseModel):
-    """The units of one axis that a layer keeps."""
-
+class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class KeptUnits(_Part):
+    """The units of one axis that a layer keeps."""
 
     of: int = Field(ge=1, le=1_000_000)
     """Number of units of the teacher's layer."""
@@ -51,10 +54,8 @@ class KeptUnits(BaseModel):
         return self
 
 
-class LayerPlan(BaseModel):
+class LayerPlan(_Part):
     """The teacher layer that a student layer comes from, and the units of each axis that it keeps."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     teacher_layer: int = Field(ge=0)
     """Index of the teacher layer."""
@@ -77,10 +78,8 @@ class LayerPlan(BaseModel):
         return self.kept["mlp"].units
 
 
-class Outcome(BaseModel):
+class Outcome(_Part):
     """A requested value and what the student actually has."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     asked: str
     """As the recipe says it."""
@@ -90,20 +89,8 @@ class Outcome(BaseModel):
     """Cause of the difference; empty when there is none."""
 
 
-def _convert_layer(layer: Any) -> dict[str, Any]:
-    old = {"teacher_layer", "width", "teacher_width", "neurons"}
-    if not isinstance(layer, dict) or set(layer) - old or not old - {"neurons"} <= set(layer):
-        raise ValueError(f"a layer of format 1 has the keys {', '.join(sorted(old))}")
-    kept = KeptUnits(of=layer["teacher_width"], units=layer.get("neurons"))
-    if kept.count != layer["width"]:
-        raise ValueError(f"layer {layer['teacher_layer']} has a width of {layer['width']} and {kept.count} neurons")
-    return {"teacher_layer": layer["teacher_layer"], "kept": {"mlp": kept}}
-
-
-class GivenStudent(BaseModel):
+class GivenStudent(_Part):
     """A student that was not cut from the teacher."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     model_type: str
     """Its own `config.model_type`."""
@@ -115,10 +102,8 @@ class GivenStudent(BaseModel):
     """Source of the pairs of layers: an even rule, or the plan of the run that cut it from this teacher."""
 
 
-class StudentPlan(BaseModel):
+class StudentPlan(_Part):
     """Decided before anything is cut; `build_student` only carries it out."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: Literal["distill.plan/2"] = "distill.plan/2"
     model_type: str
@@ -155,18 +140,10 @@ class StudentPlan(BaseModel):
                 raise ValueError(f"layers must be ascending layers of the teacher, which has {depth}")
         return self
 
-    @model_validator(mode="before")
-    @classmethod
-    def _convert_format_1(cls, data: Any) -> Any:
-        """Turn a plan of format 1, whose layers know no axis but the MLP, into one of format 2."""
-        if not isinstance(data, dict) or data.get("format") != "distill.plan/1":
-            return data
-        new = {**data, "format": "distill.plan/2", "outcomes": data.get("choices", {})}
-        new.pop("choices", None)
-        for stack in ("layers", "encoder_layers"):
-            if isinstance(data.get(stack), list):
-                new[stack] = [_convert_layer(layer) for layer in data[stack]]
-        return new
+    def is_for(self, model_type: str, depths: Mapping[StackName, int]) -> bool:
+        """Tell whether the plan was made for a teacher of this family with as many layers in each stack."""
+        planned = {"main": self.teacher_layers, "encoder": self.teacher_encoder_layers}
+        return self.model_type == model_type and all(planned[side] == depth for side, depth in depths.items())
 
     def stack(self, side: StackName) -> list[LayerPlan]:
         """The layers of one stack; empty when the model does not have it."""
@@ -181,11 +158,6 @@ class StudentPlan(BaseModel):
     def widths(self) -> list[int]:
         """MLP width of each student layer."""
         return [layer.width for layer in self.layers]
-
-    @property
-    def layer_map(self) -> list[tuple[int, int]]:
-        """(student layer, teacher layer) pairs for hidden-state losses."""
-        return [(student, layer.teacher_layer) for student, layer in enumerate(self.layers)]
 
     def to_json(self) -> str:
         """The plan as JSON text with a final newline."""

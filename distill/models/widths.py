@@ -108,6 +108,23 @@ def as_stock(model: Any) -> Any:
     return model
 
 
+def empty_like(model: Any, config: Any) -> Any:
+    """Build a model of the same class and dtype from another config, with weights that the caller has to fill."""
+    with no_init_weights():  # random ones would be drawn for nothing
+        made = type(model)._from_config(config, dtype=model.dtype)
+    made.tie_weights()  # part of the skipped initialisation
+    inherit(made, model)
+    return made
+
+
+def inherit(model: Any, source: Any) -> None:
+    """Give a model what its source has beside config and weights: settings of generation, and the sentence head."""
+    if source.can_generate():
+        model.generation_config = copy.deepcopy(source.generation_config)
+    if hasattr(source, "sentence_head"):
+        model.sentence_head = source.sentence_head
+
+
 @torch.no_grad()
 def pad_to_largest(model: Any) -> Any:
     """Copy a model into one with a plain config and the same logits: zero units fill every axis up to the largest.
@@ -116,9 +133,7 @@ def pad_to_largest(model: Any) -> Any:
     """
     config = copy.deepcopy(model.config)
     set_sizes(config, [])
-    with no_init_weights():  # every tensor is copied below
-        wide = type(model)._from_config(config, dtype=model.dtype)
-    wide.tie_weights()
+    wide = empty_like(model, config)
     source, prefixes = model.state_dict(), {side: layers_prefix(model, side) for side in layout_of(model).sides}
     for side, index, axis in axes_of(wide):
         for name in axis.tensors:
@@ -126,6 +141,4 @@ def pad_to_largest(model: Any) -> Any:
             source[key] = pad_units(source[key], axis.axis.tensors[name], axis.units)
     for name, tensor in wide.state_dict().items():
         tensor.copy_(source[name])
-    if model.can_generate():
-        wide.generation_config = copy.deepcopy(model.generation_config)
     return wide.eval()

@@ -6,16 +6,15 @@ import copy
 from typing import Any
 
 import torch
-from transformers.initialization import no_init_weights
 
 from distill.errors import InputError
 from distill.models.axes import keep_units
-from distill.models.family import check_kept, layers_of, layers_prefix, layout_of
+from distill.models.family import check_kept, depths_of, layers_prefix, layout_of
 from distill.models.layout import Axis, StackName
 from distill.models.mlp import mlps_of
 from distill.models.pattern import cut_lists, settle_periods
 from distill.models.plan import StudentPlan
-from distill.models.widths import axes_of, resize_layers, set_sizes
+from distill.models.widths import axes_of, empty_like, resize_layers, set_sizes
 
 
 @torch.no_grad()
@@ -28,25 +27,17 @@ def build_student(teacher: Any, plan: StudentPlan) -> Any:
     Raises:
         InputError: The plan was made for another model, or its layers cannot stand without those it drops.
     """
-    sides = layout_of(teacher).sides
-    depths = {side: len(layers_of(teacher, side)) for side in sides}
-    planned = {"main": plan.teacher_layers, "encoder": plan.teacher_encoder_layers}
-    if plan.model_type != teacher.config.model_type or any(planned[side] != depths[side] for side in sides):
+    depths = depths_of(teacher)
+    if not plan.is_for(teacher.config.model_type, depths):
         raise InputError(
             f"the plan is for a {plan.model_type} of {plan.teacher_layers} layers, "
             f"the teacher is a {teacher.config.model_type} of {depths['main']}"
         )
-    for side in sides:
+    for side in depths:
         check_kept(teacher, side, [layer.teacher_layer for layer in plan.stack(side)])
-    with no_init_weights():  # every tensor is copied below; drawing random ones first would be wasted
-        student = type(teacher)._from_config(student_config(teacher, plan), dtype=teacher.dtype)
+    student = empty_like(teacher, student_config(teacher, plan))
     resize_layers(student, lambda side, index, axis: plan.stack(side)[index].kept[axis.name].count)
-    student.tie_weights()  # part of the skipped initialisation
     _copy_cut(teacher, student, plan)
-    if teacher.can_generate():
-        student.generation_config = copy.deepcopy(teacher.generation_config)
-    if hasattr(teacher, "sentence_head"):
-        student.sentence_head = teacher.sentence_head
     return student.eval()
 
 

@@ -12,7 +12,7 @@ from distill.errors import InputError
 from distill.models.family import layers_of, layout_of, protected_layers
 from distill.models.layout import INDEX_FLAGS, StackName
 from distill.models.plan import StudentPlan
-from distill.models.widths import axes_of, is_unequal, set_sizes
+from distill.models.widths import axes_of, inherit, is_unequal, set_sizes
 from distill.recipe.schema import Layers, Student
 from distill.student.build import build_student
 from distill.student.layers import random
@@ -84,10 +84,7 @@ def draw_weights(student: Any, seed: int) -> Any:
     set_sizes(config, [])
     torch.manual_seed(seed)
     fresh = type(student)._from_config(config, dtype=student.dtype).eval()
-    if student.can_generate():
-        fresh.generation_config = copy.deepcopy(student.generation_config)
-    if hasattr(student, "sentence_head"):
-        fresh.sentence_head = student.sentence_head
+    inherit(fresh, student)
     if not is_unequal(student.config):
         return fresh
     every: dict[StackName, list[int]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from distill.models.family import layers_of, layout_of
+from distill.models.family import depths_of
 from distill.models.layout import StackName
 from distill.models.mlp import mlps_of
 from distill.models.plan import GivenStudent, KeptUnits, LayerPlan, StudentPlan, even_pairs
@@ -22,24 +22,25 @@ def describe_student(teacher: Any, student: Any, before: StudentPlan | None = No
         before: The plan that an earlier run released with it. Where it was made for a teacher of this family and depth,
             it says which of the teacher's layers each of the student's comes from.
     """
-    sides = layout_of(teacher).sides
-    depths = {side: len(layers_of(teacher, side)) for side in sides}
-    own = {side: len(layers_of(student, side)) for side in sides}
-    composed = before is not None and _is_of(before, teacher.config.model_type, depths, own)
+    depths = depths_of(teacher)
+    mlps = {side: mlps_of(student, side) for side in depths}
+    composed = None
+    if before is not None and before.is_for(teacher.config.model_type, depths):
+        composed = before if all(len(before.stack(side)) == len(own) for side, own in mlps.items()) else None
 
     def stack(side: StackName) -> list[LayerPlan]:
-        widths = {index: mlp.width for index, mlp in enumerate(mlps_of(student, side))}
-        pairs = even_pairs(own[side], depths[side])
-        if before is not None and composed:
-            pairs = [(index, layer.teacher_layer) for index, layer in enumerate(before.stack(side))]
-        return [LayerPlan(teacher_layer=to, kept={"mlp": KeptUnits(of=widths[index])}) for index, to in pairs]
+        ends = [end for _, end in even_pairs(len(mlps[side]), depths[side])]
+        if composed is not None:
+            ends = [layer.teacher_layer for layer in composed.stack(side)]
+        pairs = zip(ends, mlps[side], strict=True)
+        return [LayerPlan(teacher_layer=end, kept={"mlp": KeptUnits(of=mlp.width)}) for end, mlp in pairs]
 
     return StudentPlan(
         model_type=teacher.config.model_type,
         teacher_layers=depths["main"],
         layers=stack("main"),
         teacher_encoder_layers=depths.get("encoder"),
-        encoder_layers=stack("encoder") if "encoder" in sides else None,
+        encoder_layers=stack("encoder") if "encoder" in depths else None,
         layer_policy=GIVEN,
         mlp_score=GIVEN,
         mlp_allocation=GIVEN,
@@ -47,13 +48,6 @@ def describe_student(teacher: Any, student: Any, before: StudentPlan | None = No
             model_type=student.config.model_type,
             hidden_size=student.config.hidden_size,
             teacher_hidden_size=teacher.config.hidden_size,
-            map="plan" if composed else "rule",
+            map="rule" if composed is None else "plan",
         ),
     )
-
-
-def _is_of(plan: StudentPlan, family: str, depths: dict[StackName, int], own: dict[StackName, int]) -> bool:
-    """Tell whether a plan pairs layers of such a student with those of such a teacher."""
-    planned = {"main": plan.teacher_layers, "encoder": plan.teacher_encoder_layers}
-    fits = all(planned[side] == depths[side] and len(plan.stack(side)) == own[side] for side in depths)
-    return plan.model_type == family and fits

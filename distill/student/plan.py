@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distill.errors import InputError
 from distill.models.cost import latency_ratio
-from distill.models.family import layers_of, layout_of
+from distill.models.family import depths_of
 from distill.models.layout import StackName
 from distill.models.mlp import NeuronAxis, placed_mlps
 from distill.models.plan import KeptUnits, LayerPlan, Outcome, StudentPlan
@@ -70,8 +70,8 @@ def plan_student(model: Any, spec: Student, calibration: Statistics | None = Non
         InputError: An unknown family, a layer out of range, a width or a target that cannot be had, or a missing
             calibration.
     """
-    sides = layout_of(model).sides
     depths = _check_layers(model, spec)
+    sides = list(depths)
     asked = {"main": spec.depth, "encoder": spec.encoder_layers}
     kept = {side: choose_layers(model, side, asked[side], calibration) for side in sides}
     scored = [
@@ -123,7 +123,7 @@ def check_student(model: Any, spec: Student) -> None:
 
 def _check_layers(model: Any, spec: Student) -> dict[StackName, int]:
     """Apply the recipe's rules on layers to the model itself; returns its depths."""
-    depths = {side: len(layers_of(model, side)) for side in layout_of(model).sides}
+    depths = depths_of(model)
     parts = {"layers": spec.depth, "encoder_layers": spec.encoder_layers, "mlp": spec.mlp}
     if mistakes := list(check_together(parts, TeacherSize(depths["main"], encoder_layers=depths.get("encoder")))):
         raise InputError("; ".join(map(str, mistakes)))

@@ -41,12 +41,8 @@ class TrainState:
 
     step: int = 0
     """Optimizer steps done."""
-    examples: int = 0
-    """Examples seen."""
     tokens: int = 0
     """Tokens seen, padding not counted."""
-    seconds: float = 0.0
-    """Time spent in training, over all restarts."""
     micro_batch_size: int = 0
     """Examples per forward pass, before halving."""
     micro_batch_halvings: int = 0
@@ -199,10 +195,10 @@ def fault_of(checkpoint: Path) -> str | None:
         if absent := {"made_from", "numbers"} - state.keys():
             return f"it was written by an older version, without {', '.join(sorted(absent))}"
         whole = TrainState(**{key: value for key, value in state.items() if key != "made_from"})
-        counts = [whole.step, whole.examples, whole.tokens, whole.micro_batch_size, whole.evaluated]
+        counts = [whole.step, whole.tokens, whole.micro_batch_size, whole.evaluated]
         if not (all(type(each) is int and each >= 0 for each in counts) and whole.micro_batch_halvings in range(64)):
             return "its counts are those of no training"
-        if not isinstance(whole.seconds, int | float) or not isinstance(whole.numbers, dict):
+        if not isinstance(whole.numbers, dict):
             return "its state is that of no training"
         return None if checkpoint.stem == _name(state["step"]) else f"it is of step {state['step']}"
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:

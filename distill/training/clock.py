@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -24,7 +24,7 @@ class Stopwatch:
         return max(seconds, 1e-9)
 
     @contextmanager
-    def apart(self) -> Iterator[None]:
+    def paused(self) -> Iterator[None]:
         """Time what is no step, from when the device has done all steps before it; `last` has the seconds."""
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
@@ -55,19 +55,12 @@ class Utilisation:
             return None
         share = tokens_per_second / self.peak
         if share > 1 and self.measure is not None:
-            self.peak = max(self.peak, self._measure_again(share))
-            share = tokens_per_second / self.peak
-        return share
-
-    def _measure_again(self, share: float) -> float:
-        assert self.measure is not None and self.peak is not None
-        try:
-            found = self.measure()
-        except torch.OutOfMemoryError:
-            return self.peak
-        if found > self.peak:
-            self.say(
-                f"MFU {share:.0%}: the rate of matrix products was measured too low, while something else ran; "
-                f"measured again, it is {found / self.peak:.2f} times as high"
-            )
-        return found
+            with suppress(torch.OutOfMemoryError):
+                found = self.measure()
+                if found > self.peak:
+                    self.say(
+                        f"MFU {share:.0%}: the rate of matrix products was measured too low, while something else ran; "
+                        f"measured again, it is {found / self.peak:.2f} times as high"
+                    )
+                    self.peak = found
+        return tokens_per_second / self.peak

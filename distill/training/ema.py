@@ -58,4 +58,4 @@ class Ema:
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore what `tensors` gave."""
-        self.values = {name: shard_like(tensor, self.parameters[name]) for name, tensor in tensors.items()}
+        self.values = {name: shard_like(tensors[name], own) for name, own in self.parameters.items()}

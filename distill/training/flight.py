@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 
 import torch
 
@@ -44,32 +45,29 @@ class Flight:
         self.places, self.state, self.files, self.await_copy = places, state, files, await_copy
         self.rank, self.others = rank, others
         self.thread = threading.Thread(target=self.run, name="checkpoint", daemon=True)
-        self.written, self.cancelled = threading.Event(), threading.Event()
-        self.failure: Exception | None = None
-        self.broken: list[str] = []
-        self.seconds = 0.0
-
-    def start(self) -> None:
-        """Begin."""
-        self.thread.start()
+        self.cancelled = threading.Event()
+        self.written: Future[list[str]] = Future()
+        """Done once the files and the notes of this rank are on the disk; the names of weights that are not finite."""
+        self.finished: Future[float] = Future()
+        """Done with the thread, which on rank 0 publishes; the seconds that it took."""
 
     def run(self) -> None:
         """Write the files of this rank, then publish, or leave a note for the rank that does."""
         start = time.monotonic()
         try:
             self.await_copy()
-            self.broken = _not_finite(self.files)
-            if not self.broken:
-                sums = [write(place.draft(self.state.step), self.files) for place in self.places]
-                if self.rank == 0:
-                    self.written.set()
-                    self._publish(sums)
-                elif self.files:
-                    self._leave_notes(sums)
+            broken = _not_finite(self.files)
+            sums = [write(place.draft(self.state.step), self.files) for place in self.places if not broken]
+            if self.rank and self.files and not broken:
+                self._leave_notes(sums)  # before the ranks agree that all is written: rank 0 waits for it
+            self.written.set_result(broken)
+            if self.rank == 0 and not broken:
+                self._publish(sums)
+            self.finished.set_result(time.monotonic() - start)
         except Exception as error:  # raised again in the main thread
-            self.failure = error
-        self.seconds = time.monotonic() - start
-        self.written.set()
+            for future in (self.written, self.finished):
+                if not future.done():
+                    future.set_exception(error)
 
     def _leave_notes(self, sums: Sequence[dict[str, str]]) -> None:
         for place, own in zip(self.places, sums, strict=True):
@@ -87,20 +85,6 @@ class Flight:
                 note.unlink()
             place.publish(self.state, own)
 
-    def await_files(self) -> list[str]:
-        """Wait until the files of this rank are on the disk; returns the names of weights that are not finite."""
-        self.written.wait()
-        if self.failure is not None:
-            raise self.failure
-        return self.broken
-
-    def await_publication(self) -> float:
-        """Wait until the thread is done, which on rank 0 publishes; returns the seconds that it took."""
-        self.thread.join()
-        if self.failure is not None:
-            raise self.failure
-        return self.seconds
-
     def cancel(self) -> None:
         """Have rank 0 not wait for notes that will not come, and wait until nothing more is written."""
         self.cancelled.set()
@@ -108,7 +92,7 @@ class Flight:
 
     def leave(self) -> None:
         """Let it come to its end, but do not wait for ever for ranks that may be dead."""
-        self.written.wait()
+        wait([self.written])
         self.thread.join(PATIENCE if self.others else None)
         self.cancel()
 

@@ -104,11 +104,11 @@ class Learner:
         return self.accelerator.distributed_type in SHARDING
 
     @contextmanager
-    def measured(self) -> Iterator[Any]:
+    def for_evaluation(self) -> Iterator[Any]:
         """Put the student into eval mode, with the weights that would be handed on."""
         ema = self.ema if self.spec.ema_release else None
         with ema.swapped_in() if ema else nullcontext():
-            self._settle(self.accelerator.device)
+            self._to_eval_mode(self.accelerator.device)
             try:
                 yield self.student
             finally:
@@ -120,13 +120,13 @@ class Learner:
             self.masters.restore(self.student)
         if self.spec.ema_release and self.ema:
             self.ema.copy_to_model()
-        self._settle(torch.device("cpu"))
+        self._to_eval_mode(torch.device("cpu"))
         if self.spec.gradient_checkpointing and not self.sharded:
             gradient_checkpointing(self.student, "disable")()
         if self.adapters:
             self.adapters.merge()
 
-    def _settle(self, device: torch.device) -> None:
+    def _to_eval_mode(self, device: torch.device) -> None:
         """Put the student, masked and with whole weights, into eval mode."""
         if self.spec.ema_release and self.masks:
             self.masks.apply()  # an average keeps traces of what is masked by now
@@ -166,11 +166,14 @@ class Learner:
         files = {
             "model": self.weights(),
             "optimizer": {name: value for name, value in moments.items() if isinstance(value, Tensor)},
-            "skip_rule": self.skip_rule.tensors(),
-            "ema": self.ema.tensors() if self.ema else {},
-            "masks": self.masks.tensors() if self.masks else {},
+            **{name: part.tensors() for name, part in self._parts()},
         }
         return files, numbers
+
+    def _parts(self) -> list[tuple[str, SkipRule | Ema | Masks]]:
+        """List, by the name of their file, what else has tensors of its own."""
+        parts = ("skip_rule", self.skip_rule), ("ema", self.ema), ("masks", self.masks)
+        return [(name, part) for name, part in parts if part is not None]
 
     @property
     def saves_whole(self) -> bool:
@@ -193,11 +196,8 @@ class Learner:
         """Continue from a verified checkpoint, written by any number of ranks."""
         files, numbers = read(checkpoint, self.parameter_of()), state_of(checkpoint).numbers
         self.load_weights(files, numbers)
-        self.skip_rule.load(files["skip_rule"])
-        if self.ema:
-            self.ema.load(files["ema"])
-        if self.masks:
-            self.masks.load(files.get("masks", {}))
+        for name, part in self._parts():
+            part.load(files.get(name, {}))
         if self.accelerator.scaler is not None and numbers["scaler"]:
             self.accelerator.scaler.load_state_dict(numbers["scaler"])
 

@@ -21,7 +21,7 @@ from distill.training.on_policy import OnPolicy
 from distill.training.optim import lr_factor
 from distill.training.setup import Constrain, horizon, make_accelerator, make_learner
 from distill.training.signals import StopSignals
-from distill.training.step import Step, Teacher, Window
+from distill.training.step import Step, Teacher, Window, check_passes
 from distill.training.tracking import Tracker
 from distill.training.watchdog import Watchdog
 from distill.training.writer import CheckpointWriter, out_of_resources
@@ -108,6 +108,8 @@ def train(
     if found is not None:
         say(f"{job.title}: continuing after step {state.step} of {steps} ({found.name})")
     _set_micro_batches(state, batches.micro_batch_size, job, student, say)
+    if learner.sharded and accelerator.num_processes > 1:
+        check_passes(batches.batch_size, batches.micro_batch_size, state.micro_batch_halvings)
     fixed = job.spec.head_precision
     objective.head_precision = state.head_precision if fixed == "auto" else fixed
     watchdog = Watchdog(say, active=accelerator.num_processes > 1)
@@ -120,9 +122,9 @@ def train(
         compiled_layers(job.spec.compile, models, objective, accelerator, job.title, say) as compiled,
     ):
         batches = _in_sizes(batches, job.title, steps, say) if compiled.layers else batches
-        step = Step(learner, teacher, job.seed, steps, job.folder / MICRO_BATCHES, compiled, say, on_policy)
+        step = Step(learner, teacher, job.seed, steps, state, job.folder / MICRO_BATCHES, compiled, say, on_policy)
         run = _Run(job, learner, step, batches, evaluate, writer, state, steps, stop, tracker, watchdog, say)
-        run.to_the_end()
+        run.run_steps()
     learner.finish()
     accelerator.free_memory()
 
@@ -176,32 +178,30 @@ class _Run:
     def __post_init__(self) -> None:
         if self.step.on_policy is not None:
             self.step.on_policy.sizes = self.batches.sizes
-        self.clock = Stopwatch(self.learner.accelerator.device)
+        device = self.learner.accelerator.device
+        self.clock, self.window = Stopwatch(device), Window(self.learner.wrapper.objective.names, device)
         self.utilisation = Utilisation(self.job.peak_tokens_per_second, self.job.measure_peak, self.say)
 
-    def to_the_end(self) -> None:
+    def run_steps(self) -> None:
         """Take every step that is left, and log, evaluate and save where due. Raises Stopped after a signal."""
         job, state, accelerator = self.job, self.state, self.learner.accelerator
-        window = self._window()
         stopping = self.measure()  # where a start comes after the step and before its evaluation
         self.save(newest=False)
         world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
         for given in self.batches.stream(state.step, self.steps, rank, world, job.spec.loader_workers, device):
-            with self.watchdog.over("step"):
-                rate = self._set_rate()
-                numbered = self.step.write(given, state, self.clock)
-                stopping |= self.step(numbered, state, window, self.stop.requested)
+            with self.watchdog.guard("step"):
+                self._set_rate()
+                stopping |= self.step(self.step.write(given, self.clock), self.window, self.stop.requested)
             for line in self.learner.wrapper.objective.notices():
                 self.say(f"{job.title}: {line}")
             state.step += 1
-            state.examples += self.batches.batch_size
             self.tracker.advance(state.step)
             saving = state.step == self.steps or stopping or _due(job.spec.save_every, state.step)
             if saving or _due(job.spec.log_every, state.step):
-                self.log(window, rate)
-                window = self._window()
-            if not stopping:
-                stopping = self.measure()
+                self.log()
+            if not stopping and self.measure():
+                stopping = True
+                self.log()
             self.save(newest=saving or stopping)
             if stopping:
                 break
@@ -211,15 +211,11 @@ class _Run:
                 f"after step {state.step} of {self.steps}; a checkpoint is saved, the same command continues from it"
             )
 
-    def _window(self) -> Window:
-        return Window(len(self.learner.wrapper.objective.names), self.learner.accelerator.device)
-
-    def _set_rate(self) -> float:
+    def _set_rate(self) -> None:
         spec = self.job.spec
         rate = spec.lr * lr_factor(self.state.step, self.steps, spec.warmup, spec.schedule, spec.decay)
         for group in self.learner.optimizer.param_groups:
             group["lr"] = rate
-        return rate
 
     def anyone_stopped(self) -> bool:
         """Ask all ranks whether one was told to stop, also during the last step, its evaluation or its save."""
@@ -227,22 +223,24 @@ class _Run:
         flag = torch.tensor([int(self.stop.requested)], device=accelerator.device)
         return bool(accelerator.reduce(flag, "sum").item())
 
-    def log(self, window: Window, rate: float) -> None:
-        """Write one record. Raises RunError when too many steps in a row were skipped."""
-        state, learner, job = self.state, self.learner, self.job
-        figures = window.read(learner.accelerator, learner.wrapper.objective.names)
+    def log(self) -> None:
+        """Write one record of the steps since the last one. Raises RunError when too many in a row were skipped."""
+        state, learner, job, window = self.state, self.learner, self.job, self.window
+        if not window.steps:
+            return
+        self.window = Window(window.names, learner.accelerator.device)
+        figures = window.read(learner.accelerator)
         skipped, in_a_row = learner.skip_rule.skipped.tolist()
         tokens = int(window.tokens.item())
         seconds = self.clock.lap()  # now that the device has done all steps
         state.tokens += tokens
-        state.seconds += seconds
         mfu = self.utilisation.of(tokens / seconds)
         saving, self.clock.saving = self.clock.saving, 0.0
         record = {
             "event": "train",
             "step": state.step,
             "epoch": round(self.batches.epoch_at(state.step), 4),
-            "lr": rate,
+            "lr": learner.optimizer.param_groups[0]["lr"],
             **figures,
             **(learner.masks.figures() if learner.masks else {}),
             **({"on_policy": own.read(learner.accelerator)} if (own := self.step.on_policy) else {}),
@@ -266,7 +264,7 @@ class _Run:
         spec, objective = self.job.spec, self.learner.wrapper.objective
         on_gpu = self.learner.accelerator.device.type == "cuda"
         in_bf16 = "bf16" in (spec.precision, spec.weights)
-        if on_gpu and in_bf16 and spec.head_precision == "auto" and objective.has_vocabulary:
+        if on_gpu and in_bf16 and spec.head_precision == "auto" and objective.kind.vocabulary:
             if line := objective.adapt_head_precision(terms):
                 self.say(f"{self.job.title}: after step {self.state.step} {line}")
             self.state.head_precision = objective.head_precision
@@ -277,21 +275,17 @@ class _Run:
         due = state.step == self.steps or (state.step > 0 and _due(job.spec.evaluate_every, state.step))
         if self.evaluate is None or not due or state.evaluated == state.step:
             return False
-        with self.watchdog.over("evaluation"), self.clock.apart(), self.learner.measured() as model:
+        with self.watchdog.guard("evaluation"), self.clock.paused(), self.learner.for_evaluation() as model:
             metrics = self.evaluate(model, self.stop.asked)
         seconds = round(self.clock.last, 3)
         if self.anyone_stopped():
             return True
         state.evaluated = state.step
         self.tracker.record({"event": "evaluate", "step": state.step, "metrics": dict(metrics), "seconds": seconds})
-        if job.spec.keep_best is not None:
-            self._keep_best(metrics[job.spec.keep_best])
-        return False
-
-    def _keep_best(self, value: float | None) -> None:
-        job, best = self.job, self.state.best
+        value, best = metrics[job.spec.keep_best] if job.spec.keep_best else None, state.best
         if value is not None and (best is None or (value > best if job.higher_is_better else value < best)):
-            self.state.best, self.improved = value, True
+            state.best, self.improved = value, True
+        return False
 
     def save(self, *, newest: bool) -> None:
         """Have a checkpoint written: as the `newest` one, as the best one where it is that, or not at all. Collective.
@@ -300,11 +294,11 @@ class _Run:
         counts the seconds that training stands still: for the copy, and for what is left to write of the one before.
         """
         if newest or self.improved:
-            with self.clock.apart():
+            with self.clock.paused():
                 self._hand_over(newest)
             self.clock.saving += self.clock.last
         elif self.state.step and not self.writer.prepared:
-            with self.clock.apart():
+            with self.clock.paused():
                 self.writer.prepare(self.learner.contents()[0], whole=self.learner.saves_whole)
 
     def _hand_over(self, newest: bool) -> None:
@@ -313,14 +307,14 @@ class _Run:
         best = Checkpoints(self.job.folder / CHECKPOINTS / "best", self.job.made_from, self.say, keep=1)
         places = [best] * self.improved + [self.writer.checkpoints] * newest
         self.improved = False
-        with self.watchdog.over("save"):
+        with self.watchdog.guard("save"):
             tensors, self.state.numbers = self.learner.contents()
             self.writer.save(places, self.state, tensors, whole=self.learner.saves_whole)
 
     def settle(self) -> None:
         """Wait until the checkpoint in flight is published. Raises RunError where it could not be. Collective."""
         if self.writer.flight is not None:
-            with self.watchdog.over("publication"):
+            with self.watchdog.guard("publication"):
                 seconds = self.writer.settle()
             self.watchdog.note("publication", seconds)
 

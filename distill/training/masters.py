@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distill.models.memory import split_groups
+
 CHUNK = {"cpu": 2**20, "cuda": 2**24}
 """Device -> parameters that are stepped at once: about 40 bytes each are needed meanwhile where nothing is compiled."""
 GOLDEN = 40503
@@ -124,7 +126,7 @@ class MasterAdamW(torch.optim.AdamW):
             own = [(parameters[number], states[number]) for number in numbered]
             settings = _settings(group, own[0][1]["step"], done)
             pieces = chain.from_iterable(_pieces(parameter, state, size) for parameter, state in own)
-            for bucket in _buckets(pieces, size):
+            for bucket in split_groups(pieces, lambda piece: len(piece[1]), size):
                 self._step_bucket(bucket, *settings)
             self.history |= {parameter: hash((history, self.calls)) for parameter, _ in own}
 
@@ -179,18 +181,6 @@ def _pieces(parameter: Tensor, state: dict[str, Tensor], size: int) -> Iterator[
     parts = zip(*(torch.split(tensor, size) for tensor in held), strict=True)
     for own, grad in zip(parts, torch.split(parameter.grad.reshape(-1), size), strict=True):
         yield list(own), grad
-
-
-def _buckets(pieces: Iterator[_Piece], size: int) -> Iterator[list[_Piece]]:
-    """Put small pieces together, up to so many weights."""
-    bucket: list[_Piece] = []
-    for piece in pieces:
-        if bucket and sum(len(grad) for _, grad in bucket) + len(piece[1]) > size:
-            yield bucket
-            bucket = []
-        bucket.append(piece)
-    if bucket:
-        yield bucket
 
 
 def _settings(group: dict[str, Any], step: Tensor, done: Tensor) -> tuple[Tensor, Tensor]:

@@ -86,31 +86,13 @@ def make_optimizer(
     return optimizer
 
 
-def half_cosine(progress: float, _decay: float) -> float:
-    """Half a cosine from 1 to 0 (Loshchilov & Hutter 2017, SGDR, without restarts)."""
-    return 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def linear(progress: float, _decay: float) -> float:
-    """A straight line from 1 to 0."""
-    return 1 - progress
-
-
-def constant(_progress: float, _decay: float) -> float:
-    """Always 1."""
-    return 1.0
-
-
-def wsd(progress: float, decay: float) -> float:
-    """1, then a straight line to 0 over the last share `decay` (Hu et al. 2024, arXiv 2404.06395)."""
-    return min(1.0, (1 - progress) / decay) if decay > 0 else 1.0
-
-
 SCHEDULES: dict[str, Callable[[float, float], float]] = {
-    "cosine": half_cosine,
-    "linear": linear,
-    "constant": constant,
-    "wsd": wsd,
+    # Loshchilov & Hutter 2017 (SGDR), without restarts.
+    "cosine": lambda progress, _decay: 0.5 * (1 + math.cos(math.pi * progress)),
+    "linear": lambda progress, _decay: 1 - progress,
+    "constant": lambda _progress, _decay: 1.0,
+    # Hu et al. 2024, arXiv 2404.06395: constant, then linear.
+    "wsd": lambda progress, decay: min(1.0, (1 - progress) / decay) if decay > 0 else 1.0,
 }
 """`(progress, decay) -> factor`: the share of the steps after warmup that are done, and the share that goes down."""
 

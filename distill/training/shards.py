@@ -74,7 +74,9 @@ def own_files(tensors_by_file: TensorsByFile, rank: int, world: int, *, whole: b
     return files
 
 
-def gathered(files: Iterable[OwnFile], keep: Callable[[str, str, Tensor], Tensor]) -> list[OwnFile]:
+def gathered(
+    files: Iterable[OwnFile], keep: Callable[[str, str, Tensor], Tensor] = lambda _file, _name, tensor: tensor
+) -> list[OwnFile]:
     """Gather one tensor after the other, and keep those that this rank writes. Collective.
 
     Args:

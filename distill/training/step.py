@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill.errors import RunError
 from distill.files import write_json
@@ -29,10 +29,12 @@ T = TypeVar("T")
 class Window:
     """Sums since the last record, which stay on the device until they are read."""
 
-    def __init__(self, terms: int, device: torch.device):
+    def __init__(self, names: Sequence[str], device: torch.device):
+        self.names = names
+        """Of the terms."""
         self.loss = torch.zeros((), device=device)
-        self.sums = torch.zeros(terms, device=device)
-        self.counts = torch.zeros(terms, dtype=torch.int64, device=device)
+        self.sums = torch.zeros(len(names), device=device)
+        self.counts = torch.zeros(len(names), dtype=torch.int64, device=device)
         self.tokens = torch.zeros((), dtype=torch.int64, device=device)
         self.grad_norm = torch.zeros((), device=device)
         self.used = torch.zeros((), device=device)
@@ -48,11 +50,13 @@ class Window:
         self.grad_norm = norm
         self.steps += 1
 
-    def read(self, accelerator: Accelerator, names: Sequence[str]) -> dict[str, Any]:
+    def read(self, accelerator: Accelerator) -> dict[str, Any]:
         """Average the loss per step, and each term over its positions on all ranks; null without any. Collective."""
         sums = accelerator.reduce(self.sums, "sum").tolist()
         counts, used, norm = self.counts.tolist(), self.used.item(), self.grad_norm.item()
-        terms = {name: total / count if count else None for name, total, count in zip(names, sums, counts, strict=True)}
+        terms = {
+            name: total / count if count else None for name, total, count in zip(self.names, sums, counts, strict=True)
+        }
         loss = self.loss.item() / used if used else None
         return {"loss": loss, "terms": terms, "grad_norm": norm if np.isfinite(norm) else None}
 
@@ -66,6 +70,8 @@ class Step:
     seed: int
     steps: int
     """Length of the training."""
+    state: TrainState
+    """Where training stands."""
     request: Path
     """File in which a rank that ran out of memory asks the next start for smaller micro-batches."""
     compiled: CompiledLayers
@@ -75,12 +81,11 @@ class Step:
     tried: bool = False
     """All ranks have run the compiled layers once, or there is only one rank."""
 
-    def __call__(self, numbered: Sequence[tuple[int, Batch]], state: TrainState, window: Window, stop: bool) -> bool:
+    def __call__(self, numbered: Sequence[tuple[int, Batch]], window: Window, stop: bool) -> bool:
         """Take one step; returns True where any rank was asked to stop. Collective.
 
         Args:
             numbered: This rank's micro-batches, each with its number within the step.
-            state: Where training stands.
             window: Receives the figures.
             stop: This rank was asked to stop.
 
@@ -96,20 +101,16 @@ class Step:
         counts, tokens = totals[:-2], totals[-2]
         stopped = _AsyncScalar(totals[-1]) if accelerator.num_processes > 1 else None
         if stopped and not self.tried:
-            self._try_compiled(next(_split(numbered, 2**state.micro_batch_halvings))[1], counts)
+            self._try_compiled(next(_split(numbered, 2**self.state.micro_batch_halvings))[1], counts)
         self.tried = True
-        loss, sums = self._until_it_fits(
-            numbered, state, lambda pieces: self._gradients(list(_split(numbered, pieces)), counts, state.step)
-        )
-        norm, bad = learner.step(state.step + 1, loss)
+        loss, sums = self._until_it_fits(numbered, lambda pieces: self._gradients(_split(numbered, pieces), counts))
+        norm, bad = learner.step(self.state.step + 1, loss)
         window.add(loss, sums, counts, norm, bad)
         window.tokens += tokens
         # With one rank the local flag says it all, and the device is not waited for.
         return bool(stopped.item()) if stopped else stop
 
-    def write(
-        self, numbered: Sequence[tuple[int, Batch]], state: TrainState, clock: Stopwatch
-    ) -> Sequence[tuple[int, Batch]]:
+    def write(self, numbered: Sequence[tuple[int, Batch]], clock: Stopwatch) -> Sequence[tuple[int, Batch]]:
         """Let the student write answers of its own where `training.on_policy` asks for any, before all else of a step.
 
         The counts of the step are those of what was written. No record's speed has the seconds that it takes, on the
@@ -118,9 +119,9 @@ class Step:
         if (on_policy := self.on_policy) is None:
             return numbered
         wrapper = self.learner.wrapper
-        with clock.apart(), self.compiled.set_aside():
+        with clock.paused(), self.compiled.set_aside():
             found = self._until_it_fits(
-                numbered, state, lambda pieces: on_policy(wrapper.student, numbered, state.step, pieces)
+                numbered, lambda pieces: on_policy(wrapper.student, numbered, self.state.step, pieces)
             )
             wrapper.train()
             self.learner.accelerator.wait_for_everyone()
@@ -136,84 +137,82 @@ class Step:
         if not compiled.layers or learner.accelerator.distributed_type == DistributedType.DEEPSPEED:
             return  # DeepSpeed's engine has a backward pass of its own
         try:
-            batch = _batch_on(learner.wrapper.objective.locate(cpu_batch), learner.accelerator.device)
-            share, _ = learner.wrapper(batch, self.teacher(batch) if self.teacher else None, counts, 0.0)
-            share.backward()
+            torch.autograd.backward(self._forward(learner.wrapper, cpu_batch, counts, 0.0)[0])
         except torch.OutOfMemoryError:
             pass  # the step itself comes by it again, and knows what to do
         except Exception as failure:
             if not compiled.caused(failure):
                 raise
             error = failure
-        learner.prepared.zero_grad()
+        learner.wrapper.zero_grad()
         failed = torch.tensor([int(error is not None)], device=learner.accelerator.device)
         if learner.accelerator.reduce(failed, "sum").item():
             compiled.give_up(error)
 
-    def _until_it_fits(self, numbered: Sequence[tuple[int, Batch]], state: TrainState, work: Callable[[int], T]) -> T:
+    def _until_it_fits(self, numbered: Sequence[tuple[int, Batch]], work: Callable[[int], T]) -> T:
         """Do work in so many pieces of each micro-batch that it fits into memory."""
         while True:
             try:
-                return work(2**state.micro_batch_halvings)
+                return work(2**self.state.micro_batch_halvings)
             except torch.OutOfMemoryError as error:
-                self.learner.prepared.zero_grad()
-                largest = self._halve(numbered, state, error)
+                self._halve(numbered, error)
             except Exception as error:
                 if not self.compiled.caused(error):
                     raise
-                self.learner.prepared.zero_grad()
                 if self.learner.accelerator.num_processes > 1:
                     raise RunError(
-                        f"the layers cannot be compiled in step {state.step + 1} ({in_short(error)}), and the other "
-                        f"ranks cannot wait: give the same command again with compile: false"
+                        f"the layers cannot be compiled in step {self.state.step + 1} ({in_short(error)}), and the "
+                        f"other ranks cannot wait: give the same command again with compile: false"
                     ) from error
                 self.compiled.give_up(error)
-                continue
+            # The gradient of earlier micro-batches; `zero_grad` of Accelerate's optimizer would do nothing here.
+            self.learner.model.zero_grad()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            self.say(
-                f"OUT OF MEMORY in step {state.step + 1}: micro-batches of up to {largest} examples are halved from "
-                f"here on; the batch of a step stays what it is"
-            )
 
-    def _halve(self, numbered: Sequence[tuple[int, Batch]], state: TrainState, error: Exception) -> int:
-        """Halve micro-batches from here on; returns how many examples the largest had. Raises RunError."""
-        largest: int = math.ceil(max(row_count(batch) for _, batch in numbered) / 2**state.micro_batch_halvings)
+    def _halve(self, numbered: Sequence[tuple[int, Batch]], error: Exception) -> None:
+        """Halve micro-batches from here on. Raises RunError where they hold one example, or other ranks wait."""
+        state = self.state
+        largest = math.ceil(max(row_count(batch) for _, batch in numbered) / 2**state.micro_batch_halvings)
         state.micro_batch_halvings += 1
         if largest < 2:
             raise RunError(f"out of memory with a single example in step {state.step + 1}: {error}") from error
         if self.learner.accelerator.num_processes > 1:
             # The others wait in a collective operation for gradients that this rank cannot give.
-            asked = [state.micro_batch_size, state.micro_batch_halvings]
-            write_json(self.request, asked)
+            write_json(self.request, [state.micro_batch_size, state.micro_batch_halvings])
             raise RunError(
                 f"out of memory in step {state.step + 1} with micro-batches of up to {largest} examples, and "
                 f"the other ranks cannot wait: give the same command again; it halves them from the start"
             ) from error
-        return largest
+        compared = self.learner.wrapper.objective.kind.vectors
+        self.say(
+            f"OUT OF MEMORY in step {state.step + 1}: micro-batches of up to {largest} examples are halved from here "
+            f"on; {'each text is compared with fewer others' if compared else 'the batch of a step stays what it is'}"
+        )
 
-    def _gradients(
-        self, micro: Sequence[tuple[tuple[int, ...], Batch]], counts: Tensor, step: int
-    ) -> tuple[Tensor, Tensor]:
+    def _gradients(self, pieces: Iterable[tuple[tuple[int, ...], Batch]], counts: Tensor) -> tuple[Tensor, Tensor]:
         """Accumulate gradients; returns the loss of the step over all ranks [] and this rank's sums [terms]."""
-        learner, accelerator = self.learner, self.learner.accelerator
+        learner, accelerator, micro = self.learner, self.learner.accelerator, list(pieces)
         accelerator.step, accelerator.gradient_accumulation_steps = 0, len(micro)
-        progress = step / max(1, self.steps - 1)
+        progress = self.state.step / max(1, self.steps - 1)
         loss, sums = torch.zeros((), device=accelerator.device), torch.zeros(len(counts), device=accelerator.device)
         for number, cpu_batch in micro:
-            # Positions are found on the host, which would have to wait for the device otherwise.
-            batch = _batch_on(learner.wrapper.objective.locate(cpu_batch), accelerator.device)
-            torch.manual_seed(seed_of(self.seed, step, *number))
+            torch.manual_seed(seed_of(self.seed, self.state.step, *number))
             with accelerator.accumulate(learner.model):
-                share, per_term = learner.model(batch, self.teacher(batch) if self.teacher else None, counts, progress)
+                share, per_term = self._forward(learner.model, cpu_batch, counts, progress)
                 learner.backward(share)
             loss += share.detach()
             sums += per_term
         return accelerator.reduce(loss, "sum"), sums
 
-
-def _batch_on(batch: Batch, device: torch.device) -> Batch:
-    return {name: _moved(tensor, device) for name, tensor in batch.items()}
+    def _forward(self, module: nn.Module, cpu_batch: Batch, counts: Tensor, progress: float) -> tuple[Tensor, Tensor]:
+        """Run the teacher and `module`, wrapped or not; returns a micro-batch's share of the loss [], sums [terms]."""
+        device = self.learner.accelerator.device
+        # Positions are found on the host, which would have to wait for the device otherwise.
+        located = self.learner.wrapper.objective.locate(cpu_batch)
+        batch = {name: _moved(tensor, device) for name, tensor in located.items()}
+        result: tuple[Tensor, Tensor] = module(batch, self.teacher(batch) if self.teacher else None, counts, progress)
+        return result
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:
@@ -234,6 +233,20 @@ class _AsyncScalar:
         if self.arrived is not None:
             self.arrived.synchronize()
         return self.value.item()
+
+
+def check_passes(batch_size: int, micro_batch_size: int, halvings: int) -> None:
+    """Refuse micro-batches of which one has fewer pieces than the others, so that a rank would run fewer passes.
+
+    Where ranks hold shards of the weights, each pass gathers them: the others would wait for ever. Raises RunError.
+    """
+    rest = batch_size % micro_batch_size
+    if 0 < rest < 2**halvings:
+        raise RunError(
+            f"for want of memory micro-batches of {micro_batch_size} examples run in {2**halvings} passes, and the "
+            f"last one of a step has {rest}; ranks that shard weights must run as many passes each: make batch_size "
+            f"a multiple of micro_batch_size"
+        )
 
 
 def _split(numbered: Sequence[tuple[int, Batch]], pieces: int) -> Iterator[tuple[tuple[int, ...], Batch]]:

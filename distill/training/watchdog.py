@@ -29,7 +29,7 @@ class Watchdog:
             threading.Thread(target=self._watch, daemon=True).start()
 
     @contextmanager
-    def over(self, what: str) -> Iterator[None]:
+    def guard(self, what: str) -> Iterator[None]:
         """Around each step, evaluation or save, each of which has its own times."""
         count, slowest = self.seen.get(what, (0, 0.0))
         start = time.monotonic()

@@ -20,7 +20,6 @@ from typing import TypeVar
 import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
-from torch import Tensor
 
 from distill.errors import RunError, Stopped
 from distill.ranks import free_memory, process_state
@@ -110,10 +109,10 @@ class CheckpointWriter:
         except RunError as error:
             raise self._given_up(places, error) from error
         behind = self._fits(surveys)
-        copied, await_copy = self.memory.copy(files) if behind else (gathered(files, _as_it_is), _at_once)
+        copied, await_copy = self.memory.copy(files) if behind else (gathered(files), lambda: None)
         others = [rank for rank, survey in enumerate(surveys) if rank and survey.writes]
         self.flight = Flight(places, replace(state), copied, await_copy, self.ranks.process_index, others)
-        self.flight.start()
+        self.flight.thread.start()
         if not behind:
             self.settle()
 
@@ -130,10 +129,10 @@ class CheckpointWriter:
         if flight is None:
             return 0.0
         try:
-            broken = sorted({name for names in on_all_ranks(flight.await_files) for name in names})
+            broken = sorted({name for names in on_all_ranks(flight.written.result) for name in names})
             if broken:
                 raise RunError(f"weights are not finite ({', '.join(broken[:3])}): not saved")
-            seconds = max(on_all_ranks(flight.await_publication))
+            seconds = max(on_all_ranks(flight.finished.result))
         except RunError as error:
             self.flight = None
             flight.cancel()
@@ -184,14 +183,6 @@ class CheckpointWriter:
             for place in places:
                 place.discard_drafts()
         return RunError(f"{error}; {self.checkpoints.last_good()}")
-
-
-def _as_it_is(_file: str, _name: str, tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def _at_once() -> None:
-    """Wait for nothing."""
 
 
 def on_all_ranks(action: Callable[[], T]) -> list[T]:

@@ -116,8 +116,8 @@ def test_forbidden_classes_add_nothing_and_nan_is_not_hidden():
     assert far(by_kernel(first, terms, torch.ones(1))[0], expected) < 1e-5
 
 
-def learn(means, *, terms, cap=None, size=7):
-    """Loss, sums and gradients of the objective's own terms through a pair of heads, by one means."""
+def learn(method, *, terms, cap=None, size=7):
+    """Loss, sums and gradients of the objective's own terms through a pair of heads, by one method."""
     width, positions, vocabulary = 12, 20, 130
     rows, weight = draw(positions, width).requires_grad_(), draw(vocabulary, width, seed=1).requires_grad_()
     student = HeadInput(rows, OutputHead(weight, cap=cap))
@@ -125,11 +125,11 @@ def learn(means, *, terms, cap=None, size=7):
     labels = torch.arange(positions) % vocabulary
     made = []
     objective = Objective(terms, "next_token", vocabulary=vocabulary - 4)
-    objective._means = lambda chunk, terms, factors: made.append(terms) or by_autograd(chunk, terms, factors)
+    objective._slopes = lambda chunk, terms, factors: made.append(terms) or by_autograd(chunk, terms, factors)
     outputs = [Outputs(None, {}, side.rows[None], side.head) for side in (student, teacher)]
     batch = {"attention_mask": torch.ones(1, positions), "labels": labels[None]}
     objective(*outputs, batch, objective.counts([batch]))
-    loss, sums = through_heads(student, teacher, labels, made[0], torch.tensor([0.4, 0.2])[: len(terms)], size, means)
+    loss, sums = through_heads(student, teacher, labels, made[0], torch.tensor([0.4, 0.2])[: len(terms)], size, method)
     loss.backward()
     return [loss.detach(), sums, rows.grad, weight.grad]
 
@@ -142,7 +142,7 @@ SEVERAL = [Term(match="logits"), Term(match="logits", loss="reverse_kl")]
 @pytest.mark.parametrize("cap", [None, 3.0])
 def test_the_objective_hands_its_terms_to_the_kernel(cap):
     fastest = Fastest(devices=("cpu",))
-    found, expected = (learn(means, terms=BOTH, cap=cap) for means in (fastest, by_autograd))
+    found, expected = (learn(method, terms=BOTH, cap=cap) for method in (fastest, by_autograd))
     assert not fastest.notices and [key[0] for key in fastest._trusted] == ["kernel"]
     for one, other in zip(found, expected, strict=True):
         assert far(one, other.double()) < 1e-5
@@ -151,7 +151,7 @@ def test_the_objective_hands_its_terms_to_the_kernel(cap):
 @pytest.mark.parametrize("terms", [OWN, SEVERAL], ids=["a user's own", "several"])
 def test_what_no_kernel_knows_is_compiled_with_its_gradient(terms):
     fastest = Fastest(devices=("cpu",), backend="aot_eager")
-    found, expected = (learn(means, terms=terms, cap=3.0) for means in (fastest, by_autograd))
+    found, expected = (learn(method, terms=terms, cap=3.0) for method in (fastest, by_autograd))
     assert not fastest.notices and len(fastest._compiled) == 1 and not fastest._trusted
     for one, other in zip(found, expected, strict=True):
         assert far(one, other.double()) < 1e-5
@@ -165,7 +165,7 @@ def branches(student, teacher, *, temperature=1.0):
 def test_what_cannot_be_traced_is_left_to_autograd_and_said_once():
     terms = [Term(match="logits", loss="test_kernels:branches")]
     fastest = Fastest(devices=("cpu",))
-    found, expected = (learn(means, terms=terms) for means in (fastest, by_autograd))
+    found, expected = (learn(method, terms=terms) for method in (fastest, by_autograd))
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
     assert len(fastest.notices) == 1 and "by compiled code" in fastest.notices[0]
 
@@ -178,17 +178,34 @@ def test_a_kernel_that_is_off_is_not_used(monkeypatch):
     wrong.__name__ = "by_kernel"
     monkeypatch.setattr("distill.losses.slopes.by_kernel", wrong)
     fastest = Fastest(devices=("cpu",), backend="aot_eager")
-    found, expected = (learn(means, terms=BOTH) for means in (fastest, by_autograd))
+    found, expected = (learn(method, terms=BOTH) for method in (fastest, by_autograd))
     for one, other in zip(found, expected, strict=True):
         assert far(one, other.double()) < 1e-5
     assert len(fastest.notices) == 1 and "off" in fastest.notices[0]
+
+
+def test_a_kernel_is_tried_again_where_memory_was_too_small_for_its_trial(monkeypatch):
+    tried = []
+
+    def too_large(*given):
+        tried.append(given)
+        if len(tried) == 1:
+            raise torch.OutOfMemoryError("not enough")
+        return trial(*given)
+
+    monkeypatch.setattr("distill.losses.slopes.trial", too_large)
+    fastest = Fastest(devices=("cpu",))
+    with pytest.raises(torch.OutOfMemoryError):
+        learn(fastest, terms=BOTH)
+    learn(fastest, terms=BOTH)
+    assert len(tried) == 2
 
 
 def test_terms_that_follow_a_schedule_are_never_compiled():
     schedule = {"temperature": 4.0}
     objective = Objective([Term(match="logits", loss="logit_mse", schedule=schedule)], "next_token")
     keys = []
-    objective._means = lambda chunk, terms, factors: keys.append(terms.key) or by_autograd(chunk, terms, factors)
+    objective._slopes = lambda chunk, terms, factors: keys.append(terms.key) or by_autograd(chunk, terms, factors)
     side = Outputs(None, {}, draw(1, 4, 3).requires_grad_(), OutputHead(draw(9, 3)))
     batch = {"attention_mask": torch.ones(1, 4), "labels": torch.zeros(1, 4).long()}
     objective(side, side, batch, objective.counts([batch]), progress=0.5)
@@ -279,5 +296,5 @@ def test_on_a_gpu_the_objective_takes_the_kernel():
     batch = {"attention_mask": torch.ones(1, 20).cuda(), "labels": torch.zeros(1, 20).long().cuda()}
     with torch.autocast("cuda", torch.bfloat16):
         objective(student, teacher, batch, objective.counts([batch]))[0].backward()
-    assert not objective.notices() and [key[0] for key in objective._means._trusted] == ["kernel"]
+    assert not objective.notices() and [key[0] for key in objective._slopes._trusted] == ["kernel"]
     assert rows.grad.isfinite().all() and weight.grad.ne(0).any()

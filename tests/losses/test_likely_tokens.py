@@ -213,7 +213,7 @@ def test_a_head_of_classes_has_no_tail():
         Objective([Term(match="logits", loss="tail_aware_kl")], "sequence")
 
 
-# The means of computing it
+# The methods of computing it
 
 
 def compiled_and_by_autograd(names, key):
@@ -228,7 +228,7 @@ def compiled_and_by_autograd(names, key):
     fastest, factors = Fastest(devices=("cpu",), backend="aot_eager"), torch.linspace(0.1, 0.4, len(names) + 1)
     for rows in (6, 3):
         given = [TopK.of(draw(rows, V, seed=1), K), torch.arange(rows), 5.0, torch.float32]
-        close(*(means(Chunk(draw(rows, V), *given), terms, factors) for means in (fastest, by_autograd)))
+        close(*(method(Chunk(draw(rows, V), *given), terms, factors) for method in (fastest, by_autograd)))
     return fastest
 
 

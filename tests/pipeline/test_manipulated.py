@@ -74,9 +74,9 @@ def test_all_units_of_experts_are_a_plan():
     "change",
     [
         {"evil": 1},
-        {"seconds": "x"},
+        {"evaluated": -1},
         {"micro_batch_halvings": 10**9},
-        {"examples": -1},
+        {"micro_batch_size": "x"},
         {"tokens": 1.5},
         {"numbers": 7},
         DEEP,

@@ -12,11 +12,12 @@ from distill.errors import InputError
 from distill.models.family import layers_of
 from distill.models.forward import Capture, capture
 from distill.models.layout import LAYOUTS
+from distill.models.memory import split_groups
 from distill.models.mlp import mlps_of
 from distill.models.plan import KeptUnits, LayerPlan, StudentPlan
 from distill.recipe.schema import Repair
 from distill.student import build_student
-from distill.student.repair.moments import Moments, solve_ridge, split_groups
+from distill.student.repair.moments import Moments, solve_ridge
 from distill.student.repair.refit import Output, fit_bias, fit_refit, output_error
 from distill.student.repair.steps import check_repair, repair_student
 

@@ -13,7 +13,7 @@ from tiny import LAYERS, WIDTH, tiny_batch, tiny_model
 from distill import load_student
 from distill.errors import InputError
 from distill.models.family import layers_of
-from distill.models.plan import KeptUnits, StudentPlan
+from distill.models.plan import StudentPlan
 from distill.recipe.schema import Student
 from distill.student import build_student, calibrate, plan_student
 from distill.student.plan import top_units
@@ -74,69 +74,22 @@ def test_ties_keep_the_lower_neuron(values, data):
     assert kept == sorted(sorted(range(len(values)), key=lambda i: (-values[i], i))[:width])
 
 
-def test_plan_round_trips_as_json_and_maps_layers(tmp_path):
+def test_plan_round_trips_as_json(tmp_path):
     plan = plan_student(tiny_model("bert"), spec([1, 3], score="magnitude"))
     (tmp_path / "plan.json").write_text(plan.to_json())
     assert StudentPlan.load(tmp_path / "plan.json") == plan
-    assert plan.layer_map == [(0, 1), (1, 3)]
+    assert plan.kept_layers == [1, 3]
     (tmp_path / "plan.json").write_text("{}")
     with pytest.raises(InputError, match="not a student plan"):
         StudentPlan.load(tmp_path / "plan.json")
 
 
-PLAN_1 = {
-    "format": "distill.plan/1",
-    "model_type": "bert",
-    "teacher_layers": 4,
-    "layers": [
-        {"teacher_layer": 1, "width": 48, "teacher_width": 48, "neurons": None},
-        {"teacher_layer": 3, "width": 2, "teacher_width": 48, "neurons": [5, 7]},
-    ],
-    "teacher_encoder_layers": None,
-    "encoder_layers": None,
-    "layer_policy": "even",
-    "mlp_score": "magnitude",
-    "mlp_allocation": "uniform",
-    "calibration": None,
-    "choices": {"student.layers.keep": {"asked": "2", "got": "1, 3", "reason": ""}},
-    "layer_scores": {"block_influence": [0.1, 0.2, 0.3, 0.4]},
-}
-
-
-def test_a_plan_of_format_1_is_read_as_one_of_format_2(tmp_path):
-    path = tmp_path / "plan.json"
-    path.write_text(json.dumps(PLAN_1))
-    plan = StudentPlan.load(path)
-    assert plan.format == "distill.plan/2" and plan.kept_layers == [1, 3] and plan.widths == [48, 2]
-    assert plan.layers[1].kept == {"mlp": KeptUnits(of=48, units=[5, 7])} and plan.layers[0].neurons is None
-    assert plan.outcomes["student.layers.keep"].got == "1, 3" and plan.layer_scores["block_influence"][2] == 0.3
-    teacher = tiny_model("bert")
-    student = build_student(teacher, plan)
-    rows = layers_of(teacher)[3].intermediate.dense.weight[[5, 7]]
-    assert torch.equal(layers_of(student)[1].intermediate.dense.weight, rows)
-    path.write_text(plan.to_json())
-    assert "choices" not in path.read_text() and StudentPlan.load(path) == plan
-    experts = {"teacher_layer": 0, "width": 2, "teacher_width": 4, "neurons": [[0, 1], [2, 3]]}
-    path.write_text(json.dumps({**PLAN_1, "encoder_layers": [experts]}))
-    assert StudentPlan.load(path).encoder_layers[0].kept["mlp"].units == [[0, 1], [2, 3]]
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"neurons": [5, 7, 9]}, "width of 2 and 3 neurons"),
-        ({"neurons": [7, 5]}, "ascending indices below 48"),
-        ({"neurons": [5, 48]}, "ascending indices below 48"),
-        ({"neurons": []}, "ascending indices below 48"),
-        ({"neurons": [[5, 7], [6]]}, "equally many for each expert"),
-        ({"neurons": None}, "width of 2 and 48 neurons"),
-        ({"heads": 4}, "a layer of format 1 has the keys"),
-    ],
-)
-def test_a_plan_that_contradicts_itself_is_refused(change, words, tmp_path):
-    layers = [PLAN_1["layers"][0], PLAN_1["layers"][1] | change]
-    (tmp_path / "plan.json").write_text(json.dumps({**PLAN_1, "layers": layers}))
-    with pytest.raises(InputError, match=words):
+@pytest.mark.parametrize("units", [[7, 5], [5, 48], [], [[5, 7], [6]]])
+def test_a_plan_that_contradicts_itself_is_refused(units, tmp_path):
+    plan = json.loads(plan_student(tiny_model("bert"), spec([1, 3], score="magnitude")).to_json())
+    plan["layers"][1]["kept"]["mlp"]["units"] = units
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(InputError, match="ascending indices below 48, equally many for each expert"):
         StudentPlan.load(tmp_path / "plan.json")
 
 

@@ -75,7 +75,7 @@ def hang(*sequence):
     watchdog.PATIENCE = 0.5
     dog = watchdog.Watchdog(print, active=True)
     for what, seconds in sequence:
-        with dog.over(what):
+        with dog.guard(what):
             time.sleep(seconds)
         print("done", what)
 

@@ -22,10 +22,15 @@ from tiny import tiny_model
 
 from distill.data import batches
 from distill.errors import RunError, Stopped
+from distill.losses import Objective
 from distill.models.forward import Outputs
-from distill.training import checkpoint, read_records
+from distill.recipe.schema import Term, Training
+from distill.training import TrainState, checkpoint, read_records
+from distill.training.compiled import CompiledLayers
 from distill.training.ema import Ema
+from distill.training.setup import make_accelerator, make_learner
 from distill.training.skip import WINDOW, SkipRule
+from distill.training.step import Step, check_passes
 
 
 def equal(first, second):
@@ -141,6 +146,41 @@ def test_pieces_of_unequal_size_are_halved_down_to_single_examples(corpus, tmp_p
     for (name, a), b in zip(plain.named_parameters(), halved.parameters(), strict=True):
         if ".key.bias" not in name:
             torch.testing.assert_close(a, b, rtol=0, atol=1e-6, msg=name)
+
+
+class FailsOnce(SmallMemory):
+    """A teacher that runs out of memory in one pass."""
+
+    def __call__(self, batch):
+        self.most -= 1
+        if self.most == 0:
+            raise torch.OutOfMemoryError("not enough")
+        return Outputs(torch.zeros(1), {})
+
+
+def test_out_of_memory_in_a_later_micro_batch_leaves_nothing_of_the_earlier_ones_in_the_gradient(corpus, tmp_path):
+    run(corpus, tmp_path / "plain", micro=2, dropout=0.0, log_every=1)
+    second_of_four = FailsOnce(6)
+    _, said = run(corpus, tmp_path / "halved", micro=2, dropout=0.0, log_every=1, teacher=second_of_four)
+    assert [line.startswith("OUT OF MEMORY in step 2") for line in said] == [True]
+    pairs = [[r["grad_norm"] for r in read_records(tmp_path / f"{kind}/metrics.jsonl")] for kind in ("plain", "halved")]
+    assert pairs[1] == pytest.approx(pairs[0], abs=1e-5)
+
+
+def test_halving_says_where_it_changes_the_loss(tmp_path):
+    spec, objective, said = Training(steps=1, batch_size=4, lr=1e-3), Objective([Term(match="labels")], "embedding"), []
+    learner = make_learner(tiny_model("bert"), objective, spec, None, make_accelerator(spec, tmp_path))
+    step = Step(learner, None, 0, 1, TrainState(), tmp_path, CompiledLayers("test", print), said.append)
+    step._halve([(0, {"input_ids": torch.ones(8, 3), "texts": torch.ones(4)})], torch.OutOfMemoryError())
+    assert said[0].endswith("halved from here on; each text is compared with fewer others")
+
+
+def test_ranks_that_would_run_different_numbers_of_passes_are_refused():
+    for fits in ((8, 4, 2), (6, 4, 1), (13, 4, 0)):
+        check_passes(*fits)
+    for uneven in ((13, 4, 1), (6, 4, 2)):  # 2 + 2 + 2 pieces and 1; 4 pieces and 2
+        with pytest.raises(RunError, match="as many passes each: make batch_size a multiple of micro_batch_size"):
+            check_passes(*uneven)
 
 
 def test_the_halving_survives_a_restart_bitwise(corpus, tmp_path):
@@ -314,6 +354,17 @@ def test_a_signal_during_an_evaluation_saves_at_once_and_the_evaluation_is_made_
     assert equal(whole, model)
     records = read_records(tmp_path / "parts/metrics.jsonl")
     assert [r["step"] for r in records if r["event"] == "evaluate"] == [3, 6]
+
+
+def test_a_signal_during_an_evaluation_loses_no_record_and_no_token(corpus, tmp_path):
+    often, job = {"log_every": 5, "save_every": 0, "evaluate_every": 3}, {"evaluate": stopping_after(0)}
+    run(corpus, tmp_path / "whole", **often)
+    with pytest.raises(Stopped, match="after step 3 of 6"):
+        run(corpus, tmp_path / "parts", job=job, **often)
+    run(corpus, tmp_path / "parts", job=job, **often)
+    whole, parts = (read_records(tmp_path / kind / "metrics.jsonl") for kind in ("whole", "parts"))
+    assert [(record["event"], record["step"]) for record in parts[:2]] == [("train", 3), ("evaluate", 3)]
+    assert parts[-2]["tokens"] == whole[-1]["tokens"]
 
 
 def test_an_evaluation_that_was_saved_with_its_step_is_not_made_again(corpus, tmp_path):

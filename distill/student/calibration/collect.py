@@ -156,7 +156,7 @@ class _Collector:
         handles = [self.layers[0].register_forward_pre_hook(self._begin, with_kwargs=True)]
         for index, (layer, mlp) in enumerate(zip(self.layers, self.mlps, strict=True)):
             handles.append(layer.register_forward_hook(partial(self._on_layer, index), with_kwargs=True))
-            handles.append(mlp.watch(partial(self._on_neurons, f"{self.side}.{index}", mlp.experts is not None)))
+            handles.append(mlp.watch(partial(self._on_neurons, f"{self.side}.{index}")))
         return handles
 
     def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -193,14 +193,13 @@ class _Collector:
         angles.diagonal(dim1=-2, dim2=-1).zero_()  # arccos is steep at 1: rounding would show as an angle
         self.sums[f"{self.side}.angles"] += angles.sum(dim=0)
 
-    def _on_neurons(
-        self, prefix: str, per_expert: bool, neurons: Tensor, positions: Tensor | None, expert: int
-    ) -> None:
+    def _on_neurons(self, prefix: str, neurons: Tensor, positions: Tensor | None, expert: int) -> None:
         """Add the neurons of T real positions; `where` [T] are their indices in the flat batch."""
         rows, length = self.mask.shape
         real = self.mask.flatten()
-        if positions is None:
-            positions = torch.arange(len(real), device=real.device)
+        entry: Any = expert
+        if positions is None:  # an MLP without experts
+            positions, entry = torch.arange(len(real), device=real.device), ()
         where, values_TF = positions[real[positions]], neurons[real[positions]].float()
         absolute, sequence = values_TF.abs(), where // length
         by_sequence = torch.zeros(rows, values_TF.shape[1], device=values_TF.device).index_add_(0, sequence, absolute)
@@ -216,4 +215,4 @@ class _Collector:
             wide = values_TF.double()
             totals["gram"] = wide.T @ wide
         for name, total in totals.items():
-            self.sums[f"{prefix}.{name}"][expert if per_expert else ()] += total
+            self.sums[f"{prefix}.{name}"][entry] += total

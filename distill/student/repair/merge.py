@@ -20,9 +20,10 @@ from torch.utils.hooks import RemovableHandle
 
 from distill.models.family import layers_of, layout_of
 from distill.models.forward import Batch, first_tensor
+from distill.models.memory import split_groups
 from distill.models.mlp import NeuronAxis, mlps_of
 from distill.models.plan import StudentPlan
-from distill.student.repair.moments import LayerError, Moments, Pass, moment_bytes, solve_ridge, split_groups
+from distill.student.repair.moments import LayerError, Moments, Pass, moment_bytes, solve_ridge
 
 
 @dataclass(frozen=True)
@@ -81,15 +82,11 @@ def _blocks(teacher: Any, student: Any, plan: StudentPlan) -> Iterator[Block]:
 
 def _block_moments(teacher: Any, group: Sequence[Block], batches: Sequence[Batch], scale: float) -> list[Moments]:
     """Collect the moments of [M, M* + (H_m - H_l) - M], both [N, D], for each block."""
-    step = Pass(teacher)
-    by_block: list[Moments] = []
-    handles: list[RemovableHandle] = []
-    for block in group:
-        moments = Moments(2 * block.teacher.weight_out.shape[-2], teacher.device)
-        by_block.append(moments)
-        handles += _watch(block, layers_of(teacher), scale, partial(step.add_real, moments))
-    step.run(batches, handles)
-    return by_block
+    step = Pass(teacher, [2 * block.teacher.weight_out.shape[-2] for block in group])
+    watched = [
+        _watch(block, layers_of(teacher), scale, partial(step.add, number)) for number, block in enumerate(group)
+    ]
+    return step.run(batches, [handle for handles in watched for handle in handles])
 
 
 def _watch(block: Block, layers: Any, scale: float, on_values: Callable[[Tensor], None]) -> list[RemovableHandle]:

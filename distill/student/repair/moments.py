@@ -5,9 +5,9 @@ Sums run over real tokens in float64. N positions, K numbers per position.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from torch.utils.hooks import RemovableHandle
 
 from distill.models.forward import Batch, run_base
 
-T = TypeVar("T")
 LARGEST = 4 * 2**30
 """Bytes of moments that are held at a time; more is collected in several passes over the sample."""
 
@@ -63,39 +62,26 @@ def moment_bytes(size: int) -> int:
     return 8 * size * (size + 1)
 
 
-def split_groups(items: Iterable[T], cost: Callable[[T], int], most: int) -> Iterator[list[T]]:
-    """Split the items in order into groups that cost at most `most` together; one that costs more stands alone."""
-    group: list[T] = []
-    spent = 0
-    for item in items:
-        if group and spent + cost(item) > most:
-            yield group
-            group, spent = [], 0
-        group.append(item)
-        spent += cost(item)
-    if group:
-        yield group
-
-
 class Pass:
-    """One pass of a model over the sample, with the hooks that its caller attaches."""
+    """One pass of a model over the sample: hooks, which its caller attaches, add to moments of the sizes K."""
 
-    def __init__(self, model: Any):
-        self.model = model
+    def __init__(self, model: Any, sizes: Iterable[int]):
+        self.model, self.moments = model, [Moments(size, model.device) for size in sizes]
         self.real = torch.empty(0)
         """Boolean [B * L]: True at the real tokens of the current batch."""
 
-    def add_real(self, moments: Moments, values: Tensor) -> None:
-        """Add the values [B * L, K] of the current batch's real tokens."""
-        moments.add(values[self.real])
+    def add(self, number: int, values: Tensor, positions: Tensor | None = None) -> None:
+        """Add to the moments of this number the real ones among values [N, K] at flat positions [N] (None: all)."""
+        self.moments[number].add(values[self.real if positions is None else self.real[positions]])
 
-    def run(self, batches: Iterable[Batch], handles: Sequence[RemovableHandle]) -> None:
-        """Run the base model over the batches, then remove the hooks."""
+    def run(self, batches: Iterable[Batch], handles: Sequence[RemovableHandle]) -> list[Moments]:
+        """Run the base model over the batches, then remove the hooks; returns the moments."""
 
         def note_real(batch: Batch) -> None:
             self.real = batch["attention_mask"].bool().flatten()
 
         run_base(self.model, batches, handles, note_real)
+        return self.moments
 
 
 def solve_ridge(inputs: Tensor, cross: Tensor, ridge: float) -> Tensor:

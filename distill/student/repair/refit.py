@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from distill.models.forward import Batch
-from distill.models.mlp import NeuronAxis, OnNeurons, mlps_of
+from distill.models.memory import split_groups
+from distill.models.mlp import NeuronAxis, mlps_of
 from distill.models.plan import StudentPlan
-from distill.student.repair.moments import LayerError, Moments, Pass, moment_bytes, solve_ridge, split_groups
+from distill.student.repair.moments import LayerError, Moments, Pass, moment_bytes, solve_ridge
 
 
 @dataclass(frozen=True)
@@ -147,22 +148,15 @@ def _pieces(teacher: Any, student: Any, plan: StudentPlan) -> list[Piece]:
 
 
 def _neuron_moments(teacher: Any, group: Sequence[Piece], batches: Sequence[Batch]) -> list[Moments]:
-    step = Pass(teacher)
-    by_piece = [Moments(piece.teacher.width, teacher.device) for piece in group]
+    step = Pass(teacher, [piece.teacher.width for piece in group])
+    number_of = {(piece.layer, piece.expert or 0): number for number, piece in enumerate(group)}
 
-    def watch_pieces(wanted: dict[int, Moments]) -> OnNeurons:
-        def hook(neurons: Tensor, positions: Tensor | None, expert: int) -> None:
-            if expert in wanted:
-                wanted[expert].add(neurons[step.real if positions is None else step.real[positions]])
+    def add_neurons(layer: int, neurons: Tensor, positions: Tensor | None, expert: int) -> None:
+        if (layer, expert) in number_of:
+            step.add(number_of[layer, expert], neurons, positions)
 
-        return hook
-
-    by_layer: dict[int, dict[int, Moments]] = {}
-    for piece, moments in zip(group, by_piece, strict=True):
-        by_layer.setdefault(piece.layer, {})[piece.expert or 0] = moments
     mlps = {piece.layer: piece.teacher for piece in group}
-    step.run(batches, [mlps[layer].watch(watch_pieces(wanted)) for layer, wanted in by_layer.items()])
-    return by_piece
+    return step.run(batches, [mlp.watch(partial(add_neurons, layer)) for layer, mlp in mlps.items()])
 
 
 def _round_as_stored(output: Output, mlp: NeuronAxis) -> Output:
