@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,26 +11,8 @@ from distill.evaluation.chance import DEFINED
 from distill.recipe.names import TWO_STACK_TASKS
 from distill.recipe.schema import Recipe, Term
 from distill.registry import find
-from distill.student.masks import mask_untrained
 
 LABELS_ONLY = (Term(match="labels"),)
-
-
-def _unchanged(_recipe: Recipe, model: Any, _steps: int) -> Any:
-    return model
-
-
-def _masked(recipe: Recipe, model: Any, steps: int) -> Any:
-    mask_untrained(recipe, model, steps)
-    return model
-
-
-def _same_loss(recipe: Recipe) -> Sequence[Term]:
-    return recipe.losses
-
-
-def _labels(_recipe: Recipe) -> Sequence[Term]:
-    return LABELS_ONLY
 
 
 @dataclass(frozen=True)
@@ -42,10 +24,8 @@ class Arm:
     start: Literal["teacher", "cut", "repaired", "student", "own", "none"]
     """The model it starts from; `student` is the one that training starts from: repaired where the recipe asks for
     it, else as cut. `own`: one that the stage `draw` makes for it; `none`: there is no model."""
-    terms: Callable[[Recipe], Sequence[Term]] | None = None
-    """The loss that it is trained on; None: it is not trained."""
-    prepare: Callable[[Recipe, Any, int], Any] = _unchanged
-    """(recipe, start model, steps of the training) -> the model that is trained, or measured if nothing is."""
+    terms: Literal["recipe", "labels"] | None = None
+    """The loss that it is trained on: the recipe's, or the labels alone; None: it is not trained."""
     lesson: str = ""
     """What it means where the distilled student does not beat it; empty: it is no rival."""
 
@@ -56,13 +36,13 @@ NO_WEIGHTS = "the weights that were cut from the teacher are worth nothing here"
 ARMS: dict[str, Arm] = {
     "teacher": Arm("", "teacher"),
     "teachers": Arm("the mixture that taught", "teacher"),
-    "cut": Arm("the student before training", "cut", prepare=_masked, lesson=UNTRAINED),
-    "repaired": Arm("the student after its repair, before training", "repaired", prepare=_masked, lesson=UNTRAINED),
-    "distilled": Arm("this model", "student", _same_loss),
-    "labels_only": Arm("the same student without the teacher", "student", _labels, lesson="the teacher added nothing"),
+    "cut": Arm("the student before training", "cut", lesson=UNTRAINED),
+    "repaired": Arm("the student after its repair, before training", "repaired", lesson=UNTRAINED),
+    "distilled": Arm("this model", "student", "recipe"),
+    "labels_only": Arm("the same student without the teacher", "student", "labels", lesson="the teacher added nothing"),
     "majority": Arm("the most frequent label of the training data", "none", lesson="it has learnt nothing that helps"),
-    "random_cut": Arm("random layers and neurons, as many, trained alike", "own", _same_loss, lesson=NO_CHOICE),
-    "from_scratch": Arm("the same student with random weights, trained alike", "own", _same_loss, lesson=NO_WEIGHTS),
+    "random_cut": Arm("random layers and neurons, as many, trained alike", "own", "recipe", lesson=NO_CHOICE),
+    "from_scratch": Arm("the same student with random weights, trained alike", "own", "recipe", lesson=NO_WEIGHTS),
 }
 
 
@@ -110,9 +90,8 @@ def not_run(recipe: Recipe) -> dict[str, str]:
 
 def terms_of(recipe: Recipe, arm: str) -> Sequence[Term]:
     """Return the loss of a trained arm."""
-    terms = ARMS[arm].terms
-    assert terms is not None, f"{arm} is not trained"
-    return terms(recipe)
+    assert ARMS[arm].terms is not None, f"{arm} is not trained"
+    return recipe.losses if ARMS[arm].terms == "recipe" else LABELS_ONLY
 
 
 def trained_arms(recipe: Recipe) -> list[str]:
@@ -149,5 +128,5 @@ def rivals(recipe: Recipe) -> dict[str, str]:
 
 
 def lessons(recipe: Recipe) -> dict[str, str]:
-    """Map each of these arms to what it means where it is not beaten."""
+    """Map each rival to what it means where it is not beaten."""
     return {name: ARMS[name].lesson for name in rivals(recipe)}
