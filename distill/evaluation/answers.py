@@ -7,12 +7,12 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
 from distill.evaluation.formulas import Column, mean, of_shares
-from distill.evaluation.texts import WITHOUT_SPACES
+from distill.evaluation.texts import WITHOUT_SPACES, f1_of_counts
 
 WORDS = re.compile(rf"[{WITHOUT_SPACES}]|[^\s{WITHOUT_SPACES}]+")
 ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -44,14 +44,9 @@ def exact_match_answer(answers: Iterable[str], gold: Iterable[str]) -> Column:
 @of_shares(mean)
 def f1_answer(answers: Iterable[str], gold: Iterable[str]) -> Column:
     """Mean over answers of F1 between their words and those of the true answer that is closest."""
-    return _best(answers, gold, f1_of_words)
-
-
-def f1_of_words(given: Sequence[str], true: Sequence[str]) -> float:
-    """Compute 2 x shared / (given + true), words counted as often as they stand there; 1 where there are none."""
-    if not given or not true:
-        return float(given == true)
-    return 2 * (Counter(given) & Counter(true)).total() / (len(given) + len(true))
+    return _best(
+        answers, gold, lambda given, true: f1_of_counts((Counter(given) & Counter(true)).total(), len(given), len(true))
+    )
 
 
 def _best(answers: Iterable[str], gold: Iterable[str], score: Callable[[list[str], list[str]], float]) -> Column:

@@ -177,7 +177,7 @@ def on_rows(name: str, columns: Rows) -> Callable[[Column], float]:
     function = find_metric(name, columns)
     parts = [columns[column] for column in columns_of(function)]
     if isinstance(function, OfShares):
-        function, parts = function.total, [function.shares(*parts)]
+        parts, function = [function.shares(*parts)], function.total
     return lambda index: float(function(*(part[index] for part in parts)))
 
 

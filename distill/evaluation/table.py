@@ -44,33 +44,26 @@ def tabulate(
     units, unit = units_of(next(iter(rows.values())), unit)
     metrics = {arm: finite_or_none(compute(names, own)) for arm, own in rows.items()}
     draws = draw_metrics(rows, metrics, names, units)
-    arms = [
-        {
-            "name": arm,
-            "title": (titles or {}).get(arm, arm),
-            "steps": 0 if ARMS[arm].terms is None else steps,
-            "metrics": own,
-            "intervals": {name: draws[name].of(arm) for name in names},
-            "retained": retain(own, metrics.get("teacher", {}), metrics.get("majority", {})),
-        }
-        for arm, own in metrics.items()
-    ]
-    others = [arm for arm in rows if "distilled" in rows and arm != "distilled"]
-    own_metrics = [name for name in names if name not in TEACHER_METRICS]
-    compared = {other: own_metrics if other in ("teacher", "teachers") else names for other in others}
-    differences = [
-        {
-            "arm": "distilled",
-            "against": other,
-            "metrics": {name: draws[name].between("distilled", other) for name in own},
-        }
-        for other, own in compared.items()
-    ]
-    drawn = {"unit": unit, "number": len(units), "level": LEVEL, "seed": SEED}
+
+    def subtract(other: str) -> dict[str, Any]:
+        against_itself = TEACHER_METRICS if other in ("teacher", "teachers") else ()
+        own = {name: draws[name].between("distilled", other) for name in names if name not in against_itself}
+        return {"arm": "distilled", "against": other, "metrics": own}
+
     return {
-        "arms": arms,
-        "differences": differences,
-        "drawn": drawn,
+        "arms": [
+            {
+                "name": arm,
+                "title": (titles or {}).get(arm, arm),
+                "steps": 0 if ARMS[arm].terms is None else steps,
+                "metrics": own,
+                "intervals": {name: draws[name].of(arm) for name in names},
+                "retained": retain(own, metrics.get("teacher", {}), metrics.get("majority", {})),
+            }
+            for arm, own in metrics.items()
+        ],
+        "differences": [subtract(arm) for arm in rows if arm != "distilled"] if "distilled" in rows else [],
+        "drawn": {"unit": unit, "number": len(units), "level": LEVEL, "seed": SEED},
         "per_class": tabulate_classes(rows, classes, units),
     }
 

@@ -32,12 +32,9 @@ def grams_of(items: Sequence[str], length: int) -> Counter[tuple[str, ...]]:
     return Counter(tuple(items[start : start + length]) for start in range(len(items) - length + 1))
 
 
-def f_score(hits: float, found: float, true: float, beta: float = 1) -> float:
-    """Compute (1 + β²) P R / (β² P + R) with P = hits / found and R = hits / true; 0 without a hit."""
-    if not hits:
-        return 0.0
-    precision, recall = hits / found, hits / true
-    return (1 + beta**2) * precision * recall / (beta**2 * precision + recall)
+def f1_of_counts(hits: int, found: int, true: int) -> float:
+    """Compute F1 = 2 hits / (found + true), the harmonic mean of hits / found and hits / true; 1 where nothing is."""
+    return 2 * hits / (found + true) if found + true else 1.0
 
 
 def rouge_n(written: str, true: str, length: int) -> float:
@@ -45,15 +42,13 @@ def rouge_n(written: str, true: str, length: int) -> float:
     found, wanted = grams_of(words_of(written), length), grams_of(words_of(true), length)
     if not found and not wanted:
         return float(words_of(written) == words_of(true))
-    return f_score((found & wanted).total(), found.total(), wanted.total())
+    return f1_of_counts((found & wanted).total(), found.total(), wanted.total())
 
 
 def rouge_lcs(written: str, true: str) -> float:
     """Compute ROUGE-L, the F1 of the longest common subsequence of words; 1 for two texts without words."""
     found, wanted = words_of(written), words_of(true)
-    if not found and not wanted:
-        return 1.0
-    return f_score(_common(found, wanted), len(found), len(wanted))
+    return f1_of_counts(_common(found, wanted), len(found), len(wanted))
 
 
 def _common(left: Sequence[str], right: Sequence[str]) -> int:

@@ -48,13 +48,16 @@ def _cosine(left: Tensor, right: Tensor) -> Tensor:
 
 
 def ranks_of_pairs(texts: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    """Rank each text's own pair among all pairs by cosine, int64 [n] from 1; of equal ones, all come before it."""
+    """Rank each text's own pair among all pairs by cosine, int64 [n] from 1; of equal ones, all come before it.
+
+    A vector that is not finite, as of a broken student, finds its pair last.
+    """
     texts, pairs = _unit(texts), _unit(pairs)
     ranks = []
     for start in range(0, len(texts), BLOCK):
         cosines = texts[start : start + BLOCK] @ pairs.T
         own = cosines[np.arange(len(cosines)), np.arange(start, start + len(cosines))]
-        ranks.append((cosines >= own[:, None]).sum(1))
+        ranks.append(len(pairs) - (cosines < own[:, None]).sum(1))
     return np.concatenate(ranks)
 
 

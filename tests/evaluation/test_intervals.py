@@ -12,7 +12,7 @@ import pytest
 from scipy import stats
 
 from distill.evaluation import intervals
-from distill.evaluation.classes import NONE, decisions_of, tabulate_classes
+from distill.evaluation.classes import NONE, tabulate_classes
 from distill.evaluation.formulas import mean, of_shares
 from distill.evaluation.intervals import FEW, Units, draw_metrics, newcombe_interval, units_of, wilson_interval
 from distill.evaluation.metrics import METRICS, columns_of, compute, find_metric, is_share
@@ -240,11 +240,16 @@ def test_the_confusion_of_a_class_counts_by_hand():
     assert mean == compute(["f1_macro"], rows["distilled"])["f1_macro"]
 
 
+def test_a_class_that_is_called_as_a_missing_side_is_has_its_figures():
+    right = {"references": np.array([0, 1]), "predictions": np.array([0, 1])}
+    found = tabulate_classes({"distilled": right}, ["x", NONE], Units(np.arange(2)))
+    assert found["classes"]["distilled"][NONE]["f1"] == 1
+
+
 def test_sets_of_classes_and_spans_are_decisions_that_may_lack_a_side():
     sets = {"references": np.array([[1, 1], [0, 1]]), "predictions": np.array([[1, 0], [1, 1]])}
-    found = decisions_of(sets, ["x", "y"])
-    pairs = [(found.classes[a], found.classes[b]) for a, b in zip(found.true, found.predicted, strict=True)]
-    assert sorted(pairs) == [(NONE, "x"), ("x", "x"), ("y", NONE), ("y", "y")]
+    found = tabulate_classes({"distilled": sets}, ["x", "y"], Units(np.arange(2)))["confusion"]["distilled"]
+    assert sorted(found) == [[NONE, "x", 1], ["x", "x", 1], ["y", NONE, 1], ["y", "y", 1]]
     spans = {"entity_pairs": np.array(['[["PER", "PER"], ["LOC", "PER"]]', "[]", '[[null, "LOC"], ["PER", null]]'])}
     table = tabulate_classes({"distilled": spans}, [], Units(np.arange(3)))
     by_type = table["classes"]["distilled"]
