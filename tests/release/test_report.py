@@ -165,6 +165,13 @@ def test_a_bar_far_above_the_rest_is_broken() -> None:
     assert "break" not in charts.bar_chart(bars[:1], title="t", description="d")
 
 
+def test_bars_of_negative_values_stay_inside_the_picture() -> None:
+    bars = [charts.Bar("cut", -0.5, "cut"), charts.Bar("distilled", -0.2, "distilled")]
+    picture = ElementTree.fromstring(charts.bar_chart(bars, title="t", description="d"))
+    boxes = [(float(box.get("x", "")), float(box.get("width", ""))) for box in picture.iter("rect")]
+    assert boxes == [(150.0, 320.0), (342.0, 128.0)]  # of a scale from -0.5 to 0 between 150 and 470
+
+
 @pytest.mark.parametrize(
     ("low", "high"),
     [(0.13, 0.78), (0, 300), (5, 5), (0, 0), (-3.2, 4.1), (1e-9, 1.1e-9), (1e16, 1e16 + 4), (0, 5e-324)],
