@@ -22,13 +22,9 @@ def classes_table(evidence: Evidence) -> Table:
         own, other = ours.get(name, {}), theirs.get(name, {})
         wrong = [pair for pair in found["confusion"].get("distilled", []) if pair[0] == name != pair[1]]
         taken = f"{wrong[0][1]} ({wrong[0][2]})" if wrong else MISSING
-        shown = format_percent(own.get("f1")) + format_interval("f1", own)
-        teacher = format_percent(other.get("f1")) + format_interval("f1", other)
-        counts = (
-            str(own.get("true", other.get("true", 0))),
-            *(format_percent(own.get(key)) for key in ("precision", "recall")),
-        )
-        rows.append((name, taken, counts[0], teacher, shown, *counts[1:]))
+        scores = [format_percent(each.get("f1")) + format_interval("f1", each) for each in (other, own)]
+        shares = [format_percent(own.get(key)) for key in ("precision", "recall")]
+        rows.append((name, taken, str(own.get("true", other.get("true", 0))), *scores, *shares))
     head = ("class", "most often taken for", "examples", "F1 of the teacher", "F1", "precision", "recall")
     return Table(head, rows, text_columns=2)
 

@@ -97,10 +97,10 @@ class Evidence:
     def trained_on(self) -> str:
         """Say how a set was trained on; empty: it was not, as far as sources and rows tell."""
         found = self.evaluation.get("trained_on") or {}
-        rows = f"{found['rows']:,} of its {found['of']:,} rows are training rows" if found.get("rows") else ""
-        return ", ".join(
-            filter(None, ["from the source of the training rows" if found.get("same_source") else "", rows])
-        )
+        reasons = ["from the source of the training rows"] if found.get("same_source") else []
+        if found.get("rows"):
+            reasons.append(f"{found['rows']:,} of its {found['of']:,} rows are training rows")
+        return ", ".join(reasons)
 
     def title(self, arm: str) -> str:
         """Words for an arm in tables: those of evaluation.json, or its name."""
@@ -134,14 +134,10 @@ class Evidence:
         words = "In brackets: share of the teacher's lead over the majority, (arm - majority) / (teacher - majority)."
         return words if any(arm.get("retained") for arm in self.arms.values()) else ""
 
-    def higher_is_better(self, metric: str) -> bool:
-        """Direction of a metric; higher is better unless the evaluation says otherwise."""
-        return bool(self.evaluation["higher_is_better"].get(metric, True))
-
     @property
     def direction(self) -> int:
-        """1 where more of the primary metric is better, else -1."""
-        return 1 if self.higher_is_better(self.primary) else -1
+        """1 where more of the primary metric is better, as it is unless the evaluation says otherwise, else -1."""
+        return 1 if self.evaluation["higher_is_better"].get(self.primary, True) else -1
 
     def efficiency(self, model: str, *path: str) -> float | None:
         """One figure of one model, e.g. `efficiency("student", "latency_ms", "p50")`."""
@@ -208,9 +204,8 @@ def summarize(evidence: Evidence) -> str:
         facts.append(f"{counts} ({format_percent(student / teacher)})")
     score, reference = evidence.score("distilled"), evidence.score("teacher")
     if score is not None:
-        fact = (
-            f"{metric} {format_metric(metric, score)}{format_interval(metric, evidence.interval('distilled', metric))}"
-        )
+        interval = format_interval(metric, evidence.interval("distilled", metric))
+        fact = f"{metric} {format_metric(metric, score)}{interval}"
         if reference is not None:
             less = format_paired(metric, evidence.difference("teacher"))
             fact += f" against the teacher's {format_metric(metric, reference)}{less and f' (a difference of {less})'}"
@@ -225,10 +220,11 @@ def _gain(evidence: Evidence) -> list[str]:
     """Say what the teacher added over the first rival that was measured, the one that is most like the student."""
     for rival, words in evidence.evaluation.get("rivals", {}).items():
         if evidence.score(rival) is not None:
-            gain = _turned(evidence.difference(rival), evidence.direction)
-            shown = format_paired(evidence.primary, gain)
-            if (gain["low"] or 0) > 0:
+            shown = format_paired(evidence.primary, _turned(evidence.difference(rival), evidence.direction))
+            if _compare(evidence, rival, words).good:
                 return [f"better than {words} by {shown}"]
+            if get_in(evidence.evaluation, "seeds"):
+                return [f"a gain over {words} is not shown by every seed"]
             return [f"a gain over {words} is not shown{shown and f' ({shown})'}"]
     return []
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -74,29 +74,31 @@ def render_report(evidence: Evidence, disagreements: Table | None = None) -> str
 
 def trade_figures(evidence: Evidence) -> list[Figure]:
     """Draw the primary metric of teacher and students against their size, and against their latency."""
-    metric, found = evidence.primary, []
-    higher = "up" if evidence.higher_is_better(metric) else "down"
+    found = []
     for title, path, write in (
         ("parameters", ("parameters",), format_count),
         ("latency p50, ms", ("latency_ms", "p50"), format_number),
     ):
+        costs = {each: evidence.efficiency(each, *path) for each in ("teacher", "student")}
         dots = [
-            charts.Dot(name, cost, score, style_of(evidence, name), name in ("teacher", "distilled"))
-            for name, arm in evidence.arms.items()
-            for cost in [evidence.efficiency("teacher" if name == "teacher" else "student", *path)]
-            if (score := evidence.score(name)) is not None and cost is not None and name not in NO_MODEL
+            charts.Dot(bar.name, cost, bar.value, bar.style, bar.name in ("teacher", "distilled"))
+            for bar in score_bars(evidence, [name for name in evidence.arms if name not in NO_MODEL])
+            if (cost := costs["teacher" if bar.name == "teacher" else "student"]) is not None
         ]
-        caption = f"Better is {higher} and to the left. Hollow: arms of the student's size that are not released."
-        picture = charts.scatter_chart(
-            dots,
-            title,
-            title=f"{metric} against {title}",
-            description=caption,
-            write_x=write,
-            write_y=partial(format_metric, metric),
-        )
-        found += [Figure(f"{metric} against {title}", picture, caption)] if picture else []
-    return found
+        hollow = "Hollow: arms of the student's size that are not released."
+        found.append(trade_figure(evidence.primary, title, dots, write, hollow, higher=evidence.direction > 0))
+    return [figure for figure in found if figure.picture]
+
+
+def trade_figure(
+    metric: str, cost: str, dots: Sequence[charts.Dot], write: Callable[[float], str], marks: str, *, higher: bool
+) -> Figure:
+    """Draw a metric against what less of is better; `marks` says which dots are solid or hollow."""
+    title = f"{metric} against {cost}"
+    caption = f"Better is {'up' if higher else 'down'} and to the left. {marks}"
+    write_y = partial(format_metric, metric)
+    picture = charts.scatter_chart(dots, cost, title=title, description=caption, write_x=write, write_y=write_y)
+    return Figure(title, picture, caption)
 
 
 def fit_figure(evidence: Evidence) -> Figure:
@@ -117,8 +119,7 @@ def score_tile(evidence: Evidence) -> Tile | None:
     retained = evidence.retained("distilled", metric)
     share = "" if retained is None else f", {format_percent(retained)} of its lead over the majority kept"
     note = f"teacher {format_metric(metric, teacher)}{share}"
-    # Two bars would show the better student as less.
-    picture = charts.pair(teacher, student) if evidence.higher_is_better(metric) else None
+    picture = charts.pair(teacher, student) if evidence.direction > 0 else None  # a shorter bar would look worse
     return Tile(metric, format_metric(metric, student), note, picture)
 
 
@@ -219,15 +220,12 @@ def round_percent(value: float) -> str:
 
 def arms_figure(evidence: Evidence) -> Figure:
     """Draw the primary metric of every arm, side by side."""
-    metric = evidence.primary
-    direction = "higher" if evidence.higher_is_better(metric) else "lower"
-    bars = score_bars(evidence, evidence.arms)
+    metric, bars = evidence.primary, score_bars(evidence, evidence.arms)
     teacher = next((bar for bar in bars if bar.name == "teacher"), None)
-    where = "" if direction == "higher" else ", further left"
-    caption = f"{metric}, {direction} is better{where}." + (" Dashed: the teacher." if teacher else "")
-    title = f"Arms compared: {metric}"
+    better = "higher is better" if evidence.direction > 0 else "lower is better, further left"
+    title, caption = f"Arms compared: {metric}", f"{metric}, {better}.{' Dashed: the teacher.' if teacher else ''}"
     write = partial(format_metric, metric)
-    dots = not evidence.higher_is_better(metric)  # a long bar would look like much of something good
+    dots = evidence.direction < 0  # a long bar would look like much of something good
     picture = charts.bar_chart(bars, title=title, description=caption, mark=teacher, write=write, dots=dots)
     return Figure(title, picture, caption)
 

@@ -89,7 +89,7 @@ def format_count(value: Any, units: str = "kMBT") -> str:
     if known is None:
         return MISSING
     for power, unit in reversed(list(enumerate(units, start=1))):
-        if abs(known) >= 1000**power:
+        if abs(known) >= 0.99995 * 1000**power:  # which is rounded to a whole one
             return f"{known / 1000**power:.1f} {unit}"
     return f"{known:.4g}"
 
@@ -145,9 +145,7 @@ def format_paired(metric: str, pair: Mapping[str, Any]) -> str:
 def format_size(value: Any) -> str:
     """Write bytes as GB (10⁹), or as MB where they are fewer."""
     known = as_number(value)
-    if known is None:
-        return MISSING
-    return f"{known / 1e9:.2f} GB" if known >= 1e9 else f"{known / 1e6:.1f} MB"
+    return format_megabytes(value) if known is None or known < 1e9 else f"{known / 1e9:.2f} GB"
 
 
 def format_seconds(value: Any) -> str:
