@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from distill.evaluation.formulas import Column
 from distill.evaluation.intervals import Units, percentile_interval, wilson_interval
-from distill.evaluation.metrics import Column
 
 NONE = "(none)"
 """Stands in a confusion for what is true and not found, or found and not true."""

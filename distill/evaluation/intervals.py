@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from distill.evaluation.formulas import OfShares
-from distill.evaluation.metrics import Column, columns_of, find_metric, is_share
+from distill.evaluation.formulas import Column, OfShares
+from distill.evaluation.metrics import columns_of, find_metric, is_share
 from distill.recipe.names import TEACHER_METRICS
 
 LEVEL, SEED = 0.95, 0

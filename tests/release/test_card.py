@@ -14,9 +14,9 @@ from distill.recipe.schema import Recipe
 from distill.recipe.student import Mask
 from distill.release import wording
 from distill.release.card import KIND_USES, LOADING, USES, caveats, fence, inline, render_card, snippet
-from distill.release.classes import classes_table
 from distill.release.evidence import Evidence, judge, judge_sets, summarize
 from distill.release.report import render_report
+from distill.release.tables import classes_table
 from distill.release.wording import MISSING
 
 
