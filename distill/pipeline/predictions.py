@@ -15,7 +15,7 @@ from distill.data import evaluation_batches, observe_batch
 from distill.evaluation.arms import ARMS, measured_arms
 from distill.evaluation.chance import most_frequent
 from distill.evaluation.predict import Ask, Rows, merge_rows, predict
-from distill.evaluation.recorded import HOST_BYTES, record_teacher
+from distill.evaluation.recorded_teacher import HOST_BYTES, record_teacher
 from distill.files import write_json
 from distill.pipeline.session import Session
 from distill.student.masks import mask_untrained

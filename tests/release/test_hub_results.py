@@ -8,7 +8,7 @@ from huggingface_hub import parse_eval_result_entries
 from ruamel.yaml import YAML
 
 from distill.recipe.schema import Source
-from distill.release.results import result_files
+from distill.release.hub_results import result_files
 
 
 def measured_on(evidence, *sources):
