@@ -104,9 +104,7 @@ def trade_figure(
 def fit_figure(evidence: Evidence) -> Figure:
     """Draw the loss of the teacher's own training."""
     line = charts.Series("loss", points(list(evidence.fit), "train", "loss"), "teacher")
-    wide = is_wide(value for _, value in line.points)
-    caption = f"The teacher's loss on the labels while it was fitted{', logarithmic scale' if wide else ''}."
-    return line_figure("Fit of the teacher", caption, [line], log=wide)
+    return line_figure("Fit of the teacher", "The teacher's loss on the labels while it was fitted", [line])
 
 
 def score_tile(evidence: Evidence) -> Tile | None:
@@ -181,9 +179,7 @@ def loss_figure(evidence: Evidence) -> Figure:
     lines = [charts.Series("loss", points(records, "train", "loss"), "total")]
     for index, term in enumerate(terms):
         lines.append(charts.Series(term, points(records, "train", "terms", term), f"c{index % 6}"))
-    wide = is_wide(value for line in lines for _, value in line.points)
-    caption = f"Training loss and its terms{', logarithmic scale' if wide else ''}."
-    return line_figure("Training loss", caption, lines, log=wide)
+    return line_figure("Training loss", "Training loss and its terms", lines)
 
 
 def held_out_figure(evidence: Evidence) -> Figure:
@@ -194,23 +190,37 @@ def held_out_figure(evidence: Evidence) -> Figure:
         for arm, records in evidence.records.items()
     ]
     levels = score_bars(evidence, [name for name, arm in evidence.arms.items() if not arm.get("steps")])
-    values = [value for line in lines for _, value in line.points] + [level.value for level in levels]
-    caption = f"{metric} on the held-out split; arms that were not trained are horizontal lines."
+    caption = f"{metric} on the held-out split; arms that were not trained are horizontal lines"
     write = round_percent if is_share(metric) else format_number
-    return line_figure(f"Held-out {metric}", caption, lines, levels=levels, log=is_wide(values), write=write)
+    return line_figure(f"Held-out {metric}", caption, lines, levels=levels, write=write)
 
 
 def rate_figure(evidence: Evidence) -> Figure:
     """Draw the learning rate as it was run."""
     line = charts.Series("lr", points(evidence.records.get("distilled", []), "train", "lr"), "total")
     training = evidence.recipe.training
-    caption = f"Learning rate: {training.schedule}, peak {format_number(training.lr)}."
-    return line_figure("Learning rate", caption, [line])
+    caption = f"Learning rate: {training.schedule}, peak {format_number(training.lr)}"
+    return line_figure("Learning rate", caption, [line], may_be_log=False)
 
 
-def line_figure(title: str, caption: str, lines: Sequence[charts.Series], **options: Any) -> Figure:
-    """Draw a line chart with the caption as its description."""
-    return Figure(title, charts.line_chart(lines, title=title, description=caption, **options), caption)
+def line_figure(
+    title: str,
+    caption: str,
+    lines: Sequence[charts.Series],
+    *,
+    levels: Sequence[charts.Bar] = (),
+    write: Callable[[float], str] = format_number,
+    may_be_log: bool = True,
+) -> Figure:
+    """Draw a line chart, on a logarithmic scale where values are far apart, which the caption then says."""
+    values = [value for line in lines for _, value in line.points] + [level.value for level in levels]
+    positive = [value for value in values if value > 0]
+    log = may_be_log and bool(positive) and max(positive) > WIDE * min(positive)
+    if log:
+        caption += ", logarithmic scale" + (", without values of 0 or less" if len(positive) < len(values) else "")
+    caption += "."
+    picture = charts.line_chart(lines, title=title, description=caption, levels=levels, log=log, write=write)
+    return Figure(title, picture, caption)
 
 
 def round_percent(value: float) -> str:
@@ -247,9 +257,3 @@ def points(records: list[dict[str, Any]], event: str, *path: str) -> list[charts
     values = {record.get("step"): get_in(record, *path) for record in records if record.get("event") == event}
     pairs = ((as_number(step), as_number(value)) for step, value in values.items())
     return sorted((step, value) for step, value in pairs if step is not None and value is not None)
-
-
-def is_wide(values: Iterable[float]) -> bool:
-    """Tell whether the positive values ask for a logarithmic scale."""
-    known = [value for value in values if value > 0]
-    return bool(known) and max(known) > WIDE * min(known)
