@@ -222,7 +222,7 @@ def _gain(evidence: Evidence) -> list[str]:
         if evidence.score(rival) is not None:
             shown = format_paired(evidence.primary, _turned(evidence.difference(rival), evidence.direction))
             if _compare(evidence, rival, words).good:
-                return [f"better than {words} by {shown}"]
+                return [f"better than {words}{shown and f' by {shown}'}"]
             if get_in(evidence.evaluation, "seeds"):
                 return [f"a gain over {words} is not shown by every seed"]
             return [f"a gain over {words} is not shown{shown and f' ({shown})'}"]
