@@ -18,12 +18,12 @@ WORDS = re.compile(rf"[{WITHOUT_SPACES}]|[^\s{WITHOUT_SPACES}]+")
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
-def words_of(answer: str) -> list[str]:
+def normalized_words(answer: str) -> list[str]:
     """Split an answer into words, in small letters, without punctuation and English articles.
 
-    >>> words_of("The U.S. Army")
+    >>> normalized_words("The U.S. Army")
     ['us', 'army']
-    >>> words_of("北京 2008年。")
+    >>> normalized_words("北京 2008年。")
     ['北', '京', '2008', '年']
     """
     kept = (letter for letter in answer.lower() if letter not in string.punctuation and not _is_wide_mark(letter))
@@ -52,6 +52,9 @@ def f1_answer(answers: Iterable[str], gold: Iterable[str]) -> Column:
 def _best(answers: Iterable[str], gold: Iterable[str], score: Callable[[list[str], list[str]], float]) -> Column:
     scores = []
     for answer, texts in zip(answers, gold, strict=True):
-        given, true = words_of(answer), [words for text in json.loads(texts) if (words := words_of(text))]
+        given, true = (
+            normalized_words(answer),
+            [words for text in json.loads(texts) if (words := normalized_words(text))],
+        )
         scores.append(max(score(given, words) for words in true or [[]]))
     return np.array(scores)

@@ -46,8 +46,8 @@ ARMS: dict[str, Arm] = {
 }
 
 
-def words_of(recipe: Recipe, arm: str) -> str:
-    """Return what an arm is; the student of a recipe may have been given instead of cut."""
+def describe_arm(recipe: Recipe, arm: str) -> str:
+    """Say what an arm is; the student of a recipe may have been given instead of cut."""
     if arm == "cut" and recipe.student.given is not None:
         return "nothing was cut: the student as given, before training"
     return ARMS[arm].words
@@ -55,7 +55,7 @@ def words_of(recipe: Recipe, arm: str) -> str:
 
 def title_of(recipe: Recipe, arm: str) -> str:
     """Return the words for an arm in tables."""
-    words = words_of(recipe, arm)
+    words = describe_arm(recipe, arm)
     return f"{arm} ({words})" if words else arm
 
 
@@ -85,7 +85,7 @@ def not_run(recipe: Recipe) -> dict[str, str]:
     """Map each arm that a recipe could have and does not measure to its words, or to why it cannot be had."""
     hidden = [arm for arm in ("repaired", "teachers") if _why_not(recipe, arm)]
     left = [arm for arm in ARMS if arm not in measured_arms(recipe) and arm not in hidden]
-    return {arm: _why_not(recipe, arm) or words_of(recipe, arm) for arm in left}
+    return {arm: _why_not(recipe, arm) or describe_arm(recipe, arm) for arm in left}
 
 
 def terms_of(recipe: Recipe, arm: str) -> Sequence[Term]:
@@ -124,7 +124,7 @@ def rivals(recipe: Recipe) -> dict[str, str]:
     """Map each measured arm that the distilled student has to beat to its words, trained ones first."""
     measured = [name for name in ARMS if ARMS[name].lesson and name in measured_arms(recipe)]
     ordered = sorted(measured, key=lambda name: ARMS[name].terms is None)
-    return {name: words_of(recipe, name).removeprefix("nothing was cut: ") for name in ordered}
+    return {name: describe_arm(recipe, name).removeprefix("nothing was cut: ") for name in ordered}
 
 
 def lessons(recipe: Recipe) -> dict[str, str]:

@@ -39,9 +39,10 @@ def f1_of_counts(hits: int, found: int, true: int) -> float:
 
 def rouge_n(written: str, true: str, length: int) -> float:
     """Compute ROUGE-N, the F1 of runs of so many words (Lin 2004); of two texts without any, whether they are equal."""
-    found, wanted = grams_of(words_of(written), length), grams_of(words_of(true), length)
+    words = words_of(written), words_of(true)
+    found, wanted = (grams_of(own, length) for own in words)
     if not found and not wanted:
-        return float(words_of(written) == words_of(true))
+        return float(words[0] == words[1])
     return f1_of_counts((found & wanted).total(), found.total(), wanted.total())
 
 

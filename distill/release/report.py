@@ -22,7 +22,7 @@ from distill.release.wording import (
     format_number,
     format_percent,
     format_ratio,
-    is_share,
+    is_percentage,
     one_line,
 )
 
@@ -191,7 +191,7 @@ def held_out_figure(evidence: Evidence) -> Figure:
     ]
     levels = score_bars(evidence, [name for name, arm in evidence.arms.items() if not arm.get("steps")])
     caption = f"{metric} on the held-out split; arms that were not trained are horizontal lines"
-    write = round_percent if is_share(metric) else format_number
+    write = round_percent if is_percentage(metric) else format_number
     return line_figure(f"Held-out {metric}", caption, lines, levels=levels, write=write)
 
 
