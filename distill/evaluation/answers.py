@@ -52,9 +52,6 @@ def f1_answer(answers: Iterable[str], gold: Iterable[str]) -> Column:
 def _best(answers: Iterable[str], gold: Iterable[str], score: Callable[[list[str], list[str]], float]) -> Column:
     scores = []
     for answer, texts in zip(answers, gold, strict=True):
-        given, true = (
-            normalized_words(answer),
-            [words for text in json.loads(texts) if (words := normalized_words(text))],
-        )
-        scores.append(max(score(given, words) for words in true or [[]]))
+        given, true = normalized_words(answer), filter(None, map(normalized_words, json.loads(texts)))
+        scores.append(max(score(given, words) for words in [*true] or [[]]))
     return np.array(scores)
