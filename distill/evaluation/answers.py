@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from distill.evaluation.formulas import Column, mean, of_shares
-from distill.evaluation.texts import WITHOUT_SPACES, f1_of_counts
+from distill.evaluation.texts import WITHOUT_SPACES, f1_of_bags
 
 WORDS = re.compile(rf"[{WITHOUT_SPACES}]|[^\s{WITHOUT_SPACES}]+")
 ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -44,9 +44,7 @@ def exact_match_answer(answers: Iterable[str], gold: Iterable[str]) -> Column:
 @of_shares(mean)
 def f1_answer(answers: Iterable[str], gold: Iterable[str]) -> Column:
     """Mean over answers of F1 between their words and those of the true answer that is closest."""
-    return _best(
-        answers, gold, lambda given, true: f1_of_counts((Counter(given) & Counter(true)).total(), len(given), len(true))
-    )
+    return _best(answers, gold, lambda given, true: f1_of_bags(Counter(given), Counter(true)))
 
 
 def _best(answers: Iterable[str], gold: Iterable[str], score: Callable[[list[str], list[str]], float]) -> Column:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 WITHOUT_SPACES = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
@@ -37,13 +38,18 @@ def f1_of_counts(hits: int, found: int, true: int) -> float:
     return 2 * hits / (found + true) if found + true else 1.0
 
 
+def f1_of_bags(found: Counter[Any], true: Counter[Any]) -> float:
+    """Compute F1 of what both hold, counted as often as both do."""
+    return f1_of_counts((found & true).total(), found.total(), true.total())
+
+
 def rouge_n(written: str, true: str, length: int) -> float:
     """Compute ROUGE-N, the F1 of runs of so many words (Lin 2004); of two texts without any, whether they are equal."""
     words = words_of(written), words_of(true)
     found, wanted = (grams_of(own, length) for own in words)
     if not found and not wanted:
         return float(words[0] == words[1])
-    return f1_of_counts((found & wanted).total(), found.total(), wanted.total())
+    return f1_of_bags(found, wanted)
 
 
 def rouge_lcs(written: str, true: str) -> float:

@@ -220,7 +220,7 @@ def _gain(evidence: Evidence) -> list[str]:
     """Say what the teacher added over the first rival that was measured, the one that is most like the student."""
     for rival, words in evidence.evaluation.get("rivals", {}).items():
         if evidence.score(rival) is not None:
-            shown = format_paired(evidence.primary, _turned(evidence.difference(rival), evidence.direction))
+            shown, _ = _difference(evidence, rival, evidence.direction)
             if _compare(evidence, rival, words).good:
                 return [f"better than {words}{shown and f' by {shown}'}"]
             if get_in(evidence.evaluation, "seeds"):
@@ -229,12 +229,16 @@ def _gain(evidence: Evidence) -> list[str]:
     return []
 
 
-def _turned(pair: Mapping[str, Any], sign: int) -> dict[str, float | None]:
-    """Return a difference and its interval as numbers, turned round where the sign is -1."""
+def _difference(evidence: Evidence, against: str, sign: int) -> tuple[str, float | None]:
+    """Write the student's difference from an arm with its interval, whose low end is returned as well.
+
+    Both are turned round where the sign is -1.
+    """
+    pair = evidence.difference(against)
     value, low, high = (as_number(pair.get(key)) for key in ("value", "low", "high"))
     if sign < 0:
         value, low, high = (None if end is None else -end for end in (value, high, low))
-    return {"value": value, "low": low, "high": high}
+    return format_paired(evidence.primary, {"value": value, "low": low, "high": high}), low
 
 
 def judge(evidence: Evidence) -> list[Verdict]:
@@ -263,9 +267,8 @@ def _compare(evidence: Evidence, rival: str, words: str) -> Verdict:
     figures = " against ".join(format_metric(metric, fmean(side)) for side in zip(*pairs, strict=True))
     each = ", ".join(f"{'-' if margin < 0 else '+'}{format_difference(metric, abs(margin))}" for margin in margins)
     figures = f"{metric} {figures}" + (f" on average over {len(pairs)} seeds ({each})" if len(pairs) > 1 else "")
-    pair = evidence.difference(rival) if len(pairs) == 1 else {}
-    gain = _turned(pair, evidence.direction)
-    shown, against = format_paired(metric, gain), f"{rival}, {words}"
+    shown, low = _difference(evidence, rival, evidence.direction) if len(pairs) == 1 else ("", None)
+    against = f"{rival}, {words}"
     if lead <= 0:
         behind = f", a gain of {shown}" if shown else ""
         text = f"The distilled student does not beat {against}: {figures}{behind}."
@@ -275,10 +278,10 @@ def _compare(evidence: Evidence, rival: str, words: str) -> Verdict:
     if len(pairs) > 1:
         by = format_difference(metric, lead)
         return Verdict(True, f"The distilled student beats {against}, by {by}: {figures}.")
-    if gain["low"] is None or gain["low"] <= 0:
+    if low is None or low <= 0:
         reason = f"a gain of {shown}, an interval that contains 0"
-        if gain["low"] is None:
-            reason = f"and the difference has no interval ({pair.get('note') or 'not computed'})"
+        if low is None:
+            reason = f"and the difference has no interval ({evidence.difference(rival).get('note') or 'not computed'})"
         text = f"A gain over {against}, is not shown: {figures}, {reason}."
         return Verdict(False, text + _lesson(evidence, rival, "As far as it tells,"))
     return Verdict(True, f"The distilled student beats {against}, by {shown}: {figures}.")
@@ -298,13 +301,12 @@ def judge_sets(evidence: Evidence) -> list[Verdict]:
             text = f"{name} was trained on ({own.trained_on}), so its figures say nothing about what was kept."
             found.append(Verdict(False, text))
         elif score is not None and teacher is not None:
-            loss = _turned(own.difference("teacher"), -own.direction)
-            words = f"worse than the teacher by {format_paired(metric, loss)}"
-            if loss["low"] is None:
+            loss, low = _difference(own, "teacher", -own.direction)
+            kept, words = False, f"worse than the teacher by {loss}"
+            if low is None:
                 words = "their difference has no interval"
-            elif loss["low"] <= 0:
-                words = f"no loss is shown, {format_paired(metric, loss)}"
+            elif low <= 0:
+                kept, words = True, f"no loss is shown, {loss}"
             figures = f"{metric} {format_metric(metric, score)} against the teacher's {format_metric(metric, teacher)}"
-            kept = loss["low"] is not None and loss["low"] <= 0
             found.append(Verdict(kept, f"On {name}, which was not trained on: {figures}; {words}."))
     return found
