@@ -72,12 +72,12 @@ def push(prepared: Push) -> str:
         RunError: The hub refused it, or cannot be reached.
     """
     api = _api()
-    # `upload_folder` takes patterns, which a file may be named like, and with hf_xet makes several commits.
-    added = [CommitOperationAdd(name, prepared.folder / name) for name in prepared.uploaded]
-    removed = [CommitOperationDelete(name) for name in prepared.removed]
     try:
         if not prepared.exists:
             api.create_repo(prepared.repository, private=not prepared.public)
+        # `upload_folder` takes patterns, which a file may be named like, and with hf_xet makes several commits.
+        added = [CommitOperationAdd(name, prepared.folder / name) for name in prepared.uploaded]
+        removed = [CommitOperationDelete(name) for name in prepared.removed]
         done = api.create_commit(prepared.repository, [*removed, *added], commit_message="Release by distill")
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError, RuntimeError, ValueError) as error:
         raise _explain(error, prepared.repository) from error
