@@ -130,11 +130,16 @@ def measure_efficiency(
     protocol = {"kind": kind, "batch_size": max(batched), "batch_sizes": [*batched], **_describe(many)}
     protocol |= {"rounds": repeats, "reference": reference} | ({"left_out": skipped} if skipped else {})
     timed = {"one example": single, **{f"batch {size}": rounds for size, rounds in batched.items()}}
-    counts = {what: len(rounds[reference]) for what, rounds in timed.items()}
-    if fewer := [f"{count} of {what}" for what, count in counts.items() if count < repeats]:
-        protocol["fewer_rounds"] = ", ".join(fewer)
+    protocol |= _fewer_rounds(timed, repeats)
     protocol["dtype"] = ", ".join(sorted({model["dtype"] for model in measured.values()}))
     return {"protocol": protocol | describe_machine(device), "models": measured, "ratios": ratios}
+
+
+def _fewer_rounds(timed: Mapping[str, Rounds], repeats: int) -> dict[str, str]:
+    """Name the measurements that had no time for all rounds."""
+    counts = {what: len(next(iter(rounds.values()))) for what, rounds in timed.items()}
+    fewer = ", ".join(f"{count} of {what}" for what, count in counts.items() if count < repeats)
+    return {"fewer_rounds": fewer} if fewer else {}
 
 
 def _first(batch: Batch, rows: int) -> dict[str, Tensor]:
