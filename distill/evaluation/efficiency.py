@@ -107,8 +107,7 @@ def measure_efficiency(
     assert isinstance(teacher, nn.Module), "the reference is a model"
     device = next(teacher.parameters()).device
     many = random_batch(teacher, (max(batch_sizes), length), vocabulary, target_length)
-    one = _first(many, 1)
-    turns = partial(time_in_turns, repeats=repeats, device=device, patience=PATIENCE)
+    one, turns = _first(many, 1), partial(time_in_turns, repeats=repeats, device=device, patience=PATIENCE)
     with torch.inference_mode():
         lines = {
             name: model if isinstance(model, Line) else model_line(model, layers, one, many)
@@ -123,15 +122,14 @@ def measure_efficiency(
         for name, line in lines.items()
     }
     ratios = {name: compare_sizes(model, measured[reference]) for name, model in measured.items() if name != reference}
-    largest = batched[max(batched)]
     for name, ratio in ratios.items():
         ratio["latency"] = paired_ratio(single[name], single[reference])
+        largest = batched[max(batched)]
         ratio["throughput"] = paired_ratio(largest[reference], largest[name])
     protocol = {"kind": kind, "batch_size": max(batched), "batch_sizes": [*batched], **_describe(many)}
     protocol |= {"rounds": repeats, "reference": reference} | ({"left_out": skipped} if skipped else {})
-    timed = {"one example": single, **{f"batch {size}": rounds for size, rounds in batched.items()}}
-    protocol |= _fewer_rounds(timed, repeats)
-    protocol["dtype"] = ", ".join(sorted({model["dtype"] for model in measured.values()}))
+    protocol |= _fewer_rounds({"one example": single, **{f"batch {n}": own for n, own in batched.items()}}, repeats)
+    protocol |= {"dtype": ", ".join(sorted({model["dtype"] for model in measured.values()}))}
     return {"protocol": protocol | describe_machine(device), "models": measured, "ratios": ratios}
 
 
