@@ -211,7 +211,7 @@ def _run(
     quiet_libraries()
     from distill.pipeline import STORY, VERBS, RunDir, Session, local_inputs, run_stages
     from distill.ranks import launched, process_state
-    from distill.release.oldest import oldest_installed
+    from distill.release.oldest_transformers import oldest_installed
     from distill.training.signals import die_with_parent, leaving_in_time
 
     if launched():

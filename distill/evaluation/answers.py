@@ -7,23 +7,23 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
 from distill.evaluation.formulas import Column, mean, of_shares
-from distill.evaluation.texts import WITHOUT_SPACES
+from distill.evaluation.texts import WITHOUT_SPACES, f1_of_bags
 
 WORDS = re.compile(rf"[{WITHOUT_SPACES}]|[^\s{WITHOUT_SPACES}]+")
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
-def words_of(answer: str) -> list[str]:
+def normalized_words(answer: str) -> list[str]:
     """Split an answer into words, in small letters, without punctuation and English articles.
 
-    >>> words_of("The U.S. Army")
+    >>> normalized_words("The U.S. Army")
     ['us', 'army']
-    >>> words_of("北京 2008年。")
+    >>> normalized_words("北京 2008年。")
     ['北', '京', '2008', '年']
     """
     kept = (letter for letter in answer.lower() if letter not in string.punctuation and not _is_wide_mark(letter))
@@ -44,19 +44,12 @@ def exact_match_answer(answers: Iterable[str], gold: Iterable[str]) -> Column:
 @of_shares(mean)
 def f1_answer(answers: Iterable[str], gold: Iterable[str]) -> Column:
     """Mean over answers of F1 between their words and those of the true answer that is closest."""
-    return _best(answers, gold, f1_of_words)
-
-
-def f1_of_words(given: Sequence[str], true: Sequence[str]) -> float:
-    """Compute 2 x shared / (given + true), words counted as often as they stand there; 1 where there are none."""
-    if not given or not true:
-        return float(given == true)
-    return 2 * (Counter(given) & Counter(true)).total() / (len(given) + len(true))
+    return _best(answers, gold, lambda given, true: f1_of_bags(Counter(given), Counter(true)))
 
 
 def _best(answers: Iterable[str], gold: Iterable[str], score: Callable[[list[str], list[str]], float]) -> Column:
     scores = []
     for answer, texts in zip(answers, gold, strict=True):
-        given, true = words_of(answer), [words for text in json.loads(texts) if (words := words_of(text))]
-        scores.append(max(score(given, words) for words in true or [[]]))
+        given, true = normalized_words(answer), filter(None, map(normalized_words, json.loads(texts)))
+        scores.append(max(score(given, words) for words in [*true] or [[]]))
     return np.array(scores)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,26 +11,8 @@ from distill.evaluation.chance import DEFINED
 from distill.recipe.names import TWO_STACK_TASKS
 from distill.recipe.schema import Recipe, Term
 from distill.registry import find
-from distill.student.masks import mask_untrained
 
 LABELS_ONLY = (Term(match="labels"),)
-
-
-def _unchanged(_recipe: Recipe, model: Any, _steps: int) -> Any:
-    return model
-
-
-def _masked(recipe: Recipe, model: Any, steps: int) -> Any:
-    mask_untrained(recipe, model, steps)
-    return model
-
-
-def _same_loss(recipe: Recipe) -> Sequence[Term]:
-    return recipe.losses
-
-
-def _labels(_recipe: Recipe) -> Sequence[Term]:
-    return LABELS_ONLY
 
 
 @dataclass(frozen=True)
@@ -42,10 +24,8 @@ class Arm:
     start: Literal["teacher", "cut", "repaired", "student", "own", "none"]
     """The model it starts from; `student` is the one that training starts from: repaired where the recipe asks for
     it, else as cut. `own`: one that the stage `draw` makes for it; `none`: there is no model."""
-    terms: Callable[[Recipe], Sequence[Term]] | None = None
-    """The loss that it is trained on; None: it is not trained."""
-    prepare: Callable[[Recipe, Any, int], Any] = _unchanged
-    """(recipe, start model, steps of the training) -> the model that is trained, or measured if nothing is."""
+    terms: Literal["recipe", "labels"] | None = None
+    """The loss that it is trained on: the recipe's, or the labels alone; None: it is not trained."""
     lesson: str = ""
     """What it means where the distilled student does not beat it; empty: it is no rival."""
 
@@ -56,18 +36,18 @@ NO_WEIGHTS = "the weights that were cut from the teacher are worth nothing here"
 ARMS: dict[str, Arm] = {
     "teacher": Arm("", "teacher"),
     "teachers": Arm("the mixture that taught", "teacher"),
-    "cut": Arm("the student before training", "cut", prepare=_masked, lesson=UNTRAINED),
-    "repaired": Arm("the student after its repair, before training", "repaired", prepare=_masked, lesson=UNTRAINED),
-    "distilled": Arm("this model", "student", _same_loss),
-    "labels_only": Arm("the same student without the teacher", "student", _labels, lesson="the teacher added nothing"),
+    "cut": Arm("the student before training", "cut", lesson=UNTRAINED),
+    "repaired": Arm("the student after its repair, before training", "repaired", lesson=UNTRAINED),
+    "distilled": Arm("this model", "student", "recipe"),
+    "labels_only": Arm("the same student without the teacher", "student", "labels", lesson="the teacher added nothing"),
     "majority": Arm("the most frequent label of the training data", "none", lesson="it has learnt nothing that helps"),
-    "random_cut": Arm("random layers and neurons, as many, trained alike", "own", _same_loss, lesson=NO_CHOICE),
-    "from_scratch": Arm("the same student with random weights, trained alike", "own", _same_loss, lesson=NO_WEIGHTS),
+    "random_cut": Arm("random layers and neurons, as many, trained alike", "own", "recipe", lesson=NO_CHOICE),
+    "from_scratch": Arm("the same student with random weights, trained alike", "own", "recipe", lesson=NO_WEIGHTS),
 }
 
 
-def words_of(recipe: Recipe, arm: str) -> str:
-    """Return what an arm is; the student of a recipe may have been given instead of cut."""
+def describe_arm(recipe: Recipe, arm: str) -> str:
+    """Say what an arm is; the student of a recipe may have been given instead of cut."""
     if arm == "cut" and recipe.student.given is not None:
         return "nothing was cut: the student as given, before training"
     return ARMS[arm].words
@@ -75,7 +55,7 @@ def words_of(recipe: Recipe, arm: str) -> str:
 
 def title_of(recipe: Recipe, arm: str) -> str:
     """Return the words for an arm in tables."""
-    words = words_of(recipe, arm)
+    words = describe_arm(recipe, arm)
     return f"{arm} ({words})" if words else arm
 
 
@@ -105,14 +85,13 @@ def not_run(recipe: Recipe) -> dict[str, str]:
     """Map each arm that a recipe could have and does not measure to its words, or to why it cannot be had."""
     hidden = [arm for arm in ("repaired", "teachers") if _why_not(recipe, arm)]
     left = [arm for arm in ARMS if arm not in measured_arms(recipe) and arm not in hidden]
-    return {arm: _why_not(recipe, arm) or words_of(recipe, arm) for arm in left}
+    return {arm: _why_not(recipe, arm) or describe_arm(recipe, arm) for arm in left}
 
 
 def terms_of(recipe: Recipe, arm: str) -> Sequence[Term]:
     """Return the loss of a trained arm."""
-    terms = ARMS[arm].terms
-    assert terms is not None, f"{arm} is not trained"
-    return terms(recipe)
+    assert ARMS[arm].terms is not None, f"{arm} is not trained"
+    return recipe.losses if ARMS[arm].terms == "recipe" else LABELS_ONLY
 
 
 def trained_arms(recipe: Recipe) -> list[str]:
@@ -145,9 +124,9 @@ def rivals(recipe: Recipe) -> dict[str, str]:
     """Map each measured arm that the distilled student has to beat to its words, trained ones first."""
     measured = [name for name in ARMS if ARMS[name].lesson and name in measured_arms(recipe)]
     ordered = sorted(measured, key=lambda name: ARMS[name].terms is None)
-    return {name: words_of(recipe, name).removeprefix("nothing was cut: ") for name in ordered}
+    return {name: describe_arm(recipe, name).removeprefix("nothing was cut: ") for name in ordered}
 
 
 def lessons(recipe: Recipe) -> dict[str, str]:
-    """Map each of these arms to what it means where it is not beaten."""
+    """Map each rival to what it means where it is not beaten."""
     return {name: ARMS[name].lesson for name in rivals(recipe)}

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from distill.evaluation.formulas import Column
 from distill.evaluation.intervals import Units, percentile_interval, wilson_interval
-from distill.evaluation.metrics import Column
 
 NONE = "(none)"
 """Stands in a confusion for what is true and not found, or found and not true."""
@@ -21,25 +21,25 @@ class Decisions:
     """What was true and what was predicted, one entry per decision; an example may have any number of them."""
 
     classes: Sequence[str]
-    """The last one is `NONE` where decisions may lack a side."""
     owner: Column
     """Row of each decision."""
     true: Column
+    """Number of the class; that after the last one where the side is missing."""
     predicted: Column
 
     def counts(self, times: Column | None = None) -> tuple[Column, Column, Column]:
         """Count by class [C] how often it is right, true and predicted, each row as often as it was drawn."""
-        weights, right = None if times is None else times[self.owner], self.true == self.predicted
-        sides = ((self.true[right], None if weights is None else weights[right]), (self.true, weights))
-        found = [np.bincount(side, own, len(self.classes)) for side, own in (*sides, (self.predicted, weights))]
-        return found[0], found[1], found[2]
+        weights, classes = np.ones(len(self.owner)) if times is None else times[self.owner], len(self.classes)
+        sides = ((self.true, weights * (self.true == self.predicted)), (self.true, weights), (self.predicted, weights))
+        right, true, predicted = (np.bincount(side, own, classes + 1)[:classes] for side, own in sides)
+        return right, true, predicted
 
     def f1(self, times: Column | None = None) -> Column:
         """Compute F1 = 2 right / (true + predicted) by class [C]; nan for one that is neither."""
         right, true, predicted = self.counts(times)
-        found: Column = np.full(len(right), np.nan)
-        np.divide(2 * right, true + predicted, out=found, where=true + predicted > 0)
-        return found
+        with np.errstate(invalid="ignore"):
+            scores: Column = 2 * right / (true + predicted)
+        return scores
 
 
 def decisions_of(columns: Mapping[str, Column], classes: Sequence[str]) -> Decisions | None:
@@ -54,7 +54,7 @@ def decisions_of(columns: Mapping[str, Column], classes: Sequence[str]) -> Decis
     owner, which = np.nonzero(predicted | true)
     none = len(classes)
     sides = [np.where(side[owner, which] > 0, which, none) for side in (true, predicted)]
-    return Decisions((*classes, NONE), owner, *sides)
+    return Decisions(classes, owner, *sides)
 
 
 def _from_pairs(rows: Sequence[Sequence[tuple[str | None, str | None]]]) -> Decisions:
@@ -63,7 +63,7 @@ def _from_pairs(rows: Sequence[Sequence[tuple[str | None, str | None]]]) -> Deci
     number = {name: place for place, name in enumerate(names)} | {None: len(names)}
     owner = np.repeat(np.arange(len(rows)), [len(pairs) for pairs in rows])
     flat = np.array([[number[name] for name in pair] for pairs in rows for pair in pairs], dtype=int).reshape(-1, 2)
-    return Decisions((*names, NONE), owner, flat[:, 0], flat[:, 1])
+    return Decisions(names, owner, flat[:, 0], flat[:, 1])
 
 
 def tabulate_classes(
@@ -79,23 +79,25 @@ def tabulate_classes(
     if not decided:
         return None
     size = len(next(iter(next(iter(rows.values())).values())))
-    times = (np.bincount(index, minlength=size) for index in units.draws())
-    drawn = [[own.f1(each) for own in decided.values()] for each in times]
+    drawn: dict[str, list[Column]] = {arm: [] for arm in decided}
+    for index in units.draws():
+        times = np.bincount(index, minlength=size)
+        for arm, own in decided.items():
+            drawn[arm].append(own.f1(times))
     return {
-        "classes": {
-            arm: _figures(own, [each[place] for each in drawn]) for place, (arm, own) in enumerate(decided.items())
-        },
+        "classes": {arm: _figures(own, np.array(drawn[arm])) for arm, own in decided.items()},
         "confusion": {arm: _pairs(own) for arm, own in decided.items()},
     }
 
 
-def _figures(decisions: Decisions, drawn: Sequence[Column]) -> dict[str, Any]:
-    """Write the figures of each class that is true or predicted, F1 with its interval from the draws."""
-    scores, found = decisions.f1(), {}
-    for place, (name, right, true, predicted) in enumerate(zip(decisions.classes, *decisions.counts(), strict=True)):
-        if name == NONE or not true + predicted:
+def _figures(decisions: Decisions, drawn: np.ndarray) -> dict[str, Any]:
+    """Write the figures of each class that is true or predicted, F1 with its interval from the draws [draws, C]."""
+    found = {}
+    by_class, scores = drawn.reshape(-1, len(decisions.classes)).T, decisions.f1().tolist()
+    columns = zip(decisions.classes, by_class, scores, *decisions.counts(), strict=True)
+    for name, own, value, right, true, predicted in columns:
+        if not true + predicted:
             continue
-        value, own = float(scores[place]), np.array([each[place] for each in drawn])
         known = own[~np.isnan(own)]
         low, high = percentile_interval(value, known) if len(known) > len(own) / 2 else (value, value)
         if low == high:  # too few to draw from, or all alike
@@ -116,5 +118,5 @@ def _pairs(decisions: Decisions) -> list[list[Any]]:
     """List the pairs [true, predicted, times] that there are, the most frequent first."""
     pairs, times = np.unique(np.stack([decisions.true, decisions.predicted]), axis=1, return_counts=True)
     order = np.argsort(-times, kind="stable")
-    names = decisions.classes
+    names = (*decisions.classes, NONE)
     return [[names[pairs[0, at]], names[pairs[1, at]], int(times[at])] for at in order]

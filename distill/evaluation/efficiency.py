@@ -6,10 +6,10 @@ import copy
 import platform
 import re
 import statistics
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -107,14 +107,15 @@ def measure_efficiency(
     assert isinstance(teacher, nn.Module), "the reference is a model"
     device = next(teacher.parameters()).device
     many = random_batch(teacher, (max(batch_sizes), length), vocabulary, target_length)
+    one, turns = _first(many, 1), partial(time_in_turns, repeats=repeats, device=device, patience=PATIENCE)
     with torch.inference_mode():
         lines = {
-            name: model if isinstance(model, Line) else model_line(model, layers, _first(many, 1), many)
+            name: model if isinstance(model, Line) else model_line(model, layers, one, many)
             for name, model in models.items()
         }
-        single = _time(lines, _first(many, 1), repeats, LATENCY_PASSES, device)
-        batched, skipped = _time_batches(lines, many, batch_sizes, repeats, device, single)
-        written = _time_generation(lines, _first(many, 1), repeats, device)
+        single = turns(_passes(lines, one), per_round=LATENCY_PASSES)
+        batched, skipped = _time_batches(lines, many, batch_sizes, turns, _seconds_of_first(single))
+        written = _time_generation(lines, one, turns)
     measured = {
         name: {**line.figures, **summarize_speed(single[name], {size: own[name] for size, own in batched.items()})}
         | written.get(name, {})
@@ -127,53 +128,67 @@ def measure_efficiency(
         ratio["throughput"] = paired_ratio(largest[reference], largest[name])
     protocol = {"kind": kind, "batch_size": max(batched), "batch_sizes": [*batched], **_describe(many)}
     protocol |= {"rounds": repeats, "reference": reference} | ({"left_out": skipped} if skipped else {})
-    dtypes = {"dtype": ", ".join(sorted({model["dtype"] for model in measured.values()}))}
-    return {"protocol": protocol | dtypes | describe_machine(device), "models": measured, "ratios": ratios}
+    protocol |= _fewer_rounds({"one example": single, **{f"batch {n}": own for n, own in batched.items()}}, repeats)
+    protocol |= {"dtype": ", ".join(sorted({model["dtype"] for model in measured.values()}))}
+    return {"protocol": protocol | describe_machine(device), "models": measured, "ratios": ratios}
+
+
+def _fewer_rounds(timed: Mapping[str, Rounds], repeats: int) -> dict[str, str]:
+    """Name the measurements that had no time for all rounds."""
+    counts = {what: len(next(iter(rounds.values()))) for what, rounds in timed.items()}
+    fewer = ", ".join(f"{count} of {what}" for what, count in counts.items() if count < repeats)
+    return {"fewer_rounds": fewer} if fewer else {}
 
 
 def _first(batch: Batch, rows: int) -> dict[str, Tensor]:
     return {name: tensor[:rows] for name, tensor in batch.items()}
 
 
-def _time(lines: Mapping[str, Line], batch: Batch, repeats: int, per_round: int, device: torch.device) -> Rounds:
-    passes = {name: partial(line.run, batch) for name, line in lines.items()}
-    return time_in_turns(passes, repeats, per_round, device, patience=PATIENCE)
+def _passes(lines: Mapping[str, Line], batch: Batch) -> dict[str, Callable[[], object]]:
+    return {name: partial(line.run, batch) for name, line in lines.items()}
+
+
+def _seconds_of_first(rounds: Rounds) -> float:
+    """Add up the median seconds of all models in the first round."""
+    return sum(statistics.median(own[0]) for own in rounds.values())
 
 
 def _time_batches(
-    lines: Mapping[str, Line],
-    many: Batch,
-    sizes: Sequence[int],
-    repeats: int,
-    device: torch.device,
-    single: Rounds,
+    lines: Mapping[str, Line], many: Batch, sizes: Sequence[int], turns: Callable[..., Rounds], each: float
 ) -> tuple[dict[int, Rounds], list[int]]:
-    """Time every batch size but those that would take too long by what an example took before; returns both."""
+    """Time every batch size but those that would take too long by what an example took before; returns both.
+
+    Args:
+        lines: What is timed.
+        many: A batch of the largest size.
+        sizes: Ascending.
+        turns: Times passes in turns.
+        each: Seconds of one example in all lines together.
+    """
     found: dict[int, Rounds] = {}
-    each = sum(statistics.median(samples) for rounds in single.values() for samples in rounds[:1])
     for size in sizes:
         if found and (WARM_UP + 1) * size * each > PATIENCE:
-            return found, [left for left in sizes if left >= size]
-        found[size] = _time(lines, _first(many, size), repeats, 1, device)
-        each = sum(statistics.median(samples) for rounds in found[size].values() for samples in rounds[:1]) / size
-    return found, []
+            break
+        found[size] = turns(_passes(lines, _first(many, size)), per_round=1)
+        each = _seconds_of_first(found[size]) / size
+    return found, [size for size in sizes if size not in found]
 
 
 def _time_generation(
-    lines: Mapping[str, Line], one: Batch, repeats: int, device: torch.device
+    lines: Mapping[str, Line], one: Batch, turns: Callable[..., Rounds]
 ) -> dict[str, dict[str, float | None]]:
     """Measure tokens per second of a prompt and of what is written after it, of the lines that write."""
-    length = one["input_ids"].shape[-1] if "input_ids" in one else 0
+    writing = {name: line.generate for name, line in lines.items() if line.generate is not None}
+    if not writing:
+        return {}
+    length = one["input_ids"].shape[-1]
     new = max(1, min(NEW_TOKENS, length // 2))
-    prompt = {"input_ids": one["input_ids"][:, : max(1, length - new - 1)]} if length else {}
-    passes: dict[str, Callable[[], object]] = {}
-    for name, line in lines.items() if prompt else ():
-        if line.generate is not None:
-            passes |= {f"{name}:{count}": partial(line.generate, prompt, count) for count in (1, new + 1)}
-    rounds = time_in_turns(passes, repeats, 1, device, patience=PATIENCE)
+    prompt = {"input_ids": one["input_ids"][:, : max(1, length - new - 1)]}
+    passes = {f"{name}:{count}": partial(run, prompt, count) for name, run in writing.items() for count in (1, new + 1)}
+    rounds = turns(passes, per_round=1)
     found: dict[str, dict[str, float | None]] = {}
-    for name in (name for name in lines if f"{name}:1" in rounds):
-        first, all_ = ([seconds for own in rounds[f"{name}:{count}"] for seconds in own] for count in (1, new + 1))
+    for name in writing:
+        first, all_ = ([*chain.from_iterable(rounds[f"{name}:{count}"])] for count in (1, new + 1))
         rest = statistics.median(long - short for short, long in zip(first, all_, strict=True))
         prefill = prompt["input_ids"].shape[-1] / statistics.median(first)
         found[name] = {"prefill": prefill, "decode": new / rest if rest > 0 else None}
@@ -200,23 +215,19 @@ def bytes_by_part(model: Any, layers: Layers) -> dict[str, int]:
     """
     inside = {id(module): name for layer in layers(model) for name, module in layer.named_modules()}
     base = {id(p) for p in model.base_model.parameters()} if model.base_model is not model else None
-    found: Counter[str] = Counter(dict.fromkeys(PARTS, 0))
-    seen: set[int] = set()
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            if id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            if NORM.search(type(module).__name__):
-                part = "other"
-            elif id(module) in inside:
-                part = "attention" if ATTENTION.search(inside[id(module)]) else "mlp"
-            elif isinstance(module, nn.Embedding):
-                part = "embeddings"
-            else:
-                part = "head" if base is not None and id(parameter) not in base else "other"
-            found[part] += parameter.numel() * parameter.element_size()
-    return dict(found)
+    found = dict.fromkeys(PARTS, 0)
+    for name, parameter in model.named_parameters():
+        module = model.get_submodule(name.rpartition(".")[0])
+        if NORM.search(type(module).__name__):
+            part = "other"
+        elif id(module) in inside:
+            part = "attention" if ATTENTION.search(inside[id(module)]) else "mlp"
+        elif isinstance(module, nn.Embedding):
+            part = "embeddings"
+        else:
+            part = "head" if base is not None and id(parameter) not in base else "other"
+        found[part] += parameter.nbytes
+    return found
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
@@ -237,7 +248,7 @@ def count_size(model: nn.Module, layers: Layers) -> dict[str, Any]:
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "layer_parameters": sum(inside.values()),
-        "bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "bytes": sum(p.nbytes for p in model.parameters()),
         "dtype": ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})),
     }
 
@@ -267,12 +278,9 @@ def count_flops(model: nn.Module, layers: Layers, batch: Mapping[str, Tensor]) -
 
 def summarize_speed(single: list[list[float]], batched: Mapping[int, list[list[float]]]) -> dict[str, Any]:
     """Compute median and 90th percentile of the milliseconds for one example, and examples per second by batch size."""
-    milliseconds = [1000 * seconds for samples in single for seconds in samples]
+    milliseconds = [1000 * seconds for seconds in chain.from_iterable(single)]
     p90 = statistics.quantiles(milliseconds, n=10, method="inclusive")[-1]
-    by_size = {
-        str(size): size / statistics.median(seconds for samples in rounds for seconds in samples)
-        for size, rounds in batched.items()
-    }
+    by_size = {str(size): size / statistics.median(chain.from_iterable(rounds)) for size, rounds in batched.items()}
     return {
         "latency_ms": {"p50": statistics.median(milliseconds), "p90": p90},
         "throughput": by_size[str(max(batched))],

@@ -139,8 +139,10 @@ def matthews(predictions: Column, references: Column) -> float:
 def ece(confidence: Column, correct: Column) -> float:
     """Expected calibration error: mean over examples of |accuracy - mean confidence| of the bin that they are in.
 
-    15 bins of equal width, as in Guo et al. 2017.
+    15 bins of equal width, as in Guo et al. 2017; nan where a confidence is.
     """
+    if np.isnan(confidence).any():
+        return math.nan
     bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
     gaps = np.bincount(bins, weights=correct - confidence, minlength=BINS)
     return float(np.abs(gaps).sum() / len(bins))
@@ -164,11 +166,13 @@ def pearson(values: Column, targets: Column) -> float:
 
 
 def spearman(values: Column, targets: Column) -> float:
-    """Spearman's correlation: Pearson's of the ranks; equal numbers share the mean of their ranks."""
+    """Spearman's correlation: Pearson's of the ranks; equal numbers share the mean of their ranks. nan where one is."""
     return pearson(_ranks(values), _ranks(targets))
 
 
 def _ranks(values: Column) -> Column:
+    if np.isnan(values).any():
+        return np.full(len(values), math.nan)
     _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
     ranks: Column = (np.cumsum(counts) - (counts - 1) / 2)[places]
     return ranks

@@ -6,6 +6,8 @@ It gives what its own command line gives for the released folder: weights as the
 from __future__ import annotations
 
 import importlib.util
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ def run_harness(model: Any, tokenizer: Any, spec: Harness, folder: Path | None) 
     """Run the tasks on a model in eval mode.
 
     Returns:
-        JSON-able `task`, `metric`, `value`, `stderr` (None where it gives none) and `examples`, one for each figure.
+        JSON-able `task`, `metric`, `value`, `stderr` and `examples`, one for each figure, from `list_figures`.
     """
     manager, names = load_tasks(spec, folder)
     from lm_eval import simple_evaluate
@@ -50,19 +52,21 @@ def run_harness(model: Any, tokenizer: Any, spec: Harness, folder: Path | None) 
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=spec.batch_size)
     settings = {"num_fewshot": spec.num_fewshot, "limit": spec.limit, "log_samples": False}
     found = simple_evaluate(model=wrapped, tasks=names, task_manager=manager, **settings)
-    return [
-        {
-            "task": task,
-            "metric": key.removesuffix(",none"),
-            "value": float(value),
-            "stderr": _number(figures.get(f"{key.partition(',')[0]}_stderr,{key.partition(',')[2]}")),
-            "examples": found["n-samples"].get(task, {}).get("effective"),
-        }
-        for task, figures in found["results"].items()
-        for key, value in figures.items()
-        if "," in key and "_stderr," not in key and _number(value) is not None
-    ]
+    return list_figures(found["results"], found["n-samples"])
 
 
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+def list_figures(results: Mapping[str, Mapping[str, Any]], samples: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """List the figures of its results; None stands for what is not finite, or not a number."""
+    found = []
+    for task, figures in results.items():
+        for key, value in figures.items():
+            metric, comma, way = key.partition(",")
+            if comma and not metric.endswith("_stderr") and isinstance(value, int | float):
+                own = {"task": task, "metric": key.removesuffix(",none"), "value": _finite(value)}
+                error = _finite(figures.get(f"{metric}_stderr,{way}"))
+                found.append({**own, "stderr": error, "examples": samples.get(task, {}).get("effective")})
+    return found
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None

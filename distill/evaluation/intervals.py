@@ -12,15 +12,14 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
-from distill.evaluation.formulas import OfShares
-from distill.evaluation.metrics import Column, columns_of, find_metric, is_share
+from distill.evaluation.formulas import Column, OfShares
+from distill.evaluation.metrics import columns_of, find_metric, is_share
 from distill.recipe.names import TEACHER_METRICS
 
 LEVEL, SEED = 0.95, 0
@@ -68,55 +67,80 @@ def units_of(columns: Rows, unit: str) -> tuple[Units, str]:
     return Units(rows), unit
 
 
-@dataclass(frozen=True)
 class Draws:
-    """The values of one metric: of each arm, and on each draw."""
+    """One metric of every arm, on all rows and on the same draws of them."""
 
-    name: str
-    values: Mapping[str, float | None]
-    """Arm -> value on all rows; None where it is not finite."""
-    drawn: Mapping[str, Column]
-    """Arm -> value on each draw."""
-    units: int
-    note: str = ""
-    """Reason that there are fewer draws than asked for."""
+    def __init__(self, name: str, rows: Mapping[str, Rows], values: Mapping[str, float | None], units: int):
+        self.name, self.units = name, units
+        self.values = values
+        """Arm -> value on all rows; None where it is not finite."""
+        self.note = ""
+        """Reason that there are fewer draws than asked for."""
+        self._metrics = {arm: on_rows(name, own) for arm, own in rows.items()}
+        self._drawn: list[list[float]] = []
+        self._seconds = SECONDS
+
+    def add(self, index: Column) -> None:
+        """Compute the metric of every arm on drawn rows, unless it failed or took too long before."""
+        if self.note:
+            return
+        start = time.perf_counter()
+        try:
+            self._drawn.append([metric(index) for metric in self._metrics.values()])
+        except Exception as error:  # in a function of the user's own; the figure itself is there
+            self._drawn, self.note = [], f"it fails on drawn rows: {type(error).__name__}: {error}"
+        self._seconds -= time.perf_counter() - start
+        if self._seconds < 0 and not self.note:
+            self.note = f"slow to compute: {len(self._drawn)} draws in {SECONDS:g} s"
+
+    @cached_property
+    def drawn(self) -> dict[str, Column]:
+        """Arm -> value on each draw; nan where it is not finite."""
+        values = np.array(self._drawn, dtype=float).reshape(-1, len(self._metrics))
+        return dict(zip(self._metrics, np.where(np.isfinite(values), values, np.nan).T, strict=True))
 
     def of(self, arm: str) -> Interval:
         """Bound the figure of an arm."""
         value = self.values[arm]
         if arm == "teacher" and self.name in TEACHER_METRICS:
             return _none("the teacher against itself")
-        wilson = None if value is None or not is_share(self.name) else partial_wilson(value, self.units)
-        return self._bound(value, self.drawn[arm], wilson)
+        if value is None:
+            return _none("not finite")
+        return self._bound(value, self.drawn[arm], "Wilson", wilson_interval, value)
 
     def between(self, arm: str, other: str) -> Interval:
         """Subtract the figure of another arm, and bound the difference."""
         ours, theirs = self.values[arm], self.values[other]
         if ours is None or theirs is None:
             return {"value": None, **_none("one of the two is not finite")}
-        newcombe = (lambda: newcombe_interval(ours, theirs, self.units)) if is_share(self.name) else None
-        return {"value": ours - theirs, **self._bound(ours - theirs, self.drawn[arm] - self.drawn[other], newcombe)}
+        drawn = self.drawn[arm] - self.drawn[other]
+        return {
+            "value": ours - theirs,
+            **self._bound(ours - theirs, drawn, "Newcombe", newcombe_interval, ours, theirs),
+        }
 
     def _bound(
-        self, value: float | None, drawn: Column, closed: Callable[[], tuple[float, float, str]] | None
+        self, value: float, drawn: Column, by: str, closed_form: Callable[..., tuple[float, float]], *shares: float
     ) -> Interval:
-        if value is None:
-            return _none("not finite")
-        finite = drawn[np.isfinite(drawn)]
-        reason = self.note if len(drawn) < LEAST else ""
+        """Bound a value by its draws or, where they cannot tell, shares by a closed form, which `by` names."""
+        finite = drawn[~np.isnan(drawn)]
+        lost = f"not finite on {len(drawn) - len(finite)} of {len(drawn)} draws" if len(finite) < len(drawn) else ""
         if self.units < FEW:
             reason = f"n too small: {self.units}"
+        elif len(drawn) < LEAST:
+            reason = self.note
         elif len(finite) < LEVEL * len(drawn):
-            reason = f"not finite on {len(drawn) - len(finite)} of {len(drawn)} draws"
-        if not reason:
+            reason = lost
+        else:
             low, high = percentile_interval(value, finite)
             if low < high:
-                note = {"note": self.note} if self.note else {}
-                return {"low": low, "high": high, "by": f"bootstrap of {len(drawn)}", **note}
+                note = "; ".join(filter(None, (self.note, lost)))
+                return {"low": low, "high": high, "by": f"bootstrap of {len(drawn)}"} | ({"note": note} if note else {})
             reason = "the same on every draw"
-        if closed is None:
+        # A word error rate may be above 1, which no share is; sums of floats may be by a rounding error.
+        if not is_share(self.name) or not all(0 <= round(share, 9) <= 1 for share in shares):
             return _none(reason)
-        low, high, by = closed()
+        low, high = closed_form(*shares, self.units)
         return {"low": low, "high": high, "by": by, "note": reason}
 
 
@@ -133,11 +157,6 @@ def percentile_interval(value: float, drawn: Column) -> tuple[float, float]:
     return min(low, value), max(high, value)
 
 
-def partial_wilson(value: float, n: int) -> Callable[[], tuple[float, float, str]]:
-    """Put Wilson's interval off until it is needed."""
-    return lambda: (*wilson_interval(value, n), "Wilson")
-
-
 def wilson_interval(share: float, n: int) -> tuple[float, float]:
     """Bound a share of n by Wilson's score interval (1927), which has a width at 0 and at 1 as well."""
     share = min(max(share, 0.0), 1.0)
@@ -146,27 +165,20 @@ def wilson_interval(share: float, n: int) -> tuple[float, float]:
     return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
 
 
-def newcombe_interval(ours: float, theirs: float, n: int) -> tuple[float, float, str]:
+def newcombe_interval(ours: float, theirs: float, n: int) -> tuple[float, float]:
     """Bound the difference of two shares of n by those of each (Newcombe 1998, method 10), as if they were apart."""
     (low, high), (their_low, their_high) = wilson_interval(ours, n), wilson_interval(theirs, n)
     down, up = math.hypot(ours - low, their_high - theirs), math.hypot(high - ours, theirs - their_low)
-    return ours - theirs - down, ours - theirs + up, "Newcombe"
+    return ours - theirs - down, ours - theirs + up
 
 
-class _Sampled:
-    """A metric of one arm that can be computed on drawn rows."""
-
-    def __init__(self, name: str, columns: Rows):
-        self.function = find_metric(name, columns)
-        self.columns = [columns[column] for column in columns_of(self.function)]
-
-    @cached_property
-    def parts(self) -> list[Column]:
-        return [self.function.shares(*self.columns)] if isinstance(self.function, OfShares) else self.columns
-
-    def __call__(self, index: Column) -> float:
-        total = self.function.total if isinstance(self.function, OfShares) else self.function
-        return float(total(*(part[index] for part in self.parts)))
+def on_rows(name: str, columns: Rows) -> Callable[[Column], float]:
+    """Make a function that computes a metric of one arm on drawn rows; shares of rows are computed once, here."""
+    function = find_metric(name, columns)
+    parts = [columns[column] for column in columns_of(function)]
+    if isinstance(function, OfShares):
+        parts, function = [function.shares(*parts)], function.total
+    return lambda index: float(function(*(part[index] for part in parts)))
 
 
 def draw_metrics(
@@ -180,24 +192,10 @@ def draw_metrics(
         names: Metrics.
         units: What is drawn.
     """
-    sampled = {name: [_Sampled(name, own) for own in rows.values()] for name in names}
-    drawn: dict[str, list[list[float]]] = {name: [] for name in names}
-    spent, notes = dict.fromkeys(names, 0.0), dict.fromkeys(names, "")
     with warnings.catch_warnings():  # what is undefined on a draw is counted
         warnings.simplefilter("ignore")
+        found = {name: Draws(name, rows, {arm: values[arm][name] for arm in rows}, len(units)) for name in names}
         for index in units.draws():
-            for name in (name for name in names if not notes[name]):
-                start = time.perf_counter()
-                try:
-                    drawn[name].append([metric(index) for metric in sampled[name]])
-                except Exception as error:  # in a function of the user's own; the figure itself is there
-                    drawn[name], notes[name] = [], f"it fails on drawn rows: {type(error).__name__}: {error}"
-                spent[name] += time.perf_counter() - start
-                if spent[name] > SECONDS and not notes[name]:
-                    notes[name] = f"slow to compute: {len(drawn[name])} draws in {SECONDS:g} s"
-    found = {}
-    for name, own in drawn.items():
-        columns = np.array(own, dtype=float).reshape(len(own), len(rows)).T
-        known = {arm: values[arm][name] for arm in rows}
-        found[name] = Draws(name, known, dict(zip(rows, columns, strict=True)), len(units), notes[name])
+            for draws in found.values():
+                draws.add(index)
     return found

@@ -15,9 +15,9 @@ import numpy as np
 
 from distill.errors import InputError
 from distill.evaluation import answers, formulas
+from distill.evaluation.formulas import Column
 from distill.registry import find
 
-Column = np.ndarray[tuple[int], np.dtype[Any]]
 Function = Callable[..., float]
 
 

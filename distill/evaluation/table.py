@@ -1,8 +1,9 @@
-"""Content of evaluation.json: every arm on every metric, and what it keeps of the teacher."""
+"""Content of evaluation.json: every arm on every metric, what it keeps of the teacher, and its spread over seeds."""
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,33 +45,26 @@ def tabulate(
     units, unit = units_of(next(iter(rows.values())), unit)
     metrics = {arm: finite_or_none(compute(names, own)) for arm, own in rows.items()}
     draws = draw_metrics(rows, metrics, names, units)
-    arms = [
-        {
-            "name": arm,
-            "title": (titles or {}).get(arm, arm),
-            "steps": 0 if ARMS[arm].terms is None else steps,
-            "metrics": own,
-            "intervals": {name: draws[name].of(arm) for name in names},
-            "retained": retain(own, metrics.get("teacher", {}), metrics.get("majority", {})),
-        }
-        for arm, own in metrics.items()
-    ]
-    others = [arm for arm in rows if "distilled" in rows and arm != "distilled"]
-    own_metrics = [name for name in names if name not in TEACHER_METRICS]
-    compared = {other: own_metrics if other in ("teacher", "teachers") else names for other in others}
-    differences = [
-        {
-            "arm": "distilled",
-            "against": other,
-            "metrics": {name: draws[name].between("distilled", other) for name in own},
-        }
-        for other, own in compared.items()
-    ]
-    drawn = {"unit": unit, "number": len(units), "level": LEVEL, "seed": SEED}
+
+    def subtract(other: str) -> dict[str, Any]:
+        against_itself = TEACHER_METRICS if other in ("teacher", "teachers") else ()
+        own = {name: draws[name].between("distilled", other) for name in names if name not in against_itself}
+        return {"arm": "distilled", "against": other, "metrics": own}
+
     return {
-        "arms": arms,
-        "differences": differences,
-        "drawn": drawn,
+        "arms": [
+            {
+                "name": arm,
+                "title": (titles or {}).get(arm, arm),
+                "steps": 0 if ARMS[arm].terms is None else steps,
+                "metrics": own,
+                "intervals": {name: draws[name].of(arm) for name in names},
+                "retained": retain(own, metrics.get("teacher", {}), metrics.get("majority", {})),
+            }
+            for arm, own in metrics.items()
+        ],
+        "differences": [subtract(arm) for arm in rows if arm != "distilled"] if "distilled" in rows else [],
+        "drawn": {"unit": unit, "number": len(units), "level": LEVEL, "seed": SEED},
         "per_class": tabulate_classes(rows, classes, units),
     }
 
@@ -89,3 +83,25 @@ def retain(
         if higher_is_better(name) and value is not None and top is not None and least is not None and top > least:
             found[name] = (value - least) / (top - least)
     return found
+
+
+def spread_over(tables: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Summarise the arms that every seed has, by arm and metric: `values` by seed, `mean`, `min` and `max`.
+
+    A figure that is not finite with one of the seeds has no mean.
+
+    Args:
+        tables: The `arms` of `tabulate` with each seed.
+    """
+    by_seed = [{row["name"]: row["metrics"] for row in rows} for rows in tables]
+    shared = [name for name in by_seed[0] if all(name in own for own in by_seed)]
+    return {
+        name: {metric: _spread([own[name][metric] for own in by_seed]) for metric in by_seed[0][name]}
+        for name in shared
+    }
+
+
+def _spread(values: list[float | None]) -> dict[str, Any]:
+    known = [value for value in values if value is not None]
+    found = [statistics.fmean(known), min(known), max(known)] if len(known) == len(values) else [None] * 3
+    return {"values": values, **dict(zip(("mean", "min", "max"), found, strict=True))}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 WITHOUT_SPACES = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
@@ -32,28 +33,29 @@ def grams_of(items: Sequence[str], length: int) -> Counter[tuple[str, ...]]:
     return Counter(tuple(items[start : start + length]) for start in range(len(items) - length + 1))
 
 
-def f_score(hits: float, found: float, true: float, beta: float = 1) -> float:
-    """Compute (1 + β²) P R / (β² P + R) with P = hits / found and R = hits / true; 0 without a hit."""
-    if not hits:
-        return 0.0
-    precision, recall = hits / found, hits / true
-    return (1 + beta**2) * precision * recall / (beta**2 * precision + recall)
+def f1_of_counts(hits: int, found: int, true: int) -> float:
+    """Compute F1 = 2 hits / (found + true), the harmonic mean of hits / found and hits / true; 1 where nothing is."""
+    return 2 * hits / (found + true) if found + true else 1.0
+
+
+def f1_of_bags(found: Counter[Any], true: Counter[Any]) -> float:
+    """Compute F1 of what both hold, counted as often as both do."""
+    return f1_of_counts((found & true).total(), found.total(), true.total())
 
 
 def rouge_n(written: str, true: str, length: int) -> float:
     """Compute ROUGE-N, the F1 of runs of so many words (Lin 2004); of two texts without any, whether they are equal."""
-    found, wanted = grams_of(words_of(written), length), grams_of(words_of(true), length)
+    words = words_of(written), words_of(true)
+    found, wanted = (grams_of(own, length) for own in words)
     if not found and not wanted:
-        return float(words_of(written) == words_of(true))
-    return f_score((found & wanted).total(), found.total(), wanted.total())
+        return float(words[0] == words[1])
+    return f1_of_bags(found, wanted)
 
 
 def rouge_lcs(written: str, true: str) -> float:
     """Compute ROUGE-L, the F1 of the longest common subsequence of words; 1 for two texts without words."""
     found, wanted = words_of(written), words_of(true)
-    if not found and not wanted:
-        return 1.0
-    return f_score(_common(found, wanted), len(found), len(wanted))
+    return f1_of_counts(_common(found, wanted), len(found), len(wanted))
 
 
 def _common(left: Sequence[str], right: Sequence[str]) -> int:

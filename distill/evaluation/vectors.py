@@ -5,6 +5,7 @@ n examples, T texts of an example, D width, k neighbours.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -48,26 +49,31 @@ def _cosine(left: Tensor, right: Tensor) -> Tensor:
 
 
 def ranks_of_pairs(texts: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    """Rank each text's own pair among all pairs by cosine, int64 [n] from 1; of equal ones, all come before it."""
-    texts, pairs = _unit(texts), _unit(pairs)
-    ranks = []
-    for start in range(0, len(texts), BLOCK):
-        cosines = texts[start : start + BLOCK] @ pairs.T
-        own = cosines[np.arange(len(cosines)), np.arange(start, start + len(cosines))]
-        ranks.append((cosines >= own[:, None]).sum(1))
+    """Rank each text's own pair among all pairs by cosine, int64 [n] from 1; of equal ones, all come before it.
+
+    A vector that is not finite, as of a broken student, finds its pair last.
+    """
+    ranks = [
+        len(pairs) - (cosines < cosines[rows, own][:, None]).sum(1) for rows, own, cosines in _cosines(texts, pairs)
+    ]
     return np.concatenate(ranks)
 
 
 def neighbours(vectors: np.ndarray) -> np.ndarray:
     """Find the k = `NEIGHBOURS` nearest others of each vector by cosine, fewer where there are fewer, int64 [n, k]."""
-    vectors = _unit(vectors)
-    count = min(NEIGHBOURS, len(vectors) - 1)
-    found = []
-    for start in range(0, len(vectors), BLOCK):
-        cosines = vectors[start : start + BLOCK] @ vectors.T
-        cosines[np.arange(len(cosines)), np.arange(start, start + len(cosines))] = -np.inf
+    count, found = min(NEIGHBOURS, len(vectors) - 1), []
+    for rows, own, cosines in _cosines(vectors, vectors):
+        cosines[rows, own] = -np.inf
         found.append(np.argpartition(-cosines, max(0, count - 1), axis=1)[:, :count])
     return np.concatenate(found)
+
+
+def _cosines(left: np.ndarray, right: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield rows and columns of equal places, and the cosines [B, n] of B left vectors with all of the right ones."""
+    left, right = _unit(left), _unit(right)
+    for start in range(0, len(left), BLOCK):
+        cosines = left[start : start + BLOCK] @ right.T
+        yield np.arange(len(cosines)), np.arange(start, start + len(cosines)), cosines
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:

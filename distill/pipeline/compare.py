@@ -13,7 +13,7 @@ from distill.recipe.load import read_released
 from distill.release import charts
 from distill.release.card import make_environment
 from distill.release.evidence import get_in
-from distill.release.report import Figure
+from distill.release.report import Figure, trade_figure
 from distill.release.table import Table
 from distill.release.wording import (
     MISSING,
@@ -182,20 +182,15 @@ def figures(runs: Sequence[Run]) -> list[Figure]:
     """Draw quality against each cost."""
     metric, higher, drawn = _primary(runs[0]), _higher_is_better(runs[0]), []
     for cost, (_, write) in COSTS.items():
-        points = [
+        dots = [
             charts.Dot(run.name, price, score, "teacher" if run.settings is None else "distilled", solid)
             for run in (teacher_of(runs[0]), *runs)
             if (score := run.score) is not None and (price := run.costs[cost]) is not None
             for solid in [run.settings is None or on_front(run, runs, cost, higher=higher)]
         ]
-        title = f"{metric} against {cost}"
-        better = "up" if higher else "down"
-        caption = f"Better is {better} and to the left. Solid: on the front, no other run is as good for less."
-        picture = charts.scatter_chart(
-            points, cost, title=title, description=caption, write_x=write, write_y=lambda v: format_metric(metric, v)
-        )
-        drawn += [Figure(title, picture, caption)] if picture else []
-    return drawn
+        marks = "Solid: on the front, no other run is as good for less."
+        drawn.append(trade_figure(metric, cost, dots, write, marks, higher=higher))
+    return [figure for figure in drawn if figure.picture]
 
 
 def render_comparison(runs: Sequence[Run]) -> str:

@@ -15,8 +15,7 @@ from distill.evaluation.efficiency import add_disk_bytes, in_bf16, measure_effic
 from distill.evaluation.harness import load_tasks, run_harness
 from distill.evaluation.metrics import METRICS, compute, find_metric, higher_is_better, measurable
 from distill.evaluation.predict import Rows, column_names, predict
-from distill.evaluation.seeds import spread_over
-from distill.evaluation.table import finite_or_none, tabulate
+from distill.evaluation.table import finite_or_none, spread_over, tabulate
 from distill.files import content_of, fresh_folder, read_object, write_json
 from distill.models.family import all_layers
 from distill.models.forward import Capture

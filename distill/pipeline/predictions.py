@@ -15,9 +15,10 @@ from distill.data import evaluation_batches, observe_batch
 from distill.evaluation.arms import ARMS, measured_arms
 from distill.evaluation.chance import most_frequent
 from distill.evaluation.predict import Ask, Rows, merge_rows, predict
-from distill.evaluation.recorded import HOST_BYTES, record_teacher
+from distill.evaluation.recorded_teacher import HOST_BYTES, record_teacher
 from distill.files import write_json
 from distill.pipeline.session import Session
+from distill.student.masks import mask_untrained
 from distill.teacher import LiveTeacher, Mixture
 
 COUNTED = 20_000
@@ -78,7 +79,9 @@ def load_arm(session: Session, arm: str, teacher: LiveTeacher | Mixture, steps: 
         return teacher.model
     device = teacher.model.device
     model = session.load(session.arm_folder(arm), session.near(device)).to(device)
-    return model if ARMS[arm].terms else ARMS[arm].prepare(session.recipe, model, steps)
+    if ARMS[arm].terms is None:
+        mask_untrained(session.recipe, model, steps)
+    return model
 
 
 def majority(session: Session) -> Ask:

@@ -30,9 +30,9 @@ from distill.release.card import render_card
 from distill.release.evidence import Evidence, get_in
 from distill.release.export import check_padding, check_release, releasable_recipe, without_folders, write_release
 from distill.release.formats import format_of
-from distill.release.oldest import oldest_version
+from distill.release.hub_results import result_files
+from distill.release.oldest_transformers import oldest_version
 from distill.release.report import render_report
-from distill.release.results import result_files
 from distill.release.wording import format_metric
 from distill.training import read_records
 from distill.training.loop import METRICS

@@ -12,7 +12,7 @@ from typing import Any
 from accelerate.utils import gather_object
 
 from distill.data import TrainingBatches, evaluation_batches, observe_batch
-from distill.evaluation.arms import ARMS, terms_of
+from distill.evaluation.arms import terms_of
 from distill.evaluation.metrics import compute, higher_is_better, measurable
 from distill.evaluation.predict import merge_rows, predict
 from distill.evaluation.table import finite_or_none
@@ -51,7 +51,7 @@ def train_arm(session: Session, arm: str, own: Mapping[str, Any], folder: Path) 
     """
     recipe, objective, spec = session.recipe, objective_of(session, arm), spec_of(session, arm, own)
     assert spec.steps is not None, "spec_of gives a length in steps"
-    model = ARMS[arm].prepare(recipe, session.load(session.arm_start(arm)), spec.steps)
+    model = session.load(session.arm_start(arm))
     teacher = find_teacher(session, terms_of(recipe, arm), objective)
     if teacher is not None:
         objective.project(model.config.hidden_size, teacher.width)

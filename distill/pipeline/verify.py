@@ -16,7 +16,7 @@ from distill.errors import InputError
 from distill.evaluation.efficiency import count_size
 from distill.evaluation.metrics import measurable
 from distill.evaluation.predict import Rows, predict
-from distill.evaluation.table import tabulate
+from distill.evaluation.table import retain, tabulate
 from distill.files import read_object
 from distill.models.family import all_layers
 from distill.models.forward import Capture
@@ -159,6 +159,7 @@ def verify_release(
         for name in SIZES if sizes else ():
             found.compare(f"student, {name}", sizes.get(name), counted[name])
     _check_card(found, recipe)
+    _check_derived(found)
     return found
 
 
@@ -270,3 +271,25 @@ def _check_card(found: Verification, recipe: Recipe) -> None:
     head = ModelCard(text, ignore_metadata_errors=True).data
     for result in getattr(head, "eval_results", None) or []:
         found.compare(f"card head, {result.metric_type}", result.metric_value, metrics.get(result.metric_type))
+
+
+def _check_derived(found: Verification) -> None:
+    """Compute anew what follows from the claimed metrics: shares of the teacher's lead, and differences of arms."""
+    sets = {f" on {name}": own for name, own in (found.claims.get("sets") or {}).items()}
+    for where, claims in {"": found.claims, **sets}.items():
+        arms = {arm["name"]: {name: as_number(own) for name, own in arm["metrics"].items()} for arm in claims["arms"]}
+        teacher, majority = arms.get("teacher", {}), arms.get("majority", {})
+        wrong = [
+            arm["name"]
+            for arm in claims["arms"]
+            if (arm.get("retained") or {}) != retain(arms[arm["name"]], teacher, majority)
+        ]
+        pairs = claims.get("differences") or []
+        for pair in pairs if isinstance(pairs, list) else ():
+            ours, theirs = (arms.get(str(get_in(pair, side)), {}) for side in ("arm", "against"))
+            for name, claimed in (get_in(pair, "metrics") or {}).items():
+                sides = ours.get(name), theirs.get(name)
+                again = None if sides[0] is None or sides[1] is None else sides[0] - sides[1]
+                wrong += [f"less {get_in(pair, 'against')}"] if get_in(claimed, "value") != again else []
+        same = "as the figures"
+        found.agree(f"shares and differences{where}", same, ", ".join(dict.fromkeys(wrong)) or same)

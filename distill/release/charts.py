@@ -6,7 +6,7 @@ A shape with `class="line teacher"` takes its colour from `.teacher { color: …
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from markupsafe import Markup
@@ -16,7 +16,8 @@ from distill.release.wording import as_number, format_number, one_line
 
 Point = tuple[float, float]
 WIDTH, HEIGHT = 560, 300
-LEFT, RIGHT, TOP, BOTTOM = 58, 132, 26, 40
+LEFT, RIGHT, TOP, BOTTOM = 58, WIDTH - 132, 26, HEIGHT - 40
+"""Edges of what is drawn between axes; beside and below it stand words."""
 BESIDE = 16
 """Letters of a name that fit beside a chart."""
 MOST_POINTS = 240
@@ -168,28 +169,27 @@ def line_chart(
     values = [y for line in drawn for _, y in line.points] + [mark.value for mark in marks]
     rows = log_ticks(min(values), max(values)) if log else nice_ticks(min(values), max(values))
     last = max(x for line in drawn for x, _ in line.points) or 1.0
-    x = Scale(0, last, LEFT, WIDTH - RIGHT)
-    y = Scale(rows[0], rows[-1], HEIGHT - BOTTOM, TOP, log)
+    x = Scale(0, last, LEFT, RIGHT)
+    y = Scale(rows[0], rows[-1], BOTTOM, TOP, log)
     columns = [step for step in nice_ticks(0, last) if step <= last]
-    ends = [Bar(m.name, y.at(m.value), m.style) for m in marks]
-    ends += [Bar(line.name, y.at(line.points[-1][1]), line.style) for line in drawn]
-    return drawing(
-        WIDTH,
-        HEIGHT,
-        title,
-        description,
-        *(_across(y.at(v), "grid") for v in rows),
-        *(text(LEFT - 8, y.at(v) + 4, write(v), anchor="end") for v in rows),
-        *(text(x.at(v), HEIGHT - BOTTOM + 20, format_number(v), anchor="middle") for v in columns),
-        text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 4, "step", anchor="middle"),
-        *(_across(y.at(mark.value), f"level {mark.style}") for mark in marks),
-        *(part for line in drawn for part in _line(line, x, y)),
-        *_end_labels(ends),
-    )
+    ends = [Dot(mark.name, RIGHT, y.at(mark.value), mark.style) for mark in marks]
+    ends += [Dot(line.name, RIGHT, y.at(line.points[-1][1]), line.style) for line in drawn]
+    shapes = _axes({x.at(v): format_number(v) for v in columns}, "step", {y.at(v): write(v) for v in rows})
+    shapes += [_across(y.at(mark.value), f"level {mark.style}") for mark in marks]
+    shapes += [shape for line in drawn for shape in _line(line, x, y)]
+    return drawing(WIDTH, HEIGHT, title, description, *shapes, *_names_beside(ends))
+
+
+def _axes(columns: Mapping[float, str], across: str, rows: Mapping[float, str]) -> list[Markup]:
+    """Draw a grid with the words at its lines, by their pixels, and the name of the horizontal axis."""
+    shapes = [_across(height, "grid") for height in rows]
+    shapes += [text(LEFT - 8, height + 4, words, anchor="end") for height, words in rows.items()]
+    shapes += [text(left, BOTTOM + 20, words, anchor="middle") for left, words in columns.items()]
+    return [*shapes, text((LEFT + RIGHT) / 2, HEIGHT - 4, across, anchor="middle")]
 
 
 def _across(height: float, style: str) -> Markup:
-    return tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=height, y2=height, class_=style)
+    return tag("line", x1=LEFT, x2=RIGHT, y1=height, y2=height, class_=style)
 
 
 def _line(line: Series, x: Scale, y: Scale) -> list[Markup]:
@@ -201,13 +201,13 @@ def _line(line: Series, x: Scale, y: Scale) -> list[Markup]:
     return drawn + [tag("circle", cx=left, cy=top, r=3, class_=f"dot {line.style}") for left, top in dots]
 
 
-def _end_labels(ends: Sequence[Bar]) -> list[Markup]:
-    """Write names beside the right ends, pushed apart where they would overlap."""
-    edge, wanted = WIDTH - RIGHT, [end.value for end in ends]
+def _names_beside(dots: Sequence[Dot]) -> list[Markup]:
+    """Write the names of points, in pixels, at the right with a line to each, pushed apart where they would overlap."""
     shapes = []
-    for end, start, place in zip(ends, wanted, space_out(wanted, 15, TOP, HEIGHT - BOTTOM), strict=True):
-        shapes.append(tag("path", d=f"M{edge} {start:.1f}L{edge + 12} {place:.1f}", class_=f"leader {end.style}"))
-        shapes.append(text(edge + 16, place + 4, end.name, f"name {end.style}", most=BESIDE))
+    for dot, place in zip(dots, space_out([dot.y for dot in dots], 15, TOP, BOTTOM), strict=True):
+        path = f"M{dot.x:.1f} {dot.y:.1f}L{RIGHT + 12} {place:.1f}"
+        shapes.append(tag("path", d=path, class_=f"leader {dot.style}"))
+        shapes.append(text(RIGHT + 16, place + 4, dot.name, f"name {dot.style}", most=BESIDE))
     return shapes
 
 
@@ -228,7 +228,7 @@ def bar_chart(
     if not known:
         return Markup("")
     values = sorted(bar.value for bar in known)
-    low, high = min(0.0, values[0]), values[-1]
+    low, high = min(0.0, values[0]), max(0.0, values[-1])
     if len(values) > 1 and high > BROKEN * values[-2] > 0:
         high = 1.6 * values[-2]
     x = Scale(low, high if high > low else 1.0, 150, WIDTH - 90)
@@ -266,19 +266,14 @@ def scatter_chart(
         return Markup("")
     rows = nice_ticks(min(dot.y for dot in known), max(dot.y for dot in known), 4)
     columns = nice_ticks(0, max(dot.x for dot in known), 4)
-    x = Scale(columns[0], columns[-1], LEFT, WIDTH - RIGHT)
-    y = Scale(rows[0], rows[-1], HEIGHT - BOTTOM, TOP)
-    places = space_out([y.at(dot.y) for dot in known], 15, TOP, HEIGHT - BOTTOM)
-    shapes = [_across(y.at(v), "grid") for v in rows]
-    shapes += [text(LEFT - 8, y.at(v) + 4, write_y(v), anchor="end") for v in rows]
-    shapes += [text(x.at(v), HEIGHT - BOTTOM + 20, write_x(v), anchor="middle") for v in columns]
-    shapes.append(text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 4, across, anchor="middle"))
-    for dot, place in zip(known, places, strict=True):
-        left, top = x.at(dot.x), y.at(dot.y)
-        path = f"M{left + 6:.1f} {top:.1f}L{WIDTH - RIGHT + 12} {place:.1f}"
-        shapes.append(tag("path", d=path, class_=f"leader {dot.style}"))
-        shapes.append(text(WIDTH - RIGHT + 16, place + 4, dot.name, f"name {dot.style}", most=BESIDE))
-        shapes.append(tag("circle", cx=left, cy=top, r=5, class_=f"{'dot' if dot.solid else 'ring'} {dot.style}"))
+    x = Scale(columns[0], columns[-1], LEFT, RIGHT)
+    y = Scale(rows[0], rows[-1], BOTTOM, TOP)
+    shapes = _axes({x.at(v): write_x(v) for v in columns}, across, {y.at(v): write_y(v) for v in rows})
+    placed = [replace(dot, x=x.at(dot.x), y=y.at(dot.y)) for dot in known]
+    shapes += _names_beside([replace(dot, x=dot.x + 6) for dot in placed])
+    shapes += [
+        tag("circle", cx=dot.x, cy=dot.y, r=5, class_=f"{'dot' if dot.solid else 'ring'} {dot.style}") for dot in placed
+    ]
     return drawing(WIDTH, HEIGHT, title, description, *shapes)
 
 

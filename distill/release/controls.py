@@ -28,13 +28,10 @@ def _format_spread(metric: str, spread: Mapping[str, Any] | None) -> str:
 
 def seeds_title(evidence: Evidence) -> str:
     """Say over which seeds the means are; empty with one seed."""
-    seeds = get_in(evidence.evaluation, "seeds", "seeds") or []
+    if not (seeds := get_in(evidence.evaluation, "seeds", "seeds")):
+        return ""
     listed = ", ".join(map(str, seeds))
-    return (
-        f"Mean (lowest to highest) of {len(seeds)} seeds, {listed}; released is that of seed {seeds[0]}"
-        if seeds
-        else ""
-    )
+    return f"Mean (lowest to highest) of {len(seeds)} seeds, {listed}; released is that of seed {seeds[0]}"
 
 
 def budget_lines(evidence: Evidence) -> list[str]:

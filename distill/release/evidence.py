@@ -97,10 +97,10 @@ class Evidence:
     def trained_on(self) -> str:
         """Say how a set was trained on; empty: it was not, as far as sources and rows tell."""
         found = self.evaluation.get("trained_on") or {}
-        rows = f"{found['rows']:,} of its {found['of']:,} rows are training rows" if found.get("rows") else ""
-        return ", ".join(
-            filter(None, ["from the source of the training rows" if found.get("same_source") else "", rows])
-        )
+        reasons = ["from the source of the training rows"] if found.get("same_source") else []
+        if found.get("rows"):
+            reasons.append(f"{found['rows']:,} of its {found['of']:,} rows are training rows")
+        return ", ".join(reasons)
 
     def title(self, arm: str) -> str:
         """Words for an arm in tables: those of evaluation.json, or its name."""
@@ -134,14 +134,10 @@ class Evidence:
         words = "In brackets: share of the teacher's lead over the majority, (arm - majority) / (teacher - majority)."
         return words if any(arm.get("retained") for arm in self.arms.values()) else ""
 
-    def higher_is_better(self, metric: str) -> bool:
-        """Direction of a metric; higher is better unless the evaluation says otherwise."""
-        return bool(self.evaluation["higher_is_better"].get(metric, True))
-
     @property
     def direction(self) -> int:
-        """1 where more of the primary metric is better, else -1."""
-        return 1 if self.higher_is_better(self.primary) else -1
+        """1 where more of the primary metric is better, as it is unless the evaluation says otherwise, else -1."""
+        return 1 if self.evaluation["higher_is_better"].get(self.primary, True) else -1
 
     def efficiency(self, model: str, *path: str) -> float | None:
         """One figure of one model, e.g. `efficiency("student", "latency_ms", "p50")`."""
@@ -208,9 +204,8 @@ def summarize(evidence: Evidence) -> str:
         facts.append(f"{counts} ({format_percent(student / teacher)})")
     score, reference = evidence.score("distilled"), evidence.score("teacher")
     if score is not None:
-        fact = (
-            f"{metric} {format_metric(metric, score)}{format_interval(metric, evidence.interval('distilled', metric))}"
-        )
+        interval = format_interval(metric, evidence.interval("distilled", metric))
+        fact = f"{metric} {format_metric(metric, score)}{interval}"
         if reference is not None:
             less = format_paired(metric, evidence.difference("teacher"))
             fact += f" against the teacher's {format_metric(metric, reference)}{less and f' (a difference of {less})'}"
@@ -225,20 +220,25 @@ def _gain(evidence: Evidence) -> list[str]:
     """Say what the teacher added over the first rival that was measured, the one that is most like the student."""
     for rival, words in evidence.evaluation.get("rivals", {}).items():
         if evidence.score(rival) is not None:
-            gain = _turned(evidence.difference(rival), evidence.direction)
-            shown = format_paired(evidence.primary, gain)
-            if (gain["low"] or 0) > 0:
-                return [f"better than {words} by {shown}"]
+            shown, _ = _difference(evidence, rival, evidence.direction)
+            if _compare(evidence, rival, words).good:
+                return [f"better than {words}{shown and f' by {shown}'}"]
+            if get_in(evidence.evaluation, "seeds"):
+                return [f"a gain over {words} is not shown by every seed"]
             return [f"a gain over {words} is not shown{shown and f' ({shown})'}"]
     return []
 
 
-def _turned(pair: Mapping[str, Any], sign: int) -> dict[str, float | None]:
-    """Return a difference and its interval as numbers, turned round where the sign is -1."""
+def _difference(evidence: Evidence, against: str, sign: int) -> tuple[str, float | None]:
+    """Write the student's difference from an arm with its interval, whose low end is returned as well.
+
+    Both are turned round where the sign is -1.
+    """
+    pair = evidence.difference(against)
     value, low, high = (as_number(pair.get(key)) for key in ("value", "low", "high"))
     if sign < 0:
         value, low, high = (None if end is None else -end for end in (value, high, low))
-    return {"value": value, "low": low, "high": high}
+    return format_paired(evidence.primary, {"value": value, "low": low, "high": high}), low
 
 
 def judge(evidence: Evidence) -> list[Verdict]:
@@ -267,9 +267,8 @@ def _compare(evidence: Evidence, rival: str, words: str) -> Verdict:
     figures = " against ".join(format_metric(metric, fmean(side)) for side in zip(*pairs, strict=True))
     each = ", ".join(f"{'-' if margin < 0 else '+'}{format_difference(metric, abs(margin))}" for margin in margins)
     figures = f"{metric} {figures}" + (f" on average over {len(pairs)} seeds ({each})" if len(pairs) > 1 else "")
-    pair = evidence.difference(rival) if len(pairs) == 1 else {}
-    gain = _turned(pair, evidence.direction)
-    shown, against = format_paired(metric, gain), f"{rival}, {words}"
+    shown, low = _difference(evidence, rival, evidence.direction) if len(pairs) == 1 else ("", None)
+    against = f"{rival}, {words}"
     if lead <= 0:
         behind = f", a gain of {shown}" if shown else ""
         text = f"The distilled student does not beat {against}: {figures}{behind}."
@@ -279,10 +278,10 @@ def _compare(evidence: Evidence, rival: str, words: str) -> Verdict:
     if len(pairs) > 1:
         by = format_difference(metric, lead)
         return Verdict(True, f"The distilled student beats {against}, by {by}: {figures}.")
-    if gain["low"] is None or gain["low"] <= 0:
+    if low is None or low <= 0:
         reason = f"a gain of {shown}, an interval that contains 0"
-        if gain["low"] is None:
-            reason = f"and the difference has no interval ({pair.get('note') or 'not computed'})"
+        if low is None:
+            reason = f"and the difference has no interval ({evidence.difference(rival).get('note') or 'not computed'})"
         text = f"A gain over {against}, is not shown: {figures}, {reason}."
         return Verdict(False, text + _lesson(evidence, rival, "As far as it tells,"))
     return Verdict(True, f"The distilled student beats {against}, by {shown}: {figures}.")
@@ -302,13 +301,12 @@ def judge_sets(evidence: Evidence) -> list[Verdict]:
             text = f"{name} was trained on ({own.trained_on}), so its figures say nothing about what was kept."
             found.append(Verdict(False, text))
         elif score is not None and teacher is not None:
-            loss = _turned(own.difference("teacher"), -own.direction)
-            words = f"worse than the teacher by {format_paired(metric, loss)}"
-            if loss["low"] is None:
+            loss, low = _difference(own, "teacher", -own.direction)
+            kept, words = False, f"worse than the teacher by {loss}"
+            if low is None:
                 words = "their difference has no interval"
-            elif loss["low"] <= 0:
-                words = f"no loss is shown, {format_paired(metric, loss)}"
+            elif low <= 0:
+                kept, words = True, f"no loss is shown, {loss}"
             figures = f"{metric} {format_metric(metric, score)} against the teacher's {format_metric(metric, teacher)}"
-            kept = loss["low"] is not None and loss["low"] <= 0
             found.append(Verdict(kept, f"On {name}, which was not trained on: {figures}; {words}."))
     return found

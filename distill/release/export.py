@@ -23,7 +23,7 @@ from distill.recipe.load import dump
 from distill.recipe.locate import CHECKSUMS, is_path
 from distill.recipe.schema import Format, Recipe
 from distill.release.formats import write_modelling
-from distill.release.older import add_old_names
+from distill.release.old_names import add_old_names
 
 CODE_KEYS = ("auto_map", "custom_pipelines")
 """Keys of a config that name code."""

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 
 from distill.errors import InputError, RunError
@@ -50,8 +50,7 @@ def prepare_push(folder: Path, repository: str, *, public: bool) -> Push:
     if changed := changed_files(folder):
         listed = ", ".join(list(changed)[:5])
         raise InputError(f"{folder} is not as it was released: {listed}; `distill verify` says more")
-    names = sorted([*listed_files(folder), CHECKSUMS])
-    sizes = {name: (folder / name).stat().st_size for name in names}
+    sizes = {name: (folder / name).stat().st_size for name in sorted([*listed_files(folder), CHECKSUMS])}
     try:
         there = _api().model_info(repository)
     except RepositoryNotFoundError:
@@ -61,8 +60,7 @@ def prepare_push(folder: Path, repository: str, *, public: bool) -> Push:
     if bool(there.private) is public:
         kind, flag = ("private", "leave out --public") if there.private else ("public", "add --public")
         raise InputError(f"{repository} is {kind} already; {flag}, or name another")
-    kept = {*names, ".gitattributes"}
-    removed = tuple(sorted(each.rfilename for each in there.siblings or () if each.rfilename not in kept))
+    removed = tuple(sorted({each.rfilename for each in there.siblings or ()} - sizes.keys() - {".gitattributes"}))
     return Push(folder, repository, public, exists=True, uploaded=sizes, removed=removed)
 
 
@@ -77,13 +75,10 @@ def push(prepared: Push) -> str:
     try:
         if not prepared.exists:
             api.create_repo(prepared.repository, private=not prepared.public)
-        done = api.upload_folder(
-            repo_id=prepared.repository,
-            folder_path=prepared.folder,
-            allow_patterns=list(prepared.uploaded),
-            delete_patterns=list(prepared.removed) or None,
-            commit_message="Release by distill",
-        )
+        # `upload_folder` takes patterns, which a file may be named like, and with hf_xet makes several commits.
+        added = [CommitOperationAdd(name, prepared.folder / name) for name in prepared.uploaded]
+        removed = [CommitOperationDelete(name) for name in prepared.removed]
+        done = api.create_commit(prepared.repository, [*removed, *added], commit_message="Release by distill")
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError, RuntimeError, ValueError) as error:
         raise _explain(error, prepared.repository) from error
     return str(done.commit_url)

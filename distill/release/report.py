@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from distill.release.wording import (
     format_number,
     format_percent,
     format_ratio,
-    is_share,
+    is_percentage,
     one_line,
 )
 
@@ -74,37 +74,37 @@ def render_report(evidence: Evidence, disagreements: Table | None = None) -> str
 
 def trade_figures(evidence: Evidence) -> list[Figure]:
     """Draw the primary metric of teacher and students against their size, and against their latency."""
-    metric, found = evidence.primary, []
-    higher = "up" if evidence.higher_is_better(metric) else "down"
+    found = []
     for title, path, write in (
         ("parameters", ("parameters",), format_count),
         ("latency p50, ms", ("latency_ms", "p50"), format_number),
     ):
+        costs = {each: evidence.efficiency(each, *path) for each in ("teacher", "student")}
         dots = [
-            charts.Dot(name, cost, score, style_of(evidence, name), name in ("teacher", "distilled"))
-            for name, arm in evidence.arms.items()
-            for cost in [evidence.efficiency("teacher" if name == "teacher" else "student", *path)]
-            if (score := evidence.score(name)) is not None and cost is not None and name not in NO_MODEL
+            charts.Dot(bar.name, cost, bar.value, bar.style, bar.name in ("teacher", "distilled"))
+            for bar in score_bars(evidence, [name for name in evidence.arms if name not in NO_MODEL])
+            if (cost := costs["teacher" if bar.name == "teacher" else "student"]) is not None
         ]
-        caption = f"Better is {higher} and to the left. Hollow: arms of the student's size that are not released."
-        picture = charts.scatter_chart(
-            dots,
-            title,
-            title=f"{metric} against {title}",
-            description=caption,
-            write_x=write,
-            write_y=partial(format_metric, metric),
-        )
-        found += [Figure(f"{metric} against {title}", picture, caption)] if picture else []
-    return found
+        hollow = "Hollow: arms of the student's size that are not released."
+        found.append(trade_figure(evidence.primary, title, dots, write, hollow, higher=evidence.direction > 0))
+    return [figure for figure in found if figure.picture]
+
+
+def trade_figure(
+    metric: str, cost: str, dots: Sequence[charts.Dot], write: Callable[[float], str], marks: str, *, higher: bool
+) -> Figure:
+    """Draw a metric against what less of is better; `marks` says which dots are solid or hollow."""
+    title = f"{metric} against {cost}"
+    caption = f"Better is {'up' if higher else 'down'} and to the left. {marks}"
+    write_y = partial(format_metric, metric)
+    picture = charts.scatter_chart(dots, cost, title=title, description=caption, write_x=write, write_y=write_y)
+    return Figure(title, picture, caption)
 
 
 def fit_figure(evidence: Evidence) -> Figure:
     """Draw the loss of the teacher's own training."""
     line = charts.Series("loss", points(list(evidence.fit), "train", "loss"), "teacher")
-    wide = is_wide(value for _, value in line.points)
-    caption = f"The teacher's loss on the labels while it was fitted{', logarithmic scale' if wide else ''}."
-    return line_figure("Fit of the teacher", caption, [line], log=wide)
+    return line_figure("Fit of the teacher", "The teacher's loss on the labels while it was fitted", [line])
 
 
 def score_tile(evidence: Evidence) -> Tile | None:
@@ -117,8 +117,7 @@ def score_tile(evidence: Evidence) -> Tile | None:
     retained = evidence.retained("distilled", metric)
     share = "" if retained is None else f", {format_percent(retained)} of its lead over the majority kept"
     note = f"teacher {format_metric(metric, teacher)}{share}"
-    # Two bars would show the better student as less.
-    picture = charts.pair(teacher, student) if evidence.higher_is_better(metric) else None
+    picture = charts.pair(teacher, student) if evidence.direction > 0 else None  # a shorter bar would look worse
     return Tile(metric, format_metric(metric, student), note, picture)
 
 
@@ -180,9 +179,7 @@ def loss_figure(evidence: Evidence) -> Figure:
     lines = [charts.Series("loss", points(records, "train", "loss"), "total")]
     for index, term in enumerate(terms):
         lines.append(charts.Series(term, points(records, "train", "terms", term), f"c{index % 6}"))
-    wide = is_wide(value for line in lines for _, value in line.points)
-    caption = f"Training loss and its terms{', logarithmic scale' if wide else ''}."
-    return line_figure("Training loss", caption, lines, log=wide)
+    return line_figure("Training loss", "Training loss and its terms", lines)
 
 
 def held_out_figure(evidence: Evidence) -> Figure:
@@ -193,23 +190,37 @@ def held_out_figure(evidence: Evidence) -> Figure:
         for arm, records in evidence.records.items()
     ]
     levels = score_bars(evidence, [name for name, arm in evidence.arms.items() if not arm.get("steps")])
-    values = [value for line in lines for _, value in line.points] + [level.value for level in levels]
-    caption = f"{metric} on the held-out split; arms that were not trained are horizontal lines."
-    write = round_percent if is_share(metric) else format_number
-    return line_figure(f"Held-out {metric}", caption, lines, levels=levels, log=is_wide(values), write=write)
+    caption = f"{metric} on the held-out split; arms that were not trained are horizontal lines"
+    write = round_percent if is_percentage(metric) else format_number
+    return line_figure(f"Held-out {metric}", caption, lines, levels=levels, write=write)
 
 
 def rate_figure(evidence: Evidence) -> Figure:
     """Draw the learning rate as it was run."""
     line = charts.Series("lr", points(evidence.records.get("distilled", []), "train", "lr"), "total")
     training = evidence.recipe.training
-    caption = f"Learning rate: {training.schedule}, peak {format_number(training.lr)}."
-    return line_figure("Learning rate", caption, [line])
+    caption = f"Learning rate: {training.schedule}, peak {format_number(training.lr)}"
+    return line_figure("Learning rate", caption, [line], may_be_log=False)
 
 
-def line_figure(title: str, caption: str, lines: Sequence[charts.Series], **options: Any) -> Figure:
-    """Draw a line chart with the caption as its description."""
-    return Figure(title, charts.line_chart(lines, title=title, description=caption, **options), caption)
+def line_figure(
+    title: str,
+    caption: str,
+    lines: Sequence[charts.Series],
+    *,
+    levels: Sequence[charts.Bar] = (),
+    write: Callable[[float], str] = format_number,
+    may_be_log: bool = True,
+) -> Figure:
+    """Draw a line chart, on a logarithmic scale where values are far apart, which the caption then says."""
+    values = [value for line in lines for _, value in line.points] + [level.value for level in levels]
+    positive = [value for value in values if value > 0]
+    log = may_be_log and bool(positive) and max(positive) > WIDE * min(positive)
+    if log:
+        caption += ", logarithmic scale" + (", without values of 0 or less" if len(positive) < len(values) else "")
+    caption += "."
+    picture = charts.line_chart(lines, title=title, description=caption, levels=levels, log=log, write=write)
+    return Figure(title, picture, caption)
 
 
 def round_percent(value: float) -> str:
@@ -219,15 +230,12 @@ def round_percent(value: float) -> str:
 
 def arms_figure(evidence: Evidence) -> Figure:
     """Draw the primary metric of every arm, side by side."""
-    metric = evidence.primary
-    direction = "higher" if evidence.higher_is_better(metric) else "lower"
-    bars = score_bars(evidence, evidence.arms)
+    metric, bars = evidence.primary, score_bars(evidence, evidence.arms)
     teacher = next((bar for bar in bars if bar.name == "teacher"), None)
-    where = "" if direction == "higher" else ", further left"
-    caption = f"{metric}, {direction} is better{where}." + (" Dashed: the teacher." if teacher else "")
-    title = f"Arms compared: {metric}"
+    better = "higher is better" if evidence.direction > 0 else "lower is better, further left"
+    title, caption = f"Arms compared: {metric}", f"{metric}, {better}.{' Dashed: the teacher.' if teacher else ''}"
     write = partial(format_metric, metric)
-    dots = not evidence.higher_is_better(metric)  # a long bar would look like much of something good
+    dots = evidence.direction < 0  # a long bar would look like much of something good
     picture = charts.bar_chart(bars, title=title, description=caption, mark=teacher, write=write, dots=dots)
     return Figure(title, picture, caption)
 
@@ -249,9 +257,3 @@ def points(records: list[dict[str, Any]], event: str, *path: str) -> list[charts
     values = {record.get("step"): get_in(record, *path) for record in records if record.get("event") == event}
     pairs = ((as_number(step), as_number(value)) for step, value in values.items())
     return sorted((step, value) for step, value in pairs if step is not None and value is not None)
-
-
-def is_wide(values: Iterable[float]) -> bool:
-    """Tell whether the positive values ask for a logarithmic scale."""
-    known = [value for value in values if value > 0]
-    return bool(known) and max(known) > WIDE * min(known)

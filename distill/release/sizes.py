@@ -43,18 +43,12 @@ def speed_table(evidence: Evidence) -> Table:
 def bytes_table(evidence: Evidence) -> Table:
     """Tabulate where the bytes of the weights are, of every measured form that tells."""
     models = get_in(evidence.evaluation, "efficiency", "models") or {}
-    shares = {name: own["parts"] for name, own in models.items() if own.get("parts")}
-    rows = [
-        (
-            name,
-            *(
-                f"{format_megabytes(size)} ({format_percent(size / max(1, sum(own.values())))})"
-                for size in own.values()
-            ),
-        )
-        for name, own in shares.items()
-    ]
-    return Table(("where the bytes are", *next(iter(shares.values()), {})), rows)
+    found = {name: own["parts"] for name, own in models.items() if own.get("parts")}
+    rows = []
+    for name, parts in found.items():
+        total = max(1, sum(parts.values()))
+        rows.append((name, *(f"{format_megabytes(own)} ({format_percent(own / total)})" for own in parts.values())))
+    return Table(("where the bytes are", *next(iter(found.values()), {})), rows)
 
 
 def _lines_of(evidence: Evidence, *columns: tuple[str, tuple[str, ...], str, Callable[[Any], str]]) -> Table:

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from distill.losses import MATCHES
+from distill.models.plan import StudentPlan
 from distill.recipe.jsonrows import LISTED
 from distill.recipe.on_policy import OnPolicy
 from distill.recipe.schema import Schedule
 from distill.recipe.sections import Lora
 from distill.recipe.terms import TERM_KEYS
-from distill.release.classes import classes_table, confusion_table
 from distill.release.evidence import Evidence, get_in
 from distill.release.sizes import bytes_table, efficiency_table, speed_table
 from distill.release.table import Table
@@ -29,24 +29,14 @@ from distill.release.wording import (
     format_size,
 )
 
+MANY_CLASSES = 10
+"""Of more classes the worst and the best are shown, half of the number each; evaluation.json has all."""
+
 
 def tables(evidence: Evidence) -> dict[str, Table]:
     """Build every table of the card and of the report, by name."""
-    plan = evidence.plan
-    choices = [(key, choice.asked, choice.got, choice.reason or MISSING) for key, choice in plan.outcomes.items()]
-    layers = [
-        (
-            str(i),
-            str(layer.teacher_layer),
-            f"{layer.teacher_width} → {layer.width}",
-            format_percent(layer.width / layer.teacher_width),
-        )
-        for i, layer in enumerate(plan.layers)
-    ]
-    head = ("student layer", "from teacher layer", "MLP width", "neurons kept")
-    if plan.given is not None:
-        head = ("student layer", "paired with teacher layer", "MLP width", "")
-        layers = [(str(i), str(own.teacher_layer), str(own.width), "") for i, own in enumerate(plan.layers)]
+    outcomes = evidence.plan.outcomes
+    choices = [(key, choice.asked, choice.got, choice.reason or MISSING) for key, choice in outcomes.items()]
     return {
         "arms": arms_table(evidence),
         "differences": differences_table(evidence),
@@ -54,7 +44,7 @@ def tables(evidence: Evidence) -> dict[str, Table]:
         "classes": classes_table(evidence),
         "confusion": confusion_table(evidence),
         "choices": Table(("what", "asked", "got", "why they differ"), choices, text_columns=4),
-        "layers": Table(head, layers, text_columns=0),
+        "layers": layers_table(evidence.plan),
         "repair": repair_table(evidence),
         "losses": losses_table(evidence),
         "training": Table(("setting", "value"), training_rows(evidence), text_columns=2),
@@ -68,11 +58,20 @@ def tables(evidence: Evidence) -> dict[str, Table]:
     }
 
 
+def layers_table(plan: StudentPlan) -> Table:
+    """Tabulate the layers of a student, with the neurons kept; of one that was given, what they are paired with."""
+    rows = []
+    for index, layer in enumerate(plan.layers):
+        cells = (f"{layer.teacher_width} → {layer.width}", format_percent(layer.width / layer.teacher_width))
+        rows.append((str(index), str(layer.teacher_layer), *((str(layer.width), "") if plan.given else cells)))
+    origin, kept = ("paired with teacher layer", "") if plan.given else ("from teacher layer", "neurons kept")
+    return Table(("student layer", origin, "MLP width", kept), rows, text_columns=0)
+
+
 def arms_table(evidence: Evidence) -> Table:
     """Tabulate all arms and all metrics, with intervals; in brackets what an arm retains of the teacher's lead."""
-    names = evidence.metric_names
-    arrows = {True: " ↑", False: " ↓"}
-    titles = [name + arrows.get(evidence.evaluation["higher_is_better"].get(name), "") for name in names]
+    names, higher = evidence.metric_names, evidence.evaluation["higher_is_better"]
+    titles = [name + {True: " ↑", False: " ↓"}.get(higher.get(name), "") for name in names]
     rows = []
     for arm, record in evidence.arms.items():
         cells = []
@@ -88,15 +87,12 @@ def arms_table(evidence: Evidence) -> Table:
 
 def differences_table(evidence: Evidence) -> Table:
     """Tabulate what the distilled student has more than every other arm, on the same draws of rows."""
-    pairs = evidence.evaluation.get("differences") or []
-    names = [name for name in evidence.metric_names if any(name in pair["metrics"] for pair in pairs)]
-    rows = [
-        (
-            f"distilled less {pair['against']}",
-            *(format_paired(name, pair["metrics"].get(name) or {}) or MISSING for name in names),
-        )
-        for pair in pairs
-    ]
+    pairs = {pair["against"]: pair["metrics"] for pair in evidence.evaluation.get("differences") or []}
+    names = [name for name in evidence.metric_names if any(name in own for own in pairs.values())]
+    rows = []
+    for other, own in pairs.items():
+        cells = (format_paired(name, own.get(name) or {}) or MISSING for name in names)
+        rows.append((f"distilled less {other}", *cells))
     return Table(("difference", *names), rows)
 
 
@@ -112,6 +108,37 @@ def harness_table(evidence: Evidence) -> Table:
     return Table(("task", "metric", *arms), rows, text_columns=2)
 
 
+def classes_table(evidence: Evidence) -> Table:
+    """Tabulate the classes, of many the worst and the best: F1 of teacher and student, and what they are taken for."""
+    found = evidence.evaluation.get("per_class") or {"classes": {}, "confusion": {}}
+    ours, theirs = (found["classes"].get(arm, {}) for arm in ("distilled", "teacher"))
+    names = sorted({**theirs, **ours}, key=lambda name: get_in(ours, name, "f1") or 0.0)
+    if len(names) > MANY_CLASSES:
+        names = [*names[: MANY_CLASSES // 2], *names[-MANY_CLASSES // 2 :]]
+    rows = []
+    for name in names:
+        own, other = ours.get(name, {}), theirs.get(name, {})
+        wrong = [pair for pair in found["confusion"].get("distilled", []) if pair[0] == name != pair[1]]
+        taken = f"{wrong[0][1]} ({wrong[0][2]})" if wrong else MISSING
+        scores = [format_percent(each.get("f1")) + format_interval("f1", each) for each in (other, own)]
+        shares = [format_percent(own.get(key)) for key in ("precision", "recall")]
+        rows.append((name, taken, str(own.get("true", other.get("true", 0))), *scores, *shares))
+    head = ("class", "most often taken for", "examples", "F1 of the teacher", "F1", "precision", "recall")
+    return Table(head, rows, text_columns=2)
+
+
+def confusion_table(evidence: Evidence) -> Table:
+    """Tabulate true against predicted classes of the student; of many classes the most frequent mistakes."""
+    pairs = get_in(evidence.evaluation, "per_class", "confusion", "distilled") or []
+    names = sorted({name for pair in pairs for name in pair[:2]})
+    if len(names) > MANY_CLASSES:
+        wrong = [pair for pair in pairs if pair[0] != pair[1]][:MANY_CLASSES]
+        return Table(("true", "predicted", "times"), [(*pair[:2], str(pair[2])) for pair in wrong], text_columns=2)
+    counts = {(true, predicted): times for true, predicted, times in pairs}
+    rows = [(name, *(str(counts.get((name, other), 0)) for other in names)) for name in names]
+    return Table(("true, predicted:", *names), rows)
+
+
 def repair_table(evidence: Evidence) -> Table:
     """Tabulate what each step of the repair gained, on the calibration sample and on held-out training examples."""
     steps = (evidence.repair or {}).get("steps", [])
@@ -119,21 +146,18 @@ def repair_table(evidence: Evidence) -> Table:
     compared, title = ("teacher_mse", "held-out difference from the teacher") if number else ("kl", "held-out KL")
     rows = []
     for before, step in zip([None, *steps], steps, strict=False):
-        cells = []
+        cells = [str(step["name"]), ", ".join(step["notes"]) or MISSING, format_percent(step.get("error_left"))]
         for name in (compared, "loss"):
-            old, new = as_number(get_in(before, "held_out", name)), as_number(get_in(step, "held_out", name))
+            old, new = (as_number(get_in(each, "held_out", name)) for each in (before, step))
             gained = "" if old is None or new is None else f" ({old - new:+.3g} gained)"
             cells.append(format_number(new) + gained)
-        notes = ", ".join(step["notes"]) or MISSING
-        rows.append((str(step["name"]), notes, format_percent(step.get("error_left")), *cells))
+        rows.append(tuple(cells))
     return Table(("step", "not done", "calibration error left", title, "held-out loss"), rows, text_columns=2)
 
 
 def stages_table(evidence: Evidence) -> Table:
     """Tabulate time and memory of every stage."""
-    rows = [
-        (str(own["stage"]), format_seconds(own["seconds"]), format_size(own["peak_bytes"])) for own in evidence.stages
-    ]
+    rows = [(str(s["stage"]), format_seconds(s["seconds"]), format_size(s["peak_bytes"])) for s in evidence.stages]
     return Table(("stage", "time", "memory at its peak"), rows)
 
 
@@ -151,9 +175,8 @@ def losses_table(evidence: Evidence) -> Table:
             settings.append(f"of the {term.stack}")
         settings += [f"{key} {format_change(value, ends.params.get(key))}" for key, value in term.params.items()]
         if term.schedule:
-            settings.append(
-                f"{ends.shape} from {format_percent(ends.start)} to {format_percent(ends.end)} of the steps"
-            )
+            span = f"{format_percent(ends.start)} to {format_percent(ends.end)}"
+            settings.append(f"{ends.shape} from {span} of the steps")
         loss, weight = term.loss or match.default or "the task's own", format_change(term.weight, ends.weight)
         rows.append((term.match, match.compares, loss, ", ".join(settings) or MISSING, weight))
     return Table(("match", "compares", "loss", "settings", "weight"), rows, text_columns=4)
@@ -231,11 +254,9 @@ def teacher_line(own: Mapping[str, Any]) -> str:
 
 def on_policy_line(own: OnPolicy) -> str:
     """Say how much of what the student learned from it wrote itself."""
-    share, temperature = format_percent(own.share), format_number(own.temperature)
-    limits = f"up to {own.max_new_tokens} tokens at temperature {temperature}"
-    return (
-        f"{share} of the micro-batches, drawn by lot: answers that the student wrote, {limits}, scored by the teacher"
-    )
+    share = f"{format_percent(own.share)} of the micro-batches, drawn by lot"
+    limits = f"up to {own.max_new_tokens} tokens at temperature {format_number(own.temperature)}"
+    return f"{share}: answers that the student wrote, {limits}, scored by the teacher"
 
 
 def adapters_line(lora: Lora) -> str:
@@ -250,43 +271,26 @@ def mask_rows(evidence: Evidence) -> dict[str, str]:
     spec, found = evidence.recipe.student.mask, evidence.evaluation.get("sparsity")
     if spec is None or not found:
         return {}
-    amount = (
-        f"below {format_number(spec.threshold)} x the mean" if spec.sparsity is None else format_percent(spec.sparsity)
-    )
-    cubic = (
-        f" from {format_percent(spec.begin)} to {format_percent(spec.end)} of the steps"
-        if spec.schedule == "cubic"
-        else ""
-    )
-    rows = {
-        "mask": f"{amount} of each MLP, per {spec.per} by {spec.score}, {spec.schedule}{cubic}",
+    amount, when = format_percent(spec.sparsity), ""
+    if spec.sparsity is None:
+        amount = f"below {format_number(spec.threshold)} x the mean"
+    if spec.schedule == "cubic":
+        when = f" from {format_percent(spec.begin)} to {format_percent(spec.end)} of the steps"
+    return {
+        "mask": f"{amount} of each MLP, per {spec.per} by {spec.score}, {spec.schedule}{when}",
         "zeros in the MLPs": format_percent(found["zeros"]),
+        **({"MLP widths, compacted": ", ".join(map(str, found["widths"]))} if spec.compact else {}),
     }
-    return rows | ({"MLP widths, compacted": ", ".join(map(str, found["widths"]))} if spec.compact else {})
 
 
 def forms_table(evidence: Evidence) -> Table:
     """Tabulate the other forms of the release: size, difference from the student, and what rounding costs."""
-    rows = []
+    rows, metric = [], evidence.primary
     for title, form in (evidence.evaluation.get("forms") or {}).items():
-        test, metric = form.get("test") or {}, evidence.primary
-        own, value = (as_number(get_in(test, side, metric)) for side in ("student", "metrics"))
-        kept = (
-            MISSING
-            if own is None or value is None
-            else " → ".join(format_metric(metric, each) for each in (own, value))
-        )
-        agreed = as_number(get_in(test, "metrics", "agreement"))
-        cells = (form["path"], form["runtime"], format_megabytes(form["bytes"]))
+        scores = [as_number(get_in(form, "test", side, metric)) for side in ("student", "metrics")]
+        kept = MISSING if None in scores else " → ".join(format_metric(metric, score) for score in scores)
         difference = f"{form['difference']:.2g} of {form['largest']:.2g}"
-        rows.append((title, *cells, difference, kept, MISSING if agreed is None else format_percent(agreed)))
-    head = (
-        "form",
-        "file",
-        "runtime",
-        "size",
-        "difference of outputs",
-        f"{evidence.primary}, student → form",
-        "agreement",
-    )
+        agreed = format_percent(get_in(form, "test", "metrics", "agreement"))
+        rows.append((title, form["path"], form["runtime"], format_megabytes(form["bytes"]), difference, kept, agreed))
+    head = ("form", "file", "runtime", "size", "difference of outputs", f"{metric}, student → form", "agreement")
     return Table(head, rows, text_columns=3)

@@ -89,7 +89,7 @@ def format_count(value: Any, units: str = "kMBT") -> str:
     if known is None:
         return MISSING
     for power, unit in reversed(list(enumerate(units, start=1))):
-        if abs(known) >= 1000**power:
+        if abs(known) >= 0.99995 * 1000**power:  # which is rounded to a whole one
             return f"{known / 1000**power:.1f} {unit}"
     return f"{known:.4g}"
 
@@ -110,19 +110,19 @@ def format_ratio(value: Any) -> str:
     return MISSING if known is None else f"{known:.2f}x"
 
 
-def is_share(metric: str) -> bool:
+def is_percentage(metric: str) -> bool:
     """Tell whether a metric is written as a percentage."""
     return metric.startswith(SHARES)
 
 
 def format_metric(metric: str, value: Any) -> str:
     """Write the value of a metric."""
-    return format_percent(value) if is_share(metric) else format_number(value)
+    return format_percent(value) if is_percentage(metric) else format_number(value)
 
 
 def format_difference(metric: str, value: float) -> str:
     """Write the distance between two values of a metric."""
-    return f"{100 * value:.1f} points" if is_share(metric) else format_number(value)
+    return f"{100 * value:.1f} points" if is_percentage(metric) else format_number(value)
 
 
 def format_interval(metric: str, interval: Mapping[str, Any]) -> str:
@@ -130,7 +130,7 @@ def format_interval(metric: str, interval: Mapping[str, Any]) -> str:
     ends = [as_number(interval.get(end)) for end in ("low", "high")]
     if None in ends:
         return ""
-    low, high = (f"{100 * end:.1f}" if is_share(metric) else format_number(end) for end in ends if end is not None)
+    low, high = (f"{100 * end:.1f}" if is_percentage(metric) else format_number(end) for end in ends if end is not None)
     return f" [{low}, {high}]"
 
 
@@ -145,9 +145,7 @@ def format_paired(metric: str, pair: Mapping[str, Any]) -> str:
 def format_size(value: Any) -> str:
     """Write bytes as GB (10⁹), or as MB where they are fewer."""
     known = as_number(value)
-    if known is None:
-        return MISSING
-    return f"{known / 1e9:.2f} GB" if known >= 1e9 else f"{known / 1e6:.1f} MB"
+    return format_megabytes(value) if known is None or known < 1e9 else f"{known / 1e9:.2f} GB"
 
 
 def format_seconds(value: Any) -> str:

@@ -17,8 +17,8 @@ from distill.cli import main
 from distill.errors import RunError
 from distill.models.load import ModelHead, load_model
 from distill.release.export import check_release, write_release
-from distill.release.older import add_old_names
-from distill.release.oldest import oldest_version
+from distill.release.old_names import add_old_names
+from distill.release.oldest_transformers import oldest_version
 
 TWO_KINDS = {
     "full_attention": {"rope_theta": 9.0, "rope_type": "default"},

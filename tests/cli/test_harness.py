@@ -13,7 +13,7 @@ from conversations import byte_tokenizer
 from tiny import tiny_config
 
 from distill.errors import InputError, RecipeError
-from distill.evaluation.harness import load_tasks
+from distill.evaluation.harness import list_figures, load_tasks
 from distill.recipe import load_recipe
 from distill.recipe.sections import Harness
 
@@ -126,3 +126,12 @@ def test_a_harness_that_cannot_run_is_a_mistake_of_the_recipe(tmp_path, old, new
     recipe.write_text(RECIPE.replace(old, new))
     with pytest.raises(RecipeError, match=words):
         load_recipe(recipe)
+
+
+def test_a_figure_that_is_not_finite_is_listed_without_a_value_that_json_cannot_hold():
+    figures = {"alias": "t", "acc,none": 0.5, "acc_stderr,none": 0.1, "ppl,f": float("inf"), "ppl_stderr,f": "N/A"}
+    found = list_figures({"t": figures}, {"t": {"effective": 9}})
+    assert json.loads(json.dumps(found, allow_nan=False)) == [
+        {"task": "t", "metric": "acc", "value": 0.5, "stderr": 0.1, "examples": 9},
+        {"task": "t", "metric": "ppl,f", "value": None, "stderr": None, "examples": 9},
+    ]

@@ -155,9 +155,12 @@ def test_nothing_is_sent_where_nobody_can_be_asked(hub, release):
 
 
 def test_an_older_release_is_replaced_and_what_it_had_more_is_removed(hub, release):
-    hub.repositories["org/model"] = {"private": True, "files": {"old.safetensors": b"0", ".gitattributes": b"1"}}
-    assert "old.safetensors is removed" in push(hub, release, "org/model", "--yes")
+    old = {"old.safetensors": b"0", "notes [1].md": b"2", ".gitattributes": b"1"}
+    hub.repositories["org/model"] = {"private": True, "files": old}
+    said = push(hub, release, "org/model", "--yes")
+    assert "old.safetensors is removed" in said and "notes [1].md is removed" in said
     assert {*hub.repositories["org/model"]["files"]} == {*os.listdir(release), ".gitattributes"}
+    assert len([line for line in hub.asked if "/commit/" in line]) == 1
 
 
 def test_what_is_public_is_not_written_to_by_accident(hub, release):

@@ -123,6 +123,18 @@ def test_an_interval_that_was_edited_is_caught(finished, release):
     assert re.search(r"distilled, loss\b.*DIFFERS", verify(release, "--data", finished, code=1).table)
 
 
+def test_a_share_and_a_difference_that_do_not_follow_from_the_figures_are_caught(finished, release):
+    def improve(content):
+        next(arm for arm in content["arms"] if arm["name"] == "distilled")["retained"]["accuracy"] = 0.999
+        next(pair for pair in content["differences"] if pair["against"] == "cut")["metrics"]["accuracy"]["value"] = 0.5
+
+    assert re.search(r"shares and differences .*the same", verify(release, "--data", finished).table)
+    edit(release / "evaluation.json", improve)
+    sign_again(release)
+    found = verify(release, "--data", finished, code=1)
+    assert re.search(r"shares and differences .* distilled, less cut .*DIFFERS", found.table)
+
+
 def test_an_edited_card_is_caught(finished, release):
     card = (release / "README.md").read_text()
     row = next(line for line in card.splitlines() if line.startswith("| distilled"))

@@ -8,8 +8,7 @@ import numpy as np
 from tiny import tiny_project
 
 from distill.evaluation.arms import ARMS, controls, lessons, not_run, rivals, title_of
-from distill.evaluation.seeds import spread_over
-from distill.evaluation.table import retain, tabulate
+from distill.evaluation.table import retain, spread_over, tabulate
 from distill.recipe import load_recipe
 from distill.recipe.controls import Controls
 from distill.recipe.schema import Arm, Evaluation

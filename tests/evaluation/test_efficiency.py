@@ -318,3 +318,9 @@ def test_a_batch_that_would_take_too_long_is_left_out_and_named(monkeypatch):
     result = measure({"teacher": bert(1).eval()}, batch_sizes=(1, 2, 4))
     assert result["protocol"]["left_out"] == [2, 4] and result["protocol"]["batch_sizes"] == [1]
     assert list(result["models"]["teacher"]["throughputs"]) == ["1"]
+    assert result["protocol"]["rounds"] == 2
+    assert result["protocol"]["fewer_rounds"] == "1 of one example, 1 of batch 1"
+
+
+def test_the_protocol_names_no_fewer_rounds_where_there_was_time_for_all():
+    assert "fewer_rounds" not in measure({"teacher": bert(1).eval()})["protocol"]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from distill.evaluation import intervals
-from distill.evaluation.classes import NONE, decisions_of, tabulate_classes
+from distill.evaluation.classes import NONE, tabulate_classes
+from distill.evaluation.formulas import mean, of_shares
 from distill.evaluation.intervals import FEW, Units, draw_metrics, newcombe_interval, units_of, wilson_interval
 from distill.evaluation.metrics import METRICS, columns_of, compute, find_metric, is_share
 from distill.evaluation.table import tabulate
@@ -81,9 +84,10 @@ def test_all_right_or_all_wrong_has_the_interval_of_wilson():
     assert draws.of("distilled")["by"] == "Wilson" and draws.of("distilled")["high"] == 1
     assert wilson_interval(0.3, 40) == pytest.approx(stats.binomtest(12, 40).proportion_ci(method="wilson"))
     # Newcombe 1998, table II: 56 of 70 less 48 of 80 is 0.2 with [0.0524, 0.3339]; with one n for both it is as here.
-    low, high, by = newcombe_interval(1.0, 1.0, 20)
-    assert low == pytest.approx(-high) and by == "Newcombe" and low < 0
+    low, high = newcombe_interval(1.0, 1.0, 20)
+    assert low == pytest.approx(-high) and low < 0
     pair = draws.between("distilled", "cut")
+    assert pair["by"] == "Newcombe"
     assert pair["low"] < pair["value"] == 1.0 and "same on every draw" in pair["note"]
 
 
@@ -94,8 +98,8 @@ def columns_of_all(n, alike):
     def draw(values):
         return np.array(values)[np.zeros(n, dtype=int) if alike else random.integers(len(values), size=n)]
 
-    numbers = ("nll", "tokens", "correct", "kl_sum", "positions", "agreed", "entities_found", "text_bytes")
-    columns = {name: draw([1, 2, 3]) for name in numbers}
+    columns = {name: draw([1, 2, 3]) for name in ("nll", "tokens", "kl_sum", "positions", "text_bytes")}
+    columns |= {name: draw([1, 0]) for name in ("correct", "agreed", "entities_found")}  # no more than there are
     columns |= {name: draw([3, 4]) for name in ("entities_predicted", "entities_true")}
     columns |= {name: draw([0, 1, 2]) for name in ("predictions", "references")} | {
         "none_class": np.zeros(n, dtype=int)
@@ -186,6 +190,40 @@ def test_a_perplexity_that_overflows_has_no_interval():
     assert table["arms"][0]["intervals"]["perplexity"]["note"] == "not finite"
 
 
+def test_a_word_error_rate_above_one_is_no_share_and_has_no_closed_interval():
+    columns = {"generated": np.array(["a b c"] * 20), "target_text": np.array(["d"] * 20)}
+    few = {name: values[:3] for name, values in columns.items()}
+    for rows, note in ((columns, "the same on every draw"), (few, "n too small: 3")):
+        table = tabulate({"distilled": rows, "cut": rows}, ["wer"], 1)
+        assert table["arms"][0]["metrics"]["wer"] == 3
+        for own in (table["arms"][0]["intervals"]["wer"], table["differences"][0]["metrics"]["wer"]):
+            assert (own["low"], own["note"]) == (None, note)
+
+
+def test_draws_that_overflow_are_counted_beside_the_interval_of_the_others():
+    nll = np.ones(400)
+    nll[0] = 700 * 400 / 4.5  # drawn five times it is more than exp() can hold: 1 draw in 270
+    columns = {"nll": nll, "tokens": np.ones(400, dtype=int)}
+    draws = arms_of(["perplexity"], distilled=columns, cut=columns)["perplexity"]
+    assert re.fullmatch(r"not finite on \d of 1000 draws", draws.of("distilled")["note"])
+    assert draws.of("distilled")["low"] < draws.of("distilled")["high"] < math.inf
+    assert draws.between("distilled", "cut")["value"] == 0.0
+
+
+def test_the_shares_of_rows_are_counted_before_the_clock_of_the_draws_runs(monkeypatch):
+    clock = [0.0]
+
+    def slow_shares(values):
+        clock[0] += 2 * intervals.SECONDS
+        return values
+
+    monkeypatch.setattr(intervals, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setitem(METRICS, "exact_text", of_shares(mean)(slow_shares))
+    monkeypatch.setattr(intervals, "RESAMPLES", 120)
+    found = arms_of(["exact_text"], distilled={"values": np.arange(30.0) / 30})["exact_text"].of("distilled")
+    assert found["by"] == "bootstrap of 120" and "note" not in found
+
+
 def test_the_confusion_of_a_class_counts_by_hand():
     true, ours = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 0, 1, 1, 0, 1])
     rows = {"distilled": {"references": true, "predictions": ours}}
@@ -202,11 +240,16 @@ def test_the_confusion_of_a_class_counts_by_hand():
     assert mean == compute(["f1_macro"], rows["distilled"])["f1_macro"]
 
 
+def test_a_class_that_is_called_as_a_missing_side_is_has_its_figures():
+    right = {"references": np.array([0, 1]), "predictions": np.array([0, 1])}
+    found = tabulate_classes({"distilled": right}, ["x", NONE], Units(np.arange(2)))
+    assert found["classes"]["distilled"][NONE]["f1"] == 1
+
+
 def test_sets_of_classes_and_spans_are_decisions_that_may_lack_a_side():
     sets = {"references": np.array([[1, 1], [0, 1]]), "predictions": np.array([[1, 0], [1, 1]])}
-    found = decisions_of(sets, ["x", "y"])
-    pairs = [(found.classes[a], found.classes[b]) for a, b in zip(found.true, found.predicted, strict=True)]
-    assert sorted(pairs) == [(NONE, "x"), ("x", "x"), ("y", NONE), ("y", "y")]
+    found = tabulate_classes({"distilled": sets}, ["x", "y"], Units(np.arange(2)))["confusion"]["distilled"]
+    assert sorted(found) == [[NONE, "x", 1], ["x", "x", 1], ["y", NONE, 1], ["y", "y", 1]]
     spans = {"entity_pairs": np.array(['[["PER", "PER"], ["LOC", "PER"]]', "[]", '[[null, "LOC"], ["PER", null]]'])}
     table = tabulate_classes({"distilled": spans}, [], Units(np.arange(3)))
     by_type = table["classes"]["distilled"]

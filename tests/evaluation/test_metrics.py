@@ -198,3 +198,12 @@ def test_nothing_is_read_from_or_written_to_the_working_folder_and_the_cache(tmp
     monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", str(cache))
     compute(["accuracy"], {"predictions": array(1), "references": array(1)})
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_broken_student_gets_no_figure_that_a_working_one_could_have():
+    values, right = array(0.5, math.nan, 0.25), array(1.0, 2.0, 3.0)
+    assert math.isnan(METRICS["spearman"](values, right)) and math.isnan(METRICS["spearman"](right, values))
+    assert math.isnan(METRICS["ece"](values, right))
+    broken, vectors = np.full((30, 2), math.nan), np.ones((30, 2))
+    for name in ("recall_at_10", "mrr_at_10", "ndcg_at_10"):
+        assert METRICS[name](broken, vectors) == 0

@@ -6,7 +6,7 @@ import torch
 from tiny import tiny_batch, tiny_model
 
 from distill.evaluation.predict import column_names, merge_rows, predict
-from distill.evaluation.recorded import record_teacher
+from distill.evaluation.recorded_teacher import record_teacher
 from distill.losses import Objective
 from distill.models.forward import Capture, Outputs, forward
 from distill.recipe.schema import Term

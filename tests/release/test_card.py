@@ -14,9 +14,9 @@ from distill.recipe.schema import Recipe
 from distill.recipe.student import Mask
 from distill.release import wording
 from distill.release.card import KIND_USES, LOADING, USES, caveats, fence, inline, render_card, snippet
-from distill.release.classes import classes_table
 from distill.release.evidence import Evidence, judge, judge_sets, summarize
 from distill.release.report import render_report
+from distill.release.tables import classes_table
 from distill.release.wording import MISSING
 
 
@@ -345,6 +345,7 @@ def test_a_chat_model_is_loaded_with_messages(evidence: Evidence) -> None:
         (wording.format_count(22_718_220), "22.7 M"),
         (wording.format_count(1_362_100_000, "kMGT"), "1.4 G"),
         (wording.format_count(999), "999"),
+        (wording.format_count(999_960), "1.0 M"),
         (wording.format_megabytes(90_872_880), "90.9 MB"),
         (wording.format_percent(0.12345), "12.3 %"),
         (wording.format_number(91234.5), "91,234"),

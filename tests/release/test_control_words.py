@@ -6,11 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from made_figures import difference
 
 from distill.evaluation.arms import ARMS
 from distill.release.card import render_card
 from distill.release.controls import budget_lines, seeds_table, seeds_title
-from distill.release.evidence import Evidence, judge
+from distill.release.evidence import Evidence, judge, summarize
 from distill.release.report import render_report
 
 
@@ -73,8 +74,11 @@ def test_over_seeds_the_student_is_compared_with_the_rival_of_the_same_seed(
     evidence: Evidence, ours: list[float | None], theirs: list[float | None], good: bool, words: str
 ) -> None:
     own = changed(with_arm(evidence, "random_cut", 0.1), seeds=seeds(ours, theirs), lessons=LESSONS)
+    own = changed(own, differences=[difference("random_cut", accuracy=(0.66, 0.6, 0.7))])
     (verdict,) = judge(own)
     assert verdict.good is good and words in verdict.text
+    gain = "better than words for random_cut by 66.0 points [60.0, 70.0]"
+    assert (gain if good else "a gain over words for random_cut is not shown by every seed") in summarize(own)
 
 
 def test_a_rival_that_no_seed_changes_is_compared_with_every_seed(evidence: Evidence) -> None:

@@ -120,6 +120,14 @@ def test_a_wide_range_of_losses_is_drawn_on_a_logarithmic_scale(evidence: Eviden
     assert "logarithmic" not in loss_figure(replace(evidence, records={"distilled": flat})).caption
 
 
+def test_a_logarithmic_scale_is_named_with_what_has_no_place_on_it(evidence: Evidence) -> None:
+    values = {50: 0.0, 100: 0.01, 150: 0.9}
+    records = [{"event": "evaluate", "step": step, "metrics": {"accuracy": own}} for step, own in values.items()]
+    drawn = held_out_figure(replace(evidence, records={"distilled": records}))
+    assert drawn.caption.endswith("are horizontal lines, logarithmic scale, without values of 0 or less.")
+    assert held_out_figure(evidence).caption.endswith("are horizontal lines.")
+
+
 def test_the_last_record_of_a_step_counts() -> None:
     steps = [(10, 5.0), (20, 4.0), (10, 3.0), (None, 1.0), (30, None), (40, math.nan)]
     records: list[dict[str, Any]] = [{"event": "train", "step": step, "loss": loss} for step, loss in steps]
@@ -163,6 +171,13 @@ def test_a_bar_far_above_the_rest_is_broken() -> None:
     bars = [charts.Bar("teacher", 8.0, "teacher"), charts.Bar("cut", 48_000.0, "cut")]
     assert "break" in charts.bar_chart(bars, title="t", description="d")
     assert "break" not in charts.bar_chart(bars[:1], title="t", description="d")
+
+
+def test_bars_of_negative_values_stay_inside_the_picture() -> None:
+    bars = [charts.Bar("cut", -0.5, "cut"), charts.Bar("distilled", -0.2, "distilled")]
+    picture = ElementTree.fromstring(charts.bar_chart(bars, title="t", description="d"))
+    boxes = [(float(box.get("x", "")), float(box.get("width", ""))) for box in picture.iter("rect")]
+    assert boxes == [(150.0, 320.0), (342.0, 128.0)]  # of a scale from -0.5 to 0 between 150 and 470
 
 
 @pytest.mark.parametrize(

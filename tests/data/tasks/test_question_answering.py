@@ -22,7 +22,7 @@ from distill.data import Order, TrainingBatches, evaluation_batches, observe_bat
 from distill.data.tasks.question_answering import LONGEST_ANSWER, QuestionAnswering, best_spans, read_answers
 from distill.data.tasks.task import Settled
 from distill.errors import InputError
-from distill.evaluation.answers import exact_match_answer, f1_answer, words_of
+from distill.evaluation.answers import exact_match_answer, f1_answer, normalized_words
 from distill.evaluation.predict import predict
 from distill.losses import Objective
 from distill.models.forward import Outputs
@@ -303,7 +303,7 @@ def test_answers_are_scored_as_squad_does_and_by_characters_in_scripts_without_s
 
 
 def test_dashes_between_latin_words_stay_as_in_squad():
-    assert words_of("1939\u20131945") == ["1939\u20131945"] and words_of("1939-1945") == ["19391945"]
+    assert normalized_words("1939\u20131945") == ["1939\u20131945"] and normalized_words("1939-1945") == ["19391945"]
 
 
 @pytest.mark.slow

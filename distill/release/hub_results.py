@@ -19,7 +19,8 @@ def result_files(evidence: Evidence) -> dict[str, str]:
     those on several sources at once.
     """
     data, score = evidence.recipe.data, evidence.score("distilled")
-    sources = data.origins("test") or data.origins("train")
+    split = "test" if data.origins("test") else "train"  # of which a part was held out
+    sources = data.origins(split)
     if len(sources) != 1 or not sources[0].source.startswith(PREFIX) or score is None:
         return {}
     source, count = sources[0], evidence.evaluation["data"]["examples"]
@@ -28,7 +29,7 @@ def result_files(evidence: Evidence) -> dict[str, str]:
         task_id=source.config or "default",
         value=round(score, 6),
         dataset_revision=source.revision,
-        notes=f"{evidence.primary} on {count} examples of the {source.split or 'test'} split; see evaluation.json",
+        notes=f"{evidence.primary} on {count} examples of the {source.split or split} split; see evaluation.json",
     )
     stream, yaml = StringIO(), YAML(typ="safe", pure=True)
     yaml.default_flow_style = False

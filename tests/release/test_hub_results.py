@@ -8,7 +8,7 @@ from huggingface_hub import parse_eval_result_entries
 from ruamel.yaml import YAML
 
 from distill.recipe.schema import Source
-from distill.release.results import result_files
+from distill.release.hub_results import result_files
 
 
 def measured_on(evidence, *sources):
@@ -22,7 +22,11 @@ def test_a_figure_on_a_hub_dataset_is_read_back_by_the_hubs_own_library(evidence
     (entry,) = parse_eval_result_entries(YAML(typ="safe").load(text))
     assert path == ".eval_results/reviews.yaml" and not others
     assert (entry.dataset_id, entry.task_id, entry.dataset_revision) == ("org/reviews", "small", "a" * 40)
-    assert entry.value == round(evidence.score("distilled"), 6) and "accuracy" in entry.notes
+    assert entry.value == round(evidence.score("distilled"), 6)
+    assert entry.notes == "accuracy on 612 examples of the test split; see evaluation.json"
+    held_out = evidence.recipe.data.model_copy(update={"test": [], "source": source.source})
+    (text,) = result_files(replace(evidence, recipe=evidence.recipe.model_copy(update={"data": held_out}))).values()
+    assert "of the train split" in text  # no test split of the dataset was looked at
 
 
 def test_files_built_in_corpora_and_several_sources_have_no_name_on_the_hub(evidence):
