@@ -164,7 +164,7 @@ class TrainingBatches:
         """
         numbers = range(rank, self.micro_batches_per_step(), world)
         loader: DataLoader[Batch | InputError] = DataLoader(
-            _TrainingSet(self.corpus, self.seed, self.sizes, self.extend),  # type: ignore[arg-type]
+            self,  # type: ignore[arg-type]
             batch_sampler=self._indices(start, stop, numbers),
             collate_fn=_identity,
             num_workers=workers,
@@ -181,6 +181,16 @@ class TrainingBatches:
                 yield from ahead(steps, _pinned, partial(torch.cuda.set_device, torch.cuda.current_device()))
         finally:
             del batches  # ends the workers, also while somebody keeps the traceback of an error
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> Batch | InputError:
+        """Make the micro-batch of some (step, example), for the loader; an error is raised where it arrives."""
+        seeds = [(self.seed, step, index) for step, index in keys]
+        indices = [index for _, index in keys]
+        batch = mark_padding(collate(self.corpus, self.corpus.train, indices, seeds, self.sizes))
+        try:
+            return batch if self.extend is None else self.extend(batch)
+        except InputError as error:
+            return error  # raised in a worker, its message would be a traceback
 
     def _groups(self, start: int, stop: int) -> Iterator[tuple[int, list[list[int]]]]:
         """Yield each step with the examples of its micro-batches."""
@@ -242,28 +252,6 @@ def _kill_workers() -> None:
     for worker in multiprocessing.active_children():
         if worker.daemon:
             worker.kill()
-
-
-@dataclass(frozen=True)
-class _TrainingSet:
-    """Map-style view for DataLoader; `__getitems__` gets a whole batch of steps and indices at once."""
-
-    corpus: Corpus
-    seed: int
-    sizes: tuple[int, ...]
-    extend: Callable[[Batch], Batch] | None
-
-    def __len__(self) -> int:
-        return len(self.corpus.train)
-
-    def __getitems__(self, keys: list[tuple[int, int]]) -> Batch | InputError:
-        seeds = [(self.seed, step, index) for step, index in keys]
-        indices = [index for _, index in keys]
-        batch = mark_padding(collate(self.corpus, self.corpus.train, indices, seeds, self.sizes))
-        try:
-            return batch if self.extend is None else self.extend(batch)
-        except InputError as error:
-            return error  # raised in a worker, its message would be a traceback
 
 
 def evaluation_batches(

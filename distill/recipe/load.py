@@ -25,24 +25,36 @@ from distill.recipe.schema import Recipe
 from distill.recipe.task_rules import reader_fits
 from distill.recipe.yaml import read_document, read_text, refuse, scalar
 
+Ranked = tuple[tuple[int, int, int], Problem]
+"""A problem, and its place in reading order."""
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, weights: bool = True) -> Recipe:
     """Read a recipe and check everything that can be known without loading a model.
 
     Args:
         path: The YAML file. Folders in it are relative to the file.
         overrides: `key.path=value` each, e.g. `losses.0.weight=0.5`; values are YAML. The last of two equal keys holds.
+        weights: False: of the teacher there may be no more than a config and a tokenizer.
 
     Raises:
         RecipeError: The recipe is wrong; lists all problems.
         InputError: The file cannot be read.
     """
-    return _load(path, overrides, weights=True)
-
-
-def load_without_weights(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Do what `load_recipe` does for a teacher of which there may be no more than a config and a tokenizer."""
-    return _load(path, overrides, weights=False)
+    path = Path(path)
+    document = _read_section(path)
+    ranked = _override(document, overrides)
+    recipe, mistakes, moved = check_schema(document)
+    parts = recipe.parts if recipe else valid_parts(document.data)
+    base = path.absolute().parent
+    size, own, of_models = look_at_models(parts, base, weights=weights)
+    of_data = look_at_data(parts.get("data"), base, parts.get("evaluation"))
+    reported = {mistake.path for mistake in mistakes}
+    mistakes += [
+        each for each in (*of_models, *of_data, *check_together(parts, size, own)) if each.path not in reported
+    ]
+    mistakes = [each for each in mistakes if not any(each.path[: len(path)] == path for path in moved)]
+    return _accept(recipe, ranked + [document.problem(mistake) for mistake in document.mistakes + mistakes])
 
 
 def read_released(path: Path) -> Recipe:
@@ -52,30 +64,20 @@ def read_released(path: Path) -> Recipe:
         RecipeError: It is no recipe; lists all problems.
         InputError: The file cannot be read.
     """
-    document = read_document(path)
-    recipe, mistakes, _ = check_schema(document) if isinstance(document.data, dict) else (None, [], set())
-    if recipe is None or mistakes or document.mistakes:
-        ranked = [document.problem(mistake) for mistake in document.mistakes + mistakes]
-        raise RecipeError([problem for _, problem in sorted(ranked, key=lambda entry: entry[0])])
-    return recipe
+    document = _read_section(path)
+    recipe, mistakes, _ = check_schema(document)
+    return _accept(recipe, [document.problem(mistake) for mistake in document.mistakes + mistakes])
 
 
-def _load(path: str | Path, overrides: Sequence[str], *, weights: bool) -> Recipe:
-    path = Path(path)
+def _read_section(path: Path) -> Document:
     document = read_document(path)
     if not isinstance(document.data, dict):
         refuse("a recipe is a section of keys", "start with `name: …`", document.values[()].text)
-    ranked = _override(document, overrides)
-    recipe, mistakes, moved = check_schema(document)
-    parts = recipe.parts if recipe else valid_parts(document.data)
-    base = path.absolute().parent
-    size, own, of_models = look_at_models(parts, base, weights=weights)
-    of_data = look_at_data(parts.get("data"), base, parts.get("evaluation"))
-    reported = {mistake.path for mistake in mistakes}
-    for mistake in (*of_models, *of_data, *check_together(parts, size, own)):
-        mistakes += [] if mistake.path in reported else [mistake]
-    mistakes = [each for each in mistakes if not any(each.path[: len(path)] == path for path in moved)]
-    ranked += [document.problem(mistake) for mistake in document.mistakes + mistakes]
+    return document
+
+
+def _accept(recipe: Recipe | None, ranked: list[Ranked]) -> Recipe:
+    """Return a recipe without problems. Raises RecipeError with all of them, in their order."""
     if recipe is None or ranked:
         raise RecipeError([problem for _, problem in sorted(ranked, key=lambda entry: entry[0])])
     return recipe
@@ -140,7 +142,7 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _override(document: Document, overrides: Sequence[str]) -> list[tuple[tuple[int, int, int], Problem]]:
+def _override(document: Document, overrides: Sequence[str]) -> list[Ranked]:
     """Set the overrides' values in the document; return the problems of those that cannot be set."""
     problems = []
     for number, text in enumerate(overrides):
