@@ -2,7 +2,8 @@
 
 from distill.data.batches import TrainingBatches, collate, evaluation_batches, observe_batch
 from distill.data.corpus import Corpus, Examples, load_corpus
-from distill.data.prepare import Order, prepare
+from distill.data.prepare import prepare
+from distill.data.rows import Order
 from distill.data.tasks import TASKS, Task
 
 __all__ = [

@@ -6,7 +6,9 @@ does not depend on how many processes share the work.
 
 from __future__ import annotations
 
+import atexit
 import math
+import multiprocessing
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from distill.data.corpus import Corpus, Examples
 from distill.data.tasks.task import Ragged, Seeds, fitting_size
+from distill.errors import InputError
 from distill.models.forward import Batch, Outputs
 from distill.models.padding import mark_padding
 
@@ -160,8 +163,8 @@ class TrainingBatches:
                 the host's back; the batches are the same.
         """
         numbers = range(rank, self.micro_batches_per_step(), world)
-        loader: DataLoader[Batch] = DataLoader(
-            _TrainingSet(self.corpus, self.seed, self.sizes, self.extend),  # type: ignore[arg-type]
+        loader: DataLoader[Batch | InputError] = DataLoader(
+            self,  # type: ignore[arg-type]
             batch_sampler=self._indices(start, stop, numbers),
             collate_fn=_identity,
             num_workers=workers,
@@ -169,12 +172,25 @@ class TrainingBatches:
             worker_init_fn=_ignore_signals if workers else None,
         )
         batches = iter(loader)  # here and not in the thread: torch tells only the main one that a worker died
-        steps = ([(number, next(batches)) for number in numbers] for _ in range(start, stop))
-        if device is None or device.type != "cuda":
-            yield from steps
-        else:
-            # A new thread would pin its memory through the first GPU, whichever this process has.
-            yield from ahead(steps, _pinned, partial(torch.cuda.set_device, torch.cuda.current_device()))
+        steps = ([(number, _given(next(batches))) for number in numbers] for _ in range(start, stop))
+        try:
+            if device is None or device.type != "cuda":
+                yield from steps
+            else:
+                # A new thread would pin its memory through the first GPU, whichever this process has.
+                yield from ahead(steps, _pinned, partial(torch.cuda.set_device, torch.cuda.current_device()))
+        finally:
+            del batches  # ends the workers, also while somebody keeps the traceback of an error
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> Batch | InputError:
+        """Make the micro-batch of some (step, example), for the loader; an error is raised where it arrives."""
+        seeds = [(self.seed, step, index) for step, index in keys]
+        indices = [index for _, index in keys]
+        batch = mark_padding(collate(self.corpus, self.corpus.train, indices, seeds, self.sizes))
+        try:
+            return batch if self.extend is None else self.extend(batch)
+        except InputError as error:
+            return error  # raised in a worker, its message would be a traceback
 
     def _groups(self, start: int, stop: int) -> Iterator[tuple[int, list[list[int]]]]:
         """Yield each step with the examples of its micro-batches."""
@@ -216,29 +232,26 @@ def _identity(batch: Any) -> Any:
     return batch
 
 
+def _given(found: Batch | InputError) -> Batch:
+    """Return what a worker made, or raise here what it could not do."""
+    if isinstance(found, InputError):
+        raise found
+    return found
+
+
 def _ignore_signals(_worker: int) -> None:
     # They come to the whole group of processes; a worker that ends before the step would take training with it.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
-@dataclass(frozen=True)
-class _TrainingSet:
-    """Map-style view for DataLoader; `__getitems__` gets a whole batch of steps and indices at once."""
-
-    corpus: Corpus
-    seed: int
-    sizes: tuple[int, ...]
-    extend: Callable[[Batch], Batch] | None
-
-    def __len__(self) -> int:
-        return len(self.corpus.train)
-
-    def __getitems__(self, keys: list[tuple[int, int]]) -> Batch:
-        seeds = [(self.seed, step, index) for step, index in keys]
-        indices = [index for _, index in keys]
-        batch = mark_padding(collate(self.corpus, self.corpus.train, indices, seeds, self.sizes))
-        return batch if self.extend is None else self.extend(batch)
+@atexit.register
+def _kill_workers() -> None:
+    """End the workers of a process that fails: it asks them with SIGTERM, which they ignore, and waits for them."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would take their end for a failure
+    for worker in multiprocessing.active_children():
+        if worker.daemon:
+            worker.kill()
 
 
 def evaluation_batches(

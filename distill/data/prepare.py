@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,44 +14,18 @@ import numpy as np
 from distill.data.arrow import write_arrow
 from distill.data.corpus import Corpus, Examples, save_facts
 from distill.data.packing import cut_documents, pack
-from distill.data.rows import BLOCK, BLOCK_CHARACTERS, columns_of, draws_for, read_split, split_documents
+from distill.data.rows import BLOCK, BLOCK_CHARACTERS, Order, read_split, split_documents
 from distill.data.splits import Split, divide
 from distill.data.summary import summarise
-from distill.data.tasks.task import Encoder, Features, Ragged, Settled, Task
+from distill.data.tasks.task import Encoder, Features, Ragged
 from distill.errors import InputError
 from distill.models.weights import as_input_error
 from distill.recipe.data import SET
-from distill.recipe.schema import Data
 
 FEW_DOCUMENTS = 10
 """With fewer documents, a split by their hashes would leave everything to chance."""
 Report = Callable[[str, int, int], None]
 """(split, rows encoded, rows in all), for a progress bar."""
-
-
-@dataclass(frozen=True)
-class Order:
-    """All that decides a corpus, and nothing else."""
-
-    task: Task
-    spec: Data
-    """The recipe's section."""
-    tokenizer: Any
-    """The teacher's."""
-    seed: int
-    """Chooses which training rows keep their label."""
-    base: Path
-    """Folder that relative paths start from."""
-    looks: bool = False
-    """Something looks at a validation split during training."""
-    packs: bool = False
-    """The teacher's family can tell documents apart that share a row."""
-    teacher: Path | None = None
-    """Folder of the teacher, for tasks that read more of it than the tokenizer."""
-    routes: Mapping[str, int] = field(default_factory=dict)
-    """Name of a source -> the feature `route` of its examples; empty: they have none."""
-    own_order: Callable[[Settled], Settled] = lambda settled: settled
-    """Puts the classes into the order of a teacher that is already trained. Raises InputError."""
 
 
 def prepare(order: Order, folder: Path, progress: Report = lambda _split, _done, _all: None) -> Corpus:
@@ -71,7 +44,7 @@ def prepare(order: Order, folder: Path, progress: Report = lambda _split, _done,
     if spec.max_length > limit:
         raise InputError(f"data.max_length: {spec.max_length} is more than the tokenizer's {limit} positions")
     splits = _read_splits(order, folder)
-    asked = [role for role in columns_of(task, spec) if task.columns[role].answer and not task.columns[role].plain]
+    asked = [role for role, column in order.columns.items() if column.answer and not column.plain]
     labels = {name: own.count_labels(asked) for name, own in splits.items()}
     settled = order.own_order(task.settle(labels, spec))
     constants = task.constants(tokenizer, spec)
@@ -82,9 +55,7 @@ def prepare(order: Order, folder: Path, progress: Report = lambda _split, _done,
     for name in spec.splits:
         if name in splits:
             encoder = Encoder(tokenizer, spec, settled, measured=name != "train", teacher=order.teacher)
-            path, report = folder / f"{name}.arrow", partial(progress, name)
-            routes = [order.routes[source.source] for source in splits[name].rows.sources] if order.routes else []
-            examples = _encode(task, splits[name], encoder, path, order.packs, report, routes)
+            examples = _encode(order, splits[name], encoder, folder / f"{name}.arrow", partial(progress, name))
             if not examples.lengths.any():
                 raise InputError(f"data: the tokenizer makes no token of any text of the {name} split")
             content = f"{name}:{_content_of(examples)}"
@@ -96,38 +67,29 @@ def prepare(order: Order, folder: Path, progress: Report = lambda _split, _done,
             counts[name] = summarise(splits[name], encoder, examples)
     corpus = Corpus(task, settled, parts, int(tokenizer.pad_token_id), digest.hexdigest(), counts, constants, sets)
     save_facts(corpus, folder)
-    for leftover in [file for kind in ("rows", "parts", "documents") for file in folder.glob(f"*.{kind}.arrow")]:
+    for leftover in [file for kind in ("rows", "parts", "documents") for file in folder.glob(f"*.{kind}")]:
         leftover.unlink()
     return corpus
 
 
 def _read_splits(order: Order, folder: Path) -> dict[str, Split]:
-    task, spec, looks = order.task, order.spec, order.looks
-    given, draws = [name for name in spec.splits if spec.origins(name)], draws_for(spec, order.seed, looks)
-    rows = {name: read_split(name, task, spec, draws if name == "train" else {}, order.base, folder) for name in given}
-    if task.divisible and not {"validation", "test"} & {*given} and len(rows["train"]) < FEW_DOCUMENTS:
-        rows |= split_documents(rows["train"], task, spec, draws, looks, folder)
-    asks = any(column.answer for column in task.columns.values())
-    if spec.labelled is not None and not asks:
+    task, spec = order.task, order.spec
+    rows = {name: read_split(order, name, folder) for name in spec.splits if spec.origins(name)}
+    if task.divisible and not {"validation", "test"} & rows.keys() and len(rows["train"]) < FEW_DOCUMENTS:
+        rows |= split_documents(order, rows["train"], folder)
+    if spec.labelled is not None and not order.asks:
         raise InputError(f"data.labelled: task: {task.name} has no labels to hide; remove the key")
-    return divide(rows, spec, looks and "validation" not in rows, asks)
+    return divide(rows, spec, order.looks, order.asks)
 
 
-def _encode(
-    task: Task,
-    split: Split,
-    encoder: Encoder,
-    path: Path,
-    packs: bool,
-    progress: Callable[[int, int], None],
-    routes: Sequence[int],
-) -> Examples:
+def _encode(order: Order, split: Split, encoder: Encoder, path: Path, progress: Callable[[int, int], None]) -> Examples:
     """Encode the rows of a split, block by block, into an Arrow file of examples."""
+    task = order.task
 
     def blocks() -> Iterator[Features]:
         with as_input_error(f"the tokenizer cannot read the {path.stem} split"):
             for part in _blocks(split, task.block):
-                features = _encode_block(task, split, part, encoder, routes)
+                features = _encode_block(order, split, part, encoder)
                 if features["row"]:  # the task may leave rows out
                     yield features
                 progress(part.stop, len(split.index))
@@ -137,12 +99,12 @@ def _encode(
 
     if not task.packed:
         return _write_examples(path, blocks())
-    documents = _write_examples(path.with_suffix(".documents.arrow"), blocks())
-    return _write_examples(path, _packed(documents, encoder.spec.max_length, packs))
+    documents = _write_examples(path.with_suffix(".documents"), blocks())
+    return _write_examples(path, _packed(documents, order.spec.max_length, order.packs))
 
 
-def _encode_block(task: Task, split: Split, part: slice, encoder: Encoder, routes: Sequence[int]) -> Features:
-    values, labelled = split.rows.file.take(split.index[part]), split.labelled[part].tolist()
+def _encode_block(order: Order, split: Split, part: slice, encoder: Encoder) -> Features:
+    task, values, labelled = order.task, split.rows.file.take(split.index[part]), split.labelled[part].tolist()
     for name in task.columns.keys() & values.keys():
         if not task.columns[name].plain:
             known = {text: json.loads(text) for text in set(values[name])}
@@ -151,7 +113,8 @@ def _encode_block(task: Task, split: Split, part: slice, encoder: Encoder, route
             values[name] = [value if keep else None for value, keep in zip(values[name], labelled, strict=True)]
     features = task.encode(values, encoder)
     numbers = features.pop("row", range(len(labelled)))
-    if routes:
+    if order.routes:
+        routes = [order.routes[source.source] for source in split.rows.sources]
         origins = split.rows.origins[split.index[part]]
         features["route"] = [routes[origins[number]] for number in numbers]
     return {**features, "row": [part.start + number for number in numbers]}

@@ -1,4 +1,4 @@
-"""The rows of each split as they are read: judged, hashed and written to memory-mapped Arrow files.
+"""What decides a corpus, and the rows of each split as read: judged, hashed and written to memory-mapped Arrow files.
 
 In memory are some sixty bytes per row.
 """
@@ -9,7 +9,7 @@ import json
 import reprlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import sha256
 from itertools import islice
@@ -20,7 +20,7 @@ import numpy as np
 
 from distill.data.arrow import ArrowFile, write_arrow
 from distill.data.sources import read_source
-from distill.data.tasks.task import Column, Task, as_json
+from distill.data.tasks.task import Column, Settled, Task, as_json
 from distill.errors import InputError
 from distill.recipe.names import OFFERED_COLUMNS, columns_read
 from distill.recipe.schema import Data, Source
@@ -35,6 +35,63 @@ CUT_WITHIN = 2000
 
 
 @dataclass(frozen=True)
+class Order:
+    """All that decides a corpus, and nothing else."""
+
+    task: Task
+    spec: Data
+    """The recipe's section."""
+    tokenizer: Any
+    """The teacher's."""
+    seed: int
+    """Chooses which training rows keep their label."""
+    base: Path
+    """Folder that relative paths start from."""
+    looks: bool = False
+    """Something looks at a validation split during training."""
+    packs: bool = False
+    """The teacher's family can tell documents apart that share a row."""
+    teacher: Path | None = None
+    """Folder of the teacher, for tasks that read more of it than the tokenizer."""
+    routes: Mapping[str, int] = field(default_factory=dict)
+    """Name of a source -> the feature `route` of its examples; empty: they have none."""
+    own_order: Callable[[Settled], Settled] = lambda settled: settled
+    """Puts the classes into the order of a teacher that is already trained. Raises InputError."""
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Map the columns that the task reads from the recipe's sources to their names there."""
+        roles = columns_read(self.task.name, self.task.columns, self.spec.columns)
+        return {role: self.spec.columns.get(role, role) for role in roles}
+
+    @property
+    def columns(self) -> dict[str, Column]:
+        """Map the same columns to how they are read."""
+        return {role: self.task.columns[role] for role in self.names}
+
+    @property
+    def asks(self) -> bool:
+        """Tell whether the task has a column that is asked for."""
+        return any(column.answer for column in self.task.columns.values())
+
+    @property
+    def draws(self) -> dict[str, str]:
+        """Choose what is drawn for each row; the words are hashed with it.
+
+        Training rows with small numbers go to the test split, or to the validation split, or count once more where the
+        weight of their source is no whole number, or keep their label where only some do.
+        """
+        spec = self.spec
+        draws = (
+            ("test", "split", spec.test is None),
+            ("validation", "validation", self.looks and spec.validation is None),
+            ("weight", "weight", any(source.weight % 1 for source in spec.origins("train"))),
+            ("labels", str(self.seed), spec.labelled is not None),
+        )
+        return {purpose: word for purpose, word, wanted in draws if wanted}
+
+
+@dataclass(frozen=True)
 class Rows:
     """The rows of one split as read, and the hashes that decide what becomes of them; n rows."""
 
@@ -45,7 +102,7 @@ class Rows:
     answers: np.ndarray
     """int64 [n], hash of what is asked for; 0 where there is no label."""
     draws: Mapping[str, np.ndarray]
-    """Purpose, see `draws_for` -> float64 [n] in [0, 1), from hashes of what is given."""
+    """Purpose, see `Order.draws` -> float64 [n] in [0, 1), from hashes of what is given."""
     origins: np.ndarray
     """int64 [n], the source of a row, as an index of `sources`."""
     empty: np.ndarray
@@ -58,60 +115,29 @@ class Rows:
         return len(self.keys)
 
 
-def columns_of(task: Task, spec: Data) -> dict[str, str]:
-    """Map the columns that a task reads from the recipe's sources to their names there."""
-    return {role: spec.columns.get(role, role) for role in columns_read(task.name, task.columns, spec.columns)}
-
-
-def draws_for(spec: Data, seed: int, looks: bool) -> dict[str, str]:
-    """Choose what is drawn for training rows; the words are hashed with each row.
-
-    Rows with small numbers go to the test split, or to the validation split, or count once more where the weight of
-    their source is no whole number, or keep their label where only some do.
-    """
-    draws = (
-        ("test", "split", spec.test is None),
-        ("validation", "validation", looks and spec.validation is None),
-        ("weight", "weight", any(source.weight % 1 for source in spec.origins("train"))),
-        ("labels", str(seed), spec.labelled is not None),
-    )
-    return {purpose: word for purpose, word, wanted in draws if wanted}
-
-
-def read_split(split: str, task: Task, spec: Data, draws: Mapping[str, str], base: Path, folder: Path) -> Rows:
-    """Read all rows of a split into an Arrow file of the folder.
-
-    Args:
-        split: `train`, `validation`, `test`, or `sets.NAME`.
-        task: Judges the values.
-        spec: The recipe's section.
-        draws: As `draws_for` chooses them.
-        base: Folder that relative paths start from.
-        folder: Where the file goes.
+def read_split(order: Order, split: str, folder: Path) -> Rows:
+    """Read all rows of a split, `train`, `validation`, `test` or `sets.NAME`, into an Arrow file of the folder.
 
     Raises:
         InputError: A source is broken, has no such column, or a row holds something else than the task needs.
     """
-    names, sources = columns_of(task, spec), spec.origins(split)
-    columns = {role: task.columns[role] for role in names}
+    sources = order.spec.origins(split)
     found = (
         (place, values, number)
         for number, source in enumerate(sources)
-        for place, values in islice(_read(source, split, spec.key_of(split), names, task, base), source.limit)
+        for place, values in islice(_read(order, source, split), source.limit)
     )
-    return _collect(found, columns, sources, draws, folder / f"{split}.rows.arrow")
+    return _collect(order, found, sources, folder / f"{split}.rows")
 
 
-def split_documents(
-    rows: Rows, task: Task, spec: Data, draws: Mapping[str, str], looks: bool, folder: Path
-) -> dict[str, Rows]:
+def split_documents(order: Order, rows: Rows, folder: Path) -> dict[str, Rows]:
     """Split each of a few long documents by place: its end is the test split, what comes before it the validation.
 
     A split by the hashes of whole documents would leave one side empty, or leave everything to chance.
     """
-    test = 1 - spec.test_share
-    ends = {"train": test * (1 - spec.validation_share) if looks else test, "validation": test, "test": 1.0}
-    columns = {role: task.columns[role] for role in columns_of(task, spec)}
+    test = 1 - order.spec.test_share
+    train = test * (1 - order.spec.validation_share) if order.looks else test
+    ends = {"train": train, "validation": test, "test": 1.0}
     found: dict[str, Rows] = {}
     start = 0.0
     for name, end in ends.items():
@@ -121,8 +147,7 @@ def split_documents(
                 for index, number in enumerate(rows.origins.tolist())
                 for text, place in [(each[0] for each in rows.file.take([index]).values())]
             )
-            path = folder / f"{name}.parts.arrow"
-            found[name] = _collect(parts, columns, rows.sources, draws, path, len(rows))
+            found[name] = _collect(order, parts, rows.sources, folder / f"{name}.parts", len(rows))
         start = end
     return found
 
@@ -136,15 +161,9 @@ def _cut_at(text: str, share: float) -> int:
     return place
 
 
-def _collect(
-    found: Iterator[Found],
-    columns: Mapping[str, Column],
-    sources: Sequence[Source],
-    draws: Mapping[str, str],
-    path: Path,
-    parts_of: int = 0,
-) -> Rows:
+def _collect(order: Order, found: Iterator[Found], sources: Sequence[Source], path: Path, parts_of: int = 0) -> Rows:
     """Write rows to an Arrow file, and hash them."""
+    columns, draws = order.columns, order.draws
     keys, answers, origins, empty = bytearray(), array("q"), array("q"), bytearray()
     drawn = {purpose: bytearray() for purpose in draws}
     given = [role for role, column in columns.items() if not column.answer]
@@ -228,24 +247,23 @@ def _hash_answer(texts: tuple[str, ...]) -> int:
     return int.from_bytes(sha256(text.encode()).digest()[:7], "big") + 1 if text else 0
 
 
-def _read(
-    source: Source, split: str, key: str, names: Mapping[str, str], task: Task, base: Path
-) -> Iterator[tuple[str, dict[str, Any]]]:
+def _read(order: Order, source: Source, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Read a source and judge its values; yields each row's place and its values by the task's names."""
+    names, columns, key = order.names, order.columns, order.spec.key_of(split)
     offered = [role for role in OFFERED_COLUMNS if names.get(role) == role]
     seen: set[str] = set()
     row: dict[str, Any] = {}
-    paths = [name for role, name in names.items() if task.columns[role].content]
-    for place, row in read_source(source, split, set(names.values()), base, offered, paths):
+    paths = [name for role, name in names.items() if columns[role].content]
+    for place, row in read_source(source, split, set(names.values()), order.base, offered, paths):
         values = {}
         for role, name in names.items():
             try:
-                values[role] = task.columns[role].read(row.get(name))
+                values[role] = columns[role].read(row.get(name))
             except (ValueError, RecursionError) as error:
                 given = reprlib.repr(row.get(name))
                 raise InputError(f"{key}: {place}: column {name!r} {error}: {given}") from error
         try:
-            values = task.check_row(values)
+            values = order.task.check_row(values)
         except ValueError as error:
             raise InputError(f"{key}: {place}: {error}") from error
         if offered:

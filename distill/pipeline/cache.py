@@ -67,7 +67,7 @@ def wanted_columns(session: Session) -> list[Column]:
 
 def _made_from(session: Session, entries: Entries) -> dict[str, Any]:
     kind, vocabulary = session.corpus.head, session.vocabulary
-    own = {"teacher": session.teacher_inputs(), "kind": kind, "vocabulary": vocabulary, "entries": entries.digest}
+    own = {"teacher": session.teaching_inputs(), "kind": kind, "vocabulary": vocabulary, "entries": entries.digest}
     return with_version(own)
 
 
@@ -229,7 +229,7 @@ def check_data(session: Session) -> None:
 def inputs(session: Session) -> dict[str, Any]:
     """List the teacher, the data, what is kept, and which examples the training will see."""
     return {
-        "teacher": session.teacher_inputs(),
+        "teacher": session.teaching_inputs(),
         "data": session.corpus.fingerprint,
         "kept": sorted(column.name for column in wanted_columns(session)),
         "seen": inputs_of_training(session).described,

@@ -93,7 +93,7 @@ def _prepare(session: Session, cache: Path) -> None:
             looks=looks(session),
             packs=all(map(tells_documents_apart, readers.values())),
             teacher=session.source,
-            routes={name: at for at, name in enumerate(source_names(recipe.data))} if recipe.routes else {},
+            routes={name: at for at, name in enumerate(source_names(recipe.rows))} if recipe.routes else {},
             own_order=own_order,
         )
         for source, own in readers.items():
@@ -250,7 +250,7 @@ def inputs(session: Session) -> dict[str, Any]:
         "code": _code_fingerprint(session),
         "own_classes": recipe.teacher.fit is not None,
         "seed": recipe.seed,
-        **({"routes": source_names(recipe.data)} if recipe.routes else {}),
+        **({"routes": source_names(rows)} if recipe.routes else {}),
         **{f"read_by.{key}": _reader(each) for key, each in session.folders_beside.items()},
     }
 

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from distill.data import collate
 from distill.data.batches import step_indices
+from distill.evaluation.arms import terms_of, trained_arms, tries_of
 from distill.models.forward import Batch
 from distill.models.padding import mark_padding
 from distill.pipeline.kept import keys_of, real_rows
 from distill.pipeline.session import Session
-from distill.pipeline.train import batches_for, steps_of
+from distill.pipeline.train import batches_for, spec_of
+from distill.pipeline.train_checks import is_taught
 from distill.teacher.cache import Column
 from distill.teacher.keys import KEY
 
@@ -38,8 +40,10 @@ class Seen:
 
 
 def inputs_of_training(session: Session) -> Seen:
-    """List the examples that the training comes by, with their steps where these decide what is drawn."""
-    recipe, steps = session.recipe, steps_of(session)
+    """List the examples that the longest taught training sees, with their steps where these decide what is drawn."""
+    recipe = session.recipe
+    taught = [arm for arm in trained_arms(recipe) if is_taught(terms_of(recipe, arm))]
+    steps = max(spec_of(session, arm, own).steps or 0 for arm in taught for own in tries_of(recipe, arm))
     batches = batches_for(session, recipe.training, labelled=False)
     size, count = batches.batch_size, len(batches.pool)
     order = {"seed": recipe.seed, "batch_size": size, "steps": steps}

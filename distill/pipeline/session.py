@@ -23,6 +23,7 @@ from distill.models.precision import DTYPES
 from distill.pipeline.folder import RunDir
 from distill.ranks import process_state, shards_weights
 from distill.recipe.schema import Recipe, Teacher
+from distill.recipe.teachers import source_names
 from distill.registry import find
 from distill.teacher import LiveTeacher
 
@@ -233,7 +234,13 @@ class Session:
         if len(own) == 1:
             return own[0]
         taught = [[one.weight, one.sources] for one in self.recipe.teachers]
-        return {**own[0], "others": own[1:], "shares": taught}
+        routes = {"routes": source_names(self.recipe.rows)} if self.recipe.routes else {}
+        return {**own[0], "others": own[1:], "shares": taught, **routes}
+
+    def teaching_inputs(self) -> dict[str, Any]:
+        """Return the same for stages that are taught: what one limit of fp8 let pass is judged anew by another."""
+        spec = self.recipe.teacher
+        return self.teacher_inputs() | ({"fp8_max_kl": spec.fp8_max_kl} if spec.dtype == "fp8" else {})
 
 
 def _say_of(session: Session, seed: int, line: str) -> None:

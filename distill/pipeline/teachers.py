@@ -20,7 +20,7 @@ def load_teaching(session: Session, capture: Capture = NOTHING, *, whole: bool =
         return first
     own, members = Capture(stop_at_head=capture.stop_at_head), session.recipe.teachers
     rest = [session.live_teacher(own, whole=whole, member=number) for number in range(1, len(members))]
-    routes = source_names(session.recipe.data) if session.recipe.routes else [""]
+    routes = source_names(session.recipe.rows) if session.recipe.routes else [""]
     shares = teaching_shares(members, routes)
     return Mixture([first, *rest], shares, session.corpus.head, session.vocabulary)
 

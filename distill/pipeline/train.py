@@ -212,7 +212,7 @@ def arm_inputs(session: Session, arm: str, tries: Sequence[Mapping[str, Any]]) -
     if PREDICTION_KINDS[session.corpus.head].vectors:  # each text is compared with the others of its forward pass
         own["micro_batch_size"] = deal_out(recipe.training)[0]
     own |= {"own": [dict(each) for each in tries]} if [*tries] != [{}] else {}
-    taught_by = {"teacher": session.teacher_inputs(), "plan": content_of(session.arm_plan(arm))}
+    taught_by = {"teacher": session.teaching_inputs(), "plan": content_of(session.arm_plan(arm))}
     if recipe.teacher.cache is not None:
         taught_by["cache"] = recipe.teacher.cache.model_dump(mode="json", exclude={"layers"})
     return own | taught_by if is_taught(terms) else own

@@ -5,29 +5,34 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from distill.recipe.fields import KeyPath, Mistake
-from distill.recipe.sections import Evaluation, Training
+from distill.recipe.sections import Arm, Evaluation, Training
 from distill.recipe.student import Repair
+
+
+def path_of_arm(evaluation: Evaluation, arm: Arm) -> KeyPath | None:
+    """Return the path of an arm that the recipe itself lists; None where it does not."""
+    asked = evaluation.changed("arms") and arm in evaluation.arms
+    return ("evaluation", "arms", evaluation.arms.index(arm)) if asked else None
 
 
 def another_cut_is_made_where_one_is(given: str | None, evaluation: Evaluation) -> Iterator[Mistake]:
     """Refuse the arm `random_cut` where the student was given."""
-    if "random_cut" in evaluation.arms and given is not None:
-        path: KeyPath = ("evaluation", "arms", evaluation.arms.index("random_cut"))
+    path = path_of_arm(evaluation, "random_cut")
+    if path and given is not None:
         yield Mistake(path, "the student is given, and nothing is cut", "remove it")
 
 
 def repaired_arm_is_repaired(repair: Repair, evaluation: Evaluation) -> Iterator[Mistake]:
     """Refuse the arm `repaired` where nothing is repaired."""
-    if evaluation.changed("arms") and "repaired" in evaluation.arms and not repair.wanted:
-        path: KeyPath = ("evaluation", "arms", evaluation.arms.index("repaired"))
+    path = path_of_arm(evaluation, "repaired")
+    if path and not repair.wanted:
         yield Mistake(path, "nothing is repaired", "remove it, or ask for student.repair")
 
 
 def controls_can_learn(training: Training, evaluation: Evaluation) -> Iterator[Mistake]:
     """Refuse random weights that do not learn, and a control's warmup that is longer than its training."""
-    fixed = training.changed("lora", "freeze", "only")
-    if "from_scratch" in evaluation.arms and fixed:
-        path: KeyPath = ("evaluation", "arms", evaluation.arms.index("from_scratch"))
+    path, fixed = path_of_arm(evaluation, "from_scratch"), training.changed("lora", "freeze", "only")
+    if path and fixed:
         yield Mistake(path, f"with training.{fixed[0]} its random weights would not learn", "remove one of them")
     for arm in evaluation.controls.changed(*type(evaluation.controls).model_fields):
         for own in getattr(evaluation.controls, arm).tries:

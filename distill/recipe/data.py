@@ -176,7 +176,9 @@ class Data(Section):
         return SPLITS
 
     def path_of(self, split: str) -> KeyPath:
-        """Return the path of the key that gives the rows of a split: `train` may be `source`."""
+        """Return the path of the key that gives the rows of a split: `train` may be `source`, `sets.NAME` is a set."""
+        if split.startswith(SET):
+            return ("evaluation", "sets", split.removeprefix(SET))
         return ("data", "source" if split == "train" and self.train is None else split)
 
     def key_of(self, split: str) -> str:
@@ -204,13 +206,9 @@ class AllData(Data):
         """Names of all sets of rows that may be given, those of `evaluation.sets` as `sets.NAME`."""
         return (*SPLITS, *(f"{SET}{name}" for name in self.sets))
 
-    def path_of(self, split: str) -> KeyPath:
-        """Return the path of the key that gives the rows of a split."""
-        return ("evaluation", "sets", split[len(SET) :]) if split.startswith(SET) else super().path_of(split)
-
     def given(self, split: str) -> Any:
         """Return what the recipe says about the rows of a split."""
-        return self.sets[split[len(SET) :]] if split.startswith(SET) else super().given(split)
+        return self.sets[split.removeprefix(SET)] if split.startswith(SET) else super().given(split)
 
 
 def renamed(given: Any, rename: Callable[[str], str]) -> Any:

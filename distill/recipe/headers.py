@@ -40,9 +40,9 @@ def look_at_models(
     parts: Mapping[str, Any], base: Path, *, weights: bool = True
 ) -> tuple[TeacherSize, TeacherSize | None, list[Mistake]]:
     """Return the sizes of the first teacher and of a given student, and what is wrong with the files of all models."""
-    named: list[tuple[KeyPath, Teacher | None]] = [(("teacher", "model"), parts.get("teacher"))]
-    members = [(("teachers", number, "model"), one) for number, one in enumerate(parts.get("teachers") or ())]
-    named = [*members, *(() if members else named)]
+    named: list[tuple[KeyPath, Teacher | None]]
+    named = [(("teachers", number, "model"), one) for number, one in enumerate(parts.get("teachers") or ())]
+    named = named or [(("teacher", "model"), parts.get("teacher"))]
     if parts.get("given"):
         named.append((("student", "from"), Teacher(model=parts["given"])))
     looked = [look_at_teacher(model, base, path, weights=weights) for path, model in named]

@@ -25,6 +25,9 @@ from distill.recipe.schema import Recipe
 from distill.recipe.task_rules import reader_fits
 from distill.recipe.yaml import read_document, read_text, refuse, scalar
 
+Ranked = tuple[tuple[int, int, int], Problem]
+"""A problem, and its place in reading order."""
+
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and check everything that can be known without loading a model.
@@ -45,26 +48,9 @@ def load_without_weights(path: str | Path, overrides: Sequence[str] = ()) -> Rec
     return _load(path, overrides, weights=False)
 
 
-def read_released(path: Path) -> Recipe:
-    """Read the recipe that lies in a release, whose teacher and data may have stayed elsewhere.
-
-    Raises:
-        RecipeError: It is no recipe; lists all problems.
-        InputError: The file cannot be read.
-    """
-    document = read_document(path)
-    recipe, mistakes, _ = check_schema(document) if isinstance(document.data, dict) else (None, [], set())
-    if recipe is None or mistakes or document.mistakes:
-        ranked = [document.problem(mistake) for mistake in document.mistakes + mistakes]
-        raise RecipeError([problem for _, problem in sorted(ranked, key=lambda entry: entry[0])])
-    return recipe
-
-
 def _load(path: str | Path, overrides: Sequence[str], *, weights: bool) -> Recipe:
     path = Path(path)
-    document = read_document(path)
-    if not isinstance(document.data, dict):
-        refuse("a recipe is a section of keys", "start with `name: …`", document.values[()].text)
+    document = _read_section(path)
     ranked = _override(document, overrides)
     recipe, mistakes, moved = check_schema(document)
     parts = recipe.parts if recipe else valid_parts(document.data)
@@ -72,10 +58,34 @@ def _load(path: str | Path, overrides: Sequence[str], *, weights: bool) -> Recip
     size, own, of_models = look_at_models(parts, base, weights=weights)
     of_data = look_at_data(parts.get("data"), base, parts.get("evaluation"))
     reported = {mistake.path for mistake in mistakes}
-    for mistake in (*of_models, *of_data, *check_together(parts, size, own)):
-        mistakes += [] if mistake.path in reported else [mistake]
+    mistakes += [
+        each for each in (*of_models, *of_data, *check_together(parts, size, own)) if each.path not in reported
+    ]
     mistakes = [each for each in mistakes if not any(each.path[: len(path)] == path for path in moved)]
-    ranked += [document.problem(mistake) for mistake in document.mistakes + mistakes]
+    return _accept(recipe, ranked + [document.problem(mistake) for mistake in document.mistakes + mistakes])
+
+
+def read_released(path: Path) -> Recipe:
+    """Read the recipe that lies in a release, whose teacher and data may have stayed elsewhere.
+
+    Raises:
+        RecipeError: It is no recipe; lists all problems.
+        InputError: The file cannot be read.
+    """
+    document = _read_section(path)
+    recipe, mistakes, _ = check_schema(document)
+    return _accept(recipe, [document.problem(mistake) for mistake in document.mistakes + mistakes])
+
+
+def _read_section(path: Path) -> Document:
+    document = read_document(path)
+    if not isinstance(document.data, dict):
+        refuse("a recipe is a section of keys", "start with `name: …`", document.values[()].text)
+    return document
+
+
+def _accept(recipe: Recipe | None, ranked: list[Ranked]) -> Recipe:
+    """Return a recipe without problems. Raises RecipeError with all of them, in their order."""
     if recipe is None or ranked:
         raise RecipeError([problem for _, problem in sorted(ranked, key=lambda entry: entry[0])])
     return recipe
@@ -140,7 +150,7 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _override(document: Document, overrides: Sequence[str]) -> list[tuple[tuple[int, int, int], Problem]]:
+def _override(document: Document, overrides: Sequence[str]) -> list[Ranked]:
     """Set the overrides' values in the document; return the problems of those that cannot be set."""
     problems = []
     for number, text in enumerate(overrides):

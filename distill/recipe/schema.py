@@ -20,19 +20,9 @@ from distill.recipe.teachers import Member
 from distill.recipe.terms import Schedule, Term
 
 __all__ = [
-    "AllData",
-    "Arm",
-    "Data",
-    "Evaluation",
-    "Format",
-    "Layers",
-    "Mask",
-    "Mlp",
-    "Optimization",
-    "Recipe",
-    "Release",
-]
-__all__ += ["Release", "Repair", "Schedule", "Source", "Student", "Target", "Teacher", "Term", "Training", "with_sets"]
+    "AllData", "Arm", "Data", "Evaluation", "Format", "Layers", "Mask", "Mlp", "Optimization", "Recipe", "Release",
+    "Repair", "Schedule", "Source", "Student", "Target", "Teacher", "Term", "Training", "with_sets",
+]  # fmt: skip
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from distill.recipe import names
+from distill.recipe.arm_rules import path_of_arm
 from distill.recipe.data import Data
 from distill.recipe.fields import KeyPath, Mistake
 from distill.recipe.locate import DECODER_FLAGS, TeacherSize
@@ -82,8 +83,7 @@ def embeddings_have_what_is_learnt_and_measured(
     pairs, scores = data.learns_from_pairs, "score" in data.columns
     learners: list[KeyPath] = [("losses", index, "match") for index, term in terms.items() if term.match == "labels"]
     learners += [("teacher", "fit")] if teacher.fit else []
-    if evaluation.changed("arms") and "labels_only" in evaluation.arms:
-        learners.append(("evaluation", "arms", evaluation.arms.index("labels_only")))
+    learners += [path] if (path := path_of_arm(evaluation, "labels_only")) else []
     for path in learners if not pairs else ():
         message = "learns that text and pair belong together, and data.columns names no pair, or a score beside it"
         yield Mistake(path, message, "remove it, or name a pair")
@@ -98,8 +98,8 @@ def embeddings_have_what_is_learnt_and_measured(
 
 def majority_is_defined(data: Data, evaluation: Evaluation) -> Iterator[Mistake]:
     """Refuse the most frequent answer of a task whose answers are texts, places or vectors."""
-    if evaluation.changed("arms") and "majority" in evaluation.arms and data.task in names.NO_MAJORITY:
-        path: KeyPath = ("evaluation", "arms", evaluation.arms.index("majority"))
+    path = path_of_arm(evaluation, "majority")
+    if path and data.task in names.NO_MAJORITY:
         yield Mistake(path, f"no answer is the most frequent one in task: {data.task}", "remove it")
 
 

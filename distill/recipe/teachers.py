@@ -26,7 +26,7 @@ class Member(Teacher):
 def teaching_shares(teachers: Sequence[Member], sources: Sequence[str]) -> list[list[float]]:
     """Compute the share that each teacher has in teaching the rows of each source; every row of the table sums to 1.
 
-    Sources that no teacher teaches, those of other test rows, are left to the first one.
+    Sources that no teacher teaches, those of other held-out rows, are left to the first one.
     """
     table = []
     for source in sources:
@@ -38,7 +38,7 @@ def teaching_shares(teachers: Sequence[Member], sources: Sequence[str]) -> list[
 
 
 def source_names(data: Data) -> list[str]:
-    """List the sources of all splits by name, each once; an example's route is its place in this list."""
+    """List the sources of all splits and sets by name, each once; an example's route is its place in this list."""
     return list(dict.fromkeys(source.source for split in data.splits for source in data.origins(split)))
 
 

@@ -176,15 +176,12 @@ def shard_name(column: Column, shard: int) -> str:
 
 def write_head(folder: ShardFolder, head: OutputHead) -> None:
     """Keep a head."""
-    tensors = {
-        "weight": head.weight.detach().cpu(),
-        **({} if head.bias is None else {"bias": head.bias.detach().cpu()}),
-    }
+    given = {"weight": head.weight, "bias": head.bias}
+    tensors = {name: tensor.detach().cpu() for name, tensor in given.items() if tensor is not None}
     folder.write(HEAD, tensors, {"scale": head.scale, "cap": head.cap})
 
 
 def read_head(folder: ShardFolder) -> OutputHead:
     """Read a head that was kept. Raises InputError where it is missing or damaged."""
     tensors, facts = folder.read(HEAD)
-    scale, cap = float(str(facts["scale"])), facts["cap"]
-    return OutputHead(tensors["weight"], tensors.get("bias"), scale, None if cap is None else float(str(cap)))
+    return OutputHead(tensors["weight"], tensors.get("bias"), facts["scale"], facts["cap"])

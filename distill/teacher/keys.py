@@ -55,17 +55,16 @@ class Index:
     """Finds rows by their keys."""
 
     def __init__(self, keys: np.ndarray):
-        self.keys = keys
-        self.order = np.argsort(_starts(keys), kind="stable")
-        self.starts = _starts(keys)[self.order]
+        self.rows = np.argsort(_as_text(keys), kind="stable")
+        self.keys = _as_text(keys)[self.rows]
 
     def find(self, keys: np.ndarray) -> np.ndarray:
         """Return the first row of each key, int64 [B]; -1 where there is none."""
-        places = np.searchsorted(self.starts, _starts(keys)).clip(max=len(self.order) - 1)
-        rows = self.order[places]
-        return np.where((self.keys[rows] == keys).all(1), rows, -1)
+        wanted = _as_text(keys)
+        places = np.searchsorted(self.keys, wanted).clip(max=len(self.keys) - 1)
+        return np.where(self.keys[places] == wanted, self.rows[places], -1)
 
 
-def _starts(keys: np.ndarray) -> np.ndarray:
-    """Half of each key: two keys that share it, one case in 2^64, are found to be missing, never mistaken."""
-    return np.ascontiguousarray(keys[:, : KEY // 2]).view(np.uint64)[:, 0]
+def _as_text(keys: np.ndarray) -> np.ndarray:
+    """View keys as text of one length, which numpy sorts, [B]."""
+    return keys.view(f"S{KEY}")[:, 0]

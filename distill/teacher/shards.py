@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
@@ -45,13 +46,14 @@ class ShardFolder:
     def whole(self, name: str, say: Callable[[str], None] | None) -> bool:
         """Tell whether a file is there; where `say` is given, whether it is whole: else it is removed, with a line."""
         path = self.find(name)
-        fault = self.fault_of(name, path) if path is not None and say is not None else None
-        if path is not None and say is not None and fault is not None:
+        if path is None or say is None:
+            return path is not None
+        if fault := self.fault_of(name, path):
             say(f"  {path} {fault}; made anew")
             path.unlink(missing_ok=True)
-        return path is not None and fault is None
+        return not fault
 
-    def write(self, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, object] | None = None) -> None:
+    def write(self, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any] | None = None) -> None:
         """Publish the tensors of a name at once: they are there after a crash, or nothing is."""
         header = {PLACE: json.dumps({"cache": self.root.name, "name": name, **(facts or {})}, sort_keys=True)}
         content = save({key: tensor.contiguous() for key, tensor in tensors.items()}, header)
@@ -81,7 +83,7 @@ class ShardFolder:
         belongs = (found.get("cache"), found.get("name"))
         return None if belongs == (self.root.name, name) else f"belongs to {'/'.join(map(str, belongs))}"
 
-    def read(self, name: str) -> tuple[dict[str, Tensor], dict[str, object]]:
+    def read(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Map the tensors of a name into memory, once all of the file has been looked at; and the facts about them.
 
         Raises:

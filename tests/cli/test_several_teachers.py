@@ -104,8 +104,10 @@ def test_each_teacher_teaches_the_rows_of_its_source(tmp_path):
     rows = (tmp_path / "data.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "data.jsonl").write_text("".join(rows[:70]))
     (tmp_path / "more.jsonl").write_text("".join(rows[70:]))
-    run = finish(path)
+    (tmp_path / "other.jsonl").write_text("".join(rows[:9]))
+    run = finish(path, "evaluation.sets={other: ./other.jsonl}")
     corpus = load_corpus(run / "data", TASKS["causal_lm"]())
+    assert set(corpus.splits["sets.other"].take(range(3))["route"]) == {2}, "that of a source which nobody teaches"
     for split in ("train", "test"):
         examples = corpus.splits[split]
         taken = examples.take(range(len(examples)))

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from distill.data import TASKS, Corpus, Order, prepare
-from distill.recipe.schema import Data
+from distill.recipe.schema import AllData
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -32,7 +32,7 @@ def prepared(folder: Path, seed: int = 0, looks: bool = False, **data) -> Corpus
         **({} if "train" in data else {"source": "./data.jsonl"}),
         **data,
     }
-    spec = Data.model_validate(given)
+    spec = AllData.model_validate(given)
     order = Order(TASKS[spec.task](), spec, byte_tokenizer(), seed, folder, looks=looks, packs=True)
     return prepare(order, Path(tempfile.mkdtemp(dir=folder)))
 

@@ -140,7 +140,7 @@ def test_another_run_takes_the_same_corpus_from_the_cache(tmp_path, monkeypatch)
     files = [folder / "data/train.arrow" for folder in (tmp_path / "run", tmp_path / "other")]
     assert os.path.samefile(*files)
     assert (tmp_path / "cache/data").stat().st_mode & 0o777 == 0o700
-    assert not [*(tmp_path / "cache").rglob("*.rows.arrow")]
+    assert not [*(tmp_path / "cache").rglob("*.rows")]
 
 
 def test_the_cache_lies_where_the_environment_says(tmp_path, monkeypatch):

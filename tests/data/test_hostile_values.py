@@ -9,7 +9,7 @@ import pytest
 from conversations import byte_tokenizer, encoded
 
 from distill.data import TASKS
-from distill.data.rows import read_split
+from distill.data.rows import Order, read_split
 from distill.data.tasks import chat
 from distill.errors import InputError
 from distill.recipe.gguf import gguf_size
@@ -26,7 +26,7 @@ def test_a_text_of_deep_lists_is_refused_with_its_place_or_kept_as_text(task, co
     (tmp_path / "x.jsonl").write_text(json.dumps(row) + "\n")
     spec = Data(source="./x.jsonl", task=task)
     try:
-        read_split("train", own, spec, {}, tmp_path, tmp_path)
+        read_split(Order(own, spec, None, 0, tmp_path), "train", tmp_path)
     except InputError as error:
         assert "x.jsonl, line 1" in str(error) and len(str(error)) < 1000
     else:

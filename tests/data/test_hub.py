@@ -10,7 +10,7 @@ import huggingface_hub
 import pytest
 
 from distill.data import TASKS, sources
-from distill.data.rows import read_split
+from distill.data.rows import Order, read_split
 from distill.data.sources import source_fingerprint
 from distill.errors import InputError
 from distill.recipe.schema import Data
@@ -60,7 +60,7 @@ def read(folder, split="train", **source):
     """Texts, labels and places of the first two rows of a split."""
     given = {split: {"source": "hub:org/set", **source}}
     spec = Data(**{"train": "./x", **given}, task="classification")
-    values = read_split(split, TASKS["classification"](), spec, {}, folder, folder).file.take([0, 1])
+    values = read_split(Order(TASKS["classification"](), spec, None, 0, folder), split, folder).file.take([0, 1])
     return [*zip(values["text"], map(json.loads, values["label"]), values["place"], strict=True)]
 
 

@@ -9,7 +9,7 @@ import pytest
 from odd_inputs import JSONL, READ, REFUSED, lines, row
 
 from distill.data import TASKS
-from distill.data.rows import read_split
+from distill.data.rows import Order, read_split
 from distill.data.splits import clean
 from distill.errors import InputError
 from distill.recipe import jsonrows
@@ -34,7 +34,7 @@ def written(odd, folder):
 def read(spec, folder):
     """Texts and labels of the training rows that are left, and the counts of the others."""
     task = TASKS[spec.task]()
-    split = clean("train", read_split("train", task, spec, {}, folder, folder), spec, asks=False)
+    split = clean("train", read_split(Order(task, spec, None, 0, folder), "train", folder), spec, asks=False)
     values = split.rows.file.take(split.index)
     labels = [json.loads(label) for label in values.get("label", ["null"] * len(split.index))]
     return list(zip(values["text"], labels, strict=True)), {name: n for name, n in split.counts.items() if n}
@@ -78,5 +78,5 @@ def test_rows_of_several_sources_keep_theirs_apart(tmp_path):
     (tmp_path / "a.jsonl").write_text(lines(row("one"), row("two")))
     (tmp_path / "b.jsonl").write_text(lines(row("two"), row("three")))
     spec = Data(source=["./a.jsonl", {"source": "./b.jsonl", "weight": 3}], task="classification")
-    rows = read_split("train", TASKS["classification"](), spec, {}, tmp_path, tmp_path)
+    rows = read_split(Order(TASKS["classification"](), spec, None, 0, tmp_path), "train", tmp_path)
     assert rows.origins.tolist() == [0, 0, 1, 1] and rows.file.take([3])["place"] == ["b.jsonl, line 2"]

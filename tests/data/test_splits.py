@@ -49,6 +49,17 @@ def test_a_validation_that_is_given_keeps_its_rows_out_of_a_test_that_is_not(tmp
     assert sorted(texts_of(corpus, "test")) == sorted(text for text, _ in held_out[2:])
 
 
+def test_a_set_may_have_any_name_also_one_of_the_files_that_are_made_on_the_way(tmp_path):
+    write_rows(tmp_path, ROWS)
+    write_rows(tmp_path, [("own", "a")], "own.jsonl")
+    corpus = prepared(tmp_path, sets=dict.fromkeys(("rows", "parts", "documents"), "./own.jsonl"))
+    assert [texts_of(corpus, f"sets.{name}") for name in ("rows", "parts", "documents")] == [["own"]] * 3
+    assert {path.name for path in corpus.train.path.parent.iterdir()} == {
+        "corpus.json",
+        *(f"{name}.arrow" for name in corpus.splits),
+    }
+
+
 @pytest.mark.parametrize("looks", [False, True])
 def test_a_limit_is_for_the_rows_that_are_given_and_does_not_follow_their_order(looks, tmp_path):
     write_rows(tmp_path, ROWS, "train.jsonl")

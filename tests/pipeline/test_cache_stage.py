@@ -84,6 +84,8 @@ def test_only_what_changes_the_outputs_makes_the_cache_due(tmp_path, own_cache):
     assert changed("losses=[{match: logits}]", EXACT) == {"kept"}
     assert changed(LAYERS, EXACT, "teacher.dtype=bf16") == {"teacher"}
     assert changed(LAYERS, EXACT, "training.precision=bf16") == {"teacher"}
+    first = flatten(cache.inputs(session_of(tmp_path, trained_project, LAYERS, EXACT, "teacher.dtype=fp8")[0]))
+    assert changed(LAYERS, EXACT, "teacher.dtype=fp8", "teacher.fp8_max_kl=1") == {"teacher"}
 
 
 def test_inputs_that_the_training_never_sees_are_not_kept(tmp_path, own_cache):
@@ -101,12 +103,23 @@ def test_masked_tokens_are_kept_as_the_training_will_draw_them(tmp_path, own_cac
     assert len(distill.pipeline.entries.find_entries(more, []).examples) == 7 * 8
 
 
-def reading(session):
+def reading(session, steps=6):
     """What training reads, micro-batch by micro-batch."""
     kept = find_teacher(session, terms_of(session.recipe, "distilled"), objective_of(session, "distilled"))
-    for step in batches_for(session, session.recipe.training, labelled=False).stream(0, 6, 0, 1):
+    for step in batches_for(session, session.recipe.training, labelled=False).stream(0, steps, 0, 1):
         for _, batch in step:
             kept(batch)
+
+
+def test_a_control_that_learns_for_longer_finds_its_inputs_as_well(tmp_path, own_cache):
+    longer = [
+        "evaluation.arms=[teacher, distilled, random_cut, labels_only]",
+        "evaluation.controls.labels_only.steps=99",
+    ]
+    longer.append("evaluation.controls.random_cut.grid={steps: [7, 9]}")
+    session, _ = cached(tmp_path, masked_project, LAYERS, EXACT, *longer)
+    reading(session, steps=9)
+    assert len(distill.pipeline.entries.find_entries(session, []).examples) == 9 * 8
 
 
 def damage(path, how, others):

@@ -17,7 +17,7 @@ from ruamel.yaml import YAML
 
 from distill.errors import InputError, Problem, RecipeError
 from distill.recipe import Recipe, load_recipe
-from distill.recipe.load import dump, fingerprint
+from distill.recipe.load import dump, fingerprint, read_released
 from distill.recipe.yaml import MAX_DEPTH, read_text
 
 Write = Callable[..., Path]
@@ -232,3 +232,9 @@ def test_any_text_is_read_or_refused(text: str) -> None:
         read_text(text, "any")
     except RecipeError as error:
         assert error.problems[0].where.startswith("any:")
+
+
+def test_a_released_recipe_that_is_a_list_is_refused_with_its_place(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("- name: a\n")
+    with pytest.raises(RecipeError, match=r"recipe.yaml:1:1: recipe: a recipe is a section of keys"):
+        read_released(tmp_path / "recipe.yaml")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +18,9 @@ from caching import (
     losses_of,
     masked_project,
     numbers_project,
+    session_of,
     tags_project,
+    trained_project,
 )
 from embeddings import project as vectors_project
 from spans import question_rows, spans_project
@@ -29,7 +32,8 @@ from distill.errors import InputError
 from distill.evaluation.arms import terms_of
 from distill.models.head import OutputHead
 from distill.models.topk import TopK
-from distill.pipeline.kept import find_teacher
+from distill.pipeline import VERBS, cache, run_stages
+from distill.pipeline.kept import find_teacher, teaching
 from distill.pipeline.train import batches_for, objective_of
 from distill.teacher import CachedTeacher
 from distill.teacher.cache import read_head, write_head
@@ -152,6 +156,38 @@ def test_an_index_finds_rows_and_mistakes_none():
     near = keys[[3]].copy()
     near[0, 15] ^= 1
     assert index.find(near).tolist() == [-1]
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_a_teacher_in_8_bits_says_from_the_cache_what_it_says_live(dtype, tmp_path):
+    session, _ = session_of(tmp_path, trained_project, LAYERS, EXACT, f"teacher.dtype={dtype}")
+    run_stages(session, VERBS["build"])
+    cache.work(session)  # the check before it asks for a GPU, which the arithmetic itself does not need
+    objective = objective_of(session, "distilled")
+    kept = find_teacher(session, terms_of(session.recipe, "distilled"), objective)
+    wanted = losses_of(session, teaching(session, objective.teacher), objective)
+    stored = losses_of(session, session.live_teacher(objective.teacher, whole=True), objective)
+    torch.testing.assert_close(losses_of(session, kept, objective), wanted, rtol=2e-6, atol=1e-6)
+    assert (wanted - stored).abs().max() > 1e-5
+
+
+def test_loader_workers_read_the_cache_and_its_damage_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("DISTILL_CACHE", str(tmp_path / "cache"))
+    session, _ = cached(tmp_path, trained_project, LAYERS, EXACT)
+
+    def read(workers):
+        batches = batches_for(session, session.recipe.training, labelled=False)
+        return list(replace(batches, extend=both(session)[2].add).stream(0, 3, 0, 1, workers))
+
+    for step, other in zip(read(0), read(2), strict=True):
+        for (number, batch), (same, found) in zip(step, other, strict=True):
+            assert number == same and batch.keys() == found.keys()
+            assert all(torch.equal(tensor, found[name]) for name, tensor in batch.items())
+    shard = next((tmp_path / "cache/teachers").glob("*/last.fp32/*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    with pytest.raises(InputError) as caught:
+        read(2)
+    assert re.fullmatch(r"\S+ is not what was written: its sha256 is another one; it is removed, .*", str(caught.value))
 
 
 def test_a_reader_is_copied_to_loader_workers_without_its_open_files(tmp_path):

@@ -9,11 +9,14 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections import namedtuple
 
 import pytest
 import torch
+from gpus import HANG
 from hypothesis import given
 from hypothesis import strategies as st
 from running import MADE_FROM, dropped, published, run, save
@@ -281,6 +284,25 @@ def test_a_dead_loader_worker_ends_the_run_with_a_message(corpus, tmp_path):
 
     with pytest.raises(RunError, match="loader worker is dead"):
         run(corpus, tmp_path, steps=500, loader_workers=1, job={"evaluate": evaluate}, evaluate_every=2)
+
+
+FAILING = """
+from distill.data.batches import TrainingBatches
+from distill.data.corpus import load_corpus
+from distill.data.tasks import TASKS
+from pathlib import Path
+import sys
+corpus = load_corpus(Path(sys.argv[1]), TASKS["classification"]())
+for step in TrainingBatches(corpus, range(8), 4, 4, 0).stream(0, 100, 0, 1, workers=2):
+    raise ValueError("a defect")
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_does_not_wait_for_its_loader_workers(corpus, tmp_path):
+    given = [sys.executable, "-c", FAILING, str(corpus.train.path.parent)]
+    done = subprocess.run(given, capture_output=True, text=True, timeout=HANG, check=False)
+    assert done.returncode == 1 and done.stderr.endswith("ValueError: a defect\n"), done.stderr
 
 
 @pytest.mark.slow
