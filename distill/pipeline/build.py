@@ -7,10 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.data import collate
 from distill.errors import InputError
 from distill.files import content_of
-from distill.losses import PREDICTION_KINDS
 from distill.models.family import layers_of, layout_of
 from distill.models.forward import MODEL_INPUTS, Batch, Capture, forward, with_decoder_inputs
 from distill.models.load import folder_fingerprint
@@ -41,12 +39,12 @@ def work(session: Session) -> None:
     if session.recipe.student.given is not None:
         build_given(session)
         return
-    teacher, corpus, plan = session.load(session.teacher), session.corpus, StudentPlan.load(session.folder.plan)
+    teacher, plan = session.load(session.teacher), StudentPlan.load(session.folder.plan)
     size, free = sum(tensor.nbytes for tensor in teacher.state_dict().values()), free_memory()
     if size < free:
-        batch = with_decoder_inputs(teacher, collate(corpus, corpus.train, range(min(PROBES, len(corpus.train)))))
+        batch = with_decoder_inputs(teacher, session.first_examples(PROBES))
         # Heads of classes give few logits, and that of BART looks for the end of each text.
-        short = PROBE_LENGTH if PREDICTION_KINDS[corpus.head].vocabulary else None
+        short = PROBE_LENGTH if session.kind.vocabulary else None
         probe = {
             name: each[:, :short] if each.ndim == 2 else each for name, each in batch.items() if name in MODEL_INPUTS
         }
@@ -128,8 +126,12 @@ def _logits(model: Any, batch: Batch) -> Tensor:
 
 
 def inputs(session: Session) -> dict[str, Any]:
-    """List teacher and plan, or a given student."""
-    own = {"teacher": folder_fingerprint(session.teacher), "plan": content_of(session.folder.plan)}
+    """List teacher and plan, or a given student, and the forms in which it is tried before it is trained."""
+    own = {
+        "teacher": folder_fingerprint(session.teacher),
+        "plan": content_of(session.folder.plan),
+        "tried": session.recipe.release.model_dump(mode="json", include={"format", "also"}),
+    }
     return own if session.recipe.student.given is None else {**own, **given_inputs(session)}
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distill.errors import InputError, RunError
-from distill.evaluation.arms import controls, terms_of
+from distill.evaluation.arms import terms_of, trained_arms
 from distill.files import cache_folder, write_json
 from distill.losses import PREDICTION_KINDS
 from distill.losses.chunked import HeadInput, chunks
@@ -23,9 +23,10 @@ from distill.models.load import load_config
 from distill.models.precision import DTYPES
 from distill.models.topk import TopK
 from distill.pipeline.entries import Entries, find_entries, inputs_of_training
-from distill.pipeline.kept import FOLDER, columns_of, lost_parts, real_rows, teaching
+from distill.pipeline.kept import FOLDER, columns_of, lost_parts, real_rows
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage, with_version
+from distill.pipeline.teachers import load_teaching
 from distill.pipeline.train import objective_of
 from distill.pipeline.train_checks import is_taught
 from distill.ranks import process_state
@@ -55,14 +56,9 @@ def work(session: Session) -> None:
 
 def wanted_columns(session: Session) -> list[Column]:
     """List what the trainings of a recipe read of the teacher."""
-    spec = session.recipe.teacher.cache
-    found: dict[str, Column] = {}
-    assert spec is not None, "the stage is not wanted without `teacher.cache`"
-    for arm in ("distilled", *controls(session.recipe)):
-        terms = terms_of(session.recipe, arm)
-        own = columns_of(spec, session.corpus.head, terms, objective_of(session, arm)) if is_taught(terms) else []
-        found |= {column.name: column for column in own}
-    return list(found.values())
+    terms = {arm: terms_of(session.recipe, arm) for arm in trained_arms(session.recipe)}
+    taught = [columns_of(session, own, objective_of(session, arm)) for arm, own in terms.items() if is_taught(own)]
+    return list({column.name: column for own in taught for column in own}.values())
 
 
 def _made_from(session: Session, entries: Entries) -> dict[str, Any]:
@@ -107,8 +103,7 @@ class Filling:
             field: sorted(column.layer for column in self.columns if column.field == field and column.layer is not None)
             for field in ("hidden", "encoder_hidden")
         }
-        whole = not PREDICTION_KINDS[self.session.corpus.head].vocabulary
-        return teaching(self.session, Capture(**layers, stop_at_head=not whole))
+        return load_teaching(self.session, Capture(**layers, stop_at_head=self.session.kind.vocabulary))
 
     @cached_property
     def head(self) -> OutputHead:
@@ -220,7 +215,8 @@ class Filling:
 def check_data(session: Session) -> None:
     """Refuse to keep the likeliest tokens where there are none, or fewer. Raises InputError."""
     spec = session.recipe.teacher.cache
-    if spec is not None and spec.keep == "topk":
+    assert spec is not None, "the stage is not wanted without `teacher.cache`"
+    if spec.keep == "topk":
         if session.vocabulary is None:
             raise InputError(f"teacher.cache.keep: a {session.corpus.head} head has no tokens; write keep: hidden")
         bytes_per_token(spec.k, session.vocabulary)

@@ -7,14 +7,14 @@ from distill.pipeline.entries import find_entries, inputs_of_training
 from distill.pipeline.session import Session
 from distill.pipeline.timing import StepTime
 from distill.pipeline.trainings import Work
-from distill.release.table import Table
+from distill.release.table import Printed, Table
 from distill.release.wording import MISSING, format_count, format_seconds, format_size
 
 LOOKED_AT = 4096
 """Inputs of the training that are counted; of more, every so-manieth."""
 
 
-def tabulate_cache(session: Session, work: Work, live: StepTime | None) -> tuple[str, Table, str]:
+def tabulate_cache(session: Session, work: Work, live: StepTime | None) -> Printed:
     """Tabulate size and time of a cache.
 
     Args:
@@ -50,4 +50,5 @@ def tabulate_cache(session: Session, work: Work, live: StepTime | None) -> tuple
     more = (
         "It pays from the second epoch on, for every further student of the same teacher and data, which finds it, and "
     )
-    return "the cached teacher, about", Table(("", "cache"), rows), f"{note} {more}where the teacher does not fit."
+    note = f"{note} {more}where the teacher does not fit."
+    return Printed("the cached teacher, about", Table(("", "cache"), rows), note)

@@ -34,7 +34,8 @@ from distill.models.load import ModelHead, load_config, tokenizer_fingerprint, t
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage, with_version
 from distill.recipe.jsonrows import list_names
-from distill.recipe.load import fingerprint
+from distill.recipe.load import check_teacher, fingerprint
+from distill.recipe.locate import teacher_folder
 from distill.recipe.teachers import source_names
 
 SEQUENCE_CLASSES = "AutoModelForSequenceClassification"
@@ -266,4 +267,14 @@ def _code_fingerprint(session: Session) -> str:
     return hashlib.sha256("".join(sorted(map(sha256_of, files))).encode()).hexdigest()
 
 
-STAGE = Stage("data", work, inputs, lambda session: [session.folder.data])
+def check(session: Session) -> None:
+    """Look at a teacher from the hub, which nobody could when the recipe was read.
+
+    Raises:
+        InputError: With everything that is wrong with it or does not fit it.
+    """
+    if teacher_folder(session.recipe.teacher.model, session.base) is None:
+        check_teacher(session.recipe, session.source)
+
+
+STAGE = Stage("data", work, inputs, lambda session: [session.folder.data], check=check)

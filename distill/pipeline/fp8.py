@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from distill.data import collate
 from distill.errors import InputError
 from distill.losses import Objective
 from distill.models.forward import forward, to_device
@@ -32,7 +31,7 @@ def quantise_teacher(session: Session, model: Any) -> Any:
         InputError: KL(stored || fp8) on training examples is above `teacher.fp8_max_kl`.
     """
     corpus, limit = session.corpus, session.recipe.teacher.fp8_max_kl
-    batch = to_device(collate(corpus, corpus.train, range(min(COMPARED, len(corpus.train)))), model.device)
+    batch = to_device(session.first_examples(COMPARED), model.device)
     objective = Objective((Term(match="logits"),), corpus.head, None, session.vocabulary)
     stored = forward(model, batch, objective.teacher)
     stored = replace(stored, head=copy.deepcopy(stored.head))  # it shares the model's weights

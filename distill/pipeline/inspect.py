@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
@@ -26,22 +26,13 @@ from distill.recipe.headers import look_at_folder
 from distill.recipe.locate import is_path
 from distill.recipe.schema import Source, Student, Teacher
 from distill.registry import find
-from distill.release.table import Table
+from distill.release.table import Printed, Table
 from distill.release.wording import MISSING, format_number, format_percent
 from distill.student import LAYER_POLICIES, Statistics, calibrate
 from distill.student.plan import plan_student
 
 BATCH = 16
 """Examples per forward pass; does not change the statistics."""
-
-
-class Inspection(NamedTuple):
-    """One printed table."""
-
-    title: str
-    table: Table
-    note: str
-    """The meaning of its columns."""
 
 
 def open_model(name: str) -> Any:
@@ -99,7 +90,7 @@ def gather_statistics(name: str, model: Any, source: str, examples: int, max_len
     return calibrate(model.to(process_state().device), batches)
 
 
-def inspect_model(model: Any, statistics: Statistics | None, keep_layers: int | None = None) -> list[Inspection]:
+def inspect_model(model: Any, statistics: Statistics | None, keep_layers: int | None = None) -> list[Printed]:
     """Tabulate everything that is known about a model; `keep_layers` None: half of them, rounded up.
 
     Raises:
@@ -115,7 +106,7 @@ def inspect_model(model: Any, statistics: Statistics | None, keep_layers: int | 
     return [*weights, *redundancy, tabulate_policies(model, statistics, keep)]
 
 
-def tabulate_weights(model: Any, side: StackName) -> Inspection:
+def tabulate_weights(model: Any, side: StackName) -> Printed:
     """Tabulate norms and zeros of attention and MLP in each layer of one stack."""
     head = ("layer", "norm of attention", "norm of MLP", "zeros in attention", "zeros in MLP", "silent neurons")
     rows = []
@@ -127,7 +118,7 @@ def tabulate_weights(model: Any, side: StackName) -> Inspection:
         norms = [format_number(_norm(tensors)) for tensors in (outside, inside)]
         zeros = [format_percent(_zeros(tensors)) for tensors in (outside, inside)]
         rows.append((str(index), *norms, *zeros, _silent(mlp)))
-    return Inspection(
+    return Printed(
         "Weights" + (" of the encoder" if side == "encoder" else ""),
         Table(head, rows, 0),
         "Norms are 2-norms over all weights; attention means everything in a layer but its MLP and its vectors (biases "
@@ -148,7 +139,7 @@ def _silent(mlp: NeuronAxis) -> str:
     return f"{int(silent.sum())} of {silent.numel()}"
 
 
-def tabulate_redundancy(model: Any, statistics: Statistics) -> list[Inspection]:
+def tabulate_redundancy(model: Any, statistics: Statistics) -> list[Printed]:
     """Tabulate the figures of the statistics for single layers, and for blocks of them."""
     figures = dict(_plan(model, statistics, len(layers_of(model)), "first").layer_scores)
     blocks = []
@@ -166,13 +157,13 @@ def tabulate_redundancy(model: Any, statistics: Statistics) -> list[Inspection]:
         for i in range(deepest)
     ]
     return [
-        Inspection(
+        Printed(
             "Redundancy of layers",
             Table(("layer", *(name.replace("_", " ") for name in figures)), rows, 0),
             "Over the calibration sample. A layer with a low figure changes what passes through it little. The angular "
             "distance, arccos(cos) / π, is that between a layer's input and output at the last token of each text.",
         ),
-        Inspection(
+        Printed(
             "Redundancy of blocks",
             Table(("layers in a row", "nearest to nothing", "angular distance"), blocks, 2),
             "For each length, the block whose output is nearest to its input.",
@@ -180,7 +171,7 @@ def tabulate_redundancy(model: Any, statistics: Statistics) -> list[Inspection]:
     ]
 
 
-def tabulate_policies(model: Any, statistics: Statistics | None, keep: int) -> Inspection:
+def tabulate_policies(model: Any, statistics: Statistics | None, keep: int) -> Printed:
     """Tabulate the layers that each policy would keep and drop."""
     depth, rows = len(layers_of(model)), []
     for name in LAYER_POLICIES:
@@ -192,7 +183,7 @@ def tabulate_policies(model: Any, statistics: Statistics | None, keep: int) -> I
         dropped = [index for index in range(depth) if index not in kept]
         rows.append((name, _join(kept), _join(dropped), ""))
     title = f"Which layers would go, keeping {keep} of {depth}"
-    return Inspection(title, Table(("policy", "keeps", "drops", "not possible"), rows, 4), "`student.layers.choose`")
+    return Printed(title, Table(("policy", "keeps", "drops", "not possible"), rows, 4), "`student.layers.choose`")
 
 
 def _plan(model: Any, statistics: Statistics | None, keep: int, policy: str) -> StudentPlan:

@@ -5,19 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import gather_object
-
-from distill.data import TrainingBatches, evaluation_batches, observe_batch
+from distill.data import TrainingBatches
 from distill.evaluation.arms import ARMS, terms_of
-from distill.evaluation.metrics import compute, higher_is_better, measurable
-from distill.evaluation.predict import merge_rows, predict
+from distill.evaluation.metrics import higher_is_better
 from distill.evaluation.table import finite_or_none
 from distill.files import content_of, fresh_folder, write_text
-from distill.losses import PREDICTION_KINDS, Maps, Objective, layer_map
+from distill.losses import Maps, Objective, layer_map
 from distill.models.cost import matmul_rate, training_flops
 from distill.models.family import use_eager_attention
 from distill.models.load import folder_fingerprint
@@ -26,6 +22,7 @@ from distill.models.precision import DTYPES
 from distill.models.sentence import sentence_files
 from distill.pipeline.kept import find_teacher
 from distill.pipeline.on_policy import on_policy_for
+from distill.pipeline.predictions import measure, predict_split
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage, settings_of, with_version
 from distill.pipeline.train_checks import check, check_labels, is_taught
@@ -121,6 +118,12 @@ def train_model(session: Session, job: Job, model: Any, objective: Objective, te
     model.to(device="cpu", dtype=dtype)
 
 
+def fit_of(recipe: Recipe) -> Training:
+    """Return the settings of the teacher's own training, which a recipe with `teacher.fit` has."""
+    assert recipe.teacher.fit is not None, "nothing is fitted without `teacher.fit`"
+    return Training(**recipe.teacher.fit.model_dump(exclude_unset=True))
+
+
 def training_of(recipe: Recipe, arm: str) -> Training:
     """Return the settings of a trained arm; where no teacher scores them, it writes no answers."""
     taught = is_taught(terms_of(recipe, arm))
@@ -161,24 +164,10 @@ def measure_held_out(
     session: Session, model: Any, stopped: Callable[[], bool], precision: str = "fp32"
 ) -> dict[str, float | None]:
     """Compute the task's metrics on the validation split, shared out over the ranks; none once `stopped` says so."""
-    corpus, state = session.corpus, process_state()
-    size, examples = session.recipe.evaluation.batch_size, corpus.validation
-    assert examples is not None, "nothing is measured during training without a validation split"
-    batches = evaluation_batches(corpus, examples, size, state.process_index, state.num_processes)
-    wanted = takewhile(lambda _batch: not stopped(), batches)
-    observe = partial(observe_batch, corpus, examples) if corpus.task.observed_in_training else None
-    vocabulary = session.vocabulary
-    rows = predict(model, wanted, corpus.head, vocabulary=vocabulary, observe=observe, precision=precision)
-    columns = merge_rows(gather_object([rows]))
-    columns = dict(corpus.task.finish(columns, corpus.settled)) if columns else {}
-    names = measurable(metrics_in_training(session), columns)
-    return finite_or_none(compute(names, columns)) if columns else {}
-
-
-def metrics_in_training(session: Session) -> list[str]:
-    """List what is measured on the validation split: the metrics of the kind of predictions, and `keep_best`."""
-    best = session.recipe.training.keep_best
-    return list(dict.fromkeys([*session.task.metrics_for(session.corpus.head), *([best] if best else [])]))
+    state = process_state()
+    shares = state.process_index, state.num_processes
+    rows = predict_split(session, model, "validation", shares, quick=True, stopped=stopped, precision=precision)
+    return finite_or_none(measure(session, rows, session.recipe.training.keep_best))
 
 
 def save_model(session: Session, model: Any, folder: Path) -> None:
@@ -209,7 +198,7 @@ def arm_inputs(session: Session, arm: str, tries: Sequence[Mapping[str, Any]]) -
         "losses": [term.model_dump(mode="json") for term in terms],
         "seed": recipe.seed,
     }
-    if PREDICTION_KINDS[session.corpus.head].vectors:  # each text is compared with the others of its forward pass
+    if session.kind.vectors:  # each text is compared with the others of its forward pass
         own["micro_batch_size"] = deal_out(recipe.training)[0]
     own |= {"own": [dict(each) for each in tries]} if [*tries] != [{}] else {}
     taught_by = {"teacher": session.teacher_inputs(), "plan": content_of(session.arm_plan(arm))}

@@ -221,3 +221,9 @@ def test_answers_that_the_student_writes_have_no_teacher_of_their_own(tmp_path, 
     (tmp_path / "more.jsonl").write_text((tmp_path / "data.jsonl").read_text())
     assert main(["validate", str(path), "training.on_policy={share: 0.5}", "losses=[{match: logits}]"]) == 2
     assert "comes from no source" in capsys.readouterr().err
+
+
+def test_what_one_of_several_teachers_lacks_is_said_with_its_key(tmp_path, capsys):
+    path = project(tmp_path)
+    assert main(["run", str(path), "teachers.1.dtype=int8", "--out", str(tmp_path / "run")]) == 2
+    assert "teachers.1.dtype: int8 needs" in capsys.readouterr().err

@@ -165,3 +165,14 @@ def test_any_missing_file_ends_with_one_message(finished, release, name):
     code = 1 if name in ("plan.json", "README.md") else 2
     found = verify(release, "--data", finished, code=code)
     assert name.split(".")[0] in found.table + found.said
+
+
+def test_figures_of_a_set_that_the_recipe_does_not_have_do_not_hold(finished, release):
+    def add(content):
+        content["sets"]["more"] = {"arms": content["arms"]}
+        content["efficiency"]["models"]["student"] = "small"
+
+    edit(release / "evaluation.json", add)
+    sign_again(release)
+    found = verify(release, "--data", finished, code=1)
+    assert re.search(r"rows of more.*DIFFERS", found.table) and re.search(r"student, bytes.*DIFFERS", found.table)
