@@ -15,7 +15,6 @@ from torch import Tensor
 from distill.errors import InputError, RunError
 from distill.evaluation.arms import terms_of, trained_arms
 from distill.files import cache_folder, write_json
-from distill.losses import PREDICTION_KINDS
 from distill.losses.chunked import HeadInput, chunks
 from distill.models.forward import Batch, Capture, Outputs, to_device
 from distill.models.head import OutputHead, output_head
@@ -45,7 +44,9 @@ def work(session: Session) -> None:
     """Fill the cache, shared out over the ranks, and note what is in it."""
     state, columns = process_state(), wanted_columns(session)
     entries = find_entries(session, columns)
-    folder = ShardFolder(cache_folder(FOLDER) / fingerprint(_made_from(session, entries)))
+    kind, vocabulary = session.corpus.head, session.vocabulary
+    made_from = {"teacher": session.teacher_inputs(), "kind": kind, "vocabulary": vocabulary, "entries": entries.digest}
+    folder = ShardFolder(cache_folder(FOLDER) / fingerprint(with_version(made_from)))
     own = Filling(session, folder, entries, columns)
     own.say_what_is_there()
     own.fill()
@@ -61,19 +62,13 @@ def wanted_columns(session: Session) -> list[Column]:
     return list({column.name: column for own in taught for column in own}.values())
 
 
-def _made_from(session: Session, entries: Entries) -> dict[str, Any]:
-    kind, vocabulary = session.corpus.head, session.vocabulary
-    own = {"teacher": session.teacher_inputs(), "kind": kind, "vocabulary": vocabulary, "entries": entries.digest}
-    return with_version(own)
-
-
 def bytes_of(session: Session, column: Column, positions: int) -> int:
     """Count the bytes of a column."""
-    config, head = load_config(session.teacher, session.head, session.remote_code), session.corpus.head
     if column.field == "topk":
         return positions * bytes_per_token(column.k, session.vocabulary or 0)
+    config, head = load_config(session.teacher, session.head, session.remote_code), session.corpus.head
     width = config.hidden_size
-    if column.field == "logits" and not PREDICTION_KINDS[head].vectors:
+    if column.field == "logits" and not session.kind.vectors:
         width = 2 if head == "span" else 1 if head == "regression" else config.num_labels
     return positions * int(width) * DTYPES[column.dtype].itemsize
 
@@ -99,9 +94,9 @@ class Filling:
     @cached_property
     def teacher(self) -> LiveTeacher | Mixture:
         """What teaches, loaded where something is missing."""
+        captured = [(column.field, column.layer) for column in self.columns if column.layer is not None]
         layers = {
-            field: sorted(column.layer for column in self.columns if column.field == field and column.layer is not None)
-            for field in ("hidden", "encoder_hidden")
+            name: sorted(layer for field, layer in captured if field == name) for name in ("hidden", "encoder_hidden")
         }
         return load_teaching(self.session, Capture(**layers, stop_at_head=self.session.kind.vocabulary))
 

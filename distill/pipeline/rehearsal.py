@@ -121,6 +121,10 @@ class Rehearsal:
             gradient_checkpointing(student, "enable")({"use_reentrant": False})
         return DistillModel(student, objective).train()
 
+    def average(self, wrapper: DistillModel) -> Ema | None:
+        """Make the moving average of what learns, of fp32 weights; None where the training has none."""
+        return None if self.spec.ema is None else Ema(wrapper, self.spec.ema, lambda weight: weight.detach().float())
+
 
 def make_hollow(make: Callable[[], Any]) -> Any:
     """Make a model without weights."""
@@ -222,7 +226,10 @@ def _trace_step(
     trace.fill("activations", "the backward pass")
     loss.backward()  # type: ignore[no-untyped-call]
     del loss
-    _take_step(training, wrapper, average, trace)
+    trace.fill("activations", "the optimizer's step")
+    nn.utils.clip_grad_norm_(wrapper.parameters(), training.spec.max_grad_norm or float("inf"))
+    if average is not None:
+        average.update(1, torch.zeros(()))
     del state
     return before
 
@@ -241,7 +248,7 @@ def _fill_state(training: Rehearsal, wrapper: DistillModel, trace: MemoryTrace) 
     if training.spec.optimizer not in OPTIMIZERS:
         state = _state_of_own(training, wrapper, learning)
     trace.fill("average")
-    average = Ema(wrapper, training.spec.ema, widen) if training.spec.ema is not None else None
+    average = training.average(wrapper)
     trace.fill("gradients")
     for parameter in learning if training.passes > 1 else ():
         parameter.grad = torch.zeros_like(parameter)
@@ -269,18 +276,6 @@ def _state_of_own(training: Rehearsal, wrapper: DistillModel, learning: Sequence
     for parameter in learning:
         parameter.grad = None
     return [value for own in optimizer.state.values() for value in own.values() if isinstance(value, Tensor)]
-
-
-def widen(parameter: Tensor) -> Tensor:
-    """Return the fp32 weights of a parameter."""
-    return parameter.detach().float()
-
-
-def _take_step(training: Rehearsal, wrapper: DistillModel, average: Ema | None, trace: MemoryTrace) -> None:
-    trace.fill("activations", "the optimizer's step")
-    nn.utils.clip_grad_norm_(wrapper.parameters(), training.spec.max_grad_norm or float("inf"))
-    if average is not None:
-        average.update(1, torch.zeros(()))
 
 
 def _loss_bytes(training: Rehearsal, heads: Sequence[OutputHead | None], device: torch.device) -> int:

@@ -1,4 +1,4 @@
-"""Memory per device and speed of every training of a recipe, printed with the plan.
+"""Memory per device and speed of every training of a recipe, and what a cache of its teacher takes; for `plan`.
 
 Two doors: `forecast` for a run whose data and plan are there, on the device of this process, with speeds;
 `forecast_for` for a card that need not be there, from the recipe, the teacher's config and nothing else.
@@ -17,7 +17,8 @@ from distill.models.family import all_layers
 from distill.models.forward import row_count
 from distill.models.memory import Peak, free_bytes
 from distill.models.plan import StudentPlan
-from distill.pipeline.cache_costs import tabulate_cache
+from distill.pipeline.cache import bytes_of, wanted_columns
+from distill.pipeline.entries import find_entries, inputs_of_training
 from distill.pipeline.rehearsal import EIGHT_BITS, Rehearsal, rehearse_memory
 from distill.pipeline.session import Session
 from distill.pipeline.timing import StepTime, advise_depth, rehearse_time
@@ -36,6 +37,8 @@ COLUMNS = {
 """Part of the memory -> words."""
 
 
+LOOKED_AT = 4096
+"""Inputs of the training that are counted; of more, every so-manieth."""
 NOTE = "The parts are what each takes at the peak of a step."
 Peaks = Sequence[Peak | str]
 Times = Sequence[StepTime | str | None]
@@ -54,6 +57,46 @@ def forecast(session: Session) -> Iterator[Printed]:
         live = time_of(replace(work, rehearsal=replace(work.rehearsal, cached=None)), device)
         yield tabulate_cache(session, work, live if isinstance(live, StepTime) else None)
     yield from advise_all(works, peaks, device, free)
+
+
+def tabulate_cache(session: Session, work: Work, live: StepTime | None) -> Printed:
+    """Tabulate size and time of a cache.
+
+    Args:
+        session: A run whose plan is made.
+        work: The training that will read it.
+        live: The time of its steps with the teacher; None where it is not known.
+
+    Returns:
+        Title, table, and when it pays.
+    """
+    columns, pairs = wanted_columns(session), inputs_of_training(session).pairs
+    every = -(-len(pairs) // LOOKED_AT)
+    looked = find_entries(session, columns, every)
+    tokens = looked.tokens * every
+    sizes = {column.name: every * bytes_of(session, column, looked.positions[column.name]) for column in columns}
+    total, steps = sum(sizes.values()), work.steps or 0
+    times_read = steps * work.tokens / tokens
+    once = None if live is None else live.teacher * tokens / work.tokens
+    saved = None if once is None or live is None else steps * live.teacher - once
+    rows = [
+        ("inputs, tokens", f"{format_count(len(looked.examples) * every)}, {format_count(tokens)}"),
+        *((name, format_size(size)) for name, size in sizes.items()),
+        ("on disk", format_size(total)),
+        ("bytes per token", f"{total / tokens:,.0f}"),
+        ("the teacher's pass", MISSING if once is None else format_seconds(once)),
+        ("the training reads each input", f"{times_read:.1f} times"),
+        ("the teacher's time in it, live", MISSING if live is None else format_seconds(steps * live.teacher)),
+    ]
+    if times_read > 1:
+        note = "It pays for this training" + (f": {format_seconds(saved)} saved." if saved and saved > 0 else ".")
+    else:
+        note = "It does not pay for this training alone, which reads each input once."
+    more = (
+        "It pays from the second epoch on, for every further student of the same teacher and data, which finds it, and "
+    )
+    note = f"{note} {more}where the teacher does not fit."
+    return Printed("the cached teacher, about", Table(("", "cache"), rows), note)
 
 
 def depth_before_width(session: Session) -> str | None:
