@@ -11,6 +11,7 @@ from distill.errors import InputError
 from distill.files import content_of
 from distill.models.family import layers_of, layout_of
 from distill.models.forward import MODEL_INPUTS, Batch, Capture, forward, with_decoder_inputs
+from distill.models.layout import StackName
 from distill.models.load import folder_fingerprint
 from distill.models.pattern import pattern_note
 from distill.models.plan import StudentPlan
@@ -63,7 +64,6 @@ def work(session: Session) -> None:
     save_model(session, student, session.folder.student)
 
 
-@torch.no_grad()
 def check_keeps_all(teacher: Any, batch: Batch) -> None:
     """Refuse a teacher whose logits a student that keeps every layer and neuron does not give.
 
@@ -77,11 +77,9 @@ def check_keeps_all(teacher: Any, batch: Batch) -> None:
         InputError: With the largest gap.
     """
     every = {side: list(range(len(layers_of(teacher, side)))) for side in layout_of(teacher).sides}
-    student = build_student(teacher, exact_plan(teacher, every))
-    _compare(teacher, _logits(teacher, batch), _logits(student, batch), "keeps every layer and neuron", "teacher's")
+    _compare(teacher, every, batch, "keeps every layer and neuron", "teacher's")
 
 
-@torch.no_grad()
 def check_kept_layers(teacher: Any, plan: StudentPlan, batch: Batch) -> None:
     """Refuse to drop layers where those that stay, with all neurons, do not compute what they did in the teacher.
 
@@ -97,17 +95,18 @@ def check_kept_layers(teacher: Any, plan: StudentPlan, batch: Batch) -> None:
     """
     sides = layout_of(teacher).sides
     kept = {side: [layer.teacher_layer for layer in plan.stack(side)] for side in sides}
-    gone = [layer for side in sides for index, layer in enumerate(layers_of(teacher, side)) if index not in kept[side]]
-    if not gone:
-        return
+    if any(len(kept[side]) < len(layers_of(teacher, side)) for side in sides):
+        _compare(teacher, kept, batch, "has only these layers", "teacher's without the others")
+
+
+@torch.no_grad()
+def _compare(teacher: Any, kept: dict[StackName, list[int]], batch: Batch, student: str, whose: str) -> None:
+    """Refuse a gap, which rounding does not explain, between teacher and student with the same whole layers."""
+    stacks = {side: layers_of(teacher, side) for side in kept}
+    gone = [layer for side, layers in stacks.items() for index, layer in enumerate(layers) if index not in kept[side]]
     with skip_layers(gone):
         given = _logits(teacher, batch)
-    student = build_student(teacher, exact_plan(teacher, kept))
-    _compare(teacher, given, _logits(student, batch), "has only these layers", "teacher's without the others")
-
-
-def _compare(teacher: Any, given: Tensor, own: Tensor, student: str, whose: str) -> None:
-    """Refuse a gap of logits that rounding does not explain."""
+    own = _logits(build_student(teacher, exact_plan(teacher, kept)), batch)
     if torch.equal(given, own):
         return
     gap, largest = (given - own).abs().max().item(), given.abs().max().item()

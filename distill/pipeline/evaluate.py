@@ -24,7 +24,7 @@ from distill.pipeline.control import budget_of
 from distill.pipeline.predictions import load_arm, measure, predict_arms, predict_split, save_rows
 from distill.pipeline.session import Session, in_precision
 from distill.pipeline.stage import Stage, harness_folder, settings_of
-from distill.pipeline.teachers import load_teaching
+from distill.pipeline.teachers import describe_teachers, load_teaching
 from distill.pipeline.train import steps_of
 from distill.ranks import process_state
 from distill.recipe.data import SET, SPLITS
@@ -123,20 +123,6 @@ def describe_data(session: Session) -> dict[str, Any]:
         "summary": corpus.summary,
         "unit": unit_of(session),
     }
-
-
-def describe_teachers(session: Session) -> list[dict[str, Any]]:
-    """Name all teachers with their weights and sources, without folders of this machine; empty: there is one."""
-    return [
-        {
-            "model": without_folders(one.model),
-            "revision": one.revision,
-            "sha256": one.sha256,
-            "weight": one.weight,
-            "sources": one.sources and [*map(without_folders, one.sources)],
-        }
-        for one in (session.recipe.teachers if session.recipe.mixes else ())
-    ]
 
 
 def unit_of(session: Session) -> str:

@@ -19,7 +19,7 @@ from distill.errors import InputError
 from distill.models.family import layers_of, layout_of
 from distill.models.layout import StackName
 from distill.models.load import load_student, load_tokenizer, teacher_path
-from distill.models.mlp import NeuronAxis, mlps_of
+from distill.models.mlp import mlps_of
 from distill.models.plan import StudentPlan
 from distill.ranks import process_state
 from distill.recipe.headers import look_at_folder
@@ -117,7 +117,8 @@ def tabulate_weights(model: Any, side: StackName) -> Printed:
         outside = [tensor for name, tensor in matrices.items() if name not in names]
         norms = [format_number(_norm(tensors)) for tensors in (outside, inside)]
         zeros = [format_percent(_zeros(tensors)) for tensors in (outside, inside)]
-        rows.append((str(index), *norms, *zeros, _silent(mlp)))
+        silent = (mlp.weight_out == 0).all(dim=-2)
+        rows.append((str(index), *norms, *zeros, f"{int(silent.sum())} of {silent.numel()}"))
     return Printed(
         "Weights" + (" of the encoder" if side == "encoder" else ""),
         Table(head, rows, 0),
@@ -134,17 +135,12 @@ def _zeros(tensors: Sequence[Tensor]) -> float:
     return sum(int((tensor == 0).sum()) for tensor in tensors) / max(1, sum(tensor.numel() for tensor in tensors))
 
 
-def _silent(mlp: NeuronAxis) -> str:
-    silent = (mlp.weight_out == 0).all(dim=-2)
-    return f"{int(silent.sum())} of {silent.numel()}"
-
-
 def tabulate_redundancy(model: Any, statistics: Statistics) -> list[Printed]:
     """Tabulate the figures of the statistics for single layers, and for blocks of them."""
     figures = dict(_plan(model, statistics, len(layers_of(model)), "first").layer_scores)
     blocks = []
     for side in layout_of(model).sides:
-        distances, prefix = statistics.of(side).angular_distance(), _prefix(side)
+        distances, prefix = statistics.of(side).angular_distance(), "encoder " if side == "encoder" else ""
         figures[f"{prefix}angular distance"] = distances.diagonal(offset=1).tolist()
         for length in range(1, len(distances) - 1):
             steps = distances.diagonal(offset=length)
@@ -190,11 +186,6 @@ def _plan(model: Any, statistics: Statistics | None, keep: int, policy: str) -> 
     # All neurons are kept, for which the cheapest score will do.
     settings = {"layers": {"keep": keep, "choose": policy}, "mlp": {"score": "random"}}
     return plan_student(model, Student.model_validate(settings), statistics)
-
-
-def _prefix(side: StackName) -> str:
-    """Tell the encoder of an encoder-decoder from everything else."""
-    return "encoder " if side == "encoder" else ""
 
 
 def _join(indices: Sequence[int]) -> str:

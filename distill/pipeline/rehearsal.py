@@ -65,7 +65,7 @@ class Rehearsal:
     teacher_dtype: str = "stored"
     """As the recipe says it."""
     teacher_device: str = "same"
-    """The same."""
+    """As the recipe says it."""
     cached: TeacherCache | None = None
     """What is there of the teacher is what a cache keeps, and its head where logits are made by that."""
     beside: Sequence[Callable[[], Any]] = ()

@@ -23,12 +23,13 @@ from distill.pipeline.compare import find_arm
 from distill.pipeline.forms import check_wanted, make_forms, probe_of
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage
+from distill.pipeline.teachers import describe_model
 from distill.ranks import process_state
 from distill.recipe.load import read_released
 from distill.recipe.schema import Format
 from distill.release.card import render_card
 from distill.release.evidence import Evidence, get_in
-from distill.release.export import check_padding, check_release, releasable_recipe, without_folders, write_release
+from distill.release.export import check_padding, check_release, releasable_recipe, write_release
 from distill.release.formats import format_of
 from distill.release.oldest import oldest_version
 from distill.release.report import render_report
@@ -133,7 +134,7 @@ def read_stages(session: Session) -> list[dict[str, Any]]:
 def collect_evidence(session: Session, release_format: Format = "uniform") -> Evidence:
     """Read the results of a finished run that card, report and the printed tables show."""
     recipe, spec, run = session.recipe, session.recipe.teacher, session.folder
-    plan = StudentPlan.load(run.plan)
+    plan, given = StudentPlan.load(run.plan), recipe.student.given
     return Evidence(
         recipe=recipe,
         recipe_text=releasable_recipe(recipe),
@@ -141,14 +142,8 @@ def collect_evidence(session: Session, release_format: Format = "uniform") -> Ev
         repair=read_object(run.repair) if recipe.student.repair.wanted else None,
         evaluation=read_object(run.evaluation),
         records={arm: read_records(session.train_folder(arm) / METRICS) for arm in trained_arms(recipe)},
-        teacher={
-            "model": without_folders(spec.model),
-            "revision": spec.revision,
-            "sha256": spec.sha256,
-            "model_type": plan.model_type,
-            "fitted": spec.fit is not None,
-        },
-        student=_given(session, plan),
+        teacher={**describe_model(spec), "model_type": plan.model_type, "fitted": spec.fit is not None},
+        student={**describe_model(given), "model_type": plan.given.model_type} if given and plan.given else {},
         environment={
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "transformers", "accelerate")},
@@ -163,15 +158,6 @@ def collect_evidence(session: Session, release_format: Format = "uniform") -> Ev
         release_format=release_format,
         sample=session.task.sample,
     )
-
-
-def _given(session: Session, plan: StudentPlan) -> dict[str, Any]:
-    """Name the model that a given student is from, without its folders."""
-    given = session.recipe.student.given
-    if given is None or plan.given is None:
-        return {}
-    named = {"model": without_folders(given.model), "revision": given.revision, "sha256": given.sha256}
-    return {**named, "model_type": plan.given.model_type}
 
 
 def inputs(session: Session) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def repair(session: Session, folder: Path, plan: StudentPlan) -> tuple[Any, dict
 
 
 def inputs(session: Session) -> dict[str, Any]:
-    """Student and teacher, the plan between them, both samples, and the steps."""
+    """List student and teacher, the plan between them, both samples, and the steps."""
     spec = session.recipe.student
     return {
         "teacher": session.teacher_inputs(),
@@ -102,7 +102,7 @@ class HeldOutLoss:
 
     @torch.no_grad()
     def __call__(self, student: Any) -> dict[str, float | None]:
-        """The terms, in nats per position or squared units; None without labels, or where a value is not finite."""
+        """Compute the terms, in nats per position or squared units; None without labels, or where one is not finite."""
         sums, counts = torch.zeros(len(self.terms), dtype=torch.float64), self.counts.to(student.device)
         for cpu_batch in self.batches:
             batch = to_device(cpu_batch, student.device)

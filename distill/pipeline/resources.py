@@ -38,7 +38,7 @@ COLUMNS = {
 
 
 LOOKED_AT = 4096
-"""Inputs of the training that are counted; of more, every so-manieth."""
+"""Inputs of the training that are counted, at most: of more, every second, third, …"""
 NOTE = "The parts are what each takes at the peak of a step."
 Peaks = Sequence[Peak | str]
 Times = Sequence[StepTime | str | None]

@@ -196,7 +196,7 @@ class Session:
         return self.folder.distilled if arm == "distilled" else self.folder.control(arm) / "model"
 
     def train_folder(self, arm: str) -> Path:
-        """Checkpoints and metrics of a trained arm; those of the student lie in the run folder itself."""
+        """Return the folder of a trained arm's checkpoints and metrics; of the student it is the run folder."""
         return self.folder.root if arm == "distilled" else self.folder.control(arm)
 
     def load(self, folder: Path, device: torch.device = CPU, *, int8: bool = False) -> Any:
@@ -255,7 +255,7 @@ class Session:
         return CPU if shards_weights() else device
 
     def precision_of(self, spec: Teacher) -> str:
-        """Precision in which fp32 weights of a teacher are multiplied: the training's, unless it names a dtype."""
+        """Return the precision in which fp32 weights of a teacher are multiplied: its own dtype, or as in training."""
         return "fp32" if spec.dtype in DTYPES else self.recipe.training.precision
 
     def shares(self) -> tuple[int, int] | None:

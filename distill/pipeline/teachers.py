@@ -13,8 +13,9 @@ from distill.losses import Objective
 from distill.models.forward import Capture, forward, to_device
 from distill.models.fp8 import quantise_layers
 from distill.pipeline.session import NOTHING, Session
-from distill.recipe.schema import Term
+from distill.recipe.schema import Teacher, Term
 from distill.recipe.teachers import source_names, teaching_shares
+from distill.release.export import without_folders
 from distill.teacher import LiveTeacher, Mixture
 
 COMPARED = 16
@@ -71,3 +72,16 @@ def quantise_teacher(session: Session, model: Any) -> Any:
             f"{int(counts)} positions), more than fp8_max_kl: {limit:g}; use bf16, or raise fp8_max_kl"
         )
     return model
+
+
+def describe_model(model: Teacher) -> dict[str, Any]:
+    """Name a model that a recipe names, without folders of this machine."""
+    return {"model": without_folders(model.model), "revision": model.revision, "sha256": model.sha256}
+
+
+def describe_teachers(session: Session) -> list[dict[str, Any]]:
+    """Name all teachers with their weights and sources; empty: there is one."""
+    return [
+        {**describe_model(one), "weight": one.weight, "sources": one.sources and [*map(without_folders, one.sources)]}
+        for one in (session.recipe.teachers if session.recipe.mixes else ())
+    ]

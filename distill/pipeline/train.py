@@ -42,9 +42,13 @@ def work(session: Session) -> None:
 
 
 def train_arm(session: Session, arm: str, own: Mapping[str, Any], folder: Path) -> Any:
-    """Train an arm from its start on its own terms, with its own settings beside those of `training`; gives the model.
+    """Train an arm from its start model on its own loss, and return the model.
 
-    Checkpoints and metrics go into the folder.
+    Args:
+        session: The recipe at work.
+        arm: Its name.
+        own: Its own settings on top of those of `training`.
+        folder: Gets the checkpoints and metrics.
     """
     recipe, objective, spec = session.recipe, objective_of(session, arm), spec_of(session, arm, own)
     assert spec.steps is not None, "spec_of gives a length in steps"
@@ -187,7 +191,7 @@ def arm_inputs(session: Session, arm: str, tries: Sequence[Mapping[str, Any]]) -
     Args:
         session: The recipe at work.
         arm: Its name.
-        tries: Its own settings beside those of `training`, one or all of which the best is kept.
+        tries: Its own settings on top of those of `training`; of several sets the best one is kept.
     """
     recipe, terms = session.recipe, terms_of(session.recipe, arm)
     own = {

@@ -186,12 +186,15 @@ def _check_files(found: Verification) -> None:
 
 
 def _session_for(recipe: Recipe, folder: Path, scratch: Path, rows: Path | None, say: Callable[[str], None]) -> Session:
-    """Open the recipe of a release with the release in the place of the teacher: its tokenizer, config and classes."""
+    """Open the recipe of a release with the release in the place of every model: its tokenizer, config and classes."""
     named = [each.source for split in recipe.rows.splits for each in recipe.rows.origins(split)]
     if rows is None and (missing := [name for name in dict.fromkeys(named) if is_path(name)]):
         raise InputError(f"{folder}: it was measured on {', '.join(missing)}: give the folder with --data")
     teacher = Teacher(model=str(folder.absolute()))
-    recipe = recipe.model_copy(update={"teacher_": teacher, "teachers": []})
+    student = recipe.student
+    if student.given is not None:
+        student = student.model_copy(update={"from_": teacher.model, "revision": None, "sha256": None})
+    recipe = recipe.model_copy(update={"teacher_": teacher, "teachers": [], "student": student})
     return Session(recipe, (rows or folder).absolute(), RunDir(scratch), say)
 
 

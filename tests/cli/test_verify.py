@@ -10,6 +10,7 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+from given import GIVEN, TINY, small
 from safetensors.torch import load_file, save_file
 from tiny import tiny_project
 
@@ -176,3 +177,14 @@ def test_figures_of_a_set_that_the_recipe_does_not_have_do_not_hold(finished, re
     sign_again(release)
     found = verify(release, "--data", finished, code=1)
     assert re.search(r"rows of more.*DIFFERS", found.table) and re.search(r"student, bytes.*DIFFERS", found.table)
+
+
+def test_a_release_of_a_given_student_is_measured_where_that_student_is_not(tmp_path):
+    recipe = tiny_project(tmp_path, GIVEN)
+    small(tmp_path, **TINY)
+    own = ["evaluation.efficiency=false", "evaluation.arms=[distilled]", "--out", str(tmp_path / "run")]
+    assert main(["run", str(recipe), *own]) == 0
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy(tmp_path / "data.jsonl", tmp_path / "elsewhere")
+    found = verify(tmp_path / "run/release", "--data", tmp_path / "elsewhere")
+    assert re.search(r"distilled, accuracy\b.*the same", found.table)
