@@ -35,8 +35,6 @@ COLUMNS = {
     "teacher": "teacher", "activations": "activations", "loss": "loss head", "copy": "copy of a checkpoint",
 }  # fmt: skip
 """Part of the memory -> words."""
-
-
 LOOKED_AT = 4096
 """Inputs of the training that are counted, at most: of more, every second, third, …"""
 NOTE = "The parts are what each takes at the peak of a step."
