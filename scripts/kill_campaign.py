@@ -233,7 +233,7 @@ def usable(folder: Path) -> bool:
 
 
 def plain_run(arguments: list[str], notify: Notify) -> int:
-    """Train the same student for as many steps in a bare loop, with Accelerate's own checkpoints, at most two of them."""
+    """Train the same student for as many steps in a bare loop, with at most two checkpoints of Accelerate's own."""
     import torch
     from accelerate import Accelerator
     from accelerate.utils import ProjectConfiguration

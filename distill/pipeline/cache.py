@@ -106,8 +106,8 @@ class Filling:
         head = output_head(self.teacher.model)
         if head is None:
             raise InputError(
-                f"teacher.cache.keep: hidden states are of no use without the output head, and that of a "
-                f"{type(self.teacher.model).__name__} has a form that is not known; write keep: topk"
+                f"{self.session.teacher_key}.cache.keep: hidden states are of no use without the output head, and that "
+                f"of a {type(self.teacher.model).__name__} has a form that is not known; write keep: topk"
             )
         return head
 
@@ -129,8 +129,9 @@ class Filling:
         free = shutil.disk_usage(cache_folder(FOLDER)).free
         if missing > free:
             raise InputError(
-                f"teacher.cache needs {format_size(missing)} more, and {cache_folder(FOLDER)} has {format_size(free)} "
-                f"free; set DISTILL_CACHE to a folder with more, or write keep: topk, a lower k or layers: none"
+                f"{self.session.teacher_key}.cache needs {format_size(missing)} more, and {cache_folder(FOLDER)} has "
+                f"{format_size(free)} free; set DISTILL_CACHE to a folder with more, or write keep: topk, a lower k or "
+                f"layers: none"
             )
 
     def fill(self) -> None:
@@ -213,7 +214,8 @@ def check_data(session: Session) -> None:
     assert spec is not None, "the stage is not wanted without `teacher.cache`"
     if spec.keep == "topk":
         if session.vocabulary is None:
-            raise InputError(f"teacher.cache.keep: a {session.corpus.head} head has no tokens; write keep: hidden")
+            key = f"{session.teacher_key}.cache.keep"
+            raise InputError(f"{key}: a {session.corpus.head} head has no tokens; write keep: hidden")
         bytes_per_token(spec.k, session.vocabulary)
 
 

@@ -211,14 +211,11 @@ def _check_vocabulary(session: Session, config: Any, corpus: Corpus) -> None:
     first = min((number for number in added if number >= known), default=None)
     if session.recipe.teacher.fit and first == known:
         return  # the tokens of the task come right after the teacher's own, and it gets embeddings for them
+    what = f"writes the token {session.tokenizer.convert_ids_to_tokens(highest)!r} with id {highest}"
     if session.recipe.teacher.fit and first is not None:
-        raise InputError(
-            f"{session.source}: the tokenizer has {first} tokens, and the model has {known} embeddings; the two do "
-            f"not belong together"
-        )
+        what = f"has {first} tokens"
     raise InputError(
-        f"{session.source}: the tokenizer writes the token {session.tokenizer.convert_ids_to_tokens(highest)!r} "
-        f"with id {highest}, and the model has {known} embeddings; the two do not belong together"
+        f"{session.source}: the tokenizer {what}, and the model has {known} embeddings; the two do not belong together"
     )
 
 

@@ -87,6 +87,11 @@ class Session:
         return self.folder.teacher if self.recipe.teacher.fit else self.source
 
     @property
+    def teacher_key(self) -> str:
+        """Key of the only or first teacher's section in the recipe: `teacher`, or `teachers.0`."""
+        return next(iter(self.recipe.models)).removesuffix(".model")
+
+    @property
     def teachers(self) -> list[tuple[Teacher, Path]]:
         """Section and local folder of every teacher, the first one fitted where the recipe asks for it."""
         others = enumerate(self.recipe.teachers[1:], start=1)
@@ -179,11 +184,10 @@ class Session:
 
     def arm_start(self, arm: str) -> Path:
         """Return the folder of the model that an arm starts from."""
-        start = ARMS[arm].start
-        if start == "student":
-            start = "repaired" if self.recipe.student.repair.wanted else "cut"
-        folders = {"teacher": self.teacher, "cut": self.folder.student, "repaired": self.folder.repaired}
-        return {**folders, "own": self.folder.start(arm)}[start]
+        run = self.folder
+        student = run.repaired if self.recipe.student.repair.wanted else run.student
+        folders = {"teacher": self.teacher, "cut": run.student, "repaired": run.repaired, "student": student}
+        return {**folders, "own": run.start(arm)}[ARMS[arm].start]
 
     def arm_plan(self, arm: str) -> Path:
         """Return the plan by which the layers of an arm are those of the teacher."""

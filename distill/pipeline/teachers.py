@@ -68,8 +68,8 @@ def quantise_teacher(session: Session, model: Any) -> Any:
     )
     if not kl <= limit:
         raise InputError(
-            f"teacher.dtype: fp8 changes the teacher's predictions by {kl:.3g} nats (KL from its stored weights on "
-            f"{int(counts)} positions), more than fp8_max_kl: {limit:g}; use bf16, or raise fp8_max_kl"
+            f"{session.teacher_key}.dtype: fp8 changes the teacher's predictions by {kl:.3g} nats (KL from its stored "
+            f"weights on {int(counts)} positions), more than fp8_max_kl: {limit:g}; use bf16, or raise fp8_max_kl"
         )
     return model
 

@@ -97,10 +97,11 @@ def check_labels(session: Session) -> None:
     try_terms(recipe, session.corpus.head)
     _check_keep_best(session)
     if recipe.teacher.dtype == "fp8" and session.corpus.head == "regression":
-        raise InputError("teacher.dtype: what fp8 changes is judged by KL, which numbers do not have; use bf16")
+        key = f"{session.teacher_key}.dtype"
+        raise InputError(f"{key}: what fp8 changes is judged by KL, which numbers do not have; use bf16")
     if session.corpus.labelled:
         return
-    learners = ["teacher.fit"] if recipe.teacher.fit else []
+    learners = [f"{session.teacher_key}.fit"] if recipe.teacher.fit else []
     terms = [index for index, term in enumerate(recipe.losses) if not is_taught([term])]
     learners += [f"losses.{index} (match: {recipe.losses[index].match})" for index in terms]
     from_labels = [arm for arm in controls(recipe) if not is_taught(terms_of(recipe, arm))]
