@@ -101,18 +101,19 @@ def teacher_of(run: Run) -> Run:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Read several runs, named by their folders; runs of one name, or `release`, by the folder above as well.
+    """Read several runs, named by their folders, and by folders above where these have one name; a release is its run.
 
     Raises:
         InputError: One is no finished run, one is named twice, or they were not measured by the same metric.
     """
     whole = [folder.resolve() for folder in folders]
-    if twice := [folder for folder in whole if whole.count(folder) > 1]:
-        raise InputError(f"{twice[0]} is named twice")
     named = [folder.parent if folder.name == "release" else folder for folder in whole]
-    names = [folder.name for folder in named]
-    if len({*names}) < len(names):
-        names = [f"{folder.parent.name}/{folder.name}" for folder in named]
+    if twice := [folder for folder in named if named.count(folder) > 1]:
+        raise InputError(f"{twice[0]} is named twice")
+    depth, names = 1, [folder.name for folder in named]
+    while len({*names}) < len(names):
+        depth += 1
+        names = ["/".join(folder.parts[-depth:]) for folder in named]
     runs = [read_run(folder, name) for folder, name in zip(whole, names, strict=True)]
     if len({run.primary for run in runs}) > 1:
         listed = ", ".join(f"{run.name} by {run.primary}" for run in runs)
