@@ -41,7 +41,7 @@ def open_model(name: str) -> Any:
     Raises:
         InputError: There is no such model, or its family is not known.
     """
-    folder = _folder(name)
+    folder = model_folder(name, "MODEL")
     if (folder / "config.json").is_file() and (mistakes := look_at_folder(folder, weights=True)[1]):
         raise InputError("; ".join(mistakes))
     model = load_student(folder)
@@ -49,9 +49,10 @@ def open_model(name: str) -> Any:
     return model
 
 
-def _folder(name: str) -> Path:
-    folder = Path(name).expanduser()
-    return teacher_path(Teacher(model=str(folder.absolute()) if folder.is_dir() else name), Path.cwd())
+def model_folder(name: str, key: str) -> Path:
+    """Find the folder of a model that the argument `key` of a command names: a path, a package or a hub id."""
+    path = Path(name).expanduser()
+    return teacher_path(Teacher(model=str(path.absolute()) if path.exists() else name), Path.cwd(), key=key)
 
 
 def read_statistics(path: Path, model: Any) -> Statistics:
@@ -74,7 +75,7 @@ def gather_statistics(name: str, model: Any, source: str, examples: int, max_len
     """
     if layout_of(model).encoder is not None:
         raise InputError("--data: an encoder-decoder cannot be calibrated yet; leave the option out")
-    tokenizer = load_tokenizer(_folder(name))
+    tokenizer = load_tokenizer(model_folder(name, "MODEL"))
     given = f"./{source}" if Path(source).expanduser().is_file() and not source.startswith(("/", "~", ".")) else source
     if not is_path(given):
         find(SOURCES, given, "data source")

@@ -23,6 +23,7 @@ from distill.models.plan import StudentPlan
 from distill.models.precision import DTYPES
 from distill.pipeline import data
 from distill.pipeline.folder import RunDir
+from distill.pipeline.inspect import model_folder
 from distill.pipeline.predictions import predict_split
 from distill.pipeline.session import Session
 from distill.pipeline.stage import run_stages
@@ -206,9 +207,7 @@ def _teacher_for(session: Session, recipe: Recipe, given: str | None) -> tuple[L
     if given is None and own.fit is not None:
         return None, "needs the fitted teacher, --teacher FOLDER"
     try:
-        here = given is not None and Path(given).exists()
-        asked = own if given is None else Teacher(model=str(Path(given).absolute()) if here else given)
-        folder = teacher_path(asked, session.base)
+        folder = teacher_path(own, session.base) if given is None else model_folder(given, "--teacher")
     except InputError as error:
         if given is not None:
             raise

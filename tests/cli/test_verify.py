@@ -9,6 +9,7 @@ import re
 import shutil
 from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 from given import GIVEN, TINY, small
 from safetensors.torch import load_file, save_file
@@ -188,3 +189,9 @@ def test_a_release_of_a_given_student_is_measured_where_that_student_is_not(tmp_
     shutil.copy(tmp_path / "data.jsonl", tmp_path / "elsewhere")
     found = verify(tmp_path / "run/release", "--data", tmp_path / "elsewhere")
     assert re.search(r"distilled, accuracy\b.*the same", found.table)
+
+
+def test_a_teacher_that_is_not_there_is_said_with_its_option(finished, release, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    found = verify(release, "--data", finished, "--teacher", "nobody/nothing", code=2)
+    assert "--teacher: cannot get 'nobody/nothing' from the model hub" in found.said
