@@ -31,8 +31,8 @@ def work(session: Session) -> None:
     check_student(teacher.model, student)
     if session.kind.causal:
         check_causal(teacher.model)
-    own = label_loss(kind), add_over_ranks, kind == "multi_label", teacher.precision
-    statistics = calibrate(teacher.model, batches, wanted, *own)
+    loss, sets = label_loss(kind), kind == "multi_label"
+    statistics = calibrate(teacher.model, batches, wanted, loss, add_over_ranks, sets, teacher.precision)
     if state.is_main_process:
         statistics.save(session.folder.calibration)
 

@@ -216,12 +216,11 @@ class Session:
             device: What the weights are read to, or drawn on.
             random: Draw all weights; only the config is read.
         """
-        seed, code, say = self.recipe.seed, self.remote_code, self.say_once
+        seed, shared = self.recipe.seed, dict[str, Any](remote_code=self.remote_code, device=device, say=self.say_once)
         if random:
-            model = random_model(folder, self.head, seed, code, device, say)
+            model = random_model(folder, self.head, seed, **shared)
         else:
-            own: dict[str, Any] = {"remote_code": code, "device": device, "say": say}
-            model = load_model(folder, self.head, allow_untrained_head=True, random_seed=seed, **own)
+            model = load_model(folder, self.head, allow_untrained_head=True, random_seed=seed, **shared)
         grow_embeddings(model, self.tokenizer, self.task.added_tokens, seed, self.say)
         return model
 

@@ -78,8 +78,7 @@ def spec_of(session: Session, arm: str, own: Mapping[str, Any]) -> Training:
     """Return the settings of an arm's training: those of the student, and as many steps, but for its own."""
     training, given = training_of(session.recipe, arm), dict(own)
     if (epochs := given.pop("epochs", None)) is not None:
-        labelled = not is_taught(terms_of(session.recipe, arm))
-        given["steps"] = batches_for(session, training, labelled=labelled).steps_for(epochs)
+        given["steps"] = batches_of(session, arm).steps_for(epochs)
     # In steps: fewer examples may carry a label, and then the same epochs would be fewer.
     steps = given.get("steps") or steps_of(session)
     return training.model_copy(update={"epochs": None, "tokens": None, **given, "steps": steps})
@@ -136,8 +135,13 @@ def training_of(recipe: Recipe, arm: str) -> Training:
 
 def steps_of(session: Session) -> int:
     """Count the optimizer steps of the student's training."""
-    recipe = session.recipe
-    return horizon(recipe.training, batches_for(session, recipe.training, labelled=not is_taught(recipe.losses)))
+    return horizon(session.recipe.training, batches_of(session, "distilled"))
+
+
+def batches_of(session: Session, arm: str) -> TrainingBatches:
+    """Make the micro-batches of an arm's training."""
+    labelled = not is_taught(terms_of(session.recipe, arm))
+    return batches_for(session, session.recipe.training, labelled=labelled)
 
 
 def batches_for(session: Session, spec: Optimization, *, labelled: bool) -> TrainingBatches:

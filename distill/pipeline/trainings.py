@@ -23,7 +23,7 @@ from distill.models.plan import StudentPlan
 from distill.models.precision import DTYPES
 from distill.pipeline.rehearsal import EIGHT_BITS, Rehearsal
 from distill.pipeline.session import Session
-from distill.pipeline.train import batches_for, fit_of, maps_of, spec_of, training_of
+from distill.pipeline.train import batches_for, batches_of, fit_of, maps_of, spec_of, training_of
 from distill.pipeline.train_checks import is_taught
 from distill.recipe.schema import Student, Teacher, Training
 from distill.student import build_student, plan_student
@@ -59,8 +59,7 @@ def works_of(session: Session) -> list[Work]:
         works.append(_work(session, models.fit, batches, horizon(fit_of(recipe), batches)))
     for arm in trained_arms(recipe):
         lengths = [spec_of(session, arm, own).steps or 0 for own in tries_of(recipe, arm)]  # all have one
-        batches = batches_for(session, recipe.training, labelled=not is_taught(terms_of(recipe, arm)))
-        work = _work(session, partial(models.arm, arm), batches, lengths[0])
+        work = _work(session, partial(models.arm, arm), batches_of(session, arm), lengths[0])
         works.append(replace(work, steps=sum(lengths) * recipe.evaluation.seeds))
     return works
 
