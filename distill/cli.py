@@ -13,7 +13,7 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import typer
 
@@ -21,9 +21,8 @@ from distill import __version__
 from distill.errors import DistillError, InputError, Stopped
 from distill.terminal import (
     print_evaluation,
-    print_note,
     print_resources,
-    print_table,
+    print_tables,
     quiet_libraries,
     say,
     tame_output,
@@ -55,13 +54,21 @@ RemoteCode = Annotated[
 Continue = Annotated[
     bool, typer.Option("--continue-from-changed", help="Continue from a checkpoint that was made from other inputs.")
 ]
-
 CheckOldest = Annotated[
-    bool, typer.Option("--check-oldest", help="Load the release with the oldest supported transformers, too (by pip).")
+    bool,
+    typer.Option(
+        "--check-oldest", help="release, run: load the release with the oldest supported transformers, too (by pip)."
+    ),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="Only say what fits on a card with so much memory, e.g. 80GB; nothing is run."),
 ]
 AcceptWeak = Annotated[
     bool, typer.Option("--accept-weak-teacher", help="Go on with a teacher that is no better than chance on the data.")
 ]
+RELEASING = ("release", "run")
+"""Verbs that write a release."""
 
 
 @app.command()
@@ -87,10 +94,13 @@ def schema() -> None:
     typer.echo(json.dumps(json_schema(), indent=1))
 
 
-Memory = Annotated[
-    str | None,
-    typer.Option(metavar="SIZE", help="Only say what fits on a card with so much memory, e.g. 80GB; nothing is run."),
-]
+class Flags(NamedTuple):
+    """What a user may allow or ask for on the command line alone."""
+
+    remote_code: bool
+    continue_changed: bool
+    accept_weak_teacher: bool
+    check_oldest: bool = False
 
 
 @app.command()
@@ -105,9 +115,12 @@ def plan(
 ) -> None:
     """Fit the teacher where the recipe says so, calibrate, decide what the student keeps; say what training takes."""
     if memory is None:
-        _run("plan", recipe, overrides, out, (remote_code, continue_changed, accept_weak_teacher, False))
-    else:
-        _plan_for(memory, recipe, overrides, remote_code)
+        _run("plan", recipe, overrides, out, Flags(remote_code, continue_changed, accept_weak_teacher))
+        return
+    given = {"--out": out, "--continue-from-changed": continue_changed, "--accept-weak-teacher": accept_weak_teacher}
+    if useless := [name for name, value in given.items() if value]:
+        raise InputError(f"{useless[0]}: with --memory nothing is run, so it would do nothing; leave it out")
+    _plan_for(memory, recipe, overrides, remote_code)
 
 
 def _add_verb(name: str, text: str) -> None:
@@ -119,8 +132,12 @@ def _add_verb(name: str, text: str) -> None:
         remote_code: RemoteCode = False,
         continue_changed: Continue = False,
         accept_weak_teacher: AcceptWeak = False,
+        check_oldest: CheckOldest = False,
     ) -> None:
-        _run_each(name, recipe, overrides, out, (remote_code, continue_changed, accept_weak_teacher, False))
+        if check_oldest and name not in RELEASING:
+            raise InputError(f"--check-oldest: {name} writes no release; give it to {' or '.join(RELEASING)}")
+        flags = Flags(remote_code, continue_changed, accept_weak_teacher, check_oldest)
+        _run_each(name, recipe, overrides, out, flags)
 
 
 for _name, _text in {
@@ -128,29 +145,10 @@ for _name, _text in {
     "cache": "Everything up to what the teacher says about the training examples, where `teacher.cache` asks for it.",
     "train": "Everything up to the distilled student; also the door for `accelerate launch scripts/train.py`.",
     "evaluate": "Everything up to the measured arms; prints the table.",
-}.items():
-    _add_verb(_name, _text)
-
-
-def _add_release_verb(name: str, text: str) -> None:
-    @app.command(name, help=text)
-    def verb(
-        recipe: RecipePath,
-        overrides: More = None,
-        out: Out = None,
-        remote_code: RemoteCode = False,
-        continue_changed: Continue = False,
-        accept_weak_teacher: AcceptWeak = False,
-        check_oldest: CheckOldest = False,
-    ) -> None:
-        _run_each(name, recipe, overrides, out, (remote_code, continue_changed, accept_weak_teacher, check_oldest))
-
-
-for _name, _text in {
     "release": "Everything up to the release folder.",
     "run": "The whole recipe. Give the same command again after an interruption; finished stages are skipped.",
 }.items():
-    _add_release_verb(_name, _text)
+    _add_verb(_name, _text)
 
 
 for _verb in (inspect, verify, compare, push):
@@ -172,9 +170,7 @@ def options(
     """One recipe takes a large transformer to a released, measured small one."""
 
 
-def _run_each(
-    verb: str, path: Path, overrides: list[str] | None, out: Path | None, flags: tuple[bool, bool, bool, bool]
-) -> None:
+def _run_each(verb: str, path: Path, overrides: list[str] | None, out: Path | None, flags: Flags) -> None:
     """Run a verb on a recipe, and on those among the overrides, one after the other."""
     more = [text for text in overrides or () if "=" not in text and text.endswith((".yaml", ".yml"))]
     values = [text for text in overrides or () if text not in more]
@@ -202,9 +198,7 @@ def _check_together(verb: str, paths: list[Path], overrides: list[str], out: Pat
         raise InputError(f"several of these recipes are named {min(twice)}, and would have one run folder; rename them")
 
 
-def _run(
-    verb: str, path: Path, overrides: list[str] | None, out: Path | None, flags: tuple[bool, bool, bool, bool]
-) -> None:
+def _run(verb: str, path: Path, overrides: list[str] | None, out: Path | None, flags: Flags) -> None:
     from distill.recipe.load import load_recipe
 
     recipe = load_recipe(path, overrides or ())  # before torch: a wrong recipe is answered at once
@@ -229,11 +223,13 @@ def _run(
     with leaving_in_time(), oldest_installed(say_once) if check_oldest and main_process else nullcontext() as older:
         session = Session(recipe, base, run, say_once, remote_code, continue_changed, accept_weak, older)
         run_stages(session, VERBS[verb], STORY)
-    if main_process and verb == "plan":
+    if not main_process:
+        return
+    if verb == "plan":
         print_resources(session)
-    if main_process and verb in ("evaluate", "release", "run"):
+    if verb in ("evaluate", *RELEASING):
         print_evaluation(session)
-    if main_process and verb in ("release", "run"):
+    if verb in RELEASING:
         say(f"released: {folder / 'release'}   report: {folder / 'report.html'}")
 
 
@@ -249,9 +245,7 @@ def _plan_for(memory: str, path: Path, overrides: list[str] | None, remote_code:
 
     size, base = parse_size(memory), path.absolute().parent
     session = Session(recipe, base, RunDir(Path("runs") / recipe.name), say, remote_code)
-    for title, table, note in forecast_for(session, size):
-        print_table(title, table)
-        print_note(note)
+    print_tables(forecast_for(session, size))
 
 
 def _stop(number: int, _frame: FrameType | None) -> None:

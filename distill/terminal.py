@@ -7,6 +7,7 @@ import sys
 import threading
 import traceback
 import warnings
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from distill.release.wording import one_line, printable
 
 if TYPE_CHECKING:
     from distill.pipeline import Session
-    from distill.release.table import Table
+    from distill.release.table import Printed, Table
 
 console = Console(stderr=True, highlight=False)
 
@@ -27,9 +28,7 @@ def print_resources(session: Session) -> None:
     """Print the forecast of memory, time and cache."""
     from distill.pipeline.resources import depth_before_width, forecast
 
-    for title, table, note in forecast(session):
-        print_table(title, table)
-        print_note(note)
+    print_tables(forecast(session))
     if line := depth_before_width(session):
         say(line)
 
@@ -51,23 +50,23 @@ def say(message: str) -> None:
     console.print(printable(message), markup=False, soft_wrap=True)
 
 
-def _wide_console() -> Console:
-    return Console(highlight=False, markup=False, width=max(110, console.width))  # else rich cuts columns at 80
+def print_tables(tables: Iterable[Printed]) -> None:
+    """Print tables, each with what is to be known about it."""
+    for title, table, note in tables:
+        print_table(title, table, note)
 
 
-def print_note(note: str) -> None:
-    """Print what stands under a table."""
-    _wide_console().print(printable(note), "")
-
-
-def print_table(title: str, table: Table) -> None:
-    """Print rows of finished text."""
+def print_table(title: str, table: Table, note: str = "") -> None:
+    """Print rows of finished text, and a note below."""
     printed = rich.table.Table(title=one_line(title))
     for index, name in enumerate(table.head):
         printed.add_column(one_line(name), justify="left" if index < table.text_columns else "right")
     for row in table.rows:
         printed.add_row(*(Text(one_line(cell)) for cell in row))
-    _wide_console().print(printed)
+    wide = Console(highlight=False, markup=False, width=max(110, console.width))  # else rich cuts columns at 80
+    wide.print(printed)
+    if note:
+        wide.print(printable(note), "")
 
 
 def print_evaluation(session: Session) -> None:

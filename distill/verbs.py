@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from distill.errors import InputError, RunError
-from distill.terminal import print_note, print_table, quiet_libraries, say
+from distill.terminal import print_table, print_tables, quiet_libraries, say
 
 
 def inspect(
@@ -18,12 +18,14 @@ def inspect(
     calibration: Annotated[Path | None, typer.Option(help="Statistics of an earlier run's calibration.")] = None,
     data: Annotated[str | None, typer.Option(help="Gather statistics over a built-in corpus or a file.")] = None,
     keep_layers: Annotated[int | None, typer.Option(min=1, help="Layers to keep (default: half).")] = None,
-    examples: Annotated[int, typer.Option(min=1, help="Texts to read with --data.")] = 256,
-    max_length: Annotated[int, typer.Option(min=1, help="Tokens per text with --data.")] = 128,
+    examples: Annotated[int | None, typer.Option(min=1, help="Texts to read with --data (default: 256).")] = None,
+    max_length: Annotated[int | None, typer.Option(min=1, help="Tokens per text with --data (default: 128).")] = None,
 ) -> None:
     """Show what is in a model: norms, zeros, redundancy, and the layers that each policy would drop."""
     if calibration is not None and data is not None:
         raise InputError("--calibration and --data: give one of them")
+    if data is None and (examples, max_length) != (None, None):
+        raise InputError("--examples and --max-length say what is read with --data; give it, or leave them out")
     quiet_libraries()
     from distill.pipeline.inspect import gather_statistics, inspect_model, open_model, read_statistics
 
@@ -31,10 +33,8 @@ def inspect(
     if calibration is not None:
         statistics = read_statistics(calibration, opened)
     elif data is not None:
-        statistics = gather_statistics(model, opened, data, examples, max_length)
-    for title, table, note in inspect_model(opened, statistics, keep_layers):
-        print_table(title, table)
-        print_note(note)
+        statistics = gather_statistics(model, opened, data, examples or 256, max_length or 128)
+    print_tables(inspect_model(opened, statistics, keep_layers))
 
 
 def verify(
@@ -70,7 +70,11 @@ def push(
         say(line)
     if not yes and not sys.stdin.isatty():
         raise InputError("nobody is here to be asked; look at the list, and add --yes")
-    if not yes and not typer.confirm("Send these files?", err=True):
+    try:
+        agreed = yes or typer.confirm("Send these files?", err=True)
+    except typer.Abort:  # the end of the input is no answer
+        agreed = False
+    if not agreed:
         raise InputError("nothing was sent")
     say(f"sent: {send(prepared)}")
 

@@ -24,7 +24,7 @@ from kill_campaign import Notify, Run
 
 
 def main() -> int:
-    """One uninterrupted run, then kills until they are spent."""
+    """Run once without interruption, then kill until all kills are spent."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
     parser.add_argument("--kills", type=int, default=20)
@@ -68,7 +68,7 @@ def main() -> int:
 
 
 def fill(arguments: list[str], cache: Path, tokens: int, notify: Notify) -> int:
-    """The command line, in this process, with a cache of its own."""
+    """Run the command line in this process, with a cache of its own."""
     os.environ["DISTILL_CACHE"] = str(cache)
     import distill.pipeline.cache
     import distill.pipeline.entries
@@ -86,7 +86,7 @@ def fill(arguments: list[str], cache: Path, tokens: int, notify: Notify) -> int:
 
 
 def files_in(cache: Path) -> dict[str, bytes]:
-    """The published files of the teachers in a cache."""
+    """Read the published files of the teachers in a cache."""
     files = (cache / "teachers").rglob("*.safetensors")
     return {str(path.relative_to(cache)): path.read_bytes() for path in files}
 

@@ -38,7 +38,7 @@ Notify = Callable[[str], None]
 
 
 def main() -> int:
-    """One uninterrupted run, then kills until they are spent."""
+    """Run once without interruption, then kill until all kills are spent."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
     parser.add_argument("--kills", type=int, default=0)
@@ -118,7 +118,7 @@ class Campaign:
         self.compare(self.start(self.killed).ended())
 
     def compare(self, code: int) -> None:
-        """Training came to its end: look at its weights, and begin anew."""
+        """Compare the weights of a training that came to its end, and remove what it made."""
         if code:
             self.counts["could not continue"] += 1
         else:
@@ -161,12 +161,12 @@ class Run:
         return False
 
     def kill(self) -> bool:
-        """SIGKILL, and read what it told before; False when the process had come to its end before."""
+        """Send SIGKILL, and read what it told before; False when the process had come to its end before."""
         os.kill(self.pid, signal.SIGKILL)
         return self.ended() == -signal.SIGKILL
 
     def ended(self) -> int:
-        """Exit code, once there is one."""
+        """Wait for the exit code."""
         if self.code is None:
             for line in self.lines:
                 self._note(line)
@@ -183,7 +183,7 @@ class Run:
 
 
 def telling(function: Callable, notify: Notify) -> Callable:
-    """`function`, saying when it starts to save and how long it took."""
+    """Wrap a function that saves, to say when it starts and how long it took."""
 
     def wrapped(*arguments, **named):
         notify("saving")
@@ -196,7 +196,7 @@ def telling(function: Callable, notify: Notify) -> Callable:
 
 
 def distill_run(arguments: list[str], notify: Notify, verb: str = "train") -> int:
-    """The command line, in this process."""
+    """Run the command line in this process."""
     import distill.pipeline.train
     from distill.cli import main as command_line
     from distill.training.flight import Flight
@@ -233,7 +233,7 @@ def usable(folder: Path) -> bool:
 
 
 def plain_run(arguments: list[str], notify: Notify) -> int:
-    """A bare loop over the same student, for as many steps, with Accelerate's own checkpoints, at most two of them."""
+    """Train the same student for as many steps in a bare loop, with at most two checkpoints of Accelerate's own."""
     import torch
     from accelerate import Accelerator
     from accelerate.utils import ProjectConfiguration
@@ -281,7 +281,7 @@ def plain_usable(folder: Path) -> bool:
 
 
 def digest(folder: Path) -> str:
-    """Hex sha256 of the trained weights."""
+    """Return the hex sha256 of the trained weights."""
     return hashlib.sha256((folder / "distilled/model.safetensors").read_bytes()).hexdigest()
 
 

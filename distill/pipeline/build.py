@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.data import collate
 from distill.errors import InputError
 from distill.files import content_of
-from distill.losses import PREDICTION_KINDS
 from distill.models.family import layers_of, layout_of
 from distill.models.forward import MODEL_INPUTS, Batch, Capture, forward, with_decoder_inputs
+from distill.models.layout import StackName
 from distill.models.load import folder_fingerprint
 from distill.models.pattern import pattern_note
 from distill.models.plan import StudentPlan
@@ -41,12 +40,12 @@ def work(session: Session) -> None:
     if session.recipe.student.given is not None:
         build_given(session)
         return
-    teacher, corpus, plan = session.load(session.teacher), session.corpus, StudentPlan.load(session.folder.plan)
+    teacher, plan = session.load(session.teacher), StudentPlan.load(session.folder.plan)
     size, free = sum(tensor.nbytes for tensor in teacher.state_dict().values()), free_memory()
     if size < free:
-        batch = with_decoder_inputs(teacher, collate(corpus, corpus.train, range(min(PROBES, len(corpus.train)))))
+        batch = with_decoder_inputs(teacher, session.first_examples(PROBES))
         # Heads of classes give few logits, and that of BART looks for the end of each text.
-        short = PROBE_LENGTH if PREDICTION_KINDS[corpus.head].vocabulary else None
+        short = PROBE_LENGTH if session.kind.vocabulary else None
         probe = {
             name: each[:, :short] if each.ndim == 2 else each for name, each in batch.items() if name in MODEL_INPUTS
         }
@@ -65,7 +64,6 @@ def work(session: Session) -> None:
     save_model(session, student, session.folder.student)
 
 
-@torch.no_grad()
 def check_keeps_all(teacher: Any, batch: Batch) -> None:
     """Refuse a teacher whose logits a student that keeps every layer and neuron does not give.
 
@@ -79,11 +77,9 @@ def check_keeps_all(teacher: Any, batch: Batch) -> None:
         InputError: With the largest gap.
     """
     every = {side: list(range(len(layers_of(teacher, side)))) for side in layout_of(teacher).sides}
-    student = build_student(teacher, exact_plan(teacher, every))
-    _compare(teacher, _logits(teacher, batch), _logits(student, batch), "keeps every layer and neuron", "teacher's")
+    _compare(teacher, every, batch, "keeps every layer and neuron", "teacher's")
 
 
-@torch.no_grad()
 def check_kept_layers(teacher: Any, plan: StudentPlan, batch: Batch) -> None:
     """Refuse to drop layers where those that stay, with all neurons, do not compute what they did in the teacher.
 
@@ -99,17 +95,18 @@ def check_kept_layers(teacher: Any, plan: StudentPlan, batch: Batch) -> None:
     """
     sides = layout_of(teacher).sides
     kept = {side: [layer.teacher_layer for layer in plan.stack(side)] for side in sides}
-    gone = [layer for side in sides for index, layer in enumerate(layers_of(teacher, side)) if index not in kept[side]]
-    if not gone:
-        return
+    if any(len(kept[side]) < len(layers_of(teacher, side)) for side in sides):
+        _compare(teacher, kept, batch, "has only these layers", "teacher's without the others")
+
+
+@torch.no_grad()
+def _compare(teacher: Any, kept: dict[StackName, list[int]], batch: Batch, student: str, whose: str) -> None:
+    """Refuse a gap, which rounding does not explain, between teacher and student with the same whole layers."""
+    stacks = {side: layers_of(teacher, side) for side in kept}
+    gone = [layer for side, layers in stacks.items() for index, layer in enumerate(layers) if index not in kept[side]]
     with skip_layers(gone):
         given = _logits(teacher, batch)
-    student = build_student(teacher, exact_plan(teacher, kept))
-    _compare(teacher, given, _logits(student, batch), "has only these layers", "teacher's without the others")
-
-
-def _compare(teacher: Any, given: Tensor, own: Tensor, student: str, whose: str) -> None:
-    """Refuse a gap of logits that rounding does not explain."""
+    own = _logits(build_student(teacher, exact_plan(teacher, kept)), batch)
     if torch.equal(given, own):
         return
     gap, largest = (given - own).abs().max().item(), given.abs().max().item()
@@ -128,8 +125,12 @@ def _logits(model: Any, batch: Batch) -> Tensor:
 
 
 def inputs(session: Session) -> dict[str, Any]:
-    """List teacher and plan, or a given student."""
-    own = {"teacher": folder_fingerprint(session.teacher), "plan": content_of(session.folder.plan)}
+    """List teacher and plan, or a given student, and the forms in which it is tried before it is trained."""
+    own = {
+        "teacher": folder_fingerprint(session.teacher),
+        "plan": content_of(session.folder.plan),
+        "tried": session.recipe.release.model_dump(mode="json", include={"format", "also"}),
+    }
     return own if session.recipe.student.given is None else {**own, **given_inputs(session)}
 
 

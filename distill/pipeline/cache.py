@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from distill.errors import InputError, RunError
-from distill.evaluation.arms import controls, terms_of
+from distill.evaluation.arms import terms_of, trained_arms
 from distill.files import cache_folder, write_json
-from distill.losses import PREDICTION_KINDS
 from distill.losses.chunked import HeadInput, chunks
 from distill.models.forward import Batch, Capture, Outputs, to_device
 from distill.models.head import OutputHead, output_head
@@ -23,9 +22,10 @@ from distill.models.load import load_config
 from distill.models.precision import DTYPES
 from distill.models.topk import TopK
 from distill.pipeline.entries import Entries, find_entries, inputs_of_training
-from distill.pipeline.kept import FOLDER, columns_of, lost_parts, real_rows, teaching
+from distill.pipeline.kept import FOLDER, columns_of, lost_parts, real_rows
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage, with_version
+from distill.pipeline.teachers import load_teaching
 from distill.pipeline.train import objective_of
 from distill.pipeline.train_checks import is_taught
 from distill.ranks import process_state
@@ -44,7 +44,9 @@ def work(session: Session) -> None:
     """Fill the cache, shared out over the ranks, and note what is in it."""
     state, columns = process_state(), wanted_columns(session)
     entries = find_entries(session, columns)
-    folder = ShardFolder(cache_folder(FOLDER) / fingerprint(_made_from(session, entries)))
+    kind, vocabulary = session.corpus.head, session.vocabulary
+    made_from = {"teacher": session.teaching_inputs(), "kind": kind, "vocabulary": vocabulary, "entries": entries.digest}
+    folder = ShardFolder(cache_folder(FOLDER) / fingerprint(with_version(made_from)))
     own = Filling(session, folder, entries, columns)
     own.say_what_is_there()
     own.fill()
@@ -55,29 +57,18 @@ def work(session: Session) -> None:
 
 def wanted_columns(session: Session) -> list[Column]:
     """List what the trainings of a recipe read of the teacher."""
-    spec = session.recipe.teacher.cache
-    found: dict[str, Column] = {}
-    assert spec is not None, "the stage is not wanted without `teacher.cache`"
-    for arm in ("distilled", *controls(session.recipe)):
-        terms = terms_of(session.recipe, arm)
-        own = columns_of(spec, session.corpus.head, terms, objective_of(session, arm)) if is_taught(terms) else []
-        found |= {column.name: column for column in own}
-    return list(found.values())
-
-
-def _made_from(session: Session, entries: Entries) -> dict[str, Any]:
-    kind, vocabulary = session.corpus.head, session.vocabulary
-    own = {"teacher": session.teaching_inputs(), "kind": kind, "vocabulary": vocabulary, "entries": entries.digest}
-    return with_version(own)
+    terms = {arm: terms_of(session.recipe, arm) for arm in trained_arms(session.recipe)}
+    taught = [columns_of(session, own, objective_of(session, arm)) for arm, own in terms.items() if is_taught(own)]
+    return list({column.name: column for own in taught for column in own}.values())
 
 
 def bytes_of(session: Session, column: Column, positions: int) -> int:
     """Count the bytes of a column."""
-    config, head = load_config(session.teacher, session.head, session.remote_code), session.corpus.head
     if column.field == "topk":
         return positions * bytes_per_token(column.k, session.vocabulary or 0)
+    config, head = load_config(session.teacher, session.head, session.remote_code), session.corpus.head
     width = config.hidden_size
-    if column.field == "logits" and not PREDICTION_KINDS[head].vectors:
+    if column.field == "logits" and not session.kind.vectors:
         width = 2 if head == "span" else 1 if head == "regression" else config.num_labels
     return positions * int(width) * DTYPES[column.dtype].itemsize
 
@@ -103,12 +94,11 @@ class Filling:
     @cached_property
     def teacher(self) -> LiveTeacher | Mixture:
         """What teaches, loaded where something is missing."""
+        captured = [(column.field, column.layer) for column in self.columns if column.layer is not None]
         layers = {
-            field: sorted(column.layer for column in self.columns if column.field == field and column.layer is not None)
-            for field in ("hidden", "encoder_hidden")
+            name: sorted(layer for field, layer in captured if field == name) for name in ("hidden", "encoder_hidden")
         }
-        whole = not PREDICTION_KINDS[self.session.corpus.head].vocabulary
-        return teaching(self.session, Capture(**layers, stop_at_head=not whole))
+        return load_teaching(self.session, Capture(**layers, stop_at_head=self.session.kind.vocabulary))
 
     @cached_property
     def head(self) -> OutputHead:
@@ -116,8 +106,8 @@ class Filling:
         head = output_head(self.teacher.model)
         if head is None:
             raise InputError(
-                f"teacher.cache.keep: hidden states are of no use without the output head, and that of a "
-                f"{type(self.teacher.model).__name__} has a form that is not known; write keep: topk"
+                f"{self.session.teacher_key}.cache.keep: hidden states are of no use without the output head, and that "
+                f"of a {type(self.teacher.model).__name__} has a form that is not known; write keep: topk"
             )
         return head
 
@@ -139,8 +129,9 @@ class Filling:
         free = shutil.disk_usage(cache_folder(FOLDER)).free
         if missing > free:
             raise InputError(
-                f"teacher.cache needs {format_size(missing)} more, and {cache_folder(FOLDER)} has {format_size(free)} "
-                f"free; set DISTILL_CACHE to a folder with more, or write keep: topk, a lower k or layers: none"
+                f"{self.session.teacher_key}.cache needs {format_size(missing)} more, and {cache_folder(FOLDER)} has "
+                f"{format_size(free)} free; set DISTILL_CACHE to a folder with more, or write keep: topk, a lower k or "
+                f"layers: none"
             )
 
     def fill(self) -> None:
@@ -220,9 +211,11 @@ class Filling:
 def check_data(session: Session) -> None:
     """Refuse to keep the likeliest tokens where there are none, or fewer. Raises InputError."""
     spec = session.recipe.teacher.cache
-    if spec is not None and spec.keep == "topk":
+    assert spec is not None, "the stage is not wanted without `teacher.cache`"
+    if spec.keep == "topk":
         if session.vocabulary is None:
-            raise InputError(f"teacher.cache.keep: a {session.corpus.head} head has no tokens; write keep: hidden")
+            key = f"{session.teacher_key}.cache.keep"
+            raise InputError(f"{key}: a {session.corpus.head} head has no tokens; write keep: hidden")
         bytes_per_token(spec.k, session.vocabulary)
 
 

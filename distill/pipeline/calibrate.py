@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from accelerate.utils import reduce
 
-from distill.data import collate
 from distill.errors import InputError
-from distill.losses import PREDICTION_KINDS, label_loss
+from distill.losses import label_loss
 from distill.models.causal import check_causal
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage
@@ -19,24 +18,20 @@ from distill.student import calibrate, check_student, wanted_statistics
 
 def work(session: Session) -> None:
     """Collect the statistics over the sample, shared out over the ranks."""
-    student, corpus, state = session.recipe.student, session.corpus, process_state()
-    spec, wanted = student.calibration, wanted_statistics(student)
-    shares = session.shares()
+    student, kind, state = session.recipe.student, session.corpus.head, process_state()
+    spec, wanted, shares = student.calibration, wanted_statistics(student), session.shares()
     if shares is None:
         return
-    rank, ranks = shares
 
     def add_over_ranks(total: torch.Tensor) -> torch.Tensor:
-        return total if ranks == 1 else reduce(total.to(state.device), reduction="sum")
+        return total if shares[1] == 1 else reduce(total.to(state.device), reduction="sum")
 
-    sample = range(min(spec.examples, len(corpus.train)))
-    starts = sample[:: spec.batch_size][rank::ranks]
-    batches = (collate(corpus, corpus.train, sample[start : start + spec.batch_size]) for start in starts)
+    batches = session.batches(range(spec.examples), spec.batch_size, *shares)
     teacher = session.live_teacher(whole=session.recipe.teacher.device == "sharded" or wanted.gradients)
     check_student(teacher.model, student)
-    if PREDICTION_KINDS[session.corpus.head].causal:
+    if session.kind.causal:
         check_causal(teacher.model)
-    sets, loss = corpus.head == "multi_label", label_loss(corpus.head)
+    loss, sets = label_loss(kind), kind == "multi_label"
     statistics = calibrate(teacher.model, batches, wanted, loss, add_over_ranks, sets, teacher.precision)
     if state.is_main_process:
         statistics.save(session.folder.calibration)
@@ -55,8 +50,6 @@ def inputs(session: Session) -> dict[str, Any]:
 
 def check(session: Session) -> None:
     """Refuse gradients of a head that gives a number: there is no class to draw."""
-    if session.recipe.student.given is not None:
-        return
     if session.corpus.head == "regression" and wanted_statistics(session.recipe.student).gradients:
         raise InputError(
             "student.mlp.score: the labels are numbers, and gradients are taken of a head with classes; choose a score "

@@ -49,12 +49,19 @@ class Run:
     evaluation: Mapping[str, Any] | None = None
 
     @property
+    def primary(self) -> str:
+        """The metric that its arms are judged by."""
+        return str(get_in(self.evaluation, "primary"))
+
+    @property
+    def higher_is_better(self) -> bool:
+        """The direction of this metric."""
+        return bool((get_in(self.evaluation, "higher_is_better") or {}).get(self.primary, True))
+
+    @property
     def measured(self) -> tuple[Any, ...]:
         """All that must be equal for two scores to be compared."""
-        data = get_in(self.evaluation, "data") or {}
-        return tuple((self.evaluation or {}).get(key) for key in ("primary",)) + tuple(
-            data.get(key) for key in ("measured_on", "examples")
-        )
+        return (self.primary, *(get_in(self.evaluation, "data", key) for key in ("measured_on", "examples")))
 
 
 def read_run(folder: Path, name: str) -> Run:
@@ -63,21 +70,25 @@ def read_run(folder: Path, name: str) -> Run:
     if not path.is_file():
         raise InputError(f"{folder} holds no evaluation.json: no run that reached its evaluation, and no release")
     evaluation = read_object(path)
-    arms = {str(get_in(arm, "name")): arm for arm in evaluation.get("arms") or []}
-    primary = str(evaluation.get("primary"))
-    if get_in(arms, "distilled", "metrics") is None:
+    student, primary = find_arm(evaluation, "distilled"), str(evaluation.get("primary"))
+    if get_in(student, "metrics") is None:
         raise InputError(f"{path}: the distilled student was not measured; add it to evaluation.arms")
     return Run(
         name,
-        as_number(get_in(arms, "distilled", "metrics", primary)),
+        as_number(get_in(student, "metrics", primary)),
         costs_of(evaluation, "student"),
-        as_number(get_in(arms, "distilled", "retained", primary)),
+        as_number(get_in(student, "retained", primary)),
         flatten(read_released(folder / "recipe.yaml").model_dump(mode="json", exclude={"name"})),
         evaluation,
     )
 
 
-def costs_of(evaluation: Mapping[str, Any], model: str) -> dict[str, float | None]:
+def find_arm(evaluation: Mapping[str, Any] | None, name: str) -> Any:
+    """Find an arm of an evaluation; None where it was not measured."""
+    return next((arm for arm in get_in(evaluation, "arms") or () if get_in(arm, "name") == name), None)
+
+
+def costs_of(evaluation: Mapping[str, Any] | None, model: str) -> dict[str, float | None]:
     """Collect size and speed of a measured model."""
     measured = get_in(evaluation, "efficiency", "models", model)
     return {title: as_number(get_in(measured, *path)) for title, (path, _) in COSTS.items()}
@@ -85,35 +96,27 @@ def costs_of(evaluation: Mapping[str, Any], model: str) -> dict[str, float | Non
 
 def teacher_of(run: Run) -> Run:
     """Make the row of a run's teacher."""
-    arms = (run.evaluation or {}).get("arms") or []
-    score = next((get_in(arm, "metrics", _primary(run)) for arm in arms if get_in(arm, "name") == "teacher"), None)
-    return Run("teacher", as_number(score), costs_of(run.evaluation or {}, "teacher"))
-
-
-def _primary(run: Run) -> str:
-    return str((run.evaluation or {}).get("primary"))
-
-
-def _higher_is_better(run: Run) -> bool:
-    return bool((get_in(run.evaluation, "higher_is_better") or {}).get(_primary(run), True))
+    score = get_in(find_arm(run.evaluation, "teacher"), "metrics", run.primary)
+    return Run("teacher", as_number(score), costs_of(run.evaluation, "teacher"))
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Read several runs, named by their folders; runs of one name, or `release`, by the folder above as well.
+    """Read several runs, named by their folders, and by folders above where these have one name; a release is its run.
 
     Raises:
         InputError: One is no finished run, one is named twice, or they were not measured by the same metric.
     """
     whole = [folder.resolve() for folder in folders]
-    if twice := [folder for folder in whole if whole.count(folder) > 1]:
-        raise InputError(f"{twice[0]} is named twice")
     named = [folder.parent if folder.name == "release" else folder for folder in whole]
-    names = [folder.name for folder in named]
-    if len({*names}) < len(names):
-        names = [f"{folder.parent.name}/{folder.name}" for folder in named]
+    if twice := [folder for folder in named if named.count(folder) > 1]:
+        raise InputError(f"{twice[0]} is named twice")
+    depth, names = 1, [folder.name for folder in named]
+    while len({*names}) < len(names):
+        depth += 1
+        names = ["/".join(folder.parts[-depth:]) for folder in named]
     runs = [read_run(folder, name) for folder, name in zip(whole, names, strict=True)]
-    if len({_primary(run) for run in runs}) > 1:
-        listed = ", ".join(f"{run.name} by {_primary(run)}" for run in runs)
+    if len({run.primary for run in runs}) > 1:
+        listed = ", ".join(f"{run.name} by {run.primary}" for run in runs)
         raise InputError(f"these runs are judged by different metrics: {listed}; give runs of one task")
     return runs
 
@@ -134,15 +137,13 @@ def on_front(run: Run, runs: Sequence[Run], cost: str, *, higher: bool) -> bool:
 
 def runs_table(runs: Sequence[Run]) -> Table:
     """Tabulate quality, size and speed, and by which costs a run is on the front."""
-    metric, higher = _primary(runs[0]), _higher_is_better(runs[0])
-    arrow = "↑" if higher else "↓"
-    rows = []
+    metric, higher, rows = runs[0].primary, runs[0].higher_is_better, []
     for run in (teacher_of(runs[0]), *runs):
         fronts = [cost for cost in COSTS if run in runs and on_front(run, runs, cost, higher=higher)]
         costs = [write(run.costs[title]) for title, (_, write) in COSTS.items()]
         share = format_percent(run.of_teacher) if run.of_teacher is not None else MISSING
         rows.append((run.name, format_metric(metric, run.score), share, *costs, ", ".join(fronts) or MISSING))
-    return Table(("run", f"{metric} {arrow}", "of the teacher", *COSTS, "on the front of"), rows)
+    return Table(("run", f"{metric} {'↑' if higher else '↓'}", "of the teacher", *COSTS, "on the front of"), rows)
 
 
 def settings_table(runs: Sequence[Run]) -> Table:
@@ -180,7 +181,7 @@ def warnings_about(runs: Sequence[Run]) -> list[str]:
 
 def figures(runs: Sequence[Run]) -> list[Figure]:
     """Draw quality against each cost."""
-    metric, higher, drawn = _primary(runs[0]), _higher_is_better(runs[0]), []
+    metric, higher, drawn = runs[0].primary, runs[0].higher_is_better, []
     for cost, (_, write) in COSTS.items():
         dots = [
             charts.Dot(run.name, price, score, "teacher" if run.settings is None else "distilled", solid)

@@ -9,7 +9,7 @@ from typing import Any
 
 from distill.data import Corpus
 from distill.errors import InputError
-from distill.models.load import load_tokenizer
+from distill.models.load import load_tokenizer, trained_labels
 from distill.pipeline.session import Session
 from distill.recipe.load import check_beside
 from distill.recipe.locate import teacher_folder, teacher_size
@@ -151,3 +151,13 @@ def check_same_classes(names: Sequence[str], classes: Sequence[str], key: str, w
                 f"{key}: its class {number} is {own!r} (id2label in its config.json), that of {whose} {other!r}; the "
                 f"classes must be the same in the same order"
             )
+
+
+def check_members(session: Session) -> None:
+    """Refuse teachers with other classes than the first, or in another order. Raises InputError."""
+    recipe, corpus = session.recipe, session.corpus
+    if not recipe.mixes or not corpus.classes:
+        return
+    order = corpus.classes if recipe.teacher.fit else trained_labels(session.source)
+    for number, (_, folder) in enumerate(session.teachers[1:], start=1):
+        check_same_classes(trained_labels(folder), order, f"teachers.{number}.model", "the first teacher")

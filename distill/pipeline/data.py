@@ -34,7 +34,8 @@ from distill.models.load import ModelHead, load_config, tokenizer_fingerprint, t
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage, with_version
 from distill.recipe.jsonrows import list_names
-from distill.recipe.load import fingerprint
+from distill.recipe.load import check_teacher, fingerprint
+from distill.recipe.locate import teacher_folder
 from distill.recipe.teachers import source_names
 
 SEQUENCE_CLASSES = "AutoModelForSequenceClassification"
@@ -210,14 +211,11 @@ def _check_vocabulary(session: Session, config: Any, corpus: Corpus) -> None:
     first = min((number for number in added if number >= known), default=None)
     if session.recipe.teacher.fit and first == known:
         return  # the tokens of the task come right after the teacher's own, and it gets embeddings for them
+    what = f"writes the token {session.tokenizer.convert_ids_to_tokens(highest)!r} with id {highest}"
     if session.recipe.teacher.fit and first is not None:
-        raise InputError(
-            f"{session.source}: the tokenizer has {first} tokens, and the model has {known} embeddings; the two do "
-            f"not belong together"
-        )
+        what = f"has {first} tokens"
     raise InputError(
-        f"{session.source}: the tokenizer writes the token {session.tokenizer.convert_ids_to_tokens(highest)!r} "
-        f"with id {highest}, and the model has {known} embeddings; the two do not belong together"
+        f"{session.source}: the tokenizer {what}, and the model has {known} embeddings; the two do not belong together"
     )
 
 
@@ -266,4 +264,14 @@ def _code_fingerprint(session: Session) -> str:
     return hashlib.sha256("".join(sorted(map(sha256_of, files))).encode()).hexdigest()
 
 
-STAGE = Stage("data", work, inputs, lambda session: [session.folder.data])
+def check(session: Session) -> None:
+    """Look at a teacher from the hub, which nobody could when the recipe was read.
+
+    Raises:
+        InputError: With everything that is wrong with it or does not fit it.
+    """
+    if teacher_folder(session.recipe.teacher.model, session.base) is None:
+        check_teacher(session.recipe, session.source)
+
+
+STAGE = Stage("data", work, inputs, lambda session: [session.folder.data], check=check)

@@ -46,14 +46,12 @@ def inputs_of_training(session: Session) -> Seen:
     steps = max(spec_of(session, arm, own).steps or 0 for arm in taught for own in tries_of(recipe, arm))
     batches = batches_for(session, recipe.training, labelled=False)
     size, count = batches.batch_size, len(batches.pool)
-    order = {"seed": recipe.seed, "batch_size": size, "steps": steps}
-    if session.bound_task.draws:
-        chosen = [step_indices(batches.pool, size, recipe.seed, step) for step in range(steps)]
-        return Seen(np.array([(step, index) for step, own in enumerate(chosen) for index in own]), order)
-    if steps * size >= count:
+    draws = session.bound_task.draws
+    if not draws and steps * size >= count:
         return Seen(np.stack([np.zeros(count, np.int64), np.arange(count)], 1), "all")
-    some = [index for step in range(steps) for index in step_indices(batches.pool, size, recipe.seed, step)]
-    return Seen(np.stack([np.zeros(len(some), np.int64), some], 1), order)
+    chosen = [step_indices(batches.pool, size, recipe.seed, step) for step in range(steps)]
+    pairs = [(step if draws else 0, index) for step, own in enumerate(chosen) for index in own]
+    return Seen(np.array(pairs), {"seed": recipe.seed, "batch_size": size, "steps": steps})
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ class Entries:
 
     @property
     def shards(self) -> int:
-        """How many shards there are."""
+        """Number of shards."""
         return len(self.rows_of) - 1
 
     @property
@@ -95,7 +93,7 @@ class Entries:
 
 
 def find_entries(session: Session, columns: Sequence[Column], every: int = 1) -> Entries:
-    """Make the keys of all that the training will see, or of `every` so-manieth of it, each input once."""
+    """Make the keys of what the training will see, each input once; of every n-th example, if `every` is n."""
     pairs, kind = inputs_of_training(session).pairs[::every], session.corpus.head
     found: dict[bytes, np.ndarray] = {}
     positions = dict.fromkeys((column.name for column in columns), 0)

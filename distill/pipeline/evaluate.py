@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from importlib.metadata import version
 from typing import Any
 
-from distill.data import evaluation_batches, observe_batch
 from distill.data.splits import TRAINED_ON
 from distill.errors import InputError
 from distill.evaluation.arms import ARMS, lessons, measured_arms, not_run, rivals, title_of, trained_arms
 from distill.evaluation.efficiency import add_disk_bytes, in_bf16, measure_efficiency
 from distill.evaluation.harness import load_tasks, run_harness
-from distill.evaluation.metrics import METRICS, compute, find_metric, higher_is_better, measurable
-from distill.evaluation.predict import Rows, column_names, predict
+from distill.evaluation.metrics import METRICS, find_metric, higher_is_better, measurable
+from distill.evaluation.predict import Rows, column_names
 from distill.evaluation.table import finite_or_none, spread_over, tabulate
 from distill.files import content_of, fresh_folder, read_object, write_json
 from distill.models.family import all_layers
@@ -22,7 +20,7 @@ from distill.models.forward import Capture
 from distill.models.load import folder_fingerprint
 from distill.models.precision import describe_precision, takes_autocast
 from distill.pipeline.control import budget_of
-from distill.pipeline.predictions import load_arm, predict_arms, save_rows
+from distill.pipeline.predictions import load_arm, measure, predict_arms, predict_split, save_rows
 from distill.pipeline.session import Session, in_precision
 from distill.pipeline.stage import Stage, harness_folder, settings_of
 from distill.pipeline.teachers import describe_teachers, load_teaching
@@ -48,7 +46,7 @@ def work(session: Session) -> None:
         return
     teacher = load_teaching(session, Capture(stop_at_head=True), whole=True)
     recipe, corpus, steps = session.recipe, session.corpus, steps_of(session)
-    rows = predict_arms(session, teacher, steps, *shares)
+    rows = predict_arms(session, teacher, steps, shares)
     if not process_state().is_main_process:
         return
     with fresh_folder(session.folder.predictions) as folder:
@@ -61,7 +59,7 @@ def work(session: Session) -> None:
     student = session.load(session.folder.distilled, session.near(teacher.model.device)).to(teacher.model.device)
     measured = tabulate_sets(session, rows, names, steps)
     table = {
-        "data": describe_data(session, len(columns["example"])),
+        "data": describe_data(session) | {"examples": len(columns["example"])},
         "metrics": names,
         "primary": names[0],
         "higher_is_better": {name: higher_is_better(name) for name in names},
@@ -89,14 +87,11 @@ def tabulate_sets(
 ) -> dict[str, dict[str, Any]]:
     """Compute the figures of every split, with the words for its arms and their budgets."""
     titles, classes = {arm: title_of(session.recipe, arm) for arm in rows["test"]}, session.corpus.classes
+    budgets = {arm: budget_of(session, arm) for arm in trained_arms(session.recipe)}
     found = {split: tabulate(arms, names, steps, classes, unit_of(session), titles) for split, arms in rows.items()}
-    return {split: {**own, "arms": with_budgets(session, own["arms"])} for split, own in found.items()}
-
-
-def with_budgets(session: Session, arms: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Add to each trained arm how long and how fast it learned, and how that was chosen."""
-    trained = trained_arms(session.recipe)
-    return [row | (budget_of(session, row["name"]) if row["name"] in trained else {}) for row in arms]
+    for own in found.values():
+        own["arms"] = [row | budgets.get(row["name"], {}) for row in own["arms"]]
+    return found
 
 
 def compare_seeds(session: Session, table: dict[str, Any]) -> dict[str, Any]:
@@ -110,15 +105,15 @@ def compare_seeds(session: Session, table: dict[str, Any]) -> dict[str, Any]:
     return {"seeds": {"seeds": [*tables], "arms": arms, "sets": sets}}
 
 
-def describe_data(session: Session, measured: int) -> dict[str, Any]:
-    """Name the sources, and count the examples of every split, of the test split those that were measured."""
+def describe_data(session: Session) -> dict[str, Any]:
+    """Name the sources, and count the examples of every split, of the test split those that there are."""
     recipe, corpus = session.recipe, session.corpus
     sources = {split: [without_folders(each.source) for each in recipe.data.origins(split)] for split in SPLITS}
     return {
         "source": ", ".join(dict.fromkeys([*sources["train"], *sources["test"]])),
         "measured_on": ", ".join(dict.fromkeys(sources["test"] or sources["train"])),
         "split": "test",
-        "examples": measured,
+        "examples": len(corpus.test),
         "train_examples": len(corpus.train),
         "labelled": len(corpus.labelled),
         "fingerprint": corpus.fingerprint,
@@ -167,15 +162,11 @@ def describe_precisions(session: Session, teacher: LiveTeacher | Mixture, studen
     }
     if not takes_autocast(student, precision):
         return found
-    corpus, size = session.corpus, session.recipe.evaluation.batch_size
-    pool = range(min(COMPARED, len(corpus.test)))
-    released: dict[str, Any] = {"dtype": describe_precision(student, "fp32"), "examples": len(pool)}
+    count = min(COMPARED, len(session.corpus.test))
+    released: dict[str, Any] = {"dtype": describe_precision(student, "fp32"), "examples": count}
     for title, each in (("as_evaluated", precision), ("metrics", "fp32")):
-        batches = evaluation_batches(corpus, corpus.test, size, pool=pool)
-        observe = partial(observe_batch, corpus, corpus.test) if corpus.task.observed_in_training else None
-        rows = predict(student, batches, corpus.head, None, session.vocabulary, observe, precision=each)
-        columns = corpus.task.finish(rows, corpus.settled) if rows else {}
-        released[title] = finite_or_none(compute(measurable(corpus.task.metrics_for(corpus.head), columns), columns))
+        rows = predict_split(session, student, "test", precision=each, quick=True, most=COMPARED)
+        released[title] = finite_or_none(measure(session, rows))
     return found | {"released": released}
 
 
@@ -219,8 +210,9 @@ def own_inputs(session: Session) -> dict[str, Any]:
     return {
         "arms": {arm: folder_fingerprint(session.arm_folder(arm)) for arm in models},
         "teacher": session.teacher_inputs(),
-        "data": session.corpus.fingerprint,
-        "sets": session.corpus.sets,
+        "data": describe_data(session),
+        "sets": {split: describe_set(session, split) | {"content": own} for split, own in session.corpus.sets.items()},
+        "taught_by": describe_teachers(session),
         "examined": content_of(session.folder.examined),
         "student": folder_fingerprint(session.folder.distilled),
         "mask": {**mask, "training": settings_of(session.recipe.training)} if mask else None,
@@ -234,7 +226,7 @@ def own_inputs(session: Session) -> dict[str, Any]:
 def check_names(session: Session) -> None:
     """Find every metric and task that the recipe names, the user's own included. Raises InputError where one is not."""
     for name in session.recipe.evaluation.metrics or ():
-        find(METRICS, name, "metric")
+        find(METRICS, name, "evaluation.metrics: metric")
     if session.recipe.evaluation.harness is not None:
         load_tasks(session.recipe.evaluation.harness, harness_folder(session.recipe, session.base))
 

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
-from accelerate.utils import gather_object
-
-from distill.data import evaluation_batches, observe_batch
+from distill.data import evaluation_batches
 from distill.data.summary import FEW_TEST_EXAMPLES
 from distill.errors import InputError
 from distill.evaluation.chance import label_counts, weakness
-from distill.evaluation.metrics import compute, measurable
-from distill.evaluation.predict import merge_rows, predict
 from distill.evaluation.table import finite_or_none
 from distill.files import write_json
-from distill.losses import PREDICTION_KINDS
 from distill.models.forward import Capture
+from distill.pipeline.predictions import measure, predict_split
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage
 from distill.pipeline.teachers import load_teaching
@@ -38,26 +33,21 @@ def work(session: Session) -> None:
         return
     split = "validation" if corpus.validation is not None else "test"
     examples = corpus.splits[split]
-    pool = range(min(EXAMINED, len(examples)))
-    batches = partial(evaluation_batches, corpus, examples, session.recipe.evaluation.batch_size, pool=pool)
-    teacher, observe = load_teaching(session, Capture(stop_at_head=True), whole=True), None
-    if corpus.task.observed_in_training:
-        observe = partial(observe_batch, corpus, examples)
-    vocabulary, precision = session.vocabulary, teacher.precision
-    ask = teacher if session.recipe.mixes else None
-    own = predict(teacher.model, batches(*shares), corpus.head, None, vocabulary, observe, ask, precision)
-    rows = merge_rows(gather_object([own]) if shares[1] > 1 else [own])
-    finished = corpus.task.finish(rows, corpus.settled)
-    metrics = compute(measurable(corpus.task.metrics_for(corpus.head), finished), finished) if rows else {}
+    pool = range(len(examples))[:EXAMINED]
+    teacher = load_teaching(session, Capture(stop_at_head=True), whole=True)
+    how: dict[str, Any] = {"ask": teacher if session.recipe.mixes else None, "precision": teacher.precision}
+    rows = predict_split(session, teacher.model, split, shares, quick=True, most=EXAMINED, **how)
+    metrics = measure(session, rows)
     figures = {"split": split, "examples": len(pool), "metrics": finite_or_none(metrics), "weakness": ""}
     line = ", ".join(f"{name} {format_number(value)}" for name, value in metrics.items())
     who = "mixture of the teachers" if session.recipe.mixes else "teacher"
     session.say(f"  the {who} on {len(pool)} {split} examples: {line}")
-    if PREDICTION_KINDS[corpus.head].compares_classes and rows:
-        classes = session.vocabulary or PREDICTION_KINDS[corpus.head].classes or len(corpus.classes)
+    if session.kind.compares_classes and rows:
+        classes = session.vocabulary or session.kind.classes or len(corpus.classes)
         totals = {name: float(rows[name].sum()) for name in ("nll", "correct", "tokens")}
         own_figures = {"loss": totals["nll"] / totals["tokens"], "accuracy": totals["correct"] / totals["tokens"]}
-        figures["weakness"] = weakness(own_figures, label_counts(batches(), corpus.head), classes)
+        batches = evaluation_batches(corpus, examples, session.recipe.evaluation.batch_size, pool=pool)
+        figures["weakness"] = weakness(own_figures, label_counts(batches, corpus.head), classes)
     if figures["weakness"]:
         _object(session, str(figures["weakness"]), len(pool))
     if process_state().is_main_process:

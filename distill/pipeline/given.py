@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 
-from distill.data import collate
 from distill.errors import InputError
-from distill.losses import PREDICTION_KINDS, Objective
+from distill.losses import Objective
 from distill.models.causal import check_causal
 from distill.models.family import use_eager_attention
 from distill.models.forward import forward, takes_token_types
-from distill.models.load import folder_fingerprint, grow_embeddings, hollow_model, load_model, trained_labels
+from distill.models.load import folder_fingerprint, hollow_model, trained_labels
 from distill.models.plan import StudentPlan
 from distill.pipeline.compatible import check_same_classes
 from distill.pipeline.data import NAMELESS
@@ -57,21 +56,11 @@ def _released_plan(session: Session) -> StudentPlan | None:
 
 def build_given(session: Session) -> None:
     """Copy the student into the run folder, with the task's head, once every term of the loss can be computed."""
-    folder, seed, head = session.student_source, session.recipe.seed, session.head
-    names = trained_labels(folder)
-    if len(names) == len(head.labels) and not all(map(NAMELESS.fullmatch, names)):
-        check_same_classes(names, head.labels, "student.from", "the run")
-    student = load_model(
-        folder,
-        head,
-        allow_untrained_head=True,
-        random_seed=seed,
-        remote_code=session.remote_code,
-        say=session.say_once,
-    )
-    grow_embeddings(student, session.tokenizer, session.task.added_tokens, seed, session.say)
-    teacher = session.load(session.teacher)
-    for each in (teacher, student) if PREDICTION_KINDS[session.corpus.head].causal else ():
+    names, classes = trained_labels(session.student_source), session.corpus.classes
+    if len(names) == len(classes) and not all(map(NAMELESS.fullmatch, names)):
+        check_same_classes(names, classes, "student.from", "the run")
+    student, teacher = session.load_to_fit(session.student_source), session.load(session.teacher)
+    for each in (teacher, student) if session.kind.causal else ():
         check_causal(each)
     try_terms(session, student, teacher)
     format_of(student, session.recipe.release.format)  # refused before it is trained
@@ -88,7 +77,7 @@ def try_terms(session: Session, student: Any, teacher: Any) -> None:
     objective.project(student.config.hidden_size, teacher.config.hidden_size)
     for each in (student, teacher) if objective.student.attention else ():
         use_eager_attention(each)
-    batch = collate(corpus, corpus.train, range(min(TRIED, len(corpus.train))))
+    batch = session.first_examples(TRIED)
     sides = [partial(forward, student, batch, objective.student), partial(forward, teacher, batch, objective.teacher)]
     if "token_type_ids" in batch and takes_token_types(teacher) and not takes_token_types(student):
         session.say(

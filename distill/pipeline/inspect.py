@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
@@ -19,14 +19,14 @@ from distill.errors import InputError
 from distill.models.family import layers_of, layout_of
 from distill.models.layout import StackName
 from distill.models.load import load_student, load_tokenizer, teacher_path
-from distill.models.mlp import NeuronAxis, mlps_of
+from distill.models.mlp import mlps_of
 from distill.models.plan import StudentPlan
 from distill.ranks import process_state
 from distill.recipe.headers import look_at_folder
 from distill.recipe.locate import is_path
 from distill.recipe.schema import Source, Student, Teacher
 from distill.registry import find
-from distill.release.table import Table
+from distill.release.table import Printed, Table
 from distill.release.wording import MISSING, format_number, format_percent
 from distill.student import LAYER_POLICIES, Statistics, calibrate
 from distill.student.plan import plan_student
@@ -35,22 +35,13 @@ BATCH = 16
 """Examples per forward pass; does not change the statistics."""
 
 
-class Inspection(NamedTuple):
-    """One printed table."""
-
-    title: str
-    table: Table
-    note: str
-    """The meaning of its columns."""
-
-
 def open_model(name: str) -> Any:
     """Load the model in a folder, an installed package or on the hub, with the class that its config names.
 
     Raises:
         InputError: There is no such model, or its family is not known.
     """
-    folder = _folder(name)
+    folder = model_folder(name, "MODEL")
     if (folder / "config.json").is_file() and (mistakes := look_at_folder(folder, weights=True)[1]):
         raise InputError("; ".join(mistakes))
     model = load_student(folder)
@@ -58,9 +49,10 @@ def open_model(name: str) -> Any:
     return model
 
 
-def _folder(name: str) -> Path:
-    folder = Path(name).expanduser()
-    return teacher_path(Teacher(model=str(folder.absolute()) if folder.is_dir() else name), Path.cwd())
+def model_folder(name: str, key: str) -> Path:
+    """Find the folder of a model that the argument `key` of a command names: a path, a package or a hub id."""
+    path = Path(name).expanduser()
+    return teacher_path(Teacher(model=str(path.absolute()) if path.exists() else name), Path.cwd(), key=key)
 
 
 def read_statistics(path: Path, model: Any) -> Statistics:
@@ -83,7 +75,7 @@ def gather_statistics(name: str, model: Any, source: str, examples: int, max_len
     """
     if layout_of(model).encoder is not None:
         raise InputError("--data: an encoder-decoder cannot be calibrated yet; leave the option out")
-    tokenizer = load_tokenizer(_folder(name))
+    tokenizer = load_tokenizer(model_folder(name, "MODEL"))
     given = f"./{source}" if Path(source).expanduser().is_file() and not source.startswith(("/", "~", ".")) else source
     if not is_path(given):
         find(SOURCES, given, "data source")
@@ -99,7 +91,7 @@ def gather_statistics(name: str, model: Any, source: str, examples: int, max_len
     return calibrate(model.to(process_state().device), batches)
 
 
-def inspect_model(model: Any, statistics: Statistics | None, keep_layers: int | None = None) -> list[Inspection]:
+def inspect_model(model: Any, statistics: Statistics | None, keep_layers: int | None = None) -> list[Printed]:
     """Tabulate everything that is known about a model; `keep_layers` None: half of them, rounded up.
 
     Raises:
@@ -115,7 +107,7 @@ def inspect_model(model: Any, statistics: Statistics | None, keep_layers: int | 
     return [*weights, *redundancy, tabulate_policies(model, statistics, keep)]
 
 
-def tabulate_weights(model: Any, side: StackName) -> Inspection:
+def tabulate_weights(model: Any, side: StackName) -> Printed:
     """Tabulate norms and zeros of attention and MLP in each layer of one stack."""
     head = ("layer", "norm of attention", "norm of MLP", "zeros in attention", "zeros in MLP", "silent neurons")
     rows = []
@@ -126,8 +118,9 @@ def tabulate_weights(model: Any, side: StackName) -> Inspection:
         outside = [tensor for name, tensor in matrices.items() if name not in names]
         norms = [format_number(_norm(tensors)) for tensors in (outside, inside)]
         zeros = [format_percent(_zeros(tensors)) for tensors in (outside, inside)]
-        rows.append((str(index), *norms, *zeros, _silent(mlp)))
-    return Inspection(
+        silent = (mlp.weight_out == 0).all(dim=-2)
+        rows.append((str(index), *norms, *zeros, f"{int(silent.sum())} of {silent.numel()}"))
+    return Printed(
         "Weights" + (" of the encoder" if side == "encoder" else ""),
         Table(head, rows, 0),
         "Norms are 2-norms over all weights; attention means everything in a layer but its MLP and its vectors (biases "
@@ -143,17 +136,12 @@ def _zeros(tensors: Sequence[Tensor]) -> float:
     return sum(int((tensor == 0).sum()) for tensor in tensors) / max(1, sum(tensor.numel() for tensor in tensors))
 
 
-def _silent(mlp: NeuronAxis) -> str:
-    silent = (mlp.weight_out == 0).all(dim=-2)
-    return f"{int(silent.sum())} of {silent.numel()}"
-
-
-def tabulate_redundancy(model: Any, statistics: Statistics) -> list[Inspection]:
+def tabulate_redundancy(model: Any, statistics: Statistics) -> list[Printed]:
     """Tabulate the figures of the statistics for single layers, and for blocks of them."""
     figures = dict(_plan(model, statistics, len(layers_of(model)), "first").layer_scores)
     blocks = []
     for side in layout_of(model).sides:
-        distances, prefix = statistics.of(side).angular_distance(), _prefix(side)
+        distances, prefix = statistics.of(side).angular_distance(), "encoder " if side == "encoder" else ""
         figures[f"{prefix}angular distance"] = distances.diagonal(offset=1).tolist()
         for length in range(1, len(distances) - 1):
             steps = distances.diagonal(offset=length)
@@ -166,13 +154,13 @@ def tabulate_redundancy(model: Any, statistics: Statistics) -> list[Inspection]:
         for i in range(deepest)
     ]
     return [
-        Inspection(
+        Printed(
             "Redundancy of layers",
             Table(("layer", *(name.replace("_", " ") for name in figures)), rows, 0),
             "Over the calibration sample. A layer with a low figure changes what passes through it little. The angular "
             "distance, arccos(cos) / π, is that between a layer's input and output at the last token of each text.",
         ),
-        Inspection(
+        Printed(
             "Redundancy of blocks",
             Table(("layers in a row", "nearest to nothing", "angular distance"), blocks, 2),
             "For each length, the block whose output is nearest to its input.",
@@ -180,7 +168,7 @@ def tabulate_redundancy(model: Any, statistics: Statistics) -> list[Inspection]:
     ]
 
 
-def tabulate_policies(model: Any, statistics: Statistics | None, keep: int) -> Inspection:
+def tabulate_policies(model: Any, statistics: Statistics | None, keep: int) -> Printed:
     """Tabulate the layers that each policy would keep and drop."""
     depth, rows = len(layers_of(model)), []
     for name in LAYER_POLICIES:
@@ -192,18 +180,13 @@ def tabulate_policies(model: Any, statistics: Statistics | None, keep: int) -> I
         dropped = [index for index in range(depth) if index not in kept]
         rows.append((name, _join(kept), _join(dropped), ""))
     title = f"Which layers would go, keeping {keep} of {depth}"
-    return Inspection(title, Table(("policy", "keeps", "drops", "not possible"), rows, 4), "`student.layers.choose`")
+    return Printed(title, Table(("policy", "keeps", "drops", "not possible"), rows, 4), "`student.layers.choose`")
 
 
 def _plan(model: Any, statistics: Statistics | None, keep: int, policy: str) -> StudentPlan:
     # All neurons are kept, for which the cheapest score will do.
     settings = {"layers": {"keep": keep, "choose": policy}, "mlp": {"score": "random"}}
     return plan_student(model, Student.model_validate(settings), statistics)
-
-
-def _prefix(side: StackName) -> str:
-    """Tell the encoder of an encoder-decoder from everything else."""
-    return "encoder " if side == "encoder" else ""
 
 
 def _join(indices: Sequence[int]) -> str:

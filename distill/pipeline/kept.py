@@ -14,11 +14,11 @@ from torch.nn import functional
 
 from distill.files import cache_folder, read_object
 from distill.losses import MATCHES, PREDICTION_KINDS, Objective
-from distill.models.forward import Batch, Capture, Outputs
+from distill.losses.kinds import Mask
+from distill.models.forward import Batch, Outputs
 from distill.models.load import load_config
 from distill.models.precision import DTYPES
 from distill.models.topk import TopK
-from distill.pipeline.fp8 import quantise_teacher
 from distill.pipeline.session import Session
 from distill.pipeline.teachers import load_teaching
 from distill.recipe.cache import TeacherCache
@@ -35,28 +35,18 @@ FOLDER = "teachers"
 def find_teacher(
     session: Session, terms: Sequence[Term], objective: Objective
 ) -> LiveTeacher | CachedTeacher | Mixture | None:
-    """Find the teacher of a training: live, from the cache where the recipe asks for one, or none."""
+    """Find the teacher of a training: live, from the cache where the recipe asks for one, or none.
+
+    Raises:
+        InputError: A part of the cache is missing or damaged.
+    """
     if not objective.needs_teacher:
         return None
-    if session.recipe.teacher.cache is not None:
-        return open_teacher(session, terms, objective)
-    return teaching(session, objective.teacher)
-
-
-def teaching(session: Session, capture: Capture) -> LiveTeacher | Mixture:
-    """Load what teaches, as it does: in 8 bits where the recipe says so. Raises InputError where that changes it."""
-    teacher = load_teaching(session, capture)
-    if session.recipe.teacher.dtype == "fp8":
-        quantise_teacher(session, teacher.model)
-    return teacher
-
-
-def open_teacher(session: Session, terms: Sequence[Term], objective: Objective) -> CachedTeacher:
-    """Open what the stage `cache` left. Raises InputError where a part of it is missing or damaged."""
-    assert session.recipe.teacher.cache is not None
-    kind, columns = session.corpus.head, columns_of(session.recipe.teacher.cache, session.corpus.head, terms, objective)
+    if session.recipe.teacher.cache is None:
+        return load_teaching(session, objective.teacher)
+    columns, keys = columns_of(session, terms, objective), partial(keys_of, session.corpus.head)
     width = load_config(session.teacher, session.head, session.remote_code).hidden_size
-    return CachedTeacher(folder_of(session), columns, partial(keys_of, kind), session.vocabulary or 0, width)
+    return CachedTeacher(folder_of(session), columns, keys, session.vocabulary or 0, width)
 
 
 def folder_of(session: Session) -> ShardFolder:
@@ -73,15 +63,17 @@ def lost_parts(session: Session) -> str:
     return f"gone: {folder.root / gone[0]}{f' and {len(gone) - 1} more' if gone[1:] else ''}" if gone else ""
 
 
-def columns_of(spec: TeacherCache, kind: str, terms: Sequence[Term], objective: Objective) -> list[Column]:
+def columns_of(session: Session, terms: Sequence[Term], objective: Objective) -> list[Column]:
     """List what has to be kept for a loss: predictions, where a term compares them, and the layers that it reads."""
-    columns = []
+    spec, kind, columns = session.recipe.teacher.cache, session.corpus.head, []
+    assert spec is not None, "nothing is kept without `teacher.cache`"
     taught = [MATCHES[term.match] for term in terms if MATCHES[term.match].needs_teacher]
     if any(match.capture is None for match in taught):
         columns.append(_predictions(spec, kind))
-    for name, mask in (("hidden", _states), ("encoder_hidden", _source)):
-        for layer in getattr(objective.teacher, name):
-            columns.append(Column(name, partial(mask, kind), spec.dtype, layer))  # type: ignore[arg-type]
+    for layer in objective.teacher.hidden:
+        columns.append(Column("hidden", partial(_mask, kind, "states"), spec.dtype, layer))
+    for layer in objective.teacher.encoder_hidden:
+        columns.append(Column("encoder_hidden", partial(_mask, kind, "source"), spec.dtype, layer))
     return columns
 
 
@@ -96,7 +88,7 @@ def _predictions(spec: TeacherCache, kind: str) -> Column:
 
 def keys_of(kind: str, batch: Batch) -> np.ndarray:
     """Hash the rows of a batch for a kind of predictions, uint8 [B, KEY]; a decoder that writes reads the labels."""
-    marks = [_predicted(kind, batch), _states(kind, batch)] if PREDICTION_KINDS[kind].vocabulary else []
+    marks = [_predicted(kind, batch), _mask(kind, "states", batch)] if PREDICTION_KINDS[kind].vocabulary else []
     # Which teacher answers may depend on the route.
     return row_keys(batch, marks, ("route", "labels") if kind == "seq2seq" else ("route",))
 
@@ -113,12 +105,9 @@ def _predicted(kind: str, batch: Batch) -> Tensor:
     return functional.pad(mask, (0, batch["labels"].shape[1] - mask.shape[1]))  # the last token predicts none
 
 
-def _states(kind: str, batch: Batch) -> Tensor:
-    return PREDICTION_KINDS[kind].states(batch)
-
-
-def _source(kind: str, batch: Batch) -> Tensor:
-    return PREDICTION_KINDS[kind].source(batch)
+def _mask(kind: str, name: Mask, batch: Batch) -> Tensor:
+    mask: Tensor = getattr(PREDICTION_KINDS[kind], name)(batch)
+    return mask
 
 
 def _real_tokens(batch: Batch) -> Tensor:

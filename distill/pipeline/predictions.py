@@ -1,9 +1,11 @@
-"""Run every arm over every split; predictions are kept, one row per example."""
+"""Run models over a split, and every arm over every split; predictions are kept, one row per example."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from safetensors.numpy import save_file
 from distill.data import evaluation_batches, observe_batch
 from distill.evaluation.arms import ARMS, measured_arms
 from distill.evaluation.chance import most_frequent
+from distill.evaluation.metrics import compute, measurable
 from distill.evaluation.predict import Ask, Rows, merge_rows, predict
 from distill.evaluation.recorded_teacher import HOST_BYTES, record_teacher
 from distill.files import write_json
@@ -25,6 +28,47 @@ COUNTED = 20_000
 """Training examples, at most, whose labels are counted for the most frequent one."""
 
 
+def predict_split(
+    session: Session,
+    model: Any,
+    split: str,
+    shares: tuple[int, int] = (0, 1),
+    *,
+    quick: bool = False,
+    most: int | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+    **how: Any,
+) -> Rows:
+    """Predict the examples of a split with one model.
+
+    Args:
+        session: The recipe at work.
+        model: A transformers model with the task's head, in eval mode.
+        split: Name of the split.
+        shares: This rank and the number of ranks that take part, among which batches are shared out.
+        quick: Leave out what the task observes slowly.
+        most: Number of examples, at most: the first ones.
+        stopped: Once it says so, leave out the batches that are left.
+        **how: `teacher`, `ask` and `precision`, as for `evaluation.predict.predict`.
+
+    Returns:
+        The columns that the metrics read, on every rank those of all; empty where no example has a label.
+    """
+    corpus, examples = session.corpus, session.corpus.splits[split]
+    pool, size = range(len(examples))[:most], session.recipe.evaluation.batch_size
+    batches = takewhile(lambda _: not stopped(), evaluation_batches(corpus, examples, size, *shares, pool=pool))
+    observe = None if quick and not corpus.task.observed_in_training else partial(observe_batch, corpus, examples)
+    own = predict(model, batches, corpus.head, vocabulary=session.vocabulary, observe=observe, **how)
+    rows = merge_rows(gather_object([own]) if shares[1] > 1 else [own])
+    return dict(corpus.task.finish(rows, corpus.settled)) if rows else {}
+
+
+def measure(session: Session, rows: Rows, also: str | None = None) -> dict[str, float]:
+    """Compute the metrics of the task, and one more, as far as predictions have the columns for them."""
+    names = dict.fromkeys([*session.task.metrics_for(session.corpus.head), *([also] if also else [])])
+    return compute(measurable([*names], rows), rows) if rows else {}
+
+
 def save_rows(columns: Rows, path: Path, fingerprint: str) -> None:
     """Write the predictions of an arm: numbers as safetensors, texts as JSON."""
     numbers = {name: values for name, values in columns.items() if values.dtype.kind != "U"}
@@ -34,7 +78,7 @@ def save_rows(columns: Rows, path: Path, fingerprint: str) -> None:
 
 
 def predict_arms(
-    session: Session, teacher: LiveTeacher | Mixture, steps: int, rank: int, ranks: int
+    session: Session, teacher: LiveTeacher | Mixture, steps: int, shares: tuple[int, int]
 ) -> dict[str, dict[str, Rows]]:
     """Predict the test split, and those of `evaluation.sets`, with every arm; every rank gets all rows.
 
@@ -42,8 +86,7 @@ def predict_arms(
         session: The recipe at work.
         teacher: Runs once over each split, for all arms.
         steps: Length of the training, which decides how an untrained arm is masked.
-        rank: Of those that take part, among which batches are shared out.
-        ranks: Number of those that take part.
+        shares: This rank and the number of ranks that take part.
 
     Returns:
         Split -> arm -> rows.
@@ -52,24 +95,19 @@ def predict_arms(
     splits = [name for name in corpus.splits if name not in ("train", "validation")]
     rows: dict[str, dict[str, Rows]] = {split: {} for split in splits}
     with ExitStack() as stack:
-        folders = {split: session.folder.root / f".teacher-{split}-{rank}" for split in splits}
+        folders = {split: session.folder.root / f".teacher-{split}-{shares[0]}" for split in splits}
         share = HOST_BYTES // len(splits)
         recordings = {split: stack.enter_context(record_teacher(teacher, folders[split], share)) for split in splits}
         for arm in measured_arms(recipe):
             constant = majority(session) if ARMS[arm].start == "none" else None
             model = teacher.model if constant else load_arm(session, arm, teacher, steps)
-            precision = recipe.training.precision
+            taught, precision = arm == ("teachers" if recipe.mixes else "teacher"), recipe.training.precision
             for split, recording in recordings.items():
-                examples = corpus.splits[split]
-                batches = evaluation_batches(corpus, examples, recipe.evaluation.batch_size, rank, ranks)
-                taught = arm == ("teachers" if recipe.mixes else "teacher")
                 ask = recording if taught else constant
-                observe = partial(observe_batch, corpus, examples)
-                own = [predict(model, batches, corpus.head, recording, session.vocabulary, observe, ask, precision)]
-                found = merge_rows(gather_object(own) if ranks > 1 else own)
-                rows[split][arm] = dict(corpus.task.finish(found, corpus.settled))
+                own = predict_split(session, model, split, shares, teacher=recording, ask=ask, precision=precision)
                 if corpus.task.packed:  # a long one fills several rows, which are not independent of each other
-                    rows[split][arm]["document"] = np.array(examples.take(found["example"])["row"])
+                    own["document"] = np.array(corpus.splits[split].take(own["example"])["row"])
+                rows[split][arm] = own
     return rows
 
 

@@ -6,8 +6,7 @@ vocabulary is looked at for a few positions, as its memory grows evenly with the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +17,9 @@ from transformers.initialization import no_init_weights
 from distill.losses import MATCHES, PREDICTION_KINDS, Maps, Objective
 from distill.losses.chunked import chunk_size
 from distill.losses.slopes import BLOCK
+from distill.models.family import all_layers, use_eager_attention
 from distill.models.forward import UNLABELLED, Batch, Outputs, forward, row_count
+from distill.models.fp8 import MULTIPLE
 from distill.models.head import OutputHead, output_head
 from distill.models.memory import MemoryTrace, Peak, make_fake, tracing
 from distill.models.precision import DTYPES
@@ -34,6 +35,8 @@ from distill.training.model import DistillModel
 from distill.training.optim import OPTIMIZERS, make_optimizer
 
 HERE = torch.device("cpu")
+EIGHT_BITS = ("int8", "fp8")
+"""Values of `teacher.dtype` in which the weights of linear maps take a byte."""
 EIGHT_BIT_BLOCK, EIGHT_BIT_FROM = 256, 4096
 """Weights that share one scale of an 8-bit moment, and the fewest of a parameter that has such; as in bitsandbytes."""
 
@@ -62,7 +65,7 @@ class Rehearsal:
     teacher_dtype: str = "stored"
     """As the recipe says it."""
     teacher_device: str = "same"
-    """The same."""
+    """As the recipe says it."""
     cached: TeacherCache | None = None
     """What is there of the teacher is what a cache keeps, and its head where logits are made by that."""
     beside: Sequence[Callable[[], Any]] = ()
@@ -113,10 +116,14 @@ class Rehearsal:
         if teacher is not None:
             objective.project(student.config.hidden_size, teacher.config.hidden_size)
         for each in (student, teacher) if objective.student.attention else ():
-            each.set_attn_implementation("eager")
+            use_eager_attention(each)
         if self.spec.gradient_checkpointing:
             gradient_checkpointing(student, "enable")({"use_reentrant": False})
         return DistillModel(student, objective).train()
+
+    def average(self, wrapper: DistillModel) -> Ema | None:
+        """Make the moving average of what learns, of fp32 weights; None where the training has none."""
+        return None if self.spec.ema is None else Ema(wrapper, self.spec.ema, lambda weight: weight.detach().float())
 
 
 def make_hollow(make: Callable[[], Any]) -> Any:
@@ -125,11 +132,9 @@ def make_hollow(make: Callable[[], Any]) -> Any:
         return make()
 
 
-@contextmanager
-def autocast(spec: Optimization, device: torch.device) -> Iterator[None]:
-    """Compute in the precision of a training, as Accelerate does."""
-    with torch.autocast(device.type, DTYPES[spec.precision], enabled=spec.precision != "fp32"):
-        yield
+def autocast(spec: Optimization, device: torch.device) -> torch.autocast:
+    """Make the context in which a training computes in its precision, as Accelerate does."""
+    return torch.autocast(device.type, DTYPES[spec.precision], enabled=spec.precision != "fp32")
 
 
 def rehearse_memory(training: Rehearsal, device: torch.device) -> Peak:
@@ -166,22 +171,27 @@ def rehearse_memory(training: Rehearsal, device: torch.device) -> Peak:
         peaks = list(trace.peaks.values())
     if apart:
         peaks.append(Peak({**before, "loss": _loss_bytes(training, heads, device)}, "the loss"))
-    if training.teacher_dtype == "int8" and teacher is not None and not elsewhere:
-        saved = _saved_by_eight_bits(teacher)
+    if training.teacher_dtype in EIGHT_BITS and teacher is not None and not elsewhere:
+        saved = _saved_by_eight_bits(teacher, training.teacher_dtype)
         peaks = [replace(peak, parts={**peak.parts, "teacher": peak.parts["teacher"] - saved}) for peak in peaks]
-    on_device = [Peak(_on_device(peak.parts), peak.moment) for peak in peaks]
+    on_device = [
+        replace(peak, parts={name: size for name, size in peak.parts.items() if size and name != "elsewhere"})
+        for peak in peaks
+    ]
     return max(on_device, key=lambda peak: peak.total)
 
 
-def _on_device(parts: Mapping[str, int]) -> dict[str, int]:
-    return {name: size for name, size in parts.items() if size and name != "elsewhere"}
+def _saved_by_eight_bits(model: Any, dtype: str) -> int:
+    """Count the bytes that 8 bits save: weights of linear maps have one each, and their rows a scale.
 
-
-def _saved_by_eight_bits(model: Any) -> int:
-    """Count what bitsandbytes saves: a byte for each weight of a linear map but the head, and a scale for each row."""
-    head = model.get_output_embeddings()
-    maps = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
-    return sum(own.weight.numel() * (own.weight.element_size() - 1) - 4 * own.out_features for own in maps)
+    bitsandbytes (int8) converts all linear maps but the head, we (fp8) those of layers with sizes that GPUs multiply.
+    """
+    head, parts = model.get_output_embeddings(), [model] if dtype == "int8" else all_layers(model)
+    maps = [module for part in parts for module in part.modules() if isinstance(module, nn.Linear)]
+    if dtype == "fp8":
+        maps = [own for own in maps if all(size % MULTIPLE == 0 for size in own.weight.shape)]
+    own_bytes = [own.weight.nbytes - own.weight.numel() - 4 * own.out_features for own in maps if own is not head]
+    return sum(own_bytes)
 
 
 def _trace_step(
@@ -216,7 +226,10 @@ def _trace_step(
     trace.fill("activations", "the backward pass")
     loss.backward()  # type: ignore[no-untyped-call]
     del loss
-    _take_step(training, wrapper, average, trace)
+    trace.fill("activations", "the optimizer's step")
+    nn.utils.clip_grad_norm_(wrapper.parameters(), training.spec.max_grad_norm or float("inf"))
+    if average is not None:
+        average.update(1, torch.zeros(()))
     del state
     return before
 
@@ -235,7 +248,7 @@ def _fill_state(training: Rehearsal, wrapper: DistillModel, trace: MemoryTrace) 
     if training.spec.optimizer not in OPTIMIZERS:
         state = _state_of_own(training, wrapper, learning)
     trace.fill("average")
-    average = Ema(wrapper, training.spec.ema, widen) if training.spec.ema is not None else None
+    average = training.average(wrapper)
     trace.fill("gradients")
     for parameter in learning if training.passes > 1 else ():
         parameter.grad = torch.zeros_like(parameter)
@@ -263,18 +276,6 @@ def _state_of_own(training: Rehearsal, wrapper: DistillModel, learning: Sequence
     for parameter in learning:
         parameter.grad = None
     return [value for own in optimizer.state.values() for value in own.values() if isinstance(value, Tensor)]
-
-
-def widen(parameter: Tensor) -> Tensor:
-    """Return the fp32 weights of a parameter."""
-    return parameter.detach().float()
-
-
-def _take_step(training: Rehearsal, wrapper: DistillModel, average: Ema | None, trace: MemoryTrace) -> None:
-    trace.fill("activations", "the optimizer's step")
-    nn.utils.clip_grad_norm_(wrapper.parameters(), training.spec.max_grad_norm or float("inf"))
-    if average is not None:
-        average.update(1, torch.zeros(()))
 
 
 def _loss_bytes(training: Rehearsal, heads: Sequence[OutputHead | None], device: torch.device) -> int:

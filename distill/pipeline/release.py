@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import platform
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import accelerate
-import torch
-import transformers
+import numpy as np
+from safetensors.numpy import load_file
 
 from distill import __version__
 from distill.errors import DistillError
@@ -19,21 +19,23 @@ from distill.files import content_of, fresh_folder, read_object, write_text
 from distill.models.pattern import pattern_note
 from distill.models.plan import StudentPlan
 from distill.models.sentence import sentence_files
-from distill.pipeline.disagreements import tabulate_disagreements
+from distill.pipeline.compare import find_arm
 from distill.pipeline.forms import check_wanted, make_forms, probe_of
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage
+from distill.pipeline.teachers import describe_model
 from distill.ranks import process_state
 from distill.recipe.load import read_released
 from distill.recipe.schema import Format
 from distill.release.card import render_card
 from distill.release.evidence import Evidence, get_in
-from distill.release.export import check_padding, check_release, releasable_recipe, without_folders, write_release
+from distill.release.export import check_padding, check_release, releasable_recipe, write_release
 from distill.release.formats import format_of
 from distill.release.hub_results import result_files
 from distill.release.oldest_transformers import oldest_version
 from distill.release.report import render_report
-from distill.release.wording import format_metric
+from distill.release.table import Table
+from distill.release.wording import format_metric, format_percent, one_line
 from distill.training import read_records
 from distill.training.loop import METRICS
 from distill.training.provenance import describe_changes, flatten
@@ -43,6 +45,11 @@ STAGES = (
     *("seeds", "evaluate"),
 )
 """Those before this one, in the order of the work."""
+SHOWN = 10
+"""Test examples on which student and teacher differ that the report of the run shows; no release holds texts."""
+LETTERS = 240
+"""Of a text."""
+EMPTY = Table(("text", "true", "teacher", "student"), [])
 
 
 def work(session: Session) -> None:
@@ -88,11 +95,33 @@ def describe_difference(before: Any, now: Any) -> str:
     (old, old_table), (new, table) = before, now
     keys = describe_changes(old, new) or "the same recipe"
     metric = str(table.get("primary"))
-    arms = [
-        [arm for arm in each.get("arms") or () if get_in(arm, "name") == "distilled"] for each in (old_table, table)
-    ]
-    own = [format_metric(metric, get_in(each[0], "metrics", metric) if each else None) for each in arms]
+    arms = (find_arm(each, "distilled") for each in (old_table, table))
+    own = [format_metric(metric, get_in(arm, "metrics", metric)) for arm in arms]
     return f"{keys}; {metric} {' → '.join(own)}"
+
+
+def tabulate_disagreements(session: Session) -> Table:
+    """List test examples on which student and teacher answer differently, those first of which the teacher is surest.
+
+    Each has the truth and both answers with their probabilities; nothing is listed where an example has no class.
+    """
+    paths = [session.folder.predictions / f"{arm}.safetensors" for arm in ("teacher", "distilled")]
+    if session.corpus.head != "sequence" or not all(path.is_file() for path in paths):
+        return EMPTY
+    teacher, student = map(load_file, paths)
+    differ = np.flatnonzero(teacher["predictions"] != student["predictions"])
+    chosen = differ[np.argsort(-teacher["confidence"][differ], kind="stable")][:SHOWN]
+    names, rows = session.corpus.classes, []
+    for row in chosen.tolist():
+        ids = session.corpus.test[int(student["example"][row])]
+        text = one_line(session.tokenizer.decode(ids, skip_special_tokens=True))
+        answers = [
+            f"{names[int(own['predictions'][row])]} ({format_percent(own['confidence'][row].item())})"
+            for own in (teacher, student)
+        ]
+        cut = text if len(text) <= LETTERS else f"{text[: LETTERS - 1]}…"
+        rows.append((cut, names[int(student["references"][row])], *answers))
+    return Table(EMPTY.head, rows, text_columns=4)
 
 
 def read_stages(session: Session) -> list[dict[str, Any]]:
@@ -105,7 +134,7 @@ def read_stages(session: Session) -> list[dict[str, Any]]:
 def collect_evidence(session: Session, release_format: Format = "uniform") -> Evidence:
     """Read the results of a finished run that card, report and the printed tables show."""
     recipe, spec, run = session.recipe, session.recipe.teacher, session.folder
-    plan = StudentPlan.load(run.plan)
+    plan, given = StudentPlan.load(run.plan), recipe.student.given
     return Evidence(
         recipe=recipe,
         recipe_text=releasable_recipe(recipe),
@@ -113,19 +142,11 @@ def collect_evidence(session: Session, release_format: Format = "uniform") -> Ev
         repair=read_object(run.repair) if recipe.student.repair.wanted else None,
         evaluation=read_object(run.evaluation),
         records={arm: read_records(session.train_folder(arm) / METRICS) for arm in trained_arms(recipe)},
-        teacher={
-            "model": without_folders(spec.model),
-            "revision": spec.revision,
-            "sha256": spec.sha256,
-            "model_type": plan.model_type,
-            "fitted": spec.fit is not None,
-        },
-        student=_given(session, plan),
+        teacher={**describe_model(spec), "model_type": plan.model_type, "fitted": spec.fit is not None},
+        student={**describe_model(given), "model_type": plan.given.model_type} if given and plan.given else {},
         environment={
             "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "accelerate": accelerate.__version__,
+            **{name: version(name) for name in ("torch", "transformers", "accelerate")},
             "distill": __version__,
             "device": str(process_state().device.type),
             "processes": process_state().num_processes,
@@ -137,15 +158,6 @@ def collect_evidence(session: Session, release_format: Format = "uniform") -> Ev
         release_format=release_format,
         sample=session.task.sample,
     )
-
-
-def _given(session: Session, plan: StudentPlan) -> dict[str, Any]:
-    """Name the model that a given student is from, without its folders."""
-    given = session.recipe.student.given
-    if given is None or plan.given is None:
-        return {}
-    named = {"model": without_folders(given.model), "revision": given.revision, "sha256": given.sha256}
-    return {**named, "model_type": plan.given.model_type}
 
 
 def inputs(session: Session) -> dict[str, Any]:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from distill.data import collate
 from distill.errors import InputError
 from distill.files import content_of, write_json
 from distill.losses import Objective
-from distill.models.forward import Batch, forward, to_device
+from distill.models.forward import forward, to_device
 from distill.models.load import folder_fingerprint, hollow_model
 from distill.models.plan import StudentPlan
 from distill.models.precision import autocast_for
@@ -33,17 +31,15 @@ REGRESSION_TERMS = {"loss": LOSS, "teacher_mse": Term(match="logits", loss="logi
 
 def check(session: Session) -> None:
     """Refuse a repair that the teacher's family does not allow, before anything is done."""
-    spec = session.recipe.student
-    if spec.repair.wanted:
-        check_repair(hollow_model(session.source, session.remote_code), spec.repair)
+    check_repair(hollow_model(session.source, session.remote_code), session.recipe.student.repair)
 
 
 def check_data(session: Session) -> None:
     """Refuse a calibration sample that leaves no example to measure a repair with."""
-    spec, have = session.recipe.student, len(session.corpus.train)
-    if spec.repair.wanted and spec.calibration.examples >= have:
+    examples, have = session.recipe.student.calibration.examples, len(session.corpus.train)
+    if examples >= have:
         raise InputError(
-            f"student.calibration.examples: {spec.calibration.examples} takes all {have} training examples, and a "
+            f"student.calibration.examples: {examples} takes all {have} training examples, and a "
             f"repair is measured on others; use less than {have}"
         )
 
@@ -63,7 +59,7 @@ def repair(session: Session, folder: Path, plan: StudentPlan) -> tuple[Any, dict
     loss_and_kl = HeldOutLoss(session, held_out)
     student = session.load(folder).to(loss_and_kl.teacher.device)
     steps: list[dict[str, Any]] = [{"name": "cut", "layers": [], "notes": [], "held_out": loss_and_kl(student)}]
-    sample = _batches(session, range(spec.calibration.examples), spec.calibration.batch_size)
+    sample = [*session.batches(range(spec.calibration.examples), spec.calibration.batch_size)]
     for step in repair_student(loss_and_kl.teacher.model, student, plan, sample, spec.repair):
         steps.append(_record(step) | {"held_out": loss_and_kl(student)})
         session.say(_describe(steps[-1], steps[-2]))
@@ -76,7 +72,7 @@ def repair(session: Session, folder: Path, plan: StudentPlan) -> tuple[Any, dict
 
 
 def inputs(session: Session) -> dict[str, Any]:
-    """Student and teacher, the plan between them, both samples, and the steps."""
+    """List student and teacher, the plan between them, both samples, and the steps."""
     spec = session.recipe.student
     return {
         "teacher": session.teacher_inputs(),
@@ -93,7 +89,7 @@ class HeldOutLoss:
     """Task loss and difference from the teacher on training examples outside the calibration sample."""
 
     def __init__(self, session: Session, examples: range):
-        self.batches = _batches(session, examples, session.recipe.evaluation.batch_size)
+        self.batches = [*session.batches(examples, session.recipe.evaluation.batch_size)]
         self.terms = REGRESSION_TERMS if session.corpus.head == "regression" else HELD_OUT_TERMS
         self.objective = Objective(tuple(self.terms.values()), session.corpus.head, None, session.vocabulary)
         self.teacher = session.live_teacher(self.objective.teacher, whole=True)
@@ -106,7 +102,7 @@ class HeldOutLoss:
 
     @torch.no_grad()
     def __call__(self, student: Any) -> dict[str, float | None]:
-        """The terms, in nats per position or squared units; None without labels, or where a value is not finite."""
+        """Compute the terms, in nats per position or squared units; None without labels, or where one is not finite."""
         sums, counts = torch.zeros(len(self.terms), dtype=torch.float64), self.counts.to(student.device)
         for cpu_batch in self.batches:
             batch = to_device(cpu_batch, student.device)
@@ -117,11 +113,6 @@ class HeldOutLoss:
         values = (sums / self.counts).tolist()  # 0 / 0 is NaN: nothing has a label
         pairs = zip(self.terms, values, strict=True)
         return {name: value if math.isfinite(value) else None for name, value in pairs}
-
-
-def _batches(session: Session, examples: range, size: int) -> Sequence[Batch]:
-    corpus = session.corpus
-    return [collate(corpus, corpus.train, examples[start : start + size]) for start in range(0, len(examples), size)]
 
 
 def _record(step: RepairStep) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Memory per device and speed of every training of a recipe, printed with the plan.
+"""Memory per device and speed of every training of a recipe, and what a cache of its teacher takes; for `plan`.
 
 Two doors: `forecast` for a run whose data and plan are there, on the device of this process, with speeds;
 `forecast_for` for a card that need not be there, from the recipe, the teacher's config and nothing else.
@@ -8,25 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import DistributedType
 
-from distill.losses import PREDICTION_KINDS
 from distill.models.family import all_layers
 from distill.models.forward import row_count
 from distill.models.memory import Peak, free_bytes
 from distill.models.plan import StudentPlan
-from distill.pipeline.cache_costs import tabulate_cache
-from distill.pipeline.rehearsal import Rehearsal, rehearse_memory
+from distill.pipeline.cache import bytes_of, wanted_columns
+from distill.pipeline.entries import find_entries, inputs_of_training
+from distill.pipeline.rehearsal import EIGHT_BITS, Rehearsal, rehearse_memory
 from distill.pipeline.session import Session
 from distill.pipeline.timing import StepTime, advise_depth, rehearse_time
 from distill.pipeline.trainings import Models, Work, hollow_works, works_of
 from distill.ranks import process_state
 from distill.recipe.cache import LAYERS, PREDICTIONS, TeacherCache
 from distill.recipe.sections import Lora
-from distill.release.table import Table
+from distill.release.table import Printed, Table
 from distill.release.wording import MISSING, format_count, format_seconds, format_size
 from distill.training.learner import SHARDING
 
@@ -35,16 +35,8 @@ COLUMNS = {
     "teacher": "teacher", "activations": "activations", "loss": "loss head", "copy": "copy of a checkpoint",
 }  # fmt: skip
 """Part of the memory -> words."""
-
-
-class Printed(NamedTuple):
-    """One table, and what to know about it."""
-
-    title: str
-    table: Table
-    note: str
-
-
+LOOKED_AT = 4096
+"""Inputs of the training that are counted, at most: of more, every second, third, …"""
 NOTE = "The parts are what each takes at the peak of a step."
 Peaks = Sequence[Peak | str]
 Times = Sequence[StepTime | str | None]
@@ -61,8 +53,48 @@ def forecast(session: Session) -> Iterator[Printed]:
     if session.recipe.teacher.cache is not None:
         work = next(work for work in works if work.rehearsal.title == "distilled")
         live = time_of(replace(work, rehearsal=replace(work.rehearsal, cached=None)), device)
-        yield Printed(*tabulate_cache(session, work, live if isinstance(live, StepTime) else None))
+        yield tabulate_cache(session, work, live if isinstance(live, StepTime) else None)
     yield from advise_all(works, peaks, device, free)
+
+
+def tabulate_cache(session: Session, work: Work, live: StepTime | None) -> Printed:
+    """Tabulate size and time of a cache.
+
+    Args:
+        session: A run whose plan is made.
+        work: The training that will read it.
+        live: The time of its steps with the teacher; None where it is not known.
+
+    Returns:
+        Title, table, and when it pays.
+    """
+    columns, pairs = wanted_columns(session), inputs_of_training(session).pairs
+    every = -(-len(pairs) // LOOKED_AT)
+    looked = find_entries(session, columns, every)
+    tokens = looked.tokens * every
+    sizes = {column.name: every * bytes_of(session, column, looked.positions[column.name]) for column in columns}
+    total, steps = sum(sizes.values()), work.steps or 0
+    times_read = steps * work.tokens / tokens
+    once = None if live is None else live.teacher * tokens / work.tokens
+    saved = None if once is None or live is None else steps * live.teacher - once
+    rows = [
+        ("inputs, tokens", f"{format_count(len(looked.examples) * every)}, {format_count(tokens)}"),
+        *((name, format_size(size)) for name, size in sizes.items()),
+        ("on disk", format_size(total)),
+        ("bytes per token", f"{total / tokens:,.0f}"),
+        ("the teacher's pass", MISSING if once is None else format_seconds(once)),
+        ("the training reads each input", f"{times_read:.1f} times"),
+        ("the teacher's time in it, live", MISSING if live is None else format_seconds(steps * live.teacher)),
+    ]
+    if times_read > 1:
+        note = "It pays for this training" + (f": {format_seconds(saved)} saved." if saved and saved > 0 else ".")
+    else:
+        note = "It does not pay for this training alone, which reads each input once."
+    more = (
+        "It pays from the second epoch on, for every further student of the same teacher and data, which finds it, and "
+    )
+    note = f"{note} {more}where the teacher does not fit."
+    return Printed("the cached teacher, about", Table(("", "cache"), rows), note)
 
 
 def depth_before_width(session: Session) -> str | None:
@@ -72,10 +104,9 @@ def depth_before_width(session: Session) -> str | None:
         layer.width == layer.teacher_width for side in ("main", "encoder") for layer in plan.stack(side)
     ):
         return None
-    models = Models(session, session.teacher, session.head, plan)
-    student, teacher = models.student(), models.hollow()
-    decodes = PREDICTION_KINDS[session.corpus.head].causal
-    return advise_depth(student, teacher, None if decodes else session.recipe.data.max_length, process_state().device)
+    models = Models(session, session.teacher, session.head, session.corpus.head, plan)
+    length = None if session.kind.causal else session.recipe.data.max_length
+    return advise_depth(models.student(), models.whole(), length, process_state().device)
 
 
 def forecast_for(session: Session, size: int) -> Iterator[Printed]:
@@ -143,12 +174,12 @@ def _largest_layer(model: Any) -> int:
 def time_of(work: Work, device: torch.device) -> StepTime | str:
     """Time a training on the device; or why it cannot be told."""
     own = work.rehearsal
-    if own.cached is None and (own.teacher_dtype == "int8" or own.teacher_device != "same"):
+    if own.cached is None and (own.teacher_dtype in EIGHT_BITS or own.teacher_device != "same"):
         return "a teacher in 8 bits, on the CPU or sharded is not timed"
-    if work.rehearsal.beside:
+    if own.beside:
         return "several teachers are not timed"
     try:
-        time = rehearse_time(replace(work.rehearsal, batch=work.usual or work.rehearsal.batch), device)
+        time = rehearse_time(replace(own, batch=work.usual or own.batch), device)
     except torch.OutOfMemoryError:
         return "out of memory with three layers"
     return time.scaled(work.share)
@@ -241,11 +272,11 @@ def _smaller_teachers(own: Rehearsal, device: torch.device) -> Iterator[tuple[st
     """Yield a teacher in bf16, in 8 bits, and on disk or in main memory."""
     if own.teacher is None or own.teacher_device != "same" or own.cached is not None:
         return
-    if own.teacher_dtype not in ("bf16", "fp16", "int8") and own.hollow()[1].dtype == torch.float32:
+    if own.teacher_dtype not in ("bf16", "fp16", *EIGHT_BITS) and own.hollow()[1].dtype == torch.float32:
         make = own.teacher
         own = replace(own, teacher=lambda: make().to(torch.bfloat16), teacher_dtype="bf16")
         yield "teacher.dtype: bf16", own
-    if own.teacher_dtype != "int8" and device.type == "cuda":
+    if own.teacher_dtype not in EIGHT_BITS and device.type == "cuda":
         own = replace(own, teacher_dtype="int8")
         yield "teacher.dtype: int8", own
     if all(term.match in (*PREDICTIONS, *LAYERS, "labels") for term in own.terms):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -11,14 +11,24 @@ from typing import Any
 
 import torch
 
-from distill.data import TASKS, Corpus, Task, load_corpus
+from distill.data import TASKS, Corpus, Task, collate, load_corpus
 from distill.errors import InputError
 from distill.evaluation.arms import ARMS, trained_arms
 from distill.losses import PREDICTION_KINDS
+from distill.losses.kinds import PredictionKind
 from distill.models.dtensor import shard_model
 from distill.models.family import layers_of
-from distill.models.forward import Capture
-from distill.models.load import ModelHead, add_tokens, folder_fingerprint, load_model, load_tokenizer, teacher_path
+from distill.models.forward import Batch, Capture
+from distill.models.load import (
+    ModelHead,
+    add_tokens,
+    folder_fingerprint,
+    grow_embeddings,
+    load_model,
+    load_tokenizer,
+    random_model,
+    teacher_path,
+)
 from distill.models.precision import DTYPES
 from distill.pipeline.folder import RunDir
 from distill.ranks import process_state, shards_weights
@@ -77,6 +87,18 @@ class Session:
         """Local folder of the teacher that distils: fitted, or as the recipe names it."""
         return self.folder.teacher if self.recipe.teacher.fit else self.source
 
+    @property
+    def teacher_key(self) -> str:
+        """Key of the only or first teacher's section in the recipe: `teacher`, or `teachers.0`."""
+        return next(iter(self.recipe.models)).removesuffix(".model")
+
+    @property
+    def teachers(self) -> list[tuple[Teacher, Path]]:
+        """Section and local folder of every teacher, the first one fitted where the recipe asks for it."""
+        others = enumerate(self.recipe.teachers[1:], start=1)
+        beside = [(one, self.folder_of(f"teachers.{number}.model")) for number, one in others]
+        return [(self.recipe.teacher, self.teacher), *beside]
+
     @cached_property
     def tokenizer(self) -> Any:
         """The teacher's tokenizer, with the tokens that the task writes. Raises InputError where nobody trains them."""
@@ -107,6 +129,21 @@ class Session:
         return load_corpus(self.folder.data, self.bound_task)
 
     @property
+    def kind(self) -> PredictionKind:
+        """The row of what is predicted."""
+        return PREDICTION_KINDS[self.corpus.head]
+
+    def batches(self, examples: range, size: int, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
+        """Batch those of some training examples that there are, every `ranks`-th batch from number `rank` on."""
+        own = range(len(self.corpus.train))[examples.start : examples.stop]
+        for start in range(0, len(own), size)[rank::ranks]:
+            yield collate(self.corpus, self.corpus.train, own[start : start + size])
+
+    def first_examples(self, count: int) -> Batch:
+        """Make a batch of so many training examples, or of all where there are fewer."""
+        return next(self.batches(range(count), count))
+
+    @property
     def preprocessors(self) -> list[Any]:
         """List what turns rows into what a model reads, and is saved beside it: tokenizer, feature extractor."""
         return [self.tokenizer, *self.bound_task.preprocessors]
@@ -127,20 +164,19 @@ class Session:
     def head(self) -> ModelHead:
         """The task's model class and class names."""
         settings = self.task.model_settings(self.corpus.settled)
-        pooled = PREDICTION_KINDS[self.corpus.head].vectors
-        return ModelHead(self.task.auto_class, self.corpus.classes, self.corpus.padding, settings, pooled)
+        return ModelHead(self.task.auto_class, self.corpus.classes, self.corpus.padding, settings, self.kind.vectors)
 
     @property
     def vocabulary(self) -> int | None:
         """Entries of the vocabulary that are tokens; heads are often padded beyond. None for class heads."""
-        return self.task.vocabulary(self.tokenizer) if PREDICTION_KINDS[self.corpus.head].vocabulary else None
+        return self.task.vocabulary(self.tokenizer) if self.kind.vocabulary else None
 
     @property
     def children(self) -> list[Session]:
         """List the runs with other seeds: they share what does not depend on the seed, and measure what is trained."""
         recipe, found = self.recipe, []
         measured = [arm for arm in recipe.evaluation.arms if arm in trained_arms(recipe)]
-        own = {"arms": measured, "seeds": 1, "efficiency": False}
+        own = {"arms": measured, "seeds": 1, "efficiency": False, "harness": None}
         for seed in range(recipe.seed + 1, recipe.seed + recipe.evaluation.seeds):
             changed = {"seed": seed, "evaluation": recipe.evaluation.model_copy(update=own)}
             child = recipe.model_copy(update=changed)
@@ -149,11 +185,10 @@ class Session:
 
     def arm_start(self, arm: str) -> Path:
         """Return the folder of the model that an arm starts from."""
-        start = ARMS[arm].start
-        if start == "student":
-            start = "repaired" if self.recipe.student.repair.wanted else "cut"
-        folders = {"teacher": self.teacher, "cut": self.folder.student, "repaired": self.folder.repaired}
-        return {**folders, "own": self.folder.start(arm)}[start]
+        run = self.folder
+        student = run.repaired if self.recipe.student.repair.wanted else run.student
+        folders = {"teacher": self.teacher, "cut": run.student, "repaired": run.repaired, "student": student}
+        return {**folders, "own": run.start(arm)}[ARMS[arm].start]
 
     def arm_plan(self, arm: str) -> Path:
         """Return the plan by which the layers of an arm are those of the teacher."""
@@ -166,13 +201,29 @@ class Session:
         return self.folder.distilled if arm == "distilled" else self.folder.control(arm) / "model"
 
     def train_folder(self, arm: str) -> Path:
-        """Checkpoints and metrics of a trained arm; those of the student lie in the run folder itself."""
+        """Return the folder of a trained arm's checkpoints and metrics; of the student it is the run folder."""
         return self.folder.root if arm == "distilled" else self.folder.control(arm)
 
     def load(self, folder: Path, device: torch.device = CPU, *, int8: bool = False) -> Any:
         """Load a model with the task's head and all its weights to a device; in 8 bits, where that is asked."""
         code, say = self.remote_code, self.say_once
         return load_model(folder, self.head, remote_code=code, device=device, int8=int8, say=say)
+
+    def load_to_fit(self, folder: Path, device: torch.device = CPU, *, random: bool = False) -> Any:
+        """Load a model that is about to be fitted: its head, and embeddings of the task's tokens, are drawn if missing.
+
+        Args:
+            folder: Local folder.
+            device: What the weights are read to, or drawn on.
+            random: Draw all weights; only the config is read.
+        """
+        seed, shared = self.recipe.seed, dict[str, Any](remote_code=self.remote_code, device=device, say=self.say_once)
+        if random:
+            model = random_model(folder, self.head, seed, **shared)
+        else:
+            model = load_model(folder, self.head, allow_untrained_head=True, random_seed=seed, **shared)
+        grow_embeddings(model, self.tokenizer, self.task.added_tokens, seed, self.say)
+        return model
 
     def say_once(self, line: str) -> None:
         """Say a line that several stages would repeat."""
@@ -189,14 +240,13 @@ class Session:
                 in 8 bits keeps the dtype that it is stored in; a line says so.
             member: Number of the teacher among several.
         """
-        spec, device = (self.recipe.teachers[member] if member else self.recipe.teacher), process_state().device
+        (spec, folder), device = self.teachers[member], process_state().device
         on_cpu = spec.device == "cpu" or (whole and spec.device == "sharded")
         place, int8 = CPU if on_cpu else device, spec.dtype == "int8" and not whole
-        if whole and (spec.device == "sharded" or spec.dtype == "int8"):
+        if whole and (spec.device == "sharded" or spec.dtype in ("int8", "fp8")):
             memory = "main memory" if on_cpu else "the device"
-            dtype = "its stored dtype" if spec.dtype in ("int8", "stored") else spec.dtype
+            dtype = "its stored dtype" if spec.dtype in ("int8", "fp8", "stored") else spec.dtype
             self.say(f"  the whole teacher is needed here, not shards or 8 bits: it is in {memory}, in {dtype}")
-        folder = self.folder_of(f"teachers.{member}.model") if member else self.teacher
         model = self.load(folder, self.near(place), int8=int8)
         if not int8:
             model.to(DTYPES.get(spec.dtype, model.dtype))
@@ -209,7 +259,7 @@ class Session:
         return CPU if shards_weights() else device
 
     def precision_of(self, spec: Teacher) -> str:
-        """Precision in which fp32 weights of a teacher are multiplied: the training's, unless it names a dtype."""
+        """Return the precision in which fp32 weights of a teacher are multiplied: its own dtype, or as in training."""
         return "fp32" if spec.dtype in DTYPES else self.recipe.training.precision
 
     def shares(self) -> tuple[int, int] | None:
@@ -225,11 +275,9 @@ class Session:
 
     def teacher_inputs(self) -> dict[str, Any]:
         """Return the fingerprints and precisions of all teachers, on which every stage that runs them depends."""
-        members = self.recipe.teachers if self.recipe.mixes else [self.recipe.teacher]
-        folders = [self.teacher, *(self.folder_of(f"teachers.{number}.model") for number in range(1, len(members)))]
         own: list[dict[str, Any]] = [
             {"weights": folder_fingerprint(folder), "dtype": one.dtype, **in_precision(self.precision_of(one))}
-            for one, folder in zip(members, folders, strict=True)
+            for one, folder in self.teachers
         ]
         if len(own) == 1:
             return own[0]

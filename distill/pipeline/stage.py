@@ -66,7 +66,8 @@ class Stage:
     lost: Callable[[Session], str] = lambda _session: ""
     """Names what is gone of results that lie outside of the run folder; empty: nothing."""
     check: Callable[[Session], None] = lambda _session: None
-    """Raises InputError before anything is done, when the recipe asks for something that this stage cannot do."""
+    """Raises InputError before anything is done, when the recipe asks for something that this stage cannot do. Not
+    called where the stage is not wanted."""
     check_data: Callable[[Session], None] = lambda _session: None
     """The same for what the data must have; runs once the first stage has prepared them."""
 
@@ -82,7 +83,8 @@ def run_stages(session: Session, stages: Sequence[Stage], story: Sequence[Stage]
     Raises:
         InputError: The recipe or the data lack what a stage needs, or the run folder is in use.
     """
-    for each in story or stages:
+    checked = [stage for stage in story or stages if stage.wanted(session.recipe)]
+    for each in checked:
         each.check(session)
     state = process_state()
     check_launch(state.num_processes, state.device.type)
@@ -92,7 +94,7 @@ def run_stages(session: Session, stages: Sequence[Stage], story: Sequence[Stage]
             write_text(session.folder.recipe, dump(with_absolute_paths(session.recipe, session.base)))
         for number, stage in enumerate(stages):
             _run_stage(session, stage, wait)
-            for each in (story or stages) if number == 0 else ():
+            for each in checked if number == 0 else ():
                 each.check_data(session)
 
 
@@ -172,7 +174,7 @@ def local_inputs(recipe: Recipe, base: Path) -> dict[str, Path]:
     for split in rows.splits:
         key = rows.key_of(split)
         each = [path for source in rows.origins(split) for path in searched_paths(source.source, base)]
-        found |= {f"file {number} of {key}" if number else key: path for number, path in enumerate(each)}
+        found |= {f"file {number} of {key}" if len(each) > 1 else key: path for number, path in enumerate(each, 1)}
     if harness := harness_folder(recipe, base):
         found["evaluation.harness.folder"] = harness
     folders = {key: teacher_folder(model.model, base) for key, model in recipe.models.items()}

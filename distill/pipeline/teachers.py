@@ -1,21 +1,38 @@
-"""What teaches a run: its only teacher, or the mixture of several, which first have to go together."""
+"""What teaches a run: its only teacher, or the mixture of several; in 8 bits where that hardly changes it."""
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from typing import Any
 
-from distill.models.forward import Capture
-from distill.models.load import trained_labels
-from distill.pipeline.compatible import check_same_classes
+import torch
+
+from distill.errors import InputError
+from distill.losses import Objective
+from distill.models.forward import Capture, forward, to_device
+from distill.models.fp8 import quantise_layers
 from distill.pipeline.session import NOTHING, Session
+from distill.recipe.schema import Teacher, Term
 from distill.recipe.teachers import source_names, teaching_shares
 from distill.release.export import without_folders
 from distill.teacher import LiveTeacher, Mixture
 
+COMPARED = 16
+"""Training examples that both are compared on."""
+
 
 def load_teaching(session: Session, capture: Capture = NOTHING, *, whole: bool = False) -> LiveTeacher | Mixture:
-    """Load what teaches: the arguments are those of `Session.live_teacher`; layers are captured of the first one."""
+    """Load what teaches, in 8 bits in floating point where the recipe says so and it is not needed `whole`.
+
+    The arguments are those of `Session.live_teacher`; layers are captured of the first one.
+
+    Raises:
+        InputError: 8 bits change the teacher by more than is allowed.
+    """
     first = session.live_teacher(capture, whole=whole)
+    if session.recipe.teacher.dtype == "fp8" and not whole:
+        quantise_teacher(session, first.model)
     if not session.recipe.mixes:
         return first
     own, members = Capture(stop_at_head=capture.stop_at_head), session.recipe.teachers
@@ -25,26 +42,46 @@ def load_teaching(session: Session, capture: Capture = NOTHING, *, whole: bool =
     return Mixture([first, *rest], shares, session.corpus.head, session.vocabulary)
 
 
-def check_members(session: Session) -> None:
-    """Refuse teachers with other classes than the first, or in another order. Raises InputError."""
-    recipe, corpus = session.recipe, session.corpus
-    if not recipe.mixes or not corpus.classes:
-        return
-    order = corpus.classes if recipe.teacher.fit else trained_labels(session.source)
-    for number in range(1, len(recipe.teachers)):
-        key = f"teachers.{number}.model"
-        check_same_classes(trained_labels(session.folder_of(key)), order, key, "the first teacher")
+@torch.no_grad()
+def quantise_teacher(session: Session, model: Any) -> Any:
+    """Quantise a teacher in place, say by how much its predictions change, and refuse it where that is too much.
+
+    Args:
+        session: The recipe at work.
+        model: The teacher with its stored weights, frozen, on its device.
+
+    Raises:
+        InputError: KL(stored || fp8) on training examples is above `teacher.fp8_max_kl`.
+    """
+    corpus, limit = session.corpus, session.recipe.teacher.fp8_max_kl
+    batch = to_device(session.first_examples(COMPARED), model.device)
+    objective = Objective((Term(match="logits"),), corpus.head, None, session.vocabulary)
+    stored = forward(model, batch, objective.teacher)
+    stored = replace(stored, head=copy.deepcopy(stored.head))  # it shares the model's weights
+    done, left = quantise_layers(model.to(torch.bfloat16))
+    counts = objective.counts([batch])
+    kl = float(objective(forward(model, batch, objective.student), stored, batch, counts)[1] / counts)
+    rest = f", {left} other weights of its layers in bf16" if left else ""
+    session.say(
+        f"  the teacher in fp8: {done} linear maps{rest}; KL from its stored weights {kl:.3g} nats on "
+        f"{int(counts)} positions"
+    )
+    if not kl <= limit:
+        raise InputError(
+            f"{session.teacher_key}.dtype: fp8 changes the teacher's predictions by {kl:.3g} nats (KL from its stored "
+            f"weights on {int(counts)} positions), more than fp8_max_kl: {limit:g}; use bf16, or raise fp8_max_kl"
+        )
+    return model
+
+
+def describe_model(model: Teacher) -> dict[str, Any]:
+    """Name a model that a recipe names, without folders of this machine."""
+    return {"model": without_folders(model.model), "revision": model.revision, "sha256": model.sha256}
 
 
 def describe_teachers(session: Session) -> list[dict[str, Any]]:
-    """Name all teachers with their weights and sources, without folders of this machine; empty: there is one."""
+    """Name all teachers with their weights and sources; empty: there is one."""
     return [
-        {
-            "model": without_folders(one.model),
-            "revision": one.revision,
-            "sha256": one.sha256,
-            "weight": one.weight,
-            "sources": one.sources and [*map(without_folders, one.sources)],
-        }
+        {**describe_model(one), "weight": one.weight, "sources": one.sources and [*map(without_folders, one.sources)]}
         for one in (session.recipe.teachers if session.recipe.mixes else ())
     ]

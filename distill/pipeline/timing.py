@@ -19,12 +19,11 @@ from distill.models.cost import least_seconds, random_batch
 from distill.models.family import all_layers, layers_of, layout_of
 from distill.models.forward import Batch, Capture, Outputs, forward, to_device, without_cache
 from distill.pipeline.kept import as_kept
-from distill.pipeline.rehearsal import Rehearsal, autocast, widen
+from distill.pipeline.rehearsal import Rehearsal, autocast
 from distill.student import build_student
 from distill.student.draw import exact_plan
 from distill.teacher import LiveTeacher
 from distill.training.compiled import CompiledLayers, is_compilers, is_wanted
-from distill.training.ema import Ema
 from distill.training.model import DistillModel
 from distill.training.optim import make_optimizer
 
@@ -86,15 +85,16 @@ def _rehearse(training: Rehearsal, device: torch.device, *, compiles: bool) -> S
     for pair in teachers:
         lone = [LiveTeacher(model, Capture(stop_at_head=True), device) for model in pair]
         if training.cached is None:
-            taught = _time_depths([partial(each, batch) for each in lone], sizes[1], device)
+            few, more = _seconds([partial(each, batch) for each in lone], device)
+            taught = extrapolate(few, more, sizes[1])
     wrappers = [training.prepare(model, teachers[0][0] if teachers else None, training.terms) for model in students]
-    both = [partial(_both_ways, training, model, batch, device) for model in students]
-    own = _time_depths(both, sizes[0], device)
+    few, more = _seconds([partial(_both_ways, training, model, batch, device) for model in students], device)
+    own = extrapolate(few, more, sizes[0])
     compared = [_outputs(students[0], batch, whole.student, learns=True)]
     compared += [_outputs(pair[0], batch, whole.teacher, learns=False) for pair in teachers]
     if training.cached and compared[1:]:
         compared[1] = as_kept(compared[1], training.cached)
-    loss = _only(partial(_compare, training, wrappers[0].objective, compared, batch, device), device)
+    (loss,) = _seconds([partial(_compare, training, wrappers[0].objective, compared, batch, device)], device)
     share = learning / _learning(students[-1])
     optimizer = _step_seconds(training, wrappers[-1], device) * share
     passes = training.passes
@@ -132,13 +132,9 @@ def extrapolate(few: float, more: float, sizes: Sequence[int]) -> float:
     return more + max(0.0, more - few) / (sizes[1] - sizes[0]) * (sizes[2] - sizes[1])
 
 
-def _time_depths(passes: Sequence[Callable[[], object]], sizes: Sequence[int], device: torch.device) -> float:
-    seconds = least_seconds(dict(zip(("few", "more"), passes, strict=True)), device)
-    return extrapolate(seconds["few"], seconds["more"], sizes)
-
-
-def _only(run: Callable[[], object], device: torch.device) -> float:
-    return least_seconds({"only": run}, device)["only"]
+def _seconds(passes: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
+    """Time passes in turns."""
+    return list(least_seconds({str(number): each for number, each in enumerate(passes)}, device).values())
 
 
 def _both_ways(training: Rehearsal, model: Any, batch: Batch, device: torch.device) -> None:
@@ -185,7 +181,7 @@ def _step_seconds(training: Rehearsal, wrapper: DistillModel, device: torch.devi
     halves = [each for each in wrapper.parameters() if each.requires_grad and each.dtype == torch.bfloat16]
     rests: dict[Tensor, Tensor] = {each: torch.zeros(each.shape, dtype=torch.int16, device=device) for each in halves}
     optimizer = make_optimizer(wrapper, training.spec, rests or None)
-    average = Ema(wrapper, training.spec.ema, widen) if training.spec.ema is not None else None
+    average = training.average(wrapper)
 
     def step() -> None:
         nn.utils.clip_grad_norm_(wrapper.parameters(), training.spec.max_grad_norm or float("inf"))
@@ -193,7 +189,7 @@ def _step_seconds(training: Rehearsal, wrapper: DistillModel, device: torch.devi
         if average is not None:
             average.update(1, torch.zeros((), device=device))
 
-    return _only(step, device)
+    return _seconds([step], device)[0]
 
 
 def advise_depth(student: Any, teacher: Any, length: int | None, device: torch.device) -> str | None:

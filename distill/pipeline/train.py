@@ -5,19 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import gather_object
-
-from distill.data import TrainingBatches, evaluation_batches, observe_batch
+from distill.data import TrainingBatches
 from distill.evaluation.arms import terms_of
-from distill.evaluation.metrics import compute, higher_is_better, measurable
-from distill.evaluation.predict import merge_rows, predict
+from distill.evaluation.metrics import higher_is_better
 from distill.evaluation.table import finite_or_none
 from distill.files import content_of, fresh_folder, write_text
-from distill.losses import PREDICTION_KINDS, Maps, Objective, layer_map
+from distill.losses import Maps, Objective, layer_map
 from distill.models.cost import matmul_rate, training_flops
 from distill.models.family import use_eager_attention
 from distill.models.load import folder_fingerprint
@@ -26,6 +22,7 @@ from distill.models.precision import DTYPES
 from distill.models.sentence import sentence_files
 from distill.pipeline.kept import find_teacher
 from distill.pipeline.on_policy import on_policy_for
+from distill.pipeline.predictions import measure, predict_split
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage, settings_of, with_version
 from distill.pipeline.train_checks import check, check_labels, is_taught
@@ -45,9 +42,13 @@ def work(session: Session) -> None:
 
 
 def train_arm(session: Session, arm: str, own: Mapping[str, Any], folder: Path) -> Any:
-    """Train an arm from its start on its own terms, with its own settings beside those of `training`; gives the model.
+    """Train an arm from its start model on its own loss, and return the model.
 
-    Checkpoints and metrics go into the folder.
+    Args:
+        session: The recipe at work.
+        arm: Its name.
+        own: Its own settings on top of those of `training`.
+        folder: Gets the checkpoints and metrics.
     """
     recipe, objective, spec = session.recipe, objective_of(session, arm), spec_of(session, arm, own)
     assert spec.steps is not None, "spec_of gives a length in steps"
@@ -77,8 +78,7 @@ def spec_of(session: Session, arm: str, own: Mapping[str, Any]) -> Training:
     """Return the settings of an arm's training: those of the student, and as many steps, but for its own."""
     training, given = training_of(session.recipe, arm), dict(own)
     if (epochs := given.pop("epochs", None)) is not None:
-        labelled = not is_taught(terms_of(session.recipe, arm))
-        given["steps"] = batches_for(session, training, labelled=labelled).steps_for(epochs)
+        given["steps"] = batches_of(session, arm).steps_for(epochs)
     # In steps: fewer examples may carry a label, and then the same epochs would be fewer.
     steps = given.get("steps") or steps_of(session)
     return training.model_copy(update={"epochs": None, "tokens": None, **given, "steps": steps})
@@ -121,6 +121,12 @@ def train_model(session: Session, job: Job, model: Any, objective: Objective, te
     model.to(device="cpu", dtype=dtype)
 
 
+def fit_of(recipe: Recipe) -> Training:
+    """Return the settings of the teacher's own training, which a recipe with `teacher.fit` has."""
+    assert recipe.teacher.fit is not None, "nothing is fitted without `teacher.fit`"
+    return Training(**recipe.teacher.fit.model_dump(exclude_unset=True))
+
+
 def training_of(recipe: Recipe, arm: str) -> Training:
     """Return the settings of a trained arm; where no teacher scores them, it writes no answers."""
     taught = is_taught(terms_of(recipe, arm))
@@ -129,8 +135,13 @@ def training_of(recipe: Recipe, arm: str) -> Training:
 
 def steps_of(session: Session) -> int:
     """Count the optimizer steps of the student's training."""
-    recipe = session.recipe
-    return horizon(recipe.training, batches_for(session, recipe.training, labelled=not is_taught(recipe.losses)))
+    return horizon(session.recipe.training, batches_of(session, "distilled"))
+
+
+def batches_of(session: Session, arm: str) -> TrainingBatches:
+    """Make the micro-batches of an arm's training."""
+    labelled = not is_taught(terms_of(session.recipe, arm))
+    return batches_for(session, session.recipe.training, labelled=labelled)
 
 
 def batches_for(session: Session, spec: Optimization, *, labelled: bool) -> TrainingBatches:
@@ -161,24 +172,10 @@ def measure_held_out(
     session: Session, model: Any, stopped: Callable[[], bool], precision: str = "fp32"
 ) -> dict[str, float | None]:
     """Compute the task's metrics on the validation split, shared out over the ranks; none once `stopped` says so."""
-    corpus, state = session.corpus, process_state()
-    size, examples = session.recipe.evaluation.batch_size, corpus.validation
-    assert examples is not None, "nothing is measured during training without a validation split"
-    batches = evaluation_batches(corpus, examples, size, state.process_index, state.num_processes)
-    wanted = takewhile(lambda _batch: not stopped(), batches)
-    observe = partial(observe_batch, corpus, examples) if corpus.task.observed_in_training else None
-    vocabulary = session.vocabulary
-    rows = predict(model, wanted, corpus.head, vocabulary=vocabulary, observe=observe, precision=precision)
-    columns = merge_rows(gather_object([rows]))
-    columns = dict(corpus.task.finish(columns, corpus.settled)) if columns else {}
-    names = measurable(metrics_in_training(session), columns)
-    return finite_or_none(compute(names, columns)) if columns else {}
-
-
-def metrics_in_training(session: Session) -> list[str]:
-    """List what is measured on the validation split: the metrics of the kind of predictions, and `keep_best`."""
-    best = session.recipe.training.keep_best
-    return list(dict.fromkeys([*session.task.metrics_for(session.corpus.head), *([best] if best else [])]))
+    state = process_state()
+    shares = state.process_index, state.num_processes
+    rows = predict_split(session, model, "validation", shares, quick=True, stopped=stopped, precision=precision)
+    return finite_or_none(measure(session, rows, session.recipe.training.keep_best))
 
 
 def save_model(session: Session, model: Any, folder: Path) -> None:
@@ -198,7 +195,7 @@ def arm_inputs(session: Session, arm: str, tries: Sequence[Mapping[str, Any]]) -
     Args:
         session: The recipe at work.
         arm: Its name.
-        tries: Its own settings beside those of `training`, one or all of which the best is kept.
+        tries: Its own settings on top of those of `training`; of several sets the best one is kept.
     """
     recipe, terms = session.recipe, terms_of(session.recipe, arm)
     own = {
@@ -209,7 +206,7 @@ def arm_inputs(session: Session, arm: str, tries: Sequence[Mapping[str, Any]]) -
         "losses": [term.model_dump(mode="json") for term in terms],
         "seed": recipe.seed,
     }
-    if PREDICTION_KINDS[session.corpus.head].vectors:  # each text is compared with the others of its forward pass
+    if session.kind.vectors:  # each text is compared with the others of its forward pass
         own["micro_batch_size"] = deal_out(recipe.training)[0]
     own |= {"own": [dict(each) for each in tries]} if [*tries] != [{}] else {}
     taught_by = {"teacher": session.teaching_inputs(), "plan": content_of(session.arm_plan(arm))}

@@ -41,17 +41,18 @@ def check(session: Session) -> None:
         if fits and term.params and not is_reference(term.loss or ""):
             fits(hollow_model(session.source, session.remote_code), term.params, f"losses.{index}.params")
     check_optimization("training", recipe.training, task.head)
-    if recipe.teacher.fit is not None:
-        check_optimization("teacher.fit", recipe.teacher.fit, task.head)
+    teachers = {key.removesuffix(".model"): one for key, one in recipe.models.items() if key != "student.from"}
+    for key, one in teachers.items():
+        check_dtype(f"{key}.dtype", one.dtype, state.device)
+        if one.fit is not None:
+            check_optimization(f"{key}.fit", one.fit, task.head)
+        if one.device == "sharded" and state.num_processes == 1:
+            raise InputError(f"{key}.device: sharded spreads the teacher over several processes, and there is one")
     check_trackers(recipe.training.trackers)
     if recipe.training.on_policy is not None and not task.prompted:  # a task of the user's own
         raise InputError(f"training.on_policy: task {task.name} does not say what is a prompt: its `prompted` is False")
     if recipe.training.keep_best not in (None, *task.metrics):  # of a task of the user's own
         raise InputError(f"training.keep_best: {recipe.training.keep_best} is not one of {', '.join(task.metrics)}")
-    for one in (*recipe.teachers, recipe.teacher):
-        check_dtype(one.dtype, state.device)
-    if recipe.teacher.device == "sharded" and state.num_processes == 1:
-        raise InputError("teacher.device: sharded spreads the teacher over several processes, and there is one")
 
 
 def check_optimization(key: str, spec: Optimization, head: str) -> None:
@@ -70,14 +71,14 @@ def check_optimization(key: str, spec: Optimization, head: str) -> None:
         raise InputError(f"{key}.head_precision: is for language models; a head of classes is always fp32; remove it")
 
 
-def check_dtype(dtype: str, device: torch.device) -> None:
-    """Refuse a teacher in 8 bits where a package or the GPU for it is missing. Raises InputError."""
+def check_dtype(key: str, dtype: str, device: torch.device) -> None:
+    """Refuse a teacher in 8 bits where a package or the GPU for it is missing. Raises InputError with the key."""
     if dtype == "int8" and importlib.util.find_spec("bitsandbytes") is None:
-        raise InputError("teacher.dtype: int8 needs bitsandbytes: pip install 'distill[int8]'")
+        raise InputError(f"{key}: int8 needs bitsandbytes: pip install 'distill[int8]'")
     if dtype == "int8" and device.type != "cuda":
-        raise InputError("teacher.dtype: int8 needs a GPU; use bf16")
+        raise InputError(f"{key}: int8 needs a GPU; use bf16")
     if dtype == "fp8" and (fault := fault_of(device)):
-        raise InputError(f"teacher.dtype: fp8 {fault}; use bf16")
+        raise InputError(f"{key}: fp8 {fault}; use bf16")
 
 
 def try_terms(recipe: Recipe, head: str) -> None:
@@ -96,10 +97,11 @@ def check_labels(session: Session) -> None:
     try_terms(recipe, session.corpus.head)
     _check_keep_best(session)
     if recipe.teacher.dtype == "fp8" and session.corpus.head == "regression":
-        raise InputError("teacher.dtype: what fp8 changes is judged by KL, which numbers do not have; use bf16")
+        key = f"{session.teacher_key}.dtype"
+        raise InputError(f"{key}: what fp8 changes is judged by KL, which numbers do not have; use bf16")
     if session.corpus.labelled:
         return
-    learners = ["teacher.fit"] if recipe.teacher.fit else []
+    learners = [f"{session.teacher_key}.fit"] if recipe.teacher.fit else []
     terms = [index for index, term in enumerate(recipe.losses) if not is_taught([term])]
     learners += [f"losses.{index} (match: {recipe.losses[index].match})" for index in terms]
     from_labels = [arm for arm in controls(recipe) if not is_taught(terms_of(recipe, arm))]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,11 +21,11 @@ from distill.models.forward import UNLABELLED, Batch
 from distill.models.load import ModelHead, random_model
 from distill.models.plan import StudentPlan
 from distill.models.precision import DTYPES
-from distill.pipeline.rehearsal import Rehearsal
+from distill.pipeline.rehearsal import EIGHT_BITS, Rehearsal
 from distill.pipeline.session import Session
-from distill.pipeline.train import batches_for, maps_of, spec_of, training_of
+from distill.pipeline.train import batches_for, batches_of, fit_of, maps_of, spec_of, training_of
 from distill.pipeline.train_checks import is_taught
-from distill.recipe.schema import Student, Term, Training
+from distill.recipe.schema import Student, Teacher, Training
 from distill.student import build_student, plan_student
 from distill.student.given import describe_student
 from distill.training.setup import deal_out, horizon
@@ -52,22 +52,19 @@ class Work:
 def works_of(session: Session) -> list[Work]:
     """List the trainings of a run, in their order."""
     recipe, plan = session.recipe, StudentPlan.load(session.folder.plan)
-    models = Models(session, session.teacher, session.head, plan, session.vocabulary)
+    models = Models(session, session.teacher, session.head, session.corpus.head, plan, session.vocabulary)
     works = []
     if recipe.teacher.fit is not None:
-        spec = Training(**recipe.teacher.fit.model_dump(exclude_unset=True))
-        batches = batches_for(session, spec, labelled=True)
-        works.append(_work(session, models.fit(spec), batches, horizon(spec, batches)))
+        batches = batches_for(session, fit_of(recipe), labelled=True)
+        works.append(_work(session, models.fit, batches, horizon(fit_of(recipe), batches)))
     for arm in trained_arms(recipe):
-        terms, specs = terms_of(recipe, arm), [spec_of(session, arm, own) for own in tries_of(recipe, arm)]
-        batches = batches_for(session, recipe.training, labelled=not is_taught(terms))
-        lengths = [spec.steps or 0 for spec in specs]  # all have one
-        work = _work(session, models.arm(arm, terms), batches, lengths[0])
+        lengths = [spec_of(session, arm, own).steps or 0 for own in tries_of(recipe, arm)]  # all have one
+        work = _work(session, partial(models.arm, arm), batches_of(session, arm), lengths[0])
         works.append(replace(work, steps=sum(lengths) * recipe.evaluation.seeds))
     return works
 
 
-def _work(session: Session, make: Callable[[str, Batch], Rehearsal], batches: TrainingBatches, steps: int) -> Work:
+def _work(session: Session, make: Callable[[Batch], Rehearsal], batches: TrainingBatches, steps: int) -> Work:
     """Find the batches of a training: the widest for the memory, a usual one for the time."""
     corpus, lengths, groups, real = session.corpus, batches.corpus.train.lengths, [], 0
     looked = min(steps, LOOK)
@@ -79,8 +76,7 @@ def _work(session: Session, make: Callable[[str, Batch], Rehearsal], batches: Tr
     mean = sum(padded) / len(padded)
     usual = min(range(len(groups)), key=lambda number: abs(padded[number] - mean))
     widest, typical = (collate(corpus, corpus.train, groups[number]) for number in (padded.index(max(padded)), usual))
-    rehearsal = make(corpus.head, widest)
-    return Work(rehearsal, steps, real / looked, typical, mean / padded[usual])
+    return Work(make(widest), steps, real / looked, typical, mean / padded[usual])
 
 
 def hollow_works(session: Session) -> list[Work]:
@@ -89,25 +85,24 @@ def hollow_works(session: Session) -> list[Work]:
     settled = Settled(task.head, tuple(map(str, recipe.data.classes or ())))
     pooled = PREDICTION_KINDS[task.head].vectors
     head = ModelHead(task.auto_class, settled.classes, None, task.model_settings(settled), pooled)
-    meta = hollow_teacher(session, session.source, head)
+    meta = hollow(session, session.source, head)
     if recipe.student.given is None:
         plan = plan_student(meta, countable(recipe.student))
     else:
-        plan = describe_student(meta, hollow_teacher(session, session.student_source, head))
-    models = Models(session, session.source, head, plan)
-    works = []
-    fit = None if recipe.teacher.fit is None else Training(**recipe.teacher.fit.model_dump(exclude_unset=True))
-    makers: list[tuple[Any, Training, list[dict[str, Any]]]] = [] if fit is None else [(models.fit(fit), fit, [{}])]
+        plan = describe_student(meta, hollow(session, session.student_source, head))
+    models = Models(session, session.source, head, task.head, plan)
+    makers: list[tuple[Callable[[Batch], Rehearsal], Training, list[dict[str, Any]]]] = []
+    if recipe.teacher.fit is not None:
+        makers.append((models.fit, fit_of(recipe), [{}]))
     for arm in trained_arms(recipe):
-        repeated = tries_of(recipe, arm) * recipe.evaluation.seeds
-        makers.append((models.arm(arm, terms_of(recipe, arm)), recipe.training, repeated))
+        makers.append((partial(models.arm, arm), recipe.training, tries_of(recipe, arm) * recipe.evaluation.seeds))
+    works = []
     for make, spec, tries in makers:
         batch = full_batch(meta, task.head, deal_out(spec)[0], recipe.data.max_length, recipe.data.mask_share)
         per_step = spec.batch_size * recipe.data.max_length
         usual = spec.steps or (-(-spec.tokens // per_step) if spec.tokens else None)
         lengths = [own.get("steps", None if "epochs" in own else usual) for own in tries]
-        steps = None if None in lengths else sum(length or 0 for length in lengths)
-        works.append(Work(make(task.head, batch), steps, per_step))
+        works.append(Work(make(batch), None if None in lengths else sum(length or 0 for length in lengths), per_step))
     return works
 
 
@@ -157,8 +152,8 @@ def full_batch(model: Any, kind: str, rows: int, length: int, share: float) -> B
     return {**batch, "labels": labels.get(kind, ids.new_zeros(rows))}
 
 
-def hollow_teacher(session: Session, folder: Path, head: ModelHead) -> Any:
-    """Make the model of a folder's config without weights, on the meta device."""
+def hollow(session: Session, folder: Path, head: ModelHead) -> Any:
+    """Make the model of a folder's config without weights, on the meta device, in the dtype that it is stored in."""
     with torch.device("meta"):
         return random_model(folder, head, 0, session.remote_code)
 
@@ -171,54 +166,48 @@ class Models:
     folder: Path
     """Holds the teacher's config."""
     head: ModelHead
+    kind: str
+    """Kind of predictions."""
     plan: StudentPlan
     vocabulary: int | None = None
     """Entries of the vocabulary that are tokens."""
 
-    def hollow(self) -> Any:
+    def whole(self) -> Any:
         """Make the teacher in the dtype that it is stored in."""
-        return hollow_teacher(self.session, self.folder, self.head)
+        return hollow(self.session, self.folder, self.head)
 
     def student(self) -> Any:
         """Make the student as it is trained."""
         if self.plan.given is not None:
-            return hollow_teacher(self.session, self.session.student_source, self.head).float()
+            return hollow(self.session, self.session.student_source, self.head).float()
         with torch.device("meta"):
-            return build_student(self.hollow(), self.plan).float()
+            return build_student(self.whole(), self.plan).float()
 
-    def teacher(self, dtype: str) -> Any:
-        """Make the teacher as it computes; one in 8 bits has its linear maps in bf16 here, see `as_eight_bits`."""
-        model = self.hollow()
-        return model.to(torch.bfloat16 if dtype == "int8" else DTYPES.get(dtype, model.dtype))
+    def teaching(self, teacher: Teacher, folder: Path) -> Any:
+        """Make a teacher as it computes; one in 8 bits has its linear maps in bf16 here, which `Rehearsal` converts."""
+        model = hollow(self.session, folder, self.head)
+        return model.to(torch.bfloat16 if teacher.dtype in EIGHT_BITS else DTYPES.get(teacher.dtype, model.dtype))
 
-    def beside(self) -> list[Callable[[], Any]]:
-        """Make the other teachers that lie on the device."""
-
-        def make(number: int, dtype: str) -> Any:
-            model = hollow_teacher(self.session, self.session.folder_of(f"teachers.{number}.model"), self.head)
-            return model.to(torch.bfloat16 if dtype == "int8" else DTYPES.get(dtype, model.dtype))
-
-        members = list(enumerate(self.session.recipe.teachers))[1:]
-        return [partial(make, number, one.dtype) for number, one in members if one.device == "same"]
-
-    def fit(self, spec: Training) -> Callable[[str, Batch], Rehearsal]:
+    def fit(self, batch: Batch) -> Rehearsal:
         """Rehearse the teacher's own fit."""
+        spec = fit_of(self.session.recipe)
+        passes = deal_out(spec, "teacher.fit")[1]
+        return Rehearsal("teacher.fit", spec, lambda: self.whole().float(), None, LABELS_ONLY, self.kind, batch, passes)
 
-        def make(kind: str, batch: Batch) -> Rehearsal:
-            passes = deal_out(spec, "teacher.fit")[1]
-            return Rehearsal("teacher.fit", spec, lambda: self.hollow().float(), None, LABELS_ONLY, kind, batch, passes)
-
-        return make
-
-    def arm(self, arm: str, terms: Sequence[Term]) -> Callable[[str, Batch], Rehearsal]:
+    def arm(self, arm: str, batch: Batch) -> Rehearsal:
         """Rehearse the training of an arm."""
-        spec, maps = training_of(self.session.recipe, arm), maps_of(self.plan)
-        teacher = self.session.recipe.teacher
-
-        def make(kind: str, batch: Batch) -> Rehearsal:
-            made = partial(self.teacher, teacher.dtype) if is_taught(terms) else None
-            own = Rehearsal(arm, spec, self.student, made, terms, kind, batch, deal_out(spec)[1], *maps)
-            own = replace(own, vocabulary=self.vocabulary, teacher_dtype=teacher.dtype, teacher_device=teacher.device)
-            return replace(own, cached=teacher.cache, beside=self.beside() if is_taught(terms) else ())
-
-        return make
+        recipe, terms = self.session.recipe, terms_of(self.session.recipe, arm)
+        spec, (maps, encoder_maps) = training_of(recipe, arm), maps_of(self.plan)
+        own = Rehearsal(arm, spec, self.student, None, terms, self.kind, batch, deal_out(spec)[1], maps, encoder_maps)
+        own = replace(own, vocabulary=self.vocabulary)
+        if not is_taught(terms):
+            return own
+        first, beside = recipe.teacher, [pair for pair in self.session.teachers[1:] if pair[0].device == "same"]
+        return replace(
+            own,
+            teacher=partial(self.teaching, first, self.folder),
+            teacher_dtype=first.dtype,
+            teacher_device=first.device,
+            cached=first.cache,
+            beside=[partial(self.teaching, *pair) for pair in beside],
+        )

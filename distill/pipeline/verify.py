@@ -5,17 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
 
-from distill.data import evaluation_batches, observe_batch
 from distill.errors import InputError
 from distill.evaluation.efficiency import count_size
 from distill.evaluation.metrics import measurable
-from distill.evaluation.predict import Rows, predict
+from distill.evaluation.predict import Rows
 from distill.evaluation.table import retain, tabulate
 from distill.files import read_object
 from distill.models.family import all_layers
@@ -25,6 +23,8 @@ from distill.models.plan import StudentPlan
 from distill.models.precision import DTYPES
 from distill.pipeline import data
 from distill.pipeline.folder import RunDir
+from distill.pipeline.inspect import model_folder
+from distill.pipeline.predictions import predict_split
 from distill.pipeline.session import Session
 from distill.pipeline.stage import run_stages
 from distill.ranks import process_state
@@ -153,11 +153,11 @@ def verify_release(
     student = session.load(folder, process_state().device).eval()
     taught_by, reason = _teacher_for(session, recipe, teacher)
     _check_figures(found, session, student, taught_by, reason)
-    sizes = get_in(found.claims, "efficiency", "models", "student") or {}
+    sizes = get_in(found.claims, "efficiency", "models", "student")
     if recipe.release.format != "padded":  # whose figures are those without the zero neurons
         counted = count_size(student, all_layers)
         for name in SIZES if sizes else ():
-            found.compare(f"student, {name}", sizes.get(name), counted[name])
+            found.compare(f"student, {name}", get_in(sizes, name), counted[name])
     _check_card(found, recipe)
     _check_derived(found)
     return found
@@ -188,12 +188,15 @@ def _check_files(found: Verification) -> None:
 
 
 def _session_for(recipe: Recipe, folder: Path, scratch: Path, rows: Path | None, say: Callable[[str], None]) -> Session:
-    """Open the recipe of a release with the release in the place of the teacher: its tokenizer, config and classes."""
+    """Open the recipe of a release with the release in the place of every model: its tokenizer, config and classes."""
     named = [each.source for split in recipe.rows.splits for each in recipe.rows.origins(split)]
     if rows is None and (missing := [name for name in dict.fromkeys(named) if is_path(name)]):
         raise InputError(f"{folder}: it was measured on {', '.join(missing)}: give the folder with --data")
     teacher = Teacher(model=str(folder.absolute()))
-    recipe = recipe.model_copy(update={"teacher_": teacher, "teachers": []})
+    student = recipe.student
+    if student.given is not None:
+        student = student.model_copy(update={"from_": teacher.model, "revision": None, "sha256": None})
+    recipe = recipe.model_copy(update={"teacher_": teacher, "teachers": [], "student": student})
     return Session(recipe, (rows or folder).absolute(), RunDir(scratch), say)
 
 
@@ -205,17 +208,14 @@ def _teacher_for(session: Session, recipe: Recipe, given: str | None) -> tuple[L
     if given is None and own.fit is not None:
         return None, "needs the fitted teacher, --teacher FOLDER"
     try:
-        here = given is not None and Path(given).exists()
-        asked = own if given is None else Teacher(model=str(Path(given).absolute()) if here else given)
-        folder = teacher_path(asked, session.base)
+        folder = teacher_path(own, session.base) if given is None else model_folder(given, "--teacher")
     except InputError as error:
         if given is not None:
             raise
         return None, f"needs the teacher, --teacher FOLDER ({error})"
     model = session.load(folder, process_state().device)
     model.to(DTYPES.get(own.dtype, model.dtype))
-    precision = "fp32" if own.dtype in DTYPES else recipe.training.precision
-    return LiveTeacher(model, Capture(stop_at_head=True), process_state().device, precision), ""
+    return LiveTeacher(model, Capture(stop_at_head=True), process_state().device, session.precision_of(own)), ""
 
 
 def _check_figures(
@@ -224,9 +224,14 @@ def _check_figures(
     """Measure the student, and the teacher where it is there, on every split that has figures."""
     sets = {f"{SET}{name}": own["arms"] for name, own in (found.claims.get("sets") or {}).items()}
     for split, arms in {"test": found.claims["arms"], **sets}.items():
-        measured = {"distilled": _predict(session, split, student, teacher)}
-        if teacher is not None:
-            measured["teacher"] = _predict(session, split, teacher.model, teacher)
+        if split not in session.corpus.splits:
+            found.agree(f"rows of {split.removeprefix(SET)}", "measured", "no set of its recipe")
+            continue
+        models = {"distilled": student, **({} if teacher is None else {"teacher": teacher.model})}
+        measured = {
+            name: predict_split(session, model, split, teacher=teacher, precision=session.recipe.training.precision)
+            for name, model in models.items()
+        }
         for arm in arms:
             _compare_arm(found, split, arm, measured.get(arm["name"]), reason)
 
@@ -244,16 +249,6 @@ def _compare_arm(found: Verification, split: str, arm: Mapping[str, Any], column
             found.compare(f"{title}, {name}", claimed, again["metrics"][name], *ends)
         else:
             found.leave_out(f"{title}, {name}", reason if name in TEACHER_METRICS else "it needs other columns")
-
-
-def _predict(session: Session, split: str, model: Any, teacher: LiveTeacher | None) -> Rows:
-    corpus, recipe = session.corpus, session.recipe
-    examples = corpus.splits[split]
-    batches = evaluation_batches(corpus, examples, recipe.evaluation.batch_size)
-    observe = partial(observe_batch, corpus, examples)
-    precision = recipe.training.precision
-    rows = predict(model, batches, corpus.head, teacher, session.vocabulary, observe, precision=precision)
-    return dict(corpus.task.finish(rows, corpus.settled))
 
 
 def _check_card(found: Verification, recipe: Recipe) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -14,3 +15,12 @@ class Table:
     rows: Sequence[tuple[str, ...]]
     text_columns: int = 1
     """The first columns hold text, the others numbers."""
+
+
+class Printed(NamedTuple):
+    """A table as the command line prints it."""
+
+    title: str
+    table: Table
+    note: str
+    """What to know about it, in the lines below."""

@@ -81,6 +81,8 @@ def test_what_cannot_be_compared_is_said_or_refused(tmp_path):
     assert "different teachers" in compare(first, made_run(tmp_path / "third", 0.7, 100, teacher=0.8)).said
     assert "different metrics" in compare(first, made_run(tmp_path / "kl", 0.7, 100, primary="kl"), code=2).said
     assert "named twice" in compare(first, first, code=2).said
+    made_run(first / "release", 0.7, 100)
+    assert "named twice" in compare(first, first / "release", code=2).said
     assert "one run alone" in compare(first, code=2).said
     assert "no run that reached" in compare(first, tmp_path, code=2).said
 
@@ -89,6 +91,11 @@ def test_runs_of_one_name_are_told_apart_by_the_folder_above(tmp_path):
     runs = [made_run(tmp_path / side / "run" / "release", 0.7, 100) for side in ("a", "b")]
     found = compare(*runs)
     assert "a/run" in found.table and "b/run" in found.table
+
+
+def test_runs_of_one_name_in_folders_of_one_name_are_told_apart_further_up(tmp_path):
+    found = compare(*(made_run(tmp_path / own / "here" / "run", 0.7, 100) for own in ("one", "two")))
+    assert row(found, "one/here/run")[1] == row(found, "two/here/run")[1] == "70.0 %"
 
 
 def test_the_page_draws_every_run_and_holds_no_code(tmp_path):

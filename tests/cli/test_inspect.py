@@ -104,3 +104,9 @@ def test_the_calibration_of_another_model_is_refused(model, tmp_path, capsys):
     tiny_model("bert", intermediate_size=32).save_pretrained(tmp_path)
     assert main(["inspect", str(tmp_path), "--calibration", str(model / "c.safetensors")]) == 2
     assert "calibration of another model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--examples", "--max-length"])
+def test_how_much_is_read_says_nothing_without_data(model, option, capsys):
+    assert main(["inspect", str(model / "teacher"), option, "4"]) == 2
+    assert "say what is read with --data" in capsys.readouterr().err

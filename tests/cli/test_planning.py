@@ -56,3 +56,16 @@ def test_a_size_that_has_to_be_measured_is_refused(project):
     own = ["student.target={latency: 0.5}", "student.mlp={multiple_of: 8}"]
     done = distill("plan", project, *own, "--memory", "80GB", code=2)
     assert "has to be measured" in done.stderr
+
+
+@pytest.mark.parametrize("option", [["--out", "x"], ["--continue-from-changed"], ["--accept-weak-teacher"]])
+def test_an_option_of_a_run_beside_memory_is_refused_as_nothing_is_run(project, option):
+    done = distill("plan", project, "--memory", "80GB", *option, code=2)
+    assert f"{option[0]}: with --memory nothing is run" in done.stderr
+
+
+def test_an_arm_without_a_teacher_is_timed_whatever_the_teacher_is(project, tmp_path):
+    table = distill("plan", project, "teacher.device=cpu", "--out", tmp_path / "run").stdout
+    speeds = rows(table)["tokens/s"]
+    assert speeds[1] == MISSING and MISSING not in (speeds[0], speeds[2])
+    assert "labels_only: a teacher" not in table and "distilled: a teacher" in table

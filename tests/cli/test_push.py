@@ -130,11 +130,11 @@ def release(tmp_path):
     return folder
 
 
-def push(hub, *arguments, code=0, token=TOKEN):
+def push(hub, *arguments, code=0, token=TOKEN, stdin=subprocess.DEVNULL):
     own = {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": token}
     command = [sys.executable, "-m", "distill", "push", *map(str, arguments)]
     environment = {name: value for name, value in {**os.environ, **own}.items() if value is not None}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, stdin=stdin)
     assert done.returncode == code, done.stderr
     assert TOKEN not in done.stdout + done.stderr and "Traceback" not in done.stderr
     return done.stderr
@@ -192,3 +192,10 @@ def test_a_folder_that_is_not_as_released_is_not_sent(hub, release, tmp_path, ch
 def test_a_wrong_name_and_a_folder_without_checksums_are_refused(hub, release, tmp_path):
     push(hub, release, "no name at all", "--yes", code=2)
     assert "no release" in push(hub, tmp_path / "nothing", "org/model", "--yes", code=2)
+
+
+def test_the_end_of_the_input_is_no_answer(hub, release):
+    keyboard, screen = os.openpty()
+    os.write(keyboard, b"\x04")  # what Ctrl-D sends
+    assert "error: nothing was sent" in push(hub, release, "me/model", code=2, stdin=screen)
+    assert not hub.repositories.get("me/model", {}).get("files")

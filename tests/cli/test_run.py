@@ -247,6 +247,11 @@ def test_wrong_input_is_one_message_and_exit_code_2(arguments, finished, capsys)
     assert error.startswith("error: ") and "Traceback" not in error
 
 
+def test_a_verb_that_writes_no_release_has_none_to_check(finished, capsys):
+    assert main(["build", str(finished[0]), "--check-oldest"]) == 2
+    assert "--check-oldest: build writes no release; give it to release or run" in capsys.readouterr().err
+
+
 def test_help_and_validate_are_instant_and_need_no_torch(finished):
     recipe, _, _ = finished
     code = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from distill.cli import main
 from distill.data import load_corpus
 from distill.data.tasks import TASKS
+from distill.errors import InputError
+from distill.pipeline import RunDir, Session
+from distill.pipeline.train_checks import check_labels
+from distill.recipe import load_recipe
 
 ONE = """\
 teacher:
@@ -223,3 +228,17 @@ def test_answers_that_the_student_writes_have_no_teacher_of_their_own(tmp_path, 
     (tmp_path / "more.jsonl").write_text((tmp_path / "data.jsonl").read_text())
     assert main(["validate", str(path), "training.on_policy={share: 0.5}", "losses=[{match: logits}]"]) == 2
     assert "comes from no source" in capsys.readouterr().err
+
+
+def test_what_one_of_several_teachers_lacks_is_said_with_its_key(tmp_path, capsys):
+    path = project(tmp_path)
+    assert main(["run", str(path), "teachers.1.dtype=int8", "--out", str(tmp_path / "run")]) == 2
+    assert "teachers.1.dtype: int8 needs" in capsys.readouterr().err
+
+
+def test_what_does_not_fit_the_first_of_several_teachers_is_said_with_its_key(tmp_path):
+    recipe = load_recipe(project(tmp_path), ["teachers.0.fit={steps: 1}"])
+    session = Session(recipe, tmp_path, RunDir(tmp_path / "run"), print)
+    vars(session)["corpus"] = SimpleNamespace(head="sequence", labelled=[])
+    with pytest.raises(InputError, match=r"learn from labels: teachers\.0\.fit, losses\.0"):
+        check_labels(session)

@@ -9,7 +9,9 @@ import re
 import shutil
 from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
+from given import GIVEN, TINY, small
 from safetensors.torch import load_file, save_file
 from tiny import tiny_project
 
@@ -177,3 +179,31 @@ def test_any_missing_file_ends_with_one_message(finished, release, name):
     code = 1 if name in ("plan.json", "README.md") else 2
     found = verify(release, "--data", finished, code=code)
     assert name.split(".")[0] in found.table + found.said
+
+
+def test_figures_of_a_set_that_the_recipe_does_not_have_do_not_hold(finished, release):
+    def add(content):
+        content["sets"]["more"] = {"arms": content["arms"]}
+        content["efficiency"]["models"]["student"] = "small"
+
+    edit(release / "evaluation.json", add)
+    sign_again(release)
+    found = verify(release, "--data", finished, code=1)
+    assert re.search(r"rows of more.*DIFFERS", found.table) and re.search(r"student, bytes.*DIFFERS", found.table)
+
+
+def test_a_release_of_a_given_student_is_measured_where_that_student_is_not(tmp_path):
+    recipe = tiny_project(tmp_path, GIVEN)
+    small(tmp_path, **TINY)
+    own = ["evaluation.efficiency=false", "evaluation.arms=[distilled]", "--out", str(tmp_path / "run")]
+    assert main(["run", str(recipe), *own]) == 0
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy(tmp_path / "data.jsonl", tmp_path / "elsewhere")
+    found = verify(tmp_path / "run/release", "--data", tmp_path / "elsewhere")
+    assert re.search(r"distilled, accuracy\b.*the same", found.table)
+
+
+def test_a_teacher_that_is_not_there_is_said_with_its_option(finished, release, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    found = verify(release, "--data", finished, "--teacher", "nobody/nothing", code=2)
+    assert "--teacher: cannot get 'nobody/nothing' from the model hub" in found.said

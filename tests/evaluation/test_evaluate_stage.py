@@ -94,3 +94,14 @@ def test_a_metric_of_ones_own_that_the_task_has_no_columns_for_is_refused_before
     with pytest.raises(InputError, match="'theirs:own_metric' needs the columns predictions, references"):
         run_stages(session, [prepared, evaluate_stage])
     assert not session.folder.evaluation.exists()
+
+
+def test_another_name_of_the_data_and_an_equal_row_more_are_written_down_anew(session):
+    prepare_data(session)
+    tiny_model("llama", tie_word_embeddings=False).save_pretrained(session.folder.distilled)
+    inputs = evaluate_stage.inputs(session)
+    renamed = session.recipe.with_paths(lambda path: path.replace("data", "rows"))
+    assert evaluate_stage.inputs(replace(session, recipe=renamed))["data"]["source"] == "./rows.jsonl"
+    more = replace(session.corpus, summary={**session.corpus.summary, "train": {"rows": {"equal": 1}}})
+    vars(session)["corpus"] = more
+    assert evaluate_stage.inputs(session)["data"] != inputs["data"]

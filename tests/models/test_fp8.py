@@ -13,7 +13,7 @@ from distill.models.forward import Capture, forward
 from distill.models.fp8 import Fp8Linear, fault_of, quantise_layers, rounded
 from distill.pipeline import RunDir, Session
 from distill.pipeline.data import work as prepare_data
-from distill.pipeline.fp8 import quantise_teacher
+from distill.pipeline.teachers import quantise_teacher
 from distill.pipeline.train_checks import check_labels
 from distill.recipe import load_recipe
 

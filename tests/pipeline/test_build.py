@@ -61,3 +61,10 @@ def test_a_layout_that_takes_a_tensor_from_the_wrong_layer_ends_the_run_with_cod
     assert "a student that keeps every layer and neuron of this bert" in capsys.readouterr().err
     assert not (tmp_path / "run/student").exists()
     assert json.loads((tmp_path / "run/plan.json").read_text())["model_type"] == "bert"
+
+
+def test_a_form_of_the_release_that_is_asked_for_later_is_tried_before_the_training(tmp_path, capsys):
+    recipe, own = str(tiny_project(tmp_path)), ["--out", str(tmp_path / "run")]
+    assert main(["build", recipe, *own]) == 0
+    assert main(["build", recipe, "release.format=padded", *own]) == 0
+    assert "build: runs again (tried.format: uniform → padded)" in capsys.readouterr().err

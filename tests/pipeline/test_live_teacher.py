@@ -77,3 +77,11 @@ def test_a_run_with_a_teacher_in_bf16_in_main_memory_repairs_and_measures(planne
     arms = json.loads((tmp_path / "run/evaluation.json").read_text())["arms"]
     assert [arm["name"] for arm in arms] == ["teacher", "cut", "repaired", "distilled", "labels_only", "majority"]
     assert arms[0]["metrics"]["kl"] < 0.01  # the stored teacher beside the one in bf16
+
+
+def test_a_stage_that_measures_a_teacher_in_fp8_says_that_it_takes_the_stored_weights(planned):
+    session, lines = session_of(planned, "teacher.dtype=fp8")
+    assert session.live_teacher(whole=True).model.dtype == torch.float32
+    assert lines == [
+        "  the whole teacher is needed here, not shards or 8 bits: it is in the device, in its stored dtype"
+    ]

@@ -13,7 +13,9 @@ from distill.losses import layer_map
 from distill.losses.chunked import chunk_size
 from distill.models.head import output_head
 from distill.pipeline.rehearsal import Rehearsal, _loss_bytes, _loss_bytes_at, autocast, rehearse_memory, state_bytes
+from distill.pipeline.resources import changes, time_of
 from distill.pipeline.timing import StepTime, advise_depth, extrapolate, rehearse_time
+from distill.pipeline.trainings import Work
 from distill.recipe.schema import Term, Training
 from distill.recipe.sections import Lora
 from distill.training import compiled
@@ -102,6 +104,16 @@ def test_a_teacher_counts_in_its_own_dtype_and_not_where_it_is_elsewhere():
     linear = LAYERS * LINEAR + HIDDEN * HIDDEN + 3 * HIDDEN
     saved = rehearse_memory(usual, CPU).parts["teacher"] - rehearse_memory(eight, CPU).parts["teacher"]
     assert saved == 3 * linear - scales
+
+
+def test_a_teacher_in_fp8_has_a_byte_for_each_weight_of_the_maps_of_its_layers_and_nothing_smaller_is_named():
+    usual = rehearsal(terms=(LABELS, LOGITS), taught=True)
+    eight = Rehearsal(**{**vars(usual), "teacher_dtype": "fp8"})
+    saved = rehearse_memory(usual, CPU).parts["teacher"] - rehearse_memory(eight, CPU).parts["teacher"]
+    assert saved == LAYERS * (3 * LINEAR - 4 * (5 * HIDDEN + WIDTH))  # all sizes are multiples of 16
+    named = [label for label, _ in changes(eight, torch.device("cuda"), 1)]
+    assert "teacher.cache: {keep: hidden}" in named and not any("dtype" in label for label in named)
+    assert time_of(Work(eight, 1, 2), CPU) == "a teacher in 8 bits, on the CPU or sharded is not timed"
 
 
 def measured_peak(training):

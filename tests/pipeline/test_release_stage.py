@@ -11,8 +11,7 @@ from tiny import tiny_project
 
 from distill.cli import main
 from distill.pipeline import STORY, RunDir, Session
-from distill.pipeline.disagreements import tabulate_disagreements
-from distill.pipeline.release import STAGES, describe_difference, read_release
+from distill.pipeline.release import STAGES, describe_difference, read_release, tabulate_disagreements
 from distill.recipe import load_recipe
 
 QUICK = ["evaluation.efficiency=false", "evaluation.arms=[teacher, distilled]"]
