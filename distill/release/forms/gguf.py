@@ -69,7 +69,7 @@ PROGRAM = f"""{OPEN}
 def next_token(ids):
     # What is listed is from before the sampling; a token that ends inside a letter would be listed with no others.
     whole = {{"temperature": 0, "logit_bias": [["a", 1e9]]}}
-    found = post("/completion", prompt=ids, n_predict=1, n_probs=2**30, cache_prompt=False, **whole)
+    found = post("/completion", prompt=ids, n_predict=1, n_probs=2**30, **whole)
     listed = found["completion_probabilities"][0]["top_logprobs"]
     values = numpy.full(len(listed), numpy.nan, "float32")
     values[[each["id"] for each in listed]] = [each["logprob"] for each in listed]
@@ -79,7 +79,7 @@ for (_, answer), texts in zip(probes, rows):
         said = [post("/embedding", content=ids, embd_normalize=asked["normalize"])[0]["embedding"] for ids in texts]
         answers = {{"sentence_embedding": numpy.array(said, "float32").reshape(len(texts), -1)}}
     else:
-        ends = [ids[:end] for ids in texts for end in ((len(ids) + 1) // 2, len(ids))]
+        ends = [ids[:end] for ids in texts for end in ((len(ids) + 1) // 2, max(1, len(ids) - 1))]
         answers = {{"log_probs": numpy.stack([*map(next_token, ends)])}}
     save_file(answers, answer)
 if {{"torch", "transformers", "distill"}} & set(sys.modules):
@@ -199,13 +199,16 @@ def settings(model: Any, _path: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def answer(model: Any, probe: Probe) -> Answers:
-    """Run the model on a probe: vectors [B, D], or log-probabilities after half of each row and the whole [2B, V]."""
+    """Run the model on a probe: vectors [B, D], or log-probabilities [2B, V].
+
+    These are the ones after half of each row, and before its last token: llama.cpp wants room for one more.
+    """
     mask = probe["attention_mask"]
     if (head := getattr(model, "sentence_head", None)) is not None:
         return {"sentence_embedding": head(model(**probe)[0], mask)}
     logits = model(**probe, **without_cache(model)).logits
     said = [row[real.bool()] for row, real in zip(logits, mask, strict=True)]
-    chosen = [row[end - 1] for row in said for end in ((len(row) + 1) // 2, len(row))]
+    chosen = [row[end - 1] for row in said for end in ((len(row) + 1) // 2, max(1, len(row) - 1))]
     return {"log_probs": torch.stack(chosen).float().log_softmax(-1).clamp(min=LEAST)}
 
 
