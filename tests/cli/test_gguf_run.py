@@ -55,13 +55,13 @@ def test_a_chat_model_of_different_widths_is_released_for_llama_cpp_too(tmp_path
     assert fields["llama.feed_forward_length"].contents() == 64
     assert "  gguf/model-Q8_0.gguf\n" in (run / "release/SHA256SUMS").read_text()
     card = (run / "release/README.md").read_text()
-    assert "| GGUF, Q8_0 | gguf/model-Q8_0.gguf | xllamacpp " in card and "llama-cli -m" in card
+    assert "| GGUF, Q8_0 | gguf/model-Q8_0.gguf | xllamacpp " in card and "llama-cli -m FILE" in card
     [example] = re.findall(r"```python\n(.*?)```", card.split("### Other forms")[1], re.DOTALL)
     (tmp_path / "tiny").symlink_to(run / "release")
     monkeypatch.chdir(tmp_path)
     said = {}
     exec(example, said)
-    assert isinstance(said["text"], str)
+    assert isinstance(said["found"], str)
     with (run / "release/gguf/model-Q8_0.gguf").open("r+b") as file:
         file.seek(-4, 2)
         file.write(b"edit")

@@ -50,13 +50,13 @@ for kind, file in zip(("f32", "q8_0"), files):
 """
 LEAST = -80.0
 """Log-probability below which llama.cpp, which takes the logarithm of a probability in fp32, says nothing."""
-OPEN = """
+PROGRAM = f"""
 import http.client, json, os, sys, tempfile, time
 import numpy, xllamacpp
 from safetensors.numpy import load_file, save_file
 asked = json.loads(sys.argv[1])
-probes = [(load_file(probe), answer) for probe, answer in asked["pairs"]]
-rows = [[ids[mask > 0].tolist() for ids, mask in zip(each["input_ids"], each["attention_mask"])] for each, _ in probes]
+probes = [load_file(probe) for probe, _ in asked["pairs"]]
+rows = [[ids[mask > 0].tolist() for ids, mask in zip(each["input_ids"], each["attention_mask"])] for each in probes]
 params = xllamacpp.CommonParams()
 params.model.path, params.embedding, params.n_gpu_layers = asked["path"], asked["vectors"], 0
 params.n_ctx = params.n_batch = params.n_ubatch = 8 + max(len(row) for each in rows for row in each)
@@ -68,24 +68,20 @@ log, errors = tempfile.TemporaryFile("w+", errors="replace"), os.dup(2)  # the e
 os.dup2(log.fileno(), 2)
 try:
     server = xllamacpp.Server(params)
-except RuntimeError:
+except RuntimeError as error:
+    said = []
     for _ in range(50):  # a thread of its own writes its lines
         log.seek(0)
-        if said := [line.split(" E ")[1].strip() for line in log if " E " in line]:
-            sys.exit(said[0])
-        time.sleep(0.1)
-    raise
-finally:
-    os.dup2(errors, 2)
+        said = said or [line.split(" E ")[1].strip() for line in log if " E " in line] or time.sleep(0.1)
+    os.write(errors, (said or [str(error)])[0].encode())
+    os._exit(1)
+os.dup2(errors, 2)
 def post(path, **request):
     connection = http.client.HTTPConnection(server.listening_address.partition("//")[2])
     connection.request("POST", path, json.dumps(request))
     response = connection.getresponse()
     said = json.loads(response.read())
-    return said if response.status == 200 else sys.exit(f"llama.cpp: {said}")
-"""
-CLOSE = "os._exit(0)  # a server that is taken apart may wait for itself forever"
-PROGRAM = f"""{OPEN}
+    return said if response.status == 200 else sys.exit(f"llama.cpp: {{said}}")
 def next_token(ids):
     # What is listed is from before the sampling; a token that ends inside a letter would be listed with no others.
     whole = {{"temperature": 0, "logit_bias": [["a", 1e9]]}}
@@ -94,21 +90,21 @@ def next_token(ids):
     values = numpy.full(len(listed), numpy.nan, "float32")
     values[[each["id"] for each in listed]] = [each["logprob"] for each in listed]
     return values.clip({LEAST})
-for (_, answer), texts in zip(probes, rows):
-    if asked["vectors"]:
-        said = [post("/embedding", content=ids, embd_normalize=asked["normalize"])[0]["embedding"] for ids in texts]
-        answers = {{"sentence_embedding": numpy.array(said, "float32").reshape(len(texts), -1)}}
+for (_, answer), each in zip(asked["pairs"], rows):
+    if "texts" in asked:
+        said = [post("/tokenize", content=text, add_special=True, parse_special=True) for text in asked["texts"]]
+        answers = {{str(at): numpy.array(found["tokens"], "int64") for at, found in enumerate(said)}}
+    elif asked["vectors"]:
+        said = [post("/embedding", content=ids, embd_normalize=asked["normalize"])[0]["embedding"] for ids in each]
+        answers = {{"sentence_embedding": numpy.array(said, "float32").reshape(len(each), -1)}}
     else:
-        ends = [ids[:end] for ids in texts for end in ((len(ids) + 1) // 2, max(1, len(ids) - 1))]
+        ends = [ids[:end] for ids in each for end in ((len(ids) + 1) // 2, max(1, len(ids) - 1))]
         answers = {{"log_probs": numpy.stack([*map(next_token, ends)])}}
     save_file(answers, answer)
 if {{"torch", "transformers", "distill"}} & set(sys.modules):
     sys.exit("something besides the runtime was imported")
-{CLOSE}"""
-TOKENS = f"""{OPEN}
-tokens = [post("/tokenize", content=text, add_special=True, parse_special=True)["tokens"] for text in asked["texts"]]
-save_file({{str(index): numpy.array(ids, "int64") for index, ids in enumerate(tokens)}}, probes[0][1])
-{CLOSE}"""
+os._exit(0)  # a server that is taken apart may wait for itself forever
+"""
 
 
 def refuse(config: Any, auto_class: str) -> str:
@@ -123,10 +119,11 @@ def refuse(config: Any, auto_class: str) -> str:
 def write(folder: Path, model: Any, preprocessors: Sequence[Any], probe: Probe) -> None:
     """Convert a model in fp32 and in 8 bits, and compare what the file says about texts with the tokenizer."""
     tokenizer, head = preprocessors[0], getattr(model, "sentence_head", None)
-    if head is not None and (len(head.modes) > 1 or head.modes[0] not in POOLING):
-        raise InputError(f"a file pools by one of {', '.join(POOLING)}, not by {' and '.join(head.modes)}")
-    if head is not None and (head.lower or not head.include_prompt):
-        raise InputError("a file reads texts as they are and pools all of them, with their prompts")
+    if head is not None and (
+        len(head.modes) > 1 or {*head.modes} - {*POOLING} or head.lower or not head.include_prompt
+    ):
+        own = f"{' and '.join(head.modes)}, include_prompt: {head.include_prompt}, lower: {head.lower}"
+        raise InputError(f"a file pools all of a text as it is by one of {', '.join(POOLING)}; the teacher has {own}")
     (folder / FILE).parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory() as scratch:
         source = Path(scratch)
@@ -146,18 +143,19 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
     Scores are in that file alone, and transformers 5 neither saves it nor lists tokens that were added to it.
     """
     tokenizer.save_pretrained(folder)
-    ids = tokenizer("a").input_ids
-    changes: dict[str, Any] = {}
+    file, ids = folder / "tokenizer_config.json", tokenizer("a").input_ids
+    config = read_object(file)
     if tokenizer.cls_token is None:
-        ends = {"add_bos_token": (ids[0], tokenizer.bos_token_id), "add_eos_token": (ids[-1], tokenizer.eos_token_id)}
-        changes |= {key: found == wanted for key, (found, wanted) in ends.items()}
+        config |= {
+            "add_bos_token": ids[0] == tokenizer.bos_token_id,
+            "add_eos_token": ids[-1] == tokenizer.eos_token_id,
+        }
     pieces = Path(tokenizer.name_or_path, "tokenizer.model")  # beside what it was loaded from
     if pieces.is_file():
         copyfile(pieces, folder / pieces.name)
         added = tokenizer.added_tokens_decoder.items()
-        changes["added_tokens_decoder"] = {at: {"content": each.content, "special": each.special} for at, each in added}
-    file = folder / "tokenizer_config.json"
-    write_json(file, {**read_object(file), **changes})
+        config["added_tokens_decoder"] = {at: {"content": each.content, "special": each.special} for at, each in added}
+    write_json(file, config)
 
 
 def _convert(source: Path, folder: Path) -> None:
@@ -172,41 +170,36 @@ def _convert(source: Path, folder: Path) -> None:
     script = Path(package.submodule_search_locations[0]) / "llama.cpp/convert_hf_to_gguf.py"
     asked = [str(script), str(source), str(folder / FILE), str(folder / ROUNDED)]
     kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "TMPDIR") if name in os.environ}
+    environment = {**kept, "HF_HOME": str(source / "home"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-I", "-c", CONVERT, *asked]
     done = subprocess.run(  # noqa: S603 (our own interpreter on a script of a package)
-        [sys.executable, "-I", "-c", CONVERT, *asked],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**kept, "HF_HOME": str(source / "home"), "HF_HUB_OFFLINE": "1"},
+        command, capture_output=True, text=True, check=False, env=environment
     )
     if found := UNKNOWN.search(done.stderr):
-        message = "llama.cpp's converter does not know how this tokenizer splits texts (pre-tokenizer {}); {}"
-        raise InputError(message.format(found[1], "it knows those of published models, unchanged"))
+        known = "it knows those of published models, unchanged"
+        raise InputError(f"llama.cpp's converter does not know this tokenizer (pre-tokenizer {found[1]}); {known}")
     if done.returncode != 0:
         raise RunError((done.stderr.strip().splitlines() or ["no message"])[-1])
 
 
 def _check_texts(path: Path, model: Any, tokenizer: Any, probe: Probe) -> None:
-    """Compare the tokens of texts with the release's own; raises InputError where they differ."""
-    rows = [ids[mask.bool()] for ids, mask in zip(probe["input_ids"], probe["attention_mask"], strict=True)]
+    """Compare tokens of texts, the chat template and the token that ends an answer with the release's own.
+
+    Raises:
+        InputError: One differs, or is not in the file.
+    """
     plain = tokenizer.chat_template is None  # then nobody writes the names of special tokens into a text
-    texts = [tokenizer.decode(ids, skip_special_tokens=plain) for ids in rows]
-    expected = [tokenizer(text).input_ids for text in texts]
-    asked = {"texts": texts, **settings(model, "")}
-    [found] = run_fresh(TOKENS, path, [probe], asked, FORM.title)
-    others = [text for index, text in enumerate(texts) if found[str(index)].tolist() != expected[index]]
+    rows = zip(probe["input_ids"], probe["attention_mask"], strict=True)
+    texts = [tokenizer.decode(ids[mask.bool()], skip_special_tokens=plain) for ids, mask in rows]
+    [found] = run_fresh(PROGRAM, path, [probe], {**settings(model, ""), "texts": texts}, FORM.title)
+    others = [text for at, text in enumerate(texts) if found[str(at)].tolist() != tokenizer(text).input_ids]
     if others:
         count = f"{len(others)} of {len(texts)} texts"
         raise InputError(f"llama.cpp makes other tokens than the release of {count}, e.g. of {others[0][:60]!r}")
-    if model.can_generate():
-        _check_ends(read_header(path), model, tokenizer)
-
-
-def _check_ends(header: dict[str, Any], model: Any, tokenizer: Any) -> None:
-    """Compare the chat template and the token that ends an answer; raises InputError where one is not in the file."""
+    header, kinds = read_header(path), ("eos", "eot", "eom")
     if header.get("tokenizer.chat_template") != tokenizer.chat_template:
         raise InputError("the file has another chat template than the release")
-    ends, kinds = end_tokens(model, [tokenizer.eos_token_id]), ("eos", "eot", "eom")
+    ends = end_tokens(model, [tokenizer.eos_token_id]) if model.can_generate() else set()
     if ends and not ends & {header.get(f"tokenizer.ggml.{kind}_token_id") for kind in kinds}:
         raise InputError(f"the file has none of the tokens that end an answer: {sorted(ends)}")
 
@@ -250,26 +243,26 @@ def ask(path: Path, model: Any) -> Ask | None:
     return run
 
 
+USES = {
+    True: (
+        "llama-cli",
+        """server.handle_completions({"prompt": "Some text.", "max_tokens": 40})["choices"][0]["text"]""",
+    ),
+    False: ("llama-embedding", """server.handle_embeddings({"input": "Some text."})["data"][0]["embedding"]"""),
+}
+
+
 def example(auto_class: str, folder: str) -> str:
-    """Write the card's example: text goes on, or becomes a vector."""
-    words, use = (
-        (
-            "llama-cli -m",
-            """text = server.handle_completions({"prompt": "Some text.", "max_tokens": 40})["choices"][0]["text"]""",
-        )
-        if auto_class == "AutoModelForCausalLM"
-        else (
-            "llama-embedding -p TEXT -m",
-            """vector = server.handle_embeddings({"input": "Some text."})["data"][0]["embedding"]""",
-        )
-    )
+    """Write the card's example: a text goes on, or becomes a vector."""
+    writes = auto_class == "AutoModelForCausalLM"
+    program, use = USES[writes]
     return f"""import xllamacpp
 
-params = xllamacpp.CommonParams()  # by llama.cpp itself: {words} {folder}/{FILE}
-params.model.path = "{folder}/{FILE}"  # in this folder; model-Q8_0.gguf is the same in 8 bits
-params.embedding = {auto_class != "AutoModelForCausalLM"}
+params = xllamacpp.CommonParams()
+params.model.path = "{folder}/{FILE}"  # in this folder; by llama.cpp itself: {program} -m FILE
+params.embedding = {not writes}
 server = xllamacpp.Server(params)
-{use}"""
+found = {use}"""
 
 
 PACKAGES = (CONVERTER, "sentencepiece", "xllamacpp")
