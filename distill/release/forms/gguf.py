@@ -150,7 +150,7 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
             "add_bos_token": ids[0] == tokenizer.bos_token_id,
             "add_eos_token": ids[-1] == tokenizer.eos_token_id,
         }
-    pieces = Path(tokenizer.name_or_path, "tokenizer.model")  # beside what it was loaded from
+    pieces = Path(tokenizer.name_or_path or os.devnull, "tokenizer.model")  # beside what it was loaded from
     if pieces.is_file():
         copyfile(pieces, folder / pieces.name)
         added = tokenizer.added_tokens_decoder.items()
