@@ -17,7 +17,7 @@ from distill.recipe.names import Metric, Optimizer, Reference
 from distill.recipe.on_policy import OnPolicy
 
 Format = Literal["uniform", "native", "padded"]
-Form = Literal["onnx", "int8", "ctranslate2"]
+Form = Literal["onnx", "int8", "ctranslate2", "gguf"]
 SHA256 = "^[0-9a-f]{64}$"
 Compile = Literal["auto"] | StrictBool
 Arm = Literal[
@@ -304,12 +304,16 @@ class Release(Section):
     also: list[Form] = []
     """Other forms of the student in the same folder, each compared with it in its own runtime: `onnx` (ONNX Runtime,
     batch and length free), `int8` (the same with weights of 8 bits), `ctranslate2` (CTranslate2, which rounds to 8
-    bits where it is asked to). All of them hold different MLP widths."""
+    bits where it is asked to), which all hold different MLP widths; and `gguf` (llama.cpp, a file in fp32 and one of
+    8 bits), which holds one width and pads to it with `format: padded`."""
     license: StrictStr | None = None
     """SPDX id for the model card. Give the teacher's licence, or one that it allows."""
     language: StrictStr | None = None
     """Language code for the model card."""
 
     def mistakes(self) -> Iterator[Mistake]:
-        """Refuse a form that is listed twice."""
+        """Refuse a form that is listed twice, and one that cannot hold what the format is for."""
         yield from self.repeated("also", "{}")
+        if "gguf" in self.also and self.format == "native":
+            message = "gguf has one MLP width for all layers, and format: native is for different ones"
+            yield Mistake(("also",), message, "write format: padded, or onnx or ctranslate2 in its place")

@@ -377,7 +377,10 @@ ELSEWHERE = {
     **{(f"Evaluation.{key}", "a value"): "tests/cli/test_control_arms.py" for key in ("controls", "seeds")},
     ("Training.on_policy", "a value"): "tests/cli/test_on_policy_run.py",
     **{(f"OnPolicy.{key}", "a value"): "tests/training/test_on_policy.py" for key in OnPolicy.model_fields},
-    **{("Release.also", form): "tests/cli/test_forms_run.py" for form in ("a value", "onnx", "int8", "ctranslate2")},
+    **{
+        ("Release.also", form): "tests/cli/test_forms_run.py"
+        for form in ("a value", "onnx", "int8", "ctranslate2", "gguf")
+    },
 }
 ELSEWHERE |= {
     (f"{section.__name__}.{key}", "a value"): "tests/cli/test_control_arms.py and tests/recipe/test_control_rules.py"

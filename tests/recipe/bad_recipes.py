@@ -119,6 +119,13 @@ WRONG_VALUES = [
     Bad("arms: [teacher", "efficiency: yes\n  arms: [teacher", 23, "evaluation.efficiency", "true or false write true"),
     Bad("  metrics: [accuracy, f1_macro]", "  metrics: accuracy", 22, "evaluation.metrics", "a list got the text"),
     Bad("{license: apache-2.0}", "{license: 2}", 24, "release.license", "expected text or null, got the number 2"),
+    Bad(
+        "{license: apache-2.0}",
+        "{also: [gguf], format: native}",
+        24,
+        "release.also",
+        "gguf has one MLP width format: native is for different ones format: padded onnx or ctranslate2",
+    ),
     Bad("{license: apache-2.0}", "", 24, "release", "a section with the keys format got null"),
 ]
 

