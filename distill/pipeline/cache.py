@@ -45,7 +45,12 @@ def work(session: Session) -> None:
     state, columns = process_state(), wanted_columns(session)
     entries = find_entries(session, columns)
     kind, vocabulary = session.corpus.head, session.vocabulary
-    made_from = {"teacher": session.teaching_inputs(), "kind": kind, "vocabulary": vocabulary, "entries": entries.digest}
+    made_from = {
+        "teacher": session.teaching_inputs(),
+        "kind": kind,
+        "vocabulary": vocabulary,
+        "entries": entries.digest,
+    }
     folder = ShardFolder(cache_folder(FOLDER) / fingerprint(with_version(made_from)))
     own = Filling(session, folder, entries, columns)
     own.say_what_is_there()
