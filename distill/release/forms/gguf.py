@@ -28,7 +28,7 @@ from distill.models.generate import end_tokens
 from distill.models.widths import is_unequal, pad_to_largest
 from distill.recipe.gguf import read_header
 from distill.release.forms.form import Answers, Ask, Form, Probe, run_fresh
-from distill.release.older import add_old_names
+from distill.release.old_names import add_old_names
 
 FILE, ROUNDED = "gguf/model-F32.gguf", "gguf/model-Q8_0.gguf"
 DECODERS = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "olmo2", "granite")
