@@ -150,6 +150,13 @@ def _agree_with_teacher(session: Session, settled: Settled) -> Settled:
     """Take the classes in the order of a teacher that is already trained; refuse one trained for other labels."""
     config = load_config(session.source, ModelHead(""), session.remote_code)
     order, kind = trained_labels(session.source), config.problem_type
+    by_name = config.label2id or {}
+    if set(by_name) == set(order) and any(
+        str(by_name[name]) != str(number) for number, name in config.id2label.items()
+    ):
+        raise InputError(
+            f"{session.source / 'config.json'}: id2label and label2id number the classes differently; write them alike"
+        )
     wanted = session.task.model_settings(settled).get("problem_type", kind)
     if kind not in (None, wanted) or (settled.head == "regression") != (len(order) == 1):
         raise InputError(

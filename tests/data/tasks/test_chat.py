@@ -170,7 +170,8 @@ def test_other_forms_of_messages_are_read_and_counted():
         ({"prompt": "a"}, "has a prompt and nothing on the other side"),
         ({"completion": "a"}, "has a completion and nothing on the other side"),
         ({"messages": [{"content": "a"}]}, "message 0: needs a role"),
-        ({"messages": [{"role": "user", "value": "a"}, {"role": "user", "content": 3}]}, "message 1: its content is"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": 3}]}, "message 1: its content is"),
+        ({"messages": [{"role": "user", "value": "a"}]}, "message 0: needs a content, .* it has role, value"),
         ({"messages": [{"from": "martian", "value": "a"}]}, "martian"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "part of its content is 'image'"),
         ({"messages": [{"role": "user", "content": ["a"]}]}, "part of its content is 'str'"),
@@ -205,6 +206,43 @@ def test_conversations_that_teach_nothing_are_left_out_and_counted():
     features, encoder = encoded(TASK, byte_tokenizer(TEMPLATES["chatml"]), rows, max_length=32)
     assert features["row"] == [0]
     assert sorted(encoder.notes.values()) == [1, 1, 3]
+
+
+PLAIN = "{% for m in messages %}{% if m.role != 'system' %}<|user|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": {}}}]}
+
+
+@pytest.mark.parametrize(
+    ("row", "lost"),
+    [
+        ({"messages": turns("a", "b")}, []),
+        ({"messages": [{"role": "system", "content": "be brief"}, *turns("a", "b")]}, ["a turn"]),
+        ({"messages": turns("a", "b"), "tools": [{"name": "add"}]}, ["tools"]),
+        ({"messages": [*turns("a"), CALL, *turns("3", "c")]}, ["tool_calls"]),
+        ({"messages": [*turns("a"), {"role": "assistant", "content": "b", "weight": 0}]}, ["weight"]),
+    ],
+)
+def test_what_the_template_passes_over_is_counted(row, lost):
+    _, encoder = encoded(TASK, byte_tokenizer(PLAIN), [row, row], max_length=64)
+    assert encoder.notes == {f"conversations with {what} that the chat template does not write": 2 for what in lost}
+
+
+def test_a_key_that_the_template_reads_is_not_counted():
+    template = PLAIN.replace("{{ m.content }}", "{{ m.name + ': ' + m.content }}")
+    talk = [{**turn, "name": "Max"} for turn in turns("a", "b")]
+    _, encoder = encoded(TASK, byte_tokenizer(template), [{"messages": talk}], max_length=64)
+    assert not encoder.notes
+
+
+def test_other_words_for_a_role_are_read_and_counted():
+    roles = {"Human": "a", "model": "b", "observation": "c"}  # the last one is a word of some templates
+    talk = [{"role": role, "content": content} for role, content in roles.items()]
+    found, encoder = learned_texts(TEMPLATES["chatml"], talk)
+    assert found == [["b<|im_end|>"]]
+    read = {"Human": "user", "model": "assistant"}
+    assert encoder.notes == {f"messages with role: {role}, read as {known}": 1 for role, known in read.items()}
+    found, _ = learned_texts(TEMPLATES["chatml"], [{"from": "Human", "value": "a"}, {"from": "GPT", "value": "b"}])
+    assert found == [["b<|im_end|>"]]
 
 
 def test_a_long_conversation_keeps_its_beginning_and_is_counted():

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from distill.cli import main
 from distill.data import Order, prepare
 from distill.data.tasks.relation_extraction import RelationExtraction, find_none_class, mark, read_relation, read_span
+from distill.data.tasks.spans import SPLIT_WORD
 from distill.data.tasks.task import Encoder, Settled
 from distill.errors import InputError
 from distill.evaluation.metrics import compute
@@ -65,6 +66,12 @@ def test_spans_are_read_in_every_common_form(value):
 def test_what_is_no_span_is_refused(value):
     with pytest.raises(ValueError, match="is no span"):
         read_span(value)
+
+
+def test_spans_that_cut_a_word_are_counted(tmp_path):
+    rows = [row(f"a b{letter * 2} c", (2, 4), (0, 1)) for letter in "def"]
+    corpus = prepared(tmp_path, rows, marked(characters("abcdefgh")))
+    assert corpus.summary["train"]["notes"][SPLIT_WORD] == 3
 
 
 def test_relations_are_texts_or_whole_numbers():
