@@ -143,6 +143,9 @@ def _encode(
 
 def _encode_block(task: Task, split: Split, part: slice, encoder: Encoder, routes: Sequence[int]) -> Features:
     values, labelled = split.rows.file.take(split.index[part]), split.labelled[part].tolist()
+    given = [name for name, own in task.columns.items() if name in values and (own.plain or not own.answer)]
+    texts = [text for name in given for text in values[name]]
+    whole = "\n".join(texts)
     for name in task.columns.keys() & values.keys():
         if not task.columns[name].plain:
             known = {text: json.loads(text) for text in set(values[name])}
@@ -150,6 +153,8 @@ def _encode_block(task: Task, split: Split, part: slice, encoder: Encoder, route
         if task.columns[name].answer:
             values[name] = [value if keep else None for value, keep in zip(values[name], labelled, strict=True)]
     features = task.encode(values, encoder)
+    for token in [token for token in encoder.tokenizer.all_special_tokens if token in whole]:
+        encoder.note(f"texts with the special token {token!r} in them", sum(token in text for text in texts))
     numbers = features.pop("row", range(len(labelled)))
     if routes:
         origins = split.rows.origins[split.index[part]]

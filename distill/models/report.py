@@ -17,12 +17,7 @@ SHOWN = 3
 
 
 def check_loaded(
-    folder: Path,
-    model: Any,
-    info: dict[str, Any],
-    allow_untrained_head: bool,
-    say: Callable[[str], None],
-    pooled: bool = False,
+    folder: Path, model: Any, info: dict[str, Any], allow_untrained_head: bool, pooled: bool, say: Callable[[str], None]
 ) -> None:
     """Refuse a model of which anything was drawn at random but a head that is about to be fitted.
 
@@ -31,8 +26,8 @@ def check_loaded(
         model: As loaded, with its task's head.
         info: The report of `from_pretrained`.
         allow_untrained_head: Accept a new head, and a new pooler where the folder has none.
-        say: Gets a line about new and about unused tensors.
         pooled: The model makes vectors, of which a pooler of its own is no part.
+        say: Gets a line about new and about unused tensors.
 
     Raises:
         InputError: With the numbers and names on both sides.

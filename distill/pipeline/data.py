@@ -100,6 +100,7 @@ def _prepare(session: Session, cache: Path) -> None:
             _check_padding(session, source, own)
         corpus = prepare(order, folder, report)
         _check_vocabulary(session, config, corpus)
+        _check_ends(session, config, corpus)
     megabytes = sum(file.stat().st_size for file in cache.iterdir()) / 1e6
     session.say(f"  kept in the cache, {cache.parent} ({megabytes:,.1f} MB; it may be deleted at any time)")
 
@@ -240,6 +241,23 @@ def _check_padding(session: Session, source: Path, config: Any) -> None:
             f"{source}: the tokenizer pads with {session.tokenizer.pad_token!r}, id {ours}, and config.json "
             f"says pad_token_id {theirs}, by which the head finds the last token of a text; write one in both"
         )
+
+
+def _check_ends(session: Session, config: Any, corpus: Corpus) -> None:
+    """Refuse texts without an end token, or with others of their own, where a head of classes reads the last one.
+
+    That of an encoder-decoder wants as many in every text of a batch.
+    """
+    if session.task.auto_class != SEQUENCE_CLASSES or not config.is_encoder_decoder:
+        return
+    for name, split in corpus.splits.items():
+        ends = [int((split[row] == config.eos_token_id).sum()) for row in range(len(split))]
+        if odd := sum(count != min(ends) for count in ends) or len(ends) * (not min(ends)):
+            raise InputError(
+                f"{session.source}: the head of a {config.model_type} reads the class at the last end token (id "
+                f"{config.eos_token_id}) and wants as many in every text; {odd} of the {name} split have "
+                f"{max(ends) or 'none'}: take it out of the texts, or let the tokenizer write it"
+            )
 
 
 def inputs(session: Session) -> dict[str, Any]:

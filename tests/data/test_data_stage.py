@@ -105,6 +105,25 @@ def test_tokens_beyond_the_embeddings_are_refused_by_name(tmp_path):
         prepared(tmp_path)
 
 
+@pytest.mark.parametrize(("text", "words"), [("red cat", "have none"), ("red [CLS] cat", "of the train split have 1")])
+def test_an_encoder_decoder_with_classes_needs_as_many_ends_in_every_text(text, words, tmp_path):
+    tiny_project(tmp_path, family="bart")  # whose end token is the second one of the tokenizer, [CLS], never written
+    rows = [{"text": f"{text} {'fast ' * count}", "label": "a"} for count in range(10)]
+    with (tmp_path / "data.jsonl").open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    with pytest.raises(InputError, match=rf"the head of a bart .* wants as many in every text; .*{words}"):
+        prepared(tmp_path, "data.labelled=null")
+
+
+def test_texts_that_hold_special_tokens_are_counted(tmp_path):
+    tiny_project(tmp_path)
+    with (tmp_path / "data.jsonl").open("a") as file:
+        file.writelines(json.dumps({"text": f"red [SEP] {word}", "label": "none"}) + "\n" for word in ("a", "b", "c"))
+    corpus, _ = prepared(tmp_path)
+    notes = [own["notes"] for own in corpus.summary.values()]
+    assert sum(own.get("texts with the special token '[SEP]' in them", 0) for own in notes) == 3
+
+
 def test_labels_are_asked_for_after_the_data_also_when_a_later_command_needs_them(tmp_path):
     tiny_project(tmp_path)
     path = tmp_path / "data.jsonl"
