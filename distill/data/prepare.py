@@ -143,8 +143,8 @@ def _encode(
 
 def _encode_block(task: Task, split: Split, part: slice, encoder: Encoder, routes: Sequence[int]) -> Features:
     values, labelled = split.rows.file.take(split.index[part]), split.labelled[part].tolist()
-    given = [name for name, own in task.columns.items() if name in values and (own.plain or not own.answer)]
-    texts = [text for name in given for text in values[name]]
+    given = [name for name, own in task.columns.items() if own.plain or not own.answer]
+    texts = [text for name in given for text in values.get(name, ())]
     whole = "\n".join(texts)
     for name in task.columns.keys() & values.keys():
         if not task.columns[name].plain:

@@ -246,7 +246,7 @@ def _read(
                 raise InputError(f"{key}: {place}: column {name!r} {error}: {given}") from error
         try:
             values = task.check_row(values)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{key}: {place}: {error}") from error
         if offered:
             seen |= names.values() & row.keys()

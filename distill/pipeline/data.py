@@ -151,13 +151,9 @@ def _agree_with_teacher(session: Session, settled: Settled) -> Settled:
     """Take the classes in the order of a teacher that is already trained; refuse one trained for other labels."""
     config = load_config(session.source, ModelHead(""), session.remote_code)
     order, kind = trained_labels(session.source), config.problem_type
-    by_name = config.label2id or {}
-    if set(by_name) == set(order) and any(
-        str(by_name[name]) != str(number) for number, name in config.id2label.items()
-    ):
-        raise InputError(
-            f"{session.source / 'config.json'}: id2label and label2id number the classes differently; write them alike"
-        )
+    numbers = config.label2id or {}
+    if {*numbers} == {*order} and [numbers[name] for name in order] != [*range(len(order))]:
+        raise InputError(f"{session.source}/config.json: id2label and label2id do not number the classes alike, from 0")
     wanted = session.task.model_settings(settled).get("problem_type", kind)
     if kind not in (None, wanted) or (settled.head == "regression") != (len(order) == 1):
         raise InputError(
@@ -205,13 +201,17 @@ def _trained_order(settled: Settled, order: Sequence[str]) -> Settled:
 
 def _check_vocabulary(session: Session, config: Any, corpus: Corpus) -> None:
     """Refuse a tokenizer that writes tokens for which the teacher has no embedding."""
-    text = config.get_text_config()
+    text, kind = config.get_text_config(), "token_type_ids"
     known, written = getattr(text, "vocab_size", None), getattr(text, "decoder_vocab_size", None)
     highest = max(corpus.padding, *(split.highest() for split in corpus.splits.values()))
     if (target := session.task.target) != "input_ids":
         highest_written = max(split.highest(target) for split in corpus.splits.values())
         if highest_written >= (written or known or highest_written + 1):
             highest, known = highest_written, written or known
+    kinds = max((split.highest(kind) for split in corpus.splits.values() if kind in split.columns), default=0) + 1
+    if kinds > (getattr(text, "type_vocab_size", None) or kinds):
+        message = f"the tokenizer writes {kinds} {kind}, and config.json says type_vocab_size {text.type_vocab_size}"
+        raise InputError(f"{session.source}: {message}; give it a tokenizer that does not write them")
     if known is None or highest < known:
         return
     added = [session.tokenizer.convert_tokens_to_ids(token) for token in session.task.added_tokens]
@@ -251,12 +251,12 @@ def _check_ends(session: Session, config: Any, corpus: Corpus) -> None:
     if session.task.auto_class != SEQUENCE_CLASSES or not config.is_encoder_decoder:
         return
     for name, split in corpus.splits.items():
-        ends = [int((split[row] == config.eos_token_id).sum()) for row in range(len(split))]
-        if odd := sum(count != min(ends) for count in ends) or len(ends) * (not min(ends)):
+        ends = {int((split[row] == config.eos_token_id).sum()) for row in range(len(split))}
+        if len(ends) > 1 or 0 in ends:
             raise InputError(
-                f"{session.source}: the head of a {config.model_type} reads the class at the last end token (id "
-                f"{config.eos_token_id}) and wants as many in every text; {odd} of the {name} split have "
-                f"{max(ends) or 'none'}: take it out of the texts, or let the tokenizer write it"
+                f"{session.source}: a head of classes reads the last end token, id {config.eos_token_id}, and wants as "
+                f"many in every text; in the {name} split there are {' or '.join(map(str, sorted(ends)))}: take it out "
+                f"of the texts, or let the tokenizer write it"
             )
 
 

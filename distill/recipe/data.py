@@ -163,8 +163,9 @@ class Data(Section):
         names = {role: self.columns.get(role, role) for role in columns_read(self.task, roles or (), self.columns)}
         for role, name in self.columns.items():
             if others := [other for other, same in names.items() if same == name and other != role]:
-                message = f"{name} is the column of {others[0]} as well"
-                yield Mistake(("columns", role), message, "name another", at="key")
+                yield Mistake(
+                    ("columns", role), f"{name} is the column of {others[0]} as well", "name another", at="key"
+                )
         for role in self.columns if roles is not None else ():
             if role not in roles:
                 message = f"task: {self.task} has no column {role}"

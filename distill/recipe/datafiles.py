@@ -118,10 +118,8 @@ def check_folder(path: Path, files: Collection[Path]) -> None:
     if unread := [file for file in sorted(path.rglob("*")) if _is_unread(file)]:
         raise InputError(f"{path} holds {unread[0].relative_to(path)}, which cannot be read; convert or move it")
     if beside := [file for file in files if BESIDE.search(f"/{file.relative_to(path)}")]:
-        raise InputError(
-            f"{path} holds {beside[0].relative_to(path)}, which would be read as data; move it, or list the files, or "
-            f"name them by a pattern that leaves it out"
-        )
+        name = beside[0].relative_to(path)
+        raise InputError(f"{path} holds {name}, which would be read as data; move it, or list the files that are meant")
     words = {file: set(re.split("[^a-z]+", str(file.relative_to(path)).lower())) for file in files}
     training = [file for file, found in words.items() if "train" in found]
     held_out = [file for file, found in words.items() if found & {"test", "validation", "valid", "dev", "eval"}]
@@ -261,9 +259,7 @@ def _checked_names(names: list[str]) -> list[str]:
     if twice := [name for name, count in Counter(names).items() if name and count > 1]:
         raise ValueError(f"two columns are called {twice[0]!r}")
     if len(names) == 1 and (other := next((mark for mark in ",;\t|" if mark in names[0]), None)):
-        raise ValueError(
-            f"its first line is one column; name the mark between columns, as in {{delimiter: {json.dumps(other)}}}"
-        )
+        raise ValueError(f"its first line is one column; name the mark, as in {{delimiter: {json.dumps(other)}}}")
     return names
 
 

@@ -13,16 +13,9 @@ from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from distill.data.tasks.causal_lm import CausalLM, check_row_length
-from distill.data.tasks.conversations import (
-    Conversation,
-    Message,
-    read_conversation,
-    read_messages,
-    read_side,
-    read_tools,
-)
+from distill.data.tasks.conversations import COLUMNS, Conversation, Message, read_conversation
 from distill.data.tasks.prompts import answered, last_prompts
-from distill.data.tasks.task import Column, Encoder, Features, Seeds, Values
+from distill.data.tasks.task import Encoder, Features, Seeds, Values
 from distill.errors import InputError
 from distill.models.forward import UNLABELLED, Batch
 from distill.models.weights import as_input_error, within
@@ -49,11 +42,7 @@ class Chat(CausalLM):
     """Conversations as the chat template of the tokenizer writes them; what the assistant says is learned."""
 
     name = "chat"
-    columns: ClassVar = {
-        "messages": Column(read_messages),
-        **dict.fromkeys(("prompt", "completion"), Column(read_side)),
-        "tools": Column(read_tools),
-    }
+    columns: ClassVar = COLUMNS
     observed = ()
     divisible = False
     prompted = True

@@ -58,7 +58,7 @@ def read_label(value: Any) -> Any:
         if not all(isinstance(item, str | int) for item in value) or len({type(item) for item in value}) > 1:
             raise ValueError("is no list of classes: all must be text, or all whole numbers")
         if len(set(value)) < len(value):
-            raise ValueError("names a class twice; a list holds the classes of a row, not a 0 or 1 for each class")
+            raise ValueError("names a class twice; a list is of classes, not a 0 or 1 for each")
         return sorted(value)
     if not isinstance(value, str | int | float):
         raise ValueError("is no label: neither text, a number nor a list of classes")
@@ -90,10 +90,7 @@ class Classification(Task):
         each = [item for value in values for item in (value if head == "multi_label" else [value])]
         classes = order_classes(each, spec.classes)
         if head == "multi_label" and len(counts) == 1:
-            raise InputError(
-                f"data: every row has the classes {list_names(classes)}, so there is nothing to learn; a list holds "
-                f"the classes of a row, not a 0 or 1 for each class"
-            )
+            raise InputError(f"data: every row has {list_names(classes)}; a list is of classes, not a 0 or 1 for each")
         if len(classes) < 2:
             raise InputError(f"data: classification needs two or more classes, found {list(classes)}")
         if spec.classes is None and len(classes) > max(2, CROWDED * counts.total()):

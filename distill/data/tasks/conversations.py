@@ -6,7 +6,10 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
+
+from distill.data.tasks.task import Column
 
 Message = dict[str, Any]
 SPEAKERS = {
@@ -18,38 +21,34 @@ SPEAKERS = {
 """`from` in ShareGPT's form of a message, or another word for a role, in small letters -> role."""
 
 
-def read_messages(value: Any) -> Any:
-    """Accept a list of messages, or its JSON text; nothing where a row has none."""
+def read_messages(value: Any, what: str = "list of messages, as [{role: user, content: …}, …]") -> Any:
+    """Accept a list of messages, or of other objects, or its JSON text; nothing where a row has none."""
     if isinstance(value, str) and value:
         try:
             value = json.loads(value)
         except ValueError as error:
-            raise ValueError("is neither a list of messages nor the JSON text of one") from error
+            raise ValueError(f"is neither a {what}, nor the JSON text of one") from error
     if value in (None, "", []):
         return None
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-        raise ValueError("is no list of messages, as [{role: user, content: …}, …]")
+        raise ValueError(f"is no {what}")
     return value
 
 
 def read_side(value: Any) -> Any:
     """Accept a prompt or a completion: a text, or a list of messages; nothing where a row has none."""
-    return read_messages(value) if isinstance(value, list) else read_text(value)
-
-
-def read_text(value: Any) -> str | None:
-    """Accept a text; nothing where a row has none."""
+    if isinstance(value, list):
+        return read_messages(value)
     if value is not None and not isinstance(value, str):
         raise ValueError("is neither a text nor a list of messages")
     return value
 
 
-def read_tools(value: Any) -> Any:
-    """Accept a list of tools as JSON schemas, or its JSON text; nothing where a row has none."""
-    try:
-        return read_messages(value)
-    except ValueError as error:
-        raise ValueError("is no list of tools, each an object, nor the JSON text of one") from error
+COLUMNS = {
+    "messages": Column(read_messages),
+    **dict.fromkeys(("prompt", "completion"), Column(read_side)),
+    "tools": Column(partial(read_messages, what="list of tools, each an object")),
+}
 
 
 @dataclass
@@ -95,12 +94,11 @@ def read_conversation(values: Mapping[str, Any]) -> Conversation:
 def _read_message(message: Message, found: Conversation) -> Message:
     read = {name: value for name, value in message.items() if value is not None}  # as `datasets` fills structs up
     if "role" not in read and "from" in read:
-        speaker = SPEAKERS.get(str(read["from"]).lower())
-        if speaker is None:
-            raise ValueError(f"from: {read['from']!r} is nobody known; use {', '.join(SPEAKERS)}")
+        speaker = str(read.pop("from"))
+        if speaker.lower() not in SPEAKERS:
+            raise ValueError(f"from: {speaker!r} is nobody known; use {', '.join(SPEAKERS)}")
         found.notes["messages with from and value, read as role and content"] += 1
-        del read["from"]
-        read = {"role": speaker, "content": read.pop("value", ""), **read}
+        read = {"role": SPEAKERS[speaker.lower()], "content": read.pop("value", ""), **read}
     if not isinstance(read.get("role"), str):
         raise ValueError(f"needs a role, as in {{role: user, content: …}}; it has {', '.join(read) or 'nothing'}")
     role = SPEAKERS.get(read["role"].lower(), "tool")
@@ -115,8 +113,23 @@ def _read_message(message: Message, found: Conversation) -> Message:
         content = "".join(map(_text_of_part, content))
     if not isinstance(content, str):
         raise ValueError("its content is neither a text nor a list of parts")
+    if isinstance(read.get("tool_calls"), list):
+        read["tool_calls"] = [_read_call(call, found.notes) for call in read["tool_calls"]]
     found.empty |= not content.strip() and "tool_calls" not in read
     return {**read, "content": content}
+
+
+def _read_call(call: Any, notes: Counter[str]) -> Any:
+    """Bring the arguments of a call into the form that templates write: an object, without what `datasets` fills up."""
+    if not (isinstance(call, dict) and isinstance(function := call.get("function"), dict)):
+        return call
+    given = function.get("arguments")
+    if isinstance(given, str) and given.strip().startswith("{"):
+        given = json.loads(given)
+        notes["tool calls with arguments as JSON text, read as objects"] += 1
+    if not isinstance(given, dict):
+        return call
+    return {**call, "function": {**function, "arguments": {k: own for k, own in given.items() if own is not None}}}
 
 
 def _text_of_part(part: Any) -> str:

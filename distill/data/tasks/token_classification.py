@@ -56,11 +56,8 @@ def read_spans(value: Any) -> list[list[Any]] | None:
     given = _parse_list(value)
     if given is None:
         return None
-    keys = ("start", "end", "label")
-    spans: list[Any] = [
-        [*map(span.get, keys), *([span["text"]] if "text" in span else [])] if isinstance(span, dict) else span
-        for span in given
-    ]
+    keys = ("start", "end", "label", "text")
+    spans: list[Any] = [[*map(span.get, keys)] if isinstance(span, dict) else span for span in given]
     for span in spans:
         if not isinstance(span, list) or [type(part) for part in span[:3]] != [int, int, str] or len(span) > 4:
             raise ValueError("is no list of spans: each is {start, end, label} with two whole numbers and a name")

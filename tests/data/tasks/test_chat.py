@@ -12,7 +12,8 @@ import torch
 from conversations import MARKED, PROMPTING_THOUGHTS, SYSTEM_LAST, TEMPLATES, THINKING, byte_tokenizer, encoded
 
 from distill.data import Order, collate, prepare
-from distill.data.tasks.chat import Chat, read_conversation, read_messages, read_tools
+from distill.data.tasks.chat import Chat, read_conversation
+from distill.data.tasks.conversations import read_messages
 from distill.data.tasks.task import Ragged
 from distill.errors import InputError
 from distill.losses import PREDICTION_KINDS, Objective
@@ -159,7 +160,7 @@ def test_other_forms_of_messages_are_read_and_counted():
     parts = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "!"}]}]
     found, encoder = learned_texts(TEMPLATES["chatml"], [*parts, {"role": "assistant", "content": "b"}])
     assert found == [["b<|im_end|>"]] and encoder.notes["messages in parts, whose texts are joined"] == 1
-    assert read_messages(json.dumps(talk)) == talk and read_tools('[{"name": "x"}]') == [{"name": "x"}]
+    assert read_messages(json.dumps(talk)) == talk and TASK.columns["tools"].read('[{"name": "x"}]') == [{"name": "x"}]
     _, encoder = learned_texts(TEMPLATES["chatml"], turns("a", "b"), prompt="a")
     assert encoder.notes["rows with messages and a prompt or completion beside them, which is not read"] == 1
 
@@ -232,6 +233,25 @@ def test_a_key_that_the_template_reads_is_not_counted():
     talk = [{**turn, "name": "Max"} for turn in turns("a", "b")]
     _, encoder = encoded(TASK, byte_tokenizer(template), [{"messages": talk}], max_length=64)
     assert not encoder.notes
+
+
+def test_arguments_of_calls_are_objects_whatever_the_file_has():
+    template = PLAIN.replace(
+        "<|end|>", "{% for c in m.tool_calls %}{{ c.function.arguments | tojson }}{% endfor %}<|end|>"
+    )
+    written = []
+    for arguments in ({"a": 1}, '{"a": 1}', {"a": 1, "b": None}):  # as `datasets` fills up what only other rows have
+        call = {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"function": {"name": "f", "arguments": arguments}}],
+        }
+        features, encoder = encoded(TASK, byte_tokenizer(template), [{"messages": [*turns("a"), call]}], max_length=64)
+        written.append(features["input_ids"])
+        assert [*encoder.notes.values()] == [1] * isinstance(arguments, str)
+    assert written[0] == written[1] == written[2]
+    with pytest.raises(ValueError, match="message 1: Expecting"):
+        read_conversation({"messages": [*turns("a"), {**CALL, "tool_calls": [{"function": {"arguments": "{x"}}]}]})
 
 
 def test_other_words_for_a_role_are_read_and_counted():
