@@ -184,6 +184,7 @@ READ = [
     Odd("words as texts", {"a.csv": "text,label\n" + "".join(f"{w},x\n" for w in WORDS)}, [(w, "x") for w in WORDS]),
     Odd("words in JSON", {"a.jsonl": lines(*(row(w, w) for w in WORDS))}, [(w, w) for w in WORDS]),
     Odd("words in parquet", {"a.parquet": table(text=WORDS, label=WORDS)}, [(w, w) for w in WORDS]),
+    Odd("blank label", {"a.csv": "text,label\none, \ntwo,b\n"}, [("one", None), ("two", "b")]),
     Odd("empty label", {"a.csv": "text,label\none,\ntwo,b\n"}, [("one", None), ("two", "b")]),
     Odd("spaces", {"a.csv": "text,label\n one , a\none,a \n"}, [(" one ", " a"), ("one", "a ")]),
     Odd("case", {"a.csv": "text,label\nOne,A\none,a\n"}, [("One", "A"), ("one", "a")]),

@@ -45,7 +45,7 @@ def read_label(value: Any) -> Any:
 
     A list may be written as JSON in a text, since a CSV file has nothing else. It becomes a set: sorted.
     """
-    if value is None or value == "":
+    if value is None or (isinstance(value, str) and not value.strip()):
         return None
     if isinstance(value, str) and value.startswith("["):
         try:

@@ -36,7 +36,7 @@ def read_relation(value: Any) -> str | None:
     """Accept a class: text or a whole number; nothing at all: no label."""
     if value is not None and type(value) not in (str, int):
         raise ValueError("is no class: neither text nor a whole number")
-    return None if value in (None, "") else str(value)
+    return None if value is None or not str(value).strip() else str(value)
 
 
 class RelationExtraction(Task):

@@ -41,7 +41,7 @@ def read_tokens(value: Any) -> list[str]:
 
 def read_tags(value: Any) -> list[str | int | None] | None:
     """Accept a list of tags, or its JSON: names or class numbers, null for a word without one; empty: no labels."""
-    tags = [None if tag == "" else tag for tag in _parse_list(value) or ()]
+    tags = [None if isinstance(tag, str) and not tag.strip() else tag for tag in _parse_list(value) or ()]
     if not all(tag is None or type(tag) in (str, int) for tag in tags):
         raise ValueError("is no list of tags: each is a name or a class number")
     return tags if any(tag is not None for tag in tags) else None

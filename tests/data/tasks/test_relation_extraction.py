@@ -75,7 +75,7 @@ def test_spans_that_cut_a_word_are_counted(tmp_path):
 
 
 def test_relations_are_texts_or_whole_numbers():
-    assert [read_relation(value) for value in ("r", 3, None, "")] == ["r", "3", None, None]
+    assert [read_relation(value) for value in ("r", 3, 0, None, "", " ")] == ["r", "3", "0", None, None, None]
     for value in (1.5, True, ["r"]):
         with pytest.raises(ValueError, match="is no class"):
             read_relation(value)
