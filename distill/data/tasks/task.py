@@ -5,7 +5,6 @@ One file of this folder is one task. What it does not say it takes from `Task`: 
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -322,14 +321,3 @@ class Task:
     def finish(self, columns: Mapping[str, np.ndarray], _settled: Settled) -> Mapping[str, np.ndarray]:
         """Turn the columns of a whole split, one entry per example, into those that the metrics read."""
         return columns
-
-
-_WRITER = json.JSONEncoder(ensure_ascii=False, sort_keys=True, allow_nan=False)
-
-
-def as_json(value: Any) -> str:
-    """Write a value as it is kept, the same for equal ones. Raises ValueError where JSON has no such value."""
-    try:
-        return _WRITER.encode(value)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"is nothing that JSON can hold ({error})") from error
