@@ -17,6 +17,8 @@ from distill.errors import InputError
 
 MAX_JSON = 100_000_000
 """Bytes of a JSON file that is read."""
+LFS = b"version https://git-lfs.github.com/"
+"""What a pointer of Git LFS begins with."""
 
 
 def sha256_of(path: Path) -> str:
@@ -38,6 +40,17 @@ class _Content:
 def _sha256(content: _Content) -> str:
     with content.path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_fetched(path: Path) -> None:
+    """Refuse the pointer that Git LFS leaves in the place of a file that was not fetched. Raises InputError."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(LFS))
+    except OSError:  # said by whoever reads it
+        return
+    if start == LFS:
+        raise InputError(f"{path} is a pointer of Git LFS, not the file itself; fetch it with git lfs pull")
 
 
 def content_of(path: Path) -> str:

@@ -105,6 +105,9 @@ def _encode(order: Order, split: Split, encoder: Encoder, path: Path, progress: 
 
 def _encode_block(order: Order, split: Split, part: slice, encoder: Encoder) -> Features:
     task, values, labelled = order.task, split.rows.file.take(split.index[part]), split.labelled[part].tolist()
+    given = [name for name, own in task.columns.items() if own.plain or not own.answer]
+    texts = [text for name in given for text in values.get(name, ())]
+    whole = "\n".join(texts)
     for name in task.columns.keys() & values.keys():
         if not task.columns[name].plain:
             known = {text: json.loads(text) for text in set(values[name])}
@@ -112,6 +115,8 @@ def _encode_block(order: Order, split: Split, part: slice, encoder: Encoder) -> 
         if task.columns[name].answer:
             values[name] = [value if keep else None for value, keep in zip(values[name], labelled, strict=True)]
     features = task.encode(values, encoder)
+    for token in [token for token in encoder.tokenizer.all_special_tokens if token in whole]:
+        encoder.note(f"texts with the special token {token!r} in them", sum(token in text for text in texts))
     numbers = features.pop("row", range(len(labelled)))
     if order.routes:
         routes = [order.routes[source.source] for source in split.rows.sources]

@@ -20,7 +20,7 @@ import numpy as np
 
 from distill.data.arrow import ArrowFile, write_arrow
 from distill.data.sources import read_source
-from distill.data.tasks.task import Column, Settled, Task, as_json
+from distill.data.tasks.task import Column, Settled, Task
 from distill.errors import InputError
 from distill.recipe.names import OFFERED_COLUMNS, columns_read
 from distill.recipe.schema import Data, Source
@@ -32,6 +32,7 @@ Found = tuple[str, dict[str, Any], int]
 """A row that was read: its place, its values by column, and the number of its source."""
 CUT_WITHIN = 2000
 """Characters within which a line or a word ends where a document is cut."""
+_WRITER = json.JSONEncoder(ensure_ascii=False, sort_keys=True, allow_nan=False)
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def _collect(order: Order, found: Iterator[Found], sources: Sequence[Source], pa
             places, rows, numbers = map(list, zip(*block, strict=True))
             values = {role: [row[role] for row in rows] for role in columns}
             texts = {
-                role: [each or "" for each in own] if columns[role].plain else _map(as_json, own, places, role)
+                role: [each or "" for each in own] if columns[role].plain else _map(_as_json, own, places, role)
                 for role, own in values.items()
             }
             contents = _encode([[*map(columns[role].content or str, texts[role])] for role in given], places)
@@ -234,6 +235,14 @@ def _map(
     return found
 
 
+def _as_json(value: Any) -> str:
+    """Write a value as it is kept, the same for equal ones. Raises ValueError where JSON has no such value."""
+    try:
+        return _WRITER.encode(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"is nothing that JSON can hold ({error})") from error
+
+
 def _encode(columns: list[list[str]], places: Sequence[str]) -> list[bytes]:
     """Encode what is given of each row: its text, or the JSON of several."""
     encoded = [_map(str.encode, texts, places) for texts in columns]
@@ -264,7 +273,7 @@ def _read(order: Order, source: Source, split: str) -> Iterator[tuple[str, dict[
                 raise InputError(f"{key}: {place}: column {name!r} {error}: {given}") from error
         try:
             values = order.task.check_row(values)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{key}: {place}: {error}") from error
         if offered:
             seen |= names.values() & row.keys()

@@ -13,6 +13,8 @@ from distill.errors import InputError
 
 FULL = 2**15
 """Loudest 16-bit sample, plus one."""
+UNKNOWN_SIZE = 2**30
+"""Bytes of sound from which on a header does not mean what it says: that of a file which was written into a pipe."""
 
 
 def read_sound(path: Path, rate: int, notes: Counter[str]) -> np.ndarray:
@@ -27,9 +29,11 @@ def read_sound(path: Path, rate: int, notes: Counter[str]) -> np.ndarray:
         InputError: It is broken, of a kind that is not known, or of one that needs a package.
     """
     try:
-        samples, have = _read_wave(path)
+        samples, have = _read_wave(path, notes)
     except (OSError, EOFError, ValueError, wave.Error) as error:
         samples, have = _read_other(path, error)
+    if len(samples) and np.ptp(samples) == 0:
+        notes["sounds in which nothing is heard"] += 1
     if samples.shape[1] > 1:
         notes[f"sounds of {samples.shape[1]} channels mixed down to one"] += 1
     mono = samples.mean(axis=1)
@@ -40,11 +44,14 @@ def read_sound(path: Path, rate: int, notes: Counter[str]) -> np.ndarray:
     return whole
 
 
-def _read_wave(path: Path) -> tuple[np.ndarray, int]:
+def _read_wave(path: Path, notes: Counter[str]) -> tuple[np.ndarray, int]:
     """Read samples [n, channels] in [-1, 1) and their rate from a file of 8, 16, 24 or 32 bits per sample."""
     with wave.open(str(path), "rb") as file:
         width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
+        expected = file.getnframes() * width * channels
         raw = np.frombuffer(file.readframes(file.getnframes()), np.uint8)
+    if len(raw) < expected < UNKNOWN_SIZE:
+        notes["sounds that end before their header says"] += 1
     raw = raw[: len(raw) // (width * channels) * width * channels].reshape(-1, channels, width)
     if width == 1:  # the only unsigned kind
         return (raw[..., 0].astype(np.float64) - 128) / 128, rate

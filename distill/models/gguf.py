@@ -60,7 +60,7 @@ def _convert(file: Path, folder: Path, say: Callable[[str], None]) -> None:
                 if (number := read_header(file).get(f"tokenizer.ggml.{name}_token_id")) is not None:
                     setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(number))
             loaded, info = AutoModelForCausalLM.from_pretrained(alone, output_loading_info=True, **given)
-    check_loaded(file, loaded, info, False, say)
+    check_loaded(file, loaded, info, False, False, say)
     config = copy.deepcopy(loaded.config)
     del config.quantization_config  # one that was quantised refuses to be saved
     config._name_or_path = ""

@@ -220,7 +220,7 @@ def load_model(
             ignore_mismatched_sizes=True,  # judged below, with what is missing
             **extra,
         )
-    check_loaded(folder, model, info, allow_untrained_head, say)
+    check_loaded(folder, model, info, allow_untrained_head, head.pooled, say)
     untie_config(model, say)
     settle_periods(model.config)
     if head.pooled:
@@ -293,7 +293,8 @@ def load_config(folder: Path, head: ModelHead, remote_code: bool = False) -> Any
         config.pad_token_id = head.padding
     if head.pooled and config.is_encoder_decoder:
         raise InputError(f"{folder}: the vectors of an encoder-decoder ({config.model_type}) cannot be distilled")
-    for name, value in head.settings.items():
+    own = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}  # for whoever calls a model
+    for name, value in {**own, **head.settings}.items():
         setattr(config, name, value)
     if head.labels:
         config.id2label = dict(enumerate(head.labels))

@@ -6,15 +6,18 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from distill.errors import InputError
 from distill.models.trainable import mark_drawn
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SHOWN = 3
 """Names in a message; of the others there is the number."""
 
 
 def check_loaded(
-    folder: Path, model: Any, info: dict[str, Any], allow_untrained_head: bool, say: Callable[[str], None]
+    folder: Path, model: Any, info: dict[str, Any], allow_untrained_head: bool, pooled: bool, say: Callable[[str], None]
 ) -> None:
     """Refuse a model of which anything was drawn at random but a head that is about to be fitted.
 
@@ -23,6 +26,7 @@ def check_loaded(
         model: As loaded, with its task's head.
         info: The report of `from_pretrained`.
         allow_untrained_head: Accept a new head, and a new pooler where the folder has none.
+        pooled: The model makes vectors, of which a pooler of its own is no part.
         say: Gets a line about new and about unused tensors.
 
     Raises:
@@ -31,6 +35,9 @@ def check_loaded(
     unused = sorted(info["unexpected_keys"])
     shapes = {name: (tuple(stored), tuple(wanted)) for name, stored, wanted in info["mismatched_keys"]}
     missing = set(info["missing_keys"]) - set(shapes)
+    if pooled and (spare := {name for name in missing if name.startswith("pooler.")}):
+        missing -= spare
+        say(f"  drawn at random, and no part of a vector: {_listed(spare)}")
     head = _head_tensors(model, missing)
     if reasons := _reasons(model, missing - head, {name: shapes[name] for name in shapes.keys() - head}, unused):
         raise InputError(f"{folder} does not hold the weights of a {type(model).__name__}: {'; '.join(reasons)}")
@@ -40,6 +47,8 @@ def check_loaded(
             f"{folder} has no trained weights for {_listed(new)}: "
             f"add `fit: {{epochs: …, lr: …}}` under `teacher:` to train them on the recipe's labels first"
         )
+    if broken := [name for name, own in model.named_parameters() if own.dtype in FLOATS and not own.isfinite().all()]:
+        raise InputError(f"{folder} holds numbers that are not finite, in {_listed(broken)}: it was not saved whole")
     if new:
         mark_drawn(model, new)
         say(f"  drawn at random, to be fitted: {_listed(new)}")

@@ -171,7 +171,8 @@ def _modules(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _modes(pooling: Mapping[str, Any], folder: Path) -> tuple[str, ...]:
-    given = pooling.get("pooling_mode") or [mode for mode, switch in LEGACY.items() if pooling.get(switch)] or "mean"
+    unsaid = "none" if pooling.keys() & {*LEGACY.values()} else "mean"  # all switched off, or none mentioned
+    given = pooling.get("pooling_mode") or [mode for mode, switch in LEGACY.items() if pooling.get(switch)] or unsaid
     modes = (given,) if isinstance(given, str) else tuple(given)
     if odd := [mode for mode in modes if mode not in POOLS]:
         raise InputError(f"{folder}/config.json: unknown pooling {odd[0]!r}; known are {', '.join(POOLS)}")

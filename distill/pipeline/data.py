@@ -101,6 +101,7 @@ def _prepare(session: Session, cache: Path) -> None:
             _check_padding(session, source, own)
         corpus = prepare(order, folder, report)
         _check_vocabulary(session, config, corpus)
+        _check_ends(session, config, corpus)
     megabytes = sum(file.stat().st_size for file in cache.iterdir()) / 1e6
     session.say(f"  kept in the cache, {cache.parent} ({megabytes:,.1f} MB; it may be deleted at any time)")
 
@@ -151,6 +152,9 @@ def _agree_with_teacher(session: Session, settled: Settled) -> Settled:
     """Take the classes in the order of a teacher that is already trained; refuse one trained for other labels."""
     config = load_config(session.source, ModelHead(""), session.remote_code)
     order, kind = trained_labels(session.source), config.problem_type
+    numbers = config.label2id or {}
+    if {*numbers} == {*order} and [numbers[name] for name in order] != [*range(len(order))]:
+        raise InputError(f"{session.source}/config.json: id2label and label2id do not number the classes alike, from 0")
     wanted = session.task.model_settings(settled).get("problem_type", kind)
     if kind not in (None, wanted) or (settled.head == "regression") != (len(order) == 1):
         raise InputError(
@@ -198,13 +202,17 @@ def _trained_order(settled: Settled, order: Sequence[str]) -> Settled:
 
 def _check_vocabulary(session: Session, config: Any, corpus: Corpus) -> None:
     """Refuse a tokenizer that writes tokens for which the teacher has no embedding."""
-    text = config.get_text_config()
+    text, kind = config.get_text_config(), "token_type_ids"
     known, written = getattr(text, "vocab_size", None), getattr(text, "decoder_vocab_size", None)
     highest = max(corpus.padding, *(split.highest() for split in corpus.splits.values()))
     if (target := session.task.target) != "input_ids":
         highest_written = max(split.highest(target) for split in corpus.splits.values())
         if highest_written >= (written or known or highest_written + 1):
             highest, known = highest_written, written or known
+    kinds = max((split.highest(kind) for split in corpus.splits.values() if kind in split.columns), default=0) + 1
+    if kinds > (getattr(text, "type_vocab_size", None) or kinds):
+        message = f"the tokenizer writes {kinds} {kind}, and config.json says type_vocab_size {text.type_vocab_size}"
+        raise InputError(f"{session.source}: {message}; give it a tokenizer that does not write them")
     if known is None or highest < known:
         return
     added = [session.tokenizer.convert_tokens_to_ids(token) for token in session.task.added_tokens]
@@ -231,6 +239,23 @@ def _check_padding(session: Session, source: Path, config: Any) -> None:
             f"{source}: the tokenizer pads with {session.tokenizer.pad_token!r}, id {ours}, and config.json "
             f"says pad_token_id {theirs}, by which the head finds the last token of a text; write one in both"
         )
+
+
+def _check_ends(session: Session, config: Any, corpus: Corpus) -> None:
+    """Refuse texts without an end token, or with others of their own, where a head of classes reads the last one.
+
+    That of an encoder-decoder wants as many in every text of a batch.
+    """
+    if session.task.auto_class != SEQUENCE_CLASSES or not config.is_encoder_decoder:
+        return
+    for name, split in corpus.splits.items():
+        ends = {int((split[row] == config.eos_token_id).sum()) for row in range(len(split))}
+        if len(ends) > 1 or 0 in ends:
+            raise InputError(
+                f"{session.source}: a head of classes reads the last end token, id {config.eos_token_id}, and wants as "
+                f"many in every text; in the {name} split there are {' or '.join(map(str, sorted(ends)))}: take it out "
+                f"of the texts, or let the tokenizer write it"
+            )
 
 
 def inputs(session: Session) -> dict[str, Any]:

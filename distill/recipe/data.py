@@ -9,7 +9,7 @@ from pydantic import Field, StrictBool, StrictInt, StrictStr
 
 from distill.recipe.fields import Columns, Count, Index, KeyPath, Mistake, NotASwitch, Positive, Section, dotted
 from distill.recipe.locate import is_path
-from distill.recipe.names import FORMS, TASK_COLUMNS, TASK_KEYS, BuiltInSource, Reference, TaskName
+from distill.recipe.names import FORMS, TASK_COLUMNS, TASK_KEYS, BuiltInSource, Reference, TaskName, columns_read
 from distill.registry import suggest
 
 FILE = r"^(\.{1,2}|~)?/."
@@ -160,6 +160,12 @@ class Data(Section):
         if len(forms) > 1:
             listed = " and ".join(", ".join(form) for form in forms)
             yield Mistake(("columns",), f"names columns of two forms, {listed}", "give those of one", at="key")
+        names = {role: self.columns.get(role, role) for role in columns_read(self.task, roles or (), self.columns)}
+        for role, name in self.columns.items():
+            if others := [other for other, same in names.items() if same == name and other != role]:
+                yield Mistake(
+                    ("columns", role), f"{name} is the column of {others[0]} as well", "name another", at="key"
+                )
         for role in self.columns if roles is not None else ():
             if role not in roles:
                 message = f"task: {self.task} has no column {role}"

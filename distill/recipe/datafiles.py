@@ -10,6 +10,7 @@ import bz2
 import csv
 import glob
 import gzip
+import json
 import lzma
 import re
 from collections import Counter
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from distill.errors import InputError
+from distill.files import check_fetched
 from distill.recipe.data import Source
 from distill.recipe.jsonrows import LONGEST, Row, json_rows, read_lines
 from distill.recipe.locate import is_path
@@ -37,6 +39,8 @@ UNREAD = (
     *(".pkl", ".npy", ".db", ".sqlite", ".ndjson", ".jsonlines"),
 )
 """Endings of data that is not read; in a folder they are refused, while other files are no data."""
+BESIDE = re.compile(r"/\.|/__MACOSX/|/(readme|licen[cs]e|notice|changelog|requirements)\.txt$", re.IGNORECASE)
+"""Hidden files, copies that an editor or archiver made, and files about data: they lie in a folder beside the data."""
 OPTIONS = {
     "delimiter": (".csv", ".tsv"),
     "quotes": (".csv", ".tsv"),
@@ -113,6 +117,9 @@ def check_folder(path: Path, files: Collection[Path]) -> None:
     """Refuse a folder with data that would be passed over, or with files named after splits, which would be mixed."""
     if unread := [file for file in sorted(path.rglob("*")) if _is_unread(file)]:
         raise InputError(f"{path} holds {unread[0].relative_to(path)}, which cannot be read; convert or move it")
+    if beside := [file for file in files if BESIDE.search(f"/{file.relative_to(path)}")]:
+        name = beside[0].relative_to(path)
+        raise InputError(f"{path} holds {name}, which would be read as data; move it, or list the files that are meant")
     words = {file: set(re.split("[^a-z]+", str(file.relative_to(path)).lower())) for file in files}
     training = [file for file, found in words.items() if "train" in found]
     held_out = [file for file, found in words.items() if found & {"test", "validation", "valid", "dev", "eval"}]
@@ -145,6 +152,7 @@ def check_kinds(files: Collection[Path]) -> None:
             raise InputError(f"{file} is no regular file")  # a pipe may never end
         if file.stat().st_size == 0:
             raise InputError(f"{file} is empty")
+        check_fetched(file)
 
 
 def check_options(source: Source, path: Path) -> None:
@@ -225,11 +233,7 @@ def _csv_rows(delimiter: str, file: TextIO, source: Source) -> Iterator[Row]:
     delimiter, lines = source.delimiter or delimiter, read_lines(file)
     quoting = csv.QUOTE_NONE if source.quotes is False else csv.QUOTE_MINIMAL
     reader = csv.reader(lines, delimiter=delimiter, strict=True, quoting=quoting)  # type: ignore[arg-type]
-    names, start = next(reader, []), 1
-    if twice := [name for name, count in Counter(names).items() if name and count > 1]:
-        raise ValueError(f"two columns are called {twice[0]!r}")
-    if len(names) == 1 and (other := next((mark for mark in ",;\t|" if mark in names[0]), None)):
-        raise ValueError(f"its first line is one column; name the mark between columns, as in {{delimiter: {other!r}}}")
+    names = _checked_names(next(reader, []))
     while True:
         start = reader.line_num + 1
         try:
@@ -244,8 +248,19 @@ def _csv_rows(delimiter: str, file: TextIO, source: Source) -> Iterator[Row]:
             values = [""]
         if values and len(values) != len(names):
             raise ValueError(f"line {start} has {len(values)} columns, the first line has {len(names)}")
+        if values == names and len(names) > 1:
+            raise ValueError(f"line {start} repeats the names of the columns; remove it, or name the parts as files")
         if values:
             yield start, dict(zip(names, values, strict=True))
+
+
+def _checked_names(names: list[str]) -> list[str]:
+    """Refuse names of columns that stand twice, or that another mark divides. Raises ValueError."""
+    if twice := [name for name, count in Counter(names).items() if name and count > 1]:
+        raise ValueError(f"two columns are called {twice[0]!r}")
+    if len(names) == 1 and (other := next((mark for mark in ",;\t|" if mark in names[0]), None)):
+        raise ValueError(f"its first line is one column; name the mark, as in {{delimiter: {json.dumps(other)}}}")
+    return names
 
 
 def _text_rows(file: TextIO, source: Source) -> Iterator[Row]:

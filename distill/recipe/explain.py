@@ -271,7 +271,7 @@ def _guess(path: KeyPath, value: Any) -> str:
     guesses: list[Any] = []
     if isinstance(value, str):
         guesses = [scalar(value), *(meant for word, meant in SWITCHES.items() if value.lower() == word)]
-        guesses += [f"./{value}"] if value.endswith(ENDINGS) else []
+        guesses += [f"./{value}"] if value.endswith(ENDINGS) and "://" not in value else []
     elif type(value) in (int, float):
         guesses = [*([int(value)] if value == value // 1 else []), str(value)]
     fitting = [guess for guess in guesses if not _errors(guess, path)]

@@ -86,6 +86,8 @@ def look_at_folder(folder: Path, *, weights: bool) -> tuple[TeacherSize, list[st
         return gguf_size(folder), []
     if not weights:
         return teacher_size(folder), list(_check_vocabulary(folder, teacher_size(folder)))
+    if (folder / "generation_config.json").is_file():
+        read_object(folder / "generation_config.json")  # transformers passes over a broken one
     tensors = read_headers(folder)
     size = teacher_size(folder)
     mistakes = [*check_tensors(folder, tensors, size), *_check_vocabulary(folder, size)]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.errors import InputError
-from distill.files import MAX_JSON, is_plain_name, read_object
+from distill.files import MAX_JSON, check_fetched, is_plain_name, read_object
 from distill.recipe.locate import TeacherSize
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -60,6 +60,8 @@ def weight_files(folder: Path) -> list[Path]:
     found = [named] if named is not None else [name for name in (SINGLE, INDEX) if (folder / name).is_file()]
     if not found:
         raise InputError(f"{folder} has no weights that are read: there is neither {SINGLE} nor {INDEX}")
+    if len(found) > 1:
+        raise InputError(f"{folder} holds {SINGLE} and {INDEX}; remove the one that is not meant")
     names, origin = {found[0]}, "config.json: transformers_weights"
     if str(found[0]).endswith(".index.json"):
         listed = read_object(_checked(folder, found[0], origin, ".json")).get("weight_map")
@@ -99,6 +101,7 @@ def _read_header(path: Path) -> dict[str, Any]:
     try:
         if not path.is_file():
             raise InputError(f"{path} is not a file")
+        check_fetched(path)
         have = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")

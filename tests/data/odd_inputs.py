@@ -116,6 +116,17 @@ READ = [
     Odd("old mac line ends", {"a.csv": CSV.replace("\n", "\r")}, AB),
     Odd("mixed line ends", {"a.jsonl": JSONL.replace("\n", "\r\n", 1)}, AB),
     Odd("no line end at the end", {"a.csv": CSV.strip()}, AB),
+    Odd(
+        "classes that begin with a bracket",
+        {"a.csv": "text,label\none,[CLS]\ntwo,[a\n"},
+        [("one", "[CLS]"), ("two", "[a")],
+    ),
+    Odd(
+        "one column with its own name in it",
+        {"a.csv": "text\none\ntext\n"},
+        [("one", None), ("text", None)],
+        keys={"task": "causal_lm"},
+    ),
     Odd("blank lines", {"a.csv": CSV.replace("\n", "\n\n"), "b.jsonl": ""}, AB),
     Odd("blank lines of JSON", {"a.jsonl": "\n\n" + JSONL.replace("\n", "\n \n")}, AB),
     Odd("line break in quotes", {"a.csv": 'text,label\n"one\n,""1""",a\n'}, [('one\n,"1"', "a")]),
@@ -173,6 +184,7 @@ READ = [
     Odd("words as texts", {"a.csv": "text,label\n" + "".join(f"{w},x\n" for w in WORDS)}, [(w, "x") for w in WORDS]),
     Odd("words in JSON", {"a.jsonl": lines(*(row(w, w) for w in WORDS))}, [(w, w) for w in WORDS]),
     Odd("words in parquet", {"a.parquet": table(text=WORDS, label=WORDS)}, [(w, w) for w in WORDS]),
+    Odd("blank label", {"a.csv": "text,label\none, \ntwo,b\n"}, [("one", None), ("two", "b")]),
     Odd("empty label", {"a.csv": "text,label\none,\ntwo,b\n"}, [("one", None), ("two", "b")]),
     Odd("spaces", {"a.csv": "text,label\n one , a\none,a \n"}, [(" one ", " a"), ("one", "a ")]),
     Odd("case", {"a.csv": "text,label\nOne,A\none,a\n"}, [("One", "A"), ("one", "a")]),
@@ -266,7 +278,49 @@ READ = [
     Odd("one of the saved splits", {"in": saved_splits}, [("test", "x")], source={"split": "test"}),
 ]
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0f\nsize 9\n"
+
 REFUSED = [
+    Odd("two files put together", {"a.csv": CSV + CSV}, words="a.csv line 4 repeats the names of the columns"),
+    Odd(
+        "tabs in a .csv",
+        {"a.csv": CSV.replace(",", "\t")},
+        words='a.csv its first line is one column delimiter: "\\t"',
+    ),
+    *(
+        Odd(f"pointer in place of a {end}", {f"a.{end}": POINTER}, words=f"a.{end} is a pointer of Git LFS")
+        for end in ("csv", "jsonl", "parquet")
+    ),
+    Odd("pointer in place of prose", {"a.txt": POINTER}, keys={"task": "causal_lm"}, words="a.txt is a pointer of"),
+    Odd(
+        "copy that an editor hides in a folder",
+        {"in/a.csv": CSV, "in/.ipynb_checkpoints/a-checkpoint.csv": CSV},
+        source="./in",
+        words="in holds .ipynb_checkpoints/a-checkpoint.csv, which would be read as data",
+    ),
+    Odd(
+        "remark of an archiver in a folder",
+        {"in/a.csv": CSV, "in/__MACOSX/a.csv": CSV},
+        source="./in",
+        words="in holds __MACOSX/a.csv, which would be read as data",
+    ),
+    Odd(
+        "readme in a folder of texts",
+        {"in/a.txt": "one\n", "in/README.txt": "Download it from …\n"},
+        source="./in",
+        keys={"task": "causal_lm"},
+        words="in holds README.txt, which would be read as data",
+    ),
+    Odd(
+        "list as Python writes it",
+        {"a.csv": "text,label\none,\"['a', 'b']\"\n"},
+        words="a.csv, line 2: column 'label' is a list, but not one as JSON",
+    ),
+    Odd(
+        "list as numpy writes it",
+        {"a.csv": "text,label\none,[0 1 1]\n"},
+        words="a.csv, line 2: column 'label' is a list, but not one as JSON",
+    ),
     Odd("empty file", {"a.csv": ""}, words="a.csv is empty"),
     Odd("header only", {"a.csv": "text,label\n"}, words="a.csv has no row"),
     Odd("blank lines only", {"a.jsonl": "\n \n\n"}, words="a.jsonl has no row"),
@@ -282,7 +336,7 @@ REFUSED = [
         words="a.tsv line 2: line 3 quotes: true false",
     ),
     Odd(
-        "another delimiter", {"a.csv": CSV.replace(",", ";")}, words="a.csv its first line is one column delimiter: ';'"
+        "another delimiter", {"a.csv": CSV.replace(",", ";")}, words='a.csv its first line is one column delimiter: ";"'
     ),
     Odd(
         "a space in a name",

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from spans import characters
 from tiny import tiny_corpus, tiny_project
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -371,6 +372,16 @@ def test_a_micro_batch_is_taken_in_well_under_a_millisecond(tmp_path):
         taken = examples.take(chosen)
     assert taken["input_ids"].pad(0).shape == (32, 128)
     assert (time.process_time() - start) / 100 < 1e-3  # of this process alone, so not of how busy the machine is
+
+
+@pytest.mark.parametrize(("length", "pair"), [(2, {}), (3, {"columns": {"pair": "pair"}})])
+def test_a_length_that_special_tokens_fill_is_refused(length, pair, tmp_path):
+    (tmp_path / "x.jsonl").write_text(
+        "".join(f'{{"text": "{n}", "pair": "{n}", "label": {n % 2}}}\n' for n in range(40))
+    )
+    spec = Data(source="./x.jsonl", task="classification", max_length=length, **pair)
+    with pytest.raises(InputError, match=rf"data\.max_length: the tokenizer writes {length} tokens around any text"):
+        prepare(Order(TASKS[spec.task](), spec, characters("0123456789"), 0, tmp_path), tmp_path)
 
 
 def test_texts_that_are_cut_are_counted_by_both_kinds_of_tokenizers(folder):

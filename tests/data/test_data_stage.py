@@ -9,6 +9,7 @@ import threading
 import time
 
 import pytest
+from spans import spans_project
 from tiny import RECIPE, tiny_config, tiny_project
 from transformers import AutoModelForSequenceClassification
 
@@ -103,6 +104,35 @@ def test_tokens_beyond_the_embeddings_are_refused_by_name(tmp_path):
     tiny_config("bert", pad_token_id=0, vocab_size=16).save_pretrained(tmp_path / "teacher")
     with pytest.raises(RecipeError, match=r"words up to id 16, and config\.json says vocab_size 16"):
         prepared(tmp_path)
+
+
+@pytest.mark.parametrize(("text", "words"), [("red cat", "0"), ("red [CLS] cat", "0 or 1")])
+def test_an_encoder_decoder_with_classes_needs_as_many_ends_in_every_text(text, words, tmp_path):
+    tiny_project(tmp_path, family="bart")  # whose end token is the second one of the tokenizer, [CLS], never written
+    rows = [{"text": f"{text} {'fast ' * count}", "label": "a"} for count in range(10)]
+    with (tmp_path / "data.jsonl").open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    with pytest.raises(InputError, match=rf"wants as many in every text; .* there are {words}:"):
+        prepared(tmp_path, "data.labelled=null")
+
+
+def test_second_texts_need_a_model_that_tells_them_apart(tmp_path):
+    recipe = RECIPE.replace("source: ./data.jsonl", "source: ./data.jsonl, columns: {pair: text}")
+    spans_project(tmp_path, [], recipe.replace("labelled: 24, ", "").replace("pair: text", "pair: second"))
+    tiny_config("bert", pad_token_id=0, type_vocab_size=1).save_pretrained(tmp_path / "teacher")
+    rows = [{"text": f"red one {'two ' * n}", "second": "cat", "label": "ab"[n % 2]} for n in range(40)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match=r"writes 2 token_type_ids, and config\.json says type_vocab_size 1"):
+        prepared(tmp_path)
+
+
+def test_texts_that_hold_special_tokens_are_counted(tmp_path):
+    tiny_project(tmp_path)
+    with (tmp_path / "data.jsonl").open("a") as file:
+        file.writelines(json.dumps({"text": f"red [SEP] {word}", "label": "none"}) + "\n" for word in ("a", "b", "c"))
+    corpus, _ = prepared(tmp_path)
+    notes = [own["notes"] for own in corpus.summary.values()]
+    assert sum(own.get("texts with the special token '[SEP]' in them", 0) for own in notes) == 3
 
 
 def test_labels_are_asked_for_after_the_data_also_when_a_later_command_needs_them(tmp_path):

@@ -48,6 +48,24 @@ def test_channels_are_mixed_down_and_other_rates_resampled_and_both_are_counted(
     assert np.abs(found / 2**15 - 0.5 * tone(440)).max() < 1e-3
 
 
+@pytest.mark.parametrize(("size", "cut"), [(None, True), (0xFFFFFFFF, False)])
+def test_a_sound_that_was_not_copied_whole_is_counted_and_one_from_a_pipe_is_whole(tmp_path, size, cut):
+    path = write_wave(tmp_path / "x.wav", tone(440))
+    content = path.read_bytes()
+    if size is not None:  # as ffmpeg writes it, which cannot know how long it will be
+        content = content[:40] + struct.pack("<I", size) + content[44:]
+    path.write_bytes(content[:-1000])
+    notes: Counter[str] = Counter()
+    assert len(read_sound(path, 16_000, notes)) == 2400 - 500
+    assert notes == ({"sounds that end before their header says": 1} if cut else {})
+
+
+def test_a_sound_of_nothing_is_counted(tmp_path):
+    notes: Counter[str] = Counter()
+    read_sound(write_wave(tmp_path / "x.wav", np.zeros(100)), 16_000, notes)
+    assert notes == {"sounds in which nothing is heard": 1}
+
+
 def test_resampling_removes_what_the_new_rate_cannot_hold():
     high, low = tone(12_000, rate=32_000), tone(1_000, rate=32_000)
     assert np.abs(resample(high, 32_000, 16_000)).max() < 1e-3

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from distill import load_student
 from distill.errors import InputError
+from distill.models.causal import check_causal
 from distill.models.load import ModelHead, load_model, load_tokenizer, random_model, teacher_path, trained_labels
 from distill.recipe.schema import Teacher
 
@@ -284,6 +285,40 @@ def test_a_checksum_pins_the_file_that_the_config_names_and_every_shard(folder, 
     save_file({name: tensor + 1 for name, tensor in load_file(last).items()}, last)
     with pytest.raises(InputError, match=r"teacher\.sha256"):
         teacher_path(pinned, tmp_path)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused_by_name(folder, number):
+    rewrite(folder, lambda tensors: {**tensors, "classifier.bias": torch.tensor([0.0, number, 0.0])})
+    with pytest.raises(InputError, match=r"not finite, in classifier\.bias"):
+        load_model(folder, ModelHead(CLASSIFIER))
+
+
+def test_two_sets_of_weights_in_one_folder_are_refused(folder):
+    index = {"metadata": {}, "weight_map": {"a": "model.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=r"holds model\.safetensors and model\.safetensors\.index\.json"):
+        load_model(folder, ModelHead(CLASSIFIER))
+
+
+def test_a_config_that_asks_for_tuples_gives_the_same_model(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    set_config(tmp_path, return_dict=False, output_attentions=True, output_hidden_states=True)
+    model = load_model(tmp_path, ModelHead("AutoModelForCausalLM"))
+    check_causal(model)
+    model.save_pretrained(tmp_path / "again")  # refused by transformers with attentions that no kernel gives
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_vectors_need_no_pooler(family, tmp_path):
+    tiny_model(family).base_model.save_pretrained(tmp_path)
+    if family == "bert":
+        rewrite(tmp_path, lambda tensors: {name: own for name, own in tensors.items() if "pooler" not in name})
+    lines = []
+    load_model(tmp_path, ModelHead("AutoModel", pooled=True), say=lines.append)
+    assert lines[0] == "  drawn at random, and no part of a vector: pooler.dense.bias, pooler.dense.weight"
+    with pytest.raises(InputError, match="lacks 2 of"):
+        load_model(tmp_path, ModelHead("AutoModel"))
 
 
 OVERLAP = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'

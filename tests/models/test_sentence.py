@@ -71,6 +71,7 @@ def test_the_form_that_sentence_transformers_writes_today_is_read(tmp_path):
         ("modules.json", {"type": "sentence_transformers.models.Normalize", "path": "../x"}, "is no folder beside it"),
         ("1_Pooling/config.json", {"pooling_mode": "median"}, "unknown pooling 'median'"),
         ("1_Pooling/config.json", {"pooling_mode": ["max", "cls"]}, "the order of max, cls cannot be kept"),
+        ("1_Pooling/config.json", {"pooling_mode_mean_tokens": False}, "unknown pooling 'none'"),
         ("1_Pooling/config.json", {"include_prompt": False}, "prompts that are not pooled"),
         ("sentence_bert_config.json", {"query_expansion": {"token": "x"}}, "query_expansion cannot be kept"),
         ("sentence_bert_config.json", {"max_seq_length": "7"}, "max_seq_length is no whole number"),

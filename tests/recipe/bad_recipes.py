@@ -259,6 +259,8 @@ CROSS_CHECKS = [
     ),
     Bad("arms: [teacher, cut, distilled]", "sets: {b: ./no.csv}", 23, "evaluation.sets.b", "no.csv"),
     Bad("labelled: 160", "text: body", 12, "data.text", "unknown key write columns: {text: COLUMN} under data:"),
+    Bad("labelled: 160", "columns: {text: label}", 12, "data.columns.text", "label is the column of label as well"),
+    Bad("labelled: 160", "columns: {pair: text}", 12, "data.columns.pair", "text is the column of text as well"),
     Bad("labelled: 160", "columns: {txt: body}", 12, "data.columns.txt", "no column txt did you mean 'text'"),
     Bad("labelled: 160", "columns: {text: body}", 12, "data.columns.text", "has no column 'body' 'text', 'label'"),
     Bad(

@@ -124,6 +124,7 @@ def test_names_are_read_from_every_shard(write: Write, folder: Path) -> None:
     [
         (b"", "is empty"),
         (b"\x01\x02", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0f\nsize 9\n", "is a pointer of Git LFS"),
         ((1 << 60).to_bytes(8, "little") + b"{}", "asks for a header of 1,152,921,504,606,846,976 bytes and has 10"),
         ((2).to_bytes(8, "little") + b"{", "it is broken or was not copied whole"),
         ((2).to_bytes(8, "little") + b"{x", "its header is not that of a safetensors file"),
@@ -140,6 +141,12 @@ def test_broken_weights_are_refused_before_anything_is_loaded(
     key, message = one(write())
     assert key == "teacher.model" and words in message
     load_recipe(write(GOOD.replace("fit: {", "init: random\n  fit: {")))  # where no weights are read
+
+
+def test_a_broken_config_of_generation_is_refused(write: Write, folder: Path) -> None:
+    (folder / "teacher/generation_config.json").write_text("{")
+    key, message = one(write())
+    assert key == "teacher.model" and "generation_config.json" in message
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,8 @@ def test_the_value_of_a_misspelt_key_is_not_judged(old: str, new: str, key: str,
 def test_a_file_without_its_folder_is_told_how_to_write_it(write: Write) -> None:
     (problem,) = problems(write(GOOD.replace("stdlib-docstrings", "tickets.csv")))
     assert (problem.key, problem.fix) == ("data.source", "write ./tickets.csv")
+    (problem,) = problems(write(GOOD.replace("stdlib-docstrings", "https://example.org/tickets.csv")))
+    assert (problem.key, problem.fix) == ("data.source", "")  # no file of that name would ever be there
 
 
 def test_keys_of_an_empty_section_were_meant_to_be_in_it(write: Write) -> None:

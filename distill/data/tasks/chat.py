@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from distill.data.tasks.causal_lm import CausalLM, check_row_length
+from distill.data.tasks.conversations import COLUMNS, Conversation, Message, read_conversation
 from distill.data.tasks.prompts import answered, last_prompts
-from distill.data.tasks.task import Column, Encoder, Features, Seeds, Values
+from distill.data.tasks.task import Encoder, Features, Seeds, Values
 from distill.errors import InputError
 from distill.models.forward import UNLABELLED, Batch
 from distill.models.weights import as_input_error, within
 
-Message = dict[str, Any]
 Span = tuple[int, int]
 """First character of a learned part of a text, and one more than its last."""
 
-SPEAKERS = {
-    **dict.fromkeys(("user", "human"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "function_call"), "assistant"),
-    **dict.fromkeys(("tool", "function_response", "observation"), "tool"),
-    "system": "system",
-}
-"""`from` in ShareGPT's form of a message -> role."""
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """The mark of templates that say themselves what the assistant writes."""
 NO_TEMPLATE = (
@@ -46,63 +38,11 @@ HIDDEN_ANSWER = "conversations whose answers are not found in what the chat temp
 REWRITTEN = "conversations whose earlier turns the chat template writes differently later: one example per answer"
 
 
-def read_messages(value: Any) -> Any:
-    """Accept a list of messages, or its JSON text; nothing where a row has none."""
-    if isinstance(value, str) and value:
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise ValueError("is neither a list of messages nor the JSON text of one") from error
-    if value in (None, "", []):
-        return None
-    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-        raise ValueError("is no list of messages, as [{role: user, content: …}, …]")
-    return value
-
-
-def read_side(value: Any) -> Any:
-    """Accept a prompt or a completion: a text, or a list of messages; nothing where a row has none."""
-    return read_messages(value) if isinstance(value, list) else read_text(value)
-
-
-def read_text(value: Any) -> str | None:
-    """Accept a text; nothing where a row has none."""
-    if value is not None and not isinstance(value, str):
-        raise ValueError("is neither a text nor a list of messages")
-    return value
-
-
-def read_tools(value: Any) -> Any:
-    """Accept a list of tools as JSON schemas, or its JSON text; nothing where a row has none."""
-    try:
-        return read_messages(value)
-    except ValueError as error:
-        raise ValueError("is no list of tools, each an object, nor the JSON text of one") from error
-
-
-@dataclass
-class Conversation:
-    """Messages as a chat template takes them."""
-
-    messages: list[Message]
-    tools: list[Any] | None = None
-    given: int = 0
-    """Messages at the start that are a prompt: nothing in them is learned."""
-    empty: bool = False
-    """A turn says nothing."""
-    notes: Counter[str] = field(default_factory=Counter)
-    """Conversions, for the summary."""
-
-
 class Chat(CausalLM):
     """Conversations as the chat template of the tokenizer writes them; what the assistant says is learned."""
 
     name = "chat"
-    columns: ClassVar = {
-        "messages": Column(read_messages),
-        **dict.fromkeys(("prompt", "completion"), Column(read_side)),
-        "tools": Column(read_tools),
-    }
+    columns: ClassVar = COLUMNS
     observed = ()
     divisible = False
     prompted = True
@@ -176,58 +116,6 @@ def _cut(written: Sequence[tuple[int, str, list[Span] | None]], encoder: Encoder
     return examples
 
 
-def read_conversation(values: Mapping[str, Any]) -> Conversation:
-    """Bring the columns of a row, messages or prompt and completion, into one form. Raises ValueError."""
-    found = Conversation([], values.get("tools") or None)
-    messages, prompt, completion = (values.get(name) for name in ("messages", "prompt", "completion"))
-    if messages:
-        if prompt or completion:
-            found.notes["rows with messages and a prompt or completion beside them, which is not read"] += 1
-        sides = [messages]
-    elif prompt is None and completion is None:
-        found.empty, sides = True, []
-    elif prompt is None or completion is None:
-        raise ValueError(f"has a {'completion' if prompt is None else 'prompt'} and nothing on the other side")
-    else:
-        sides = [
-            [{"role": role, "content": side}] if isinstance(side, str) else side
-            for role, side in (("user", prompt), ("assistant", completion))
-        ]
-        found.given = len(sides[0])
-    for number, message in enumerate(message for side in sides for message in side):
-        try:
-            found.messages.append(_read_message(message, found))
-        except ValueError as error:
-            raise ValueError(f"message {number}: {error}") from error
-    return found
-
-
-def _read_message(message: Message, found: Conversation) -> Message:
-    read = {name: value for name, value in message.items() if value is not None}  # as `datasets` fills structs up
-    if "role" not in read and "from" in read:
-        if read["from"] not in SPEAKERS:
-            raise ValueError(f"from: {read['from']!r} is nobody known; use {', '.join(SPEAKERS)}")
-        found.notes["messages with from and value, read as role and content"] += 1
-        read = {"role": SPEAKERS[read.pop("from")], "content": read.pop("value", ""), **read}
-    if not isinstance(read.get("role"), str):
-        raise ValueError(f"needs a role, as in {{role: user, content: …}}; it has {', '.join(read) or 'nothing'}")
-    content = read.get("content", "")
-    if isinstance(content, list):
-        found.notes["messages in parts, whose texts are joined"] += 1
-        content = "".join(map(_text_of_part, content))
-    if not isinstance(content, str):
-        raise ValueError("its content is neither a text nor a list of parts")
-    found.empty |= not content.strip() and "tool_calls" not in read
-    return {**read, "content": content}
-
-
-def _text_of_part(part: Any) -> str:
-    if isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
-        return str(part["text"])
-    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-    raise ValueError(f"a part of its content is {kind!r}; a language model reads text alone, so remove such rows")
-
-
 def render(
     tokenizer: Any, conversation: Conversation, learn_all: bool, notes: Counter[str]
 ) -> Iterator[tuple[str, list[Span] | None]]:
@@ -241,7 +129,7 @@ def render(
     messages, tools = conversation.messages, conversation.tools
     template = tokenizer.get_chat_template(tools=tools)
 
-    def write(part: Sequence[Message], prompting: bool = False) -> str:
+    def write(part: Sequence[Message], prompting: bool = False, tools: list[Any] | None = tools) -> str:
         return str(
             tokenizer.apply_chat_template(part, tools=tools, tokenize=False, add_generation_prompt=prompting)
             if part
@@ -249,6 +137,9 @@ def render(
         )
 
     full = write(messages)
+    notes.update(
+        f"conversations with {what} that the chat template does not write" for what in _lost(conversation, full, write)
+    )
     answers = [at for at, each in enumerate(messages) if each["role"] == "assistant" and at >= conversation.given]
     if learn_all:
         yield full, None
@@ -271,6 +162,21 @@ def render(
                 notes[HIDDEN_ANSWER] += 1
             else:
                 yield text, [span]
+
+
+def _lost(conversation: Conversation, full: str, write: Callable[..., str]) -> Iterator[str]:
+    """Name what a conversation has and its text `full` has not: a template passes over what it does not know."""
+    messages = conversation.messages
+    if conversation.tools and write(messages, tools=None) == full:
+        yield "tools"
+    for key in sorted({key for each in messages for key in each} - {"role", "content"}):
+        try:
+            if write([{name: own for name, own in each.items() if name != key} for each in messages]) == full:
+                yield key
+        except (TemplateError, TypeError):  # it cannot do without
+            pass
+    if not all(each["content"].strip() in full for each in messages):
+        yield "a turn"
 
 
 def find_answer(messages: Sequence[Message], full: str, write: Callable[..., str], end: str) -> Span | None:

@@ -24,6 +24,8 @@ CROWDED = 0.5
 SIGNED = re.compile(r"[+-]?\d+", re.ASCII)
 DECIMAL = re.compile(r"[+-]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][+-]?\d+)?", re.ASCII)
 """Texts that are numbers: a decimal number has a point or an exponent. Whole numbers may also name classes."""
+FOREIGN_LIST = re.compile(r"\[\s*('.*'|[01][\s,.01]*)\s*\]", re.DOTALL)
+"""A list as Python, pandas and numpy write it into a CSV file."""
 PROBLEM_TYPES = {
     "sequence": "single_label_classification",
     "multi_label": "multi_label_classification",
@@ -43,18 +45,20 @@ def read_label(value: Any) -> Any:
 
     A list may be written as JSON in a text, since a CSV file has nothing else. It becomes a set: sorted.
     """
-    if value is None or value == "":
+    if value is None or (isinstance(value, str) and not value.strip()):
         return None
     if isinstance(value, str) and value.startswith("["):
         try:
             value = json.loads(value)
         except ValueError:
+            if FOREIGN_LIST.fullmatch(value.strip()):
+                raise ValueError('is a list, but not one as JSON: write it as ["a", "b"]') from None
             return value  # a class whose name starts with a bracket
     if isinstance(value, list):
         if not all(isinstance(item, str | int) for item in value) or len({type(item) for item in value}) > 1:
             raise ValueError("is no list of classes: all must be text, or all whole numbers")
         if len(set(value)) < len(value):
-            raise ValueError("names a class twice")
+            raise ValueError("names a class twice; a list is of classes, not a 0 or 1 for each")
         return sorted(value)
     if not isinstance(value, str | int | float):
         raise ValueError("is no label: neither text, a number nor a list of classes")
@@ -85,6 +89,8 @@ class Classification(Task):
             return Settled("regression", about=f"{_range(numbers)}, so this is a regression")
         each = [item for value in values for item in (value if head == "multi_label" else [value])]
         classes = order_classes(each, spec.classes)
+        if head == "multi_label" and len(counts) == 1:
+            raise InputError(f"data: every row has {list_names(classes)}; a list is of classes, not a 0 or 1 for each")
         if len(classes) < 2:
             raise InputError(f"data: classification needs two or more classes, found {list(classes)}")
         if spec.classes is None and len(classes) > max(2, CROWDED * counts.total()):
@@ -168,7 +174,8 @@ def _range(numbers: Sequence[float]) -> str:
         raise InputError(f"data: every label is {lowest:g}, so there is nothing to learn")
     if np.float32(UNLABELLED) in np.array(numbers, dtype=np.float32):
         raise InputError(f"data: the label {UNLABELLED} stands for rows without a label; scale or shift the numbers")
-    return f"numbers from {lowest:g} to {highest:g}"
+    whole = ", all whole (data.classes would make classes of them)" if all(map(float.is_integer, numbers)) else ""
+    return f"numbers from {lowest:g} to {highest:g}{whole}"
 
 
 def _indicators(numbers: Sequence[int], classes: int, labelled: bool) -> list[int]:

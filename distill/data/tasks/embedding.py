@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from distill.data.tasks.prompts import note_prompt
 from distill.data.tasks.task import TEXT, Column, Encoder, Features, Seeds, Task, Values
 from distill.errors import InputError
 from distill.models.forward import UNLABELLED, Batch
@@ -72,5 +73,6 @@ class Embedding(Task):
 
 def _encode(texts: Sequence[str], prompt: str, head: SentenceHead, encoder: Encoder) -> list[list[int]]:
     encoder.note(f"prompt {prompt!r}, put in front of texts", len(texts) if prompt else 0)
+    note_prompt(prompt, texts, encoder)
     given = [prompt + text for text in texts]
     return encoder([text.lower() for text in given] if head.lower else given)["input_ids"]

@@ -1,4 +1,4 @@
-"""Prompts of conversations that share rows, and rows of prompts with other answers."""
+"""What stands in front of texts: prompts of conversations that share rows, of rows with other answers, of a recipe."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from distill.data.tasks.task import Ragged
+from distill.data.tasks.task import Encoder, Ragged
 from distill.models.forward import Batch
 
 
@@ -30,3 +30,10 @@ def answered(prompts: Sequence[Tensor], answers: Sequence[Tensor], sizes: tuple[
     pairs = list(zip(prompts, answers, strict=True))
     learned = [torch.cat([torch.zeros_like(prompt), torch.ones_like(answer)]) for prompt, answer in pairs]
     return {"input_ids": Ragged.of([*map(torch.cat, pairs)], sizes), "learned": Ragged.of(learned, sizes)}
+
+
+def note_prompt(prompt: str, texts: Sequence[str], encoder: Encoder) -> None:
+    """Count texts that begin with what is going to be put in front of them."""
+    own = prompt.strip()
+    twice = sum(text.startswith(own) for text in texts) if own else 0
+    encoder.note(f"texts that begin with {own!r} before it is put in front of them", twice)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from distill.data.tasks.spans import SPLIT_WORD, splits_word
 from distill.data.tasks.task import TEXT, Column, Encoder, Features, Settled, Task, Values
 from distill.errors import InputError
 from distill.models.forward import UNLABELLED, Batch, Outputs
@@ -35,7 +36,7 @@ def read_relation(value: Any) -> str | None:
     """Accept a class: text or a whole number; nothing at all: no label."""
     if value is not None and type(value) not in (str, int):
         raise ValueError("is no class: neither text nor a whole number")
-    return None if value in (None, "") else str(value)
+    return None if value is None or not str(value).strip() else str(value)
 
 
 class RelationExtraction(Task):
@@ -89,6 +90,9 @@ class RelationExtraction(Task):
         kept = [row for row, own in enumerate(ids) if own]
         encoder.count([ids[row] for row in kept])
         encoder.note("rows left out: max_length does not reach from one span to the other", len(ids) - len(kept))
+        encoder.note(
+            SPLIT_WORD, sum(splits_word(rows["text"][row], *rows[side][row]) for row in kept for side in MARKERS)
+        )
         classes = encoder.settled.classes
         encoder.classes.update(rows["relation"][row] for row in kept if rows["relation"][row] is not None)
         index = {name: number for number, name in enumerate(classes)} | {None: UNLABELLED}

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from distill.data.tasks.prompts import note_prompt
 from distill.data.tasks.task import TEXT, Column, Encoder, Features, Ragged, Seeds, Task, Values, read_text
 from distill.errors import InputError
 from distill.models.forward import UNLABELLED, Batch, Outputs
@@ -104,7 +105,9 @@ class Seq2Seq(WritesText):
         """Encode sources, with their prefix, and targets; rows without a target teach nothing and are left out."""
         kept = [row for row, text in enumerate(rows["target"]) if text is not None]
         encoder.note("rows left out that have no target", len(rows["target"]) - len(kept))
-        sources = [f"{encoder.spec.prefix or ''}{rows['source'][row]}" for row in kept]
+        prefix = encoder.spec.prefix or ""
+        note_prompt(prefix, [rows["source"][row] for row in kept], encoder)
+        sources = [prefix + rows["source"][row] for row in kept]
         ids = encoder(sources)["input_ids"] if kept else []
         return {"input_ids": ids, **self.target_features([rows["target"][row] for row in kept], kept, encoder)}
 

@@ -5,7 +5,6 @@ One file of this folder is one task. What it does not say it takes from `Task`: 
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from distill.errors import InputError
 from distill.models.forward import UNLABELLED, Batch, Outputs
 from distill.models.sentence import SentenceHead, sentence_head
 from distill.recipe.names import TASK_METRICS
@@ -113,7 +113,16 @@ class Encoder:
         encoded, cut = self._encode(given, self.spec.max_length)
         self.truncated += cut
         self.count(encoded["input_ids"])
+        bare = self.around(len(given))
+        self.note("texts of which the tokenizer writes nothing", sum(len(ids) <= bare for ids in encoded["input_ids"]))
         return {name: encoded[name] for name in ("input_ids", "token_type_ids") if name in encoded}
+
+    def around(self, texts: int = 1) -> int:
+        """Count the tokens around a text, or two. Raises InputError where `max_length` leaves no room for others."""
+        count = len(self.tokenizer(*[[""]] * texts)["input_ids"][0])
+        if self.spec.max_length <= count:
+            raise InputError(f"data.max_length: the tokenizer writes {count} tokens around any text; give it more room")
+        return count
 
     def targets(self, texts: Sequence[str], limit: int) -> tuple[list[list[int]], int]:
         """Encode texts that a decoder is to write, each cut to `limit`; returns their ids and how many were cut."""
@@ -312,14 +321,3 @@ class Task:
     def finish(self, columns: Mapping[str, np.ndarray], _settled: Settled) -> Mapping[str, np.ndarray]:
         """Turn the columns of a whole split, one entry per example, into those that the metrics read."""
         return columns
-
-
-_WRITER = json.JSONEncoder(ensure_ascii=False, sort_keys=True, allow_nan=False)
-
-
-def as_json(value: Any) -> str:
-    """Write a value as it is kept, the same for equal ones. Raises ValueError where JSON has no such value."""
-    try:
-        return _WRITER.encode(value)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"is nothing that JSON can hold ({error})") from error

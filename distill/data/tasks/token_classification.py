@@ -16,6 +16,7 @@ from itertools import pairwise
 from typing import Any, ClassVar
 
 from distill.data.tasks.classes import class_numbers, order_classes
+from distill.data.tasks.spans import SPLIT_WORD, UNSPACED, splits_word
 from distill.data.tasks.task import TEXT, Column, Encoder, Features, Settled, Task, Values
 from distill.errors import InputError
 from distill.models.forward import UNLABELLED, Batch, Outputs
@@ -26,11 +27,6 @@ from distill.recipe.schema import Data
 OUTSIDE = "O"
 TAG = re.compile(r"([BIESLU])-(.+)", re.DOTALL)
 """Beginning, inside, end and single of BIOES; last and unit of BILOU, which are the same."""
-UNSPACED = re.compile(
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff00-\uffef"
-    "\U00020000-\U0003ffff]"
-)
-"""Characters of scripts without spaces between words: Thai, Lao, Burmese, Khmer, Chinese, Japanese."""
 Place = tuple[int, int]
 """Start and end in a text."""
 
@@ -45,28 +41,29 @@ def read_tokens(value: Any) -> list[str]:
 
 def read_tags(value: Any) -> list[str | int | None] | None:
     """Accept a list of tags, or its JSON: names or class numbers, null for a word without one; empty: no labels."""
-    tags = _parse_list(value)
-    if not all(tag is None or type(tag) in (str, int) for tag in tags or ()):
+    tags = [None if isinstance(tag, str) and not tag.strip() else tag for tag in _parse_list(value) or ()]
+    if not all(tag is None or type(tag) in (str, int) for tag in tags):
         raise ValueError("is no list of tags: each is a name or a class number")
-    return tags if tags and any(tag is not None for tag in tags) else None
+    return tags if any(tag is not None for tag in tags) else None
 
 
 def read_spans(value: Any) -> list[list[Any]] | None:
     """Accept a list of spans, {start, end, label} or [start, end, label], or its JSON; returns a list of the latter.
 
-    Start and end count characters from 0, and the end is the first one behind the span.
+    Start and end count characters from 0, and the end is the first one behind the span. Where a span has a `text`, it
+    comes behind the label.
     """
     given = _parse_list(value)
     if given is None:
         return None
-    keys = ("start", "end", "label")
-    spans: list[Any] = [[span.get(key) for key in keys] if isinstance(span, dict) else span for span in given]
+    keys = ("start", "end", "label", "text")
+    spans: list[Any] = [[*map(span.get, keys)] if isinstance(span, dict) else span for span in given]
     for span in spans:
-        if not isinstance(span, list) or [type(part) for part in span] != [int, int, str]:
+        if not isinstance(span, list) or [type(part) for part in span[:3]] != [int, int, str] or len(span) > 4:
             raise ValueError("is no list of spans: each is {start, end, label} with two whole numbers and a name")
         if not 0 <= span[0] < span[1] or not span[2]:
-            raise ValueError(f"has the span {span}, which has no character or no name")
-    spans.sort()
+            raise ValueError(f"has the span {span[:3]}, which has no character or no name")
+    spans.sort(key=lambda span: span[:3])
     for one, other in pairwise(spans):
         if other[0] < one[1]:
             raise ValueError(f"has spans that overlap, {one} and {other}; a token has one tag")
@@ -108,8 +105,11 @@ class TokenClassification(Task):
             raise ValueError(f"has {len(words)} tokens and {len(tags)} tags")
         text, spans = values.get("text", ""), values.get("spans") or []
         if spans and spans[-1][1] > len(text):
-            raise ValueError(f"the span {spans[-1]} leaves the text, which has {len(text)} characters")
-        return values
+            raise ValueError(f"the span {spans[-1][:3]} leaves the text, which has {len(text)} characters")
+        for start, end, _, *own in spans:
+            if own and own[0] not in (None, text[start:end]):
+                raise ValueError(f"the span [{start}, {end}] is {text[start:end]!r}, and its own text says {own[0]!r}")
+        return {**values, "spans": [span[:3] for span in spans]} if spans else values
 
     def settle(self, labels: Mapping[str, Counter[str]], spec: Data) -> Settled:
         """Collect the tags; of spans each label makes a tag B- and a tag I-."""
@@ -130,7 +130,9 @@ class TokenClassification(Task):
                 classes = tuple(sorted(classes, key=lambda tag: (tag != OUTSIDE, tag)))
         if len(classes) < 2:
             raise InputError(f"data: token_classification needs two or more tags, found {list(classes)}")
-        return Settled("token", classes, f"{len(classes)} tags, {list_names(classes)}")
+        kinds = "" if any(map(TAG.fullmatch, classes)) else ", none with B- or I- in front: words in a row are one span"
+        outside = "" if OUTSIDE in classes else f", none called {OUTSIDE}: every word is part of a span"
+        return Settled("token", classes, f"{len(classes)} tags, {list_names(classes)}{kinds}{outside}")
 
     def encode(self, rows: Values, encoder: Encoder) -> Features:
         """Encode texts, cut to length, and give tags to their tokens."""
@@ -140,6 +142,7 @@ class TokenClassification(Task):
                 f"{type(tokenizer).__name__} does not say where its tokens are in a text, which tags need; the teacher "
                 f"needs a tokenizer.json"
             )
+        encoder.around()
         words = [join_words(each) for each in rows["tokens"]] if "tokens" in rows else None
         texts, answers = ([text for text, _ in words], "tags") if words is not None else (list(rows["text"]), "spans")
         encoded = tokenizer(texts, truncation=True, max_length=limit, return_offsets_mapping=True)
@@ -157,7 +160,7 @@ class TokenClassification(Task):
             elif words is not None:
                 labels.append(tagger.tag_words(places, words[row][1], answer, cut and seen))
             else:
-                labels.append(tagger.tag_spans(places, answer, cut and seen))
+                labels.append(tagger.tag_spans(text, places, answer, cut and seen))
         labelled = [any(label != UNLABELLED for label in each) for each in labels]
         return {"input_ids": encoded["input_ids"], "label": labels, "labelled": labelled}
 
@@ -204,7 +207,7 @@ class _Tagger:
         return self._labels(len(places), {token: names[number] for number, token in first.items()})
 
     def tag_spans(
-        self, places: Sequence[Place | None], spans: Sequence[tuple[int, int, str]], cut: int | None
+        self, text: str, places: Sequence[Place | None], spans: Sequence[tuple[int, int, str]], cut: int | None
     ) -> list[int]:
         """Give each token the tag of the span that it is in."""
         tags: dict[int, str | None] = {token: OUTSIDE for token, place in enumerate(places) if place}
@@ -218,6 +221,7 @@ class _Tagger:
             self.encoder.note("spans without a token of their own", not own and not beyond)
             split = bool(own) and (own[0][1][0] < start or own[-1][1][1] > end)
             self.encoder.note("spans that begin or end inside a token", split)
+            self.encoder.note(SPLIT_WORD, splits_word(text, start, end))
         return self._labels(len(places), tags)
 
     def _labels(self, length: int, tags: Mapping[int, str | None]) -> list[int]:

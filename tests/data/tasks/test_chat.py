@@ -12,7 +12,8 @@ import torch
 from conversations import MARKED, PROMPTING_THOUGHTS, SYSTEM_LAST, TEMPLATES, THINKING, byte_tokenizer, encoded
 
 from distill.data import Order, collate, prepare
-from distill.data.tasks.chat import Chat, read_conversation, read_messages, read_tools
+from distill.data.tasks.chat import Chat, read_conversation
+from distill.data.tasks.conversations import read_messages
 from distill.data.tasks.task import Ragged
 from distill.errors import InputError
 from distill.losses import PREDICTION_KINDS, Objective
@@ -159,7 +160,7 @@ def test_other_forms_of_messages_are_read_and_counted():
     parts = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "!"}]}]
     found, encoder = learned_texts(TEMPLATES["chatml"], [*parts, {"role": "assistant", "content": "b"}])
     assert found == [["b<|im_end|>"]] and encoder.notes["messages in parts, whose texts are joined"] == 1
-    assert read_messages(json.dumps(talk)) == talk and read_tools('[{"name": "x"}]') == [{"name": "x"}]
+    assert read_messages(json.dumps(talk)) == talk and TASK.columns["tools"].read('[{"name": "x"}]') == [{"name": "x"}]
     _, encoder = learned_texts(TEMPLATES["chatml"], turns("a", "b"), prompt="a")
     assert encoder.notes["rows with messages and a prompt or completion beside them, which is not read"] == 1
 
@@ -170,7 +171,8 @@ def test_other_forms_of_messages_are_read_and_counted():
         ({"prompt": "a"}, "has a prompt and nothing on the other side"),
         ({"completion": "a"}, "has a completion and nothing on the other side"),
         ({"messages": [{"content": "a"}]}, "message 0: needs a role"),
-        ({"messages": [{"role": "user", "value": "a"}, {"role": "user", "content": 3}]}, "message 1: its content is"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": 3}]}, "message 1: its content is"),
+        ({"messages": [{"role": "user", "value": "a"}]}, "message 0: needs a content, .* it has role, value"),
         ({"messages": [{"from": "martian", "value": "a"}]}, "martian"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "part of its content is 'image'"),
         ({"messages": [{"role": "user", "content": ["a"]}]}, "part of its content is 'str'"),
@@ -205,6 +207,62 @@ def test_conversations_that_teach_nothing_are_left_out_and_counted():
     features, encoder = encoded(TASK, byte_tokenizer(TEMPLATES["chatml"]), rows, max_length=32)
     assert features["row"] == [0]
     assert sorted(encoder.notes.values()) == [1, 1, 3]
+
+
+PLAIN = "{% for m in messages %}{% if m.role != 'system' %}<|user|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": {}}}]}
+
+
+@pytest.mark.parametrize(
+    ("row", "lost"),
+    [
+        ({"messages": turns("a", "b")}, []),
+        ({"messages": [{"role": "system", "content": "be brief"}, *turns("a", "b")]}, ["a turn"]),
+        ({"messages": turns("a", "b"), "tools": [{"name": "add"}]}, ["tools"]),
+        ({"messages": [*turns("a"), CALL, *turns("3", "c")]}, ["tool_calls"]),
+        ({"messages": [*turns("a"), {"role": "assistant", "content": "b", "weight": 0}]}, ["weight"]),
+    ],
+)
+def test_what_the_template_passes_over_is_counted(row, lost):
+    _, encoder = encoded(TASK, byte_tokenizer(PLAIN), [row, row], max_length=64)
+    assert encoder.notes == {f"conversations with {what} that the chat template does not write": 2 for what in lost}
+
+
+def test_a_key_that_the_template_reads_is_not_counted():
+    template = PLAIN.replace("{{ m.content }}", "{{ m.name + ': ' + m.content }}")
+    talk = [{**turn, "name": "Max"} for turn in turns("a", "b")]
+    _, encoder = encoded(TASK, byte_tokenizer(template), [{"messages": talk}], max_length=64)
+    assert not encoder.notes
+
+
+def test_arguments_of_calls_are_objects_whatever_the_file_has():
+    template = PLAIN.replace(
+        "<|end|>", "{% for c in m.tool_calls %}{{ c.function.arguments | tojson }}{% endfor %}<|end|>"
+    )
+    written = []
+    for arguments in ({"a": 1}, '{"a": 1}', {"a": 1, "b": None}):  # as `datasets` fills up what only other rows have
+        call = {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"function": {"name": "f", "arguments": arguments}}],
+        }
+        features, encoder = encoded(TASK, byte_tokenizer(template), [{"messages": [*turns("a"), call]}], max_length=64)
+        written.append(features["input_ids"])
+        assert [*encoder.notes.values()] == [1] * isinstance(arguments, str)
+    assert written[0] == written[1] == written[2]
+    with pytest.raises(ValueError, match="message 1: Expecting"):
+        read_conversation({"messages": [*turns("a"), {**CALL, "tool_calls": [{"function": {"arguments": "{x"}}]}]})
+
+
+def test_other_words_for_a_role_are_read_and_counted():
+    roles = {"Human": "a", "model": "b", "observation": "c"}  # the last one is a word of some templates
+    talk = [{"role": role, "content": content} for role, content in roles.items()]
+    found, encoder = learned_texts(TEMPLATES["chatml"], talk)
+    assert found == [["b<|im_end|>"]]
+    read = {"Human": "user", "model": "assistant"}
+    assert encoder.notes == {f"messages with role: {role}, read as {known}": 1 for role, known in read.items()}
+    found, _ = learned_texts(TEMPLATES["chatml"], [{"from": "Human", "value": "a"}, {"from": "GPT", "value": "b"}])
+    assert found == [["b<|im_end|>"]]
 
 
 def test_a_long_conversation_keeps_its_beginning_and_is_counted():

@@ -175,6 +175,7 @@ def test_the_file_and_the_line_of_a_wrong_label_are_named(tmp_path, tokenizer):
         (lambda i: -100.0 if i == 3 else i / 7, "-100 stands for rows without a label"),
         (lambda i: 1000 + i, "these are no classes"),
         (lambda i: "one", "two or more classes"),
+        (lambda i: [1, 0] if i % 2 else [0, 1], "every row has 0, 1; a list is of classes, not a 0 or 1 for each"),
     ],
 )
 def test_labels_that_nobody_can_learn_are_refused(tmp_path, tokenizer, label, words):
@@ -249,6 +250,19 @@ def test_outputs_without_names_take_numbers_in_their_order_and_other_classes_onl
     assert session.corpus.classes == ("good", "bad", "fair")
     assert "good, bad, fair, which the teacher calls LABEL_0, LABEL_1, LABEL_2" in said
     assert session.head.labels == ("good", "bad", "fair")
+
+
+def test_a_teacher_whose_files_number_the_classes_in_two_ways_is_refused(tmp_path):
+    numbered = {"id2label": {0: "x", 1: "y"}, "label2id": {"x": 1, "y": 0}}
+    with pytest.raises(InputError, match="id2label and label2id do not number the classes alike"):
+        classes_of(_made(tmp_path / "two"), ["x", "y"], **numbered)
+    stale = {"id2label": {0: "x", 1: "y"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1}}
+    assert classes_of(_made(tmp_path / "stale"), ["x", "y"], **stale)[0].corpus.classes == ("x", "y")
+
+
+def test_whole_numbers_with_a_point_are_said_to_be_whole(tmp_path, tokenizer):
+    rows = [{"text": text, "label": float(i % 2)} for i, text in enumerate(texts(60))]
+    assert "all whole (data.classes would make classes of them)" in corpus_of(tmp_path, tokenizer, rows).settled.about
 
 
 def test_a_stated_order_must_be_that_of_the_teacher_and_as_long(tmp_path):

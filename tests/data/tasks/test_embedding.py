@@ -57,6 +57,16 @@ def test_prompts_of_the_recipe_stand_in_front_of_their_side():
     assert features["input_ids"] == [[4, 16, 10]] and encoder.notes == {"prompt 'c0 ', put in front of texts": 1}
 
 
+def test_texts_that_begin_with_their_prompt_are_counted():
+    _, encoder = encode({"text": ["c0 a0", "a0"]}, prompts={"text": "c0 "})
+    assert encoder.notes["texts that begin with 'c0' before it is put in front of them"] == 1
+
+
+def test_texts_of_which_nothing_is_written_are_counted():
+    _, encoder = encode({"text": ["a0", ""]})
+    assert encoder.notes == {"texts of which the tokenizer writes nothing": 1}
+
+
 def test_scripts_without_spaces_are_encoded():
     characters = word_tokenizer("数据库连接到服务器", splits=".")
     features, _ = encode({"text": ["数据库"], "pair": ["连接到服务器"]}, characters)

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from distill.cli import main
 from distill.data import Order, prepare
 from distill.data.tasks.relation_extraction import RelationExtraction, find_none_class, mark, read_relation, read_span
+from distill.data.tasks.spans import SPLIT_WORD
 from distill.data.tasks.task import Encoder, Settled
 from distill.errors import InputError
 from distill.evaluation.metrics import compute
@@ -67,8 +68,14 @@ def test_what_is_no_span_is_refused(value):
         read_span(value)
 
 
+def test_spans_that_cut_a_word_are_counted(tmp_path):
+    rows = [row(f"a b{letter * 2} c", (2, 4), (0, 1)) for letter in "def"]
+    corpus = prepared(tmp_path, rows, marked(characters("abcdefgh")))
+    assert corpus.summary["train"]["notes"][SPLIT_WORD] == 3
+
+
 def test_relations_are_texts_or_whole_numbers():
-    assert [read_relation(value) for value in ("r", 3, None, "")] == ["r", "3", None, None]
+    assert [read_relation(value) for value in ("r", 3, 0, None, "", " ")] == ["r", "3", "0", None, None, None]
     for value in (1.5, True, ["r"]):
         with pytest.raises(ValueError, match="is no class"):
             read_relation(value)

@@ -41,6 +41,12 @@ def test_both_texts_are_cut_at_their_own_length_and_counted(tmp_path):
     assert dict(encoder.notes) == {"rows left out that have no target": 1, "targets cut to 3 tokens": 1}
 
 
+def test_sources_that_begin_with_the_prefix_are_counted(tmp_path):
+    task, encoder = bound(tmp_path, symbols_tokenizer(LETTERS), prefix="h ")
+    task.encode({"source": ["h a b", "a b"], "target": ["b", "c"]}, encoder)
+    assert encoder.notes == {"texts that begin with 'h' before it is put in front of them": 1}
+
+
 def test_a_target_ends_and_does_not_start_with_the_token_that_is_put_in_front(tmp_path):
     tokenizer = symbols_tokenizer(LETTERS, writes="$A")
     task, encoder = bound(tmp_path, tokenizer, max_length=4)

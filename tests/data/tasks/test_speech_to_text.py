@@ -51,6 +51,7 @@ def test_sounds_that_cannot_be_heard_whole_and_rows_without_text_are_left_out_an
         "sounds left out that are empty": 1,
         "sounds left out that have no text": 1,
         "targets cut to 6 tokens": 1,
+        "sounds in which nothing is heard": 2,
     }
 
 

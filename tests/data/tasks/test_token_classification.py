@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from distill.data import TASKS, Order, prepare
 from distill.data.batches import collate
+from distill.data.tasks.spans import SPLIT_WORD, splits_word
 from distill.data.tasks.token_classification import (
     TokenClassification,
     choose_tag,
@@ -164,6 +166,7 @@ def test_spans_that_tokens_do_not_follow_are_counted(tmp_path):
     assert sorted(notes) == [
         ("spans cut at max_length", 1),
         ("spans that begin or end inside a token", 2),  # an|na and i|n
+        ("spans that begin or end within a word: does their end count the character behind them?", 3),
         ("spans without a token of their own", 1),  # n of ann, which has a tag
     ]
 
@@ -225,12 +228,40 @@ def test_words_and_tags_that_do_not_fit_are_refused_by_line(tmp_path, row, words
         ([{"start": 0, "end": 3}], "no list of spans"),
         ([[0.0, 3, "A"]], "no list of spans"),
         ([], "no text has a span"),
+        ([{"start": 1, "end": 4, "label": "A", "text": "anna"}], r"\[1, 4\] is 'nna', and its own text says 'anna'"),
     ],
 )
 def test_spans_that_cannot_be_are_refused_by_line(tmp_path, spans, words):
     rows = [{"text": f"anna in{' and' * count} ", "spans": spans} for count in range(12)]
     with pytest.raises(InputError, match=words):
         corpus_of(tmp_path, rows, columns={"text": "text", "spans": "spans"})
+
+
+def test_spans_may_bring_their_own_text_and_say_where_they_cut_words(tmp_path):
+    span = {"start": 0, "end": 4, "label": "A", "text": "anna"}
+    spans = [span, {**span, "start": 5, "end": 7, "text": None}]
+    rows = [{"text": f"anna in{' and' * count}", "spans": spans} for count in range(12)]
+    names = {"columns": {"text": "text", "spans": "spans"}}
+    corpus = corpus_of(tmp_path, rows, **names)
+    assert corpus.classes == ("O", "B-A", "I-A") and not any(own["notes"] for own in corpus.summary.values())
+    inclusive = [{**row, "spans": [[0, 3, "A"], [5, 6, "A"]]} for row in rows]
+    notes = sum((Counter(own["notes"]) for own in corpus_of(tmp_path, inclusive, **names).summary.values()), Counter())
+    assert notes[SPLIT_WORD] == 24
+    assert [splits_word("北京在", 0, 1), splits_word("a-b", 0, 1), splits_word("ab", 0, 2)] == [False] * 3
+
+
+@pytest.mark.parametrize(
+    ("tags", "words"),
+    [
+        (("B-A", "I-A", "O"), "3 tags, O, B-A, I-A"),
+        (("A", "O", "O"), "2 tags, O, A, none with B- or I- in front: words in a row are one span"),
+        (("B-A", "o", "o"), "2 tags, B-A, o, none called O: every word is part of a span"),
+    ],
+)
+def test_tags_without_places_or_an_outside_are_said(tmp_path, tags, words):
+    more = range(12)
+    rows = [{"tokens": ["anna", "in", "paris", *["and"] * count], "tags": [*tags, *[""] * count]} for count in more]
+    assert corpus_of(tmp_path, rows).settled.about == words
 
 
 def test_both_forms_at_once_and_a_tokenizer_without_offsets_are_refused(tmp_path):
