@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import platform
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,9 +28,16 @@ from distill.pipeline.stage import Stage
 from distill.ranks import process_state
 from distill.recipe.load import read_released
 from distill.recipe.schema import Format
-from distill.release.card import render_card
+from distill.release.card import card_examples, render_card
 from distill.release.evidence import Evidence, get_in
-from distill.release.export import check_padding, check_release, releasable_recipe, without_folders, write_release
+from distill.release.export import (
+    check_padding,
+    check_release,
+    releasable_recipe,
+    without_folders,
+    write_checksums,
+    write_release,
+)
 from distill.release.formats import format_of
 from distill.release.oldest import oldest_version
 from distill.release.report import render_report
@@ -56,7 +65,6 @@ def work(session: Session) -> None:
         evidence = replace(evidence, evaluation=evidence.evaluation | ({"forms": forms} if forms else {}))
         report = render_report(evidence)
         texts = {
-            "README.md": render_card(evidence),
             "report.html": report,
             "plan.json": evidence.plan.to_json(),
             "recipe.yaml": evidence.recipe_text,
@@ -67,11 +75,26 @@ def work(session: Session) -> None:
         # Documents need not be told apart: any tokens will do, as long as all loaders get the same.
         probe, beside = probe_of(session, model), session.released_preprocessors
         written = write_release(folder, model, beside, texts, evidence.auto_class, release_format)
-        check_release(folder, written, evidence.auto_class, probe, release_format, session.oldest)
+        examples = runnable_examples(session, evidence)
+        own = (evidence.auto_class, probe, release_format, session.oldest, examples, recipe.name)
+        evidence = replace(evidence, printed=check_release(folder, written, *own))
         check_padding(model, written, probe)
+        write_text(folder / "README.md", render_card(evidence))
+        write_checksums(folder)
     write_text(session.folder.report, render_report(evidence, tabulate_disagreements(session)))
     if before is not None:
         session.say(f"  it replaces a release: {describe_difference(before, read_release(session.folder.release))}")
+
+
+def runnable_examples(session: Session, evidence: Evidence) -> dict[str, str]:
+    """Return the examples of the card whose packages are installed; a line names the others."""
+    found = card_examples(evidence)
+    for title, code in list(found.items()):
+        imported = re.findall(r"^(?:from|import) (\w+)", code, re.MULTILINE)
+        if missing := [name for name in imported if importlib.util.find_spec(name) is None]:
+            session.say(f"  the card's example of {title} is not run, as {missing[0]} is not installed")
+            del found[title]
+    return found
 
 
 def read_release(folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
@@ -109,6 +132,7 @@ def collect_evidence(session: Session, release_format: Format = "uniform") -> Ev
     return Evidence(
         recipe=recipe,
         recipe_text=releasable_recipe(recipe),
+        given_text=releasable_recipe(recipe, defaults=False),
         plan=plan,
         repair=read_object(run.repair) if recipe.student.repair.wanted else None,
         evaluation=read_object(run.evaluation),

@@ -46,6 +46,14 @@ def split(text: str) -> tuple[str, list[str]]:
     return "\n".join(outside), blocks
 
 
+def without_fold(outside: str) -> str:
+    """Take out the only HTML that a card has, three lines of our own, each of which must be there once."""
+    for line in ("\n<details>\n", "<summary>All keys</summary>\n", "\n</details>\n"):
+        assert outside.count(line) == 1, line
+        outside = outside.replace(line, "")
+    return outside
+
+
 def rows(text: str) -> list[list[list[str]]]:
     """Every table as rows of cells; a pipe behind a backslash is text."""
     found: list[list[list[str]]] = [[]]
@@ -137,9 +145,15 @@ def test_card_tells_of_adapters_and_of_what_training_was_held_in(evidence: Evide
     assert ["adapters", line] in [[key, value.replace("\\", "")] for key, value, *_ in table if key == "adapters"]
 
 
-def test_card_holds_command_and_recipe_unchanged(evidence: Evidence) -> None:
-    _, blocks = split(render_card(evidence))
-    assert blocks[1:] == ["distill run recipe.yaml\n", evidence.recipe_text]
+def test_card_holds_output_command_and_recipe_unchanged_with_all_keys_folded(evidence: Evidence) -> None:
+    text = render_card(evidence)
+    outside, blocks = split(text)
+    assert blocks[1:] == ["a\n", "distill run recipe.yaml\n", "name: minilm-docstrings\n", evidence.recipe_text]
+    assert "It prints:" in outside and without_fold(outside).count("not run before the release") == 0
+    given, _, all_keys = text.partition("\n<details>\n<summary>All keys</summary>\n\n```yaml\n")
+    assert "```yaml\nname: minilm-docstrings\n```" in given and all_keys.startswith(evidence.recipe_text)
+    assert all_keys.removeprefix(evidence.recipe_text).startswith("```\n\n</details>\n")
+    assert "These lines were not run before the release." in render_card(replace(evidence, printed={}))
 
 
 def test_ratios_may_be_plain_numbers(evidence: Evidence) -> None:
@@ -283,8 +297,9 @@ def test_card_and_report_of_every_kind_of_run(evidence: Evidence, kind: str) -> 
 def test_hostile_text_stays_in_its_cell(hostile: Evidence) -> None:
     text = ModelCard(render_card(hostile)).text
     outside, blocks = split(text)
-    assert len(blocks) == 3
-    assert "<" not in outside.replace("&lt;", "")
+    assert len(blocks) == 5
+    assert "<" not in without_fold(outside).replace("&lt;", "")
+    assert len(blocks[1]) < 1010 and "\x1b" not in text and "It prints, of which these are the first 1000" in outside
     for table in rows(text):
         assert len({len(cells) for cells in table}) == 1
     headings = [line for line in outside.split("\n") if line.startswith("#")]
@@ -329,7 +344,9 @@ def test_the_line_that_uses_the_model_is_that_of_its_labels(evidence: Evidence) 
 
 @pytest.mark.parametrize("auto_class", [*USES, "AutoModelForMultipleChoice"])
 def test_loading_snippet_is_python(evidence: Evidence, auto_class: str) -> None:
-    compile(snippet(replace(evidence, auto_class=auto_class)), "snippet", "exec")
+    code = snippet(replace(evidence, auto_class=auto_class))
+    compile(code, "snippet", "exec")
+    assert "print(" in code
 
 
 def test_a_chat_model_is_loaded_with_messages(evidence: Evidence) -> None:
