@@ -17,7 +17,7 @@ import transformers
 from distill import __version__
 from distill.errors import DistillError
 from distill.evaluation.arms import trained_arms
-from distill.files import content_of, fresh_folder, read_object, write_text
+from distill.files import content_of, fresh_folder, read_written, write_text
 from distill.models.pattern import pattern_note
 from distill.models.plan import StudentPlan
 from distill.models.sentence import sentence_files
@@ -25,6 +25,7 @@ from distill.pipeline.disagreements import tabulate_disagreements
 from distill.pipeline.forms import check_wanted, make_forms, probe_of
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage
+from distill.pipeline.written import Evaluation, Repair, Stamp
 from distill.ranks import process_state
 from distill.recipe.load import read_released
 from distill.recipe.schema import Format
@@ -101,7 +102,7 @@ def read_release(folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """Read settings and evaluation of a release; None where there is none that can be read."""
     try:
         settings = read_released(folder / "recipe.yaml").model_dump(mode="json", by_alias=True)
-        return flatten(settings), read_object(folder / "evaluation.json")
+        return flatten(settings), read_written(folder / "evaluation.json", Evaluation)
     except DistillError:
         return None
 
@@ -121,8 +122,8 @@ def describe_difference(before: Any, now: Any) -> str:
 def read_stages(session: Session) -> list[dict[str, Any]]:
     """Read how long each finished stage before this one took, and how much memory, in their order."""
     stamps = {name: session.folder.stamp(name) for name in STAGES}
-    found = {name: read_object(stamp) for name, stamp in stamps.items() if stamp.is_file()}
-    return [{"stage": name, **{key: own.get(key) for key in ("seconds", "peak_bytes")}} for name, own in found.items()]
+    found = {name: read_written(stamp, Stamp) for name, stamp in stamps.items() if stamp.is_file()}
+    return [{"stage": name, **own} for name, own in found.items()]
 
 
 def collect_evidence(session: Session, release_format: Format = "uniform") -> Evidence:
@@ -134,8 +135,8 @@ def collect_evidence(session: Session, release_format: Format = "uniform") -> Ev
         recipe_text=releasable_recipe(recipe),
         given_text=releasable_recipe(recipe, defaults=False),
         plan=plan,
-        repair=read_object(run.repair) if recipe.student.repair.wanted else None,
-        evaluation=read_object(run.evaluation),
+        repair=read_written(run.repair, Repair) if recipe.student.repair.wanted else None,
+        evaluation=read_written(run.evaluation, Evaluation),
         records={arm: read_records(session.train_folder(arm) / METRICS) for arm in trained_arms(recipe)},
         teacher={
             "model": without_folders(spec.model),
