@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
@@ -46,12 +47,14 @@ def find(table: Mapping[str, F], name: str, what: str) -> F:
     """Find the function called `name`: a row of `table`, or `package.module:function` from the user's own code.
 
     Raises:
-        InputError: the table has no such row, or the user's function cannot be imported.
+        InputError: the table has no such row, or the user's function cannot be imported or called as the rows are.
     """
     if name in table:
         return table[name]
     if is_reference(name):
-        return cast("F", _import(name, what))  # what it accepts shows in `bind` and in use
+        function = _import(name, what)
+        _check_takes(function, {_needed(own)[0] for own in table.values()}, f"{what} {name!r}")
+        return cast("F", function)  # which parameters it accepts shows in `bind`
     options = f"{suggest(name, table)}The options are {', '.join(table)}, or your own package.module:function."
     raise InputError(f"unknown {what} {name!r}; {options}")
 
@@ -96,6 +99,26 @@ def type_mismatch(annotation: Any, value: Any) -> str:
     if None in kinds or type(value) in kinds or (type(value) is int and float in kinds):
         return ""
     return f"expected {' or '.join(_WORDS[name] for name in names)}, got {value!r}"
+
+
+def _needed(function: Callable[..., Any]) -> tuple[int, float]:
+    """Count the arguments by position that a function must get, and those that it can get."""
+    kinds = [(each.kind, each.default is each.empty) for each in inspect.signature(function).parameters.values()]
+    by_place = [needed for kind, needed in kinds if kind in (kind.POSITIONAL_ONLY, kind.POSITIONAL_OR_KEYWORD)]
+    return sum(by_place), math.inf if any(kind is kind.VAR_POSITIONAL for kind, _ in kinds) else len(by_place)
+
+
+def _check_takes(function: Callable[..., Any], counts: set[int], what: str) -> None:
+    """Refuse a function of the user's that cannot be called with as many arguments as every row of its table."""
+    try:
+        least, most = _needed(function)
+    except ValueError:  # of some functions in C nothing is known
+        return
+    if len(counts) == 1 and not least <= min(counts) <= most:
+        given = f"{min(counts)} arguments" if min(counts) != 1 else "1 argument"
+        raise InputError(
+            f"{what} cannot be called with {given}, as the others are"
+        )
 
 
 def _import(name: str, what: str) -> Any:

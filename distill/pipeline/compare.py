@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from distill.errors import InputError
-from distill.files import read_object
+from distill.files import read_written
+from distill.pipeline.written import Evaluation
 from distill.recipe.load import read_released
 from distill.release import charts
 from distill.release.card import make_environment
@@ -62,9 +63,8 @@ def read_run(folder: Path, name: str) -> Run:
     path = folder / "evaluation.json"
     if not path.is_file():
         raise InputError(f"{folder} holds no evaluation.json: no run that reached its evaluation, and no release")
-    evaluation = read_object(path)
-    arms = {str(get_in(arm, "name")): arm for arm in evaluation.get("arms") or []}
-    primary = str(evaluation.get("primary"))
+    evaluation = read_written(path, Evaluation, "run its recipe again")
+    arms, primary = {arm["name"]: arm for arm in evaluation["arms"]}, evaluation["primary"]
     if get_in(arms, "distilled", "metrics") is None:
         raise InputError(f"{path}: the distilled student was not measured; add it to evaluation.arms")
     return Run(

@@ -17,7 +17,7 @@ from distill.evaluation.efficiency import count_size
 from distill.evaluation.metrics import measurable
 from distill.evaluation.predict import Rows, predict
 from distill.evaluation.table import tabulate
-from distill.files import read_object
+from distill.files import read_written
 from distill.models.family import all_layers
 from distill.models.forward import Capture
 from distill.models.load import teacher_path
@@ -27,6 +27,7 @@ from distill.pipeline import data
 from distill.pipeline.folder import RunDir
 from distill.pipeline.session import Session
 from distill.pipeline.stage import run_stages
+from distill.pipeline.written import Evaluation
 from distill.ranks import process_state
 from distill.recipe.data import SET
 from distill.recipe.load import read_released
@@ -167,14 +168,7 @@ def read_claims(folder: Path) -> dict[str, Any]:
     path = folder / "evaluation.json"
     if not path.is_file():
         raise InputError(f"{folder} holds no evaluation.json, so it is no release of distill that could be verified")
-    claims = read_object(path)
-    sets = claims.get("sets") or {}
-    others = [get_in(own, "arms") for own in (sets.values() if isinstance(sets, dict) else [sets])]
-    for arms in (claims.get("arms"), *others):
-        known = isinstance(arms, list) and all(isinstance(get_in(arm, "metrics"), dict) for arm in arms)
-        if not known or not all(isinstance(arm.get("name"), str) for arm in arms):
-            raise InputError(f"{path} has no list of arms with a name and metrics each: no release of distill wrote it")
-    return claims
+    return dict(read_written(path, Evaluation, "no release of distill has it so"))
 
 
 def _check_files(found: Verification) -> None:
