@@ -79,8 +79,6 @@ def write_text(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    if path.is_dir() and not path.is_symlink():  # a file cannot take the place of a folder
-        remove(path)
     os.replace(temporary, path)
     flush(path.parent)
 

@@ -16,7 +16,7 @@ from accelerate.utils import broadcast_object_list
 
 from distill import __version__
 from distill.errors import InputError, Stopped
-from distill.files import content_of, read_written, remove, write_json, write_text
+from distill.files import content_of, read_written, write_json, write_text
 from distill.pipeline.session import Session
 from distill.pipeline.written import Stamp
 from distill.ranks import check_launch, process_state
@@ -124,7 +124,7 @@ def _run_stage(session: Session, stage: Stage, wait: Callable[[], Any]) -> None:
     forget_peak()
     session.say(f"{stage.name}: started")
     if main:
-        remove(stamp)
+        stamp.unlink(missing_ok=True)
     if stage.together or main:
         stage.work(session)
     wait()

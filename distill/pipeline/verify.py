@@ -254,7 +254,7 @@ def _check_card(found: Verification, recipe: Recipe) -> None:
     path, plan = found.folder / "README.md", found.folder / "plan.json"
     if not plan.is_file():  # said already
         return
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     evidence = Evidence(recipe, "", StudentPlan.load(plan), found.claims, {}, {}, {}, "")
     for table in (arms_table(evidence), *map(arms_table, evidence.elsewhere.values())):
         for row in table.rows:

@@ -30,8 +30,13 @@ def made_run(folder, score, parameters, *, primary="accuracy", recipe=RECIPE, te
     }
     evaluation = {
         "data": {
-            "source": "rows", "split": "test", "measured_on": "rows", "examples": 50, "train_examples": 9,
-            "fingerprint": "0", **data,
+            "source": "rows",
+            "split": "test",
+            "measured_on": "rows",
+            "examples": 50,
+            "train_examples": 9,
+            "fingerprint": "0",
+            **data,
         },
         "metrics": [primary],
         "primary": primary,
