@@ -115,8 +115,7 @@ def _check_takes(function: Callable[..., Any], counts: set[int], what: str) -> N
     except ValueError:  # of some functions in C nothing is known
         return
     if len(counts) == 1 and not least <= min(counts) <= most:
-        given = f"{min(counts)} arguments" if min(counts) != 1 else "1 argument"
-        raise InputError(f"{what} cannot be called with {given}, as the others are")
+        raise InputError(f"{what} cannot be called with {min(counts)} arguments by position, as the others are")
 
 
 def _import(name: str, what: str) -> Any:

@@ -133,7 +133,6 @@ def collect_evidence(session: Session, release_format: Format = "uniform") -> Ev
     return Evidence(
         recipe=recipe,
         recipe_text=releasable_recipe(recipe),
-        given_text=releasable_recipe(recipe, defaults=False),
         plan=plan,
         repair=read_written(run.repair, Repair) if recipe.student.repair.wanted else None,
         evaluation=read_written(run.evaluation, Evaluation),

@@ -16,9 +16,9 @@ Named = dict[str, dict[str, Any]]
 Counts = dict[str, int]
 
 Stamp = TypedDict(
-    "Stamp",
-    {"made_from": str, "inputs": dict[str, Any], "results": dict[str, str], "seconds": float, "peak_bytes": int | None},
-)
+    "Stamp", {"made_from": str, "inputs": dict[str, Any], "results": dict[str, str], "seconds": float,
+              "peak_bytes": int | None},
+)  # fmt: skip
 Examined = TypedDict("Examined", {"split": str, "examples": int, "metrics": Figures, "weakness": str})
 Cached = TypedDict("Cached", {"cache": str, "files": list[str]})
 RepairStep = TypedDict("RepairStep", {"name": str, "notes": list[str], "held_out": Figures})
@@ -58,25 +58,15 @@ Released = TypedDict("Released", {"dtype": str, "examples": int})
 Precisions = TypedDict("Precisions", {"teacher": str, "students": str, "released": Released | None})
 Sparsity = TypedDict("Sparsity", {"zeros": float, "widths": list[int]})
 Taught = TypedDict(
-    "Taught",
-    {"model": str, "weight": float, "sources": list[str] | None, "revision": str | None, "sha256": str | None},
+    "Taught", {"model": str, "weight": float, "sources": list[str] | None, "revision": str | None, "sha256": str | None}
 )
-
-
-class Evaluation(Measured):
-    """The content of `evaluation.json`."""
-
-    data: Data
-    metrics: list[str]
-    primary: str
-    higher_is_better: dict[str, bool]
-    sets: NotRequired[dict[str, Measured]]
-    rivals: NotRequired[dict[str, str]]
-    not_run: NotRequired[dict[str, str]]
-    drawn: NotRequired[Drawn | None]
-    precision: NotRequired[Precisions | None]
-    taught_by: NotRequired[list[Taught] | None]
-    efficiency: NotRequired[Speed | None]
-    seeds: NotRequired[Seeds | None]
-    harness: NotRequired[Harness | None]
-    sparsity: NotRequired[Sparsity | None]
+Evaluation = TypedDict(
+    "Evaluation",
+    {"data": Data, "metrics": list[str], "primary": str, "higher_is_better": dict[str, bool], "arms": list[Arm],
+     "differences": NotRequired[list[Difference]], "per_class": NotRequired[Classes | None],
+     "sets": NotRequired[dict[str, Measured]], "rivals": NotRequired[dict[str, str]],
+     "not_run": NotRequired[dict[str, str]], "drawn": NotRequired[Drawn | None],
+     "precision": NotRequired[Precisions | None], "taught_by": NotRequired[list[Taught] | None],
+     "efficiency": NotRequired[Speed | None], "seeds": NotRequired[Seeds | None],
+     "harness": NotRequired[Harness | None], "sparsity": NotRequired[Sparsity | None]},
+)  # fmt: skip

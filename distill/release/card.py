@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -15,6 +16,7 @@ from distill.recipe.locate import GGUF
 from distill.recipe.names import TEACHER_METRICS
 from distill.release.controls import budget_lines, seeds_table, seeds_title
 from distill.release.evidence import Evidence, describe_origin, get_in, judge, judge_sets, summarize
+from distill.release.export import releasable_recipe
 from distill.release.forms import examples as form_examples
 from distill.release.tables import arms_table, tables
 from distill.release.wording import as_number, format_metric, format_percent, one_line, printable
@@ -107,7 +109,7 @@ def render_card(evidence: Evidence) -> str:
             snippet=shown.pop(STUDENT),
             forms=shown,
             command=fence(evidence.command, "bash"),
-            given=fence(evidence.given_text, "yaml"),
+            given=fence(releasable_recipe(evidence.recipe, defaults=False), "yaml"),
             recipe=fence(evidence.recipe_text, "yaml"),
         )
     )
@@ -132,6 +134,7 @@ def context_of(evidence: Evidence) -> dict[str, Any]:
     }
 
 
+@cache
 def make_environment(finalize: Callable[[Any], Any] | None = None) -> Environment:
     """Make the environment of our templates; `finalize` is done to every value that they print."""
     return Environment(
@@ -206,6 +209,8 @@ def with_output(code: str, printed: str | None) -> Markup:
     if printed is None:
         return example + "\n\nThese lines were not run before the release."
     said = printable(printed).strip()
+    if not said:
+        return example + "\n\nIt prints an empty line."
     cut = f", of which these are the first {MOST_PRINTED} characters" if len(said) > MOST_PRINTED else ""
     return Markup("{}\n\nIt prints{}:\n\n{}").format(example, cut, fence(said[:MOST_PRINTED], "text"))
 

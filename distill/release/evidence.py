@@ -50,8 +50,6 @@ class Evidence:
     """What the card gives to the tokenizer: a text, or a pair of texts."""
     command: str = "distill run recipe.yaml"
     """Reproduces the run, from the folder of the release."""
-    given_text: str = ""
-    """The keys of the released recipe that differ from their defaults."""
     printed: Mapping[str, str] = field(default_factory=dict)
     """What each example of the card printed, by its title; none of those that were not run."""
     pattern_note: str = ""

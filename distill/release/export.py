@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distill.errors import RunError
-from distill.files import parts_of, read_json, read_object, sha256_of, write_text
+from distill.files import parts_of, read_json, sha256_of, write_text
 from distill.models.widths import pad_to_largest
 from distill.recipe.load import dump
 from distill.recipe.locate import CHECKSUMS, is_path
@@ -40,7 +40,7 @@ PATIENCE = 3600
 SECRET = re.compile("TOKEN|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 """Words in the names of variables that a fresh process does not get."""
 GUARD = """
-import os, sys
+import sys
 def refuse(event, _given):
     if event in ("socket.connect", "socket.getaddrinfo", "socket.sendto"):
         raise PermissionError("it asked for the network")
@@ -89,18 +89,17 @@ if model.can_generate():
         sys.exit("greedy generation differs with and without cache")
 del model, logits
 os.chdir(asked["place"])
-said = {"printed": {}, "fault": ""}
-for title, code in asked["examples"].items():
-    with open("example.py", "w", encoding="utf-8") as file:
+printed, fault = {}, ""
+for title, code in asked.get("examples", {}).items():
+    with open(asked["place"] + ".py", "w", encoding="utf-8") as file:
         file.write(code)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
-            runpy.run_path("example.py", run_name="__main__")
-    except Exception as error:
-        said["fault"] = f"{title} fails: {type(error).__name__}: {error}"
-    said["printed"][title] = printed.getvalue()
-with open(asked["said"], "w", encoding="utf-8") as file:
-    json.dump(said, file)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        try:
+            runpy.run_path(file.name, run_name="__main__")
+        except Exception as error:
+            fault = f"{title} fails: {type(error).__name__}: {error}"
+    printed[title] = said.getvalue()
+json.dump([printed, fault], open(asked["said"], "w", encoding="utf-8"))
 if "distill" in sys.modules and not asked["packages"]:
     sys.exit("distill was imported")
 """
@@ -202,16 +201,15 @@ def check_release(
     with torch.no_grad():
         expected = model(**probe)[0]
     printed: dict[str, str] = {}
-    ways: list[dict[str, Any]] = [{"code": release_format == "native", "packages": [], "examples": {}}]
+    ways: list[dict[str, Any]] = [{"code": release_format == "native", "packages": []}]
     ways += [] if older is None else [{**ways[0], "older": [str(older)]}]
     if release_format == "native":
-        ways.append({**ways[0], "code": False, "packages": [path for path in sys.path if path]})
-    ways[0] = {**ways[0], "examples": dict(examples or {})}
+        ways.append({"code": False, "packages": [path for path in sys.path if path]})
+    ways[0]["examples"] = dict(examples or {})
     for way in ways:
         with tempfile.TemporaryDirectory() as scratch:
-            files = {
-                each: str(Path(scratch) / each) for each in ("probe", "prompt", "answer", "again", "said", "place")
-            }
+            names = ("probe", "prompt", "answer", "again", "said", "place")
+            files = {each: str(Path(scratch) / each) for each in names}
             Path(files["place"]).mkdir()
             Path(files["place"], name).symlink_to(folder.absolute(), target_is_directory=True)
             save_file({name: tensor.contiguous() for name, tensor in probe.items()}, files["probe"])
@@ -219,7 +217,10 @@ def check_release(
             asked = {"folder": str(folder), "auto_class": auto_class, "threads": torch.get_num_threads(), **files}
             loader = "load_student" if way["packages"] else f"stock transformers{', the older one' * ('older' in way)}"
             ask_fresh_process(FRESH_PROCESS, {**asked, **way}, scratch, loader)
-            printed |= _printed(Path(files["said"]))
+            said, fault = read_json(Path(files["said"]))
+            if fault:
+                raise RunError(f"release: the card's example of {one_line(fault)}")
+            printed |= said
             logits = load_file(files["answer"])["logits"]
             gap = (logits - expected).abs().max().item()
             allowed = OLDER_TOLERANCE * max(1.0, expected.abs().max().item()) if "older" in way else 0.0
@@ -233,14 +234,6 @@ def check_release(
             if _sums(folder, patterns) != _sums(Path(files["again"]), patterns):
                 raise RunError("release: loading the student and saving it again gives other files")
     return printed
-
-
-def _printed(path: Path) -> dict[str, str]:
-    """Read what the examples printed. Raises RunError where one failed."""
-    said = read_object(path)
-    if said["fault"]:
-        raise RunError(f"release: the card's example of {one_line(said['fault'])}")
-    return dict(said["printed"])
 
 
 def check_padding(model: Any, wide: Any, probe: Mapping[str, Tensor]) -> None:

@@ -213,7 +213,6 @@ def evidence() -> Evidence:
     return Evidence(
         recipe=recipe(),
         recipe_text=RECIPE_TEXT,
-        given_text="name: minilm-docstrings\n",
         printed={STUDENT: "a\n"},
         plan=plan(),
         evaluation=evaluation,
@@ -279,7 +278,6 @@ def hostile(evidence: Evidence) -> Evidence:
     return replace(
         evidence,
         recipe_text=HOSTILE,
-        given_text=HOSTILE,
         printed={STUDENT: HOSTILE + "</details>" + "`" * 9 + "\x1b[2J" * 9 + "x" * 2000},
         plan=evidence.plan.model_copy(
             update={"layer_policy": HOSTILE, "outcomes": {HOSTILE: Outcome(asked=HOSTILE, got=HOSTILE, reason=HOSTILE)}}

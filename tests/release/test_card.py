@@ -13,9 +13,10 @@ from made_figures import difference
 from distill.recipe.schema import Recipe
 from distill.recipe.student import Mask
 from distill.release import wording
-from distill.release.card import KIND_USES, LOADING, USES, caveats, fence, inline, render_card, snippet
+from distill.release.card import KIND_USES, LOADING, STUDENT, USES, caveats, fence, inline, render_card, snippet
 from distill.release.classes import classes_table
 from distill.release.evidence import Evidence, judge, judge_sets, summarize
+from distill.release.export import releasable_recipe
 from distill.release.report import render_report
 from distill.release.wording import MISSING
 
@@ -148,12 +149,15 @@ def test_card_tells_of_adapters_and_of_what_training_was_held_in(evidence: Evide
 def test_card_holds_output_command_and_recipe_unchanged_with_all_keys_folded(evidence: Evidence) -> None:
     text = render_card(evidence)
     outside, blocks = split(text)
-    assert blocks[1:] == ["a\n", "distill run recipe.yaml\n", "name: minilm-docstrings\n", evidence.recipe_text]
+    given_keys = releasable_recipe(evidence.recipe, defaults=False)
+    assert blocks[1:] == ["a\n", "distill run recipe.yaml\n", given_keys, evidence.recipe_text]
+    assert "epochs: 30.0\n" in given_keys and "seed" not in given_keys and "/secret/" not in given_keys
     assert "It prints:" in outside and without_fold(outside).count("not run before the release") == 0
     given, _, all_keys = text.partition("\n<details>\n<summary>All keys</summary>\n\n```yaml\n")
-    assert "```yaml\nname: minilm-docstrings\n```" in given and all_keys.startswith(evidence.recipe_text)
+    assert given.endswith(f"```yaml\n{given_keys}```\n") and all_keys.startswith(evidence.recipe_text)
     assert all_keys.removeprefix(evidence.recipe_text).startswith("```\n\n</details>\n")
     assert "These lines were not run before the release." in render_card(replace(evidence, printed={}))
+    assert "It prints an empty line." in render_card(replace(evidence, printed={STUDENT: "\n"}))
 
 
 def test_ratios_may_be_plain_numbers(evidence: Evidence) -> None:
@@ -362,7 +366,7 @@ def test_a_chat_model_is_loaded_with_messages(evidence: Evidence) -> None:
         (wording.format_count(22_718_220), "22.7 M"),
         (wording.format_count(1_362_100_000, "kMGT"), "1.4 G"),
         (wording.format_count(999), "999"),
-        (wording.format_megabytes(90_872_880), "90.9 MB"),
+        (wording.format_size(90_872_880), "90.9 MB"),
         (wording.format_percent(0.12345), "12.3 %"),
         (wording.format_number(91234.5), "91,234"),
         (wording.format_number(0.000123456), "0.0001235"),
