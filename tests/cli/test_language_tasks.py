@@ -118,9 +118,8 @@ def test_a_chat_model_is_cut_taught_and_released_with_its_template(tmp_path):
     assert arms["distilled"]["perplexity"] < arms["cut"]["perplexity"]
     assert data["unit"] == "rows of documents" and data["summary"]["train"]["filled"] > 0.75  # 4 turns of 14 tokens
     card = (tmp_path / "run/release/README.md").read_text()
-    assert (
-        "pipeline_tag: text-generation" in card and "tokenizer.apply_chat_template(" in card and "\nIt prints" in card
-    )
+    assert "pipeline_tag: text-generation" in card and "tokenizer.apply_chat_template(" in card
+    assert "\nIt prints" in card
     talk = [{"role": "user", "content": "the black owl"}]
     own = "max_new_tokens=20, do_sample=False"  # by itself the pipeline draws its tokens
     said = with_stock_transformers(
