@@ -208,11 +208,10 @@ def with_output(code: str, printed: str | None) -> Markup:
     example = fence(code, "python")
     if printed is None:
         return example + "\n\nThese lines were not run before the release."
-    said = printable(printed).strip()
-    if not said:
-        return example + "\n\nIt prints an empty line."
-    cut = f", of which these are the first {MOST_PRINTED} characters" if len(said) > MOST_PRINTED else ""
-    return Markup("{}\n\nIt prints{}:\n\n{}").format(example, cut, fence(said[:MOST_PRINTED], "text"))
+    lines = [inline(line) for line in printed.strip()[:MOST_PRINTED].splitlines()]
+    cut = f", of which these are the first {MOST_PRINTED} characters" * (len(printed.strip()) > MOST_PRINTED)
+    # No block of code: tags would stand in it as they are.
+    return Markup("{}\n\nIt prints{}:\n\n> {}").format(example, cut, Markup("  \n> ").join(lines or ["an empty line"]))
 
 
 def metadata(evidence: Evidence) -> ModelCardData:

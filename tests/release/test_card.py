@@ -150,14 +150,14 @@ def test_card_holds_output_command_and_recipe_unchanged_with_all_keys_folded(evi
     text = render_card(evidence)
     outside, blocks = split(text)
     given_keys = releasable_recipe(evidence.recipe, defaults=False)
-    assert blocks[1:] == ["a\n", "distill run recipe.yaml\n", given_keys, evidence.recipe_text]
+    assert blocks[1:] == ["distill run recipe.yaml\n", given_keys, evidence.recipe_text]
     assert "epochs: 30.0\n" in given_keys and "seed" not in given_keys and "/secret/" not in given_keys
-    assert "It prints:" in outside and without_fold(outside).count("not run before the release") == 0
+    assert "\nIt prints:\n\n> a\n" in outside and without_fold(outside).count("not run before the release") == 0
     given, _, all_keys = text.partition("\n<details>\n<summary>All keys</summary>\n\n```yaml\n")
     assert given.endswith(f"```yaml\n{given_keys}```\n") and all_keys.startswith(evidence.recipe_text)
     assert all_keys.removeprefix(evidence.recipe_text).startswith("```\n\n</details>\n")
     assert "These lines were not run before the release." in render_card(replace(evidence, printed={}))
-    assert "It prints an empty line." in render_card(replace(evidence, printed={STUDENT: "\n"}))
+    assert "\nIt prints:\n\n> an empty line\n" in render_card(replace(evidence, printed={STUDENT: "\n"}))
 
 
 def test_ratios_may_be_plain_numbers(evidence: Evidence) -> None:
@@ -301,9 +301,11 @@ def test_card_and_report_of_every_kind_of_run(evidence: Evidence, kind: str) -> 
 def test_hostile_text_stays_in_its_cell(hostile: Evidence) -> None:
     text = ModelCard(render_card(hostile)).text
     outside, blocks = split(text)
-    assert len(blocks) == 5
+    assert len(blocks) == 4
     assert "<" not in without_fold(outside).replace("&lt;", "")
-    assert len(blocks[1]) < 1010 and "\x1b" not in text and "It prints, of which these are the first 1000" in outside
+    said = outside.partition("\nIt prints, of which these are the first 1000 characters:\n\n")[2].partition("\n\n")[0]
+    assert said.startswith("> &lt;script&gt;") and len(said) < 1500 and all(line[0] == ">" for line in said.split("\n"))
+    assert "\x1b" not in text
     for table in rows(text):
         assert len({len(cells) for cells in table}) == 1
     headings = [line for line in outside.split("\n") if line.startswith("#")]
