@@ -123,7 +123,7 @@ def read_stages(session: Session) -> list[dict[str, Any]]:
     """Read how long each finished stage before this one took, and how much memory, in their order."""
     stamps = {name: session.folder.stamp(name) for name in STAGES}
     found = {name: read_written(stamp, Stamp) for name, stamp in stamps.items() if stamp.is_file()}
-    return [{"stage": name, **own} for name, own in found.items()]
+    return [{"stage": name, **{key: own[key] for key in ("seconds", "peak_bytes")}} for name, own in found.items()]
 
 
 def collect_evidence(session: Session, release_format: Format = "uniform") -> Evidence:

@@ -35,7 +35,7 @@ PADDING_TOLERANCE = 1e-6
 OLDER_TOLERANCE = 1e-5
 """The same for another version of transformers, which may compute in another order."""
 
-PATIENCE = 3600
+PATIENCE = 6 * 3600
 """Seconds after which a fresh process is ended."""
 SECRET = re.compile("TOKEN|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 """Words in the names of variables that a fresh process does not get."""

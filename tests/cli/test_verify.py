@@ -76,7 +76,9 @@ def test_a_folder_that_is_no_release_is_refused(tmp_path):
     assert "no release" in verify(tmp_path, code=2).said
     (tmp_path / "evaluation.json").write_text('{"arms": [{"name": 3}]}')
     said = verify(tmp_path, code=2).said
-    assert "evaluation.json is not as distill wrote it (arms.0.name: " in said and "no release of distill" in said
+    assert (
+        "evaluation.json is not as distill wrote it (data: Field required)" in said and "no release of distill" in said
+    )
 
 
 def test_changed_weights_are_caught_with_and_without_their_checksum(finished, release):
