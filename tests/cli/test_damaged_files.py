@@ -11,6 +11,7 @@ from tiny import tiny_project
 from distill.cli import main
 from distill.files import content_of
 
+pytestmark = pytest.mark.slow
 FEW = [
     "evaluation={arms: [teacher, distilled, labels_only], efficiency: false,"
     " controls: {labels_only: {grid: {lr: [1e-3, 1e-4]}}}}",
@@ -86,7 +87,6 @@ def test_a_file_of_another_shape_that_its_stamp_agrees_with_is_one_message(name,
     assert code in (0, 2) and said.count("error: ") == code // 2, said
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("first", [0, 2])
 def test_a_run_folder_of_damaged_files_is_made_anew(first, finished, tmp_path):
     run = shutil.copytree(finished / "run", tmp_path / "run")
@@ -105,7 +105,6 @@ def test_a_folder_in_the_place_of_a_file_is_refused(name, finished, tmp_path, ca
     assert f"run/{name} is a folder, where a run has a file; remove it" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape not in ("null", "list")])
 def test_a_release_with_a_damaged_file_is_refused_or_said_to_differ(shape, finished, tmp_path):
     other = shutil.copytree(finished / "run/release", tmp_path / "other")
