@@ -53,7 +53,7 @@ def find(table: Mapping[str, F], name: str, what: str) -> F:
         return table[name]
     if is_reference(name):
         function = _import(name, what)
-        _check_takes(function, {_needed(own)[0] for own in table.values()}, f"{what} {name!r}")
+        _check_takes(function, table.values(), f"{what} {name!r}")
         return cast("F", function)  # which parameters it accepts shows in `bind`
     options = f"{suggest(name, table)}The options are {', '.join(table)}, or your own package.module:function."
     raise InputError(f"unknown {what} {name!r}; {options}")
@@ -101,19 +101,23 @@ def type_mismatch(annotation: Any, value: Any) -> str:
     return f"expected {' or '.join(_WORDS[name] for name in names)}, got {value!r}"
 
 
-def _needed(function: Callable[..., Any]) -> tuple[int, float]:
-    """Count the arguments by position that a function must get, and those that it can get."""
-    kinds = [(each.kind, each.default is each.empty) for each in inspect.signature(function).parameters.values()]
-    by_place = [needed for kind, needed in kinds if kind in (kind.POSITIONAL_ONLY, kind.POSITIONAL_OR_KEYWORD)]
-    return sum(by_place), math.inf if any(kind is kind.VAR_POSITIONAL for kind, _ in kinds) else len(by_place)
+def _check_takes(function: Callable[..., Any], rows: Iterable[Callable[..., Any]], what: str) -> None:
+    """Refuse a function of the user's that cannot be called as every row of its table is, with that many arguments.
 
-
-def _check_takes(function: Callable[..., Any], counts: set[int], what: str) -> None:
-    """Refuse a function of the user's that cannot be called with as many arguments as every row of its table."""
+    What the rows take by keyword, as optimizers their `lr`, a function may also take by position.
+    """
+    known = [inspect.signature(row).parameters.values() for row in rows]
+    named = {each.name for row in known for each in row if each.kind is each.KEYWORD_ONLY}
+    counts = {
+        sum(each.kind is each.POSITIONAL_OR_KEYWORD and each.default is each.empty for each in row) for row in known
+    }
     try:
-        least, most = _needed(function)
+        own = inspect.signature(function).parameters.values()
     except ValueError:  # of some functions in C nothing is known
         return
+    by_place = [each for each in own if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    least = sum(each.default is each.empty and each.name not in named for each in by_place)
+    most = math.inf if any(each.kind is each.VAR_POSITIONAL for each in own) else len(by_place)
     if len(counts) == 1 and not least <= min(counts) <= most:
         raise InputError(f"{what} cannot be called with {min(counts)} arguments by position, as the others are")
 
