@@ -17,11 +17,11 @@ from distill.release.wording import (
     EXPLAINED,
     as_number,
     format_count,
+    format_megabytes,
     format_metric,
     format_number,
     format_percent,
     format_ratio,
-    format_size,
     is_share,
     one_line,
 )
@@ -130,7 +130,7 @@ def size_tile(evidence: Evidence) -> Tile:
         return Tile("layers", str(kept), f"teacher {deep}", charts.pair(deep, kept))
     weights = evidence.efficiency("student", "bytes")
     note = f"teacher {format_count(teacher)}, {format_percent(student / teacher)} left"
-    note += f", {format_size(weights)}" if weights else ""
+    note += f", {format_megabytes(weights)}" if weights else ""
     return Tile("parameters", format_count(student), note, charts.pair(teacher, student))
 
 

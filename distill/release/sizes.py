@@ -7,7 +7,7 @@ from typing import Any
 
 from distill.release.evidence import Evidence, get_in
 from distill.release.table import Table
-from distill.release.wording import format_count, format_number, format_percent, format_ratio, format_size
+from distill.release.wording import format_count, format_megabytes, format_number, format_percent, format_ratio
 
 
 def efficiency_table(evidence: Evidence) -> Table:
@@ -18,8 +18,8 @@ def efficiency_table(evidence: Evidence) -> Table:
     return _lines_of(
         evidence,
         ("parameters", ("parameters",), "parameters", format_count),
-        ("weights", ("bytes",), "bytes", format_size),
-        ("on disk", ("disk_bytes",), "disk_bytes", format_size),
+        ("weights", ("bytes",), "bytes", format_megabytes),
+        ("on disk", ("disk_bytes",), "disk_bytes", format_megabytes),
         ("FLOPs per example", ("flops_per_example",), "flops", lambda value: format_count(value, "kMGT")),
         ("latency p50, ms", ("latency_ms", "p50"), "latency", format_number),
         ("p90", ("latency_ms", "p90"), "", format_number),
@@ -36,7 +36,7 @@ def speed_table(evidence: Evidence) -> Table:
         ("prefill, tokens/s", ("prefill",), "", format_number),
         ("decode, tokens/s", ("decode",), "", format_number),
     ]
-    memory = ("peak memory", ("peak_bytes",), "peak_bytes", format_size)
+    memory = ("peak memory", ("peak_bytes",), "peak_bytes", format_megabytes)
     return _lines_of(evidence, memory, *throughput, *(speeds if writes else []))
 
 
@@ -47,7 +47,10 @@ def bytes_table(evidence: Evidence) -> Table:
     rows = [
         (
             name,
-            *(f"{format_size(size)} ({format_percent(size / max(1, sum(own.values())))})" for size in own.values()),
+            *(
+                f"{format_megabytes(size)} ({format_percent(size / max(1, sum(own.values())))})"
+                for size in own.values()
+            ),
         )
         for name, own in shares.items()
     ]

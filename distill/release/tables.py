@@ -20,6 +20,7 @@ from distill.release.wording import (
     as_number,
     format_count,
     format_interval,
+    format_megabytes,
     format_metric,
     format_number,
     format_paired,
@@ -276,7 +277,7 @@ def forms_table(evidence: Evidence) -> Table:
             else " → ".join(format_metric(metric, each) for each in (own, value))
         )
         agreed = as_number(get_in(test, "metrics", "agreement"))
-        cells = (form["path"], form["runtime"], format_size(form["bytes"]))
+        cells = (form["path"], form["runtime"], format_megabytes(form["bytes"]))
         difference = f"{form['difference']:.2g} of {form['largest']:.2g}"
         rows.append((title, *cells, difference, kept, MISSING if agreed is None else format_percent(agreed)))
     head = (

@@ -94,6 +94,12 @@ def format_count(value: Any, units: str = "kMBT") -> str:
     return f"{known:.4g}"
 
 
+def format_megabytes(value: Any) -> str:
+    """Write bytes as MB (10⁶)."""
+    known = as_number(value)
+    return MISSING if known is None else f"{known / 1e6:.1f} MB"
+
+
 def format_ratio(value: Any) -> str:
     """Write a ratio, with its range when it was measured several times ({median, min, max})."""
     if isinstance(value, dict):

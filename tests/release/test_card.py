@@ -368,7 +368,7 @@ def test_a_chat_model_is_loaded_with_messages(evidence: Evidence) -> None:
         (wording.format_count(22_718_220), "22.7 M"),
         (wording.format_count(1_362_100_000, "kMGT"), "1.4 G"),
         (wording.format_count(999), "999"),
-        (wording.format_size(90_872_880), "90.9 MB"),
+        (wording.format_megabytes(90_872_880), "90.9 MB"),
         (wording.format_percent(0.12345), "12.3 %"),
         (wording.format_number(91234.5), "91,234"),
         (wording.format_number(0.000123456), "0.0001235"),
