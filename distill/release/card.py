@@ -211,7 +211,9 @@ def with_output(code: str, printed: str | None) -> Markup:
     lines = [inline(line) for line in printed.strip()[:MOST_PRINTED].splitlines()]
     cut = f", of which these are the first {MOST_PRINTED} characters" * (len(printed.strip()) > MOST_PRINTED)
     # No block of code: tags would stand in it as they are.
-    return Markup("{}\n\nIt prints{}:\n\n> {}").format(example, cut, Markup("  \n> ").join(lines or ["an empty line"]))
+    return Markup("{}\n\nIt prints{}:\n\n> {}").format(
+        example, cut, Markup("  \n> ").join(lines or ["an empty line" if printed else "nothing"])
+    )
 
 
 def metadata(evidence: Evidence) -> ModelCardData:

@@ -41,12 +41,14 @@ SECRET = re.compile("TOKEN|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 """Words in the names of variables that a fresh process does not get."""
 GUARD = """
 import sys
-def refuse(event, _given):
+def refuse(event, given):
     if event in ("socket.connect", "socket.getaddrinfo", "socket.sendto"):
-        raise PermissionError("it asked for the network")
+        place = given[0] if event == "socket.getaddrinfo" else given[1]
+        if (place[0] if isinstance(place, tuple) else place) not in ("127.0.0.1", "::1", "localhost"):
+            raise PermissionError("it asked for the network")
 sys.addaudithook(refuse)
 """
-"""Starts every program of a fresh process: none may ask for the network."""
+"""Starts every program of a fresh process: none may ask for the network; a runtime may be a server on this machine."""
 
 FRESH_PROCESS = """
 import contextlib, io, json, os, runpy, sys
