@@ -13,12 +13,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from distill.errors import InputError
 
 MAX_JSON = 100_000_000
 """Bytes of a JSON file that is read."""
 LFS = b"version https://git-lfs.github.com/"
 """What a pointer of Git LFS begins with."""
+REMOVE = "remove it, and give the same command again: its stage makes it anew"
 
 
 def sha256_of(path: Path) -> str:
@@ -98,8 +101,13 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON. Raises InputError when the file is no regular one, is huge, nested too deeply or no JSON."""
+def read_json(path: Path, **options: Any) -> Any:
+    """Read JSON. Raises InputError when the file is no regular one, is huge, nested too deeply or no JSON.
+
+    Args:
+        path: The file.
+        options: Those of `json.loads`.
+    """
     try:
         if path.exists() and not path.is_file():
             raise OSError("it is not a regular file")  # a pipe may never end
@@ -107,7 +115,7 @@ def read_json(path: Path) -> Any:
             content = file.read(MAX_JSON + 1)
         if len(content) > MAX_JSON:
             raise ValueError(f"it has more than {MAX_JSON:,} bytes")
-        return json.loads(content)
+        return json.loads(content, **options)
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
 
@@ -118,6 +126,30 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise InputError(f"{path} holds no JSON object")
     return found
+
+
+def read_written(path: Path, shape: Any, fix: str = REMOVE) -> Any:
+    """Read JSON that distill wrote. Raises InputError as `read_json`, and where it is not as it was written.
+
+    Args:
+        path: The file.
+        shape: Type that the content must have, as pydantic checks it; other keys may be there.
+        fix: What the user can do about a file of another shape.
+    """
+    try:
+        found = read_json(path, parse_constant=_refuse_constant)
+        TypeAdapter(shape).validate_json(json.dumps(found), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "all of it"
+        raise InputError(f"{path} is not as distill wrote it ({place}: {first['msg']}); {fix}") from error
+    except InputError as error:
+        raise InputError(f"{error}; {fix}") from error
+    return found
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def parts_of(value: Any) -> Iterator[Any]:

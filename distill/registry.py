@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
@@ -46,12 +47,14 @@ def find(table: Mapping[str, F], name: str, what: str) -> F:
     """Find the function called `name`: a row of `table`, or `package.module:function` from the user's own code.
 
     Raises:
-        InputError: the table has no such row, or the user's function cannot be imported.
+        InputError: the table has no such row, or the user's function cannot be imported or called as the rows are.
     """
     if name in table:
         return table[name]
     if is_reference(name):
-        return cast("F", _import(name, what))  # what it accepts shows in `bind` and in use
+        function = _import(name, what)
+        _check_takes(function, table.values(), f"{what} {name!r}")
+        return cast("F", function)  # which parameters it accepts shows in `bind`
     options = f"{suggest(name, table)}The options are {', '.join(table)}, or your own package.module:function."
     raise InputError(f"unknown {what} {name!r}; {options}")
 
@@ -96,6 +99,27 @@ def type_mismatch(annotation: Any, value: Any) -> str:
     if None in kinds or type(value) in kinds or (type(value) is int and float in kinds):
         return ""
     return f"expected {' or '.join(_WORDS[name] for name in names)}, got {value!r}"
+
+
+def _check_takes(function: Callable[..., Any], rows: Iterable[Callable[..., Any]], what: str) -> None:
+    """Refuse a function of the user's that cannot be called as every row of its table is, with that many arguments.
+
+    What the rows take by keyword, as optimizers their `lr`, a function may also take by position.
+    """
+    known = [inspect.signature(row).parameters.values() for row in rows]
+    named = {each.name for row in known for each in row if each.kind is each.KEYWORD_ONLY}
+    counts = {
+        sum(each.kind is each.POSITIONAL_OR_KEYWORD and each.default is each.empty for each in row) for row in known
+    }
+    try:
+        own = inspect.signature(function).parameters.values()
+    except ValueError:  # of some functions in C nothing is known
+        return
+    by_place = [each for each in own if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    least = sum(each.default is each.empty and each.name not in named for each in by_place)
+    most = math.inf if any(each.kind is each.VAR_POSITIONAL for each in own) else len(by_place)
+    if len(counts) == 1 and not least <= min(counts) <= most:
+        raise InputError(f"{what} cannot be called with {min(counts)} arguments by position, as the others are")
 
 
 def _import(name: str, what: str) -> Any:

@@ -56,9 +56,17 @@ def source_fingerprint(source: Source, split: str, base: Path, paths: Collection
     if source.source in SOURCES:
         return library_fingerprint()
     digest = hashlib.sha256()
-    for row in find(SOURCES, source.source, "data source")():
+    for row in _call(source.source):
         digest.update(json.dumps(row, sort_keys=True, default=str).encode())
     return digest.hexdigest()
+
+
+def _call(name: str) -> Any:
+    """Call a built-in corpus or the user's own function for its rows. Raises InputError where it gives none."""
+    rows = find(SOURCES, name, "data source")()
+    if not isinstance(rows, Iterable):
+        raise InputError(f"data source {name!r} returns {reprlib.repr(rows)}, which are no rows")
+    return rows
 
 
 def _signature(path: Any) -> Any:
@@ -121,7 +129,7 @@ def read_source(
         yield from _with_paths(_checked(rows, place, unit, names or own, needed), path.parent, paths)
     if not files:
         name = source.source
-        rows, own = _dataset_rows(find(SOURCES, name, "data source")(), columns, needed, name)
+        rows, own = _dataset_rows(_call(name), columns, needed, name)
         yield from _with_paths(_checked(rows, name, "row", own, needed), base, paths)
 
 

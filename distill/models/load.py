@@ -110,7 +110,7 @@ def tokenizer_fingerprint(folder: Path) -> str:
 def _fingerprint(folder: Path, patterns: Sequence[str]) -> str:
     files = {file for pattern in (*patterns, "*.py") for file in folder.glob(pattern)}
     files |= {*folder.glob("additional_chat_templates/*.jinja"), *folder.glob("*/config.json")}
-    listing = {str(file.relative_to(folder)): sha256_of(file) for file in sorted(files)}
+    listing = {str(file.relative_to(folder)): sha256_of(file) for file in sorted(files) if file.is_file()}
     return hashlib.sha256(json.dumps(listing, sort_keys=True).encode()).hexdigest()
 
 

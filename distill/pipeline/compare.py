@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from distill.errors import InputError
-from distill.files import read_object
+from distill.files import read_written
+from distill.pipeline.written import Evaluation
 from distill.recipe.load import read_released
 from distill.release import charts
 from distill.release.card import make_environment
@@ -69,8 +70,8 @@ def read_run(folder: Path, name: str) -> Run:
     path = folder / "evaluation.json"
     if not path.is_file():
         raise InputError(f"{folder} holds no evaluation.json: no run that reached its evaluation, and no release")
-    evaluation = read_object(path)
-    student, primary = find_arm(evaluation, "distilled"), str(evaluation.get("primary"))
+    evaluation = read_written(path, Evaluation, "run its recipe again")
+    student, primary = find_arm(evaluation, "distilled"), evaluation["primary"]
     if get_in(student, "metrics") is None:
         raise InputError(f"{path}: the distilled student was not measured; add it to evaluation.arms")
     return Run(

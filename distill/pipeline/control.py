@@ -12,10 +12,11 @@ from accelerate.utils import broadcast_object_list
 
 from distill.evaluation.arms import controls, searches, tries_of
 from distill.evaluation.metrics import higher_is_better
-from distill.files import read_object, write_json
+from distill.files import read_written, write_json
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage
 from distill.pipeline.train import arm_inputs, save_model, spec_of, train_arm
+from distill.pipeline.written import Search
 from distill.ranks import process_state
 from distill.training import read_records
 from distill.training.loop import METRICS
@@ -63,7 +64,7 @@ def _outcome(folder: Path) -> dict[str, Any]:
 
 def _tokens(records: Sequence[Mapping[str, Any]]) -> int | None:
     """Find how many tokens a training saw, padding not counted; None where nothing was recorded."""
-    return next((record["tokens"] for record in reversed(records) if record["event"] == "train"), None)
+    return next((record.get("tokens") for record in reversed(records) if record.get("event") == "train"), None)
 
 
 def best_of(outcomes: Sequence[Mapping[str, Any]], wanted: Sequence[str]) -> tuple[str, int]:
@@ -80,7 +81,7 @@ def best_of(outcomes: Sequence[Mapping[str, Any]], wanted: Sequence[str]) -> tup
 def budget_of(session: Session, arm: str) -> dict[str, Any]:
     """Say how long and how fast a trained arm learned, and how its settings were chosen where several were tried."""
     folder, tries = session.train_folder(arm), tries_of(session.recipe, arm)
-    found = read_object(folder / SEARCH) if len(tries) > 1 else None
+    found = read_written(folder / SEARCH, Search) if len(tries) > 1 else None
     spec = spec_of(session, arm, tries[found["chosen"] if found else 0])
     return {"steps": spec.steps, "lr": spec.lr, "tokens": _tokens(read_records(folder / METRICS)), "search": found}
 
@@ -92,11 +93,17 @@ def inputs(session: Session) -> dict[str, Any]:
     return chosen_by | {arm: arm_inputs(session, arm, tries_of(recipe, arm)) for arm in controls(recipe)}
 
 
+def results_of(session: Session, arm: str) -> list[Path]:
+    """List the model of a control, and where several settings were tried what they gave."""
+    several = len(tries_of(session.recipe, arm)) > 1
+    return [session.arm_folder(arm), *([session.folder.control(arm) / SEARCH] if several else [])]
+
+
 STAGE = Stage(
     "control",
     work,
     inputs,
-    lambda session: [session.arm_folder(arm) for arm in controls(session.recipe)],
+    lambda session: [path for arm in controls(session.recipe) for path in results_of(session, arm)],
     wanted=lambda recipe: bool(controls(recipe)),
     together=True,
 )

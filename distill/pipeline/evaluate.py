@@ -14,7 +14,7 @@ from distill.evaluation.harness import load_tasks, run_harness
 from distill.evaluation.metrics import METRICS, find_metric, higher_is_better, measurable
 from distill.evaluation.predict import Rows, column_names
 from distill.evaluation.table import finite_or_none, spread_over, tabulate
-from distill.files import content_of, fresh_folder, read_object, write_json
+from distill.files import content_of, fresh_folder, read_written, write_json
 from distill.models.family import all_layers
 from distill.models.forward import Capture
 from distill.models.load import folder_fingerprint
@@ -25,6 +25,7 @@ from distill.pipeline.session import Session, in_precision
 from distill.pipeline.stage import Stage, harness_folder, settings_of
 from distill.pipeline.teachers import describe_teachers, load_teaching
 from distill.pipeline.train import steps_of
+from distill.pipeline.written import Evaluation, Examined
 from distill.ranks import process_state
 from distill.recipe.data import SET, SPLITS
 from distill.recipe.names import TEACHER_METRICS
@@ -69,7 +70,7 @@ def work(session: Session) -> None:
             for split, own in measured.items()
             if split != "test"
         },
-        "teacher": read_object(session.folder.examined),
+        "teacher": read_written(session.folder.examined, Examined),
         "precision": describe_precisions(session, teacher, student),
         "rivals": rivals(recipe),
         "taught_by": describe_teachers(session),
@@ -97,7 +98,7 @@ def tabulate_sets(
 def compare_seeds(session: Session, table: dict[str, Any]) -> dict[str, Any]:
     """Collect the figures of the arms that the other seeds measured, those that are trained; nothing with one seed."""
     tables = {session.recipe.seed: table}
-    tables |= {child.recipe.seed: read_object(child.folder.evaluation) for child in session.children}
+    tables |= {child.recipe.seed: read_written(child.folder.evaluation, Evaluation) for child in session.children}
     if len(tables) == 1:
         return {}
     sets = {name: spread_over([own["sets"][name]["arms"] for own in tables.values()]) for name in table["sets"]}

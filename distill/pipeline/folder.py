@@ -15,6 +15,8 @@ from distill.files import put_back
 
 LOCK = ".lock"
 """Every run folder holds it, which is how one is told from a folder of the user's."""
+FILES = (".json", ".jsonl", ".safetensors", ".arrow", ".html", ".yaml")
+"""Endings of what is a file in every run."""
 LINKING_TRACKERS = ("wandb",)
 """Folders of trackers that put links into them, if they are told to write here."""
 
@@ -112,6 +114,8 @@ class RunDir:
             raise InputError(f"--out: {self.root} is not empty and no run folder; name another, or an empty one")
         written = (path for path in self.root.iterdir() if path.name not in LINKING_TRACKERS)
         for link in _links(written):
+            if link.is_dir() and not link.is_symlink():
+                raise InputError(f"--out: {link} is a folder, where a run has a file; remove it")
             kind = "a link" if link.is_symlink() else "no regular file"
             raise InputError(f"--out: {link} is {kind}; a run folder holds none, as a run would write to its target")
 
@@ -145,8 +149,8 @@ class RunDir:
 
 
 def _links(paths: Iterable[Path]) -> Iterator[Path]:
-    """Find symbolic links, pipes and the like among some paths and below them."""
+    """Find symbolic links, pipes and the like, and folders with the names of files, among some paths and below them."""
     for path in paths:
         for found in (path, *(path.rglob("*") if path.is_dir() and not path.is_symlink() else ())):
-            if found.is_symlink() or not (found.is_file() or found.is_dir()):
+            if found.is_symlink() or not (found.is_file() or (found.is_dir() and found.suffix not in FILES)):
                 yield found

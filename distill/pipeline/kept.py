@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from distill.files import cache_folder, read_object
+from distill.files import cache_folder, read_written
 from distill.losses import MATCHES, PREDICTION_KINDS, Objective
 from distill.losses.kinds import Mask
 from distill.models.forward import Batch, Outputs
@@ -21,6 +21,7 @@ from distill.models.precision import DTYPES
 from distill.models.topk import TopK
 from distill.pipeline.session import Session
 from distill.pipeline.teachers import load_teaching
+from distill.pipeline.written import Cached
 from distill.recipe.cache import TeacherCache
 from distill.recipe.schema import Term
 from distill.teacher import CachedTeacher, LiveTeacher, Mixture
@@ -51,12 +52,12 @@ def find_teacher(
 
 def folder_of(session: Session) -> ShardFolder:
     """Return the cache that the stage has filled."""
-    return ShardFolder(cache_folder(FOLDER) / str(read_object(session.folder.cached)["cache"]))
+    return ShardFolder(cache_folder(FOLDER) / read_written(session.folder.cached, Cached)["cache"])
 
 
 def lost_parts(session: Session) -> str:
     """Name what is gone of a cache since the stage has filled it: it may be deleted at any time."""
-    facts, folder = read_object(session.folder.cached), folder_of(session)
+    facts, folder = read_written(session.folder.cached, Cached), folder_of(session)
     wanted = [ENTRIES, *facts["files"]]
     have = {name for group in ("", *{name.rpartition("/")[0] for name in wanted}) for name in folder.names(group)}
     gone = [name for name in wanted if name not in have]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import platform
+import re
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +17,7 @@ from safetensors.numpy import load_file
 from distill import __version__
 from distill.errors import DistillError
 from distill.evaluation.arms import trained_arms
-from distill.files import content_of, fresh_folder, read_object, write_text
+from distill.files import content_of, fresh_folder, read_written, write_text
 from distill.models.pattern import pattern_note
 from distill.models.plan import StudentPlan
 from distill.models.sentence import sentence_files
@@ -24,12 +26,13 @@ from distill.pipeline.forms import check_wanted, make_forms, probe_of
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage
 from distill.pipeline.teachers import describe_model
+from distill.pipeline.written import Evaluation, Repair, Stamp
 from distill.ranks import process_state
 from distill.recipe.load import read_released
 from distill.recipe.schema import Format
-from distill.release.card import render_card
+from distill.release.card import card_examples, render_card
 from distill.release.evidence import Evidence, get_in
-from distill.release.export import check_padding, check_release, releasable_recipe, write_release
+from distill.release.export import check_padding, check_release, releasable_recipe, write_checksums, write_release
 from distill.release.formats import format_of
 from distill.release.hub_results import result_files
 from distill.release.oldest_transformers import oldest_version
@@ -63,7 +66,6 @@ def work(session: Session) -> None:
         evidence = replace(evidence, evaluation=evidence.evaluation | ({"forms": forms} if forms else {}))
         report = render_report(evidence)
         texts = {
-            "README.md": render_card(evidence),
             "report.html": report,
             "plan.json": evidence.plan.to_json(),
             "recipe.yaml": evidence.recipe_text,
@@ -74,18 +76,33 @@ def work(session: Session) -> None:
         # Documents need not be told apart: any tokens will do, as long as all loaders get the same.
         probe, beside = probe_of(session, model), session.released_preprocessors
         written = write_release(folder, model, beside, texts, evidence.auto_class, release_format)
-        check_release(folder, written, evidence.auto_class, probe, release_format, session.oldest)
+        examples = runnable_examples(session, evidence)
+        own = (evidence.auto_class, probe, release_format, session.oldest, examples, recipe.name)
+        evidence = replace(evidence, printed=check_release(folder, written, *own))
         check_padding(model, written, probe)
+        write_text(folder / "README.md", render_card(evidence))
+        write_checksums(folder)
     write_text(session.folder.report, render_report(evidence, tabulate_disagreements(session)))
     if before is not None:
         session.say(f"  it replaces a release: {describe_difference(before, read_release(session.folder.release))}")
+
+
+def runnable_examples(session: Session, evidence: Evidence) -> dict[str, str]:
+    """Return the examples of the card whose packages are installed; a line names the others."""
+    found = card_examples(evidence)
+    for title, code in list(found.items()):
+        imported = re.findall(r"^(?:from|import) (\w+)", code, re.MULTILINE)
+        if missing := [name for name in imported if importlib.util.find_spec(name) is None]:
+            session.say(f"  the card's example of {title} is not run, as {missing[0]} is not installed")
+            del found[title]
+    return found
 
 
 def read_release(folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """Read settings and evaluation of a release; None where there is none that can be read."""
     try:
         settings = read_released(folder / "recipe.yaml").model_dump(mode="json", by_alias=True)
-        return flatten(settings), read_object(folder / "evaluation.json")
+        return flatten(settings), read_written(folder / "evaluation.json", Evaluation)
     except DistillError:
         return None
 
@@ -127,8 +144,8 @@ def tabulate_disagreements(session: Session) -> Table:
 def read_stages(session: Session) -> list[dict[str, Any]]:
     """Read how long each finished stage before this one took, and how much memory, in their order."""
     stamps = {name: session.folder.stamp(name) for name in STAGES}
-    found = {name: read_object(stamp) for name, stamp in stamps.items() if stamp.is_file()}
-    return [{"stage": name, **{key: own.get(key) for key in ("seconds", "peak_bytes")}} for name, own in found.items()]
+    found = {name: read_written(stamp, Stamp) for name, stamp in stamps.items() if stamp.is_file()}
+    return [{"stage": name, **{key: own[key] for key in ("seconds", "peak_bytes")}} for name, own in found.items()]
 
 
 def collect_evidence(session: Session, release_format: Format = "uniform") -> Evidence:
@@ -139,8 +156,8 @@ def collect_evidence(session: Session, release_format: Format = "uniform") -> Ev
         recipe=recipe,
         recipe_text=releasable_recipe(recipe),
         plan=plan,
-        repair=read_object(run.repair) if recipe.student.repair.wanted else None,
-        evaluation=read_object(run.evaluation),
+        repair=read_written(run.repair, Repair) if recipe.student.repair.wanted else None,
+        evaluation=read_written(run.evaluation, Evaluation),
         records={arm: read_records(session.train_folder(arm) / METRICS) for arm in trained_arms(recipe)},
         teacher={**describe_model(spec), "model_type": plan.model_type, "fitted": spec.fit is not None},
         student={**describe_model(given), "model_type": plan.given.model_type} if given and plan.given else {},

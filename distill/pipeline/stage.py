@@ -15,9 +15,10 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from distill import __version__
-from distill.errors import Stopped
-from distill.files import content_of, read_json, write_json, write_text
+from distill.errors import InputError, Stopped
+from distill.files import content_of, read_written, write_json, write_text
 from distill.pipeline.session import Session
+from distill.pipeline.written import Stamp
 from distill.ranks import check_launch, process_state
 from distill.recipe.datafiles import searched_paths
 from distill.recipe.load import dump, fingerprint
@@ -140,14 +141,14 @@ def _run_stage(session: Session, stage: Stage, wait: Callable[[], Any]) -> None:
 def _reason_to_run(session: Session, stage: Stage, inputs: dict[str, Any]) -> str | None:
     """Name what changed since the stage finished: inputs or results. None: nothing; empty: it has never finished."""
     try:
-        stamp = read_json(session.folder.stamp(stage.name))
+        stamp = read_written(session.folder.stamp(stage.name), Stamp)
         if stamp["made_from"] != fingerprint(inputs):
             return describe_changes(stamp["inputs"], inputs)
         contents, before = _contents(session, stage), stamp["results"]
         other = [name for name, content in contents.items() if not content or content != before.get(name)]
         return f"changed or missing: {', '.join(other)}" if other else stage.lost(session) or None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return ""
+    except (OSError, InputError):
+        return "its stamp or its results cannot be read" if session.folder.stamp(stage.name).exists() else ""
 
 
 def _contents(session: Session, stage: Stage) -> dict[str, str]:

@@ -15,7 +15,7 @@ from distill.evaluation.efficiency import count_size
 from distill.evaluation.metrics import measurable
 from distill.evaluation.predict import Rows
 from distill.evaluation.table import retain, tabulate
-from distill.files import read_object
+from distill.files import read_written
 from distill.models.family import all_layers
 from distill.models.forward import Capture
 from distill.models.load import teacher_path
@@ -27,6 +27,7 @@ from distill.pipeline.inspect import model_folder
 from distill.pipeline.predictions import predict_split
 from distill.pipeline.session import Session
 from distill.pipeline.stage import run_stages
+from distill.pipeline.written import Evaluation
 from distill.ranks import process_state
 from distill.recipe.data import SET
 from distill.recipe.load import read_released
@@ -168,14 +169,7 @@ def read_claims(folder: Path) -> dict[str, Any]:
     path = folder / "evaluation.json"
     if not path.is_file():
         raise InputError(f"{folder} holds no evaluation.json, so it is no release of distill that could be verified")
-    claims = read_object(path)
-    sets = claims.get("sets") or {}
-    others = [get_in(own, "arms") for own in (sets.values() if isinstance(sets, dict) else [sets])]
-    for arms in (claims.get("arms"), *others):
-        known = isinstance(arms, list) and all(isinstance(get_in(arm, "metrics"), dict) for arm in arms)
-        if not known or not all(isinstance(arm.get("name"), str) for arm in arms):
-            raise InputError(f"{path} has no list of arms with a name and metrics each: no release of distill wrote it")
-    return claims
+    return dict(read_written(path, Evaluation, "no release of distill has it so"))
 
 
 def _check_files(found: Verification) -> None:
@@ -256,12 +250,13 @@ def _check_card(found: Verification, recipe: Recipe) -> None:
     path, plan = found.folder / "README.md", found.folder / "plan.json"
     if not plan.is_file():  # said already
         return
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     evidence = Evidence(recipe, "", StudentPlan.load(plan), found.claims, {}, {}, {}, "")
     for table in (arms_table(evidence), *map(arms_table, evidence.elsewhere.values())):
         for row in table.rows:
             there = "|" + "".join(f" {inline(cell)} |" for cell in row) in text
             found.agree(f"card, row of {row[0]}", "as evaluation.json", "as evaluation.json" if there else "otherwise")
+    found.leave_out("card, what its examples print", "no code of a release is run")
     metrics = evidence.arms.get("distilled", {}).get("metrics", {})
     head = ModelCard(text, ignore_metadata_errors=True).data
     for result in getattr(head, "eval_results", None) or []:

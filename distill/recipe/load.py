@@ -112,8 +112,8 @@ def check_beside(recipe: Recipe, key: str, first: Path, folder: Path) -> None:
         raise InputError("; ".join(mistakes))
 
 
-def dump(recipe: Recipe) -> str:
-    """Write the recipe as YAML with every default; loads back to an equal recipe."""
+def dump(recipe: Recipe, *, defaults: bool = True) -> str:
+    """Write the recipe as YAML, with every default or with none; loads back to an equal recipe."""
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style, yaml.allow_unicode = False, True
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
@@ -121,7 +121,7 @@ def dump(recipe: Recipe) -> str:
     yaml.indent(mapping=2, sequence=4, offset=2)
     yaml.Representer = _Writer
     stream = StringIO()
-    yaml.dump(recipe.model_dump(mode="json"), stream)
+    yaml.dump(recipe.model_dump(mode="json", exclude_defaults=not defaults), stream)
     return stream.getvalue()
 
 

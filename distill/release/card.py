@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -15,32 +16,35 @@ from distill.recipe.locate import GGUF
 from distill.recipe.names import TEACHER_METRICS
 from distill.release.controls import budget_lines, seeds_table, seeds_title
 from distill.release.evidence import Evidence, describe_origin, get_in, judge, judge_sets, summarize
-from distill.release.forms import examples
+from distill.release.export import releasable_recipe
+from distill.release.forms import examples as form_examples
 from distill.release.tables import arms_table, tables
-from distill.release.wording import as_number, format_metric, format_percent, one_line
+from distill.release.wording import as_number, format_metric, format_percent, one_line, printable
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 USES = {
     "AutoModelForSequenceClassification": (
         "text-classification",
-        "label = model.config.id2label[model(**inputs).logits.argmax(-1).item()]",
+        "print(model.config.id2label[model(**inputs).logits.argmax(-1).item()])",
     ),
     "AutoModelForTokenClassification": (
         "token-classification",
-        "labels = [model.config.id2label[i] for i in model(**inputs).logits.argmax(-1)[0].tolist()]",
+        "print([model.config.id2label[i] for i in model(**inputs).logits.argmax(-1)[0].tolist()])",
     ),
     "AutoModelForCausalLM": (
         "text-generation",
-        "text = tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0], skip_special_tokens=True)",
+        "tokens = model.generate(**inputs, max_new_tokens=20, do_sample=False)[0]\n"
+        "print(tokenizer.decode(tokens, skip_special_tokens=True))",
     ),
     "AutoModelForMaskedLM": (
         "fill-mask",
         "logits = model(**inputs).logits[inputs.input_ids == tokenizer.mask_token_id]\n"
-        "words = tokenizer.batch_decode(logits.argmax(-1))",
+        "print(tokenizer.batch_decode(logits.argmax(-1)))",
     ),
     "AutoModelForSeq2SeqLM": (
         "text2text-generation",
-        "text = tokenizer.decode(model.generate(**inputs)[0], skip_special_tokens=True)",
+        "tokens = model.generate(**inputs, max_new_tokens=20, do_sample=False)[0]\n"
+        "print(tokenizer.decode(tokens, skip_special_tokens=True))",
     ),
     "AutoModelForQuestionAnswering": (
         "question-answering",
@@ -49,17 +53,29 @@ USES = {
         "end = start + output.end_logits[0, start:].argmax()\n"
         "print(tokenizer.decode(inputs.input_ids[0, start : end + 1], skip_special_tokens=True))",
     ),
-    "AutoModel": ("sentence-similarity", "vectors = model.encode(['Some text.'])"),
+    "AutoModel": (
+        "sentence-similarity",
+        "vectors = model.encode(['Some text.'])\nprint(vectors.shape, vectors[0, :3].round(2))",
+    ),
+    "AutoModelForSpeechSeq2Seq": (
+        "automatic-speech-recognition",
+        "sound = numpy.zeros(16_000, 'float32')  # a second of silence; put samples of your own in its place\n"
+        "print(pipeline('automatic-speech-recognition', folder)(sound)['text'])",
+    ),
 }
-"""Class of transformers -> hub task and the lines that use the model."""
+"""Class of transformers -> hub task and the lines that use the model and print something short, always the same."""
 KIND_USES = {
     "multi_label": (
         "scores = model(**inputs).logits.sigmoid()[0].tolist()\n"
-        "labels = [model.config.id2label[i] for i, score in enumerate(scores) if score > 0.5]"
+        "print([model.config.id2label[i] for i, score in enumerate(scores) if score > 0.5])"
     ),
-    "regression": "value = model(**inputs).logits.item()",
+    "regression": "print(round(model(**inputs).logits.item(), 2))",
 }
 """Kind of predictions -> the lines that use the model, where these are not those of its class."""
+STUDENT = "the student"
+"""Title of the example that runs the student itself."""
+MOST_PRINTED = 1000
+"""Characters of what an example printed that a card shows."""
 VECTORS = "AutoModel"
 """Class of models without a head, whose vectors sentence-transformers makes."""
 LOADING = {
@@ -81,6 +97,7 @@ LOADING = {
 
 def render_card(evidence: Evidence) -> str:
     """Render README.md: metadata for the hub, then the cut, the training, the figures and their limits."""
+    shown = {title: with_output(code, evidence.printed.get(title)) for title, code in card_examples(evidence).items()}
     # Every value printed by the template passes `inline` first: a name cannot open a tag, a table cell or a heading.
     return (
         make_environment(inline)
@@ -89,9 +106,10 @@ def render_card(evidence: Evidence) -> str:
             **context_of(evidence),
             metadata=Markup(metadata(evidence).to_yaml(line_break="\n")),  # noqa: S704 (YAML quotes its own values)
             loading=Markup(LOADING[evidence.release_format]),  # noqa: S704 (our own text)
-            snippet=fence(snippet(evidence), "python"),
-            forms=form_examples(evidence),
+            snippet=shown.pop(STUDENT),
+            forms=shown,
             command=fence(evidence.command, "bash"),
+            given=fence(releasable_recipe(evidence.recipe, defaults=False), "yaml"),
             recipe=fence(evidence.recipe_text, "yaml"),
         )
     )
@@ -116,6 +134,7 @@ def context_of(evidence: Evidence) -> dict[str, Any]:
     }
 
 
+@cache
 def make_environment(finalize: Callable[[Any], Any] | None = None) -> Environment:
     """Make the environment of our templates; `finalize` is done to every value that they print."""
     return Environment(
@@ -143,46 +162,58 @@ def fence(text: str, language: str) -> Markup:
     return Markup(f"{marks}{language}\n{text.rstrip()}\n{marks}")  # noqa: S704
 
 
+def card_examples(evidence: Evidence) -> dict[str, str]:
+    """Write Python that runs the student, by the title `STUDENT`, and each other form of the release, by its own."""
+    recipe = evidence.recipe
+    return {STUDENT: snippet(evidence), **form_examples(recipe.release.also, evidence.auto_class, recipe.name)}
+
+
 def snippet(evidence: Evidence) -> str:
     """Write Python that loads and uses the student with transformers, and the release's own code where it has some."""
-    name = one_line(evidence.auto_class)
-    _, use = USES.get(name, ("", "output = model(**inputs)"))
-    use = KIND_USES.get(str(evidence.evaluation["data"].get("kind")), use)
-    if name == "AutoModelForSpeechSeq2Seq":
-        return f"""from transformers import pipeline
-
-folder = "{evidence.recipe.name}"  # this folder, or its id on the hub
-text = pipeline("automatic-speech-recognition", folder)("speech.wav")["text"]"""
+    name, kind = one_line(evidence.auto_class), str(evidence.evaluation["data"].get("kind"))
+    _, use = USES.get(name, ("", ""))
+    use, given = KIND_USES.get(kind, use), _given(evidence, name)
+    folder = f'folder = "{evidence.recipe.name}"  # this folder, or its id on the hub'
     code = ", trust_remote_code=True" if evidence.release_format == "native" else ""
+    if name == "AutoModelForSpeechSeq2Seq":
+        return f"import numpy\nfrom transformers import pipeline\n\n{folder}\n{use}"
     if name == VECTORS:
-        return f"""from sentence_transformers import SentenceTransformer
-
-folder = "{evidence.recipe.name}"  # this folder, or its id on the hub
-model = SentenceTransformer(folder{code})
-{use}"""
-    pair = ["Another text."] if len(evidence.sample) == 1 and "pair" in evidence.recipe.data.columns else []
-    texts = ", ".join(json.dumps(one_line(text), ensure_ascii=False) for text in (*evidence.sample, *pair))
-    given = f'tokenizer({texts}, return_tensors="pt")'
-    if name == "AutoModelForMaskedLM":
-        given = 'tokenizer(f"Paris is the {tokenizer.mask_token} of France.", return_tensors="pt")'
-    if evidence.recipe.data.task == "chat":
-        given = """tokenizer.apply_chat_template(
-    [{"role": "user", "content": "Hello!"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-)"""
+        load = f"model = SentenceTransformer(folder{code})"
+        return f"from sentence_transformers import SentenceTransformer\n\n{folder}\n{load}\n{use}"
     return f"""from transformers import {name}, AutoTokenizer
 
-folder = "{evidence.recipe.name}"  # this folder, or its id on the hub
+{folder}
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = {name}.from_pretrained(folder{code})
-inputs = {given}
-{use}"""
+{f"inputs = {given}" if use else "print(model.num_parameters())  # what it reads is up to its class"}
+{use}""".rstrip()
 
 
-def form_examples(evidence: Evidence) -> dict[str, Markup]:
-    """Write Python that runs each other form of the release, by its title."""
-    release = evidence.recipe.release
-    found = examples(release.also, evidence.auto_class, evidence.recipe.name)
-    return {title: fence(text, "python") for title, text in found.items()}
+def _given(evidence: Evidence, name: str) -> str:
+    """Write the expression that makes the inputs of the example from texts of our own."""
+    if name == "AutoModelForMaskedLM":
+        return 'tokenizer(f"Paris is the {tokenizer.mask_token} of France.", return_tensors="pt")'
+    if evidence.recipe.data.task == "chat":
+        return """tokenizer.apply_chat_template(
+    [{"role": "user", "content": "Hello!"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+)"""
+    pair = ["Another text."] if len(evidence.sample) == 1 and "pair" in evidence.recipe.data.columns else []
+    first, *rest = (*evidence.sample, *pair)
+    texts = [printable(text) for text in (f"{evidence.recipe.data.prefix or ''}{first}", *rest)]
+    return f'tokenizer({", ".join(json.dumps(text, ensure_ascii=False) for text in texts)}, return_tensors="pt")'
+
+
+def with_output(code: str, printed: str | None) -> Markup:
+    """Write an example and below it what it printed before the release; None: it was not run."""
+    example = fence(code, "python")
+    if printed is None:
+        return example + "\n\nThese lines were not run before the release."
+    lines = [inline(line) for line in printed.strip()[:MOST_PRINTED].splitlines()]
+    cut = f", of which these are the first {MOST_PRINTED} characters" * (len(printed.strip()) > MOST_PRINTED)
+    # No block of code: tags would stand in it as they are.
+    return Markup("{}\n\nIt prints{}:\n\n> {}").format(
+        example, cut, Markup("  \n> ").join(lines or ["an empty line" if printed else "nothing"])
+    )
 
 
 def metadata(evidence: Evidence) -> ModelCardData:

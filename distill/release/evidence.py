@@ -50,6 +50,8 @@ class Evidence:
     """What the card gives to the tokenizer: a text, or a pair of texts."""
     command: str = "distill run recipe.yaml"
     """Reproduces the run, from the folder of the release."""
+    printed: Mapping[str, str] = field(default_factory=dict)
+    """What each example of the card printed, by its title; none of those that were not run."""
     pattern_note: str = ""
     """Software that computes another model than config.json describes; empty: none that is known."""
     student: Mapping[str, Any] = field(default_factory=dict)
@@ -259,8 +261,8 @@ def _compare(evidence: Evidence, rival: str, words: str) -> Verdict:
     """
     metric, ours = evidence.primary, evidence.over_seeds("distilled")
     theirs = evidence.over_seeds(rival, len(ours))
-    pairs = [(own, other) for own, other in zip(ours, theirs, strict=True) if own is not None and other is not None]
-    if len(pairs) < len(ours):
+    pairs = [(own, other) for own, other in zip(ours, theirs, strict=False) if own is not None and other is not None]
+    if len(pairs) < max(len(ours), len(theirs)):
         return Verdict(False, f"{rival} ({words}) has no figure: what distillation adds over it is unknown.")
     margins = [(own - other) * evidence.direction for own, other in pairs]
     ahead, lead = sum(margin > 0 for margin in margins), fmean(margins)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,7 @@ from distill.recipe.locate import CHECKSUMS, is_path
 from distill.recipe.schema import Format, Recipe
 from distill.release.formats import write_modelling
 from distill.release.old_names import add_old_names
+from distill.release.wording import one_line
 
 CODE_KEYS = ("auto_map", "custom_pipelines")
 """Keys of a config that name code."""
@@ -33,8 +35,23 @@ PADDING_TOLERANCE = 1e-6
 OLDER_TOLERANCE = 1e-5
 """The same for another version of transformers, which may compute in another order."""
 
+PATIENCE = 6 * 3600
+"""Seconds after which a fresh process is ended."""
+SECRET = re.compile("TOKEN|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
+"""Words in the names of variables that a fresh process does not get."""
+GUARD = """
+import sys
+def refuse(event, given):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.sendto"):
+        place = given[0] if event == "socket.getaddrinfo" else given[1]
+        if (place[0] if isinstance(place, tuple) else place) not in ("127.0.0.1", "::1", "localhost"):
+            raise PermissionError("it asked for the network")
+sys.addaudithook(refuse)
+"""
+"""Starts every program of a fresh process: none may ask for the network; a runtime may be a server on this machine."""
+
 FRESH_PROCESS = """
-import json, sys
+import contextlib, io, json, os, runpy, sys
 asked = json.loads(sys.argv[1])
 sys.path[:0] = asked["packages"] + asked.get("older", [])
 import torch, transformers
@@ -72,14 +89,27 @@ if model.can_generate():
     found = [model.generate(**load_file(asked["prompt"]), use_cache=cache, **own) for cache in (True, False)]
     if not torch.equal(*found):
         sys.exit("greedy generation differs with and without cache")
+del model, logits
+os.chdir(asked["place"])
+printed, fault = {}, ""
+for title, code in asked.get("examples", {}).items():
+    with open(asked["place"] + ".py", "w", encoding="utf-8") as file:
+        file.write(code)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        try:
+            runpy.run_path(file.name, run_name="__main__")
+        except Exception as error:
+            fault = f"{title} fails: {type(error).__name__}: {error}"
+    printed[title] = said.getvalue()
+json.dump([printed, fault], open(asked["said"], "w", encoding="utf-8"))
 if "distill" in sys.modules and not asked["packages"]:
     sys.exit("distill was imported")
 """
 
 
-def releasable_recipe(recipe: Recipe) -> str:
+def releasable_recipe(recipe: Recipe, *, defaults: bool = True) -> str:
     """Write the recipe as YAML, with folders of this machine cut down to their names."""
-    return dump(recipe.with_paths(without_folders))
+    return dump(recipe.with_paths(without_folders), defaults=defaults)
 
 
 def without_folders(path: str) -> str:
@@ -95,7 +125,7 @@ def write_release(
     auto_class: str = "",
     release_format: Format = "uniform",
 ) -> Any:
-    """Write weights, preprocessors and the given text files, then checksums over everything.
+    """Write weights, preprocessors and the given text files.
 
     Args:
         folder: A folder with nothing in it, or other forms of the student.
@@ -118,10 +148,14 @@ def write_release(
     add_old_names(folder)
     for name, text in texts.items():
         write_text(folder / name, text)
+    return written
+
+
+def write_checksums(folder: Path) -> None:
+    """List the sha256 of every file of a release, once all of them are there."""
     files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
     lines = [f"{sha256_of(file)}  {file.relative_to(folder)}\n" for file in files]
     write_text(folder / CHECKSUMS, "".join(lines))
-    return written
 
 
 def remove_code_references(folder: Path) -> None:
@@ -140,7 +174,9 @@ def check_release(
     probe: Mapping[str, Tensor],
     release_format: Format = "uniform",
     older: Path | None = None,
-) -> None:
+    examples: Mapping[str, str] | None = None,
+    name: str = "release",
+) -> dict[str, str]:
     """Prove a release: loaded by a process that never imports distill, it is the same model.
 
     A `native` release must load with its own code, also as `AutoModel`; fail without, even where mismatched sizes are
@@ -154,25 +190,39 @@ def check_release(
         release_format: Format of the release.
         older: Packages that a process more finds before those of this environment: an older transformers, whose logits
             may differ by rounding.
+        examples: Python of the card, by title, to be run in that process as well.
+        name: The folder's name in these examples.
+
+    Returns:
+        What each example printed, by its title.
 
     Raises:
-        RunError: It does not load, logits differ in any bit, greedy generation differs with and without cache, or
-            saving it again gives other files.
+        RunError: It does not load, logits differ in any bit, greedy generation differs with and without cache, saving
+            it again gives other files, or an example fails.
     """
     with torch.no_grad():
         expected = model(**probe)[0]
+    printed: dict[str, str] = {}
     ways: list[dict[str, Any]] = [{"code": release_format == "native", "packages": []}]
     ways += [] if older is None else [{**ways[0], "older": [str(older)]}]
     if release_format == "native":
         ways.append({"code": False, "packages": [path for path in sys.path if path]})
+    ways[0]["examples"] = dict(examples or {})
     for way in ways:
         with tempfile.TemporaryDirectory() as scratch:
-            files = {name: str(Path(scratch) / name) for name in ("probe", "prompt", "answer", "again")}
+            names = ("probe", "prompt", "answer", "again", "said", "place")
+            files = {each: str(Path(scratch) / each) for each in names}
+            Path(files["place"]).mkdir()
+            Path(files["place"], name).symlink_to(folder.absolute(), target_is_directory=True)
             save_file({name: tensor.contiguous() for name, tensor in probe.items()}, files["probe"])
             save_file(_prompt(probe), files["prompt"])
             asked = {"folder": str(folder), "auto_class": auto_class, "threads": torch.get_num_threads(), **files}
             loader = "load_student" if way["packages"] else f"stock transformers{', the older one' * ('older' in way)}"
             ask_fresh_process(FRESH_PROCESS, {**asked, **way}, scratch, loader)
+            said, fault = read_json(Path(files["said"]))
+            if fault:
+                raise RunError(f"release: the card's example of {one_line(fault)}")
+            printed |= said
             logits = load_file(files["answer"])["logits"]
             gap = (logits - expected).abs().max().item()
             allowed = OLDER_TOLERANCE * max(1.0, expected.abs().max().item()) if "older" in way else 0.0
@@ -185,6 +235,7 @@ def check_release(
             patterns = ["*.safetensors"] if way["packages"] else ["*.safetensors", "*.py", "config.json"]
             if _sums(folder, patterns) != _sums(Path(files["again"]), patterns):
                 raise RunError("release: loading the student and saving it again gives other files")
+    return printed
 
 
 def check_padding(model: Any, wide: Any, probe: Mapping[str, Tensor]) -> None:
@@ -208,20 +259,33 @@ def check_padding(model: Any, wide: Any, probe: Mapping[str, Tensor]) -> None:
 
 
 def ask_fresh_process(program: str, asked: dict[str, Any], scratch: str, loader: str) -> None:
-    """Run a program in a new Python process of this environment; raises RunError, with its last line, where it fails.
+    """Run a program in a new Python process of this environment, which has no network and no secrets.
 
     Args:
         program: Python that reads `asked` as JSON from its argument.
         asked: Paths and settings.
         scratch: Folder for what transformers keeps of modelling code.
         loader: Name, for the message, of what loads the student there.
+
+    Raises:
+        RunError: It fails, with its last line, or does not come to an end.
     """
     # Isolated mode: neither the working folder nor PYTHONPATH can slip distill or a shadowing module in.
-    command = [sys.executable, "-I", "-c", program, json.dumps(asked)]
-    environment = {**os.environ, "HF_MODULES_CACHE": str(Path(scratch) / "modules")}
-    done = subprocess.run(  # noqa: S603 (our own interpreter on our own text)
-        command, capture_output=True, text=True, check=False, env=environment
-    )
+    command = [sys.executable, "-I", "-c", GUARD + program, json.dumps(asked)]
+    kept = {name: value for name, value in os.environ.items() if not SECRET.search(name)}
+    environment = {**kept, "HF_MODULES_CACHE": str(Path(scratch) / "modules"), "HF_HUB_OFFLINE": "1"}
+    try:
+        done = subprocess.run(  # noqa: S603 (our own interpreter on our own text)
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment,
+            timeout=PATIENCE,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise RunError(f"release: {loader} is not done with the student after {PATIENCE} s") from error
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise RunError(f"release: {loader} cannot load the student: {reason}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from distill.errors import RunError, Stopped
-from distill.files import read_json
+from distill.files import read_written
 from distill.recipe.schema import Training
 from distill.teacher import LiveTeacher, Mixture
 from distill.training.checkpoint import Checkpoints, TrainState, state_of
@@ -151,7 +151,7 @@ def _set_micro_batches(state: TrainState, size: int, job: Job, student: Any, say
             say(f"{job.title}: micro_batch_size is {size} and was {state.micro_batch_size}: {effect}")
         state.micro_batch_size, state.micro_batch_halvings = size, 0
     if (request := job.folder / MICRO_BATCHES).exists():
-        requested, halvings = read_json(request)
+        requested, halvings = read_written(request, tuple[int, int])
         if requested == size:
             state.micro_batch_halvings = max(state.micro_batch_halvings, halvings)
 

@@ -114,7 +114,8 @@ def drop_after(path: Path, step: int) -> None:
     """Drop records of steps that a resumed run is going to do again, and a half-written last line."""
     if not path.exists():
         return
-    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    kept = [line for line in lines if _step_of(line) <= step]
     write_text(path, "".join(line + "\n" for line in kept))
 
 
@@ -124,7 +125,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         return []
     try:
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({error}); remove it, and what it recorded is lost") from error
     if odd := [record for record in records if not isinstance(record, dict)]:
         raise InputError(

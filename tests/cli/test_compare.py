@@ -29,7 +29,16 @@ def made_run(folder, score, parameters, *, primary="accuracy", recipe=RECIPE, te
         for name, count in (("teacher", 1000), ("student", parameters))
     }
     evaluation = {
-        "data": {"measured_on": "rows", "examples": 50, "fingerprint": "0", **data},
+        "data": {
+            "source": "rows",
+            "split": "test",
+            "measured_on": "rows",
+            "examples": 50,
+            "train_examples": 9,
+            "fingerprint": "0",
+            **data,
+        },
+        "metrics": [primary],
         "primary": primary,
         "higher_is_better": {primary: primary != "kl"},
         "arms": [

@@ -59,7 +59,7 @@ def test_a_run_releases_forms_with_what_8_bits_cost_and_examples_that_work(tmp_p
     monkeypatch.chdir(tmp_path)
     for example in examples:
         exec(example, {})
-    assert len(examples) == 2
+    assert len(examples) == 2 and card.count("\nIt prints:\n\n> ") == 3 and "> \\[(2, 3)\\]" in card
 
 
 def test_forms_that_the_teacher_cannot_have_are_refused_before_anything_is_done(tmp_path, capsys):

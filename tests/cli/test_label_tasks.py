@@ -148,3 +148,4 @@ def test_a_student_comes_nearer_to_its_teacher_and_a_stock_pipeline_uses_it(name
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == case.answer
+    assert "\n```\n\nIt prints" in (run / "release/README.md").read_text()

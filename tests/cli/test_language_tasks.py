@@ -119,6 +119,7 @@ def test_a_chat_model_is_cut_taught_and_released_with_its_template(tmp_path):
     assert data["unit"] == "rows of documents" and data["summary"]["train"]["filled"] > 0.75  # 4 turns of 14 tokens
     card = (tmp_path / "run/release/README.md").read_text()
     assert "pipeline_tag: text-generation" in card and "tokenizer.apply_chat_template(" in card
+    assert "\nIt prints" in card
     talk = [{"role": "user", "content": "the black owl"}]
     own = "max_new_tokens=20, do_sample=False"  # by itself the pipeline draws its tokens
     said = with_stock_transformers(
@@ -146,7 +147,7 @@ def test_a_masked_language_model_is_cut_taught_and_released(tmp_path):
     assert arms["distilled"]["kl"] < arms["cut"]["kl"] / 4
     assert arms["distilled"]["masked_perplexity"] < arms["cut"]["masked_perplexity"]
     card = (tmp_path / "run/release/README.md").read_text()
-    assert "pipeline_tag: fill-mask" in card and "tokenizer.mask_token" in card
+    assert "pipeline_tag: fill-mask" in card and "tokenizer.mask_token" in card and "\nIt prints" in card
     said = with_stock_transformers(
         f"fill = pipeline('fill-mask', {str(tmp_path / 'run/release')!r})\n"
         "print(fill('the black owl says [MASK] and looks dark')[0]['token_str'])"

@@ -102,7 +102,7 @@ def test_the_release_says_how_its_vectors_are_made(run):
     assert "  1_Pooling/config.json\n" in sums and "  modules.json\n" in sums
     card = (release / "README.md").read_text()
     assert "library_name: sentence-transformers" in card and "pipeline_tag: sentence-similarity" in card
-    assert "SentenceTransformer(folder)" in card
+    assert "SentenceTransformer(folder)" in card and "It prints:\n\n> (1, 32) \\[" in card
 
 
 @pytest.mark.slow

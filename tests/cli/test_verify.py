@@ -77,7 +77,10 @@ def test_data_of_the_users_own_have_to_be_given(release):
 def test_a_folder_that_is_no_release_is_refused(tmp_path):
     assert "no release" in verify(tmp_path, code=2).said
     (tmp_path / "evaluation.json").write_text('{"arms": [{"name": 3}]}')
-    assert "no list of arms" in verify(tmp_path, code=2).said
+    said = verify(tmp_path, code=2).said
+    assert (
+        "evaluation.json is not as distill wrote it (data: Field required)" in said and "no release of distill" in said
+    )
 
 
 def test_changed_weights_are_caught_with_and_without_their_checksum(finished, release):

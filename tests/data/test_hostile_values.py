@@ -10,10 +10,11 @@ from conversations import byte_tokenizer, encoded
 
 from distill.data import TASKS
 from distill.data.rows import Order, read_split
+from distill.data.sources import read_source, source_fingerprint
 from distill.data.tasks import chat
 from distill.errors import InputError
 from distill.recipe.gguf import gguf_size
-from distill.recipe.schema import Data
+from distill.recipe.schema import Data, Source
 
 DEEP = "[" * 100_000 + "]" * 100_000
 NESTED = {"token_classification": "labels", "relation_extraction": "head", "question_answering": "answers"}
@@ -64,3 +65,22 @@ def test_sizes_of_a_gguf_file_are_bounded(key, tmp_path):
     writer.close()
     with pytest.raises(InputError, match=r"1,000,000,000; no model is larger"):
         gguf_size(tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("os:system", "data source 'os:system' cannot be called with 0 arguments"),
+        ("os.path:join", "cannot be called with 0 arguments"),
+        ("os:getpid", r"data source 'os:getpid' returns \d+, which are no rows"),
+        ("builtins:print", "returns None, which are no rows"),
+        ("os:getcwd", "row 1 is no row with columns"),
+        ("os:sep", "os has no function 'sep'"),
+    ],
+)
+def test_what_is_importable_and_gives_no_rows_is_no_source(name, words, tmp_path):
+    with pytest.raises(InputError, match=words):
+        list(read_source(Source(source=name), "train", ["text"], tmp_path))
+    if "row 1" not in words:
+        with pytest.raises(InputError, match=words):
+            source_fingerprint(Source(source=name), "train", tmp_path)

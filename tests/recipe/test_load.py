@@ -179,6 +179,7 @@ def test_a_written_recipe_loads_back_equal(
     again = load_recipe(write(dump(recipe)))
     assert again == recipe
     assert dump(again) == dump(recipe)
+    assert load_recipe(write(dump(recipe, defaults=False))) == recipe
 
 
 def test_a_written_recipe_gives_every_key(write: Write) -> None:

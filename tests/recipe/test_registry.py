@@ -35,13 +35,17 @@ def test_an_unknown_name_lists_the_options_and_the_closest() -> None:
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Name of a user's module with a function and a constant."""
-    (tmp_path / "users_losses.py").write_text("LIMIT = 3\ndef huber(a): return a\n")
+    text = (
+        "LIMIT = 3\ndef huber(a): return a\ndef two(a, b): return a\ndef by_name(a, factor): return a\ndef none(): 1\n"
+    )
+    (tmp_path / "users_losses.py").write_text(text)
     monkeypatch.syspath_prepend(str(tmp_path))
     return "users_losses"
 
 
 def test_a_users_function_is_imported(module: str) -> None:
     assert find(TABLE, f"{module}:huber", "loss")(3) == 3
+    assert find(TABLE, f"{module}:by_name", "loss")(3, factor=1) == 3  # as the rows take it
 
 
 @pytest.mark.parametrize(
@@ -49,6 +53,8 @@ def test_a_users_function_is_imported(module: str) -> None:
     [
         ("users_losses:hubr", "no function 'hubr'; did you mean 'users_losses:huber'"),
         ("users_losses:LIMIT", "no function 'LIMIT'"),
+        ("users_losses:two", "'users_losses:two' cannot be called with 1 arguments by position"),
+        ("users_losses:none", "'users_losses:none' cannot be called with 1 arguments by position"),
         ("no_such_module:f", "No module named 'no_such_module'.*PYTHONPATH"),
         ("os;ls:f", "unknown loss"),
         ("./x:f", "unknown loss"),

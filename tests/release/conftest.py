@@ -12,6 +12,7 @@ from made_figures import difference
 from distill.evaluation.arms import lessons, rivals, title_of
 from distill.models.plan import KeptUnits, LayerPlan, Outcome, StudentPlan
 from distill.recipe.schema import Recipe
+from distill.release.card import STUDENT
 from distill.release.evidence import Evidence
 
 RECIPE_TEXT = """\
@@ -212,6 +213,7 @@ def evidence() -> Evidence:
     return Evidence(
         recipe=recipe(),
         recipe_text=RECIPE_TEXT,
+        printed={STUDENT: "a\n"},
         plan=plan(),
         evaluation=evaluation,
         records={"distilled": metrics(0.76), "labels_only": metrics(0.58)},
@@ -276,6 +278,7 @@ def hostile(evidence: Evidence) -> Evidence:
     return replace(
         evidence,
         recipe_text=HOSTILE,
+        printed={STUDENT: HOSTILE + "</details>" + "`" * 9 + "\x1b[2J" * 9 + "x" * 2000},
         plan=evidence.plan.model_copy(
             update={"layer_policy": HOSTILE, "outcomes": {HOSTILE: Outcome(asked=HOSTILE, got=HOSTILE, reason=HOSTILE)}}
         ),

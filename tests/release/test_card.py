@@ -13,8 +13,9 @@ from made_figures import difference
 from distill.recipe.schema import Recipe
 from distill.recipe.student import Mask
 from distill.release import wording
-from distill.release.card import KIND_USES, LOADING, USES, caveats, fence, inline, render_card, snippet
+from distill.release.card import KIND_USES, LOADING, STUDENT, USES, caveats, fence, inline, render_card, snippet
 from distill.release.evidence import Evidence, judge, judge_sets, summarize
+from distill.release.export import releasable_recipe
 from distill.release.report import render_report
 from distill.release.tables import classes_table
 from distill.release.wording import MISSING
@@ -44,6 +45,14 @@ def split(text: str) -> tuple[str, list[str]]:
             outside.append(line)
     assert not marks, "a fence stays open"
     return "\n".join(outside), blocks
+
+
+def without_fold(outside: str) -> str:
+    """Take out the only HTML that a card has, three lines of our own, each of which must be there once."""
+    for line in ("\n<details>\n", "<summary>All keys</summary>\n", "\n</details>\n"):
+        assert outside.count(line) == 1, line
+        outside = outside.replace(line, "")
+    return outside
 
 
 def rows(text: str) -> list[list[list[str]]]:
@@ -137,9 +146,18 @@ def test_card_tells_of_adapters_and_of_what_training_was_held_in(evidence: Evide
     assert ["adapters", line] in [[key, value.replace("\\", "")] for key, value, *_ in table if key == "adapters"]
 
 
-def test_card_holds_command_and_recipe_unchanged(evidence: Evidence) -> None:
-    _, blocks = split(render_card(evidence))
-    assert blocks[1:] == ["distill run recipe.yaml\n", evidence.recipe_text]
+def test_card_holds_output_command_and_recipe_unchanged_with_all_keys_folded(evidence: Evidence) -> None:
+    text = render_card(evidence)
+    outside, blocks = split(text)
+    given_keys = releasable_recipe(evidence.recipe, defaults=False)
+    assert blocks[1:] == ["distill run recipe.yaml\n", given_keys, evidence.recipe_text]
+    assert "epochs: 30.0\n" in given_keys and "seed" not in given_keys and "/secret/" not in given_keys
+    assert "\nIt prints:\n\n> a\n" in outside and without_fold(outside).count("not run before the release") == 0
+    given, _, all_keys = text.partition("\n<details>\n<summary>All keys</summary>\n\n```yaml\n")
+    assert given.endswith(f"```yaml\n{given_keys}```\n") and all_keys.startswith(evidence.recipe_text)
+    assert all_keys.removeprefix(evidence.recipe_text).startswith("```\n\n</details>\n")
+    assert "These lines were not run before the release." in render_card(replace(evidence, printed={}))
+    assert "\nIt prints:\n\n> an empty line\n" in render_card(replace(evidence, printed={STUDENT: "\n"}))
 
 
 def test_ratios_may_be_plain_numbers(evidence: Evidence) -> None:
@@ -283,8 +301,11 @@ def test_card_and_report_of_every_kind_of_run(evidence: Evidence, kind: str) -> 
 def test_hostile_text_stays_in_its_cell(hostile: Evidence) -> None:
     text = ModelCard(render_card(hostile)).text
     outside, blocks = split(text)
-    assert len(blocks) == 3
-    assert "<" not in outside.replace("&lt;", "")
+    assert len(blocks) == 4
+    assert "<" not in without_fold(outside).replace("&lt;", "")
+    said = outside.partition("\nIt prints, of which these are the first 1000 characters:\n\n")[2].partition("\n\n")[0]
+    assert said.startswith("> &lt;script&gt;") and len(said) < 1500 and all(line[0] == ">" for line in said.split("\n"))
+    assert "\x1b" not in text
     for table in rows(text):
         assert len({len(cells) for cells in table}) == 1
     headings = [line for line in outside.split("\n") if line.startswith("#")]
@@ -329,7 +350,9 @@ def test_the_line_that_uses_the_model_is_that_of_its_labels(evidence: Evidence) 
 
 @pytest.mark.parametrize("auto_class", [*USES, "AutoModelForMultipleChoice"])
 def test_loading_snippet_is_python(evidence: Evidence, auto_class: str) -> None:
-    compile(snippet(replace(evidence, auto_class=auto_class)), "snippet", "exec")
+    code = snippet(replace(evidence, auto_class=auto_class))
+    compile(code, "snippet", "exec")
+    assert "print(" in code
 
 
 def test_a_chat_model_is_loaded_with_messages(evidence: Evidence) -> None:

@@ -11,6 +11,16 @@ from distill.recipe import load_recipe
 from distill.release.export import check_release, releasable_recipe, without_folders, write_release
 
 AUTO = "AutoModelForSequenceClassification"
+ANSWERS = f"""from transformers import {AUTO}
+print({AUTO}.from_pretrained("my-model").num_labels)"""
+SECRETS = """import os
+print([each for each in ("MY_API_KEY", "HF_TOKEN", "HOME") if each in os.environ])"""
+ASKS = """import socket
+for place in ("192.0.2.1", "127.0.0.1"):
+    try:
+        socket.create_connection((place, 9))
+    except OSError as error:
+        print(place, type(error).__name__)"""
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +31,27 @@ def folder(tmp_path_factory):
     (folder / "release").mkdir()
     write_release(folder / "release", tiny_model("bert"), [tokenizer], {"README.md": "card"})
     return folder
+
+
+@pytest.mark.slow
+def test_examples_are_run_in_the_fresh_process_without_network_and_secrets(folder, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    monkeypatch.setenv("MY_API_KEY", "x")
+    monkeypatch.setenv("HOME", str(folder))
+    given = {"one": ANSWERS, "two": SECRETS, "three": ASKS}
+    found = check_release(folder / "release", tiny_model("bert"), AUTO, tiny_batch(), examples=given, name="my-model")
+    assert found == {
+        "one": "3\n",
+        "two": "['HOME']\n",
+        "three": "192.0.2.1 PermissionError\n127.0.0.1 ConnectionRefusedError\n",
+    }
+
+
+@pytest.mark.slow
+def test_an_example_that_fails_keeps_the_release_from_being_published(folder):
+    given = {"the student": ANSWERS.replace("num_labels", "numb_labels")}
+    with pytest.raises(RunError, match=r"^release: the card's example of the student fails: AttributeError: .*numb_la"):
+        check_release(folder / "release", tiny_model("bert"), AUTO, tiny_batch(), examples=given, name="my-model")
 
 
 @pytest.mark.slow

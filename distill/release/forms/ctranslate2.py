@@ -204,15 +204,16 @@ def _has_pooler(model: Any) -> bool:
 USES = {
     "AutoModelForCausalLM": """model = ctranslate2.Generator(path, compute_type="float32")  # or "int8"
 tokens = tokenizer.convert_ids_to_tokens(tokenizer("Some text.").input_ids)
-text = tokenizer.decode(model.generate_batch([tokens], max_length=40)[0].sequences_ids[0])""",
+print(tokenizer.decode(model.generate_batch([tokens], max_length=20)[0].sequences_ids[0]))""",
     "AutoModelForSeq2SeqLM": """model = ctranslate2.Translator(path, compute_type="float32")  # or "int8"
 tokens = tokenizer.convert_ids_to_tokens(tokenizer("Some text.").input_ids)
-found = tokenizer.convert_tokens_to_ids(model.translate_batch([tokens])[0].hypotheses[0])
-text = tokenizer.decode(found, skip_special_tokens=True)""",
+found = tokenizer.convert_tokens_to_ids(model.translate_batch([tokens], max_decoding_length=20)[0].hypotheses[0])
+print(tokenizer.decode(found, skip_special_tokens=True))""",
 }
 STATES = """model = ctranslate2.Encoder(path, compute_type="float32")  # or "int8"
 ids = tokenizer(["Some text."]).input_ids
-states = model.forward_batch(ids).last_hidden_state  # what the head or the pooling reads"""
+states = model.forward_batch(ids).last_hidden_state  # what the head or the pooling reads
+print(states.shape)"""
 
 
 def example(auto_class: str, folder: str) -> str:

@@ -45,7 +45,8 @@ class Form:
     answer: Callable[[Any, Probe], Answers]
     """(student in fp32, probe) -> what the program must say, at real positions only."""
     example: Callable[[str, str], str]
-    """(Auto class, folder) -> Python for the card that loads and runs it."""
+    """(Auto class, folder) -> Python for the card that loads and runs it, and prints something short, always the same.
+    It is run before the release, beside a folder of that name."""
     settings: Callable[[Any, str], dict[str, Any]] = lambda _model, _path: {}
     """(student, path) -> what the program is told besides."""
     tolerance: float | Callable[[Any], float] | None = 1e-4

@@ -167,7 +167,8 @@ folder = "{folder}"  # this folder
 tokenizer = AutoTokenizer.from_pretrained(f"{{folder}}/onnx")
 session = onnxruntime.InferenceSession(f"{{folder}}/{file}")
 inputs = tokenizer(["Some text.", "Another one."], padding=True, return_tensors="np")
-outputs = session.run(None, {{each.name: inputs[each.name] for each in session.get_inputs()}})"""
+outputs = session.run(None, {{each.name: inputs[each.name] for each in session.get_inputs()}})
+print([each.shape for each in outputs])"""
 
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")

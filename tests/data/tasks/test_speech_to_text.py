@@ -124,6 +124,7 @@ def test_a_student_is_cut_distilled_and_released(tmp_path):
     assert arms["distilled"]["wer"] <= arms["cut"]["wer"]
     protocol = table["efficiency"]["protocol"]
     assert (protocol["frames"], protocol["target_length"]) == (100, 16)
+    assert "# a second of silence;" in (card := (run / "release/README.md").read_text()) and "\nIt prints" in card
     line = (
         "import sys, numpy; from transformers import pipeline; sound = numpy.sin(numpy.arange(4800) / 5); "
         "print(pipeline('automatic-speech-recognition', sys.argv[1])(sound)['text']); "
