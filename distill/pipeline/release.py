@@ -30,8 +30,9 @@ from distill.pipeline.written import Evaluation, Repair, Stamp
 from distill.ranks import process_state
 from distill.recipe.load import read_released
 from distill.recipe.schema import Format
-from distill.release.card import card_examples, render_card
+from distill.release.card import render_card
 from distill.release.evidence import Evidence, get_in
+from distill.release.examples import card_examples
 from distill.release.export import check_padding, check_release, releasable_recipe, write_checksums, write_release
 from distill.release.formats import format_of
 from distill.release.hub_results import result_files

@@ -210,19 +210,8 @@ def check_release(
     ways[0]["examples"] = dict(examples or {})
     for way in ways:
         with tempfile.TemporaryDirectory() as scratch:
-            names = ("probe", "prompt", "answer", "again", "said", "place")
-            files = {each: str(Path(scratch) / each) for each in names}
-            Path(files["place"]).mkdir()
-            Path(files["place"], name).symlink_to(folder.absolute(), target_is_directory=True)
-            save_file({name: tensor.contiguous() for name, tensor in probe.items()}, files["probe"])
-            save_file(_prompt(probe), files["prompt"])
-            asked = {"folder": str(folder), "auto_class": auto_class, "threads": torch.get_num_threads(), **files}
-            loader = "load_student" if way["packages"] else f"stock transformers{', the older one' * ('older' in way)}"
-            ask_fresh_process(FRESH_PROCESS, {**asked, **way}, scratch, loader)
-            said, fault = read_json(Path(files["said"]))
-            if fault:
-                raise RunError(f"release: the card's example of {one_line(fault)}")
-            printed |= said
+            files = _load_again({**way, "folder": str(folder), "auto_class": auto_class}, probe, name, scratch)
+            printed |= read_json(Path(files["said"]))[0]
             logits = load_file(files["answer"])["logits"]
             gap = (logits - expected).abs().max().item()
             allowed = OLDER_TOLERANCE * max(1.0, expected.abs().max().item()) if "older" in way else 0.0
@@ -236,6 +225,24 @@ def check_release(
             if _sums(folder, patterns) != _sums(Path(files["again"]), patterns):
                 raise RunError("release: loading the student and saving it again gives other files")
     return printed
+
+
+def _load_again(asked: dict[str, Any], probe: Mapping[str, Tensor], name: str, scratch: str) -> dict[str, str]:
+    """Load a release in a fresh process, where examples find it by its name; returns the files of what it answers.
+
+    Raises:
+        RunError: It does not load, or an example fails.
+    """
+    files = {each: str(Path(scratch) / each) for each in ("probe", "prompt", "answer", "again", "said", "place")}
+    Path(files["place"]).mkdir()
+    Path(files["place"], name).symlink_to(Path(asked["folder"]).absolute(), target_is_directory=True)
+    save_file({key: tensor.contiguous() for key, tensor in probe.items()}, files["probe"])
+    save_file(_prompt(probe), files["prompt"])
+    loader = "load_student" if asked["packages"] else f"stock transformers{', the older one' * ('older' in asked)}"
+    ask_fresh_process(FRESH_PROCESS, {**asked, "threads": torch.get_num_threads(), **files}, scratch, loader)
+    if fault := read_json(Path(files["said"]))[1]:
+        raise RunError(f"release: the card's example of {one_line(fault)}")
+    return files
 
 
 def check_padding(model: Any, wide: Any, probe: Mapping[str, Tensor]) -> None:

@@ -12,8 +12,8 @@ from made_figures import difference
 from distill.evaluation.arms import lessons, rivals, title_of
 from distill.models.plan import KeptUnits, LayerPlan, Outcome, StudentPlan
 from distill.recipe.schema import Recipe
-from distill.release.card import STUDENT
 from distill.release.evidence import Evidence
+from distill.release.examples import STUDENT
 
 RECIPE_TEXT = """\
 name: minilm-docstrings

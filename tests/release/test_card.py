@@ -13,8 +13,9 @@ from made_figures import difference
 from distill.recipe.schema import Recipe
 from distill.recipe.student import Mask
 from distill.release import wording
-from distill.release.card import KIND_USES, LOADING, STUDENT, USES, caveats, fence, inline, render_card, snippet
+from distill.release.card import LOADING, caveats, fence, inline, render_card
 from distill.release.evidence import Evidence, judge, judge_sets, summarize
+from distill.release.examples import KIND_USES, STUDENT, USES, snippet
 from distill.release.export import releasable_recipe
 from distill.release.report import render_report
 from distill.release.tables import classes_table
