@@ -91,19 +91,22 @@ if model.can_generate():
         sys.exit("greedy generation differs with and without cache")
 del model, logits
 os.chdir(asked["place"])
-printed, fault = {}, ""
+printed, kept, fault = {}, [], ""
 for title, code in asked.get("examples", {}).items():
     with open(asked["place"] + ".py", "w", encoding="utf-8") as file:
         file.write(code)
     with contextlib.redirect_stdout(io.StringIO()) as said:
         try:
-            runpy.run_path(file.name, run_name="__main__")
+            kept.append(runpy.run_path(file.name, run_name="__main__"))
         except Exception as error:
             fault = f"{title} fails: {type(error).__name__}: {error}"
     printed[title] = said.getvalue()
-json.dump([printed, fault], open(asked["said"], "w", encoding="utf-8"))
+with open(asked["said"], "w", encoding="utf-8") as file:
+    json.dump([printed, fault], file)
 if "distill" in sys.modules and not asked["packages"]:
     sys.exit("distill was imported")
+sys.stdout.flush()
+os._exit(0)  # a runtime that is taken apart may wait for itself forever: what an example made is kept until here
 """
 
 

@@ -246,9 +246,14 @@ def ask(path: Path, model: Any) -> Ask | None:
 USES = {
     True: (
         "llama-cli",
-        """server.handle_completions({"prompt": "Some text.", "max_tokens": 40})["choices"][0]["text"]""",
+        """found = server.handle_completions({"prompt": "Some text.", "max_tokens": 20, "temperature": 0})
+print(found["choices"][0]["text"])""",
     ),
-    False: ("llama-embedding", """server.handle_embeddings({"input": "Some text."})["data"][0]["embedding"]"""),
+    False: (
+        "llama-embedding",
+        """found = server.handle_embeddings({"input": "Some text."})["data"][0]["embedding"]
+print(len(found), [round(value, 2) for value in found[:3]])""",
+    ),
 }
 
 
@@ -262,7 +267,7 @@ params = xllamacpp.CommonParams()
 params.model.path = "{folder}/{FILE}"  # in this folder; by llama.cpp itself: {program} -m FILE
 params.embedding = {not writes}
 server = xllamacpp.Server(params)
-found = {use}"""
+{use}"""
 
 
 PACKAGES = (CONVERTER, "sentencepiece", "xllamacpp")
