@@ -15,12 +15,13 @@ from distill.data.arrow import write_arrow
 from distill.data.corpus import Corpus, Examples, save_facts
 from distill.data.packing import cut_documents, pack
 from distill.data.rows import BLOCK, BLOCK_CHARACTERS, Order, read_split, split_documents
+from distill.data.sources import list_splits
 from distill.data.splits import Split, divide
 from distill.data.summary import summarise
 from distill.data.tasks.task import Encoder, Features, Ragged
 from distill.errors import InputError
 from distill.models.weights import as_input_error
-from distill.recipe.data import SET
+from distill.recipe.data import SET, Data
 
 FEW_DOCUMENTS = 10
 """With fewer documents, a split by their hashes would leave everything to chance."""
@@ -55,6 +56,7 @@ def prepare(order: Order, folder: Path, progress: Report = lambda _split, _done,
     for name in spec.splits:
         if name in splits:
             encoder = Encoder(tokenizer, spec, settled, measured=name != "train", teacher=order.teacher)
+            encoder.notes.update(unread_splits(spec, order.base) if name == "train" else {})
             examples = _encode(order, splits[name], encoder, folder / f"{name}.arrow", partial(progress, name))
             if not examples.lengths.any():
                 raise InputError(f"data: the tokenizer makes no token of any text of the {name} split")
@@ -70,6 +72,21 @@ def prepare(order: Order, folder: Path, progress: Report = lambda _split, _done,
     for leftover in [file for kind in ("rows", "parts", "documents") for file in folder.glob(f"*.{kind}")]:
         leftover.unlink()
     return corpus
+
+
+def unread_splits(spec: Data, base: Path) -> dict[str, int]:
+    """Count the splits of datasets that no key of the recipe reads, in words: one may hold its makers' own test."""
+    unread: dict[tuple[str, str | None, str | None], set[str]] = {}
+    chosen = [(source, source.split or split) for split in spec.splits for source in spec.origins(split)]
+    for source, _ in chosen:
+        unread.setdefault((source.source, source.config, source.revision), {*list_splits(source, base)})
+    for source, split in chosen:
+        unread[source.source, source.config, source.revision].discard(split)
+    return {
+        f"splits of {Path(name).name} that are not read ({', '.join(sorted(left))})": len(left)
+        for (name, _, _), left in unread.items()
+        if left
+    }
 
 
 def _read_splits(order: Order, folder: Path) -> dict[str, Split]:

@@ -201,9 +201,8 @@ def _dataset_rows(
     if not isinstance(rows, datasets.Dataset):
         return enumerate(rows, start=1), {}
     check_columns(needed, rows.column_names, place)
-    tables = rows.select_columns(sorted({*columns} & {*rows.column_names})).with_format(
-        "arrow"
-    )  # as stored: pictures and sounds stay closed
+    chosen = rows.select_columns(sorted({*columns} & {*rows.column_names}))
+    tables = chosen.with_format("arrow")  # as stored: pictures and sounds stay closed
     return _table_rows(tables.iter(BLOCK), place), _class_names(rows.features.to_dict())
 
 
@@ -261,9 +260,28 @@ def _one_of(splits: Collection[str], split: str, place: str) -> str:
     return split
 
 
-@lru_cache
+def list_splits(source: Source, base: Path) -> list[str]:
+    """List the splits of a saved or hub dataset that has several; none of other sources."""
+    if source.source.startswith("hub:"):
+        return [*map(str, _hub_dataset(source)[1].config.data_files or {})]
+    folders = [path / SAVED[1] for path in data_files(source.source, base) if is_saved_dataset(path)]
+    return [str(name) for file in folders if file.is_file() for name in read_object(file)["splits"]]
+
+
 def _hub_files(source: Source, split: str) -> tuple[list[Path], ClassNames]:
-    """List the files of one split of a hub dataset, downloaded unless offline; no code of it is run."""
+    """List the files of one split of a hub dataset."""
+    folder, builder = _hub_dataset(source)
+    splits = builder.config.data_files or {}
+    files = [Path(file) for file in splits[_one_of([*map(str, splits)], source.split or split, source.source)]]
+    if odd := [file for file in files if not is_inside(folder, file)]:
+        raise InputError(f"{source.source}: {odd[0]} is no file of the dataset")
+    check_kinds(files)
+    return files, _class_names(builder.info.features.to_dict() if builder.info.features else {})
+
+
+@lru_cache
+def _hub_dataset(source: Source) -> tuple[Path, Any]:
+    """Find the folder of a hub dataset, downloaded unless offline, and its splits; no code of it is run."""
     import datasets
     from huggingface_hub import constants, snapshot_download
 
@@ -276,10 +294,4 @@ def _hub_files(source: Source, split: str) -> tuple[list[Path], ClassNames]:
             urls = [str(url) for urls in (remote.config.data_files or {}).values() for url in urls]
             wanted = ["README.md", *(glob.escape(url.partition("@")[2].partition("/")[2]) for url in urls)]
         folder = snapshot_download(name, repo_type="dataset", revision=source.revision, allow_patterns=wanted)
-        builder = datasets.load_dataset_builder(folder, source.config)
-    splits = builder.config.data_files or {}
-    files = [Path(file) for file in splits[_one_of([*map(str, splits)], source.split or split, source.source)]]
-    if odd := [file for file in files if not is_inside(Path(folder), file)]:
-        raise InputError(f"{source.source}: {odd[0]} is no file of the dataset")
-    check_kinds(files)
-    return files, _class_names(builder.info.features.to_dict() if builder.info.features else {})
+        return Path(folder), datasets.load_dataset_builder(folder, source.config)

@@ -9,7 +9,7 @@ from typing import Any
 
 from distill.data import Corpus
 from distill.errors import InputError
-from distill.models.load import load_tokenizer, trained_labels
+from distill.models.load import ModelHead, load_config, load_tokenizer, trained_labels
 from distill.pipeline.session import Session
 from distill.recipe.load import check_beside
 from distill.recipe.locate import teacher_folder, teacher_size
@@ -45,6 +45,7 @@ def check_vocabularies(session: Session) -> None:
             raise InputError(
                 f"{key}: task: {session.task.name} writes {', '.join(new)}, which only the first is fitted for"
             )
+        _check_start(session, key, folder)
         rows, needed = teacher_size(folder).vocabulary, min(len(base), have or len(base))
         if rows is not None and rows < needed:
             raise InputError(
@@ -62,6 +63,19 @@ def check_vocabularies(session: Session) -> None:
         _compare_vocabularies(key, base.get_vocab(), own.get_vocab())
         for line in _differences(key, base, own):
             session.say_once(line)
+
+
+def _check_start(session: Session, key: str, folder: Path) -> None:
+    """Refuse a decoder that begins with another token where the student writes: that begins with one for all."""
+    if session.recipe.training.on_policy is None:
+        return
+    configs = (load_config(each, ModelHead(""), session.remote_code) for each in (session.source, folder))
+    start, own = (getattr(config, "decoder_start_token_id", None) for config in configs)
+    if own != start:
+        raise InputError(
+            f"{key}: its decoder begins with token {own} (decoder_start_token_id in config.json), the teacher's with "
+            f"{start}; with training.on_policy both must begin alike: remove that section, or name another model"
+        )
 
 
 def has_tokenizer(folder: Path) -> bool:

@@ -152,8 +152,9 @@ def _set_micro_batches(state: TrainState, size: int, job: Job, student: Any, say
         state.micro_batch_size, state.micro_batch_halvings = size, 0
     if (request := job.folder / MICRO_BATCHES).exists():
         requested, halvings = read_written(request, tuple[int, int])
-        if requested == size:
-            state.micro_batch_halvings = max(state.micro_batch_halvings, halvings)
+        if requested == size and halvings > state.micro_batch_halvings:
+            state.micro_batch_halvings = halvings
+            say(f"{job.title}: memory ran out before, so micro-batches run in {2**halvings} passes ({request.name})")
 
 
 @dataclass

@@ -7,6 +7,7 @@ import json
 import pytest
 from test_language_tasks import CHAT, conversations, save_teacher, with_stock_transformers
 from test_language_tasks import RECIPE as LANGUAGE
+from transformers import AutoConfig, AutoModelForSeq2SeqLM
 from two_stacks import text_project
 
 from distill.cli import main
@@ -80,3 +81,13 @@ def test_a_task_of_the_users_own_without_prompts_is_refused(tmp_path, monkeypatc
     own = ["data.task=own_task:Mine", "training.on_policy={max_new_tokens: 6}"]
     assert main(["run", str(recipe), *own, "--out", str(tmp_path / "run")]) == 2
     assert "task mine does not say what is a prompt" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_student_whose_decoder_begins_with_another_token_is_refused(tmp_path, capsys):
+    recipe = text_project(tmp_path, "t5")
+    config = AutoConfig.from_pretrained(tmp_path / "teacher", decoder_start_token_id=3)
+    AutoModelForSeq2SeqLM.from_config(config).save_pretrained(tmp_path / "other")
+    own = ["training.on_policy={share: 0.5, max_new_tokens: 6}", "training.micro_batch_size=8"]
+    given = ["student={from: ./other}", "evaluation.arms=[teacher, distilled]"]
+    assert main(["plan", str(recipe), *own, *given, "--out", str(tmp_path / "run")]) == 2
+    assert "student.from: its decoder begins with token 3" in capsys.readouterr().err

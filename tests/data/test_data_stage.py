@@ -8,6 +8,7 @@ import shutil
 import threading
 import time
 
+import datasets
 import pytest
 from spans import spans_project
 from tiny import RECIPE, tiny_config, tiny_project
@@ -47,6 +48,22 @@ def test_a_finished_corpus_is_read_and_not_made_again(tmp_path):
     assert (made, again) == (True, False)
     assert (file.stat().st_ino, file.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     assert first.fingerprint == second.fingerprint
+
+
+def test_splits_of_a_dataset_that_nobody_reads_are_counted(tmp_path):
+    tiny_project(tmp_path)
+    rows = datasets.Dataset.from_json(str(tmp_path / "data.jsonl"))
+    parts = {"train": range(100), "test": range(100, 140), "dev": range(140, 150)}
+    datasets.DatasetDict({name: rows.select(own) for name, own in parts.items()}).save_to_disk(tmp_path / "saved")
+    left = []
+    for own in ("{source: ./saved}", "{source: ./saved, test: {source: ./saved, split: test}}"):
+        session, lines = session_of(
+            tmp_path, f"data={own[:-1]}, task: classification, contradictions: keep, max_length: 16" + "}"
+        )
+        run_stages(session, [stage.STAGE])
+        left.append([line for line in lines if "not read" in line])
+    assert left[0] == ["  train: splits of saved that are not read (dev, test): 2"]
+    assert left[1] == ["  train: splits of saved that are not read (dev): 1"]
 
 
 def test_an_edited_file_with_its_old_time_is_noticed(tmp_path):

@@ -25,7 +25,7 @@ def texts(source, base):
 def test_a_hub_dataset_gives_its_own_files_alone(name, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.chdir(tmp_path)
-    sources._hub_files.cache_clear()
+    sources._hub_dataset.cache_clear()
     home = tmp_path / "hub/datasets--org--set"
     folder = home / "snapshots" / ("a" * 40)
     for path, content in (

@@ -40,7 +40,7 @@ def snapshot(tmp_path, monkeypatch):
     """The folder of a dataset in a cache of the hub, which is offline."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.chdir(tmp_path)
-    sources._hub_files.cache_clear()
+    sources._hub_dataset.cache_clear()
     home, commit = tmp_path / "hub/datasets--org--set", "a" * 40
     (home / "refs").mkdir(parents=True)
     (home / "refs/main").write_text(commit)

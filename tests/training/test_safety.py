@@ -215,7 +215,8 @@ def test_halvings_are_forgotten_when_another_micro_batch_size_is_asked_for(corpu
 def test_a_request_for_smaller_micro_batches_holds_for_the_size_that_did_not_fit(corpus, tmp_path):
     (tmp_path / "micro_batches.json").write_text("[8, 1]")
     for micro, halvings in ((4, 0), (8, 1)):
-        run(corpus, tmp_path, micro=micro, steps=2)
+        _, said = run(corpus, tmp_path, micro=micro, steps=2)
+        assert any("run in 2 passes (micro_batches.json)" in line for line in said) is bool(halvings)
         state = json.loads((published(tmp_path / "checkpoints")[-1] / "state.json").read_text())
         assert (state["micro_batch_size"], state["micro_batch_halvings"]) == (micro, halvings)
         shutil.rmtree(tmp_path / "checkpoints")
