@@ -164,7 +164,10 @@ def _stacks(term: Term, key: str, two: bool) -> tuple[Stack, ...]:
 
 def _check_loss(term: Term, match: Match, name: str, kind: PredictionKind, where: str) -> Loss:
     """Find a loss and check its parameters at both ends of their schedules; they are filled in later."""
-    function = find(match.losses, name, what="loss")
+    try:
+        function = find(match.losses, name, what="loss")
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
     ends = [dict(term.params)]
     if term.schedule is not None:
         _check_schedule(term.schedule, function, f"{where}.schedule")

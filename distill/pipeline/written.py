@@ -33,10 +33,11 @@ Arm = TypedDict(
 )  # fmt: skip
 Difference = TypedDict("Difference", {"against": str, "metrics": Named})
 Classes = TypedDict("Classes", {"classes": dict[str, Named], "confusion": dict[str, list[tuple[str, str, int]]]})
+TrainedOn = TypedDict("TrainedOn", {"same_source": bool, "rows": int, "of": int})
 Measured = TypedDict(
     "Measured",
     {"arms": list[Arm], "differences": NotRequired[list[Difference]], "per_class": NotRequired[Classes | None],
-     "trained_on": NotRequired[Counts]},
+     "trained_on": NotRequired[TrainedOn | None]},
 )  # fmt: skip
 Split = TypedDict(
     "Split",

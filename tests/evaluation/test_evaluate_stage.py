@@ -45,7 +45,7 @@ def test_what_a_padded_head_says_beyond_the_vocabulary_is_no_prediction(session)
         student.lm_head.weight[17:] *= 3
     teacher.save_pretrained(session.teacher)
     save_model(session, student, session.folder.distilled)
-    write_json(session.folder.examined, {})
+    write_json(session.folder.examined, {"split": "test", "examples": 1, "metrics": {}, "weakness": ""})
     evaluate(session)
     arms = {arm["name"]: arm["metrics"] for arm in json.loads(session.folder.evaluation.read_text())["arms"]}
     assert arms["distilled"]["kl"] == 0 and arms["distilled"]["agreement"] == 1
@@ -65,7 +65,7 @@ def test_figures_in_bf16_stand_beside_those_of_the_released_weights(session):
     prepare_data(session)
     student = tiny_model("llama", seed=1)
     save_model(session, student, session.folder.distilled)
-    write_json(session.folder.examined, {})
+    write_json(session.folder.examined, {"split": "test", "examples": 1, "metrics": {}, "weakness": ""})
     evaluate(session)
     table = json.loads(session.folder.evaluation.read_text())
     found = table["precision"]

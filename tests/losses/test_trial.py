@@ -64,7 +64,7 @@ def objective(term, head="sequence"):
 @pytest.mark.parametrize(
     ("match", "loss", "message"),
     [
-        ("hidden", "one_argument", "TypeError: one_argument() takes 1 positional argument but 2 were given"),
+        ("hidden", "one_argument", "'test_trial:one_argument' cannot be called with 2 arguments by position"),
         ("hidden", "missing", "TypeError: missing() missing 1 required keyword-only argument: 'size'"),
         ("hidden", "own_mean", "must return one value per position, (2,), got ()"),
         ("embeddings", "own_mean", "must return one value per position, (2,), got ()"),
