@@ -60,7 +60,10 @@ def predict_split(
     observe = None if quick and not corpus.task.observed_in_training else partial(observe_batch, corpus, examples)
     own = predict(model, batches, corpus.head, vocabulary=session.vocabulary, observe=observe, **how)
     rows = merge_rows(gather_object([own]) if shares[1] > 1 else [own])
-    return dict(corpus.task.finish(rows, corpus.settled)) if rows else {}
+    found = dict(corpus.task.finish(rows, corpus.settled)) if rows else {}
+    if found and corpus.task.packed:  # a long document fills several rows, which are not independent of each other
+        found["document"] = np.array(examples.take(found["example"])["row"])
+    return found
 
 
 def measure(session: Session, rows: Rows, also: str | None = None) -> dict[str, float]:
@@ -105,8 +108,6 @@ def predict_arms(
             for split, recording in recordings.items():
                 ask = recording if taught else constant
                 own = predict_split(session, model, split, shares, teacher=recording, ask=ask, precision=precision)
-                if corpus.task.packed:  # a long one fills several rows, which are not independent of each other
-                    own["document"] = np.array(corpus.splits[split].take(own["example"])["row"])
                 rows[split][arm] = own
     return rows
 

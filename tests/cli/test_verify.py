@@ -13,7 +13,7 @@ import huggingface_hub
 import pytest
 from given import GIVEN, TINY, small
 from safetensors.torch import load_file, save_file
-from tiny import tiny_project
+from tiny import RECIPE, tiny_project
 
 from distill.cli import main
 from distill.files import sha256_of
@@ -209,3 +209,15 @@ def test_a_teacher_that_is_not_there_is_said_with_its_option(finished, release, 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     found = verify(release, "--data", finished, "--teacher", "nobody/nothing", code=2)
     assert "--teacher: cannot get 'nobody/nothing' from the model hub" in found.said
+
+
+def test_rows_of_one_document_are_drawn_together_in_the_run_and_by_verify(tmp_path):
+    plain = RECIPE.replace("task: classification, labelled: 24", "task: causal_lm, test: ./test.jsonl")
+    recipe = tiny_project(tmp_path, plain, "llama")
+    long = [f"red cat number {number} runs fast " * 4 for number in range(12)]  # each fills several rows
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in long))
+    own = ["evaluation.efficiency=false", "evaluation.arms=[teacher, distilled]", "--accept-weak-teacher"]
+    assert main(["run", str(recipe), *own, "--out", str(tmp_path / "run")]) == 0
+    drawn = json.loads((tmp_path / "run/evaluation.json").read_text())["drawn"]
+    assert drawn["unit"] == "documents"
+    verify(tmp_path / "run/release", "--data", tmp_path)
