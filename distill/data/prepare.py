@@ -82,11 +82,8 @@ def unread_splits(spec: Data, base: Path) -> dict[str, int]:
         unread.setdefault((source.source, source.config, source.revision), {*list_splits(source, base)})
     for source, split in chosen:
         unread[source.source, source.config, source.revision].discard(split)
-    return {
-        f"splits of {Path(name).name} that are not read ({', '.join(sorted(left))})": len(left)
-        for (name, _, _), left in unread.items()
-        if left
-    }
+    left = [(Path(key[0]).name, sorted(own)) for key, own in unread.items() if own]
+    return {f"splits of {name} that are not read ({', '.join(own)})": len(own) for name, own in left}
 
 
 def _read_splits(order: Order, folder: Path) -> dict[str, Split]:

@@ -146,10 +146,8 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
     file, ids = folder / "tokenizer_config.json", tokenizer("a").input_ids
     config = read_object(file)
     if tokenizer.cls_token is None:
-        config |= {
-            "add_bos_token": ids[0] == tokenizer.bos_token_id,
-            "add_eos_token": ids[-1] == tokenizer.eos_token_id,
-        }
+        config["add_bos_token"] = ids[0] == tokenizer.bos_token_id
+        config["add_eos_token"] = ids[-1] == tokenizer.eos_token_id
     pieces = Path(tokenizer.name_or_path or os.devnull, "tokenizer.model")  # beside what it was loaded from
     if pieces.is_file():
         copyfile(pieces, folder / pieces.name)
