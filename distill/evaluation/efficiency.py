@@ -107,7 +107,8 @@ def measure_efficiency(
     assert isinstance(teacher, nn.Module), "the reference is a model"
     device = next(teacher.parameters()).device
     many = random_batch(teacher, (max(batch_sizes), length), vocabulary, target_length)
-    one, turns = _first(many, 1), partial(time_in_turns, repeats=repeats, device=device, patience=PATIENCE)
+    one = _first(many, 1)
+    turns = partial(time_in_turns, repeats=repeats, device=device, patience=PATIENCE, untimed=1)
     with torch.inference_mode():
         lines = {
             name: model if isinstance(model, Line) else model_line(model, layers, one, many)

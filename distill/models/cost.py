@@ -1,7 +1,7 @@
 """Cost of a forward pass: FLOPs, counted without computing, and seconds, measured in turns.
 
 Times of a shared machine drift by more than a pruned layer saves. So every round times the models one after the other
-(A B A B ...) on the same input, and a ratio is the median over rounds of the ratios within a round.
+on the same input, and a ratio is the median over rounds of the ratios within a round.
 """
 
 from __future__ import annotations
@@ -156,10 +156,12 @@ def time_in_turns(
     device: torch.device,
     warm_up: int = WARM_UP,
     patience: float = float("inf"),
+    untimed: int = 0,
 ) -> Rounds:
-    """Time every model in every round, one after the other, after `warm_up` untimed passes of each.
+    """Time `per_round` passes in a row of every model in every round, after `warm_up` untimed passes of each.
 
-    After so many seconds of `patience` no other round begins.
+    After so many seconds of `patience` no other round begins. So many `untimed` passes begin every turn: one that is
+    served alone never finds the caches of the processor full of another's weights.
     """
     for run in passes.values():
         for _ in range(warm_up):
@@ -169,16 +171,19 @@ def time_in_turns(
     for number in range(repeats):
         if number and time.perf_counter() - begin > patience:
             break
-        for samples in rounds.values():
-            samples.append([])
-        for _ in range(per_round):
-            for name, run in passes.items():
-                _synchronize(device)
-                start = time.perf_counter()
+        for name, run in passes.items():
+            for _ in range(untimed):
                 run()
-                _synchronize(device)
-                rounds[name][-1].append(time.perf_counter() - start)
+            rounds[name].append([_seconds_of(run, device) for _ in range(per_round)])
     return rounds
+
+
+def _seconds_of(run: Callable[[], object], device: torch.device) -> float:
+    _synchronize(device)
+    start = time.perf_counter()
+    run()
+    _synchronize(device)
+    return time.perf_counter() - start
 
 
 def paired_ratio(rounds: list[list[float]], reference: list[list[float]]) -> dict[str, float]:
@@ -210,7 +215,7 @@ def latency_ratio(model: Any, reference: Any, length: int, repeats: int = 5, per
         name: partial(each, **random_example(each, length), **without_cache(each))
         for name, each in (("model", model), ("reference", reference))
     }
-    rounds = time_in_turns(passes, repeats, per_round, model.device)
+    rounds = time_in_turns(passes, repeats, per_round, model.device, untimed=1)
     return paired_ratio(rounds["model"], rounds["reference"])["median"]
 
 

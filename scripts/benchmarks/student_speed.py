@@ -56,7 +56,10 @@ def main() -> None:
         prefill = {name: partial(model, **many, use_cache=False) for name, model in models.items()}
         decode = {name: partial(decode_one, model, one, length) for name, model in models.items()}
         passes = {"prefill": (prefill, 1), "decode": (decode, 10)}
-        timed = {kind: time_in_turns(each, options.rounds, turns, device) for kind, (each, turns) in passes.items()}
+        timed = {
+            kind: time_in_turns(each, options.rounds, turns, device, untimed=1)
+            for kind, (each, turns) in passes.items()
+        }
     flops = {name: flops_by_module(model, many)[0][model] for name, model in models.items()}
     read = {name: bytes_read(model) for name, model in models.items()}
     print(f"{'':<22}{'layers':>7}{'width':>7}{'prefill':>9}{'FLOPs':>7}{'of':>6}{'decode':>8}{'bytes':>7}{'of':>6}")
