@@ -13,12 +13,11 @@ from distill.pipeline.written import Evaluation
 from distill.recipe.load import read_released
 from distill.release import charts
 from distill.release.card import make_environment
-from distill.release.evidence import get_in
+from distill.release.figures import Figures, get_in
 from distill.release.report import Figure, trade_figure
 from distill.release.table import Table
 from distill.release.wording import (
     MISSING,
-    as_number,
     format_count,
     format_metric,
     format_number,
@@ -39,30 +38,26 @@ SHOWN = 40
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run, or the teacher of one."""
+    """A finished run."""
 
     name: str
-    score: float | None
-    costs: Mapping[str, float | None]
-    of_teacher: float | None = None
-    settings: Mapping[str, Any] | None = None
-    """Dotted key of the recipe -> value; None for a teacher."""
-    evaluation: Mapping[str, Any] | None = None
+    figures: Figures
+    settings: Mapping[str, Any]
+    """Dotted key of the recipe -> value."""
 
     @property
-    def primary(self) -> str:
-        """The metric that its arms are judged by."""
-        return str(get_in(self.evaluation, "primary"))
+    def score(self) -> float | None:
+        """The distilled student on the metric that the arms are judged by."""
+        return self.figures.score("distilled")
 
-    @property
-    def higher_is_better(self) -> bool:
-        """The direction of this metric."""
-        return bool((get_in(self.evaluation, "higher_is_better") or {}).get(self.primary, True))
+    def cost(self, title: str, model: str = "student") -> float | None:
+        """Size or speed of a measured model, by a title of `COSTS`."""
+        return self.figures.efficiency(model, *COSTS[title][0])
 
     @property
     def measured(self) -> tuple[Any, ...]:
         """All that must be equal for two scores to be compared."""
-        return (self.primary, *(get_in(self.evaluation, "data", key) for key in ("measured_on", "examples")))
+        return (self.figures.primary, self.figures.measured_on, self.figures.evaluation["data"]["examples"])
 
 
 def read_run(folder: Path, name: str) -> Run:
@@ -70,35 +65,11 @@ def read_run(folder: Path, name: str) -> Run:
     path = folder / "evaluation.json"
     if not path.is_file():
         raise InputError(f"{folder} holds no evaluation.json: no run that reached its evaluation, and no release")
-    evaluation = read_written(path, Evaluation, "run its recipe again")
-    student, primary = find_arm(evaluation, "distilled"), evaluation["primary"]
-    if get_in(student, "metrics") is None:
+    figures = Figures(read_written(path, Evaluation, "run its recipe again"))
+    if "distilled" not in figures.arms:
         raise InputError(f"{path}: the distilled student was not measured; add it to evaluation.arms")
-    return Run(
-        name,
-        as_number(get_in(student, "metrics", primary)),
-        costs_of(evaluation, "student"),
-        as_number(get_in(student, "retained", primary)),
-        flatten(read_released(folder / "recipe.yaml").model_dump(mode="json", exclude={"name"})),
-        evaluation,
-    )
-
-
-def find_arm(evaluation: Mapping[str, Any] | None, name: str) -> Any:
-    """Find an arm of an evaluation; None where it was not measured."""
-    return next((arm for arm in get_in(evaluation, "arms") or () if get_in(arm, "name") == name), None)
-
-
-def costs_of(evaluation: Mapping[str, Any] | None, model: str) -> dict[str, float | None]:
-    """Collect size and speed of a measured model."""
-    measured = get_in(evaluation, "efficiency", "models", model)
-    return {title: as_number(get_in(measured, *path)) for title, (path, _) in COSTS.items()}
-
-
-def teacher_of(run: Run) -> Run:
-    """Make the row of a run's teacher."""
-    score = get_in(find_arm(run.evaluation, "teacher"), "metrics", run.primary)
-    return Run("teacher", as_number(score), costs_of(run.evaluation, "teacher"))
+    settings = read_released(folder / "recipe.yaml").model_dump(mode="json", exclude={"name"})
+    return Run(name, figures, flatten(settings))
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -116,18 +87,18 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
         depth += 1
         names = ["/".join(folder.parts[-depth:]) for folder in named]
     runs = [read_run(folder, name) for folder, name in zip(whole, names, strict=True)]
-    if len({run.primary for run in runs}) > 1:
-        listed = ", ".join(f"{run.name} by {run.primary}" for run in runs)
+    if len({run.figures.primary for run in runs}) > 1:
+        listed = ", ".join(f"{run.name} by {run.figures.primary}" for run in runs)
         raise InputError(f"these runs are judged by different metrics: {listed}; give runs of one task")
     return runs
 
 
-def on_front(run: Run, runs: Sequence[Run], cost: str, *, higher: bool) -> bool:
+def on_front(run: Run, runs: Sequence[Run], cost: str) -> bool:
     """Tell whether no other run is at least as good and as cheap, and better in one of the two (Pareto front)."""
 
     def place(each: Run) -> tuple[float, float] | None:
-        price = each.costs[cost]
-        return None if each.score is None or price is None else (each.score if higher else -each.score, -price)
+        score, price = each.score, each.cost(cost)
+        return None if score is None or price is None else (score * each.figures.direction, -price)
 
     own = place(run)
     others = [other for each in runs if each is not run and (other := place(each)) is not None]
@@ -137,19 +108,22 @@ def on_front(run: Run, runs: Sequence[Run], cost: str, *, higher: bool) -> bool:
 
 
 def runs_table(runs: Sequence[Run]) -> Table:
-    """Tabulate quality, size and speed, and by which costs a run is on the front."""
-    metric, higher, rows = runs[0].primary, runs[0].higher_is_better, []
-    for run in (teacher_of(runs[0]), *runs):
-        fronts = [cost for cost in COSTS if run in runs and on_front(run, runs, cost, higher=higher)]
-        costs = [write(run.costs[title]) for title, (_, write) in COSTS.items()]
-        share = format_percent(run.of_teacher) if run.of_teacher is not None else MISSING
-        rows.append((run.name, format_metric(metric, run.score), share, *costs, ", ".join(fronts) or MISSING))
-    return Table(("run", f"{metric} {'↑' if higher else '↓'}", "of the teacher", *COSTS, "on the front of"), rows)
+    """Tabulate quality, size and speed, and by which costs a run is on the front; first the teacher of the first."""
+    metric, arrow = runs[0].figures.primary, "↑" if runs[0].figures.direction > 0 else "↓"
+
+    def line(name: str, run: Run, arm: str, model: str, fronts: Sequence[str]) -> tuple[str, ...]:
+        share = format_percent(run.figures.retained(arm, metric))
+        costs = [write(run.cost(title, model)) for title, (_, write) in COSTS.items()]
+        return (name, format_metric(metric, run.figures.score(arm)), share, *costs, ", ".join(fronts) or MISSING)
+
+    rows = [line("teacher", runs[0], "teacher", "teacher", ())]
+    rows += [line(run.name, run, "distilled", "student", [c for c in COSTS if on_front(run, runs, c)]) for run in runs]
+    return Table(("run", f"{metric} {arrow}", "of the teacher", *COSTS, "on the front of"), rows)
 
 
 def settings_table(runs: Sequence[Run]) -> Table:
     """Tabulate the keys of the recipes that differ."""
-    all_settings = [run.settings or {} for run in runs]
+    all_settings = [run.settings for run in runs]
     keys = dict.fromkeys(key for settings in all_settings for key in settings)
     rows = []
     for key in keys:
@@ -165,11 +139,11 @@ def warnings_about(runs: Sequence[Run]) -> list[str]:
     if len({run.measured for run in runs}) > 1:
         sets = "; ".join(f"{run.name}: {run.measured[2]} of {run.measured[1]}" for run in runs)
         found.append(f"The runs were measured on different examples ({sets}): their scores cannot be compared.")
-    elif len({get_in(run.evaluation, "data", "fingerprint") for run in runs}) > 1:
+    elif len({run.figures.evaluation["data"]["fingerprint"] for run in runs}) > 1:
         found.append("The runs' data differ, in training or test rows: a difference in score may come from these.")
-    if len({teacher_of(run).score for run in runs}) > 1:
+    if len({run.figures.score("teacher") for run in runs}) > 1:
         found.append(f"The runs have different teachers; the row of the teacher is that of {runs[0].name}.")
-    measured = {run.name: get_in(run.evaluation, "efficiency", "protocol", "device") for run in runs}
+    measured = {run.name: get_in(run.figures.evaluation, "efficiency", "protocol", "device") for run in runs}
     if without := [name for name, device in measured.items() if device is None]:
         found.append(f"Size and speed were not measured in {', '.join(without)} (evaluation.efficiency).")
     machines = sorted({str(device) for device in measured.values() if device is not None})
@@ -182,16 +156,17 @@ def warnings_about(runs: Sequence[Run]) -> list[str]:
 
 def figures(runs: Sequence[Run]) -> list[Figure]:
     """Draw quality against each cost."""
-    metric, higher, drawn = runs[0].primary, runs[0].higher_is_better, []
+    first, drawn = runs[0], []
     for cost, (_, write) in COSTS.items():
+        places = [("teacher", first.cost(cost, "teacher"), first.figures.score("teacher"), "teacher", True)]
+        places += [(run.name, run.cost(cost), run.score, "distilled", on_front(run, runs, cost)) for run in runs]
         dots = [
-            charts.Dot(run.name, price, score, "teacher" if run.settings is None else "distilled", solid)
-            for run in (teacher_of(runs[0]), *runs)
-            if (score := run.score) is not None and (price := run.costs[cost]) is not None
-            for solid in [run.settings is None or on_front(run, runs, cost, higher=higher)]
+            charts.Dot(name, price, score, style, solid)
+            for name, price, score, style, solid in places
+            if price is not None and score is not None
         ]
         marks = "Solid: on the front, no other run is as good for less."
-        drawn.append(trade_figure(metric, cost, dots, write, marks, higher=higher))
+        drawn.append(trade_figure(first.figures.primary, cost, dots, write, marks, higher=first.figures.direction > 0))
     return [figure for figure in drawn if figure.picture]
 
 

@@ -21,7 +21,6 @@ from distill.files import content_of, fresh_folder, read_written, write_text
 from distill.models.pattern import pattern_note
 from distill.models.plan import StudentPlan
 from distill.models.sentence import sentence_files
-from distill.pipeline.compare import find_arm
 from distill.pipeline.forms import check_wanted, make_forms, probe_of
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage
@@ -31,7 +30,8 @@ from distill.ranks import process_state
 from distill.recipe.load import read_released
 from distill.recipe.schema import Format
 from distill.release.card import render_card
-from distill.release.evidence import Evidence, get_in
+from distill.release.evidence import Evidence
+from distill.release.figures import Figures
 from distill.release.examples import card_examples
 from distill.release.export import check_padding, check_release, releasable_recipe, write_checksums, write_release
 from distill.release.formats import format_of
@@ -112,9 +112,8 @@ def describe_difference(before: Any, now: Any) -> str:
     """Say which keys of the recipe changed between two releases, from what to what, and the student's figure."""
     (old, old_table), (new, table) = before, now
     keys = describe_changes(old, new) or "the same recipe"
-    metric = str(table.get("primary"))
-    arms = (find_arm(each, "distilled") for each in (old_table, table))
-    own = [format_metric(metric, get_in(arm, "metrics", metric)) for arm in arms]
+    metric = table["primary"]
+    own = [format_metric(metric, Figures(each).score("distilled", metric)) for each in (old_table, table)]
     return f"{keys}; {metric} {' → '.join(own)}"
 
 

@@ -19,7 +19,6 @@ from distill.files import read_written
 from distill.models.family import all_layers
 from distill.models.forward import Capture
 from distill.models.load import teacher_path
-from distill.models.plan import StudentPlan
 from distill.models.precision import DTYPES
 from distill.pipeline import data
 from distill.pipeline.folder import RunDir
@@ -35,7 +34,7 @@ from distill.recipe.locate import CHECKSUMS, is_path
 from distill.recipe.names import TEACHER_METRICS
 from distill.recipe.schema import Recipe, Teacher
 from distill.release.card import inline
-from distill.release.evidence import Evidence, get_in
+from distill.release.figures import Figures, get_in
 from distill.release.sums import changed_files, listed_files
 from distill.release.table import Table
 from distill.release.tables import arms_table
@@ -159,7 +158,7 @@ def verify_release(
         counted = count_size(student, all_layers)
         for name in SIZES if sizes else ():
             found.compare(f"student, {name}", get_in(sizes, name), counted[name])
-    _check_card(found, recipe)
+    _check_card(found)
     _check_derived(found)
     return found
 
@@ -245,19 +244,16 @@ def _compare_arm(found: Verification, split: str, arm: Mapping[str, Any], column
             found.leave_out(f"{title}, {name}", reason if name in TEACHER_METRICS else "it needs other columns")
 
 
-def _check_card(found: Verification, recipe: Recipe) -> None:
+def _check_card(found: Verification) -> None:
     """Compare the card's table of arms, and the figures in its head, which the hub shows, with evaluation.json."""
-    path, plan = found.folder / "README.md", found.folder / "plan.json"
-    if not plan.is_file():  # said already
-        return
+    path, figures = found.folder / "README.md", Figures(found.claims)
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    evidence = Evidence(recipe, "", StudentPlan.load(plan), found.claims, {}, {}, {}, "")
-    for table in (arms_table(evidence), *map(arms_table, evidence.elsewhere.values())):
+    for table in map(arms_table, (figures, *figures.elsewhere.values())):
         for row in table.rows:
             there = "|" + "".join(f" {inline(cell)} |" for cell in row) in text
             found.agree(f"card, row of {row[0]}", "as evaluation.json", "as evaluation.json" if there else "otherwise")
     found.leave_out("card, what its examples print", "no code of a release is run")
-    metrics = evidence.arms.get("distilled", {}).get("metrics", {})
+    metrics = figures.arms.get("distilled", {}).get("metrics", {})
     head = ModelCard(text, ignore_metadata_errors=True).data
     for result in getattr(head, "eval_results", None) or []:
         found.compare(f"card head, {result.metric_type}", result.metric_value, metrics.get(result.metric_type))

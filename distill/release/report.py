@@ -11,7 +11,8 @@ from markupsafe import Markup
 
 from distill.release import charts
 from distill.release.card import context_of, make_environment
-from distill.release.evidence import Evidence, describe_origin, get_in
+from distill.release.evidence import Evidence, describe_origin
+from distill.release.figures import get_in
 from distill.release.table import Table
 from distill.release.wording import (
     EXPLAINED,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from distill.release.evidence import Evidence, get_in
+from distill.release.evidence import Evidence
+from distill.release.figures import get_in
 from distill.release.table import Table
 from distill.release.wording import format_count, format_megabytes, format_number, format_percent, format_ratio
 

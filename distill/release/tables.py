@@ -12,7 +12,8 @@ from distill.recipe.on_policy import OnPolicy
 from distill.recipe.schema import Schedule
 from distill.recipe.sections import Lora
 from distill.recipe.terms import TERM_KEYS
-from distill.release.evidence import Evidence, get_in
+from distill.release.evidence import Evidence
+from distill.release.figures import Figures, get_in
 from distill.release.sizes import bytes_table, efficiency_table, speed_table
 from distill.release.table import Table
 from distill.release.wording import (
@@ -68,20 +69,20 @@ def layers_table(plan: StudentPlan) -> Table:
     return Table(("student layer", origin, "MLP width", kept), rows, text_columns=0)
 
 
-def arms_table(evidence: Evidence) -> Table:
+def arms_table(figures: Figures) -> Table:
     """Tabulate all arms and all metrics, with intervals; in brackets what an arm retains of the teacher's lead."""
-    names, higher = evidence.metric_names, evidence.evaluation["higher_is_better"]
+    names, higher = figures.metric_names, figures.evaluation["higher_is_better"]
     titles = [name + {True: " ↑", False: " ↓"}.get(higher.get(name), "") for name in names]
     rows = []
-    for arm, record in evidence.arms.items():
+    for arm, record in figures.arms.items():
         cells = []
         for name in names:
-            retained = evidence.retained(arm, name)
+            retained = figures.retained(arm, name)
             share = "" if retained is None else f" ({format_percent(retained)})"
-            interval = format_interval(name, evidence.interval(arm, name))
+            interval = format_interval(name, figures.interval(arm, name))
             cells.append(format_metric(name, record["metrics"].get(name)) + interval + share)
         trained = (str(record.get("steps") or MISSING), format_number(record.get("lr")))
-        rows.append((evidence.title(arm), *trained, *cells))
+        rows.append((figures.title(arm), *trained, *cells))
     return Table(("arm", "steps", "lr", *titles), rows)
 
 

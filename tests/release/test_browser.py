@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from browser import CHROMIUM, DRIVER, browser
 
-from distill.pipeline.compare import COSTS, Run, render_comparison
+from distill.pipeline.compare import Run, render_comparison
+from distill.release.figures import Figures
 from distill.release.report import render_report
 
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="chromium and chromedriver are not installed")
@@ -20,15 +21,20 @@ def chromium(tmp_path_factory):
 
 
 def comparison():
-    data = {"measured_on": "rows", "examples": 50, "fingerprint": "0"}
-    evaluation = {"primary": "accuracy", "higher_is_better": {"accuracy": True}, "data": data}
+    def run(place, name):
+        size = 10.0**place
+        models = {"student": {"parameters": size, "flops_per_example": size, "latency_ms": {"p50": size}}}
+        evaluation = {
+            "primary": "accuracy",
+            "higher_is_better": {"accuracy": True},
+            "data": {"measured_on": "rows", "source": "rows", "examples": 50, "fingerprint": "0"},
+            "arms": [{"name": "distilled", "metrics": {"accuracy": 0.5 + place / 10}, "retained": {"accuracy": 0.9}}],
+            "efficiency": {"models": models},
+        }
+        return Run(name, Figures(evaluation), {"training.lr": place})
+
     names = ["a", "a-run-with-a-rather-long-name-that-somebody-chose", "third"]
-    return render_comparison(
-        [
-            Run(name, 0.5 + place / 10, dict.fromkeys(COSTS, 10.0**place), 0.9, {"training.lr": place}, evaluation)
-            for place, name in enumerate(names)
-        ]
-    )
+    return render_comparison([run(place, name) for place, name in enumerate(names)])
 
 
 @pytest.fixture(params=["evidence", "bare", "hostile", "comparison"])
