@@ -31,9 +31,9 @@ from distill.recipe.load import read_released
 from distill.recipe.schema import Format
 from distill.release.card import render_card
 from distill.release.evidence import Evidence
-from distill.release.figures import Figures
 from distill.release.examples import card_examples
 from distill.release.export import check_padding, check_release, releasable_recipe, write_checksums, write_release
+from distill.release.figures import Figures
 from distill.release.formats import format_of
 from distill.release.hub_results import result_files
 from distill.release.oldest_transformers import oldest_version

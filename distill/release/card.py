@@ -15,9 +15,9 @@ from distill.recipe.locate import GGUF
 from distill.recipe.names import TEACHER_METRICS
 from distill.release.controls import budget_lines, seeds_table, seeds_title
 from distill.release.evidence import Evidence, describe_origin, judge, judge_sets, summarize
-from distill.release.figures import get_in
 from distill.release.examples import STUDENT, USES, VECTORS, card_examples
 from distill.release.export import releasable_recipe
+from distill.release.figures import get_in
 from distill.release.tables import arms_table, tables
 from distill.release.wording import as_number, format_metric, format_percent, one_line
 
