@@ -72,7 +72,7 @@ def print_table(title: str, table: Table, note: str = "") -> None:
 def print_evaluation(session: Session) -> None:
     """Print the figures of a finished evaluation."""
     from distill.pipeline.release import collect_evidence
-    from distill.release.controls import seeds_table, seeds_title
+    from distill.release.budgets import seeds_table, seeds_title
     from distill.release.sizes import bytes_table, efficiency_table, speed_table
     from distill.release.tables import arms_table, harness_table
 

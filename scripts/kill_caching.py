@@ -71,10 +71,10 @@ def fill(arguments: list[str], cache: Path, tokens: int, notify: Notify) -> int:
     """Run the command line in this process, with a cache of its own."""
     os.environ["DISTILL_CACHE"] = str(cache)
     import distill.pipeline.cache
-    import distill.pipeline.entries
+    import distill.pipeline.cached_inputs
     from distill.cli import main as command_line
 
-    distill.pipeline.entries.MOST = tokens
+    distill.pipeline.cached_inputs.MOST = tokens
     plain = distill.pipeline.cache.Filling.fill
 
     def told(filling) -> None:

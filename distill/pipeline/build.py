@@ -15,8 +15,8 @@ from distill.models.layout import StackName
 from distill.models.load import folder_fingerprint
 from distill.models.pattern import pattern_note
 from distill.models.plan import StudentPlan
-from distill.pipeline.forms import try_forms
-from distill.pipeline.given import build_given, given_inputs
+from distill.pipeline.given_student import build_given, given_inputs
+from distill.pipeline.release_forms import try_forms
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage
 from distill.pipeline.train import save_model

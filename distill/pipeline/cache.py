@@ -21,8 +21,8 @@ from distill.models.head import OutputHead, output_head
 from distill.models.load import load_config
 from distill.models.precision import DTYPES
 from distill.models.topk import TopK
-from distill.pipeline.entries import Entries, find_entries, inputs_of_training
-from distill.pipeline.kept import FOLDER, columns_of, lost_parts, real_rows
+from distill.pipeline.cached_columns import FOLDER, columns_of, lost_parts, real_rows
+from distill.pipeline.cached_inputs import Entries, find_entries, inputs_of_training
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage, with_version
 from distill.pipeline.teachers import load_teaching

@@ -9,7 +9,7 @@ from typing import Any
 
 from distill.errors import InputError
 from distill.files import read_written
-from distill.pipeline.written import Evaluation
+from distill.pipeline.json_shapes import Evaluation
 from distill.recipe.load import read_released
 from distill.release import charts
 from distill.release.card import make_environment

@@ -13,10 +13,10 @@ from accelerate.utils import broadcast_object_list
 from distill.evaluation.arms import controls, searches, tries_of
 from distill.evaluation.metrics import higher_is_better
 from distill.files import read_written, write_json
+from distill.pipeline.json_shapes import Search
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage
 from distill.pipeline.train import arm_inputs, save_model, spec_of, train_arm
-from distill.pipeline.written import Search
 from distill.ranks import process_state
 from distill.training import read_records
 from distill.training.loop import METRICS

@@ -20,12 +20,12 @@ from distill.models.forward import Capture
 from distill.models.load import folder_fingerprint
 from distill.models.precision import describe_precision, takes_autocast
 from distill.pipeline.control import budget_of
+from distill.pipeline.json_shapes import Evaluation, Examined
 from distill.pipeline.predictions import load_arm, measure, predict_arms, predict_split, save_rows
 from distill.pipeline.session import Session, in_precision
 from distill.pipeline.stage import Stage, harness_folder, settings_of
 from distill.pipeline.teachers import describe_teachers, load_teaching
 from distill.pipeline.train import steps_of
-from distill.pipeline.written import Evaluation, Examined
 from distill.ranks import process_state
 from distill.recipe.data import SET, SPLITS
 from distill.recipe.names import TEACHER_METRICS

@@ -6,7 +6,7 @@ from typing import Any
 
 from distill.files import content_of, write_text
 from distill.pipeline.compatible import check_members, check_vocabularies, probe_tokenizers
-from distill.pipeline.given import given_inputs, plan_given
+from distill.pipeline.given_student import given_inputs, plan_given
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage
 from distill.student import Statistics, check_strategies, plan_student

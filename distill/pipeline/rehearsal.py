@@ -25,7 +25,7 @@ from distill.models.memory import MemoryTrace, Peak, make_fake, tracing
 from distill.models.precision import DTYPES
 from distill.models.sentence import unused_parameters
 from distill.models.trainable import freeze
-from distill.pipeline.kept import as_kept
+from distill.pipeline.cached_columns import as_kept
 from distill.recipe.cache import TeacherCache
 from distill.recipe.schema import Optimization, Term
 from distill.teacher import LiveTeacher

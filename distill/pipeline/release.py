@@ -21,11 +21,11 @@ from distill.files import content_of, fresh_folder, read_written, write_text
 from distill.models.pattern import pattern_note
 from distill.models.plan import StudentPlan
 from distill.models.sentence import sentence_files
-from distill.pipeline.forms import check_wanted, make_forms, probe_of
+from distill.pipeline.json_shapes import Evaluation, Repair, Stamp
+from distill.pipeline.release_forms import check_wanted, make_forms, probe_of
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage
 from distill.pipeline.teachers import describe_model
-from distill.pipeline.written import Evaluation, Repair, Stamp
 from distill.ranks import process_state
 from distill.recipe.load import read_released
 from distill.recipe.schema import Format

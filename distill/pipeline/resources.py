@@ -18,7 +18,7 @@ from distill.models.forward import row_count
 from distill.models.memory import Peak, free_bytes
 from distill.models.plan import StudentPlan
 from distill.pipeline.cache import bytes_of, wanted_columns
-from distill.pipeline.entries import find_entries, inputs_of_training
+from distill.pipeline.cached_inputs import find_entries, inputs_of_training
 from distill.pipeline.rehearsal import EIGHT_BITS, Rehearsal, rehearse_memory
 from distill.pipeline.session import Session
 from distill.pipeline.timing import StepTime, advise_depth, rehearse_time

@@ -17,8 +17,8 @@ from accelerate.utils import broadcast_object_list
 from distill import __version__
 from distill.errors import InputError, Stopped
 from distill.files import content_of, read_written, write_json, write_text
+from distill.pipeline.json_shapes import Stamp
 from distill.pipeline.session import Session
-from distill.pipeline.written import Stamp
 from distill.ranks import check_launch, process_state
 from distill.recipe.datafiles import searched_paths
 from distill.recipe.load import dump, fingerprint

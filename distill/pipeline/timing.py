@@ -18,7 +18,7 @@ from distill.losses import PREDICTION_KINDS, Objective
 from distill.models.cost import least_seconds, random_batch
 from distill.models.family import all_layers, layers_of, layout_of
 from distill.models.forward import Batch, Capture, Outputs, forward, to_device, without_cache
-from distill.pipeline.kept import as_kept
+from distill.pipeline.cached_columns import as_kept
 from distill.pipeline.rehearsal import Rehearsal, autocast
 from distill.student import build_student
 from distill.student.draw import exact_plan

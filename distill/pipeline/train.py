@@ -20,7 +20,7 @@ from distill.models.load import folder_fingerprint
 from distill.models.plan import StudentPlan
 from distill.models.precision import DTYPES
 from distill.models.sentence import sentence_files
-from distill.pipeline.kept import find_teacher
+from distill.pipeline.cached_columns import find_teacher
 from distill.pipeline.on_policy import on_policy_for
 from distill.pipeline.predictions import measure, predict_split
 from distill.pipeline.session import Session
@@ -31,6 +31,7 @@ from distill.recipe.schema import Optimization, Recipe, Training
 from distill.student.masks import compact_trained, mask_settings, masks_for
 from distill.teacher import CachedTeacher, LiveTeacher, Mixture
 from distill.training import Job, train
+from distill.training.clock import Utilisation
 from distill.training.setup import deal_out, horizon
 
 Teaching = LiveTeacher | CachedTeacher | Mixture
@@ -103,13 +104,13 @@ def maps_of(plan: StudentPlan) -> tuple[Maps, Maps | None]:
 def train_model(session: Session, job: Job, model: Any, objective: Objective, teacher: Teaching | None) -> None:
     """Train a model in place; it comes back on the CPU, in the dtype it had."""
     batches = batches_for(session, job.spec, labelled=not objective.needs_teacher)
+    live = None if isinstance(teacher, CachedTeacher) else teacher
     if isinstance(teacher, CachedTeacher):
         batches = replace(batches, extend=teacher.add)
     measured, dtype = partial(measure_held_out, session, precision=job.spec.precision), model.dtype
     model.float()  # AdamW's small steps would be lost in half-precision weights; of `weights: bf16` masters follow
-    measure = peak_measurement(session, job, model, None if isinstance(teacher, CachedTeacher) else teacher)
     train(
-        replace(job, peak_tokens_per_second=measure and measure(), measure_peak=measure),
+        replace(job, utilisation=utilisation_of(session, job.spec, model, live)),
         model,
         objective,
         teacher,
@@ -153,19 +154,22 @@ def batches_for(session: Session, spec: Optimization, *, labelled: bool) -> Trai
     return TrainingBatches(corpus, pool, *sizes, session.recipe.seed, session.recipe.data.max_length)
 
 
-def peak_measurement(
-    session: Session, job: Job, model: Any, teacher: LiveTeacher | Mixture | None
-) -> Callable[[], float] | None:
-    """Make what measures the tokens per second of a training at an MFU of 1; None where nothing counts its products."""
-    spec, state = session.recipe.teacher, process_state()
-    if teacher is not None and (spec.dtype in ("int8", "fp8") or spec.device != "same"):
+def utilisation_of(
+    session: Session, spec: Training, model: Any, teacher: LiveTeacher | Mixture | None
+) -> Utilisation | None:
+    """Measure how fast a training would be at an MFU of 1; None where nothing counts its matrix products."""
+    section, state = session.recipe.teacher, process_state()
+    if teacher is not None and (section.dtype in ("int8", "fp8") or section.device != "same"):
         return None
     if isinstance(teacher, Mixture):
         return None
-    adapters = job.spec.lora is not None
+    adapters = spec.lora is not None
     flops = training_flops(model, teacher and teacher.model, session.recipe.data.max_length, adapters=adapters)
-    device, dtype = state.device, DTYPES[job.spec.precision]
-    return lambda: matmul_rate(device, dtype) * state.num_processes / flops
+
+    def peak() -> float:
+        return float(matmul_rate(state.device, DTYPES[spec.precision]) * state.num_processes / flops)
+
+    return Utilisation(peak, session.say)
 
 
 def measure_held_out(

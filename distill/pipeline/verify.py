@@ -23,10 +23,10 @@ from distill.models.precision import DTYPES
 from distill.pipeline import data
 from distill.pipeline.folder import RunDir
 from distill.pipeline.inspect import model_folder
+from distill.pipeline.json_shapes import Evaluation
 from distill.pipeline.predictions import predict_split
 from distill.pipeline.session import Session
 from distill.pipeline.stage import run_stages
-from distill.pipeline.written import Evaluation
 from distill.ranks import process_state
 from distill.recipe.data import SET
 from distill.recipe.load import read_released
@@ -34,8 +34,8 @@ from distill.recipe.locate import CHECKSUMS, is_path
 from distill.recipe.names import TEACHER_METRICS
 from distill.recipe.schema import Recipe, Teacher
 from distill.release.card import inline
+from distill.release.checksums import changed_files, listed_files
 from distill.release.figures import Figures, get_in
-from distill.release.sums import changed_files, listed_files
 from distill.release.table import Table
 from distill.release.tables import arms_table
 from distill.release.wording import as_number, format_number

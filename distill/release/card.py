@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from distill.recipe.locate import GGUF
 from distill.recipe.names import TEACHER_METRICS
-from distill.release.controls import budget_lines, seeds_table, seeds_title
+from distill.release.budgets import budget_lines, seeds_table, seeds_title
 from distill.release.evidence import Evidence, describe_origin, judge, judge_sets, summarize
 from distill.release.examples import STUDENT, USES, VECTORS, card_examples
 from distill.release.export import releasable_recipe

@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 
 from distill.errors import InputError, RunError
 from distill.recipe.locate import CHECKSUMS
-from distill.release.sums import changed_files, listed_files
+from distill.release.checksums import changed_files, listed_files
 
 TOKEN = "HF_TOKEN"  # noqa: S105 (the name of a variable)
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from distill.errors import InputError
 from distill.models.layout import StackName
+from distill.student.calibration.column_sums import column_products, column_sums
 from distill.student.calibration.statistics import Statistics, require
-from distill.student.calibration.sums import column_products, column_sums
 
 POWERS = {1: torch.abs, 2: torch.square}
 

@@ -39,22 +39,19 @@ class Stopwatch:
 class Utilisation:
     """Model FLOPs utilisation (MFU): tokens per second as a share of what matrix products alone would allow."""
 
-    def __init__(self, peak: float | None, measure: Callable[[], float] | None, say: Callable[[str], None]):
-        """Start with a measured peak.
+    def __init__(self, measure: Callable[[], float], say: Callable[[str], None]):
+        """Measure the peak.
 
         Args:
-            peak: Tokens per second at an MFU of 1; None: not known, and neither is the MFU.
-            measure: Measures it again.
-            say: Receives a line where that changes it.
+            measure: Measures the tokens per second at an MFU of 1.
+            say: Receives a line where measuring again changes it.
         """
-        self.peak, self.measure, self.say = peak, measure, say
+        self.peak, self.measure, self.say = measure(), measure, say
 
-    def of(self, tokens_per_second: float) -> float | None:
+    def of(self, tokens_per_second: float) -> float:
         """Divide by the peak, which is measured again where the share is above 1: something else ran at that time."""
-        if self.peak is None:
-            return None
         share = tokens_per_second / self.peak
-        if share > 1 and self.measure is not None:
+        if share > 1:
             with suppress(torch.OutOfMemoryError):
                 found = self.measure()
                 if found > self.peak:

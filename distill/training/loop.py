@@ -61,10 +61,8 @@ class Job:
     """Makes the masks, where weights are masked."""
     higher_is_better: bool = True
     """Direction of the metric `spec.keep_best`."""
-    peak_tokens_per_second: float | None = None
-    """Speed if all time went into matrix products; records give the share of it that is reached (MFU)."""
-    measure_peak: Callable[[], float] | None = None
-    """Measures that speed again, where more than all of it is reached."""
+    utilisation: Utilisation | None = None
+    """Gives the MFU of a speed, for the records; None: not known."""
     continue_changed: bool = False
     """Continue from a checkpoint that was made from other inputs as well."""
 
@@ -181,7 +179,6 @@ class _Run:
             self.step.on_policy.sizes = self.batches.sizes
         device = self.learner.accelerator.device
         self.clock, self.window = Stopwatch(device), Window(self.learner.wrapper.objective.names, device)
-        self.utilisation = Utilisation(self.job.peak_tokens_per_second, self.job.measure_peak, self.say)
 
     def run_steps(self) -> None:
         """Take every step that is left, and log, evaluate and save where due. Raises Stopped after a signal."""
@@ -235,7 +232,7 @@ class _Run:
         tokens = int(window.tokens.item())
         seconds = self.clock.lap()  # now that the device has done all steps
         state.tokens += tokens
-        mfu = self.utilisation.of(tokens / seconds)
+        mfu = job.utilisation and round(job.utilisation.of(tokens / seconds), 4)
         saving, self.clock.saving = self.clock.saving, 0.0
         record = {
             "event": "train",
@@ -248,7 +245,7 @@ class _Run:
             "skipped": skipped,
             "examples_per_s": round(window.steps * self.batches.batch_size / seconds, 2),
             "tokens_per_s": round(tokens / seconds, 1),
-            "mfu": None if mfu is None else round(mfu, 4),
+            "mfu": mfu,
             "save_seconds": round(saving, 3),
             "tokens": state.tokens,
         }

@@ -124,7 +124,7 @@ class Arm:
         import torch
 
         from distill.evaluation.arms import terms_of
-        from distill.pipeline.kept import find_teacher
+        from distill.pipeline.cached_columns import find_teacher
         from distill.pipeline.train import objective_of
         from distill.training.model import DistillModel
 

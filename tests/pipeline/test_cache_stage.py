@@ -12,12 +12,12 @@ import pytest
 from caching import EXACT, LAYERS, cached, masked_project, session_of, trained_project
 from forked import Processes
 
-import distill.pipeline.entries
+import distill.pipeline.cached_inputs
 from distill.cli import main
 from distill.errors import InputError
 from distill.evaluation.arms import terms_of
 from distill.pipeline import cache
-from distill.pipeline.kept import find_teacher
+from distill.pipeline.cached_columns import find_teacher
 from distill.pipeline.train import batches_for, objective_of
 from distill.training.provenance import flatten
 
@@ -28,7 +28,7 @@ THERE = "  all of it is there, from an earlier run; the teacher is not loaded"
 def own_cache(tmp_path, monkeypatch):
     """A cache for this test alone, with small shards."""
     monkeypatch.setenv("DISTILL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(distill.pipeline.entries, "LEAST", 128)
+    monkeypatch.setattr(distill.pipeline.cached_inputs, "LEAST", 128)
     return tmp_path / "cache/teachers"
 
 
@@ -90,17 +90,17 @@ def test_only_what_changes_the_outputs_makes_the_cache_due(tmp_path, own_cache):
 
 def test_inputs_that_the_training_never_sees_are_not_kept(tmp_path, own_cache):
     few, _ = cached(tmp_path, trained_project, EXACT, "training.steps=1")
-    entries = distill.pipeline.entries.find_entries(few, [])
+    entries = distill.pipeline.cached_inputs.find_entries(few, [])
     assert len(entries.examples) == 8 < len(few.corpus.train)
 
 
 def test_masked_tokens_are_kept_as_the_training_will_draw_them(tmp_path, own_cache):
     session, _ = cached(tmp_path, masked_project, LAYERS, EXACT)
-    entries = distill.pipeline.entries.find_entries(session, [])
+    entries = distill.pipeline.cached_inputs.find_entries(session, [])
     assert len(entries.examples) == 6 * 8  # every step draws anew
     more, lines = cached(tmp_path, masked_project, LAYERS, EXACT, "training.steps=7")
     assert any("seen" in line for line in lines if line.startswith("cache: runs again"))
-    assert len(distill.pipeline.entries.find_entries(more, []).examples) == 7 * 8
+    assert len(distill.pipeline.cached_inputs.find_entries(more, []).examples) == 7 * 8
 
 
 def reading(session, steps=6):
@@ -119,7 +119,7 @@ def test_a_control_that_learns_for_longer_finds_its_inputs_as_well(tmp_path, own
     longer.append("evaluation.controls.random_cut.grid={steps: [7, 9]}")
     session, _ = cached(tmp_path, masked_project, LAYERS, EXACT, *longer)
     reading(session, steps=9)
-    assert len(distill.pipeline.entries.find_entries(session, []).examples) == 9 * 8
+    assert len(distill.pipeline.cached_inputs.find_entries(session, []).examples) == 9 * 8
 
 
 def damage(path, how, others):
@@ -186,7 +186,7 @@ def test_a_disk_that_is_too_small_is_refused_before_the_teacher_runs(tmp_path, o
 
 def fill(recipe, run, *overrides):
     """Fill a cache by the command line, as a process of its own."""
-    distill.pipeline.entries.LEAST = 64
+    distill.pipeline.cached_inputs.LEAST = 64
     settings = ["training.steps=60", EXACT, *overrides, "--out", str(run), "--accept-weak-teacher"]
     raise SystemExit(main(["cache", str(recipe), *settings]))
 

@@ -9,8 +9,8 @@ import pytest
 from made_figures import difference
 
 from distill.evaluation.arms import ARMS
+from distill.release.budgets import budget_lines, seeds_table, seeds_title
 from distill.release.card import render_card
-from distill.release.controls import budget_lines, seeds_table, seeds_title
 from distill.release.evidence import Evidence, judge, summarize
 from distill.release.report import render_report
 

@@ -13,7 +13,7 @@ import pytest
 
 from distill.errors import InputError
 from distill.files import read_written
-from distill.pipeline.written import Evaluation, Search
+from distill.pipeline.json_shapes import Evaluation, Search
 from distill.release.card import render_card
 from distill.release.evidence import Evidence
 from distill.release.report import render_report

@@ -15,7 +15,7 @@ from distill.models.family import layout_of
 from distill.models.mlp import mlps_of
 from distill.recipe.names import READS
 from distill.student import SCORES, Statistics, StatisticsRequest, calibrate
-from distill.student.calibration.sums import WIDENED_AT_ONCE, column_products, column_sums
+from distill.student.calibration.column_sums import WIDENED_AT_ONCE, column_products, column_sums
 from distill.student.scores import MlpLayer, magnitude, output_change
 
 DATA_SCORES = [name for name in SCORES if name not in ("magnitude", "random")]
@@ -132,7 +132,7 @@ def test_scores_that_read_statistics_say_so_and_name_what_was_not_collected():
 @pytest.mark.parametrize("shape", list(itertools.product((1, 7), (1, 5))))
 def test_sums_in_slices_are_sums(shape, monkeypatch):
     weight = torch.randn(2, *shape)
-    monkeypatch.setattr("distill.student.calibration.sums.WIDENED_AT_ONCE", 3)
+    monkeypatch.setattr("distill.student.calibration.column_sums.WIDENED_AT_ONCE", 3)
     torch.testing.assert_close(column_sums(torch.square, weight), weight.double().square().sum(-2))
     torch.testing.assert_close(column_sums(torch.mul, weight.mT, weight.mT), weight.mT.double().square().sum(-2))
     torch.testing.assert_close(column_products(weight[0]), weight[0].double().T @ weight[0].double())

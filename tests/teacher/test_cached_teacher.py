@@ -33,7 +33,7 @@ from distill.evaluation.arms import terms_of
 from distill.models.head import OutputHead
 from distill.models.topk import TopK
 from distill.pipeline import VERBS, cache, run_stages
-from distill.pipeline.kept import find_teacher
+from distill.pipeline.cached_columns import find_teacher
 from distill.pipeline.teachers import load_teaching
 from distill.pipeline.train import batches_for, objective_of
 from distill.teacher import CachedTeacher

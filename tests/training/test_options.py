@@ -261,7 +261,7 @@ def test_a_record_becomes_flat_numbers_and_one_line():
 
 def test_a_rate_that_was_measured_too_low_is_measured_again():
     said, rates = [], [100.0, 400.0, 300.0]
-    share = Utilisation(rates.pop(0), lambda: rates.pop(0), said.append)
+    share = Utilisation(lambda: rates.pop(0), said.append)
     assert share.of(80.0) == 0.8 and len(rates) == 2  # nothing is measured while it is plausible
     assert share.of(239.0) == pytest.approx(239 / 400)
     assert said == [
@@ -269,15 +269,17 @@ def test_a_rate_that_was_measured_too_low_is_measured_again():
         "measured again, it is 4.00 times as high"
     ]
     assert share.of(500.0) == 1.25 and len(said) == 1  # the best one stays, and nothing is cut off
-    assert Utilisation(None, None, said.append).of(5.0) is None
-    assert Utilisation(2.0, None, said.append).of(5.0) == 2.5
 
 
 def test_measuring_again_never_ends_a_training_for_lack_of_memory():
-    def too_large():
-        raise torch.OutOfMemoryError("no room for the matrices")
+    rates = [100.0]
 
-    assert Utilisation(100.0, too_large, print).of(150.0) == 1.5
+    def measure():
+        if not rates:
+            raise torch.OutOfMemoryError("no room for the matrices")
+        return rates.pop()
+
+    assert Utilisation(measure, print).of(150.0) == 1.5
 
 
 def test_evaluations_and_saves_have_their_own_seconds_and_are_in_no_window(corpus, tmp_path, monkeypatch):
@@ -307,7 +309,11 @@ def test_a_terminal_shows_one_live_block(corpus, tmp_path, monkeypatch):
 
     screen = io.StringIO()
     monkeypatch.setattr(tracking, "Console", lambda stderr: Console(file=screen, force_terminal=True, width=120))
-    run(corpus, tmp_path, job={"evaluate": lambda *_: {"accuracy": 0.25}, "peak_tokens_per_second": 1e6})
+    run(
+        corpus,
+        tmp_path,
+        job={"evaluate": lambda *_: {"accuracy": 0.25}, "utilisation": Utilisation(lambda: 1e6, print)},
+    )
     text = screen.getvalue()
     for words in ("6/6", "0:00:0", "GB", "loss", "tokens/s", "(MFU ", "held out: accuracy 0.25", "\x1b["):
         assert words in text, words

@@ -17,9 +17,9 @@ from distill.models.forward import Batch, Capture, forward, to_device
 from distill.models.layout import StackName
 from distill.models.mlp import NeuronAxis, placed_mlps
 from distill.models.precision import autocast_for
+from distill.student.calibration.column_sums import column_sums
 from distill.student.calibration.removal import LabelLoss
 from distill.student.calibration.sample import content_seed, draw_classes, examples, real_positions
-from distill.student.calibration.sums import column_sums
 
 Gate = tuple[StackName, int, NeuronAxis]
 

@@ -19,9 +19,9 @@ from distill.models.forward import Batch, Outputs
 from distill.models.load import load_config
 from distill.models.precision import DTYPES
 from distill.models.topk import TopK
+from distill.pipeline.json_shapes import Cached
 from distill.pipeline.session import Session
 from distill.pipeline.teachers import load_teaching
-from distill.pipeline.written import Cached
 from distill.recipe.cache import TeacherCache
 from distill.recipe.schema import Term
 from distill.teacher import CachedTeacher, LiveTeacher, Mixture

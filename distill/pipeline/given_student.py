@@ -16,7 +16,7 @@ from distill.models.load import folder_fingerprint, hollow_model, trained_labels
 from distill.models.plan import StudentPlan
 from distill.pipeline.compatible import check_same_classes
 from distill.pipeline.data import NAMELESS
-from distill.pipeline.forms import try_forms
+from distill.pipeline.release_forms import try_forms
 from distill.pipeline.session import Session
 from distill.pipeline.train import maps_of, save_model
 from distill.release.formats import format_of

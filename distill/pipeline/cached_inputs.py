@@ -16,7 +16,7 @@ from distill.data.batches import step_indices
 from distill.evaluation.arms import terms_of, trained_arms, tries_of
 from distill.models.forward import Batch
 from distill.models.padding import mark_padding
-from distill.pipeline.kept import keys_of, real_rows
+from distill.pipeline.cached_columns import keys_of, real_rows
 from distill.pipeline.session import Session
 from distill.pipeline.train import batches_for, spec_of
 from distill.pipeline.train_checks import is_taught
