@@ -21,7 +21,6 @@ from distill import __version__
 from distill.errors import DistillError, InputError, Stopped
 from distill.terminal import (
     print_evaluation,
-    print_resources,
     print_tables,
     quiet_libraries,
     say,
@@ -226,7 +225,11 @@ def _run(verb: str, path: Path, overrides: list[str] | None, out: Path | None, f
     if not main_process:
         return
     if verb == "plan":
-        print_resources(session)
+        from distill.pipeline.resources import depth_before_width, forecast
+
+        print_tables(forecast(session))
+        if line := depth_before_width(session):
+            say(line)
     if verb in ("evaluate", *RELEASING):
         print_evaluation(session)
     if verb in RELEASING:

@@ -24,15 +24,6 @@ if TYPE_CHECKING:
 console = Console(stderr=True, highlight=False)
 
 
-def print_resources(session: Session) -> None:
-    """Print the forecast of memory, time and cache."""
-    from distill.pipeline.resources import depth_before_width, forecast
-
-    print_tables(forecast(session))
-    if line := depth_before_width(session):
-        say(line)
-
-
 def quiet_libraries() -> None:
     """Silence progress bars and notices of libraries."""
     # Their progress bars and notices about heads that are about to be fitted would bury our own lines.

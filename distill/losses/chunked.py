@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from distill.losses.slopes import BLOCK, Chunk, Fastest, SlopeMethod, SumTerms, Terms
+from distill.losses.slopes import Chunk, Fastest, SlopeMethod, SumTerms, Terms, blocks
 from distill.models.head import OutputHead, products, soft_cap
 from distill.models.memory import free_bytes
 from distill.models.mixture import MixtureHead
@@ -220,11 +220,8 @@ class _ThroughHeads(torch.autograd.Function):
 
 
 def _sum_only(chunk: Chunk, terms: Terms) -> Tensor:
-    step = max(1, BLOCK.get(chunk.linear.device.type, BLOCK["cuda"]) // chunk.linear.shape[-1])
-    blocks = [slice(start, start + step) for start in range(0, len(chunk.linear), step)]
-    teachers = [None if chunk.teacher is None else chunk.teacher[block] for block in blocks]
-    sums = [
-        terms.sums(soft_cap(chunk.linear[block], chunk.cap), teacher, chunk.labels[block]).double()
-        for block, teacher in zip(blocks, teachers, strict=True)
-    ]
+    sums = []
+    for block in blocks(chunk.linear):
+        teacher = None if chunk.teacher is None else chunk.teacher[block]
+        sums.append(terms.sums(soft_cap(chunk.linear[block], chunk.cap), teacher, chunk.labels[block]).double())
     return torch.stack(sums).sum(0)

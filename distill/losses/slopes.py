@@ -103,14 +103,18 @@ SlopeMethod = Callable[[Chunk, Terms, Tensor], tuple[Tensor, Tensor]]
 """(chunk, terms, factor of each sum in the loss [K]) -> sums [K], slope [n, V]; the logits are gone."""
 
 
+def blocks(linear: Tensor) -> Iterator[slice]:
+    """Cut the positions of a chunk into blocks on which autograd, or a user's own function, runs at once."""
+    step = max(1, BLOCK.get(linear.device.type, BLOCK["cuda"]) // linear.shape[-1])
+    yield from (slice(start, start + step) for start in range(0, len(linear), step))
+
+
 @torch.enable_grad()
 def by_autograd(chunk: Chunk, terms: Terms, factors: Tensor) -> tuple[Tensor, Tensor]:
     """Differentiate the loss block by block; the slope is written over the logits."""
     linear = chunk.linear
-    step = max(1, BLOCK.get(linear.device.type, BLOCK["cuda"]) // linear.shape[-1])
     total = torch.zeros(len(factors), dtype=torch.float64, device=linear.device)
-    for start in range(0, len(linear), step):
-        block = slice(start, start + step)
+    for block in blocks(linear):
         leaf = linear[block].detach().requires_grad_()
         teacher = None if chunk.teacher is None else chunk.teacher[block]
         sums = terms.sums(soft_cap(leaf, chunk.cap), teacher, chunk.labels[block])

@@ -274,13 +274,12 @@ def inputs(session: Session) -> dict[str, Any]:
         "own_classes": recipe.teacher.fit is not None,
         "seed": recipe.seed,
         **({"routes": source_names(rows)} if recipe.routes else {}),
-        **{f"read_by.{key}": _reader(each) for key, each in session.folders_beside.items()},
+        **{
+            # By these other models decide how rows are packed and padded.
+            f"read_by.{key}": [read_object(folder / "config.json").get(name) for name in ("model_type", "pad_token_id")]
+            for key, folder in session.folders_beside.items()
+        },
     }
-
-
-def _reader(folder: Path) -> list[Any]:
-    """Select from a config what decides how rows are packed and padded."""
-    return [read_object(folder / "config.json").get(name) for name in ("model_type", "pad_token_id")]
 
 
 def _code_fingerprint(session: Session) -> str:

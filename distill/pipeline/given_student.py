@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,13 +21,14 @@ from distill.pipeline.train import maps_of, save_model
 from distill.release.formats import format_of
 from distill.student.given import describe_student
 
+KEY = "student.from"
 TRIED = 2
 """Training examples on which every term of the loss is tried."""
 
 
 def plan_given(session: Session) -> StudentPlan:
     """Describe the student, and say what its layers are compared with."""
-    teacher, student = (hollow_model(each, session.remote_code) for each in (session.teacher, session.student_source))
+    teacher, student = (hollow_model(each, session.remote_code) for each in (session.teacher, session.folder_of(KEY)))
     plan = describe_student(teacher, student, _released_plan(session))
     assert plan.given is not None, "it is described as given"
     name, families = session.recipe.student.from_, f"a {plan.given.model_type} of {len(plan.layers)} layers"
@@ -44,7 +44,7 @@ def plan_given(session: Session) -> StudentPlan:
 
 def _released_plan(session: Session) -> StudentPlan | None:
     """Read the plan of an earlier run beside the student; None where there is none of ours."""
-    path = session.student_source / "plan.json"
+    path = session.folder_of(KEY) / "plan.json"
     if not path.is_file():
         return None
     try:
@@ -56,10 +56,11 @@ def _released_plan(session: Session) -> StudentPlan | None:
 
 def build_given(session: Session) -> None:
     """Copy the student into the run folder, with the task's head, once every term of the loss can be computed."""
-    names, classes = trained_labels(session.student_source), session.corpus.classes
+    source = session.folder_of(KEY)
+    names, classes = trained_labels(source), session.corpus.classes
     if len(names) == len(classes) and not all(map(NAMELESS.fullmatch, names)):
-        check_same_classes(names, classes, "student.from", "the run")
-    student, teacher = session.load_to_fit(session.student_source), session.load(session.teacher)
+        check_same_classes(names, classes, KEY, "the run")
+    student, teacher = session.load_to_fit(source), session.load(session.teacher)
     for each in (teacher, student) if session.kind.causal else ():
         check_causal(each)
     try_terms(session, student, teacher)
@@ -78,13 +79,12 @@ def try_terms(session: Session, student: Any, teacher: Any) -> None:
     for each in (student, teacher) if objective.student.attention else ():
         use_eager_attention(each)
     batch = session.first_examples(TRIED)
-    sides = [partial(forward, student, batch, objective.student), partial(forward, teacher, batch, objective.teacher)]
     if "token_type_ids" in batch and takes_token_types(teacher) and not takes_token_types(student):
         session.say(
             f"  a {student.config.model_type} knows no token types: of a pair it is not told which text is which"
         )
     if objective.needs_teacher:
-        own, taught = (side() for side in sides)
+        own, taught = forward(student, batch, objective.student), forward(teacher, batch, objective.teacher)
         objective(own, taught, batch, objective.counts([batch]))
 
 
@@ -92,7 +92,7 @@ def given_inputs(session: Session) -> dict[str, Any]:
     """List what the plan and the copy of a given student are made from."""
     return {
         "teacher": folder_fingerprint(session.teacher),
-        "student": folder_fingerprint(session.student_source),  # its plan.json included
+        "student": folder_fingerprint(session.folder_of(KEY)),  # its plan.json included
         "losses": [term.model_dump(mode="json") for term in session.recipe.losses],
         "data": session.corpus.fingerprint,
         "seed": session.recipe.seed,

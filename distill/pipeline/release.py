@@ -141,17 +141,11 @@ def tabulate_disagreements(session: Session) -> Table:
     return Table(EMPTY.head, rows, text_columns=4)
 
 
-def read_stages(session: Session) -> list[dict[str, Any]]:
-    """Read how long each finished stage before this one took, and how much memory, in their order."""
-    stamps = {name: session.folder.stamp(name) for name in STAGES}
-    found = {name: read_written(stamp, Stamp) for name, stamp in stamps.items() if stamp.is_file()}
-    return [{"stage": name, **{key: own[key] for key in ("seconds", "peak_bytes")}} for name, own in found.items()]
-
-
 def collect_evidence(session: Session, release_format: Format = "uniform") -> Evidence:
     """Read the results of a finished run that card, report and the printed tables show."""
     recipe, spec, run = session.recipe, session.recipe.teacher, session.folder
     plan, given = StudentPlan.load(run.plan), recipe.student.given
+    stamps = {name: read_written(run.stamp(name), Stamp) for name in STAGES if run.stamp(name).is_file()}
     return Evidence(
         recipe=recipe,
         recipe_text=releasable_recipe(recipe),
@@ -169,7 +163,9 @@ def collect_evidence(session: Session, release_format: Format = "uniform") -> Ev
             "processes": process_state().num_processes,
             **({"loaded with transformers too": oldest_version()} if session.oldest else {}),
         },
-        stages=read_stages(session),
+        stages=[
+            {"stage": name, **{key: own[key] for key in ("seconds", "peak_bytes")}} for name, own in stamps.items()
+        ],
         fit=read_records(run.fit / METRICS) if spec.fit else [],
         auto_class=session.task.auto_class,
         release_format=release_format,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -116,15 +117,7 @@ class HeldOutLoss:
 
 
 def _record(step: RepairStep) -> dict[str, Any]:
-    layers = [
-        {
-            "student_layer": layer.student_layer,
-            "teacher_layer": layer.teacher_layer,
-            "mse_before": layer.before,
-            "mse_after": layer.after,
-        }
-        for layer in step.layers
-    ]
+    layers = [asdict(layer) for layer in step.layers]
     return {"name": step.name, "layers": layers, "notes": step.notes, "error_left": step.left}
 
 

@@ -65,11 +65,6 @@ class Session:
         """Local folder of the teacher as the recipe names it."""
         return self.folder_of(next(iter(self.recipe.models)))
 
-    @cached_property
-    def student_source(self) -> Path:
-        """Local folder of a student that is given."""
-        return self.folder_of("student.from")
-
     @property
     def folders_beside(self) -> dict[str, Path]:
         """Folders of the models beside the first teacher, which read what its tokenizer writes, by their keys."""
@@ -180,8 +175,12 @@ class Session:
         for seed in range(recipe.seed + 1, recipe.seed + recipe.evaluation.seeds):
             changed = {"seed": seed, "evaluation": recipe.evaluation.model_copy(update=own)}
             child = recipe.model_copy(update=changed)
-            found.append(replace(self, recipe=child, folder=self.folder.child(seed), say=partial(_say_of, self, seed)))
+            say = partial(self._say_of_seed, seed)
+            found.append(replace(self, recipe=child, folder=self.folder.child(seed), say=say))
         return found
+
+    def _say_of_seed(self, seed: int, line: str) -> None:
+        self.say(f"seed {seed}: {line.strip()}")
 
     def arm_start(self, arm: str) -> Path:
         """Return the folder of the model that an arm starts from."""
@@ -289,10 +288,6 @@ class Session:
         """Return the same for stages that are taught: what one limit of fp8 let pass is judged anew by another."""
         spec = self.recipe.teacher
         return self.teacher_inputs() | ({"fp8_max_kl": spec.fp8_max_kl} if spec.dtype == "fp8" else {})
-
-
-def _say_of(session: Session, seed: int, line: str) -> None:
-    session.say(f"seed {seed}: {line.strip()}")
 
 
 def in_precision(precision: str) -> dict[str, str]:

@@ -89,7 +89,7 @@ def hollow_works(session: Session) -> list[Work]:
     if recipe.student.given is None:
         plan = plan_student(meta, countable(recipe.student))
     else:
-        plan = describe_student(meta, hollow(session, session.student_source, head))
+        plan = describe_student(meta, hollow(session, session.folder_of("student.from"), head))
     models = Models(session, session.source, head, task.head, plan)
     makers: list[tuple[Callable[[Batch], Rehearsal], Training, list[dict[str, Any]]]] = []
     if recipe.teacher.fit is not None:
@@ -179,7 +179,7 @@ class Models:
     def student(self) -> Any:
         """Make the student as it is trained."""
         if self.plan.given is not None:
-            return hollow(self.session, self.session.student_source, self.head).float()
+            return hollow(self.session, self.session.folder_of("student.from"), self.head).float()
         with torch.device("meta"):
             return build_student(self.whole(), self.plan).float()
 

@@ -80,7 +80,7 @@ def test_a_refit_is_better_on_the_sample_and_leaves_the_teacher_alone(family):
     plan, student = cut(teacher)
     (step,) = repaired(teacher, plan, student, refit=True)
     assert step.name == "refit" and [layer.teacher_layer for layer in step.layers] == [0, 2]
-    assert all(layer.after < layer.before for layer in step.layers) and 0 <= step.left < 1
+    assert all(layer.mse_after < layer.mse_before for layer in step.layers) and 0 <= step.left < 1
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
 
 
@@ -98,8 +98,8 @@ def test_the_reported_errors_are_those_of_the_weights(family):
         target = x @ full.weight_out.double().T
         shift = 0 if bias is None else own.bias_out - bias
         after = x[:, kept] @ own.weight_out.double().T + shift
-        assert layer.before == pytest.approx(float((target - x[:, kept] @ weight.double().T).square().mean()))
-        assert layer.after == pytest.approx(float((target - after).square().mean()))
+        assert layer.mse_before == pytest.approx(float((target - x[:, kept] @ weight.double().T).square().mean()))
+        assert layer.mse_after == pytest.approx(float((target - after).square().mean()))
         if bias is not None:
             assert (target - after).mean(dim=0).abs().max() < 1e-6
 
@@ -152,14 +152,14 @@ def test_the_bias_takes_up_the_mean_of_what_was_removed(family):
         removed = [i for i in range(WIDTH) if i not in kept]
         expected = full.bias_out + full.weight_out[:, removed] @ x[:, removed].mean(dim=0).float()
         torch.testing.assert_close(own.bias_out, expected, rtol=1e-5, atol=1e-6)
-        assert layer.after < layer.before
+        assert layer.mse_after < layer.mse_before
 
 
 def test_a_refit_after_the_bias_ends_where_the_refit_alone_ends():
     teacher = model_of("gpt2")
     plan, student = cut(teacher)
     bias, refit = repaired(teacher, plan, student, bias=True, refit=True)
-    assert [layer.after for layer in bias.layers] == [layer.before for layer in refit.layers]
+    assert [layer.mse_after for layer in bias.layers] == [layer.mse_before for layer in refit.layers]
     other = build_student(teacher, plan)
     repaired(teacher, plan, other, refit=True)
     for own, alone in zip(student.parameters(), other.parameters(), strict=True):
@@ -173,7 +173,7 @@ def test_a_merged_layer_comes_as_close_to_the_dropped_ones_as_it_says(family, wi
     plan, student = cut(teacher, (0, 3), width)
     (step,) = repaired(teacher, plan, student, merge=True)
     (layer,) = step.layers
-    assert (layer.student_layer, layer.teacher_layer) == (0, 0) and layer.after < layer.before
+    assert (layer.student_layer, layer.teacher_layer) == (0, 0) and layer.mse_after < layer.mse_before
     wanted, got = [], []
     for batch in BATCHES:  # the student's layer 0 gets the teacher's input, and must give the output of layer 2
         real = batch["attention_mask"].bool()
@@ -185,7 +185,7 @@ def test_a_merged_layer_comes_as_close_to_the_dropped_ones_as_it_says(family, wi
         got.append(seen.hidden[0][real])
     scale = getattr(teacher.config, "residual_multiplier", 1.0)
     error = float((torch.cat(wanted) - torch.cat(got)).double().square().mean()) / scale**2
-    assert layer.after == pytest.approx(error, rel=1e-3)
+    assert layer.mse_after == pytest.approx(error, rel=1e-3)
 
 
 def test_the_map_is_that_of_replaceme():
@@ -242,7 +242,9 @@ def test_neither_batching_nor_padding_nor_memory_changes_the_result(family):
     other = build_student(teacher, plan)
     steps = list(repair_student(teacher, other, plan, single[::-1], Repair(refit=True, merge=True), most=1))
     for one, two in zip(together, steps, strict=True):
-        assert [layer.after for layer in one.layers] == pytest.approx([layer.after for layer in two.layers], rel=1e-4)
+        assert [layer.mse_after for layer in one.layers] == pytest.approx(
+            [layer.mse_after for layer in two.layers], rel=1e-4
+        )
     for own, alone in zip(student.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(own, alone, rtol=1e-3, atol=1e-4)
 
@@ -273,7 +275,7 @@ def test_half_precision_students_are_not_made_worse_by_rounding():
     plan, student = cut(teacher)
     (step,) = repaired(teacher, plan, student, refit=True, ridge=0)
     assert student.dtype == torch.bfloat16
-    assert all(layer.after <= layer.before for layer in step.layers)
+    assert all(layer.mse_after <= layer.mse_before for layer in step.layers)
 
 
 @pytest.mark.parametrize(

@@ -25,9 +25,9 @@ class LayerError:
 
     student_layer: int
     teacher_layer: int
-    before: float
+    mse_before: float
     """Per value of the output, before the step."""
-    after: float
+    mse_after: float
     """After it."""
 
 

@@ -32,8 +32,8 @@ class RepairStep:
     @property
     def left(self) -> float | None:
         """Squared error after the step as a share of that before it; None where there was none."""
-        before = sum(layer.before for layer in self.layers)
-        return sum(layer.after for layer in self.layers) / before if before else None
+        before = sum(layer.mse_before for layer in self.layers)
+        return sum(layer.mse_after for layer in self.layers) / before if before else None
 
 
 def check_repair(model: Any, spec: Repair) -> None:
