@@ -94,7 +94,7 @@ def schema() -> None:
 
 
 class Flags(NamedTuple):
-    """What a user may allow or ask for on the command line alone."""
+    """Permissions and checks that only the command line gives."""
 
     remote_code: bool
     continue_changed: bool

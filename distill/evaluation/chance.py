@@ -1,4 +1,4 @@
-"""What can be said without a model: the most frequent answer, and the figures that a teacher must beat."""
+"""Baselines without a model: the most frequent answer, and the figures that a teacher must beat."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def weakness(metrics: Mapping[str, float], counts: Tensor, classes: int) -> str:
 
 
 def most_frequent(batches: Iterable[Batch], head: str, classes: int) -> Callable[[Batch], Outputs]:
-    """Make what answers every batch alike, from the labels of others.
+    """Build a constant predictor from the label frequencies of other examples.
 
     It says how frequent each class, tag or token is, with one added to each count, so that none is impossible; of sets
     of classes how frequent each one is; of numbers the mean. So its loss is that of knowing these frequencies, and what

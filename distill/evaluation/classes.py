@@ -18,7 +18,7 @@ NONE = "(none)"
 
 @dataclass(frozen=True)
 class Decisions:
-    """What was true and what was predicted, one entry per decision; an example may have any number of them."""
+    """True and predicted classes, one entry per decision; an example may have any number of them."""
 
     classes: Sequence[str]
     owner: Column

@@ -37,7 +37,7 @@ Interval = dict[str, Any]
 
 
 class Units:
-    """What is drawn: rows, or the documents that several rows belong to, with all of these."""
+    """The units of the bootstrap: rows, or the documents that several rows belong to, with all of these."""
 
     def __init__(self, ids: Column):
         self.order = np.argsort(ids, kind="stable")

@@ -101,7 +101,7 @@ class Objective:
                 self.projections[projection_name(term.match.capture, pair)] = linear
 
     def notices(self) -> list[str]:
-        """Take out what people should know about the way in which the loss is computed, each said once."""
+        """Return, and clear, the notices about how the loss is computed; each comes once."""
         notices, self._slopes.notices = self._slopes.notices, []
         return notices
 

@@ -140,7 +140,7 @@ class Filling:
             )
 
     def fill(self) -> None:
-        """Make what is missing: this rank's shards, then those that others have not come to.
+        """Write the missing shards: this rank's own first, then those that no other process is writing.
 
         The main rank looks whether the files that are there are whole, as it can say it, and others at their own.
         """

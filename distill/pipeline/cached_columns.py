@@ -1,4 +1,4 @@
-"""What a cached teacher keeps for a loss, at which positions, and the teacher that is read from it."""
+"""Columns of a cached teacher: the outputs that a loss needs, at which positions, and the teacher that reads them."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def folder_of(session: Session) -> ShardFolder:
 
 
 def lost_parts(session: Session) -> str:
-    """Name what is gone of a cache since the stage has filled it: it may be deleted at any time."""
+    """Name files that are missing from a cache since the stage filled it; users may delete it at any time."""
     facts, folder = read_written(session.folder.cached, Cached), folder_of(session)
     wanted = [ENTRIES, *facts["files"]]
     have = {name for group in ("", *{name.rpartition("/")[0] for name in wanted}) for name in folder.names(group)}
@@ -120,7 +120,7 @@ def _real_rows(batch: Batch) -> Tensor:
 
 
 def as_kept(outputs: Outputs, spec: TeacherCache) -> Outputs:
-    """Bring a teacher's outputs to the form in which a cache gives them; the likeliest tokens are made up."""
+    """Convert a teacher's outputs to the form that a cache returns; top-k tokens are placeholders."""
     dtype = DTYPES[spec.dtype]
     states = {
         name: {layer: value.to(dtype, copy=True) for layer, value in getattr(outputs, name).items()}

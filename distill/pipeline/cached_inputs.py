@@ -31,7 +31,7 @@ LEAST, MOST, SHARDS, MOST_SHARDS = 512, 2**15, 64, 2**13
 
 @dataclass(frozen=True)
 class Seen:
-    """What a training sees, each as (step, example)."""
+    """The examples that a training reads, as (step, example) pairs."""
 
     pairs: np.ndarray
     """int64 [n, 2]; the step is 0 where it does not matter."""
@@ -93,7 +93,7 @@ class Entries:
 
 
 def find_entries(session: Session, columns: Sequence[Column], every: int = 1) -> Entries:
-    """Make the keys of what the training will see, each input once; of every n-th example, if `every` is n."""
+    """Hash the inputs that a training will read, each distinct one once; `every` n: of each n-th example only."""
     pairs, kind = inputs_of_training(session).pairs[::every], session.corpus.head
     found: dict[bytes, np.ndarray] = {}
     positions = dict.fromkeys((column.name for column in columns), 0)

@@ -1,4 +1,4 @@
-"""What the models of one run must share: the tokens of every text, and the order of the classes."""
+"""Check that the models of one run tokenise every text alike and have their classes in the same order."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ def describe_data(session: Session) -> dict[str, Any]:
 
 
 def unit_of(session: Session) -> str:
-    """Name what one row of the predictions is."""
+    """Name the unit of one row of predictions."""
     return "rows of documents" if session.task.packed else "examples"
 
 

@@ -72,7 +72,7 @@ class RunDir:
         self.parent = root if parent is None else parent
 
     def child(self, seed: int) -> RunDir:
-        """Return the folder of the run that repeats with another seed what depends on it."""
+        """Return the run folder of another seed, which shares the results that no seed changes."""
         return RunDir(self.root / "seeds" / str(seed), self.root)
 
     def control(self, arm: str) -> Path:

@@ -1,4 +1,4 @@
-"""Put together what lets a student write answers of its own: prompts of the task, and what ends an answer."""
+"""Build the on-policy writer of a training: the task's prompts, and the tokens that end an answer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LOOK = 200
 
 
 def on_policy_for(session: Session, spec: Training, model: Any) -> OnPolicy | None:
-    """Make what lets a model write answers in its training; None where the recipe asks for none."""
+    """Build the on-policy writer of a training; None without `training.on_policy`."""
     if (own := spec.on_policy) is None:
         return None
     task, writing = session.bound_task, writing_for(session, own, model)

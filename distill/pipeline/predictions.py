@@ -124,7 +124,7 @@ def load_arm(session: Session, arm: str, teacher: LiveTeacher | Mixture, steps: 
 
 
 def majority(session: Session) -> Ask:
-    """Make what answers every example with the most frequent label of the training examples."""
+    """Build a constant predictor of the most frequent label of the training examples."""
     corpus, size = session.corpus, session.recipe.evaluation.batch_size
     pool = corpus.labelled
     step = -(-len(pool) // COUNTED)

@@ -96,7 +96,7 @@ class Rehearsal:
         return make_hollow(self.build), None if self.teacher is None else make_hollow(self.teacher)
 
     def freeze(self, student: Any) -> None:
-        """Hold a model as the training does, and choose what learns of it: parameters, or adapters."""
+        """Set the dtype of the weights, and freeze parameters or add adapters, as the training does."""
         if self.spec.weights == "bf16":
             student.to(torch.bfloat16)
         if self.spec.lora is None:
@@ -122,7 +122,7 @@ class Rehearsal:
         return DistillModel(student, objective).train()
 
     def average(self, wrapper: DistillModel) -> Ema | None:
-        """Make the moving average of what learns, of fp32 weights; None where the training has none."""
+        """Build the EMA of the trainable weights, in fp32; None where the training has none."""
         return None if self.spec.ema is None else Ema(wrapper, self.spec.ema, lambda weight: weight.detach().float())
 
 
@@ -133,12 +133,12 @@ def make_hollow(make: Callable[[], Any]) -> Any:
 
 
 def autocast(spec: Optimization, device: torch.device) -> torch.autocast:
-    """Make the context in which a training computes in its precision, as Accelerate does."""
+    """Return the autocast context of a training, as Accelerate sets it up."""
     return torch.autocast(device.type, DTYPES[spec.precision], enabled=spec.precision != "fp32")
 
 
 def rehearse_memory(training: Rehearsal, device: torch.device) -> Peak:
-    """Find the most memory that a step takes on one device, and what it is made of; nothing is computed.
+    """Trace the peak memory of one step on one device, by part; nothing is computed.
 
     Parts: `weights`, `gradients`, `optimizer`, `average`, `teacher`, `activations` (with what passes take for a while),
     `loss` (logits and gradients of a vocabulary head).
@@ -197,7 +197,7 @@ def _saved_by_eight_bits(model: Any, dtype: str) -> int:
 def _trace_step(
     training: Rehearsal, wrapper: DistillModel, teacher: Any | None, scored: bool, trace: MemoryTrace
 ) -> dict[str, int]:
-    """Take a step; returns what is there before the loss.
+    """Run one step on fake tensors; returns the bytes of each part before the loss.
 
     Args:
         training: The training.

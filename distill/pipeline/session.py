@@ -190,7 +190,7 @@ class Session:
         return {**folders, "own": run.start(arm)}[ARMS[arm].start]
 
     def arm_plan(self, arm: str) -> Path:
-        """Return the plan by which the layers of an arm are those of the teacher."""
+        """Return the plan file that maps an arm's layers to the teacher's."""
         return self.folder.control(arm) / "plan.json" if arm == "random_cut" else self.folder.plan
 
     def arm_folder(self, arm: str) -> Path:
@@ -258,7 +258,7 @@ class Session:
         return CPU if shards_weights() else device
 
     def precision_of(self, spec: Teacher) -> str:
-        """Return the precision in which fp32 weights of a teacher are multiplied: its own dtype, or as in training."""
+        """Return the autocast precision of a teacher: fp32 where it has a dtype of its own, else the training's."""
         return "fp32" if spec.dtype in DTYPES else self.recipe.training.precision
 
     def shares(self) -> tuple[int, int] | None:
@@ -285,7 +285,7 @@ class Session:
         return {**own[0], "others": own[1:], "shares": taught, **routes}
 
     def teaching_inputs(self) -> dict[str, Any]:
-        """Return the same for stages that are taught: what one limit of fp8 let pass is judged anew by another."""
+        """Return `teacher_inputs` with the limit of fp8, by which a quantised teacher is accepted or refused."""
         spec = self.recipe.teacher
         return self.teacher_inputs() | ({"fp8_max_kl": spec.fp8_max_kl} if spec.dtype == "fp8" else {})
 

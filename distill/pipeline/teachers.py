@@ -1,4 +1,4 @@
-"""What teaches a run: its only teacher, or the mixture of several; in 8 bits where that hardly changes it."""
+"""Load the teacher of a run, or the mixture of several; in fp8 where that hardly changes its predictions."""
 
 from __future__ import annotations
 

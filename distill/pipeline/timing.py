@@ -149,7 +149,7 @@ def _both_ways(training: Rehearsal, model: Any, batch: Batch, device: torch.devi
 
 
 def _outputs(model: Any, batch: Batch, capture: Capture, *, learns: bool) -> Outputs:
-    """Make what the objective reads of one side: that of the first layer stands for all layers."""
+    """Build the outputs of one model that the objective reads; those of its first layer stand in for all layers."""
     layers = [each.name for each in fields(capture) if each.name != "stop_at_head" and getattr(capture, each.name)]
     first = Capture(**{name: (0,) for name in layers}, stop_at_head=capture.stop_at_head)
     with torch.no_grad():

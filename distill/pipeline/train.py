@@ -93,7 +93,7 @@ def objective_of(session: Session, arm: str) -> Objective:
 
 
 def maps_of(plan: StudentPlan) -> tuple[Maps, Maps | None]:
-    """Make what turns a term's `map` into layer pairs: of the only or second stack, and of an encoder before it."""
+    """Return functions from a term's `map` to layer pairs: of the main stack, and of an encoder or None."""
     main = partial(layer_map, plan=plan, student_layers=len(plan.layers), teacher_layers=plan.teacher_layers)
     if plan.encoder_layers is None or plan.teacher_encoder_layers is None:
         return main, None
@@ -123,7 +123,7 @@ def train_model(session: Session, job: Job, model: Any, objective: Objective, te
 
 
 def fit_of(recipe: Recipe) -> Training:
-    """Return the settings of the teacher's own training, which a recipe with `teacher.fit` has."""
+    """Return the settings of the teacher's own training, `teacher.fit`."""
     assert recipe.teacher.fit is not None, "nothing is fitted without `teacher.fit`"
     return Training(**recipe.teacher.fit.model_dump(exclude_unset=True))
 

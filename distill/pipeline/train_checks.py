@@ -1,4 +1,4 @@
-"""What the stages `train` and `control` look at before hours are spent: names, devices, labels."""
+"""Checks of the stages `train` and `control` before hours are spent: names, devices, labels."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ def hollow_works(session: Session) -> list[Work]:
 
 
 def countable(spec: Student) -> Student:
-    """Return a student of the same size that needs no calibration: which layers and neurons are kept is left open.
+    """Return a `student` section of the same size that can be planned without calibration.
 
     Raises:
         InputError: Its size has to be measured.

@@ -1,4 +1,4 @@
-"""What the control arms of an evaluation do otherwise than the training of the student."""
+"""Settings of control arms that differ from those of the student's training."""
 
 from __future__ import annotations
 

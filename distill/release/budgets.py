@@ -1,4 +1,4 @@
-"""What card, report and terminal say of the arms that were trained: their budgets, and their figures over seeds."""
+"""Tables and lines about the trained arms: their budgets of training, and their metrics over seeds."""
 
 from __future__ import annotations
 
