@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill.losses import LOGITS, Objective, TopK
-from distill.losses.chunked import BLOCK
+from distill.losses.slopes import BLOCK
 from distill.models.forward import Outputs
 from distill.models.head import OutputHead
 from distill.recipe.schema import Term
