@@ -25,14 +25,14 @@ from distill.pipeline.predictions import load_arm, measure, predict_arms, predic
 from distill.pipeline.session import Session, in_precision
 from distill.pipeline.stage import Stage, harness_folder, settings_of
 from distill.pipeline.teachers import describe_teachers, load_teaching
-from distill.pipeline.train import steps_of
+from distill.pipeline.train import mask_settings, steps_of
 from distill.ranks import process_state
 from distill.recipe.data import SET, SPLITS
 from distill.recipe.names import TEACHER_METRICS
 from distill.recipe.schema import Source
 from distill.registry import find
 from distill.release.export import without_folders
-from distill.student.masks import mask_settings, sparsity_table
+from distill.student.masks.sparsity import tabulate_sparsity
 from distill.teacher import LiveTeacher, Mixture
 
 COMPARED = 128
@@ -77,7 +77,7 @@ def work(session: Session) -> None:
         "lessons": lessons(recipe),
         "not_run": not_run(recipe),
         "efficiency": compare_speed(session, teacher.model, student) if recipe.evaluation.efficiency else None,
-        "sparsity": sparsity_table(recipe, student),
+        "sparsity": tabulate_sparsity(student) if recipe.student.mask else None,
         "harness": run_tasks(session, teacher, steps),
     }
     write_json(session.folder.evaluation, table | compare_seeds(session, table))

@@ -20,8 +20,10 @@ from distill.evaluation.metrics import compute, measurable
 from distill.evaluation.predict import Ask, Rows, merge_rows, predict
 from distill.evaluation.recorded_teacher import HOST_BYTES, record_teacher
 from distill.files import write_json
+from distill.models.trainable import freeze
 from distill.pipeline.session import Session
-from distill.student.masks import mask_untrained
+from distill.recipe.schema import Recipe
+from distill.student.masks.masks import Masks
 from distill.teacher import LiveTeacher, Mixture
 
 COUNTED = 20_000
@@ -121,6 +123,13 @@ def load_arm(session: Session, arm: str, teacher: LiveTeacher | Mixture, steps: 
     if ARMS[arm].terms is None:
         mask_untrained(session.recipe, model, steps)
     return model
+
+
+def mask_untrained(recipe: Recipe, model: Any, steps: int) -> None:
+    """Mask a student as its training would before the first step: an arm that is not trained must be so, too."""
+    if recipe.student.mask is not None:
+        freeze(model, recipe.training.freeze, recipe.training.only)
+        Masks(model, recipe.student.mask, steps).after_step(0)
 
 
 def majority(session: Session) -> Ask:

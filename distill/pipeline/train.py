@@ -28,7 +28,8 @@ from distill.pipeline.stage import Stage, settings_of, with_version
 from distill.pipeline.train_checks import check, check_labels, is_taught
 from distill.ranks import process_state
 from distill.recipe.schema import Optimization, Recipe, Training
-from distill.student.masks import compact_trained, mask_settings, masks_for
+from distill.student.masks.compact import compact
+from distill.student.masks.masks import Masks
 from distill.teacher import CachedTeacher, LiveTeacher, Mixture
 from distill.training import Job, train
 from distill.training.clock import Utilisation
@@ -52,6 +53,7 @@ def train_arm(session: Session, arm: str, own: Mapping[str, Any], folder: Path) 
         folder: Gets the checkpoints and metrics.
     """
     recipe, objective, spec = session.recipe, objective_of(session, arm), spec_of(session, arm, own)
+    mask = recipe.student.mask
     assert spec.steps is not None, "spec_of gives a length in steps"
     model = session.load(session.arm_start(arm))
     teacher = find_teacher(session, terms_of(recipe, arm), objective)
@@ -66,12 +68,14 @@ def train_arm(session: Session, arm: str, own: Mapping[str, Any], folder: Path) 
         folder,
         recipe.seed,
         with_version(arm_inputs(session, arm, [own])),
-        constrain=partial(masks_for, recipe, steps=spec.steps),
+        constrain=None if mask is None else partial(Masks, spec=mask, steps=spec.steps),
         higher_is_better=higher_is_better(spec.keep_best) if spec.keep_best else True,
         continue_changed=session.continue_changed,
     )
     train_model(session, job, model, objective, teacher)
-    compact_trained(recipe, model, session.say)
+    if mask is not None and mask.compact:
+        gone = compact(model, uniform=mask.compact == "uniform", multiple_of=recipe.student.mlp.multiple_of)
+        session.say(f"  compact: {gone} neurons without effect are taken out")
     return model
 
 
@@ -217,6 +221,13 @@ def arm_inputs(session: Session, arm: str, tries: Sequence[Mapping[str, Any]]) -
     if recipe.teacher.cache is not None:
         taught_by["cache"] = recipe.teacher.cache.model_dump(mode="json", exclude={"layers"})
     return own | taught_by if is_taught(terms) else own
+
+
+def mask_settings(recipe: Recipe) -> dict[str, Any] | None:
+    """Select the keys of the recipe that decide which weights a training masks; None without a mask."""
+    mask = recipe.student.mask
+    # `multiple_of` says how far `compact` may go.
+    return {**mask.model_dump(mode="json"), "multiple_of": recipe.student.mlp.multiple_of} if mask else None
 
 
 STAGE = Stage(

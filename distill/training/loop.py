@@ -121,7 +121,7 @@ def train(
     ):
         batches = _in_sizes(batches, job.title, steps, say) if compiled.layers else batches
         step = Step(learner, teacher, job.seed, steps, state, job.folder / MICRO_BATCHES, compiled, say, on_policy)
-        run = _Run(job, learner, step, batches, evaluate, writer, state, steps, stop, tracker, watchdog, say)
+        run = _Run(job, learner, step, batches, evaluate, writer, stop, tracker, watchdog)
         run.run_steps()
     learner.finish()
     accelerator.free_memory()
@@ -165,16 +165,14 @@ class _Run:
     batches: TrainingBatches
     evaluate: Evaluate | None
     writer: CheckpointWriter
-    state: TrainState
-    steps: int
     stop: StopSignals
     tracker: Tracker
     watchdog: Watchdog
-    say: Callable[[str], None]
     improved: bool = False
     """True between an evaluation with the best metric so far and its save."""
 
     def __post_init__(self) -> None:
+        self.state, self.steps, self.say = self.step.state, self.step.steps, self.step.say
         if self.step.on_policy is not None:
             self.step.on_policy.sizes = self.batches.sizes
         device = self.learner.accelerator.device

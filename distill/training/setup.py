@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from distill.losses import Objective
     from distill.student.masks.masks import Masks
 
-Constrain = Callable[[Any], "Masks | None"]
+Constrain = Callable[[Any], "Masks"]
 """(student, frozen parameters set) -> the masks that hold after every step."""
 
 

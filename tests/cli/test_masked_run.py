@@ -21,9 +21,9 @@ from distill.evaluation.predict import predict
 from distill.models.forward import Capture
 from distill.models.mlp import mlps_of
 from distill.pipeline.folder import RunDir
+from distill.pipeline.predictions import mask_untrained
 from distill.pipeline.session import Session
 from distill.recipe import load_recipe
-from distill.student.masks import mask_untrained
 from distill.teacher import LiveTeacher
 
 
