@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from distill.errors import InputError
 from distill.models.cost import random_ids
-from distill.models.forward import Capture, forward
+from distill.models.forward import logits_of, to_device
 
 TRIAL_LENGTH = 8
 ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-6}
@@ -33,7 +32,8 @@ def check_causal(model: Any) -> None:
     ids = random_ids(model.config.vocab_size, (1, TRIAL_LENGTH), model)
     other = ids.clone()
     other[:, -1] = ids[:, 0] if ids[0, 0] != ids[0, -1] else ids[:, 1]
-    first, second = (_logits(model, each.to(model.device)) for each in (ids, other))
+    batches = ({"input_ids": each, "attention_mask": torch.ones_like(ids)} for each in (ids, other))
+    first, second = (logits_of(model, to_device(batch, model.device)) for batch in batches)
     change = (first - second).abs().amax((0, 2))
     before, last = change[:-1].max().item(), change[-1].item()
     if before > ROUNDING.get(model.dtype, HALF_ROUNDING) * last:
@@ -42,9 +42,3 @@ def check_causal(model: Any) -> None:
             f"predict: another last token changes earlier logits by {before:.3g} and its own by {last:.3g}; name a "
             f"decoder"
         )
-
-
-def _logits(model: Any, ids: Tensor) -> Tensor:
-    logits = forward(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, Capture()).logits
-    assert logits is not None, "nothing is stopped at the head"
-    return logits.float()

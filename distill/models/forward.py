@@ -162,6 +162,13 @@ def forward(model: Any, batch: Batch, wanted: Capture) -> Outputs:
     return replace(found, last=hidden[0], head=head)
 
 
+def logits_of(model: Any, batch: Batch) -> Tensor:
+    """Run one forward pass for the logits alone, in fp32."""
+    logits = forward(model, batch, Capture()).logits
+    assert logits is not None, "nothing is stopped at the head"
+    return logits.float()
+
+
 def _logits(output: Any) -> Tensor:
     if "start_logits" in output:
         return torch.stack([output.start_logits, output.end_logits], 1)

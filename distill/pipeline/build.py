@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from distill.errors import InputError
 from distill.files import content_of
 from distill.models.family import layers_of, layout_of
-from distill.models.forward import MODEL_INPUTS, Batch, Capture, forward, with_decoder_inputs
+from distill.models.forward import MODEL_INPUTS, Batch, logits_of, with_decoder_inputs
 from distill.models.layout import StackName
 from distill.models.load import folder_fingerprint
 from distill.models.pattern import pattern_note
@@ -105,8 +104,8 @@ def _compare(teacher: Any, kept: dict[StackName, list[int]], batch: Batch, stude
     stacks = {side: layers_of(teacher, side) for side in kept}
     gone = [layer for side, layers in stacks.items() for index, layer in enumerate(layers) if index not in kept[side]]
     with skip_layers(gone):
-        given = _logits(teacher, batch)
-    own = _logits(build_student(teacher, exact_plan(teacher, kept)), batch)
+        given = logits_of(teacher, batch)
+    own = logits_of(build_student(teacher, exact_plan(teacher, kept)), batch)
     if torch.equal(given, own):
         return
     gap, largest = (given - own).abs().max().item(), given.abs().max().item()
@@ -116,12 +115,6 @@ def _compare(teacher: Any, kept: dict[StackName, list[int]], batch: Batch, stude
             f"data: they differ by up to {gap:.3g}, where the largest is {largest:.3g}; models of this kind cannot be "
             f"cut like this"
         )
-
-
-def _logits(model: Any, batch: Batch) -> Tensor:
-    logits = forward(model, batch, Capture()).logits
-    assert logits is not None, "nothing is stopped at the head"
-    return logits.float()
 
 
 def inputs(session: Session) -> dict[str, Any]:

@@ -82,9 +82,9 @@ def _predictions(spec: TeacherCache, kind: str) -> Column:
     if PREDICTION_KINDS[kind].vocabulary:
         where = partial(_predicted, kind)
         return Column("topk", where, k=spec.k) if spec.keep == "topk" else Column("last", where, spec.dtype)
-    if kind == "span":
-        return Column("logits", _real_tokens, form="ends")
-    return Column("logits", _real_tokens) if kind == "token" else Column("logits", _real_rows, form="row")
+    if kind in ("span", "token"):
+        return Column("logits", PREDICTION_KINDS[kind].tokens, form="ends" if kind == "span" else "positions")
+    return Column("logits", _real_rows, form="row")
 
 
 def keys_of(kind: str, batch: Batch) -> np.ndarray:
@@ -109,10 +109,6 @@ def _predicted(kind: str, batch: Batch) -> Tensor:
 def _mask(kind: str, name: Mask, batch: Batch) -> Tensor:
     mask: Tensor = getattr(PREDICTION_KINDS[kind], name)(batch)
     return mask
-
-
-def _real_tokens(batch: Batch) -> Tensor:
-    return batch["attention_mask"].bool()
 
 
 def _real_rows(batch: Batch) -> Tensor:

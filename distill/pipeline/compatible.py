@@ -9,7 +9,7 @@ from typing import Any
 
 from distill.data import Corpus
 from distill.errors import InputError
-from distill.models.load import ModelHead, load_config, load_tokenizer, trained_labels
+from distill.models.load import load_tokenizer, trained_labels
 from distill.pipeline.session import Session
 from distill.recipe.load import check_beside
 from distill.recipe.locate import teacher_folder, teacher_size
@@ -69,7 +69,7 @@ def _check_start(session: Session, key: str, folder: Path) -> None:
     """Refuse a decoder that begins with another token where the student writes: that begins with one for all."""
     if session.recipe.training.on_policy is None:
         return
-    configs = (load_config(each, ModelHead(""), session.remote_code) for each in (session.source, folder))
+    configs = map(session.config_of, (session.source, folder))
     start, own = (getattr(config, "decoder_start_token_id", None) for config in configs)
     if own != start:
         raise InputError(

@@ -30,7 +30,7 @@ from distill.errors import InputError
 from distill.evaluation.arms import searches
 from distill.files import cache_folder, fresh_folder, put_back, read_object, sha256_of
 from distill.models.family import tells_documents_apart
-from distill.models.load import ModelHead, load_config, tokenizer_fingerprint, trained_labels
+from distill.models.load import tokenizer_fingerprint, trained_labels
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage, with_version
 from distill.recipe.jsonrows import list_names
@@ -77,7 +77,7 @@ def _load_whole(session: Session, cache: Path) -> Corpus | None:
 def _prepare(session: Session, cache: Path) -> None:
     recipe = session.recipe
     folders = (session.source, *session.folders_beside.values())
-    readers = {folder: load_config(folder, ModelHead(""), session.remote_code) for folder in folders}
+    readers = {folder: session.config_of(folder) for folder in folders}
     config = readers[session.source]
 
     def own_order(settled: Settled) -> Settled:
@@ -100,6 +100,7 @@ def _prepare(session: Session, cache: Path) -> None:
         for source, own in readers.items():
             _check_padding(session, source, own)
         corpus = prepare(order, folder, report)
+        _check_token_types(session, config, corpus)
         _check_vocabulary(session, config, corpus)
         _check_ends(session, config, corpus)
     megabytes = sum(file.stat().st_size for file in cache.iterdir()) / 1e6
@@ -150,7 +151,7 @@ def _link(file: Path, target: Path) -> None:
 
 def _agree_with_teacher(session: Session, settled: Settled) -> Settled:
     """Take the classes in the order of a teacher that is already trained; refuse one trained for other labels."""
-    config = load_config(session.source, ModelHead(""), session.remote_code)
+    config = session.config_of(session.source)
     order, kind = trained_labels(session.source), config.problem_type
     numbers = config.label2id or {}
     if {*numbers} == {*order} and [numbers[name] for name in order] != [*range(len(order))]:
@@ -202,17 +203,13 @@ def _trained_order(settled: Settled, order: Sequence[str]) -> Settled:
 
 def _check_vocabulary(session: Session, config: Any, corpus: Corpus) -> None:
     """Refuse a tokenizer that writes tokens for which the teacher has no embedding."""
-    text, kind = config.get_text_config(), "token_type_ids"
+    text = config.get_text_config()
     known, written = getattr(text, "vocab_size", None), getattr(text, "decoder_vocab_size", None)
     highest = max(corpus.padding, *(split.highest() for split in corpus.splits.values()))
     if (target := session.task.target) != "input_ids":
         highest_written = max(split.highest(target) for split in corpus.splits.values())
         if highest_written >= (written or known or highest_written + 1):
             highest, known = highest_written, written or known
-    kinds = max((split.highest(kind) for split in corpus.splits.values() if kind in split.columns), default=0) + 1
-    if kinds > (getattr(text, "type_vocab_size", None) or kinds):
-        message = f"the tokenizer writes {kinds} {kind}, and config.json says type_vocab_size {text.type_vocab_size}"
-        raise InputError(f"{session.source}: {message}; give it a tokenizer that does not write them")
     if known is None or highest < known:
         return
     added = [session.tokenizer.convert_tokens_to_ids(token) for token in session.task.added_tokens]
@@ -225,6 +222,15 @@ def _check_vocabulary(session: Session, config: Any, corpus: Corpus) -> None:
     raise InputError(
         f"{session.source}: the tokenizer {what}, and the model has {known} embeddings; the two do not belong together"
     )
+
+
+def _check_token_types(session: Session, config: Any, corpus: Corpus) -> None:
+    """Refuse a tokenizer that writes more token types than the teacher has embeddings for."""
+    kind, known = "token_type_ids", getattr(config.get_text_config(), "type_vocab_size", None)
+    written = max((split.highest(kind) for split in corpus.splits.values() if kind in split.columns), default=0) + 1
+    if known and written > known:
+        message = f"the tokenizer writes {written} {kind}, and config.json says type_vocab_size {known}"
+        raise InputError(f"{session.source}: {message}; give it a tokenizer that does not write them")
 
 
 def _check_padding(session: Session, source: Path, config: Any) -> None:

@@ -14,7 +14,6 @@ from distill.evaluation.metrics import compute, measurable
 from distill.evaluation.predict import predict
 from distill.evaluation.table import finite_or_none
 from distill.models.forward import MODEL_INPUTS, Batch, Capture, forward, with_decoder_inputs
-from distill.models.load import ModelHead, load_config
 from distill.models.padding import UNPADDED
 from distill.pipeline.session import Session
 from distill.recipe.names import TEACHER_METRICS
@@ -32,8 +31,7 @@ LOGITS = 2**26
 def check_wanted(session: Session) -> None:
     """Refuse forms that models of the teacher's family cannot have, and missing packages, with an InputError."""
     if session.recipe.release.also:
-        config = load_config(session.source, ModelHead(""), session.remote_code)
-        check_forms(session.recipe.release.also, config, session.task.auto_class)
+        check_forms(session.recipe.release.also, session.config_of(session.source), session.task.auto_class)
 
 
 def probe_of(session: Session, model: Any) -> Batch:

@@ -24,6 +24,7 @@ from distill.models.load import (
     add_tokens,
     folder_fingerprint,
     grow_embeddings,
+    load_config,
     load_model,
     load_tokenizer,
     random_model,
@@ -207,6 +208,10 @@ class Session:
         """Load a model with the task's head and all its weights to a device; in 8 bits, where that is asked."""
         code, say = self.remote_code, self.say_once
         return load_model(folder, self.head, remote_code=code, device=device, int8=int8, say=say)
+
+    def config_of(self, folder: Path) -> Any:
+        """Load the config of a model folder, as it is there."""
+        return load_config(folder, ModelHead(""), self.remote_code)
 
     def load_to_fit(self, folder: Path, device: torch.device = CPU, *, random: bool = False) -> Any:
         """Load a model that is about to be fitted: its head, and embeddings of the task's tokens, are drawn if missing.
