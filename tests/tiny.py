@@ -190,7 +190,9 @@ def tiny_corpus(folder, *overrides, spec=None, seed=None, looks=False, packs=Fal
     import tempfile
     from pathlib import Path
 
-    from distill.data import TASKS, Order, prepare
+    from distill.data import TASKS
+    from distill.data.prepare import prepare
+    from distill.data.rows import Order
     from distill.models.load import load_tokenizer
     from distill.recipe import load_recipe
 

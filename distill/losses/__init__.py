@@ -22,12 +22,11 @@ no temperature², no weight. A loss for everybody is the same function with a ro
 from distill.losses.hidden import HIDDEN
 from distill.losses.kinds import PREDICTION_KINDS
 from distill.losses.logits import LOGITS
-from distill.losses.mapping import LayerMap, Policy, layer_map
+from distill.losses.mapping import LayerMap, layer_map
 from distill.losses.matches import MATCHES
 from distill.losses.objective import Objective, label_loss
 from distill.losses.relation import ATTENTION, RELATION
 from distill.losses.terms import Maps
-from distill.models.topk import TopK
 
 __all__ = [
     "ATTENTION",
@@ -39,8 +38,6 @@ __all__ = [
     "LayerMap",
     "Maps",
     "Objective",
-    "Policy",
-    "TopK",
     "label_loss",
     "layer_map",
 ]

@@ -16,7 +16,7 @@ from distill.pipeline import (
 )
 from distill.pipeline.folder import RunDir
 from distill.pipeline.session import Session
-from distill.pipeline.stage import Stage, local_inputs, run_stages
+from distill.pipeline.stage import local_inputs, run_stages
 
 STORY = (
     data.STAGE,
@@ -31,7 +31,7 @@ STORY = (
     evaluate.STAGE,
     release.STAGE,
 )
-VERBS: dict[str, tuple[Stage, ...]] = {
+VERBS = {
     verb: STORY[: STORY.index(last) + 1]
     for verb, last in {
         "plan": plan.STAGE,
@@ -45,4 +45,4 @@ VERBS: dict[str, tuple[Stage, ...]] = {
 }
 """Stages that each verb brings up to date; those that are unchanged are skipped."""
 
-__all__ = ["STORY", "VERBS", "RunDir", "Session", "Stage", "local_inputs", "run_stages"]
+__all__ = ["STORY", "VERBS", "RunDir", "Session", "local_inputs", "run_stages"]

@@ -13,7 +13,8 @@ from distill.models.causal import check_causal
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage
 from distill.ranks import process_state
-from distill.student import calibrate, check_student, wanted_statistics
+from distill.student import calibrate, check_student
+from distill.student.plan import wanted_statistics
 
 
 def work(session: Session) -> None:

@@ -19,9 +19,10 @@ from rich.progress import Progress
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 import distill.data
-from distill.data import Corpus, Order, load_corpus, prepare
+from distill.data import Corpus, load_corpus
 from distill.data.corpus import check_files
-from distill.data.prepare import Report
+from distill.data.prepare import Report, prepare
+from distill.data.rows import Order
 from distill.data.sources import source_fingerprint
 from distill.data.summary import describe
 from distill.data.tasks.classes import are_numbers

@@ -9,7 +9,8 @@ from distill.pipeline.compatible import check_members, check_vocabularies, probe
 from distill.pipeline.given_student import given_inputs, plan_given
 from distill.pipeline.session import Session
 from distill.pipeline.stage import Stage
-from distill.student import Statistics, check_strategies, plan_student
+from distill.student import Statistics, plan_student
+from distill.student.plan import check_strategies
 
 
 def work(session: Session) -> None:

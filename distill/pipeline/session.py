@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from distill.data import TASKS, Corpus, Task, collate, load_corpus
+from distill.data import TASKS, Corpus, collate, load_corpus
+from distill.data.tasks import Task
 from distill.errors import InputError
 from distill.evaluation.arms import ARMS, trained_arms
 from distill.losses import PREDICTION_KINDS

@@ -11,7 +11,8 @@ from distill.errors import InputError
 from distill.evaluation.arms import controls, measured_arms, terms_of
 from distill.evaluation.metrics import measurable
 from distill.evaluation.predict import column_names
-from distill.losses import MATCHES, PREDICTION_KINDS, LayerMap, Objective, Policy
+from distill.losses import MATCHES, PREDICTION_KINDS, LayerMap, Objective
+from distill.losses.mapping import Policy
 from distill.models.fp8 import fault_of
 from distill.models.load import hollow_model
 from distill.pipeline.session import Session

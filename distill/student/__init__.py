@@ -4,25 +4,19 @@ A score of one's own is a function `(layer: MlpLayer, statistics: Statistics | N
 the recipe as `score: package.module:function`. Its keyword-only parameters are what `params` may contain.
 """
 
-from distill.student.allocate import ALLOCATIONS
 from distill.student.build import build_student
-from distill.student.calibration.collect import StatisticsRequest, calibrate
+from distill.student.calibration.collect import calibrate
 from distill.student.calibration.statistics import Statistics
 from distill.student.layers import LAYER_POLICIES
-from distill.student.plan import check_strategies, check_student, plan_student, wanted_statistics
-from distill.student.scores import SCORES, MlpLayer
+from distill.student.plan import check_student, plan_student
+from distill.student.scores import MlpLayer
 
 __all__ = [
-    "ALLOCATIONS",
     "LAYER_POLICIES",
-    "SCORES",
     "MlpLayer",
     "Statistics",
-    "StatisticsRequest",
     "build_student",
     "calibrate",
-    "check_strategies",
     "check_student",
     "plan_student",
-    "wanted_statistics",
 ]

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from distill.data.batches import evaluation_batches
-from distill.losses import LOGITS, PREDICTION_KINDS, TopK
+from distill.losses import LOGITS, PREDICTION_KINDS
 from distill.losses.align import Positions
 from distill.losses.chunked import chunks
 from distill.models.forward import Batch, Capture, forward
+from distill.models.topk import TopK
 from distill.pipeline import RunDir, Session
 from distill.recipe import load_recipe
 from distill.teacher.topk import bytes_per_token, pack, unpack

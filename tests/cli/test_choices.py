@@ -34,8 +34,10 @@ from distill.recipe.controls import Control, Controls, Grid
 from distill.recipe.names import GENERATED_METRICS, BuiltInSource
 from distill.recipe.on_policy import OnPolicy
 from distill.recipe.schema import Recipe, Source
-from distill.student import ALLOCATIONS, LAYER_POLICIES, SCORES
+from distill.student import LAYER_POLICIES
+from distill.student.allocate import ALLOCATIONS
 from distill.student.masks.masks import MASK_SCORES
+from distill.student.scores import SCORES
 from distill.training.optim import OPTIMIZERS
 
 TABLES = {

@@ -10,7 +10,9 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from distill.data import TASKS, Corpus, Order, prepare
+from distill.data import TASKS, Corpus
+from distill.data.prepare import prepare
+from distill.data.rows import Order
 from distill.recipe.schema import AllData
 
 

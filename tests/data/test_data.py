@@ -20,10 +20,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import distill.data.rows as rows_module
-from distill.data import TASKS, Order, TrainingBatches, collate, evaluation_batches, load_corpus, prepare
+from distill.data import TASKS, TrainingBatches, collate, evaluation_batches, load_corpus
 from distill.data.batches import AHEAD, ahead, micro_batches, step_indices
 from distill.data.builtin import SOURCES, pydoc_topics, stdlib_docstrings
 from distill.data.packing import cut_documents, pack
+from distill.data.prepare import prepare
+from distill.data.rows import Order
 from distill.data.sources import source_fingerprint
 from distill.data.tasks.task import Ragged
 from distill.errors import InputError

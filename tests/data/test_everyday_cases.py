@@ -13,7 +13,9 @@ from tiny import tiny_corpus, tiny_project
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from distill.data import TASKS, Order, collate, prepare
+from distill.data import TASKS, collate
+from distill.data.prepare import prepare
+from distill.data.rows import Order
 from distill.data.summary import describe
 from distill.errors import InputError
 from distill.recipe.schema import Data

@@ -10,10 +10,11 @@ import torch
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distill.losses import LOGITS, Objective, TopK
+from distill.losses import LOGITS, Objective
 from distill.losses.slopes import BLOCK
 from distill.models.forward import Outputs
 from distill.models.head import OutputHead
+from distill.models.topk import TopK
 from distill.recipe.schema import Term
 
 B, L, V, D = 5, 7, 40, 6

@@ -15,12 +15,12 @@ from test_chunked import Largest
 from torch.nn import functional
 
 from distill.errors import InputError, RecipeError
-from distill.losses import LOGITS, Objective, TopK
+from distill.losses import LOGITS, Objective
 from distill.losses.precision import choose_precision, estimate_kl
 from distill.losses.slopes import CROSS_ENTROPY, Chunk, Fastest, NamedTerm, Terms, by_autograd
 from distill.models.forward import Outputs
 from distill.models.head import OutputHead
-from distill.models.topk import with_tail
+from distill.models.topk import TopK, with_tail
 from distill.recipe import load_recipe
 from distill.recipe.schema import Term
 

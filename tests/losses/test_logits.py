@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill.losses import HIDDEN, LOGITS, TopK
+from distill.losses import HIDDEN, LOGITS
 from distill.losses.align import align
+from distill.models.topk import TopK
 
 EVERY = LOGITS | HIDDEN
 WITH_OWN = [("jsd", "beta", 0.25), ("skew_forward_kl", "alpha", 0.25), ("skew_reverse_kl", "alpha", 0.25)]

@@ -18,7 +18,8 @@ from distill.models.family import layers_of, layout_of
 from distill.models.forward import Outputs, first_tensor, layer_input
 from distill.models.mlp import mlps_of
 from distill.recipe.schema import Layers
-from distill.student import Statistics, StatisticsRequest, calibrate
+from distill.student import Statistics, calibrate
+from distill.student.calibration.collect import StatisticsRequest
 from distill.student.calibration.sample import content_seed, draw_classes, examples, pad_right
 
 EVERYTHING = StatisticsRequest(gram=True, gradients=True)

@@ -14,9 +14,10 @@ from distill.errors import InputError
 from distill.models.family import layout_of
 from distill.models.mlp import mlps_of
 from distill.recipe.names import READS
-from distill.student import SCORES, Statistics, StatisticsRequest, calibrate
+from distill.student import Statistics, calibrate
+from distill.student.calibration.collect import StatisticsRequest
 from distill.student.calibration.column_sums import WIDENED_AT_ONCE, column_products, column_sums
-from distill.student.scores import MlpLayer, magnitude, output_change
+from distill.student.scores import SCORES, MlpLayer, magnitude, output_change
 
 DATA_SCORES = [name for name in SCORES if name not in ("magnitude", "random")]
 # Two neurons, D = 2: w_0 = (3, 4) of norm 5, w_1 = (0, 2) of norm 2.

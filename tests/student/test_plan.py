@@ -10,7 +10,9 @@ from distill.errors import InputError
 from distill.models.family import layout_of
 from distill.models.mlp import mlps_of
 from distill.recipe.schema import Student
-from distill.student import StatisticsRequest, build_student, calibrate, check_student, plan_student, wanted_statistics
+from distill.student import build_student, calibrate, check_student, plan_student
+from distill.student.calibration.collect import StatisticsRequest
+from distill.student.plan import wanted_statistics
 
 
 def spec(keep=1.0, layers=None, encoder=None, **mlp):

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill.errors import InputError
-from distill.losses import LOGITS, TopK
+from distill.losses import LOGITS
+from distill.models.topk import TopK
 from distill.teacher.topk import LOWEST, STEPS, bytes_per_token, pack, unpack
 
 VOCABULARIES = st.one_of(

@@ -21,7 +21,8 @@ from distill.models.head import OutputHead
 from distill.models.load import ModelHead, load_model, random_model
 from distill.ranks import process_state
 from distill.recipe.schema import Term
-from distill.student import StatisticsRequest, calibrate
+from distill.student import calibrate
+from distill.student.calibration.collect import StatisticsRequest
 from distill.training.model import DistillModel
 
 pytestmark = [

@@ -19,7 +19,9 @@ from running import MADE_FROM, published
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 
-from distill.data import TASKS, Order, TrainingBatches, prepare
+from distill.data import TASKS, TrainingBatches
+from distill.data.prepare import prepare
+from distill.data.rows import Order
 from distill.errors import InputError
 from distill.losses import LayerMap, Objective
 from distill.models.generate import Writing

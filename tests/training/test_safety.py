@@ -28,7 +28,8 @@ from distill.errors import RunError, Stopped
 from distill.losses import Objective
 from distill.models.forward import Outputs
 from distill.recipe.schema import Term, Training
-from distill.training import TrainState, checkpoint, read_records
+from distill.training import checkpoint, read_records
+from distill.training.checkpoint import TrainState
 from distill.training.compiled import CompiledLayers
 from distill.training.ema import Ema
 from distill.training.setup import make_accelerator, make_learner

@@ -20,8 +20,8 @@ from distill.errors import InputError, RunError
 from distill.losses import Objective
 from distill.models.trainable import freeze
 from distill.recipe.schema import Training
-from distill.training import TrainState, read_records, setup
-from distill.training.checkpoint import Checkpoints
+from distill.training import read_records, setup
+from distill.training.checkpoint import Checkpoints, TrainState
 from distill.training.model import DistillModel
 from distill.training.optim import in_steps, lr_factor, make_optimizer
 from distill.training.shards import read

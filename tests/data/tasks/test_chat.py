@@ -11,7 +11,9 @@ import pytest
 import torch
 from conversations import MARKED, PROMPTING_THOUGHTS, SYSTEM_LAST, TEMPLATES, THINKING, byte_tokenizer, encoded
 
-from distill.data import Order, collate, prepare
+from distill.data import collate
+from distill.data.prepare import prepare
+from distill.data.rows import Order
 from distill.data.tasks.chat import Chat, read_conversation
 from distill.data.tasks.conversations import read_messages
 from distill.data.tasks.task import Ragged

@@ -13,8 +13,10 @@ from datasets import Dataset
 from tiny import tiny_config, tiny_model, tiny_project
 from transformers import AutoModelForSequenceClassification
 
-from distill.data import TASKS, Order, prepare
+from distill.data import TASKS
 from distill.data.batches import collate
+from distill.data.prepare import prepare
+from distill.data.rows import Order
 from distill.data.summary import describe
 from distill.data.tasks.classification import head_of, read_label
 from distill.errors import InputError

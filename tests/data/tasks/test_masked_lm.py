@@ -9,7 +9,8 @@ from conversations import byte_tokenizer, encoded
 from language_models import ENCODERS, language_model
 from tokenizers import processors
 
-from distill.data import Corpus, Examples, TrainingBatches, evaluation_batches
+from distill.data import Corpus, TrainingBatches, evaluation_batches
+from distill.data.corpus import Examples
 from distill.data.prepare import _write_examples
 from distill.data.tasks.masked_lm import MaskedLM, mask
 from distill.data.tasks.task import Encoder, Ragged, Settled

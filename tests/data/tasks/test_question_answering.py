@@ -18,7 +18,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import PreTrainedTokenizerFast
 
 from distill.cli import main
-from distill.data import Order, TrainingBatches, evaluation_batches, observe_batch, prepare
+from distill.data import TrainingBatches, evaluation_batches, observe_batch
+from distill.data.prepare import prepare
+from distill.data.rows import Order
 from distill.data.tasks.question_answering import LONGEST_ANSWER, QuestionAnswering, best_spans, read_answers
 from distill.data.tasks.task import Settled
 from distill.errors import InputError

@@ -17,7 +17,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from distill.cli import main
-from distill.data import Order, prepare
+from distill.data.prepare import prepare
+from distill.data.rows import Order
 from distill.data.tasks.relation_extraction import RelationExtraction, find_none_class, mark, read_relation, read_span
 from distill.data.tasks.spans import SPLIT_WORD
 from distill.data.tasks.task import Encoder, Settled

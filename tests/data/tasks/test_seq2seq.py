@@ -13,7 +13,8 @@ from tiny import tiny_config, tiny_model
 from two_stacks import CHINESE, LETTERS, symbols_tokenizer, text_project, write_project
 
 from distill.cli import main
-from distill.data import Order, prepare
+from distill.data.prepare import prepare
+from distill.data.rows import Order
 from distill.data.tasks.seq2seq import Seq2Seq
 from distill.data.tasks.task import Encoder, Ragged, Settled
 from distill.errors import InputError

@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from distill.data import TASKS, Order, prepare
+from distill.data import TASKS
 from distill.data.batches import collate
+from distill.data.prepare import prepare
+from distill.data.rows import Order
 from distill.data.tasks.spans import SPLIT_WORD, splits_word
 from distill.data.tasks.token_classification import (
     TokenClassification,
