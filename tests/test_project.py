@@ -228,7 +228,7 @@ def test_the_recipe_in_the_readme_is_the_quickstart():
         lines = [re.sub(r"(^|\s+)#.*", "", line).rstrip() for line in text.splitlines()]
         return [line for line in lines if line]
 
-    (shown,) = blocks(README, "yaml")
+    shown, *_ = blocks(README, "yaml")
     assert settings(shown) == settings((ROOT / "recipes/quickstart/recipe.yaml").read_text(encoding="utf-8"))
 
 
