@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,37 @@ def conversations():
             messages.append({"role": "assistant", "content": f"says {SOUNDS[animal]} and looks {COLOURS[colour]}"})
         rows.append({"messages": messages})
     return rows
+
+
+def readme_recipe(number, folder):
+    """Write a recipe of the README in a folder."""
+    readme = (RECIPES.parent / "README.md").read_text(encoding="utf-8")
+    recipe = re.findall(r"^```yaml\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)[number]
+    (folder / "recipe.yaml").write_text(recipe)
+    return str(folder / "recipe.yaml")
+
+
+@pytest.mark.slow
+def test_the_readmes_recipe_for_a_classifier_of_ones_own_runs(tmp_path):
+    tiny_project(tmp_path)
+    (tmp_path / "teacher").rename(tmp_path / "our-bert")
+    rows = map(json.loads, (tmp_path / "data.jsonl").read_text().splitlines())
+    lines = [f"{row['label']},{row['text']}\n" for row in rows]
+    (tmp_path / "tickets.csv").write_text("".join(["queue,body\n", *lines]))
+    smaller = ["teacher.init=random", "teacher.fit={steps: 12, lr: 3e-3}", "student.layers.keep=2"]
+    smaller += ["student.mlp.multiple_of=8", "data.max_length=64", "evaluation.efficiency=false"]
+    assert main(["run", readme_recipe(1, tmp_path), *smaller, "--out", str(tmp_path / "run")]) == 0
+    assert json.loads((tmp_path / "run/release/config.json").read_text())["num_hidden_layers"] == 2
+
+
+@pytest.mark.slow
+def test_the_readmes_recipe_for_a_chat_model_of_ones_own_runs(tmp_path):
+    save_teacher(tmp_path / "our-chat-model", "llama", **CHAT)
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in conversations()))
+    smaller = ["teacher.init=random", "teacher.fit={steps: 20, lr: 3e-3}", "student.layers.keep=2"]
+    smaller += ["training.steps=4", "data.max_length=48", "evaluation.efficiency=false"]
+    assert main(["run", readme_recipe(2, tmp_path), *smaller, "--out", str(tmp_path / "run")]) == 0
+    assert json.loads((tmp_path / "run/release/config.json").read_text())["num_hidden_layers"] == 2
 
 
 @pytest.mark.slow
