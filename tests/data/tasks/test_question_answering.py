@@ -78,6 +78,7 @@ def test_answers_are_read_in_every_common_form(value, expected):
         ({"text": ["c"], "answer_start": [-3]}, "answer_start -3 says '', not the answer 'c'"),
         ({"text": ["x"], "answer_start": [2]}, "not the answer 'x', which is not in the context"),
         ("x", "the answer 'x' is not in the context; an empty list says that there is none"),
+        ("{'text': ['b']}", """the answer "{'text': ['b']}" is not in the context; a list or an object must be JSON"""),
         ({"text": ["c", "d"], "answer_start": [4]}, "has lists of different lengths, 2 of text and 1 of answer_start"),
         ({"text": ["c"], "answer_start": ["4"]}, "has an answer_start that is no whole number, '4'"),
         ({"text": [" "], "answer_start": [1]}, "has an answer without text"),
@@ -146,6 +147,25 @@ def test_what_happened_to_answers_is_counted(tmp_path):
     assert sorted(each["span"] for each in examples_of(corpus)) == [[-100, -100], [0, 0], [3, 3], [3, 34], [4, 4]]
     assert corpus.settled.may_lack_answers
     assert [int(each) for each in corpus.train.labelled].count(0) == 1
+
+
+def test_answers_that_tokens_do_not_give_and_several_are_counted(tmp_path):
+    def notes(answers, **settings):
+        rows = [{"question": "w", "context": "a bc d", "answers": answers}]
+        corpus = prepared(tmp_path, rows, make_tokenizer(["w", "a", "bc", "d", "b"]), **settings)
+        return corpus.summary["train"]["notes"], corpus
+
+    place = {"text": ["b"], "answer_start": [2]}
+    assert notes(place)[0] == {"answers that begin or end inside a token, never given exactly": 1}
+    assert notes({"text": ["bc d", "bc"], "answer_start": [2, 2]})[0] == {
+        "questions with several answers: the first is learned, and any is right": 1
+    }
+    assert notes({"text": [" bc"], "answer_start": [1]})[0] == {}
+
+
+def test_questions_of_which_none_has_an_answer_are_refused(tmp_path):
+    with pytest.raises(InputError, match="no question has an answer"):
+        prepared(tmp_path, [row(answers=[])], letters(), test=[row("b", [])])
 
 
 def test_an_answer_that_lies_across_all_windows_is_counted(tmp_path):
