@@ -113,4 +113,4 @@ def _describe_classes(summary: Mapping[str, Mapping[str, Any]]) -> Iterator[str]
         alike.setdefault(folded(each), []).append(each)
     for names in alike.values():
         if len(names) > 1:
-            yield f"  the classes {quote_names(names)} differ in nothing but case or spaces"
+            yield f"  the classes {quote_names(names)} differ in nothing but case, spaces or signs that look alike"

@@ -168,18 +168,23 @@ def check_parquet(path: Path) -> None:
         raise InputError(f"{path} is {'cut off' if start == PARQUET else 'not a parquet file'}")
 
 
-def _nested(row: Mapping[str, Any], wanted: dict[str, str]) -> str:
-    """Find the lists of objects in a row, each within the one before, as SQuAD's files have them; in jq's words."""
+def _nested(row: Mapping[str, Any], wanted: Collection[str]) -> str:
+    """Find the lists of objects that hold the columns, each within the one before, as SQuAD's files have them."""
     for name, value in row.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
-            inner = "" if value[0].keys() & {*wanted.values()} else _nested(value[0], wanted)
-            return f".{name}[]{inner}"
+            inner = _nested(value[0], wanted)
+            if inner or value[0].keys() & {*wanted}:
+                return f".{name}[]{inner}"
     return ""
 
 
 def _lacking(key: KeyPath, name: str, columns: Collection[str], wanted: dict[str, str]) -> Iterator[Mistake]:
     """Yield the columns that a file or a corpus does not have."""
-    if isinstance(columns, dict) and not columns.keys() & {*wanted.values()} and (where := _nested(columns, wanted)):
+    if (
+        isinstance(columns, dict)
+        and not columns.keys() & {*wanted.values()}
+        and (where := _nested(columns, wanted.values()))
+    ):
         yield Mistake(
             key,
             f"{name} has its rows within {where}",

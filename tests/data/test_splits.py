@@ -170,12 +170,26 @@ def test_a_split_without_a_row_is_refused_with_all_counts(tmp_path):
 def test_a_class_without_examples_is_said_for_each_split(tmp_path):
     rare = next(text for text in map("rare {}".format, range(99)) if is_held_out(text))
     scarce = next(text for text in map("scarce {}".format, range(99)) if not is_held_out(text))
-    write_rows(tmp_path, [*ROWS, (rare, "rare"), (scarce, "scarce"), ("z", "A"), ("z 1", "a "), ("z 2", None)])
+    write_rows(
+        tmp_path,
+        [
+            *ROWS,
+            (rare, "rare"),
+            (scarce, "scarce"),
+            ("z", "A"),
+            ("z 1", "a "),
+            ("z 2", None),
+            ("z 3", "caf\u00e9"),
+            ("z 4", "cafe\u0301"),
+            ("z 5", "\ufeffcaf\u00e9"),
+        ],
+    )
     said = "\n".join(describe(prepared(tmp_path).summary))
     assert re.search("no train example of the class .*'rare'", said)
     assert re.search("only one test example of the class .*'rare'", said)
     assert re.search("no test example of the class .*'scarce'", said)
-    assert "the classes 'A', 'a', 'a ' differ in nothing but case or spaces" in said
+    assert "the classes 'cafe\u0301', 'caf\u00e9', '\\ufeffcaf\u00e9' differ in nothing but" in said
+    assert "the classes 'A', 'a', 'a ' differ in nothing but case, spaces or signs that look alike" in said
 
 
 PARAGRAPHS = [f"{'the and of ' * (number % 4)}paragraph {number}.\n\n" for number in range(60)]

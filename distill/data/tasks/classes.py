@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -66,8 +67,9 @@ def doubts_about(classes: Sequence[str]) -> str:
 
 
 def folded(name: str) -> str:
-    """Write a name without what people write differently: case and spaces."""
-    return " ".join(name.split()).casefold()
+    """Write a name without what people write differently or do not see: case, spaces, forms of a letter, joiners."""
+    seen = (sign for sign in unicodedata.normalize("NFKC", name) if unicodedata.category(sign) != "Cf")
+    return " ".join("".join(seen).split()).casefold()
 
 
 def are_numbers(names: Collection[str], below: int | None = None) -> bool:
