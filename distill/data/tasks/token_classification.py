@@ -27,6 +27,8 @@ from distill.recipe.schema import Data
 OUTSIDE = "O"
 TAG = re.compile(r"([BIESLU])-(.+)", re.DOTALL)
 """Beginning, inside, end and single of BIOES; last and unit of BILOU, which are the same."""
+FOREIGN = re.compile(r"([BIESLU])(?:[-_:/](.+))?|(.+)[-_:/]([BIESLU])", re.DOTALL | re.IGNORECASE)
+"""The same in other forms, and a place alone."""
 Place = tuple[int, int]
 """Start and end in a text."""
 
@@ -132,10 +134,10 @@ class TokenClassification(Task):
             raise InputError(f"data: token_classification needs two or more tags, found {list(classes)}")
         tagged = any(map(TAG.fullmatch, classes))
         kinds = "" if tagged else ", none with B- or I- in front: words in a row with one tag are one span"
-        if other := not tagged and _foreign_kinds(classes):
+        if not tagged and (kind := _foreign_kind(classes)):
             raise InputError(
-                f"data: the tags {list_names(classes)} say in another form where a span begins; write "
-                f"B-{other[0]} and I-{other[0]}, and {OUTSIDE} for what is in none"
+                f"data: the tags {list_names(classes)} say in another form where a span begins; write B-{kind} and "
+                f"I-{kind}, and {OUTSIDE} for what is in none"
             )
         outside = "" if OUTSIDE in classes else f", none called {OUTSIDE}: every word is part of a span"
         return Settled("token", classes, f"{len(classes)} tags, {list_names(classes)}{kinds}{outside}")
@@ -271,11 +273,12 @@ def _tags_of_spans(kinds: Sequence[str], stated: Sequence[Any] | None) -> tuple[
     return classes
 
 
-def _foreign_kinds(classes: Collection[str]) -> list[str]:
-    """Find the kinds of spans that tags have in another form than B-PER and I-PER, as b-per or PER_B."""
-    found = {(tag[1:].strip("-_:/"), tag[0].upper()) for tag in classes if tag[1:2] in "-_:/"}
-    found |= {(tag[:-1].strip("-_:/"), tag[-1].upper()) for tag in classes if tag[-2:-1] in "-_:/"}
-    return sorted(kind for kind, place in found if place == "B" and {(kind, each) for each in "IEL"} & found)
+def _foreign_kind(classes: Collection[str]) -> str | None:
+    """Find a kind of spans where all tags have another form than B-PER and I-PER, as b-per, PER_B or B alone."""
+    tags = [FOREIGN.fullmatch(tag) for tag in classes if tag.upper() != OUTSIDE]
+    found = {(tag[2] or tag[3] or "SPAN", (tag[1] or tag[4]).upper()) for tag in tags if tag}
+    kinds = sorted(kind for kind, place in found if place == "B" and {(kind, each) for each in "IEL"} & found)
+    return kinds[0] if kinds and all(tags) else None
 
 
 def choose_tag(kind: str, first: bool, last: bool, classes: Collection[str]) -> str:

@@ -265,10 +265,12 @@ def test_tags_without_places_or_an_outside_are_said(tmp_path, tags, words):
     assert corpus_of(tmp_path, rows).settled.about == words
 
 
-@pytest.mark.parametrize("tags", [("B_PER", "I_PER"), ("b-PER", "i-PER"), ("PER-B", "PER-I"), ("B:PER", "E:PER")])
+@pytest.mark.parametrize(
+    "tags", [("B_PER", "I_PER"), ("b-PER", "i-PER"), ("PER-B", "PER-I"), ("B:PER", "E:PER"), ("B", "I")]
+)
 def test_tags_of_another_scheme_are_refused_with_the_right_one(tmp_path, tags):
     rows = [{"tokens": ["ann", "ann", *["and"] * count], "tags": [*tags, *["O"] * count]} for count in range(12)]
-    with pytest.raises(InputError, match="write B-PER and I-PER, and O for what is in none"):
+    with pytest.raises(InputError, match=r"write B-(PER|SPAN) and I-(PER|SPAN), and O for what is in none"):
         corpus_of(tmp_path, rows)
     nouns = [{"tokens": row["tokens"], "tags": ["NN:I", "B.", *row["tags"][2:]]} for row in rows]
     assert corpus_of(tmp_path, nouns).classes == ("O", "B.", "NN:I")
