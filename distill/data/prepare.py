@@ -19,7 +19,7 @@ from distill.data.corpus import Corpus, Examples, save_facts
 from distill.data.packing import cut_documents, pack
 from distill.data.rows import BLOCK, BLOCK_CHARACTERS, Order, read_split, split_documents
 from distill.data.sources import list_splits
-from distill.data.splits import Split, divide
+from distill.data.splits import Split, count_rows, divide
 from distill.data.summary import summarise
 from distill.data.tasks.task import Encoder, Features, Ragged
 from distill.errors import InputError
@@ -54,8 +54,11 @@ def prepare(order: Order, folder: Path, progress: Report = lambda _split, _done,
     asked = [role for role, column in order.columns.items() if column.answer and not column.plain]
     labels = {name: own.count_labels(asked) for name, own in splits.items()}
     deciding = {name: own for name, own in labels.items() if not name.startswith(SET)}
-    plain = task.settle(deciding, spec)
-    settled = order.own_order(plain)
+    try:
+        plain = task.settle(deciding, spec)
+        settled = order.own_order(plain)
+    except InputError as error:
+        raise InputError(f"{error} ({count_rows(splits)})") from error
     for name in sorted(labels.keys() - deciding.keys()):
         _check_set(order, name, deciding | {name: labels[name]}, plain.head, {*plain.classes, *settled.classes})
     constants = task.constants(tokenizer, spec)

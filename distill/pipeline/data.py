@@ -155,6 +155,8 @@ def _agree_with_teacher(session: Session, settled: Settled) -> Settled:
     numbers = config.label2id or {}
     if {*numbers} == {*order} and [numbers[name] for name in order] != [*range(len(order))]:
         raise InputError(f"{session.source}/config.json: id2label and label2id do not number the classes alike, from 0")
+    if len(order) == 1 and settled.head == "sequence" and are_numbers(settled.classes):
+        settled = Settled("regression", about=f"{settled.about}, all whole numbers: values, as the teacher gives one")
     wanted = session.task.model_settings(settled).get("problem_type", kind)
     if kind not in (None, wanted) or (settled.head == "regression") != (len(order) == 1):
         raise InputError(

@@ -289,6 +289,20 @@ def test_a_list_of_classes_is_offered_in_the_order_of_the_teacher_and_only_where
         classes_of(_made(tmp_path / "more"), ["NEG", "POS", "mixed"], id2label={0: "NEG", 1: "POS"})
 
 
+def test_whole_numbers_are_values_for_a_teacher_that_gives_one(tmp_path):
+    session, said = classes_of(_made(tmp_path / "values"), [1, 2, 5], num_labels=1, problem_type="regression")
+    assert session.corpus.head == "regression" and session.corpus.classes == ()
+    assert "labels: 3 classes, all whole numbers: values, as the teacher gives one" in said
+    labels = collate(session.corpus, session.corpus.test, range(len(session.corpus.test)))["labels"]
+    assert labels.dtype == torch.float32 and set(labels.tolist()) == {1, 2, 5}
+
+
+def test_labels_that_are_lost_with_their_rows_are_counted_in_the_refusal(tmp_path, tokenizer):
+    rows = [{"text": text if i % 2 else " ", "label": "ab"[i % 2]} for i, text in enumerate(texts(60))]
+    with pytest.raises(InputError, match=r"two or more classes, found \['b'\] \(train: .* 60 read, 30 empty; test: "):
+        corpus_of(tmp_path, tokenizer, rows)
+
+
 def test_a_teacher_whose_files_number_the_classes_in_two_ways_is_refused(tmp_path):
     numbered = {"id2label": {0: "x", 1: "y"}, "label2id": {"x": 1, "y": 0}}
     with pytest.raises(InputError, match="id2label and label2id do not number the classes alike"):
