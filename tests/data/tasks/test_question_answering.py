@@ -27,7 +27,7 @@ from distill.evaluation.predict import predict
 from distill.losses import Objective
 from distill.models.forward import Outputs
 from distill.models.load import ModelHead, random_model
-from distill.recipe.schema import Data, Term
+from distill.recipe.schema import AllData, Data, Term
 
 
 def prepared(folder, rows, tokenizer, **settings):
@@ -161,6 +161,18 @@ def test_answers_that_tokens_do_not_give_and_several_are_counted(tmp_path):
         "questions with several answers: the first is learned, and any is right": 1
     }
     assert notes({"text": [" bc"], "answer_start": [1]})[0] == {}
+
+
+def test_a_set_with_questions_without_an_answer_does_not_teach_the_model_to_give_none(tmp_path):
+    rows = {"train": [row(answers="b")], "test": [row("b a", "b")], "set": [row("c d", []), row("d c", "d")]}
+    for name, own in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in own))
+    given = {"train": "./train.jsonl", "test": "./test.jsonl", "sets": {"more": "./set.jsonl"}}
+    spec = AllData.model_validate({"task": "question_answering", "max_length": 16, **given})
+    corpus = prepare(Order(QuestionAnswering(), spec, letters(), 0, tmp_path), tmp_path)
+    assert not corpus.settled.may_lack_answers
+    note = "questions without an answer, which the model gives never, as no other split has any"
+    assert corpus.summary["sets.more"]["notes"][note] == 1
 
 
 def test_questions_of_which_none_has_an_answer_are_refused(tmp_path):
