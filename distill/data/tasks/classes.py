@@ -16,6 +16,8 @@ CROWDED = 0.5
 _DIGITS = re.compile(r"\d{1,9}(\.0*)?", re.ASCII)
 """Whole numbers, also as pandas writes them in a column that lacks some."""
 _JOINED = re.compile(r"\s*[|;,]\s*")
+_FOREIGN = re.compile(r"([BIESLU])(?:[-_:/](.+))?|(.+)[-_:/]([BIESLU])", re.DOTALL | re.IGNORECASE)
+"""Tags that say where in a span a word is, in other forms than B-PER, or that say nothing else."""
 _NOTHING = re.compile(r"-1|[!-/:-@\[-`{-~]+")
 
 
@@ -64,6 +66,14 @@ def doubts_about(classes: Sequence[str]) -> str:
     nothing = [name for name in classes if _NOTHING.fullmatch(name)]
     said = f'; {quote_names(several)} may be several in one: sets are lists, as in ["a", "b"]' if several else ""
     return said + (f"; {quote_names(nothing)} is a class too: where there is none, leave it empty" if nothing else "")
+
+
+def foreign_kind(tags: Collection[str]) -> str | None:
+    """Find a kind of spans where all tags have another form than B-PER and I-PER, as b-per, PER_B or B alone."""
+    matches = [_FOREIGN.fullmatch(tag) for tag in tags]
+    found = {(tag[2] or tag[3] or "SPAN", (tag[1] or tag[4]).upper()) for tag in matches if tag}
+    kinds = sorted(kind for kind, place in found if place == "B" and {(kind, each) for each in "IEL"} & found)
+    return kinds[0] if kinds and all(matches) else None
 
 
 def folded(name: str) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, ClassVar
 
-from distill.data.tasks.classes import are_numbers, class_numbers, order_classes
+from distill.data.tasks.classes import are_numbers, class_numbers, foreign_kind, order_classes
 from distill.data.tasks.spans import SPLIT_WORD, UNSPACED, splits_word
 from distill.data.tasks.task import TEXT, Column, Encoder, Features, Settled, Task, Values
 from distill.errors import InputError
@@ -27,8 +27,6 @@ from distill.recipe.schema import Data
 OUTSIDE = "O"
 TAG = re.compile(r"([BIESLU])-(.+)", re.DOTALL)
 """Beginning, inside, end and single of BIOES; last and unit of BILOU, which are the same."""
-FOREIGN = re.compile(r"([BIESLU])(?:[-_:/](.+))?|(.+)[-_:/]([BIESLU])", re.DOTALL | re.IGNORECASE)
-"""The same in other forms, and a place alone."""
 Place = tuple[int, int]
 """Start and end in a text."""
 
@@ -134,7 +132,7 @@ class TokenClassification(Task):
             raise InputError(f"data: token_classification needs two or more tags, found {list(classes)}")
         tagged = any(map(TAG.fullmatch, classes))
         kinds = "" if tagged else ", none with B- or I- in front: words in a row with one tag are one span"
-        if not tagged and (kind := _foreign_kind(classes)):
+        if not tagged and (kind := foreign_kind([tag for tag in classes if tag.upper() != OUTSIDE])):
             raise InputError(
                 f"data: the tags {list_names(classes)} say in another form where a span begins; write B-{kind} and "
                 f"I-{kind}, and {OUTSIDE} for what is in none"
@@ -271,14 +269,6 @@ def _tags_of_spans(kinds: Sequence[str], stated: Sequence[Any] | None) -> tuple[
         for first in (True, False):
             choose_tag(kind, first, False, classes)
     return classes
-
-
-def _foreign_kind(classes: Collection[str]) -> str | None:
-    """Find a kind of spans where all tags have another form than B-PER and I-PER, as b-per, PER_B or B alone."""
-    tags = [FOREIGN.fullmatch(tag) for tag in classes if tag.upper() != OUTSIDE]
-    found = {(tag[2] or tag[3] or "SPAN", (tag[1] or tag[4]).upper()) for tag in tags if tag}
-    kinds = sorted(kind for kind, place in found if place == "B" and {(kind, each) for each in "IEL"} & found)
-    return kinds[0] if kinds and all(tags) else None
 
 
 def choose_tag(kind: str, first: bool, last: bool, classes: Collection[str]) -> str:
