@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,17 +19,20 @@ from distill.data.corpus import Corpus, Examples, save_facts
 from distill.data.packing import cut_documents, pack
 from distill.data.rows import BLOCK, BLOCK_CHARACTERS, Order, read_split, split_documents
 from distill.data.sources import list_splits
-from distill.data.splits import Split, divide
+from distill.data.splits import Split, count_rows, divide
 from distill.data.summary import summarise
 from distill.data.tasks.task import Encoder, Features, Ragged
 from distill.errors import InputError
 from distill.models.weights import as_input_error
 from distill.recipe.data import SET, Data
+from distill.recipe.jsonrows import quote_names
 
 FEW_DOCUMENTS = 10
 """With fewer documents, a split by their hashes would leave everything to chance."""
 Report = Callable[[str, int, int], None]
 """(split, rows encoded, rows in all), for a progress bar."""
+MISREAD = re.compile("[\x80-\x84\x86-\x9f\ufffd]")
+"""Control characters that no one types, and the sign for what could not be read."""
 
 
 def prepare(order: Order, folder: Path, progress: Report = lambda _split, _done, _all: None) -> Corpus:
@@ -47,7 +53,14 @@ def prepare(order: Order, folder: Path, progress: Report = lambda _split, _done,
     splits = _read_splits(order, folder)
     asked = [role for role, column in order.columns.items() if column.answer and not column.plain]
     labels = {name: own.count_labels(asked) for name, own in splits.items()}
-    settled = order.own_order(task.settle(labels, spec))
+    deciding = {name: own for name, own in labels.items() if not name.startswith(SET)}
+    try:
+        plain = task.settle(deciding, spec)
+        settled = order.own_order(plain)
+    except InputError as error:
+        raise InputError(f"{error} ({count_rows(splits)})") from error
+    for name in sorted(labels.keys() - deciding.keys()):
+        _check_set(order, name, deciding | {name: labels[name]}, plain.head, {*plain.classes, *settled.classes})
     constants = task.constants(tokenizer, spec)
     digest = hashlib.sha256(json.dumps([settled.head, settled.classes, *sorted(constants.items())]).encode())
     parts: dict[str, Examples] = {}
@@ -72,6 +85,25 @@ def prepare(order: Order, folder: Path, progress: Report = lambda _split, _done,
     for leftover in [file for kind in ("rows", "parts", "documents") for file in folder.glob(f"*.{kind}")]:
         leftover.unlink()
     return corpus
+
+
+def _check_set(order: Order, name: str, labels: Mapping[str, Counter[str]], head: str, classes: set[str]) -> None:
+    """Refuse a set whose labels would change the model: what else is measured decides nothing."""
+    key = order.spec.key_of(name)
+    try:
+        whole = order.task.settle(labels, order.spec)
+    except InputError as error:
+        raise InputError(f"{key}: with its labels, {error}") from error
+    if whole.head != head:
+        raise InputError(f"{key}: has labels of another kind than the data: with them, {whole.about}")
+    found = {*whole.classes}
+    with suppress(InputError):  # the teacher may have been trained for more than the data show
+        found = {*order.own_order(whole).classes}
+    if more := sorted(found - classes):
+        raise InputError(
+            f"{key}: the model has no output for {quote_names(more)}, which the rows of data do not have; leave such "
+            f"rows out of the set"
+        )
 
 
 def unread_splits(spec: Data, base: Path) -> dict[str, int]:
@@ -131,6 +163,11 @@ def _encode_block(order: Order, split: Split, part: slice, encoder: Encoder) -> 
     features = task.encode(values, encoder)
     for token in [token for token in encoder.tokenizer.all_special_tokens if token in whole]:
         encoder.note(f"texts with the special token {token!r} in them", sum(token in text for text in texts))
+    if MISREAD.search(whole):
+        encoder.note(
+            "texts with U+FFFD or U+0080 to U+009F in them, as a wrong encoding leaves them (cp1252, not latin-1?)",
+            sum(bool(MISREAD.search(text)) for text in texts),
+        )
     numbers = features.pop("row", range(len(labelled)))
     if order.routes:
         routes = [order.routes[source.source] for source in split.rows.sources]

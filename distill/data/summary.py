@@ -10,6 +10,7 @@ import numpy as np
 
 from distill.data.corpus import Examples
 from distill.data.splits import Split
+from distill.data.tasks.classes import folded
 from distill.data.tasks.task import Encoder
 from distill.errors import InputError
 from distill.recipe.jsonrows import LISTED, quote_names
@@ -109,7 +110,7 @@ def _describe_classes(summary: Mapping[str, Mapping[str, Any]]) -> Iterator[str]
                 yield f"  {words} of the class {quote_names(found)}"
     alike: dict[str, list[str]] = {}
     for each in summary["train"]["classes"]:
-        alike.setdefault(" ".join(each.split()).casefold(), []).append(each)
+        alike.setdefault(folded(each), []).append(each)
     for names in alike.values():
         if len(names) > 1:
-            yield f"  the classes {quote_names(names)} differ in nothing but case or spaces"
+            yield f"  the classes {quote_names(names)} differ in nothing but case, spaces or signs that look alike"

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from distill.evaluation.formulas import pearson
 from distill.losses import PREDICTION_KINDS
 from distill.models.forward import UNLABELLED, Batch, Outputs
 from distill.models.head import OutputHead
@@ -36,7 +38,7 @@ def weakness(metrics: Mapping[str, float], counts: Tensor, classes: int) -> str:
         classes: Number of classes or real tokens that it chooses from.
     """
     shares = counts[counts > 0].double() / counts.sum()
-    uniform, prior, majority = math.log(classes), float(-(shares * shares.log()).sum()), float(shares.max())
+    uniform, prior, majority = math.log(classes), float((shares * -shares.log()).sum()), float(shares.max())
     loss, accuracy = metrics["loss"], metrics["accuracy"]
     if not loss < uniform and not accuracy > majority:
         return f"its loss of {loss:.4g} nats is no less than that of guessing among all {classes:,}, {uniform:.4g}"
@@ -46,6 +48,17 @@ def weakness(metrics: Mapping[str, float], counts: Tensor, classes: int) -> str:
             f"of {loss:.4g} nats is no less than that of knowing how frequent each is, {prior:.4g}"
         )
     return ""
+
+
+def weakness_of_numbers(values: np.ndarray, targets: np.ndarray) -> str:
+    """Say that numbers [n] neither come near the labels [n] nor rise with them; empty where they do.
+
+    Those of a teacher with another scale rise with them: their correlation is twice what chance gives, 1 / sqrt(n).
+    """
+    wrong, spread = float(np.square(values - targets).mean()), float(np.var(targets))
+    if wrong < spread or pearson(values, targets) * math.sqrt(len(targets)) > 2:
+        return ""
+    return f"its mean squared error of {wrong:.4g} is no less than that of saying their mean each time, {spread:.4g}"
 
 
 def most_frequent(batches: Iterable[Batch], head: str, classes: int) -> Callable[[Batch], Outputs]:

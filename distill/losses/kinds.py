@@ -78,8 +78,6 @@ class PredictionKind:
     """(predictions [N, V], labels [N]) -> [N]."""
     classes: int | None = None
     """Columns of the predictions, where they are always as many."""
-    compares_classes: bool = True
-    """Labels are classes among those of the model, the same at every position."""
     vectors: bool = False
     """True where a model puts out a vector of each text; predictions are about the others of the micro-batch, whose
     size therefore counts."""
@@ -188,18 +186,14 @@ PREDICTION_KINDS: dict[str, PredictionKind] = {
     # Any number of classes per example: logits [B, V], labels [B, V] of 0 and 1; each class is a choice of its own.
     "multi_label": PredictionKind(_yes_or_no, lambda batch: batch["labels"].long(), _every_class, classes=2),
     # One number per example: [B, 1], labels [B].
-    "regression": PredictionKind(
-        _same, _labels, _real_examples, label_loss=label_squared_error, classes=1, compares_classes=False
-    ),
+    "regression": PredictionKind(_same, _labels, _real_examples, label_loss=label_squared_error, classes=1),
     # One class per token: logits [B, L, V], labels [B, L].
     "token": PredictionKind(_same, _labels, _real_tokens),
     # Start and end of an answer among the tokens: logits [B, 2, L], labels [B, 2].
-    "span": PredictionKind(_real_positions, _labels, _both_ends, compares_classes=False),
+    "span": PredictionKind(_real_positions, _labels, _both_ends),
     # One vector per text: [B, D], labels [B] that texts of one pair share; its logits are the cosines within the
     # micro-batch.
-    "embedding": PredictionKind(
-        _similarities, _partners, _real_examples, label_loss=contrastive, vectors=True, compares_classes=False
-    ),
+    "embedding": PredictionKind(_similarities, _partners, _real_examples, label_loss=contrastive, vectors=True),
     # The token after each one: logits [B, L, V], labels [B, L], not shifted.
     "next_token": PredictionKind(
         lambda logits, _: logits[:, :-1], _next_labels, _predicted_tokens, vocabulary=True, causal=True

@@ -25,7 +25,7 @@ from distill.data.prepare import Report, prepare
 from distill.data.rows import Order
 from distill.data.sources import source_fingerprint
 from distill.data.summary import describe
-from distill.data.tasks.classes import are_numbers
+from distill.data.tasks.classes import are_numbers, folded
 from distill.data.tasks.task import Settled
 from distill.errors import InputError
 from distill.evaluation.arms import searches
@@ -157,6 +157,8 @@ def _agree_with_teacher(session: Session, settled: Settled) -> Settled:
     numbers = config.label2id or {}
     if {*numbers} == {*order} and [numbers[name] for name in order] != [*range(len(order))]:
         raise InputError(f"{session.source}/config.json: id2label and label2id do not number the classes alike, from 0")
+    if len(order) == 1 and settled.head == "sequence" and are_numbers(settled.classes):
+        settled = Settled("regression", about=f"{settled.about}, all whole numbers: values, as the teacher gives one")
     wanted = session.task.model_settings(settled).get("problem_type", kind)
     if kind not in (None, wanted) or (settled.head == "regression") != (len(order) == 1):
         raise InputError(
@@ -191,11 +193,14 @@ def _trained_order(settled: Settled, order: Sequence[str]) -> Settled:
         about = f"{settled.about}, whole numbers, taken for the numbers of the teacher's outputs"
         return replace(settled, classes=tuple(order), about=about)
     if unknown:
-        example = ", ".join([*classes, *["…"] * (len(order) - len(classes))][: len(order)])
+        alike = {folded(name): name for name in classes}
+        like = [*classes, *order[len(classes) :]] if nameless else order
+        example = ", ".join(alike.get(folded(name), "…") for name in like)
+        listed = "; or write the names that the data have in the order of the teacher's outputs, e.g. data.classes: "
         raise InputError(
             f"the data has the classes {list_names(unknown)}, the teacher knows {list_names(order)}"
-            f"{', which are no names' if nameless else ''}: rename them; or write the names that the data have in the "
-            f"order of the teacher's outputs, e.g. data.classes: [{example}]; or add `fit` under `teacher:` to train "
+            f"{', which are no names' if nameless else ''}: rename them"
+            f"{f'{listed}[{example}]' if len(classes) <= len(order) else ''}; or add `fit` under `teacher:` to train "
             f"it on these classes"
         )
     more = f", of the {len(order)} that the teacher knows" if len(order) > len(classes) else ""

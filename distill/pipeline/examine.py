@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
+
+import numpy as np
 
 from distill.data import evaluation_batches
 from distill.data.summary import FEW_TEST_EXAMPLES
 from distill.errors import InputError
-from distill.evaluation.chance import label_counts, weakness
+from distill.evaluation.chance import label_counts, weakness, weakness_of_numbers
 from distill.evaluation.table import finite_or_none
 from distill.files import write_json
 from distill.models.forward import Capture
@@ -42,8 +45,11 @@ def work(session: Session) -> None:
     line = ", ".join(f"{name} {format_number(value)}" for name, value in metrics.items())
     who = "mixture of the teachers" if session.recipe.mixes else "teacher"
     session.say(f"  the {who} on {len(pool)} {split} examples: {line}")
-    if session.kind.compares_classes and rows:
-        classes = session.vocabulary or session.kind.classes or len(corpus.classes)
+    if corpus.head == "regression" and rows:
+        figures["weakness"] = weakness_of_numbers(rows["values"], rows["targets"])
+    elif "correct" in rows:
+        lengths = np.log(examples.lengths[: len(pool)])  # an answer starts and ends at one of the tokens
+        classes = session.vocabulary or session.kind.classes or len(corpus.classes) or round(math.exp(lengths.mean()))
         totals = {name: float(rows[name].sum()) for name in ("nll", "correct", "tokens")}
         own_figures = {"loss": totals["nll"] / totals["tokens"], "accuracy": totals["correct"] / totals["tokens"]}
         batches = evaluation_batches(corpus, examples, session.recipe.evaluation.batch_size, pool=pool)

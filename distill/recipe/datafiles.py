@@ -12,6 +12,7 @@ import glob
 import gzip
 import json
 import lzma
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
@@ -96,11 +97,13 @@ def data_files(source: str, base: Path) -> list[Path]:
         if not found:
             raise InputError(f"{path} holds no file that ends in {', '.join(ENDINGS)}")
         check_folder(path, found)
+        check_splits(path, found)
     else:
         matches = map(Path, sorted(glob.glob(str(path), recursive=True)))
         found = [path] if path.exists() else [file for file in matches if not file.is_dir()]
         if not found:
             raise InputError(f"there is no file {path}")
+        check_splits(next(folder for folder in path.parents if not glob.has_magic(str(folder))), found)
     check_kinds(found)
     return found
 
@@ -114,19 +117,23 @@ def searched_paths(source: str, base: Path) -> list[Path]:
 
 
 def check_folder(path: Path, files: Collection[Path]) -> None:
-    """Refuse a folder with data that would be passed over, or with files named after splits, which would be mixed."""
+    """Refuse a folder with data that would be passed over, or with files that are no data."""
     if unread := [file for file in sorted(path.rglob("*")) if _is_unread(file)]:
         raise InputError(f"{path} holds {unread[0].relative_to(path)}, which cannot be read; convert or move it")
     if beside := [file for file in files if BESIDE.search(f"/{file.relative_to(path)}")]:
         name = beside[0].relative_to(path)
         raise InputError(f"{path} holds {name}, which would be read as data; move it, or list the files that are meant")
-    words = {file: set(re.split("[^a-z]+", str(file.relative_to(path)).lower())) for file in files}
+
+
+def check_splits(path: Path, files: Collection[Path]) -> None:
+    """Refuse files named after splits, which would be mixed. Raises InputError."""
+    words = {file: set(re.split("[^a-z]+", os.path.relpath(file, path).lower())) for file in files}
     training = [file for file, found in words.items() if "train" in found]
     held_out = [file for file, found in words.items() if found & {"test", "validation", "valid", "dev", "eval"}]
     if training and held_out:
         raise InputError(
-            f"{path} holds {training[0].relative_to(path)} and {held_out[0].relative_to(path)}; name the files of each "
-            f"split: train: ./FILE, test: ./FILE"
+            f"{path} holds {os.path.relpath(training[0], path)} and {os.path.relpath(held_out[0], path)}; name the "
+            f"files of each split: train: ./FILE, test: ./FILE"
         )
 
 
@@ -187,7 +194,7 @@ def read_rows(path: Path, source: Source) -> Iterator[Row]:
         raise InputError(f"{path}: {error}") from error
     except UnicodeDecodeError as error:
         other = _other_content(path)
-        fix = "name its encoding, as in {source: ./x.csv, encoding: latin-1}"
+        fix = "name its encoding, as in {source: ./x.csv, encoding: cp1252}"
         why = f"it is {other}" if other else f"after line {number} it is not {source.encoding} ({error.reason}); {fix}"
         raise InputError(f"{path}: {why}") from error
     except (OSError, EOFError, lzma.LZMAError, csv.Error, ValueError, RecursionError) as error:

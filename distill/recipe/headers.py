@@ -147,9 +147,9 @@ def first_columns(path: Path, source: Source, wanted: set[str]) -> Collection[st
     if ending_of(path) == ".parquet":
         check_parquet(path)
         return None
-    columns: dict[str, None] = {}
+    columns: dict[str, Any] = {}
     for _, row in islice(read_rows(path, source), MAX_ROWS):
-        columns |= dict.fromkeys(row)
+        columns |= row
         if ending_of(path) in (".csv", ".tsv", ".txt") or columns.keys() >= wanted:
             return columns
     if not columns:
@@ -168,10 +168,33 @@ def check_parquet(path: Path) -> None:
         raise InputError(f"{path} is {'cut off' if start == PARQUET else 'not a parquet file'}")
 
 
+def _nested(row: Mapping[str, Any], wanted: Collection[str]) -> str:
+    """Find the lists of objects that hold the columns, each within the one before, as SQuAD's files have them."""
+    for name, value in row.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            inner = _nested(value[0], wanted)
+            if inner or value[0].keys() & {*wanted}:
+                return f".{name}[]{inner}"
+    return ""
+
+
 def _lacking(key: KeyPath, name: str, columns: Collection[str], wanted: dict[str, str]) -> Iterator[Mistake]:
     """Yield the columns that a file or a corpus does not have."""
+    if (
+        isinstance(columns, dict)
+        and not columns.keys() & {*wanted.values()}
+        and (where := _nested(columns, wanted.values()))
+    ):
+        yield Mistake(
+            key,
+            f"{name} has its rows within {where}",
+            f"Write a file of rows, one object with {', '.join(wanted.values())} on each line",
+        )
+        return
     for role, column in wanted.items():
         if column not in columns:
             message = f"{name} has no column {column!r}; it has {quote_names(columns)}"
             fix = f"{suggest(column, columns)}Name it: columns: {{{role}: COLUMN}}"
+            if [*columns] == ["text"] and ".txt" in Path(name).suffixes:
+                fix = "A .txt file is prose and nothing else; write rows with columns as .jsonl, .csv or .parquet"
             yield Mistake(("data", "columns", role) if role != column else key, message, fix)

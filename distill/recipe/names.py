@@ -110,7 +110,7 @@ SOURCE_COLUMNS: dict[BuiltInSource, tuple[str, ...]] = {
 TASK_KEYS: dict[str, tuple[TaskName, ...]] = {
     "labelled": LABELLED_TASKS,
     "contradictions": (*LABELLED_TASKS, "seq2seq", "speech_to_text"),
-    "classes": ("classification", "token_classification"),
+    "classes": ("classification", "token_classification", "relation_extraction"),
     "stride": ("question_answering",),
     "none_class": ("relation_extraction",),
     "learn_from": ("chat",),

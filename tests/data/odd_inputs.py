@@ -362,7 +362,7 @@ REFUSED = [
     Odd(
         "latin-1 unsaid",
         {"a.csv": "text,label\ncafé,a\n".encode("latin-1")},
-        words="a.csv it is not utf-8 encoding: latin-1",
+        words="a.csv it is not utf-8 encoding: cp1252",
     ),
     Odd("utf-16 unsaid", {"a.csv": CSV.encode("utf-16")}, words="a.csv UTF-16 encoding: utf-16"),
     Odd("utf-16 without its mark", {"a.csv": CSV.encode("utf-16-le")}, words="a.csv line 1 holds a null byte"),
@@ -417,6 +417,12 @@ REFUSED = [
         {"in/train.csv": CSV, "in/my-test.csv": CSV},
         source="./in",
         words="train.csv and my-test.csv train: ./FILE",
+    ),
+    Odd(
+        "pattern that takes several splits",
+        {"my-train.csv": CSV, "my-test.csv": CSV},
+        source="./my-*.csv",
+        words="holds my-train.csv and my-test.csv train: ./FILE",
     ),
     Odd("broken line", {"a.jsonl": JSONL + '{"text": "a"\n'}, words="a.jsonl line 3: Expecting ',' delimiter"),
     Odd(

@@ -7,6 +7,7 @@ import re
 
 import pytest
 from odd_inputs import JSONL, READ, REFUSED, lines, row
+from prepared import prepared
 
 from distill.data import TASKS
 from distill.data.rows import Order, read_split
@@ -80,3 +81,39 @@ def test_rows_of_several_sources_keep_theirs_apart(tmp_path):
     spec = Data(source=["./a.jsonl", {"source": "./b.jsonl", "weight": 3}], task="classification")
     rows = read_split(Order(TASKS["classification"](), spec, None, 0, tmp_path), "train", tmp_path)
     assert rows.origins.tolist() == [0, 0, 1, 1] and rows.file.take([3])["place"] == ["b.jsonl, line 2"]
+
+
+SQUAD = {"paragraphs": [{"context": "a b", "qas": [{"question": "a", "answers": ["b"], "id": "1"}]}]}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        (
+            "a.json",
+            json.dumps({"version": "2.0", "data": [SQUAD]}),
+            "a.json has its rows within .data[].paragraphs[].qas[] Write a file of rows, one object with question,",
+        ),
+        ("a.json", json.dumps({"rows": [{"question": "a"}]}), "a.json has its rows within .rows[]"),
+        ("a.txt", "one O\ntwo B-X\n", "a.txt has no column 'question' prose write rows with columns as .jsonl"),
+        ("a.jsonl", lines({"q": "a", "messages": [{"question": "b"}]}), "a.jsonl has its rows within .messages[]"),
+        ("a.jsonl", lines({"question": "a", "qas": [{"context": "b"}]}), "a.jsonl has no column 'context' 'qas'"),
+    ],
+)
+def test_a_file_of_another_form_is_told_the_form_that_is_read(name, content, words, tmp_path):
+    (tmp_path / name).write_text(content)
+    spec = Data(source=f"./{name}", task="question_answering")
+    said = " ".join(f"{mistake.message} {mistake.fix}" for mistake in look_at_data(spec, tmp_path))
+    assert re.search(".*".join(map(re.escape, words.split(" "))), said), said
+
+
+def test_what_a_wrong_encoding_leaves_is_counted(tmp_path):
+    (tmp_path / "a.csv").write_bytes(
+        b"text,label\n" + "".join(f"it\u2019s {i},{'ab'[i % 2]}\n" for i in range(40)).encode("cp1252")
+    )
+    for encoding, count in (("latin-1", 40), ("cp1252", 0)):
+        corpus = prepared(tmp_path, source={"source": "./a.csv", "encoding": encoding})
+        notes = [
+            n for own in corpus.summary.values() for note, n in own["notes"].items() if "cp1252, not latin-1" in note
+        ]
+        assert sum(notes) == count

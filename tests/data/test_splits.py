@@ -60,6 +60,26 @@ def test_a_set_may_have_any_name_also_one_of_the_files_that_are_made_on_the_way(
     }
 
 
+@pytest.mark.parametrize(
+    ("label", "other", "words"),
+    [
+        (lambda i: "ab"[i % 2], "c", "has no output for 'c', which the rows of data do not have"),
+        (lambda i: [["a"], ["a", "b"]][i % 2], ["c"], "has no output for 'c', which"),
+        (lambda i: i % 2, 0.5, "labels of another kind than the data: with them, numbers from 0 to 1, .*a regression"),
+        (lambda i: "ab"[i % 2], 3, "with its labels, data: the labels are of several kinds"),
+    ],
+)
+def test_the_labels_of_a_set_decide_nothing_about_the_model(label, other, words, tmp_path):
+    rows = [(text, label(number)) for number, (text, _) in enumerate(ROWS)]
+    write_rows(tmp_path, rows)
+    write_rows(tmp_path, [("own", rows[0][1])], "own.jsonl")
+    plain, corpus = prepared(tmp_path), prepared(tmp_path, sets={"own": "./own.jsonl"})
+    assert (corpus.settled, corpus.fingerprint) == (plain.settled, plain.fingerprint)
+    write_rows(tmp_path, [("own", rows[0][1]), ("new", other)], "own.jsonl")
+    with pytest.raises(InputError, match=f"evaluation.sets.own: .*{words}"):
+        prepared(tmp_path, sets={"own": "./own.jsonl"})
+
+
 @pytest.mark.parametrize("looks", [False, True])
 def test_a_limit_is_for_the_rows_that_are_given_and_does_not_follow_their_order(looks, tmp_path):
     write_rows(tmp_path, ROWS, "train.jsonl")
@@ -150,12 +170,26 @@ def test_a_split_without_a_row_is_refused_with_all_counts(tmp_path):
 def test_a_class_without_examples_is_said_for_each_split(tmp_path):
     rare = next(text for text in map("rare {}".format, range(99)) if is_held_out(text))
     scarce = next(text for text in map("scarce {}".format, range(99)) if not is_held_out(text))
-    write_rows(tmp_path, [*ROWS, (rare, "rare"), (scarce, "scarce"), ("z", "A"), ("z 1", "a "), ("z 2", None)])
+    write_rows(
+        tmp_path,
+        [
+            *ROWS,
+            (rare, "rare"),
+            (scarce, "scarce"),
+            ("z", "A"),
+            ("z 1", "a "),
+            ("z 2", None),
+            ("z 3", "caf\u00e9"),
+            ("z 4", "cafe\u0301"),
+            ("z 5", "\ufeffcaf\u00e9"),
+        ],
+    )
     said = "\n".join(describe(prepared(tmp_path).summary))
     assert re.search("no train example of the class .*'rare'", said)
     assert re.search("only one test example of the class .*'rare'", said)
     assert re.search("no test example of the class .*'scarce'", said)
-    assert "the classes 'A', 'a', 'a ' differ in nothing but case or spaces" in said
+    assert "the classes 'cafe\u0301', 'caf\u00e9', '\\ufeffcaf\u00e9' differ in nothing but" in said
+    assert "the classes 'A', 'a', 'a ' differ in nothing but case, spaces or signs that look alike" in said
 
 
 PARAGRAPHS = [f"{'the and of ' * (number % 4)}paragraph {number}.\n\n" for number in range(60)]

@@ -12,15 +12,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from distill.data.tasks.classes import class_numbers, order_classes
+from distill.data.tasks.classes import check_count, class_numbers, doubts_about, order_classes
 from distill.data.tasks.task import TEXT, Column, Encoder, Features, Ragged, Seeds, Settled, Task, Values
 from distill.errors import InputError
 from distill.models.forward import UNLABELLED, Batch
 from distill.recipe.jsonrows import list_names
 from distill.recipe.schema import Data
 
-CROWDED = 0.5
-"""Share of the labelled rows above which the number of classes says that labels are no classes."""
 SIGNED = re.compile(r"[+-]?\d+", re.ASCII)
 DECIMAL = re.compile(r"[+-]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][+-]?\d+)?", re.ASCII)
 """Texts that are numbers: a decimal number has a point or an exponent. Whole numbers may also name classes."""
@@ -55,16 +53,22 @@ def read_label(value: Any) -> Any:
                 raise ValueError('is a list, but not one as JSON: write it as ["a", "b"]') from None
             return value  # a class whose name starts with a bracket
     if isinstance(value, list):
-        if not all(isinstance(item, str | int) for item in value) or len({type(item) for item in value}) > 1:
-            raise ValueError("is no list of classes: all must be text, or all whole numbers")
-        if len(set(value)) < len(value):
-            raise ValueError("names a class twice; a list is of classes, not a 0 or 1 for each")
-        return sorted(value)
+        return _read_classes(value)
     if not isinstance(value, str | int | float):
         raise ValueError("is no label: neither text, a number nor a list of classes")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError("is no finite number; leave it empty where there is no label")
     return value
+
+
+def _read_classes(value: list[Any]) -> list[str] | list[int]:
+    if not all(isinstance(item, str | int) for item in value) or len({type(item) for item in value}) > 1:
+        raise ValueError("is no list of classes: all must be text, or all whole numbers")
+    if not all(str(item).strip() for item in value):
+        raise ValueError("has a class without a name; an empty list says that there is none")
+    if len(set(value)) < len(value):
+        raise ValueError("names a class twice; a list is of classes, not a 0 or 1 for each")
+    return sorted(value)
 
 
 class Classification(Task):
@@ -89,16 +93,11 @@ class Classification(Task):
             return Settled("regression", about=f"{_range(numbers)}, so this is a regression")
         each = [item for value in values for item in (value if head == "multi_label" else [value])]
         classes = order_classes(each, spec.classes)
-        if head == "multi_label" and len(counts) == 1:
+        if head == "multi_label" and len(counts) == 1 and classes:
             raise InputError(f"data: every row has {list_names(classes)}; a list is of classes, not a 0 or 1 for each")
-        if len(classes) < 2:
-            raise InputError(f"data: classification needs two or more classes, found {list(classes)}")
-        if spec.classes is None and len(classes) > max(2, CROWDED * counts.total()):
-            raise InputError(
-                f"data: {len(classes)} classes for {counts.total()} labels, e.g. {list_names(classes[:3])}: these are "
-                f"no classes; write decimal numbers as such (3.0), and check data.columns"
-            )
-        return Settled(head, classes, f"{'sets of ' if head == 'multi_label' else ''}{len(classes)} classes")
+        check_count(classes, counts.total(), spec.classes)
+        of = "sets of " if head == "multi_label" else ""
+        return Settled(head, classes, f"{of}{len(classes)} classes{'' if spec.classes else doubts_about(classes)}")
 
     def model_settings(self, settled: Settled) -> dict[str, Any]:
         """Return the kind of labels as transformers names it, and the one output of a regression."""

@@ -91,7 +91,10 @@ class QuestionAnswering(Task):
 
     def settle(self, labels: Mapping[str, Counter[str]], _spec: Data) -> Settled:
         """See whether some questions have no answer."""
-        return Settled(self.head, may_lack_answers=any("[]" in own for own in labels.values()))
+        counts: Counter[str] = sum(labels.values(), Counter())
+        if {*counts} == {"[]"}:
+            raise InputError("data: no question has an answer, so there is nothing to learn; check data.columns")
+        return Settled(self.head, may_lack_answers="[]" in counts)
 
     def model_settings(self, _settled: Settled) -> dict[str, Any]:
         """Ask for two outputs per token: a teacher may come from a task with more classes."""
@@ -165,7 +168,8 @@ class QuestionAnswering(Task):
 def _locate(text: str, start: int | None, context: str) -> list[Any]:
     if start is None:
         if text not in context:
-            raise ValueError(f"the answer {text[:60]!r} is not in the context; an empty list says that there is none")
+            fix = "a list or an object must be JSON" if text[0] in "[{" else "an empty list says that there is none"
+            raise ValueError(f"the answer {text[:60]!r} is not in the context; {fix}")
         return [text, context.index(text), context.count(text)]
     found = context[start : start + len(text)] if start >= 0 else ""
     if found != text:
@@ -212,7 +216,7 @@ def _label(
     if wanted and not any(map(len, tokens)):
         encoder.note("rows left out: the tokenizer writes nothing of the answer")
         return
-    held = False
+    held, exact = False, True
     for number, ((ids, spans), own) in enumerate(zip(windows, tokens, strict=True)):
         inside = spans[:, 0] >= 0
         start = 0 if number == 0 else int(spans[inside, 0][0])
@@ -221,6 +225,7 @@ def _label(
         span = [UNLABELLED] * 2 if answers is None else [null_at] * 2
         if wanted and start <= wanted[0] and wanted[1] <= stop and len(own):
             span, held = [int(own[0]), int(own[-1])], True
+            exact = context[spans[own[0], 0] : spans[own[-1], 1]].strip() == context[slice(*wanted)]
         yield {
             **ids,
             "starts": np.where(inside, spans[:, 0] - start, -1),
@@ -233,7 +238,10 @@ def _label(
         }
     places = next((each[2] for each in answers or () if len(each) == 3), 0)
     encoder.note("contexts read in several windows", len(windows) > 1)
-    encoder.note("questions without an answer", answers == [])
+    untaught = "" if encoder.settled.may_lack_answers else ", which the model gives never, as no other split has any"
+    encoder.note(f"questions without an answer{untaught}", answers == [])
+    encoder.note("questions with several answers: the first is learned, and any is right", len(answers or ()) > 1)
+    encoder.note("answers that begin or end inside a token, never given exactly", not exact)
     encoder.note("answers without their place: the first one in the context is taken", places > 0)
     encoder.note("of these, answers that stand there several times", places > 1)
     encoder.note("answers that no window holds whole: a larger data.stride would", bool(wanted) and not held)

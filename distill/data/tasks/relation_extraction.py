@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from distill.data.tasks.classes import check_count, class_numbers, order_classes
 from distill.data.tasks.spans import SPLIT_WORD, splits_word
 from distill.data.tasks.task import TEXT, Column, Encoder, Features, Settled, Task, Values
 from distill.errors import InputError
@@ -56,12 +57,11 @@ class RelationExtraction(Task):
     added_tokens = (*MARKERS["head"], *MARKERS["tail"])
     sample = ("[E1] Marie Curie [/E1] was born in [E2] Warsaw [/E2].",)
 
-    def settle(self, labels: Mapping[str, Counter[str]], _spec: Data) -> Settled:
+    def settle(self, labels: Mapping[str, Counter[str]], spec: Data) -> Settled:
         """Take every relation as a class."""
         counts: Counter[str] = sum(labels.values(), Counter())
-        names = tuple(sorted(json.loads(text) for text in counts))
-        if len(names) < 2:
-            raise InputError(f"data: {self.name} needs two or more classes, found {list(names)}")
+        names = order_classes([*map(json.loads, counts)], spec.classes)
+        check_count(names, counts.total(), spec.classes)
         return Settled(self.head, names, f"{len(names)} relations")
 
     def check_row(self, values: dict[str, Any]) -> dict[str, Any]:
@@ -93,10 +93,10 @@ class RelationExtraction(Task):
         encoder.note(
             SPLIT_WORD, sum(splits_word(rows["text"][row], *rows[side][row]) for row in kept for side in MARKERS)
         )
-        classes = encoder.settled.classes
-        encoder.classes.update(rows["relation"][row] for row in kept if rows["relation"][row] is not None)
-        index = {name: number for number, name in enumerate(classes)} | {None: UNLABELLED}
-        labels = [index[rows["relation"][row]] for row in kept]
+        classes, number_of = encoder.settled.classes, class_numbers(encoder.settled.classes)
+        given = [rows["relation"][row] for row in kept]
+        labels = [UNLABELLED if relation is None else number_of(relation) for relation in given]
+        encoder.classes.update(classes[label] for label in labels if label != UNLABELLED)
         none = find_none_class(classes, encoder.spec.none_class)
         if none is not None:
             note = f"rows without a relation, of the class {classes[none]!r}, which f1_relations leaves out"
@@ -137,7 +137,9 @@ def find_none_class(classes: Sequence[str], name: str | None) -> int | None:
         found = [index for index in found if classes[index].lower() in NO_RELATION]
         if len(found) > 1:
             names = " and ".join(classes[index] for index in found)
-            raise InputError(f"data: {names} may both stand for no relation; name one, as in data.none_class: {names}")
+            raise InputError(
+                f"data: {names} may both stand for no relation; name one, as in data.none_class: {classes[found[0]]}"
+            )
     elif name and not found:
         raise InputError(f"data.none_class: there is no class {name!r}; there are {', '.join(classes)}")
     return found[0] if found else None

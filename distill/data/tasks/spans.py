@@ -9,7 +9,7 @@ UNSPACED = re.compile(
     "\U00020000-\U0003ffff]"
 )
 """Characters of scripts without spaces between words: Thai, Lao, Burmese, Khmer, Chinese, Japanese."""
-SPLIT_WORD = "spans that begin or end within a word: does their end count the character behind them?"
+SPLIT_WORD = "spans that begin or end within a word: is their end the character behind them, and no count of bytes?"
 
 
 def splits_word(text: str, start: int, end: int) -> bool:

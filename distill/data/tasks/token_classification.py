@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, ClassVar
 
-from distill.data.tasks.classes import class_numbers, order_classes
+from distill.data.tasks.classes import are_numbers, class_numbers, foreign_kind, order_classes
 from distill.data.tasks.spans import SPLIT_WORD, UNSPACED, splits_word
 from distill.data.tasks.task import TEXT, Column, Encoder, Features, Settled, Task, Values
 from distill.errors import InputError
@@ -120,7 +120,7 @@ class TokenClassification(Task):
         else:
             if len({type(tag) for tag in items}) > 1:
                 raise InputError("data: some tags are names and others numbers; write them alike")
-            if spec.classes is None and any(isinstance(tag, int) for tag in items):
+            if spec.classes is None and (any(isinstance(tag, int) for tag in items) or (items and are_numbers(items))):
                 raise InputError(
                     "data: the tags are numbers without names; write the names under data, number 0 first, e.g. "
                     "classes: [O, B-PER, I-PER]"
@@ -130,7 +130,13 @@ class TokenClassification(Task):
                 classes = tuple(sorted(classes, key=lambda tag: (tag != OUTSIDE, tag)))
         if len(classes) < 2:
             raise InputError(f"data: token_classification needs two or more tags, found {list(classes)}")
-        kinds = "" if any(map(TAG.fullmatch, classes)) else ", none with B- or I- in front: words in a row are one span"
+        tagged = any(map(TAG.fullmatch, classes))
+        kinds = "" if tagged else ", none with B- or I- in front: words in a row with one tag are one span"
+        if not tagged and (kind := foreign_kind([tag for tag in classes if tag.upper() != OUTSIDE])):
+            raise InputError(
+                f"data: the tags {list_names(classes)} say in another form where a span begins; write B-{kind} and "
+                f"I-{kind}, and {OUTSIDE} for what is in none"
+            )
         outside = "" if OUTSIDE in classes else f", none called {OUTSIDE}: every word is part of a span"
         return Settled("token", classes, f"{len(classes)} tags, {list_names(classes)}{kinds}{outside}")
 

@@ -152,6 +152,7 @@ def test_labels_of_several_kinds_are_refused_with_examples(labels, words):
     [
         (["a", "a"], "names a class twice"),
         (["a", 1], "no list of classes"),
+        (["a", " "], "has a class without a name"),
         ([["a"]], "no list of classes"),
         ({"a": 1}, "is no label"),
         (float("nan"), "no finite number"),
@@ -178,6 +179,7 @@ def test_the_file_and_the_line_of_a_wrong_label_are_named(tmp_path, tokenizer):
         (lambda i: 1000 + i, "these are no classes"),
         (lambda i: "one", "two or more classes"),
         (lambda i: [1, 0] if i % 2 else [0, 1], "every row has 0, 1; a list is of classes, not a 0 or 1 for each"),
+        (lambda i: [], r"two or more classes, found \[\]"),
     ],
 )
 def test_labels_that_nobody_can_learn_are_refused(tmp_path, tokenizer, label, words):
@@ -202,9 +204,34 @@ def test_numbers_of_classes_get_the_names_that_the_recipe_lists(tmp_path, tokeni
     assert sum(named.summary[split]["classes"]["bad"] for split in ("train", "test")) == 20
     plain = corpus_of(tmp_path, tokenizer, [{**row, "label": i % 12} for i, row in enumerate(rows)])
     assert plain.classes == tuple(map(str, range(12)))  # 2 before 10
+    lacking = [{**row, "label": None if i % 7 == 3 else float(row["label"])} for i, row in enumerate(rows)]  # as pandas
+    with_point = corpus_of(tmp_path, tokenizer, lacking, classes=["bad", "fair", "good"])
+    found = {name: sum(own["classes"][name] for own in with_point.summary.values()) for name in with_point.classes}
+    assert found == Counter(named.classes[int(row["label"])] for row in lacking if row["label"] is not None)
+    counted = [{**row, "label": 1 + row["label"]} for row in rows]
+    with pytest.raises(InputError, match=r"the data have 1, 2, 3, .*it has bad, fair, good; numbers count from 0"):
+        corpus_of(tmp_path, tokenizer, counted, classes=["bad", "fair", "good"])
     # Neither names nor numbers: 0 would be "1" by number and nothing by name.
     with pytest.raises(InputError, match="the data have 0, 2, which the list does not"):
         corpus_of(tmp_path, tokenizer, rows, classes=["1", "good", "x"])
+
+
+@pytest.mark.parametrize(
+    ("classes", "words"),
+    [
+        (("a|b", "b", "a|c"), """3 classes; 'a|b' may be several in one: sets are lists, as in ["a", "b"]"""),
+        (("1,17", "17", "1"), "3 classes; '1,17' may be several in one"),
+        (("-1", "0", "1"), "3 classes; '-1' is a class too: where there is none, leave it empty"),
+        (("e", "n", "-"), "3 classes; '-' is a class too"),
+        (("crane, bird", "crane, machine", "bird's nest"), "3 classes"),
+        (("👍", "א", "C++"), "3 classes"),
+    ],
+)
+def test_classes_that_may_be_several_or_none_are_said(tmp_path, tokenizer, classes, words):
+    corpus = corpus_of(
+        tmp_path, tokenizer, [{"text": text, "label": classes[i % 3]} for i, text in enumerate(texts(60))]
+    )
+    assert corpus.settled.about == words or (";" in words and corpus.settled.about.startswith(words))
 
 
 def test_a_class_that_one_labelled_example_has_is_said_and_hidden_labels_do_not_count(tmp_path, tokenizer):
@@ -252,6 +279,30 @@ def test_outputs_without_names_take_numbers_in_their_order_and_other_classes_onl
     assert session.corpus.classes == ("good", "bad", "fair")
     assert "good, bad, fair, which the teacher calls LABEL_0, LABEL_1, LABEL_2" in said
     assert session.head.labels == ("good", "bad", "fair")
+
+
+def test_a_list_of_classes_is_offered_in_the_order_of_the_teacher_and_only_where_it_could_help(tmp_path):
+    named = {"id2label": {0: "POS", 1: "NEG", 2: "other"}}
+    with pytest.raises(InputError, match=r"rename them; or write .*data\.classes: \[pos, neg, …\]; or add `fit`"):
+        classes_of(_made(tmp_path / "case"), ["neg", "pos"], **named)
+    with pytest.raises(
+        InputError, match="has the classes mixed, the teacher knows NEG, POS: rename them; or add `fit`"
+    ):
+        classes_of(_made(tmp_path / "more"), ["NEG", "POS", "mixed"], id2label={0: "NEG", 1: "POS"})
+
+
+def test_whole_numbers_are_values_for_a_teacher_that_gives_one(tmp_path):
+    session, said = classes_of(_made(tmp_path / "values"), [1, 2, 5], num_labels=1, problem_type="regression")
+    assert session.corpus.head == "regression" and session.corpus.classes == ()
+    assert "labels: 3 classes, all whole numbers: values, as the teacher gives one" in said
+    labels = collate(session.corpus, session.corpus.test, range(len(session.corpus.test)))["labels"]
+    assert labels.dtype == torch.float32 and set(labels.tolist()) == {1, 2, 5}
+
+
+def test_labels_that_are_lost_with_their_rows_are_counted_in_the_refusal(tmp_path, tokenizer):
+    rows = [{"text": text if i % 2 else " ", "label": "ab"[i % 2]} for i, text in enumerate(texts(60))]
+    with pytest.raises(InputError, match=r"two or more classes, found \['b'\] \(train: .* 60 read, 30 empty; test: "):
+        corpus_of(tmp_path, tokenizer, rows)
 
 
 def test_a_teacher_whose_files_number_the_classes_in_two_ways_is_refused(tmp_path):

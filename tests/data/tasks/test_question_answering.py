@@ -29,7 +29,7 @@ from distill.evaluation.predict import predict
 from distill.losses import Objective
 from distill.models.forward import Outputs
 from distill.models.load import ModelHead, random_model
-from distill.recipe.schema import Data, Term
+from distill.recipe.schema import AllData, Data, Term
 
 
 def prepared(folder, rows, tokenizer, **settings):
@@ -80,6 +80,7 @@ def test_answers_are_read_in_every_common_form(value, expected):
         ({"text": ["c"], "answer_start": [-3]}, "answer_start -3 says '', not the answer 'c'"),
         ({"text": ["x"], "answer_start": [2]}, "not the answer 'x', which is not in the context"),
         ("x", "the answer 'x' is not in the context; an empty list says that there is none"),
+        ("{'text': ['b']}", """the answer "{'text': ['b']}" is not in the context; a list or an object must be JSON"""),
         ({"text": ["c", "d"], "answer_start": [4]}, "has lists of different lengths, 2 of text and 1 of answer_start"),
         ({"text": ["c"], "answer_start": ["4"]}, "has an answer_start that is no whole number, '4'"),
         ({"text": [" "], "answer_start": [1]}, "has an answer without text"),
@@ -148,6 +149,37 @@ def test_what_happened_to_answers_is_counted(tmp_path):
     assert sorted(each["span"] for each in examples_of(corpus)) == [[-100, -100], [0, 0], [3, 3], [3, 34], [4, 4]]
     assert corpus.settled.may_lack_answers
     assert [int(each) for each in corpus.train.labelled].count(0) == 1
+
+
+def test_answers_that_tokens_do_not_give_and_several_are_counted(tmp_path):
+    def notes(answers, **settings):
+        rows = [{"question": "w", "context": "a bc d", "answers": answers}]
+        corpus = prepared(tmp_path, rows, make_tokenizer(["w", "a", "bc", "d", "b"]), **settings)
+        return corpus.summary["train"]["notes"], corpus
+
+    place = {"text": ["b"], "answer_start": [2]}
+    assert notes(place)[0] == {"answers that begin or end inside a token, never given exactly": 1}
+    assert notes({"text": ["bc d", "bc"], "answer_start": [2, 2]})[0] == {
+        "questions with several answers: the first is learned, and any is right": 1
+    }
+    assert notes({"text": [" bc"], "answer_start": [1]})[0] == {}
+
+
+def test_a_set_with_questions_without_an_answer_does_not_teach_the_model_to_give_none(tmp_path):
+    rows = {"train": [row(answers="b")], "test": [row("b a", "b")], "set": [row("c d", []), row("d c", "d")]}
+    for name, own in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in own))
+    given = {"train": "./train.jsonl", "test": "./test.jsonl", "sets": {"more": "./set.jsonl"}}
+    spec = AllData.model_validate({"task": "question_answering", "max_length": 16, **given})
+    corpus = prepare(Order(QuestionAnswering(), spec, letters(), 0, tmp_path), tmp_path)
+    assert not corpus.settled.may_lack_answers
+    note = "questions without an answer, which the model gives never, as no other split has any"
+    assert corpus.summary["sets.more"]["notes"][note] == 1
+
+
+def test_questions_of_which_none_has_an_answer_are_refused(tmp_path):
+    with pytest.raises(InputError, match="no question has an answer"):
+        prepared(tmp_path, [row(answers=[])], letters(), test=[row("b", [])])
 
 
 def test_an_answer_that_lies_across_all_windows_is_counted(tmp_path):

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -103,6 +104,34 @@ def test_spans_that_cannot_be_marked_are_refused_with_file_and_row(broken, said,
     assert said in str(caught.value)
 
 
+def numbered(relations):
+    return [row(f"a b {'c ' * count}d", (0, 1), (2, 3), relations[count % len(relations)]) for count in range(24)]
+
+
+def test_numbers_of_relations_are_ordered_and_named_as_classes_are(tmp_path):
+    rows = numbered(range(11))
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    spare = {"train": "./own.jsonl", "test": None, "max_length": 64}
+    assert prepared(tmp_path, rows, letters(), **spare).classes == tuple(map(str, range(11)))  # 2 before 10
+    corpus = prepared(tmp_path, rows, letters(), **spare, classes=["none", *"abcdefghij"])
+    assert corpus.classes == ("none", *"abcdefghij")
+    assert sum(own["classes"]["none"] for own in corpus.summary.values()) == 3
+    given = Order(
+        RelationExtraction(),
+        Data(source="./own.jsonl", task="relation_extraction", max_length=64),
+        letters(),
+        0,
+        tmp_path,
+        own_order=lambda settled: replace(settled, classes=tuple(f"LABEL_{n}" for n in range(11))),
+    )
+    assert sum(own["classes"]["LABEL_10"] for own in prepare(given, tmp_path).summary.values()) == 2
+
+
+def test_as_many_relations_as_rows_are_none(tmp_path):
+    with pytest.raises(InputError, match=r"26 classes for 26 labels.*check data\.columns"):
+        prepared(tmp_path, numbered([f"r{number}" for number in range(24)]), letters(), max_length=64)
+
+
 def test_spans_of_a_csv_file_are_json(tmp_path):
     (tmp_path / "all.csv").write_text(
         'text,head,tail,relation\na b c,"[0, 1]","{""start"": 4, ""end"": 5}",r\nc b a,"[4, 5]","[0, 1]",none\n'
@@ -191,7 +220,7 @@ def test_markers_leave_the_tokens_of_a_byte_level_tokenizer_as_they_were():
 
 def test_chinese_texts_are_marked_by_characters(tmp_path):
     tokenizer = marked(characters("北京是中国的首都。"))
-    rows = [row("北京是中国的首都。", (0, 2), (3, 5), "首都"), row("中国的首都是北京。", (6, 8), (0, 2), "none")]
+    rows = [row("北京是中国的首都。", (0, 2), (3, 5), "r"), row("中国的首都是北京。", (6, 8), (0, 2), "none")]
     corpus = prepared(tmp_path, rows, tokenizer, max_length=20)
     assert texts_of(corpus, tokenizer) == [
         "[CLS] [E1] 北 京 [/E1] 是 [E2] 中 国 [/E2] 的 首 都 。 [SEP]",

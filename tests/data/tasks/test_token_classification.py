@@ -168,7 +168,7 @@ def test_spans_that_tokens_do_not_follow_are_counted(tmp_path):
     assert sorted(notes) == [
         ("spans cut at max_length", 1),
         ("spans that begin or end inside a token", 2),  # an|na and i|n
-        ("spans that begin or end within a word: does their end count the character behind them?", 3),
+        (SPLIT_WORD, 3),
         ("spans without a token of their own", 1),  # n of ann, which has a tag
     ]
 
@@ -211,6 +211,7 @@ def test_labels_may_be_hidden_and_a_csv_file_holds_lists_as_json(tmp_path):
         ({"tokens": ["a"], "tags": "O"}, "column 'tags' is no list as JSON"),
         ({"tokens": ["a"], "tags": {"a": "O"}}, "column 'tags' is no list"),
         ({"tokens": ["a"], "tags": [1]}, "some tags are names and others numbers"),
+        ({"tokens": ["a"], "tags": ["B-LOC", "O"]}, "has 1 tokens and 2 tags"),
     ],
 )
 def test_words_and_tags_that_do_not_fit_are_refused_by_line(tmp_path, row, words):
@@ -256,7 +257,7 @@ def test_spans_may_bring_their_own_text_and_say_where_they_cut_words(tmp_path):
     ("tags", "words"),
     [
         (("B-A", "I-A", "O"), "3 tags, O, B-A, I-A"),
-        (("A", "O", "O"), "2 tags, O, A, none with B- or I- in front: words in a row are one span"),
+        (("A", "O", "O"), "2 tags, O, A, none with B- or I- in front: words in a row with one tag are one span"),
         (("B-A", "o", "o"), "2 tags, B-A, o, none called O: every word is part of a span"),
     ],
 )
@@ -264,6 +265,24 @@ def test_tags_without_places_or_an_outside_are_said(tmp_path, tags, words):
     more = range(12)
     rows = [{"tokens": ["anna", "in", "paris", *["and"] * count], "tags": [*tags, *[""] * count]} for count in more]
     assert corpus_of(tmp_path, rows).settled.about == words
+
+
+@pytest.mark.parametrize(
+    "tags", [("B_PER", "I_PER"), ("b-PER", "i-PER"), ("PER-B", "PER-I"), ("B:PER", "E:PER"), ("B", "I")]
+)
+def test_tags_of_another_scheme_are_refused_with_the_right_one(tmp_path, tags):
+    rows = [{"tokens": ["ann", "ann", *["and"] * count], "tags": [*tags, *["O"] * count]} for count in range(12)]
+    with pytest.raises(InputError, match=r"write B-(PER|SPAN) and I-(PER|SPAN), and O for what is in none"):
+        corpus_of(tmp_path, rows)
+    nouns = [{"tokens": row["tokens"], "tags": ["NN:I", "B.", *row["tags"][2:]]} for row in rows]
+    assert corpus_of(tmp_path, nouns).classes == ("O", "B.", "NN:I")
+
+
+def test_numbers_of_tags_need_names_also_as_text(tmp_path):
+    rows = [{"tokens": row["tokens"], "tags": [str(int(tag != "O")) for tag in row["tags"]]} for row in FILLERS]
+    with pytest.raises(InputError, match=r"the tags are numbers without names.*classes: \[O, B-PER, I-PER\]"):
+        corpus_of(tmp_path, rows)
+    assert corpus_of(tmp_path, rows, classes=["O", "B-LOC"]).classes == ("O", "B-LOC")
 
 
 def test_both_forms_at_once_and_a_tokenizer_without_offsets_are_refused(tmp_path):
