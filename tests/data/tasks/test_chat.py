@@ -235,6 +235,21 @@ def test_a_key_that_the_template_reads_is_not_counted():
     assert not encoder.notes
 
 
+def test_keys_are_looked_for_once_for_conversations_that_have_the_same(monkeypatch):
+    template = PLAIN.replace("<|end|>", "{% if m.name and loop.last %}{{ m.name }}{% endif %}<|end|>")
+    plain = [{**turn, **{key: key for key in "defgh"}} for turn in turns("a", "b", "c", "d")]
+    named = [*plain[:-1], {**plain[-1], "name": "Max"}]
+    early = [{**plain[0], "name": "Max"}, *plain[1:]]
+    tokenizer, calls = byte_tokenizer(template), []
+    write = tokenizer.apply_chat_template
+    monkeypatch.setattr(tokenizer, "apply_chat_template", lambda *given, **own: calls.append(1) or write(*given, **own))
+    _, encoder = encoded(TASK, tokenizer, [{"messages": talk} for talk in (plain, named, early) for _ in range(20)])
+    lost = {key: encoder.notes[f"conversations with {key} that the chat template does not write"] for key in "defgh"}
+    assert set(lost.values()) == {60}
+    assert encoder.notes["conversations with name that the chat template does not write"] == 20
+    assert len(calls) <= 60 * 6 + 3 * 6  # of each the text, and three for every answer; of each kind one for every key
+
+
 def test_arguments_of_calls_are_objects_whatever_the_file_has():
     template = PLAIN.replace(
         "<|end|>", "{% for c in m.tool_calls %}{{ c.function.arguments | tojson }}{% endfor %}<|end|>"
