@@ -30,7 +30,9 @@ NO_TEMPLATE = (
     "the teacher's tokenizer has no chat template, so nobody knows how it writes a conversation: put the template of "
     "the model, or of its instruct version, as chat_template.jinja into its folder, or use task: causal_lm"
 )
-EMPTY_TURN = "conversations that are empty, or have a turn that says nothing, left out"
+EMPTY_TURN = "conversations that are empty, or have a turn without content and tool_calls, left out"
+LOST_CALL = "conversations with a turn of nothing but tool_calls, which the chat template does not write, left out"
+DATED = "conversations into which the chat template writes the time of this run: on another day they are others"
 NO_ANSWER = "conversations without a turn of the assistant to learn from, left out"
 CUT_ANSWER = "conversations whose first max_length tokens hold no answer, left out"
 PATIENCE = 10
@@ -153,6 +155,10 @@ def render(
         lost[shape] = [*_lost(conversation, full, write)]
     unwritten = [] if all(each["content"].strip() in full for each in messages) else ["a turn"]
     notes.update(f"conversations with {what} that the chat template does not write" for what in lost[shape] + unwritten)
+    notes.update([DATED] if "strftime_now" in template else [])
+    if "tool_calls" in lost[shape] and not all(each["content"].strip() for each in messages):
+        notes[LOST_CALL] += 1
+        return
     answers = [at for at, each in enumerate(messages) if each["role"] == "assistant" and at >= conversation.given]
     if learn_all:
         yield full, None
