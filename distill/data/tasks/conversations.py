@@ -104,39 +104,44 @@ def _read_side(role: str, side: Any, found: Conversation) -> list[Message]:
 
 
 def _read_message(message: Message, found: Conversation) -> Message:
-    read = {name: value for name, value in message.items() if value is not None}  # as `datasets` fills structs up
-    if "role" not in read and "from" in read:
-        speaker = str(read.pop("from")).strip()
-        if speaker.lower() not in SPEAKERS:
-            raise ValueError(f"from: {speaker!r} is nobody known; use {', '.join(SPEAKERS)}")
-        found.notes["messages with from and value, read as role and content"] += 1
-        read = {"role": SPEAKERS[speaker.lower()], "content": read.pop("value", ""), **read}
-    if not isinstance(read.get("role"), str):
-        raise ValueError(f"needs a role, as in {{role: user, content: …}}; it has {', '.join(read) or 'nothing'}")
-    role = SPEAKERS.get(read["role"].strip().lower())
-    if role is None:
-        found.notes["messages with a role other than system, user, assistant and tool, written as it is"] += 1
-    elif role not in ("tool", read["role"]):  # some templates have words of their own for tools
-        found.notes[f"messages with role: {read['role']}, read as {role}"] += 1
-        read["role"] = role
+    given = {name: own for name, own in message.items() if own is not None}  # `datasets` fills structs up
+    read = _with_role(given, found.notes)
     if isinstance(read.get("function_call"), dict):
         found.notes["messages with function_call, read as tool_calls"] += 1
         read["tool_calls"] = [{"type": "function", "function": read.pop("function_call")}]
     if "tool_calls" not in read and "content" not in {**message, **read}:
         raise ValueError(f"needs a content, as in {{role: user, content: …}}; it has {', '.join(read)}")
-    content = read.get("content", "")
+    content, calls = read.get("content", ""), read.pop("tool_calls", [])
     if isinstance(content, list):
         found.notes["messages in parts, whose texts are joined"] += 1
         content = "".join(map(_text_of_part, content))
     if not isinstance(content, str):
         raise ValueError("its content is neither a text nor a list of parts")
-    calls = read.pop("tool_calls", [])
     if not isinstance(calls, list):
         raise ValueError(f"its tool_calls are no list: {reprlib.repr(calls)}")
     if calls:
         read["tool_calls"] = [_read_call(call, found.notes) for call in calls]
     found.empty |= not content.strip() and not calls
     return {**read, "content": content}
+
+
+def _with_role(read: Message, notes: Counter[str]) -> Message:
+    """Give a message a role that templates know, where its own is another word for one."""
+    if "role" not in read and "from" in read:
+        speaker = str(read.pop("from")).strip()
+        if speaker.lower() not in SPEAKERS:
+            raise ValueError(f"from: {speaker!r} is nobody known; use {', '.join(SPEAKERS)}")
+        notes["messages with from and value, read as role and content"] += 1
+        return {"role": SPEAKERS[speaker.lower()], "content": read.pop("value", ""), **read}
+    if not isinstance(read.get("role"), str):
+        raise ValueError(f"needs a role, as in {{role: user, content: …}}; it has {', '.join(read) or 'nothing'}")
+    role = SPEAKERS.get(read["role"].strip().lower())
+    if role is None:
+        notes["messages with a role other than system, user, assistant and tool, written as it is"] += 1
+    elif role not in ("tool", read["role"]):  # some templates have words of their own for tools
+        notes[f"messages with role: {read['role']}, read as {role}"] += 1
+        read["role"] = role
+    return read
 
 
 def _read_call(call: Any, notes: Counter[str]) -> Any:

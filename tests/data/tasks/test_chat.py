@@ -304,7 +304,7 @@ def test_other_words_for_a_role_are_read_and_counted():
     assert found == [["b<|im_end|>"]]
     read = {"Human": "user", "model": "assistant"}
     assert encoder.notes == {f"messages with role: {role}, read as {known}": 1 for role, known in read.items()}
-    found, encoder = learned_texts(TEMPLATES["chatml"], turns("a", "b") + [{"role": "narrator", "content": "c"}])
+    found, encoder = learned_texts(TEMPLATES["chatml"], [*turns("a", "b"), {"role": "narrator", "content": "c"}])
     assert found == [["b<|im_end|>"]] and [*encoder.notes.values()] == [1]
     found, _ = learned_texts(TEMPLATES["chatml"], [{"from": " Human", "value": "a"}, {"from": "GPT", "value": "b"}])
     assert found == [["b<|im_end|>"]]
