@@ -123,9 +123,7 @@ def load_tokenizer(folder: Path, remote_code: bool = False) -> Any:
         InputError: There is none that works.
     """
     if not any(path for names in TOKENIZER_FILES for path in folder.glob(names)):
-        raise InputError(
-            f"{folder} holds no tokenizer: save that of the model there, with its save_pretrained, as tokenizer.json"
-        )
+        raise InputError(f"{folder} holds no tokenizer: save that of the model there, with its save_pretrained")
     with as_input_error(f"{folder} has no usable tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=remote_code)
         words = len(tokenizer) - len(tokenizer.all_special_tokens) if tokenizer else 0  # without its files it has none
