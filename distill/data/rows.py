@@ -279,8 +279,8 @@ def _read(order: Order, source: Source, split: str) -> Iterator[tuple[str, dict[
             seen |= names.values() & row.keys()
         yield place, values
     if offered and len(offered) == len(names) and not seen:
-        listed, fix = ", ".join(offered), f"as in columns: {{{offered[0]}: {next(iter(row))}}}"
-        raise InputError(f"{key}: {source.source} has none of {listed}, but {', '.join(row)}; name them, {fix}")
+        listed, fix = ", ".join(offered), f"columns: {{{offered[0]}: COLUMN}}"
+        raise InputError(f"{key}: {source.source} has none of {listed}, but {', '.join(row)}; name them, as in {fix}")
 
 
 def _is_empty(value: Any) -> bool:

@@ -32,11 +32,15 @@ def read_sound(path: Path, rate: int, notes: Counter[str]) -> np.ndarray:
         samples, have = _read_wave(path, notes)
     except (OSError, EOFError, ValueError, wave.Error) as error:
         samples, have = _read_other(path, error)
-    if len(samples) and np.ptp(samples) == 0:
-        notes["sounds in which nothing is heard"] += 1
+    if not np.isfinite(samples).all():
+        raise InputError(f"{path} holds samples that are no finite numbers; make the file anew, or remove its row")
+    if np.abs(samples).max(initial=0) > 1:
+        notes["sounds with samples beyond the loudest that there is, which are cut off"] += 1
     if samples.shape[1] > 1:
         notes[f"sounds of {samples.shape[1]} channels mixed down to one"] += 1
     mono = samples.mean(axis=1)
+    if len(mono) and np.ptp(mono) == 0:
+        notes["sounds in which nothing is heard"] += 1
     if have != rate and len(mono):
         notes[f"sounds resampled from {have:,} to {rate:,} Hz"] += 1
         mono = resample(mono, have, rate)

@@ -117,7 +117,7 @@ def read_source(
         InputError: The source is broken, or one of its files lacks a column; names file and line.
     """
     files, names = find_files(source, split, base)
-    needed = {*columns} - {*optional}
+    needed, count = {*columns} - {*optional}, 0
     for path in files:
         place, unit = str(path.relative_to(base) if path.is_relative_to(base) else path), "row"
         if is_saved_dataset(path):
@@ -126,7 +126,11 @@ def read_source(
             rows, own = _parquet_rows(path, columns, needed, place)
         else:
             rows, own, unit = read_rows(path, source), {}, "line"
-        yield from _with_paths(_checked(rows, place, unit, names or own, needed), path.parent, paths)
+        for each in _with_paths(_checked(rows, place, unit, names or own, needed), path.parent, paths):
+            count += 1
+            yield each
+    if source.separator is not None and count == len(files):
+        raise InputError(f"{source.source}: no line is the separator {source.separator!r} alone, so remove or mend it")
     if not files:
         name = source.source
         rows, own = _dataset_rows(_call(name), columns, needed, name)

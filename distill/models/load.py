@@ -31,6 +31,8 @@ from distill.recipe.schema import Teacher
 from distill.recipe.weights import weight_files
 
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.spm", "*.codes", "*.tiktoken"]
+TOKENIZER_FILES = ("*token*", "*vocab*", "*.model", "*.spm", "*.codes", "tekken.json", "*.py")
+"""Names of files that tokenizers are made from; of some folders without one transformers makes one without words."""
 HUB_FILES = [*SMALL_FILES, "*.safetensors"]
 CPU = torch.device("cpu")
 UNLIMITED = 10**9
@@ -120,9 +122,12 @@ def load_tokenizer(folder: Path, remote_code: bool = False) -> Any:
     Raises:
         InputError: There is none that works.
     """
+    if not any(path for names in TOKENIZER_FILES for path in folder.glob(names)):
+        raise InputError(f"{folder} holds no tokenizer: save that of the model there, with its save_pretrained")
     with as_input_error(f"{folder} has no usable tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=remote_code)
-        if not (isinstance(tokenizer, PreTrainedTokenizerBase) and tokenizer.model_max_length > 0 and len(tokenizer)):
+        words = len(tokenizer) - len(tokenizer.all_special_tokens) if tokenizer else 0  # without its files it has none
+        if not (isinstance(tokenizer, PreTrainedTokenizerBase) and tokenizer.model_max_length > 0 and words > 1):
             raise ValueError(f"a {type(tokenizer).__name__} without words, or for no text")
     if tokenizer.pad_token is None:
         # The head of a decoder with classes finds the end of a text by the padding that its config names.

@@ -119,6 +119,11 @@ def sentence_head(folder: Path, say: Callable[[str], None] = lambda _line: None)
         InputError: A file is broken, or asks for something that cannot be kept.
     """
     if not (folder / MODULES).is_file():
+        if (folder.parent / MODULES).is_file():
+            raise InputError(
+                f"{folder} is a module of {folder.parent}, whose pooling would be lost: move its files up there, write "
+                f'"path": "" for it in {MODULES}, and name that folder'
+            )
         say(f"  {folder} has no {MODULES}: a text's vector is the mean of its last hidden states")
         return SentenceHead()
     kinds = list(_modules(folder / MODULES))

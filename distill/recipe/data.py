@@ -16,6 +16,7 @@ FILE = r"^(\.{1,2}|~)?/."
 """A path with its start: `./x`, `../x`, `/x` or `~/x`."""
 HUB = r"^hub:[\w.-]+/[\w.-]+$"
 """A dataset of the model hub."""
+LINE = r"^.*$"
 
 LABEL = r"^[a-z][a-z0-9-]*$"
 SPLITS = ("train", "validation", "test")
@@ -44,7 +45,7 @@ class Source(Section):
     null: they enclose, and in a `.tsv` file no line break may stand between them."""
     encoding: StrictStr = "utf-8"
     """Encoding of a text file, e.g. latin-1."""
-    separator: StrictStr | None = None
+    separator: Annotated[StrictStr, Field(pattern=LINE)] | None = None
     """Line that stands between the documents of a `.txt` file; "" is an empty line. null: a file is one document."""
     revision: StrictStr | None = None
     """Commit, tag or branch of a hub dataset."""

@@ -150,6 +150,7 @@ def check_kinds(files: Collection[Path]) -> None:
     if "" in kinds:
         raise InputError(
             f"{kinds['']} has none of the known endings {', '.join(ENDINGS)}, which {', '.join(COMPRESSED)} may follow"
+            f"; unpack an archive, give a copy of prose or code the ending .txt"
         )
     if len(kinds) > 1:
         names = ", ".join(file.name for _, file in sorted(kinds.items()))

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from distill.recipe.data import FILE, HUB
+from distill.recipe.data import FILE, HUB, LINE
 from distill.recipe.datafiles import ENDINGS
 from distill.recipe.document import Document, at
 from distill.recipe.fields import KeyPath, Mistake, Section, dotted
@@ -35,6 +35,7 @@ _PATTERNS = {
     f"^{REFERENCE}$": "package.module:function",
     FILE: "./FILE",
     HUB: "hub:ORG/NAME",
+    LINE: 'a line without a line break, "" for an empty one',
 }
 _PLAIN = (
     ("a valid integer", "a whole number"), ("a valid number", "a number"), ("a finite number", "a number"),

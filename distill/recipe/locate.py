@@ -132,7 +132,23 @@ def teacher_folder(model: str, base: Path) -> Path | None:
         return folder
     if not os.path.isdir(folder):  # unlike Path.is_dir, also says no to a name that is too long to ask for
         raise InputError(f"{model}: there is no {'file' if model.endswith(GGUF) else 'folder'} {folder}")
+    if not os.path.exists(folder / "config.json"):
+        _name_inner_model(model, folder)
     return folder
+
+
+def _name_inner_model(model: str, folder: Path) -> None:
+    """Refuse a folder without a config that holds a model in a place of its own. Raises InputError with that place."""
+    inner = [path.parent.name for path in folder.glob("*/config.json") if not (folder / "modules.json").exists()]
+    inner += [file.name for file in folder.glob(f"*{GGUF}")]
+    if inner:
+        newest = max(inner, key=lambda name: (len(name), name))  # checkpoint-1000, not checkpoint-500
+        raise InputError(f"{model} has no config.json; name what lies in it, as {model.rstrip('/')}/{newest}")
+    if (folder / "modules.json").exists():
+        raise InputError(
+            f'{model} has no config.json: move the files of the transformer there, with "path": "" for it '
+            f"in modules.json"
+        )
 
 
 def is_gguf(path: Path) -> bool:

@@ -38,6 +38,8 @@ PACKED = (
     "quant_state.bitsandbytes__nf4",
 )
 """Last names of tensors that only quantised weights have."""
+OTHER_WEIGHTS = re.compile(r"(model|consolidated|weights).*\.(bin|pt|pth|ckpt|h5|msgpack|safetensors)$")
+"""Files with weights in another form, or under another name."""
 _LAYER = re.compile(r"(.*?\b(?:layers?|h|blocks?))\.(\d+)\.")
 _EMBEDDINGS = re.compile(r"(.*\.)?(word_embeddings|embed_tokens|tok_embeddings|wte|embed_in|shared)\.weight")
 
@@ -59,7 +61,10 @@ def weight_files(folder: Path) -> list[Path]:
     named = read_object(folder / "config.json").get("transformers_weights")
     found = [named] if named is not None else [name for name in (SINGLE, INDEX) if (folder / name).is_file()]
     if not found:
-        raise InputError(f"{folder} has no weights that are read: there is neither {SINGLE} nor {INDEX}")
+        fix = ": load it with transformers, and save_pretrained the model into a new folder"
+        other = [f", but {file.name}{fix}" for file in folder.iterdir() if OTHER_WEIGHTS.search(file.name)]
+        wanted = f"there is neither {SINGLE} nor {INDEX}{min(other, default='')}"
+        raise InputError(f"{folder} has no weights that are read: {wanted}")
     if len(found) > 1:
         raise InputError(f"{folder} holds {SINGLE} and {INDEX}; remove the one that is not meant")
     names, origin = {found[0]}, "config.json: transformers_weights"

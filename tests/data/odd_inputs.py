@@ -378,6 +378,14 @@ REFUSED = [
         "gzip under another name", {"a.jsonl": gzip.compress(JSONL.encode())}, words="a.jsonl compressed with gzip .gz"
     ),
     Odd("parquet under another name", {"a.csv": table(text=["one"], label=["x"])}, words="a.csv it is a parquet file"),
+    Odd(
+        "separator within lines",
+        {"a.txt": "one<|end|>two\n---- \nthree\n"},
+        source={"separator": "<|end|>"},
+        keys={"task": "causal_lm"},
+        words="a.txt: no line is the separator '<|end|>' alone",
+    ),
+    Odd("markdown", {"a.md": "# one"}, words="a.md has none of the known endings give a copy the ending .txt"),
     Odd("zip", {"a.zip": b"PK\x03\x04"}, words="a.zip has none of the known endings"),
     Odd("zstd", {"a.jsonl.zst": b"\x28\xb5\x2f\xfd"}, words="a.jsonl.zst has none of the known endings"),
     Odd(

@@ -64,6 +64,9 @@ def test_a_sound_of_nothing_is_counted(tmp_path):
     notes: Counter[str] = Counter()
     read_sound(write_wave(tmp_path / "x.wav", np.zeros(100)), 16_000, notes)
     assert notes == {"sounds in which nothing is heard": 1}
+    against = np.stack([tone(440), -tone(440)], axis=1)  # as microphones with a wire turned round record it
+    assert not read_sound(write_wave(tmp_path / "y.wav", against), 16_000, notes).any()
+    assert notes["sounds in which nothing is heard"] == 2
 
 
 def test_resampling_removes_what_the_new_rate_cannot_hold():
@@ -86,3 +89,12 @@ def test_files_of_other_kinds_are_read_with_soundfile_and_broken_ones_refused(tm
     assert np.abs(read_sound(flac, 16_000, Counter()) / 2**15 - tone(440)).max() < 1e-3
     with pytest.raises(InputError, match=r"broken.wav is no sound file"):
         read_sound(broken, 16_000, Counter())
+    notes: Counter[str] = Counter()
+    for number, (samples, found) in enumerate((([0.5, 3.0, -2.0], [2**14, 2**15 - 1, -(2**15)]), ([0.5], [2**14]))):
+        soundfile.write(tmp_path / f"{number}.wav", np.array(samples), 16_000, subtype="FLOAT")
+        assert read_sound(tmp_path / f"{number}.wav", 16_000, notes).tolist()[1:] == found[1:]
+    assert notes["sounds with samples beyond the loudest that there is, which are cut off"] == 1
+    for number in (np.nan, np.inf):
+        soundfile.write(tmp_path / "x.wav", np.array([0.5, number]), 16_000, subtype="FLOAT")
+        with pytest.raises(InputError, match=r"x\.wav holds samples that are no finite numbers"):
+            read_sound(tmp_path / "x.wav", 16_000, notes)

@@ -294,6 +294,15 @@ def test_weights_that_are_no_numbers_are_refused_by_name(folder, number):
         load_model(folder, ModelHead(CLASSIFIER))
 
 
+@pytest.mark.parametrize("settings", [None, {"tokenizer_class": "BertTokenizer"}])
+def test_a_folder_without_the_words_of_its_tokenizer_is_refused(settings, tmp_path):
+    tiny_model("bert").save_pretrained(tmp_path)  # of which transformers makes a tokenizer of five special tokens
+    if settings:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match="without words" if settings else "holds no tokenizer: save"):
+        load_tokenizer(tmp_path)
+
+
 def test_two_sets_of_weights_in_one_folder_are_refused(folder):
     index = {"metadata": {}, "weight_map": {"a": "model.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -86,6 +86,13 @@ def test_what_cannot_be_kept_of_a_folder_is_refused(name, change, words, tmp_pat
         sentence_head(written(tmp_path, head, **{name: json.dumps(content)}))
 
 
+def test_a_transformer_without_the_pooling_beside_it_is_refused(tmp_path):
+    (tmp_path / "0_Transformer").mkdir()
+    (tmp_path / "modules.json").write_text("[]")
+    with pytest.raises(InputError, match="whose pooling would be lost"):
+        sentence_head(tmp_path / "0_Transformer")
+
+
 def test_prompts_of_a_recipe_that_the_teacher_would_not_pool_are_refused():
     with pytest.raises(InputError, match=r"data\.prompts: the teacher does not pool prompts"):
         SentenceHead(include_prompt=False).with_prompts({"text": "q: "}, False)

@@ -267,6 +267,13 @@ CROSS_CHECKS = [
         "stdlib-docstrings", "{source: pydoc-topics, split: a}", 10, "data.source.split", "only hub datasets and saved"
     ),
     Bad("stdlib-docstrings", "{source: ./texts.csv, config: a}", 10, "data.source.config", "only hub datasets have it"),
+    Bad(
+        "stdlib-docstrings",
+        '{source: ./x.txt, separator: "\\n\\n"}',
+        10,
+        "data.source.separator",
+        "expected a line without a line break",
+    ),
     Bad("stdlib-docstrings", "./texts.csv\n  train: ./texts.csv", 11, "data.train", "source and train are both given"),
     Bad("labelled: 160", "test: [{source: ./a.csv, weight: 2}]", 12, "data.test.0.weight", "training rows only"),
     Bad("labelled: 160", "test: ./texts.csv\n  test_share: 0.3", 13, "data.test_share", "no effect: test is given"),

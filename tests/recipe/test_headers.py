@@ -213,10 +213,28 @@ def test_a_folder_without_weights_or_with_an_adapter_alone_is_refused(write: Wri
     assert "has no weights that are read" in one(write())[1]
     load_recipe(write(GOOD.replace("fit: {", "init: random\n  fit: {")))
     (folder / "teacher/pytorch_model.bin").write_bytes(b"")
+    (folder / "teacher/optimizer.pt").write_bytes(b"")
     assert "has no weights that are read" in one(write())[1]
+    assert "but pytorch_model.bin: load it with transformers, and save_pretrained" in one(write())[1]
     (folder / "teacher/config.json").unlink()
     (folder / "teacher/adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
     assert "holds an adapter for org/base (adapter_config.json)" in one(write())[1]
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (("checkpoint-500/config.json", "checkpoint-1000/config.json"), "as ./teacher/checkpoint-1000"),
+        (("model.gguf",), "as ./teacher/model.gguf"),
+        (("modules.json", "0_Transformer/config.json"), 'with "path": "" for it in modules.json'),
+    ],
+)
+def test_a_model_in_a_place_of_its_own_is_named(files: tuple[str, ...], words: str, write: Write, folder: Path) -> None:
+    (folder / "teacher/config.json").unlink()
+    for name in files:
+        (folder / "teacher" / name).parent.mkdir(exist_ok=True)
+        (folder / "teacher" / name).write_text("{}")
+    assert words in one(write())[1]
 
 
 @pytest.mark.parametrize("vocab", [{"a": 0, "b": 100}, [["x", -1.0]] * 101])

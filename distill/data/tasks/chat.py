@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -29,7 +30,9 @@ NO_TEMPLATE = (
     "the teacher's tokenizer has no chat template, so nobody knows how it writes a conversation: put the template of "
     "the model, or of its instruct version, as chat_template.jinja into its folder, or use task: causal_lm"
 )
-EMPTY_TURN = "conversations that are empty, or have a turn that says nothing, left out"
+EMPTY_TURN = "conversations that are empty, or have a turn without content and tool_calls, left out"
+LOST_CALL = "conversations with a turn of nothing but tool_calls, which the chat template does not write, left out"
+DATED = "conversations into which the chat template writes the time of this run: on another day they are others"
 NO_ANSWER = "conversations without a turn of the assistant to learn from, left out"
 CUT_ANSWER = "conversations whose first max_length tokens hold no answer, left out"
 PATIENCE = 10
@@ -57,6 +60,7 @@ class Chat(CausalLM):
         tokenizer, notes = encoder.tokenizer, encoder.notes
         check_row_length(encoder)
         _check_tokenizer(tokenizer)
+        lost: dict[Any, list[str]] = {}
         written: list[tuple[int, str, list[Span] | None]] = []
         for number, place in enumerate(rows["place"]):
             found = read_conversation({name: rows[name][number] for name in self.columns})
@@ -65,7 +69,8 @@ class Chat(CausalLM):
                 encoder.note(EMPTY_TURN)
                 continue
             with as_input_error(f"data: {place}: the chat template refuses the conversation"), within(PATIENCE):
-                written += [(number, *own) for own in render(tokenizer, found, encoder.spec.learn_from == "all", notes)]
+                texts = render(tokenizer, found, encoder.spec.learn_from == "all", notes, lost)
+                written += [(number, *own) for own in texts]
         return encoder.features(_cut(written, encoder) if written else [])
 
     def collate(self, examples: Mapping[str, Any], padding: int, seeds: Seeds) -> Batch:
@@ -99,12 +104,13 @@ def _cut(written: Sequence[tuple[int, str, list[Span] | None]], encoder: Encoder
     """
     tokenizer, limit = encoder.tokenizer, encoder.spec.max_length
     texts = [text for _, text, _ in written]
-    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    added = np.array(sorted(tokenizer.added_tokens_decoder), dtype=np.int64)
+    without = dict.fromkeys(("add_special_tokens", "return_attention_mask", "return_token_type_ids"), False)
+    encoded = tokenizer(texts, **without, verbose=False)
+    added = tokenizer.added_tokens_decoder
     examples = []
-    for (row, text, own), ids, places in zip(written, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+    for (row, text, own), ids, places in zip(written, encoded["input_ids"], encoded.encodings, strict=True):
         everything = np.ones(len(ids), dtype=np.int64)
-        learned = everything if own is None else mark(text, np.array(ids), np.array(places), own, added)
+        learned = everything if own is None else mark(text, ids, places, own, added)
         if not learned[1:].any():
             encoder.note(NO_ANSWER)
         elif not learned[1:limit].any():
@@ -117,9 +123,16 @@ def _cut(written: Sequence[tuple[int, str, list[Span] | None]], encoder: Encoder
 
 
 def render(
-    tokenizer: Any, conversation: Conversation, learn_all: bool, notes: Counter[str]
+    tokenizer: Any, conversation: Conversation, learn_all: bool, notes: Counter[str], lost: dict[Any, list[str]]
 ) -> Iterator[tuple[str, list[Span] | None]]:
     """Write a conversation with the tokenizer's chat template, and find what is learned in it.
+
+    Args:
+        tokenizer: With a template.
+        conversation: What is written.
+        learn_all: Everything is learned.
+        notes: Counts what happens.
+        lost: Keeps what the template passes over, by what the messages have.
 
     Yields:
         A text, and the spans that are learned; None: all of it. Several where the template writes earlier turns
@@ -137,9 +150,15 @@ def render(
         )
 
     full = write(messages)
-    notes.update(
-        f"conversations with {what} that the chat template does not write" for what in _lost(conversation, full, write)
-    )
+    shape = _shape(conversation)
+    if shape not in lost:
+        lost[shape] = [*_lost(conversation, full, write)]
+    unwritten = [] if all(each["content"].strip() in full for each in messages) else ["a turn"]
+    notes.update(f"conversations with {what} that the chat template does not write" for what in lost[shape] + unwritten)
+    notes.update([DATED] if "strftime_now" in template else [])
+    if "tool_calls" in lost[shape] and not all(each["content"].strip() for each in messages):
+        notes[LOST_CALL] += 1
+        return
     answers = [at for at, each in enumerate(messages) if each["role"] == "assistant" and at >= conversation.given]
     if learn_all:
         yield full, None
@@ -150,18 +169,25 @@ def render(
         prompt = shared_start(full, write(messages[: conversation.given]))
         yield full, [span for span in spans[0] if span[1] > prompt]
     else:
-        found = [find_answer(messages[: at + 1], full, write, tokenizer.eos_token or "") for at in answers]
+        found = [find_answer(messages, at, full, write, tokenizer.eos_token or "") for at in answers]
         if None not in found:
             yield full, [span for span in found if span is not None]
             return
         notes[REWRITTEN] += 1
         for at in answers:
             text = write(messages[: at + 1])
-            span = find_answer(messages[: at + 1], text, write, tokenizer.eos_token or "")
+            span = find_answer(messages[: at + 1], at, text, write, tokenizer.eos_token or "")
             if span is None:
                 notes[HIDDEN_ANSWER] += 1
             else:
                 yield text, [span]
+
+
+def _shape(conversation: Conversation) -> Any:
+    """List what decides which keys a template writes: those of the last and of other messages, by role, and tools."""
+    last = conversation.messages[-1]
+    keys = {(each is last, each["role"], key, bool(own)) for each in conversation.messages for key, own in each.items()}
+    return bool(conversation.tools), frozenset(keys)
 
 
 def _lost(conversation: Conversation, full: str, write: Callable[..., str]) -> Iterator[str]:
@@ -175,17 +201,16 @@ def _lost(conversation: Conversation, full: str, write: Callable[..., str]) -> I
                 yield key
         except (TemplateError, TypeError):  # it cannot do without
             pass
-    if not all(each["content"].strip() in full for each in messages):
-        yield "a turn"
 
 
-def find_answer(messages: Sequence[Message], full: str, write: Callable[..., str], end: str) -> Span | None:
-    """Find the last of some messages, an answer, in the text of the whole conversation.
+def find_answer(messages: Sequence[Message], at: int, full: str, write: Callable[..., str], end: str) -> Span | None:
+    """Find an answer in the text of a conversation.
 
     It begins where the template would let the assistant speak, and ends where the conversation up to it does.
 
     Args:
-        messages: The conversation up to the answer.
+        messages: The conversation.
+        at: Which of them is the answer.
         full: The text of the conversation.
         write: Renders messages; with `True`, up to where the assistant speaks.
         end: The end token, which some templates write once, behind whatever comes last.
@@ -193,25 +218,27 @@ def find_answer(messages: Sequence[Message], full: str, write: Callable[..., str
     Returns:
         None where the turns up to the answer are not written in `full` as they are without later ones.
     """
-    before, closed = write(messages[:-1]), write(messages)
+    closed = full if at == len(messages) - 1 else write(messages[: at + 1])
+    # The first turn of all: no template prompts for it, but its header is what does not depend on what it says.
+    opened = write(messages[:at], True) if at else write([{**messages[at], "content": "\N{DAGGER}"}])
+    known = at and full.startswith(opened) and not (end and full.endswith(end))
+    before = opened if known else write(messages[:at])
     if not full.startswith(before):  # the template writes an end token behind whatever comes last
         before, closed = before.removesuffix(end), closed.removesuffix(end)
     if not full.startswith(closed):
         closed = closed.removesuffix(end)
     if not full.startswith(before) or not full.startswith(closed) or len(closed) <= len(before):
         return None
-    # The first turn of all: no template prompts for it, but its header is what does not depend on what it says.
-    opened = write(messages[:-1], True) if messages[:-1] else write([{**messages[-1], "content": "\N{DAGGER}"}])
     return max(len(before), shared_start(opened, closed)), len(closed)
 
 
 def shared_start(one: str, other: str) -> int:
     """Count the characters that two texts begin with alike."""
-    differ = (at for at, (mine, yours) in enumerate(zip(one, other, strict=False)) if mine != yours)
-    return next(differ, min(len(one), len(other)))
+    counts = range(1, min(len(one), len(other)) + 1)
+    return bisect_left(counts, True, key=lambda count: one[:count] != other[:count])
 
 
-def mark(text: str, ids: np.ndarray, places: np.ndarray, spans: Sequence[Span], added: np.ndarray) -> np.ndarray:
+def mark(text: str, ids: Sequence[int], places: Any, spans: Sequence[Span], added: Collection[int]) -> np.ndarray:
     """Mark the tokens of which a part lies in a span, int64 [L] of 0 and 1.
 
     White space behind the token that ends a turn belongs to the template: nobody has to say it.
@@ -219,15 +246,20 @@ def mark(text: str, ids: np.ndarray, places: np.ndarray, spans: Sequence[Span], 
     Args:
         text: The text.
         ids: Its tokens.
-        places: Characters of each token, first and one more than last, int64 [L, 2].
+        places: The `tokenizers.Encoding` of it, which says where each token is; a list of that would take long.
         spans: What is learned.
-        added: Tokens that are no part of words, ascending; those that end turns are among them.
+        added: Tokens that are no part of words; those that end turns are among them.
     """
     learned = np.zeros(len(ids), dtype=np.int64)
+
+    def token_at(place: int) -> int:
+        found = (places.char_to_token(at) for at in range(place, len(text)))  # none writes some white space
+        return next((token for token in found if token is not None), len(ids))
+
     for start, stop in spans:
-        inside = np.flatnonzero((places[:, 0] < stop) & (places[:, 1] > start) & (places[:, 1] > places[:, 0]))
-        written = [at for at in inside if not text[slice(*places[at])].isspace()]
-        if written and ids[written[-1]] in added:
-            inside = inside[inside <= written[-1]]
-        learned[inside] = 1
+        first, past = token_at(start), token_at(stop)
+        past += past < len(ids) and places.token_to_chars(past)[0] < stop
+        inside = range(first, past)
+        last = next((at for at in reversed(inside) if not text[slice(*places.token_to_chars(at))].isspace()), None)
+        learned[first : past if last is None or ids[last] not in added else last + 1] = 1
     return learned

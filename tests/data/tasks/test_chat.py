@@ -14,7 +14,7 @@ from conversations import MARKED, PROMPTING_THOUGHTS, SYSTEM_LAST, TEMPLATES, TH
 from distill.data import collate
 from distill.data.prepare import prepare
 from distill.data.rows import Order
-from distill.data.tasks.chat import Chat, read_conversation
+from distill.data.tasks.chat import DATED, EMPTY_TURN, LOST_CALL, Chat, read_conversation
 from distill.data.tasks.conversations import read_messages
 from distill.data.tasks.task import Ragged
 from distill.errors import InputError
@@ -31,6 +31,7 @@ def turns(*contents, first="user"):
     return [{"role": roles[at % 2], "content": content} for at, content in enumerate(contents)]
 
 
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": {}}}]}
 TALK = turns("Hi, who are you?", "I am\nMax.", "And 你好?", "สวัสดี 🙂 <b>")
 
 
@@ -159,7 +160,7 @@ def test_other_forms_of_messages_are_read_and_counted():
     talk = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
     found, encoder = learned_texts(TEMPLATES["chatml"], talk)
     assert found == [["b<|im_end|>"]] and encoder.notes["messages with from and value, read as role and content"] == 2
-    parts = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "!"}]}]
+    parts = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "input_text", "text": "!"}]}]
     found, encoder = learned_texts(TEMPLATES["chatml"], [*parts, {"role": "assistant", "content": "b"}])
     assert found == [["b<|im_end|>"]] and encoder.notes["messages in parts, whose texts are joined"] == 1
     assert read_messages(json.dumps(talk)) == talk and TASK.columns["tools"].read('[{"name": "x"}]') == [{"name": "x"}]
@@ -178,6 +179,7 @@ def test_other_forms_of_messages_are_read_and_counted():
         ({"messages": [{"from": "martian", "value": "a"}]}, "martian"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "part of its content is 'image'"),
         ({"messages": [{"role": "user", "content": ["a"]}]}, "part of its content is 'str'"),
+        ({"messages": [{**CALL, "tool_calls": "[]"}]}, "tool_calls are no list"),
     ],
 )
 def test_a_row_that_is_no_conversation_is_refused(row, message):
@@ -212,7 +214,6 @@ def test_conversations_that_teach_nothing_are_left_out_and_counted():
 
 
 PLAIN = "{% for m in messages %}{% if m.role != 'system' %}<|user|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
-CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": {}}}]}
 
 
 @pytest.mark.parametrize(
@@ -221,7 +222,7 @@ CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name
         ({"messages": turns("a", "b")}, []),
         ({"messages": [{"role": "system", "content": "be brief"}, *turns("a", "b")]}, ["a turn"]),
         ({"messages": turns("a", "b"), "tools": [{"name": "add"}]}, ["tools"]),
-        ({"messages": [*turns("a"), CALL, *turns("3", "c")]}, ["tool_calls"]),
+        ({"messages": [*turns("a"), {**CALL, "content": "b"}, *turns("3", "c")]}, ["tool_calls"]),
         ({"messages": [*turns("a"), {"role": "assistant", "content": "b", "weight": 0}]}, ["weight"]),
     ],
 )
@@ -230,11 +231,53 @@ def test_what_the_template_passes_over_is_counted(row, lost):
     assert encoder.notes == {f"conversations with {what} that the chat template does not write": 2 for what in lost}
 
 
+def test_an_answer_of_nothing_is_never_learned():
+    called = {"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": "{}"}}
+    nothing = [{**CALL, "tool_calls": []}, {"role": "assistant", "content": None, "refusal": "No."}]
+    for turn, note in ((CALL, LOST_CALL), (called, LOST_CALL), *((turn, EMPTY_TURN) for turn in nothing)):
+        rows = [{"messages": [*turns("a"), turn, *turns("3", "c")]}, {"messages": turns("a", "b")}]
+        features, encoder = encoded(TASK, byte_tokenizer(PLAIN), rows, max_length=64)
+        assert features["row"] == [1] and encoder.notes[note] == 1
+    template = PLAIN.replace("<|end|>", "{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}{% endif %}<|end|>")
+    told = {"role": "function", "name": "add", "content": "3"}
+    features, encoder = encoded(TASK, byte_tokenizer(template), [{"messages": [*turns("a"), called, told]}])
+    assert byte_tokenizer().decode(features["input_ids"][0]) == "<|user|>a<|end|><|user|>add<|end|><|user|>3<|end|>"
+    assert encoder.notes["messages with function_call, read as tool_calls"] == 1
+
+
+def test_a_template_that_writes_the_day_is_said():
+    _, encoder = encoded(TASK, byte_tokenizer("{{ strftime_now('%Y') }}" + PLAIN), [{"messages": turns("a", "b")}])
+    assert encoder.notes == {DATED: 1}
+
+
+def test_lists_of_messages_as_json_text_are_read_on_both_sides_and_other_json_stays_text():
+    prompt, completion = json.dumps(turns("a")), json.dumps(turns("b", first="assistant"))
+    found, encoder = learned_texts(TEMPLATES["chatml"], None, prompt=prompt, completion=completion)
+    assert found == [["b<|im_end|>"]] and [*encoder.notes.values()] == [2]
+    found, encoder = learned_texts(TEMPLATES["chatml"], None, prompt="a", completion='[{"a": 1}]')
+    assert found == [['[{"a": 1}]<|im_end|>']] and not encoder.notes
+
+
 def test_a_key_that_the_template_reads_is_not_counted():
     template = PLAIN.replace("{{ m.content }}", "{{ m.name + ': ' + m.content }}")
     talk = [{**turn, "name": "Max"} for turn in turns("a", "b")]
     _, encoder = encoded(TASK, byte_tokenizer(template), [{"messages": talk}], max_length=64)
     assert not encoder.notes
+
+
+def test_keys_are_looked_for_once_for_conversations_that_have_the_same(monkeypatch):
+    template = PLAIN.replace("<|end|>", "{% if m.name and loop.last %}{{ m.name }}{% endif %}<|end|>")
+    plain = [{**turn, **{key: key for key in "defgh"}} for turn in turns("a", "b", "c", "d")]
+    named = [*plain[:-1], {**plain[-1], "name": "Max"}]
+    early = [{**plain[0], "name": "Max"}, *plain[1:]]
+    tokenizer, calls = byte_tokenizer(template), []
+    write = tokenizer.apply_chat_template
+    monkeypatch.setattr(tokenizer, "apply_chat_template", lambda *given, **own: calls.append(1) or write(*given, **own))
+    _, encoder = encoded(TASK, tokenizer, [{"messages": talk} for talk in (plain, named, early) for _ in range(20)])
+    lost = {key: encoder.notes[f"conversations with {key} that the chat template does not write"] for key in "defgh"}
+    assert set(lost.values()) == {60}
+    assert encoder.notes["conversations with name that the chat template does not write"] == 20
+    assert len(calls) <= 60 * 6 + 3 * 6  # of each the text, and three for every answer; of each kind one for every key
 
 
 def test_arguments_of_calls_are_objects_whatever_the_file_has():
@@ -263,7 +306,9 @@ def test_other_words_for_a_role_are_read_and_counted():
     assert found == [["b<|im_end|>"]]
     read = {"Human": "user", "model": "assistant"}
     assert encoder.notes == {f"messages with role: {role}, read as {known}": 1 for role, known in read.items()}
-    found, _ = learned_texts(TEMPLATES["chatml"], [{"from": "Human", "value": "a"}, {"from": "GPT", "value": "b"}])
+    found, encoder = learned_texts(TEMPLATES["chatml"], [*turns("a", "b"), {"role": "narrator", "content": "c"}])
+    assert found == [["b<|im_end|>"]] and [*encoder.notes.values()] == [1]
+    found, _ = learned_texts(TEMPLATES["chatml"], [{"from": " Human", "value": "a"}, {"from": "GPT", "value": "b"}])
     assert found == [["b<|im_end|>"]]
 
 
