@@ -151,9 +151,16 @@ def _allocate(
 ) -> list[float]:
     spread = bind(find(ALLOCATIONS, mlp.allocate, "allocation"), mlp.allocate_params, "student.mlp.allocate_params")
     changes = None if influence is None else [influence[index] for index in free]
-    wanted = [float(number) for number in spread([scores[index] for index in free], asked, changes)]
+    found = spread([scores[index] for index in free], asked, changes)
+    try:
+        wanted = [float(number) for number in found]
+    except (TypeError, ValueError):
+        wanted = []
     if len(wanted) != len(free) or not all(0 <= number < torch.inf for number in wanted):
-        raise InputError(f"student.mlp.allocate: {mlp.allocate} returned {wanted} for {len(free)} layers")
+        raise InputError(
+            f"student.mlp.allocate: {mlp.allocate} returned {found}, not a number of neurons for each of the "
+            f"{len(free)} layers that may be cut"
+        )
     return wanted
 
 
