@@ -254,11 +254,18 @@ class _Run:
         }
         self.tracker.record(record)
         self._adapt_head_precision(figures["terms"])
-        if in_a_row >= min(job.spec.max_skipped, self.steps):
-            raise RunError(
-                f"{job.title}: the last {in_a_row} steps up to step {state.step} were left out, their loss or "
-                f"gradient is not finite; {self.writer.last_good()}. Lower lr, or check the teacher and the data"
+        if state.tokens == tokens and figures["grad_norm"] == 0 and figures["loss"]:
+            self.say(
+                f"{job.title}: the loss has no gradient for what learns: look at its terms, and freeze, only or lora"
             )
+        left_out = (
+            f"{job.title}: the last {in_a_row} steps up to step {state.step} were left out, their loss or gradient is "
+            f"not finite or a spike (skip_spikes)"
+        )
+        if in_a_row >= min(job.spec.max_skipped, self.steps):
+            raise RunError(f"{left_out}; {self.writer.last_good()}. Lower lr, or check the teacher and the data")
+        if in_a_row and state.step == self.steps:
+            self.say(f"{left_out}; the model is that of step {state.step - in_a_row}")
 
     def _adapt_head_precision(self, terms: Mapping[str, float | None]) -> None:
         """Let `auto` follow the means of the last window, which are the same on every rank."""
