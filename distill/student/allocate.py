@@ -8,7 +8,7 @@ an allocation wants need not be whole: `layer_widths` rounds it, for all of them
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -152,10 +152,7 @@ def _allocate(
     spread = bind(find(ALLOCATIONS, mlp.allocate, "allocation"), mlp.allocate_params, "student.mlp.allocate_params")
     changes = None if influence is None else [influence[index] for index in free]
     found = spread([scores[index] for index in free], asked, changes)
-    try:
-        wanted = [float(number) for number in found]
-    except (TypeError, ValueError):
-        wanted = []
+    wanted = [float(number) for number in found] if isinstance(found, Iterable) else []
     if len(wanted) != len(free) or not all(0 <= number < torch.inf for number in wanted):
         raise InputError(
             f"student.mlp.allocate: {mlp.allocate} returned {found}, not a number of neurons for each of the "

@@ -50,14 +50,6 @@ def _eight_bits() -> Callable[..., torch.optim.Optimizer]:
     return MasterAdamW8bit
 
 
-def find_optimizer(spec: Optimization) -> Callable[..., torch.optim.Optimizer]:
-    """Find the recipe's optimizer and fill in its own parameters. Raises InputError when there is none like that."""
-    function = find(OPTIMIZERS, spec.optimizer, "optimizer")
-    if spec.optimizer == "adamw_8bit":
-        _eight_bits()
-    return bind(function, spec.optimizer_params, "optimizer_params")
-
-
 def make_optimizer(
     model: nn.Module, spec: Optimization, rests: dict[Tensor, Tensor] | None = None
 ) -> torch.optim.Optimizer:
@@ -81,7 +73,7 @@ def make_optimizer(
         kind = MasterAdamW if spec.optimizer == "adamw" else _eight_bits()
         return kind(groups, rests, lr=spec.lr, betas=spec.betas, **spec.optimizer_params)
     own = {"betas": spec.betas} if spec.optimizer in OPTIMIZERS else {}
-    function = find_optimizer(spec)
+    function = bind(find(OPTIMIZERS, spec.optimizer, "optimizer"), spec.optimizer_params, "optimizer_params")
     with _refused(spec.optimizer, "called with parameter groups and lr"):
         optimizer = function(groups, lr=spec.lr, **own)
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -115,6 +107,8 @@ def _refused(name: str, how: str) -> Iterator[None]:
     """Refuse an optimizer that fails, whatever it fails with."""
     try:
         yield
+    except InputError:
+        raise
     except Exception as error:
         problem = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         fix = "change its parameters" if name in OPTIMIZERS else "change it or its parameters"
