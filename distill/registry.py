@@ -113,8 +113,10 @@ def _check_takes(function: Callable[..., Any], rows: Iterable[Callable[..., Any]
     }
     try:
         own = inspect.signature(function).parameters.values()
-    except ValueError:  # of some functions in C nothing is known
-        return
+    except ValueError as error:  # of some functions in C nothing is known
+        raise InputError(
+            f"{what} does not say which parameters it takes; call it in a function of your own, and name that"
+        ) from error
     by_place = [each for each in own if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
     least = sum(each.default is each.empty and each.name not in named for each in by_place)
     most = math.inf if any(each.kind is each.VAR_POSITIONAL for each in own) else len(by_place)

@@ -70,6 +70,13 @@ def find_metric(name: str, columns: Collection[str]) -> Function:
     return function
 
 
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"evaluation.metrics: {name} returned {value!r}, not a number") from error
+
+
 def metric_class(functions: Mapping[str, Function], columns: Mapping[str, Column]) -> Any:
     """Wrap metric functions, by the name of their result, in an `evaluate.Metric` that reads these columns.
 
@@ -93,7 +100,7 @@ def metric_class(functions: Mapping[str, Function], columns: Mapping[str, Column
             # They arrive as lists: the "numpy" format of datasets would round float64 to float32.
             arrays = {column: np.asarray(values) for column, values in rows.items()}
             return {
-                name: float(function(*(arrays[column] for column in columns_of(function))))
+                name: _number(name, function(*(arrays[column] for column in columns_of(function))))
                 for name, function in functions.items()
             }
 

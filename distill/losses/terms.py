@@ -168,13 +168,20 @@ def _check_loss(term: Term, match: Match, name: str, kind: PredictionKind, where
         function = find(match.losses, name, what="loss")
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
+    heated = "temperature" in TERM_KEYS[term.match].keys
+    takes = inspect.signature(function).parameters.values()
+    if heated and not any(each.name == "temperature" or each.kind is each.VAR_KEYWORD for each in takes):
+        raise InputError(
+            f"{where}: {name} takes no temperature; a loss of match: {term.match} is called as "
+            f"function(student, teacher, *, temperature=1.0, …)"
+        )
     ends = [dict(term.params)]
     if term.schedule is not None:
         _check_schedule(term.schedule, function, f"{where}.schedule")
         if term.schedule.params:
             ends.append({**term.params, **term.schedule.params})
     for params in ends:
-        given = params | ({"temperature": term.temperature} if "temperature" in TERM_KEYS[term.match].keys else {})
+        given = params | ({"temperature": term.temperature} if heated else {})
         loss = bind(function, given, where=f"{where}.params")
         if params or is_reference(name):  # tests have called the built-in losses with their own defaults
             _try_out(loss, match, kind, params, where, name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -28,6 +28,7 @@ from distill.pipeline.stage import Stage, with_version
 from distill.pipeline.teachers import load_teaching
 from distill.pipeline.train import objective_of
 from distill.pipeline.train_checks import is_taught
+from distill.pipeline.trainings import hollow
 from distill.ranks import process_state
 from distill.recipe.load import fingerprint
 from distill.release.wording import format_count, format_seconds, format_size
@@ -78,6 +79,17 @@ def bytes_of(session: Session, column: Column, positions: int) -> int:
     return positions * int(width) * DTYPES[column.dtype].itemsize
 
 
+def sizes_of(session: Session, columns: Sequence[Column], positions: Mapping[str, int]) -> dict[str, int]:
+    """Count the bytes of each column, by its positions, and of the output head where it is kept."""
+    sizes = {column.name: bytes_of(session, column, positions[column.name]) for column in columns}
+    if any(column.field == "last" for column in columns):
+        model = hollow(session, session.teacher, session.head)
+        kept, dtype = output_head(model), DTYPES.get(session.recipe.teacher.dtype, model.dtype)
+        tensors = [] if kept is None else [kept.weight] if kept.bias is None else [kept.weight, kept.bias]
+        sizes[HEAD] = sum(tensor.numel() for tensor in tensors) * dtype.itemsize
+    return sizes
+
+
 @dataclass
 class Filling:
     """A cache that is being filled by this rank, beside others and other runs."""
@@ -119,10 +131,11 @@ class Filling:
     def say_what_is_there(self) -> None:
         """Say how large the cache is and what is missing of it, and refuse a disk that is too small."""
         say, entries = self.session.say, self.entries
-        sizes = {column.name: bytes_of(self.session, column, entries.positions[column.name]) for column in self.columns}
-        have = {name for column in self.columns for name in self.folder.names(column.name)}
+        sizes = sizes_of(self.session, self.columns, entries.positions)
+        have = {name for group in ("", *(column.name for column in self.columns)) for name in self.folder.names(group)}
         share = {c.name: sum(shard_name(c, n) not in have for n in range(entries.shards)) for c in self.columns}
         missing = sum(sizes[name] * count // entries.shards for name, count in share.items())
+        missing += sizes.get(HEAD, 0) if HEAD not in have else 0
         say(
             f"  {format_count(len(entries.examples))} inputs, {format_count(entries.tokens)} tokens: "
             f"{', '.join(f'{name} {format_size(size)}' for name, size in sizes.items())}, in {self.folder.root}"

@@ -130,7 +130,9 @@ class RunDir:
             self.root.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.root / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except OSError as error:
-            raise InputError(f"{self.root} cannot be the run folder: {error.strerror}") from error
+            lost = f" to {self.root.readlink()}, which is not there" if self.root.is_symlink() else ""
+            problem = f"it is a link{lost}; make it, or give another --out" if lost else error.strerror
+            raise InputError(f"{self.root} cannot be the run folder: {problem}") from error
         with os.fdopen(descriptor, "r+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -138,7 +140,7 @@ class RunDir:
                 holder = f" ({found})" if (found := file.read().strip()) else ""
                 raise InputError(
                     f"{self.root} is in use by another distill run{holder}; "
-                    f"wait for it, or give this one another `name=…`"
+                    f"wait for it, or give this one another --out or `name=…`"
                 ) from error
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")

@@ -17,7 +17,7 @@ from distill.models.family import all_layers
 from distill.models.forward import row_count
 from distill.models.memory import Peak, free_bytes
 from distill.models.plan import StudentPlan
-from distill.pipeline.cache import bytes_of, wanted_columns
+from distill.pipeline.cache import sizes_of, wanted_columns
 from distill.pipeline.cached_inputs import find_entries, inputs_of_training
 from distill.pipeline.rehearsal import EIGHT_BITS, Rehearsal, rehearse_memory
 from distill.pipeline.session import Session
@@ -72,16 +72,16 @@ def tabulate_cache(session: Session, work: Work, live: StepTime | None) -> Print
     every = -(-len(pairs) // LOOKED_AT)
     looked = find_entries(session, columns, every)
     tokens = looked.tokens * every
-    sizes = {column.name: every * bytes_of(session, column, looked.positions[column.name]) for column in columns}
-    total, steps = sum(sizes.values()), work.steps or 0
+    sizes = sizes_of(session, columns, {name: every * count for name, count in looked.positions.items()})
+    per_token, steps = sum(sizes[column.name] for column in columns) / tokens, work.steps or 0
     times_read = steps * work.tokens / tokens
     once = None if live is None else live.teacher * tokens / work.tokens
     saved = None if once is None or live is None else steps * live.teacher - once
     rows = [
         ("inputs, tokens", f"{format_count(len(looked.examples) * every)}, {format_count(tokens)}"),
         *((name, format_size(size)) for name, size in sizes.items()),
-        ("on disk", format_size(total)),
-        ("bytes per token", f"{total / tokens:,.0f}"),
+        ("on disk", format_size(sum(sizes.values()))),
+        ("bytes per token", f"{per_token:,.0f}"),
         ("the teacher's pass", MISSING if once is None else format_seconds(once)),
         ("the training reads each input", f"{times_read:.1f} times"),
         ("the teacher's time in it, live", MISSING if live is None else format_seconds(steps * live.teacher)),

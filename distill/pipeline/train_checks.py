@@ -19,7 +19,7 @@ from distill.pipeline.session import Session
 from distill.ranks import process_state
 from distill.recipe.schema import Optimization, Recipe, Term
 from distill.registry import is_reference
-from distill.training.optim import find_optimizer
+from distill.training.optim import try_optimizer
 from distill.training.setup import check_launch_keeps, deal_out
 from distill.training.tracking import check_trackers
 
@@ -58,7 +58,10 @@ def check(session: Session) -> None:
 
 def check_optimization(key: str, spec: Optimization, head: str) -> None:
     """Refuse a training, of the section `key`, that this machine and this launch cannot do, with an InputError."""
-    find_optimizer(spec)
+    try:
+        try_optimizer(spec, process_state().device)
+    except InputError as error:
+        raise InputError(f"{key}.{error}") from error
     deal_out(spec, key)
     check_launch_keeps(spec, key=key)
     if spec.lora is not None and importlib.util.find_spec("peft") is None:

@@ -8,7 +8,7 @@ an allocation wants need not be whole: `layer_widths` rounds it, for all of them
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -151,9 +151,13 @@ def _allocate(
 ) -> list[float]:
     spread = bind(find(ALLOCATIONS, mlp.allocate, "allocation"), mlp.allocate_params, "student.mlp.allocate_params")
     changes = None if influence is None else [influence[index] for index in free]
-    wanted = [float(number) for number in spread([scores[index] for index in free], asked, changes)]
+    found = spread([scores[index] for index in free], asked, changes)
+    wanted = [float(number) for number in found] if isinstance(found, Iterable) else []
     if len(wanted) != len(free) or not all(0 <= number < torch.inf for number in wanted):
-        raise InputError(f"student.mlp.allocate: {mlp.allocate} returned {wanted} for {len(free)} layers")
+        raise InputError(
+            f"student.mlp.allocate: {mlp.allocate} returned {found}, not a number of neurons for each of the "
+            f"{len(free)} layers that may be cut"
+        )
     return wanted
 
 

@@ -54,8 +54,9 @@ def _apply_policy(model: Any, side: StackName, spec: Layers, keep: int, statisti
             f"{key}: protect_first and protect_last have no effect on the policy {spec.choose}; remove them"
         )
     chosen: list[int] = policy(depth, keep, statistics)
-    if len(chosen) != keep or sorted({*chosen} & {*range(depth)}) != chosen:
-        raise InputError(f"{key}.choose: {spec.choose} returned {chosen}, not {keep} ascending layers of {depth}")
+    if not isinstance(chosen, list) or len(chosen) != keep or sorted({*chosen} & {*range(depth)}) != chosen:
+        message = f"{key}.choose: {spec.choose} returned {chosen}, not {keep} ascending layers of {depth} in a list"
+        raise InputError(message)
     return chosen
 
 

@@ -249,11 +249,21 @@ class _Run:
         }
         self.tracker.record(record)
         self._adapt_head_precision(figures["terms"])
-        if in_a_row >= min(job.spec.max_skipped, self.steps):
-            raise RunError(
-                f"{job.title}: the last {in_a_row} steps up to step {state.step} were left out, their loss or "
-                f"gradient is not finite; {self.writer.last_good()}. Lower lr, or check the teacher and the data"
+        if state.tokens == tokens and figures["grad_norm"] == 0 and figures["loss"]:
+            self.say(
+                f"{job.title}: the loss has no gradient for what learns: look at its terms, and freeze, only or lora"
             )
+        self._judge_left_out(in_a_row)
+
+    def _judge_left_out(self, steps: int) -> None:
+        """Raise RunError where too many steps in a row were left out, and say where the last ones of all were."""
+        title, step, most = self.job.title, self.state.step, min(self.job.spec.max_skipped, self.steps)
+        why = "were left out, their loss or gradient is not finite or a spike (skip_spikes)"
+        line = f"{title}: the last {steps} steps up to step {step} {why}"
+        if steps >= most:
+            raise RunError(f"{line}; {self.writer.last_good()}. Lower lr, or check the teacher and the data")
+        if steps and step == self.steps:
+            self.say(f"{line}; the model is that of step {step - steps}")
 
     def _adapt_head_precision(self, terms: Mapping[str, float | None]) -> None:
         """Let `auto` follow the means of the last window, which are the same on every rank."""

@@ -7,7 +7,8 @@ onto the optimizer's groups: a scheduler prepared by Accelerate would advance on
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -49,14 +50,6 @@ def _eight_bits() -> Callable[..., torch.optim.Optimizer]:
     return MasterAdamW8bit
 
 
-def find_optimizer(spec: Optimization) -> Callable[..., torch.optim.Optimizer]:
-    """Find the recipe's optimizer and fill in its own parameters. Raises InputError when there is none like that."""
-    function = find(OPTIMIZERS, spec.optimizer, "optimizer")
-    if spec.optimizer == "adamw_8bit":
-        _eight_bits()
-    return bind(function, spec.optimizer_params, "optimizer_params")
-
-
 def make_optimizer(
     model: nn.Module, spec: Optimization, rests: dict[Tensor, Tensor] | None = None
 ) -> torch.optim.Optimizer:
@@ -68,7 +61,7 @@ def make_optimizer(
         rests: Of each bf16 parameter, what its rounding left (`Masters.rests`): its fp32 master is what is stepped.
 
     Raises:
-        InputError: The user's function does not return an optimizer.
+        InputError: The user's function fails, does not return an optimizer, or leaves out some of the parameters.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
@@ -80,10 +73,46 @@ def make_optimizer(
         kind = MasterAdamW if spec.optimizer == "adamw" else _eight_bits()
         return kind(groups, rests, lr=spec.lr, betas=spec.betas, **spec.optimizer_params)
     own = {"betas": spec.betas} if spec.optimizer in OPTIMIZERS else {}
-    optimizer = find_optimizer(spec)(groups, lr=spec.lr, **own)
+    function = bind(find(OPTIMIZERS, spec.optimizer, "optimizer"), spec.optimizer_params, "optimizer_params")
+    with _refused(spec.optimizer, "called with parameter groups and lr"):
+        optimizer = function(groups, lr=spec.lr, **own)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise InputError(f"optimizer: {spec.optimizer} must return a torch.optim.Optimizer, got {type(optimizer)}")
+    taken = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if left := sum(id(parameter) not in taken for parameter in trained):
+        raise InputError(
+            f"optimizer: {spec.optimizer} takes {len(trained) - left} of the {len(trained)} parameters that it is "
+            f"given, and the others would never learn; it must take all: what shall not learn is named by freeze"
+        )
     return optimizer
+
+
+def try_optimizer(spec: Optimization, device: torch.device) -> None:
+    """Make the recipe's optimizer for a matrix and a vector, and take a step where it is the user's own.
+
+    Raises:
+        InputError: It cannot be made or cannot step, or parameters are left out.
+    """
+    with torch.random.fork_rng(devices=[]):
+        model = nn.Linear(2, 2, device=device)
+    optimizer = make_optimizer(model, spec)
+    if spec.optimizer not in OPTIMIZERS:
+        model(torch.ones(1, 2, device=device)).sum().backward()
+        with _refused(spec.optimizer, "step(None) after a backward pass of a linear map"):
+            optimizer.step(None)  # as Accelerate does
+
+
+@contextmanager
+def _refused(name: str, how: str) -> Iterator[None]:
+    """Refuse an optimizer that fails, whatever it fails with."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        problem = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        fix = "change its parameters" if name in OPTIMIZERS else "change it or its parameters"
+        raise InputError(f"optimizer: {name} cannot be used: {problem} ({how}); {fix}") from error
 
 
 SCHEDULES: dict[str, Callable[[float, float], float]] = {

@@ -158,7 +158,7 @@ class CheckpointWriter:
         free, need = surveys[0].disk, HEADROOM + len(places) * sum(survey.size for survey in surveys)
         if free < need:
             raise RunError(
-                f"a checkpoint needs {need / 1e6:,.0f} MB and {self.checkpoints.folder} has {free / 1e6:,.0f} MB left: "
+                f"a checkpoint needs {need / 1e6:,.2f} MB and {self.checkpoints.folder} has {free / 1e6:,.2f} MB left: "
                 f"not saved. Make space, and the same command continues from the last checkpoint"
             )
 

@@ -165,6 +165,13 @@ def test_a_users_own_function_is_named_by_module_and_function(monkeypatch):
     assert compute(["their_metrics:bias"], columns) == {"their_metrics:bias": 0.75}
 
 
+def test_what_a_users_own_function_returns_must_be_a_number(monkeypatch):
+    monkeypatch.setitem(sys.modules, "their_metrics", sys.modules[__name__])
+    monkeypatch.setattr(sys.modules[__name__], "each", lambda agreed: agreed == 1, raising=False)
+    with pytest.raises(InputError, match=r"evaluation\.metrics: their_metrics:each returned array.*not a number"):
+        compute(["their_metrics:each"], {"agreed": array(1, 2)})
+
+
 @pytest.mark.parametrize(
     ("names", "columns", "message"),
     [

@@ -65,6 +65,11 @@ def objective(term, head="sequence"):
     ("match", "loss", "message"),
     [
         ("hidden", "one_argument", "'test_trial:one_argument' cannot be called with 2 arguments by position"),
+        (
+            "logits",
+            "own_mean",
+            "takes no temperature; a loss of match: logits is called as function(student, teacher, *",
+        ),
         ("hidden", "missing", "TypeError: missing() missing 1 required keyword-only argument: 'size'"),
         ("hidden", "own_mean", "must return one value per position, (2,), got ()"),
         ("embeddings", "own_mean", "must return one value per position, (2,), got ()"),

@@ -184,6 +184,18 @@ def test_a_disk_that_is_too_small_is_refused_before_the_teacher_runs(tmp_path, o
     assert not shards_in(own_cache)
 
 
+def test_the_output_head_is_part_of_what_a_cache_takes(tmp_path, own_cache, monkeypatch):
+    session, lines = cached(tmp_path, trained_project, EXACT)
+    columns = cache.wanted_columns(session)
+    sizes = cache.sizes_of(session, columns, distill.pipeline.entries.find_entries(session, columns).positions)
+    assert sizes["head"] == 64 * 32 * 4 and any(", head 0.0 MB, in " in line for line in lines)
+    shutil.rmtree(own_cache)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage(10**9, 10**9, sum(sizes.values()) - 1))
+    with pytest.raises(InputError, match=r"teacher.cache needs .* MB more"):
+        cached(tmp_path, trained_project, EXACT)
+
+
 def fill(recipe, run, *overrides):
     """Fill a cache by the command line, as a process of its own."""
     distill.pipeline.cached_inputs.LEAST = 64

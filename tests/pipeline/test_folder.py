@@ -63,6 +63,13 @@ def test_the_lock_is_released_when_the_block_ends(tmp_path):
         pass
 
 
+def test_a_run_folder_that_is_a_link_to_nowhere_is_refused_with_what_to_do(tmp_path):
+    (tmp_path / "run").symlink_to(tmp_path / "unmounted")
+    words = r"it is a link to .*unmounted, which is not there; make it, or give another --out"
+    with pytest.raises(InputError, match=words), RunDir(tmp_path / "run").locked():
+        pass
+
+
 def test_a_release_moved_aside_by_a_killed_run_returns(tmp_path):
     (tmp_path / "run/.release.old").mkdir(parents=True)
     with RunDir(tmp_path / "run").locked():

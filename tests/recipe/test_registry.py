@@ -55,6 +55,7 @@ def test_a_users_function_is_imported(module: str) -> None:
         ("users_losses:LIMIT", "no function 'LIMIT'"),
         ("users_losses:two", "'users_losses:two' cannot be called with 1 arguments by position"),
         ("users_losses:none", "'users_losses:none' cannot be called with 1 arguments by position"),
+        ("time:sleep", "'time:sleep' does not say which parameters it takes"),
         ("no_such_module:f", "No module named 'no_such_module'.*PYTHONPATH"),
         ("os;ls:f", "unknown loss"),
         ("./x:f", "unknown loss"),

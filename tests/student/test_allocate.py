@@ -113,6 +113,7 @@ def test_protected_layers_are_whole_and_not_part_of_the_budget():
         (0.5, {"allocate": "sensitivity"}, "needs calibration"),
         (0.5, {"allocate": "sensitivity", "allocate_params": {"strength": 2.0}}, "between 0 and 1"),
         (1.0, {"allocate": "threshold", "allocate_params": {"mass": 2.0}}, "above 0 and at most 1"),
+        (0.5, {"allocate": "builtins:print"}, "returned None, not a number of neurons for each of the 2 layers that"),
     ],
 )
 def test_an_impossible_request_is_one_clear_error(keep, mlp, words):

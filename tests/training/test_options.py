@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 import time
@@ -21,12 +22,13 @@ from distill.data import TrainingBatches
 from distill.errors import InputError
 from distill.losses import Objective
 from distill.models.forward import Capture, Outputs, to_device
+from distill.pipeline.train_checks import check_optimization
 from distill.recipe.schema import Training
 from distill.teacher import LiveTeacher
 from distill.training import Job, loop, read_records, tracking, train
 from distill.training.clock import Utilisation
 from distill.training.learner import gradient_checkpointing
-from distill.training.optim import lr_factor, make_optimizer
+from distill.training.optim import lr_factor
 from distill.training.setup import horizon
 from distill.training.tracking import check_trackers, numbers_in, summary
 
@@ -123,15 +125,45 @@ def test_plain_numbers_that_an_optimizer_keeps_are_resumed(kind, corpus, tmp_pat
         assert torch.equal(a, b)
 
 
-def test_an_optimizer_that_is_none_is_refused(monkeypatch):
-    module = ModuleType("my_optimizers")
-    module.nothing = lambda groups, *, lr: None
-    monkeypatch.setitem(sys.modules, "my_optimizers", module)
-    with pytest.raises(InputError, match=r"must return a torch\.optim\.Optimizer"):
-        make_optimizer(tiny_model("bert"), Training(steps=1, optimizer="my_optimizers:nothing"))
-    own = Training(steps=1, optimizer="torch.optim:SGD", optimizer_params={"epz": 1.0})
-    with pytest.raises(InputError, match="no parameter 'epz'"):
-        make_optimizer(tiny_model("bert"), own)
+class Impatient(torch.optim.SGD):
+    """Takes no closure, which Accelerate gives."""
+
+    def step(self):
+        return super().step()
+
+
+def some(groups, *, lr):
+    return torch.optim.SGD(groups[:1], lr=lr)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "params", "message"),
+    [
+        ("mine:nothing", {}, "optimizer: mine:nothing must return a torch.optim.Optimizer"),
+        ("os:system", {}, "optimizer: os:system cannot be used: TypeError: system() takes at most 1 argument"),
+        ("torch.optim:SGD", {"epz": 1.0}, "optimizer_params.epz: SGD has no parameter 'epz'"),
+        (
+            "torch.optim:SGD",
+            {"nesterov": True},
+            "torch.optim:SGD cannot be used: Nesterov momentum requires a momentum",
+        ),
+        ("torch.optim:LBFGS", {}, "cannot be used: LBFGS doesn't support per-parameter options"),
+        ("torch.optim:Muon", {}, "cannot be used: Muon only supports 2D parameters"),
+        ("torch.optim:SparseAdam", {}, "cannot be used: RuntimeError: SparseAdam does not support dense gradients"),
+        ("mine:Impatient", {}, "cannot be used: TypeError: Impatient.step() takes 1 positional argument"),
+        ("mine:some", {}, "mine:some takes 1 of the 2 parameters that it is given, and the others would never learn"),
+        ("adamw", {"eps": -1.0}, "optimizer: adamw cannot be used: Invalid epsilon value: -1.0"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_used_is_one_line_before_anything_is_done(optimizer, params, message, monkeypatch):
+    module = ModuleType("mine")
+    module.nothing, module.some, module.Impatient = lambda groups, *, lr: None, some, Impatient
+    monkeypatch.setitem(sys.modules, "mine", module)
+    spec = Training(steps=1, optimizer=optimizer, optimizer_params=params)
+    before = torch.get_rng_state()
+    with pytest.raises(InputError, match=f"^training.*{re.escape(message)}"):
+        check_optimization("training", spec, "sequence")
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])

@@ -82,6 +82,21 @@ def test_too_many_skipped_steps_end_the_run_and_name_the_last_good_checkpoint(co
         run(corpus, tmp_path, model=model, steps=20, max_skipped=3, log_every=1)
 
 
+def test_steps_that_are_left_out_at_the_end_are_said(corpus, tmp_path):
+    _, said = run(corpus, tmp_path, model=poisoned(corpus, {10, 11}))
+    (line,) = [line for line in said if "left out" in line]
+    assert line.startswith("test: the last 1 steps up to step 6 were left out") and line.endswith("that of step 5")
+    _, said = run(corpus, tmp_path / "whole", model=poisoned(corpus, {6}))
+    assert not [line for line in said if "left out" in line]
+
+
+def test_a_loss_without_a_gradient_for_what_learns_is_said_once(corpus, tmp_path):
+    for value, times in ((0.0, 1), (1.0, 0)):
+        model = poisoned(corpus, range(100), value)
+        _, said = run(corpus, tmp_path / str(value), model=model, only=["classifier.weight"])
+        assert sum("no gradient for what learns" in line for line in said) == times
+
+
 def test_skips_are_the_same_after_a_restart(corpus, tmp_path):
     whole, _ = run(corpus, tmp_path / "whole", model=poisoned(corpus, {4, 9}))
     run(corpus, tmp_path / "parts", model=poisoned(corpus, {4, 9}))
@@ -320,7 +335,9 @@ def test_a_full_disk_is_noticed_before_anything_is_written(corpus, tmp_path, mon
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage(10**9, 10**9, 1000))
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(RunError, match=r"needs \d+ MB and .* has 0 MB left.*last good checkpoint is .*step-00000004"):
+    with pytest.raises(
+        RunError, match=r"needs \d+\.\d\d MB and .* has 0\.00 MB left.*last good checkpoint is .*step-00000004"
+    ):
         run(corpus, tmp_path, steps=6)
     assert sorted(tmp_path.rglob("*")) == before
 
