@@ -100,8 +100,7 @@ def measure_efficiency(
         vocabulary: Ids are drawn below this number.
 
     Returns:
-        JSON-able `protocol`, `models` (`size`, `flops` and `speed` of each) and `ratios` (`compare_sizes` for each but
-        the first).
+        JSON-able `protocol`, `models` (sizes, FLOPs and speed of each) and `ratios` (of each but the first).
     """
     reference, teacher = next(iter(models.items()))
     assert isinstance(teacher, nn.Module), "the reference is a model"

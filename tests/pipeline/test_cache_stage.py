@@ -187,7 +187,7 @@ def test_a_disk_that_is_too_small_is_refused_before_the_teacher_runs(tmp_path, o
 def test_the_output_head_is_part_of_what_a_cache_takes(tmp_path, own_cache, monkeypatch):
     session, lines = cached(tmp_path, trained_project, EXACT)
     columns = cache.wanted_columns(session)
-    sizes = cache.sizes_of(session, columns, distill.pipeline.entries.find_entries(session, columns).positions)
+    sizes = cache.sizes_of(session, columns, distill.pipeline.cached_inputs.find_entries(session, columns).positions)
     assert sizes["head"] == 64 * 32 * 4 and any(", head 0.0 MB, in " in line for line in lines)
     shutil.rmtree(own_cache)
     usage = namedtuple("usage", "total used free")
