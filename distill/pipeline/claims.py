@@ -4,61 +4,37 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
-from itertools import zip_longest
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from distill.errors import DistillError
 from distill.evaluation.arms import lessons, measured_arms, not_run, rivals, title_of
-from distill.evaluation.efficiency import compare_sizes, count_figures, in_bf16
+from distill.evaluation.efficiency import compare_sizes, count_figures, device_name, in_bf16
 from distill.evaluation.metrics import higher_is_better, measurable
 from distill.evaluation.predict import Rows
 from distill.evaluation.table import retain
-from distill.files import read_json, sha256_of
 from distill.models.family import all_layers, layers_of
 from distill.models.mlp import mlps_of
-from distill.models.pattern import pattern_note
 from distill.models.plan import StudentPlan
-from distill.models.sentence import sentence_files
 from distill.pipeline.evaluate import describe_data, describe_set
 from distill.pipeline.forms import measure_rounded, probe_of
 from distill.pipeline.session import Session
-from distill.pipeline.teachers import describe_model, describe_teachers
-from distill.pipeline.verification import DIFFERS, Check, Verification
+from distill.pipeline.teachers import describe_teachers
+from distill.pipeline.verification import Verification
 from distill.recipe.data import SET
-from distill.recipe.locate import CHECKSUMS
 from distill.recipe.names import TEACHER_METRICS
-from distill.recipe.schema import Recipe, Teacher
-from distill.release.card import render_card
-from distill.release.evidence import Evidence, get_in
-from distill.release.export import releasable_recipe, write_release
-from distill.release.formats import format_of
+from distill.recipe.schema import Recipe
+from distill.release.evidence import get_in
 from distill.release.forms import FORMS, compare_form
-from distill.release.hub_results import result_files
-from distill.release.report import render_report
 from distill.release.wording import as_number
-from distill.student import build_student
-from distill.student.plan import policy_of
+from distill.student.layers import policy_of
 from distill.student.masks import sparsity_table
 from distill.teacher import LiveTeacher
 
-SIZES = (
-    *("parameters", "layer_parameters", "bytes", "dtype", "flops_per_example", "layer_flops_per_example", "parts"),
-)
+SIZES = ("parameters", "layer_parameters", "bytes", "dtype", "flops_per_example", "layer_flops_per_example", "parts")
 """Figures of a model that no clock and no other machine changes."""
-OF_THE_RUN = {"## Time and memory": "", "## Versions": "", "## What was cut": "Before training, the", "## Use": "It prints"}
-"""Sections of the card that say what only the run knows, from a line on, or all of it."""
-OF_THE_CHART = re.compile(
-    r"<figure>.*?</figure>|<p class=\"under\">No training record[^\n]*|<section>\s*<h2>Time and memory.*?</section>"
-    r"|<h3>(Versions|Repair before training)</h3>.*?(?=</section>)",
-    re.DOTALL,
-)
-"""The same of the report."""
-TEXTS = ("README.md", "report.html", "plan.json", "recipe.yaml", "evaluation.json", CHECKSUMS)
 
 
 def check_facts(found: Verification, session: Session, recipe: Recipe, measured: Mapping[str, Rows]) -> None:
@@ -102,9 +78,9 @@ def check_sizes(found: Verification, session: Session, student: Any, teacher: Li
         found.leave_out("student, sizes", "the figures are without the neurons that pad it")
         del here["student"]
     data = session.recipe.data
-    lengths = {"length": data.max_length, "target_length": data.max_target_length}
+    read = partial(count_figures, length=data.max_length, target_length=data.max_target_length)
     for name, model in (here | in_bf16(here)).items():
-        counted = count_figures(model, all_layers, **lengths, vocabulary=len(session.tokenizer))
+        counted = read(model, all_layers, vocabulary=len(session.tokenizer))
         claimed = {key: get_in(models, name, key) for key in SIZES if key in counted}
         found.match(f"{name}, parameters, bytes and FLOPs", claimed, {key: counted[key] for key in claimed})
     protocol = get_in(found.claims, "efficiency", "protocol") or {}
@@ -141,7 +117,7 @@ def check_derived(found: Verification) -> None:
 
 
 def _wrong_seeds(seeds: Any, arms: Mapping[str, Mapping[str, float | None]]) -> list[str]:
-    """Name the arms whose mean or range does not follow from its values by seed, or whose first value is not its own."""
+    """Name the arms whose mean or range does not follow from the values by seed, or whose first is not their own."""
     wrong = []
     for arm, metrics in (seeds or {}).items():
         for name, own in metrics.items():
@@ -169,128 +145,8 @@ def check_plan(
     if teacher is None:
         found.leave_out("plan, layers and widths of the teacher", "needs the teacher, --teacher FOLDER")
     else:
-        own = {"type": plan.model_type, "layers": plan.teacher_layers}
-        found.match(
-            "plan, the teacher",
-            own,
-            {"type": teacher.model.config.model_type, "layers": len(layers_of(teacher.model))},
-        )
-
-
-def check_pages(found: Verification, session: Session, recipe: Recipe, plan: StudentPlan, student: Any) -> None:
-    """Write card, report and results anew from the claims, and compare, but for what only the run knows."""
-    evidence = evidence_of(found, session, recipe, plan, student)
-    card = found.folder / "README.md"
-    if card.is_file():
-        sides = [_lines_known(text) for text in (_text_of(card), render_card(evidence))]
-        _compare_lines(found, "card", *sides)
-    found.leave_out("card, what its examples print", "no code of a release is run")
-    if (found.folder / "report.html").is_file():
-        texts = [_text_of(found.folder / "report.html"), render_report(evidence)]
-        _compare_lines(found, "report", *([line for line in OF_THE_CHART.sub("", text).splitlines() if line.strip()] for text in texts))
-        found.leave_out("report, its charts", "records of the training are not in the release")
-    found.agree("recipe.yaml", _text_of(found.folder / "recipe.yaml"), evidence.recipe_text)
-
-
-def evidence_of(found: Verification, session: Session, recipe: Recipe, plan: StudentPlan, student: Any) -> Evidence:
-    """Put a release's claims together as its run did, without what only the run knows."""
-    given, unequal = recipe.student.given, len({*plan.widths}) > 1
-    padded = recipe.release.format == "padded"
-    return Evidence(
-        recipe=recipe,
-        recipe_text=releasable_recipe(recipe),
-        plan=plan,
-        evaluation=found.claims,
-        records={},
-        teacher={**describe_model(recipe.teacher), "model_type": plan.model_type, "fitted": recipe.teacher.fit is not None},
-        student={**describe_model(given), "model_type": plan.given.model_type} if given and plan.given else {},
-        environment={},
-        auto_class=session.task.auto_class,
-        release_format=("padded" if unequal else "uniform") if padded else format_of(student, recipe.release.format),
-        sample=session.task.sample,
-        pattern_note=pattern_note(student.config),
-    )
-
-
-def _text_of(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace")
-
-
-def _lines_known(card: str) -> list[str]:
-    """Select the lines of a card that do not depend on what only the run knows."""
-    kept, section, skipping = [], "", False
-    for line in card.splitlines():
-        if line.startswith("## "):
-            section, skipping = line, OF_THE_RUN.get(line) == ""
-        start = OF_THE_RUN.get(section)
-        if section == "## Use":  # each example is followed by what it printed
-            skipping = line.startswith((">", "It prints", "These lines were not run"))
-        elif start and line.startswith(start):
-            skipping = True
-        if line.strip() and not skipping:
-            kept.append(line)
-    return kept
-
-
-def _compare_lines(found: Verification, what: str, claimed: list[str], own: list[str]) -> None:
-    """Judge a page by its first line that is another."""
-    pairs = ((one or "", other or "") for one, other in zip_longest(claimed, own))
-    first = next((pair for pair in pairs if pair[0] != pair[1]), None)
-    if first is None:
-        found.agree(what, "as the figures", "as the figures")
-        return
-    at = next((place for place, both in enumerate(zip(*first, strict=False)) if len({*both}) > 1), 0)
-    found.agree(f"{what}, a line", *(each[max(0, at - 20) :] for each in first))
-
-
-def check_written(
-    found: Verification,
-    session: Session,
-    recipe: Recipe,
-    plan: StudentPlan,
-    student: Any,
-    teacher: LiveTeacher | None,
-    reason: str,
-) -> None:
-    """Write the release's other files anew, and compare: configs, tokenizer, templates, code, and that none was added.
-
-    They are written from the teacher and the plan where the teacher is here, else from the release itself, which shows
-    what does not belong there and not what was changed.
-    """
-    model, beside = student, session
-    whole = teacher is not None and plan.given is None and not (recipe.student.mask and recipe.student.mask.compact)
-    if teacher is not None and whole:
-        model = build_student(teacher.model, plan).to(next(student.parameters()).dtype)
-        folder = str(teacher.model.config._name_or_path)
-        beside = replace(session, recipe=session.recipe.model_copy(update={"teacher_": Teacher(model=folder)}))
-    shape = evidence_of(found, session, recipe, plan, student).release_format
-    files = sentence_files(student, recipe.data.prompts, recipe.data.learns_from_pairs, recipe.data.max_length)
-    with tempfile.TemporaryDirectory() as scratch:
-        again = Path(scratch)
-        write_release(again, model, beside.released_preprocessors, files, session.task.auto_class, shape)
-        written = {str(file.relative_to(again)) for file in again.rglob("*") if file.is_file()}
-        _compare_names(found, recipe, plan, written, {*result_files(evidence_of(found, session, recipe, plan, student))})
-        own, theirs = (get_in(read_json(each / "config.json"), "transformers_version") for each in (again, found.folder))
-        if own != theirs:
-            found.leave_out("configs and tokenizer", f"they were written by transformers {theirs}, and this is {own}")
-            return
-        for name in sorted(written):
-            if not name.endswith(".safetensors") and (found.folder / name).is_file():
-                sums = [sha256_of(each / name) for each in (found.folder, again)]
-                found.agree(f"{name}, as written from the {'teacher' if whole else 'release'}", *sums)
-    if not whole:
-        found.leave_out("configs, tokenizer and templates as the teacher's", reason or "the student was not cut from it")
-
-
-def _compare_names(found: Verification, recipe: Recipe, plan: StudentPlan, written: set[str], results: set[str]) -> None:
-    """Name whatever lies in a release and is no part of one, empty folders too."""
-    roots = {form.path.split("/")[0] for name in recipe.release.also for form in FORMS[name]}
-    known = {*written, *TEXTS, *results}
-    folders = {str(parent) for name in known for parent in Path(name).parents}
-    for path in sorted(found.folder.rglob("*")):
-        name = str(path.relative_to(found.folder))
-        if name.split("/")[0] not in roots and not name.endswith(".safetensors") and name not in known | folders:
-            found.checks.append(Check(f"file {name}", "in the release", "no part of one", DIFFERS))
+        there = [teacher.model.config.model_type, len(layers_of(teacher.model))]
+        found.match("plan, the teacher", [plan.model_type, plan.teacher_layers], there)
 
 
 def check_forms(found: Verification, session: Session, recipe: Recipe, student: Any) -> None:
@@ -298,6 +154,8 @@ def check_forms(found: Verification, session: Session, recipe: Recipe, student: 
     forms = found.claims.get("forms") or {}
     rows = {form.title: (name, form) for name in recipe.release.also for form in FORMS[name]}
     found.match("forms", [*forms], [*rows])
+    device = next(student.parameters()).device
+    here = get_in(found.claims, "efficiency", "protocol", "device") == device_name(device)
     model = copy.deepcopy(student).float().cpu()
     for title, (name, form) in rows.items():
         if missing := [each for each in form.packages if importlib.util.find_spec(each) is None]:
@@ -305,13 +163,16 @@ def check_forms(found: Verification, session: Session, recipe: Recipe, student: 
             continue
         try:
             again: dict[str, Any] = compare_form(name, form, found.folder, model, probe_of(session, model))
-            if form.ask is not None and (ask := form.ask(found.folder / form.path, model)) is not None:
+            if here and form.ask is not None and (ask := form.ask(found.folder / form.path, model)) is not None:
                 again["test"] = measure_rounded(session, model, ask)
         except (DistillError, OSError, ValueError) as error:
             found.agree(f"form {title}", "as the student", str(error))
             continue
+        if form.ask is not None and not here:
+            found.leave_out(f"form {title}, its metrics", "other processors round 8 bits in another way")
         keys = [key for key in ("path", "bytes", "largest", "test") if key in again]
-        found.match(f"form {title}", {key: get_in(forms, title, key) for key in keys}, {key: again[key] for key in keys})
+        claimed = {key: get_in(forms, title, key) for key in keys}
+        found.match(f"form {title}", claimed, {key: again[key] for key in keys})
 
 
 def check_sparsity(found: Verification, recipe: Recipe, student: Any) -> None:

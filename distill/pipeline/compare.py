@@ -144,7 +144,9 @@ def runs_table(runs: Sequence[Run]) -> Table:
         costs = [write(run.costs[title]) for title, (_, write) in COSTS.items()]
         share = format_percent(run.of_teacher) if run.of_teacher is not None else MISSING
         rows.append((run.name, format_metric(metric, run.score), share, *costs, ", ".join(fronts) or MISSING))
-    return Table(("run", f"{metric} {'↑' if higher else '↓'}", "of the teacher", *COSTS, "on the front of"), rows)
+    return Table(
+        ("run", f"{metric} {'↑' if higher else '↓'}", "of the teacher's lead", *COSTS, "on the front of"), rows
+    )
 
 
 def settings_table(runs: Sequence[Run]) -> Table:
@@ -172,12 +174,26 @@ def warnings_about(runs: Sequence[Run]) -> list[str]:
     measured = {run.name: get_in(run.evaluation, "efficiency", "protocol", "device") for run in runs}
     if without := [name for name, device in measured.items() if device is None]:
         found.append(f"Size and speed were not measured in {', '.join(without)} (evaluation.efficiency).")
+    read = {run.name: describe_read(run) for run in runs}
+    if len({own for own in read.values() if own}) > 1:
+        listed = "; ".join(f"{name}: {own}" for name, own in read.items() if own)
+        found.append(f"FLOPs and latency are those of other inputs ({listed}): compare the parameters.")
     machines = sorted({str(device) for device in measured.values() if device is not None})
     if len(machines) > 1:
         found.append(f"Latency was measured on different machines ({', '.join(machines)}): compare the other columns.")
     elif machines:
         found.append("Latency was measured in each run by itself, not in turns: a few percent mean nothing.")
     return found
+
+
+def describe_read(run: Run) -> str:
+    """Say what an example is in a run's FLOPs and times, and in which dtype the student was; empty: not measured."""
+    measured = get_in(run.evaluation, "efficiency", "protocol") or {}
+    sizes = [
+        f"{key.replace('_', ' ')} {measured[key]}" for key in ("length", "frames", "target_length") if key in measured
+    ]
+    dtype = get_in(run.evaluation, "efficiency", "models", "student", "dtype")
+    return ", ".join([*sizes, *([str(dtype)] if dtype else [])]) if measured else ""
 
 
 def figures(runs: Sequence[Run]) -> list[Figure]:

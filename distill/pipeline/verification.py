@@ -87,8 +87,8 @@ class Verification:
 
     def agree(self, what: str, claimed: str, found: str) -> None:
         """Judge a fact that is either as claimed or not."""
-        shown = [f"{text[: SHOWN - 1]}…" if len(text) > SHOWN else text for text in (claimed, found)]
-        self.checks.append(Check(what, *shown, SAME if claimed == found else DIFFERS))
+        own, other = (f"{text[: SHOWN - 1]}…" if len(text) > SHOWN else text for text in (claimed, found))
+        self.checks.append(Check(what, own, other, SAME if claimed == found else DIFFERS))
 
     def match(self, what: str, claimed: Any, found: Any) -> None:
         """Judge a part of evaluation.json, but for rounding, by what it follows from; names the keys that differ."""
