@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 from dataclasses import replace
 from itertools import zip_longest
@@ -37,12 +36,12 @@ OF_THE_RUN = {
     "## Use": "It prints",
 }
 """Sections of the card that say what only the run knows, all of it or from a line on; so do the outputs in `## Use`."""
-OF_THE_CHART = re.compile(
-    r"<figure>.*?</figure>|<p class=\"under\">No training record[^\n]*|<section>\s*<h2>Time and memory.*?</section>"
-    r"|<h3>(Versions|Repair before training)</h3>.*?(?=</section>)",
-    re.DOTALL,
-)
-"""The same of the report."""
+OF_THE_PAGE = {
+    "<figure>": "</figure>",
+    '<p class="under">No training record': "</p>",
+    **dict.fromkeys(("<h2>Time and memory</h2>", "<h3>Versions</h3>", "<h3>Repair before training</h3>"), "</section>"),
+}
+"""The same of the report, from here to there."""
 REWRITTEN = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
 """Keys that transformers writes otherwise when it writes a tokenizer again; the tokens are in tokenizer.json."""
 TEXTS = ("README.md", "report.html", "plan.json", "recipe.yaml", "evaluation.json", CHECKSUMS)
@@ -58,7 +57,7 @@ def check_pages(found: Verification, session: Session, recipe: Recipe, plan: Stu
     found.leave_out("card, what its examples print", "no code of a release is run")
     if (found.folder / "report.html").is_file():
         pages = [_text_of(found.folder / "report.html"), render_report(evidence)]
-        lines = [[line for line in OF_THE_CHART.sub("", page).splitlines() if line.strip()] for page in pages]
+        lines = [_lines_of_page(page) for page in pages]
         _compare_lines(found, "report", *lines)
         found.leave_out("report, its charts", "records of the training are not in the release")
     found.agree("recipe.yaml", _text_of(found.folder / "recipe.yaml"), evidence.recipe_text)
@@ -106,6 +105,14 @@ def _lines_known(card: str) -> list[str]:
         if line.strip() and not skipping:
             kept.append(line)
     return kept
+
+
+def _lines_of_page(page: str) -> list[str]:
+    """Select the same lines of a report."""
+    for start, end in OF_THE_PAGE.items():
+        first, *rest = page.split(start)
+        page = first + "".join(each.partition(end)[2] for each in rest)
+    return [line for line in page.splitlines() if line.strip() and line not in ("<section>", "</section>")]
 
 
 def _compare_lines(found: Verification, what: str, claimed: list[str], own: list[str]) -> None:
