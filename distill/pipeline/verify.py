@@ -30,6 +30,7 @@ from distill.recipe.load import read_released
 from distill.recipe.locate import CHECKSUMS, is_path
 from distill.recipe.names import TEACHER_METRICS
 from distill.recipe.schema import Recipe, Teacher
+from distill.registry import is_reference
 from distill.release.evidence import get_in
 from distill.release.sums import changed_files, listed_files
 from distill.teacher import LiveTeacher
@@ -41,6 +42,8 @@ def verify_release(
     rows: Path | None = None,
     teacher: str | None = None,
     say: Callable[[str], None] = lambda _line: None,
+    *,
+    run_functions: bool = False,
 ) -> Verification:
     """Check the files of a release, prepare its data anew, measure its model on them, and compare.
 
@@ -51,6 +54,7 @@ def verify_release(
         teacher: Folder or package of the teacher that the figures compare with; None: the recipe's, where it was
             not fitted and is on this machine.
         say: Gets the lines of the stage `data`.
+        run_functions: Call the functions that the recipe names for its data and metrics.
 
     Raises:
         InputError: The folder is no release, or the data are not there.
@@ -58,6 +62,11 @@ def verify_release(
     found = Verification(folder, read_claims(folder))
     _check_files(found)
     recipe = read_released(folder / "recipe.yaml")
+    named = [each.source for split in recipe.rows.splits for each in recipe.rows.origins(split)]
+    named += [*(recipe.evaluation.metrics or ()), *found.claims["metrics"]]
+    calls = [name for name in named if is_reference(name)]
+    if calls and not run_functions:
+        raise InputError(f"{folder}: its recipe names functions, {', '.join(calls)}; add --run-functions to call them")
     session = _session_for(recipe, folder, scratch, rows, say)
     run_stages(session, [data.STAGE])
     if recipe.routes:

@@ -249,6 +249,29 @@ def test_missing_and_added_files_are_caught(finished, release):
     assert re.search(r"file report\.html.*missing.*DIFFERS", found.table)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (replaced("recipe.yaml", r"source: \./data\.jsonl", "source: os:abort"), "names functions, os:abort"),
+        (evaluation(lambda own: own["metrics"].append("os:abort")), "names functions, os:abort"),
+        (evaluation(lambda own: own.update(forms={"x": 3})), "evaluation.json is not as distill wrote it (forms.x"),
+        (evaluation(lambda own: own.update(seeds={"seeds": [1], "arms": {"a": {"b": {}}}, "sets": {}})), "(seeds.arms"),
+    ],
+)
+def test_a_release_of_a_stranger_calls_nothing_and_is_refused_with_one_message(finished, release, change, said):
+    change(release)
+    sign_again(release)
+    assert said in verify(release, "--data", finished, code=2).said
+
+
+def test_figures_that_cannot_be_divided_do_not_hold(finished, release):
+    edit(
+        release / "evaluation.json", lambda own: own["efficiency"]["models"]["teacher"].update(parameters=0, bytes="x")
+    )
+    sign_again(release)
+    assert "card, a line" in verify(release, "--data", finished, code=1).table
+
+
 def test_changed_data_are_caught(finished, release, tmp_path):
     lines = (finished / "data.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "data.jsonl").write_text("".join(lines[:-1]))
