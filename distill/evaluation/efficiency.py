@@ -62,6 +62,15 @@ def model_line(model: Any, layers: Layers, one: Batch, many: Batch) -> Line:
     return Line(run, figures, generate if writes else None)
 
 
+def count_figures(
+    model: nn.Module, layers: Layers, *, length: int, vocabulary: int, target_length: int | None = None
+) -> Mapping[str, Any]:
+    """Count size, FLOPs and memory of a model as `measure_efficiency` does, without its times."""
+    many = random_batch(model, (max(BATCH_SIZES), length), vocabulary, target_length)
+    with torch.inference_mode():
+        return model_line(model, layers, _first(many, 1), many).figures
+
+
 def in_bf16(models: Mapping[str, Any]) -> dict[str, Any]:
     """Copy the models whose weights are all fp32 to bf16, by their name and `, bf16`."""
     return {

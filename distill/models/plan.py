@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from distill.errors import InputError
 from distill.files import read_json
@@ -170,4 +170,5 @@ class StudentPlan(_Part):
         try:
             return cls.model_validate(read_json(path))
         except (OSError, ValueError) as error:
-            raise InputError(f"{path} is not a student plan: {error}") from error
+            said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+            raise InputError(f"{path} is not a student plan: {said}") from error

@@ -118,7 +118,7 @@ def runs_table(runs: Sequence[Run]) -> Table:
 
     rows = [line("teacher", runs[0], "teacher", "teacher", ())]
     rows += [line(run.name, run, "distilled", "student", [c for c in COSTS if on_front(run, runs, c)]) for run in runs]
-    return Table(("run", f"{metric} {arrow}", "of the teacher", *COSTS, "on the front of"), rows)
+    return Table(("run", f"{metric} {arrow}", "of the teacher's lead", *COSTS, "on the front of"), rows)
 
 
 def settings_table(runs: Sequence[Run]) -> Table:
@@ -146,12 +146,26 @@ def warnings_about(runs: Sequence[Run]) -> list[str]:
     measured = {run.name: get_in(run.figures.evaluation, "efficiency", "protocol", "device") for run in runs}
     if without := [name for name, device in measured.items() if device is None]:
         found.append(f"Size and speed were not measured in {', '.join(without)} (evaluation.efficiency).")
+    read = {run.name: describe_read(run) for run in runs}
+    if len({own for own in read.values() if own}) > 1:
+        listed = "; ".join(f"{name}: {own}" for name, own in read.items() if own)
+        found.append(f"FLOPs and latency are those of other inputs ({listed}): compare the parameters.")
     machines = sorted({str(device) for device in measured.values() if device is not None})
     if len(machines) > 1:
         found.append(f"Latency was measured on different machines ({', '.join(machines)}): compare the other columns.")
     elif machines:
         found.append("Latency was measured in each run by itself, not in turns: a few percent mean nothing.")
     return found
+
+
+def describe_read(run: Run) -> str:
+    """Say what an example is in a run's FLOPs and times, and in which dtype the student was; empty: not measured."""
+    measured = get_in(run.figures.evaluation, "efficiency", "protocol") or {}
+    sizes = [
+        f"{key.replace('_', ' ')} {measured[key]}" for key in ("length", "frames", "target_length") if key in measured
+    ]
+    dtype = get_in(run.figures.evaluation, "efficiency", "models", "student", "dtype")
+    return ", ".join([*sizes, *([str(dtype)] if dtype else [])]) if measured else ""
 
 
 def figures(runs: Sequence[Run]) -> list[Figure]:

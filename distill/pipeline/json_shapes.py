@@ -49,7 +49,10 @@ Data = TypedDict(
     {"source": str, "split": str, "examples": int, "train_examples": int, "fingerprint": str,
      "summary": NotRequired[dict[str, Split]]},
 )  # fmt: skip
-Seeds = TypedDict("Seeds", {"seeds": list[int], "arms": dict[str, Named], "sets": dict[str, dict[str, Named]]})
+Spread = TypedDict("Spread", {"values": list[float | None]})
+Spreads = dict[str, dict[str, Spread]]
+Seeds = TypedDict("Seeds", {"seeds": list[int], "arms": Spreads, "sets": dict[str, Spreads]})
+Form = TypedDict("Form", {"path": str, "runtime": str, "bytes": int, "difference": float, "largest": float})
 TaskFigure = TypedDict("TaskFigure", {"task": str, "metric": str, "value": float, "stderr": float | None})
 Harness = TypedDict("Harness", {"lm_eval": str, "arms": dict[str, list[TaskFigure]]})
 Model = TypedDict("Model", {"parts": NotRequired[Counts | None]})
@@ -69,5 +72,6 @@ Evaluation = TypedDict(
      "not_run": NotRequired[dict[str, str]], "drawn": NotRequired[Drawn | None],
      "precision": NotRequired[Precisions | None], "taught_by": NotRequired[list[Taught] | None],
      "efficiency": NotRequired[Speed | None], "seeds": NotRequired[Seeds | None],
-     "harness": NotRequired[Harness | None], "sparsity": NotRequired[Sparsity | None]},
+     "harness": NotRequired[Harness | None], "sparsity": NotRequired[Sparsity | None],
+     "forms": NotRequired[dict[str, Form]]},
 )  # fmt: skip

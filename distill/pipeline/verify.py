@@ -2,123 +2,38 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
-
 from distill.errors import InputError
-from distill.evaluation.efficiency import count_size
 from distill.evaluation.metrics import measurable
 from distill.evaluation.predict import Rows
-from distill.evaluation.table import retain, tabulate
+from distill.evaluation.table import tabulate
 from distill.files import read_written
-from distill.models.family import all_layers
 from distill.models.forward import Capture
 from distill.models.load import teacher_path
+from distill.models.plan import StudentPlan
 from distill.models.precision import DTYPES
-from distill.pipeline import data
+from distill.pipeline import claims, data, rewriting
+from distill.pipeline.evaluate import unit_of
 from distill.pipeline.folder import RunDir
 from distill.pipeline.inspect import model_folder
 from distill.pipeline.json_shapes import Evaluation
 from distill.pipeline.predictions import predict_split
 from distill.pipeline.session import Session
 from distill.pipeline.stage import run_stages
+from distill.pipeline.verification import DIFFERS, SAME, Check, Verification
 from distill.ranks import process_state
 from distill.recipe.data import SET
 from distill.recipe.load import read_released
 from distill.recipe.locate import CHECKSUMS, is_path
 from distill.recipe.names import TEACHER_METRICS
 from distill.recipe.schema import Recipe, Teacher
-from distill.release.card import inline
+from distill.registry import is_reference
 from distill.release.checksums import changed_files, listed_files
-from distill.release.figures import Figures, get_in
-from distill.release.table import Table
-from distill.release.tables import arms_table
-from distill.release.wording import as_number, format_number
+from distill.release.figures import get_in
 from distill.teacher import LiveTeacher
-
-ROUNDING = 1e-4
-"""Other processors sum in another order: figures that differ by less, of the value or of 1, are the same."""
-SHIFT = 0.1
-"""Of its width, by which an interval may have moved: a slow machine has time for fewer draws."""
-SAME, WITHIN, DIFFERS = "the same", "within its interval", "DIFFERS"
-SIZES = ("parameters", "layer_parameters", "bytes")
-
-
-@dataclass(frozen=True)
-class Check:
-    """Something that a release claims, and what was found."""
-
-    what: str
-    claimed: str
-    found: str
-    verdict: str
-
-
-@dataclass
-class Verification:
-    """A release under examination, and the checks so far."""
-
-    folder: Path
-    claims: dict[str, Any]
-    """Content of its evaluation.json."""
-    checks: list[Check] = field(default_factory=list)
-
-    @property
-    def faults(self) -> int:
-        """Number of claims that do not hold."""
-        return sum(check.verdict == DIFFERS for check in self.checks)
-
-    def compare(self, what: str, claimed: Any, found: Any, interval: Any = None, drawn: Any = None) -> None:
-        """Judge a figure: the same but for rounding, inside its claimed interval, or different.
-
-        Args:
-            what: The figure, in words.
-            claimed: As the release says it.
-            found: As it came out.
-            interval: As claimed.
-            drawn: As it came out. The same interval around a figure far from it is a figure that somebody edited, and
-                another one around the same figure an interval that somebody did.
-        """
-        own, other = as_number(claimed), as_number(found)
-        ends = [[as_number(get_in(each, side)) for side in ("low", "high")] for each in (interval, drawn)]
-        if own is None or other is None:
-            verdict = SAME if own == other else DIFFERS
-        elif math.isclose(own, other, rel_tol=ROUNDING, abs_tol=ROUNDING if abs(own) < 1 else 0):
-            verdict = SAME if drawn is None or _near(*ends) else DIFFERS
-        else:
-            low, high = ends[0]
-            inside = low is not None and high is not None and low <= other <= high
-            width = 0.0 if None in ends[1] else float(ends[1][1] or 0) - float(ends[1][0] or 0)
-            edited = abs(own - other) > SHIFT * width > 0 and _near(*ends)
-            verdict = WITHIN if inside and not edited else DIFFERS
-        shown = [f" [{format_number(low)}, {format_number(high)}]" if low is not None else "" for low, high in ends]
-        self.checks.append(Check(what, format_number(claimed) + shown[0], format_number(found) + shown[1], verdict))
-
-    def agree(self, what: str, claimed: str, found: str) -> None:
-        """Judge a fact that is either as claimed or not."""
-        self.checks.append(Check(what, claimed[:20], found[:20], SAME if claimed == found else DIFFERS))
-
-    def leave_out(self, what: str, reason: str) -> None:
-        """Name a claim that was not looked at, and why."""
-        self.checks.append(Check(what, "", "", f"not checked: {reason}"))
-
-    def table(self) -> Table:
-        """Tabulate all checks."""
-        rows = [(check.what, check.claimed, check.found, check.verdict) for check in self.checks]
-        return Table(("what", "claimed", "found", "verdict"), rows, text_columns=4)
-
-
-def _near(claimed: Sequence[float | None], drawn: Sequence[float | None]) -> bool:
-    """Tell whether two intervals are the same, but for the number of draws that there was time for."""
-    if None in (*claimed, *drawn):
-        return [*claimed] == [*drawn]
-    (low, high), (own_low, own_high) = [float(end or 0) for end in claimed], [float(end or 0) for end in drawn]
-    return max(abs(low - own_low), abs(high - own_high)) <= SHIFT * (own_high - own_low)
 
 
 def verify_release(
@@ -127,6 +42,8 @@ def verify_release(
     rows: Path | None = None,
     teacher: str | None = None,
     say: Callable[[str], None] = lambda _line: None,
+    *,
+    run_functions: bool = False,
 ) -> Verification:
     """Check the files of a release, prepare its data anew, measure its model on them, and compare.
 
@@ -137,6 +54,7 @@ def verify_release(
         teacher: Folder or package of the teacher that the figures compare with; None: the recipe's, where it was
             not fitted and is on this machine.
         say: Gets the lines of the stage `data`.
+        run_functions: Call the functions that the recipe names for its data and metrics.
 
     Raises:
         InputError: The folder is no release, or the data are not there.
@@ -144,6 +62,11 @@ def verify_release(
     found = Verification(folder, read_claims(folder))
     _check_files(found)
     recipe = read_released(folder / "recipe.yaml")
+    named = [each.source for split in recipe.rows.splits for each in recipe.rows.origins(split)]
+    named += [*(recipe.evaluation.metrics or ()), *found.claims["metrics"]]
+    calls = [name for name in named if is_reference(name)]
+    if calls and not run_functions:
+        raise InputError(f"{folder}: its recipe names functions, {', '.join(calls)}; add --run-functions to call them")
     session = _session_for(recipe, folder, scratch, rows, say)
     run_stages(session, [data.STAGE])
     if recipe.routes:
@@ -152,14 +75,18 @@ def verify_release(
         found.agree("data, as tokens", str(get_in(found.claims, "data", "fingerprint")), session.corpus.fingerprint)
     student = session.load(folder, process_state().device).eval()
     taught_by, reason = _teacher_for(session, recipe, teacher)
-    _check_figures(found, session, student, taught_by, reason)
-    sizes = get_in(found.claims, "efficiency", "models", "student")
-    if recipe.release.format != "padded":  # whose figures are those without the zero neurons
-        counted = count_size(student, all_layers)
-        for name in SIZES if sizes else ():
-            found.compare(f"student, {name}", get_in(sizes, name), counted[name])
-    _check_card(found)
-    _check_derived(found)
+    found.exact = recipe.training.precision == "fp32" and get_in(found.claims, "precision", "students") == "float32"
+    measured = _check_figures(found, session, student, taught_by, reason)
+    claims.check_facts(found, session, recipe, measured)
+    claims.check_sizes(found, session, student, taught_by)
+    claims.check_derived(found)
+    if (folder / "plan.json").is_file():  # said already where it is missing
+        plan = StudentPlan.load(folder / "plan.json")
+        claims.check_plan(found, recipe, plan, student, taught_by)
+        rewriting.check_pages(found, session, recipe, plan, student)
+        rewriting.check_written(found, session, recipe, plan, student, taught_by, reason)
+    claims.check_sparsity(found, recipe, student)
+    claims.check_forms(found, session, recipe, student)
     return found
 
 
@@ -213,69 +140,57 @@ def _teacher_for(session: Session, recipe: Recipe, given: str | None) -> tuple[L
 
 def _check_figures(
     found: Verification, session: Session, student: Any, teacher: LiveTeacher | None, reason: str
-) -> None:
-    """Measure the student, and the teacher where it is there, on every split that has figures."""
-    sets = {f"{SET}{name}": own["arms"] for name, own in (found.claims.get("sets") or {}).items()}
-    for split, arms in {"test": found.claims["arms"], **sets}.items():
+) -> dict[str, Rows]:
+    """Measure the student, and the teacher where it is there, on every split that has figures; returns the test rows.
+
+    With the metrics their intervals, the figures of classes, and the student's difference from the teacher are judged.
+    """
+    models = {"distilled": student, **({} if teacher is None else {"teacher": teacher.model})}
+    sets = {f"{SET}{name}": own for name, own in (found.claims.get("sets") or {}).items()}
+    rows: dict[str, Rows] = {}
+    for split, claimed in {"test": found.claims, **sets}.items():
         if split not in session.corpus.splits:
             found.agree(f"rows of {split.removeprefix(SET)}", "measured", "no set of its recipe")
             continue
-        models = {"distilled": student, **({} if teacher is None else {"teacher": teacher.model})}
+        precision = session.recipe.training.precision
         measured = {
-            name: predict_split(session, model, split, teacher=teacher, precision=session.recipe.training.precision)
+            name: predict_split(session, model, split, teacher=teacher, precision=precision)
             for name, model in models.items()
         }
-        for arm in arms:
-            _compare_arm(found, split, arm, measured.get(arm["name"]), reason)
+        rows = rows or measured
+        _compare_split(found, session, split, claimed, measured, reason)
+    return rows
 
 
-def _compare_arm(found: Verification, split: str, arm: Mapping[str, Any], columns: Rows | None, reason: str) -> None:
-    title = arm["name"] if split == "test" else f"{arm['name']} on {split.removeprefix(SET)}"
-    if columns is None:
-        found.leave_out(title, reason if arm["name"] == "teacher" else "not released")
+def _compare_split(
+    found: Verification, session: Session, split: str, claimed: Any, measured: dict[str, Rows], reason: str
+) -> None:
+    where, before = "" if split == "test" else f" on {split.removeprefix(SET)}", found.within
+    names = list(found.claims["metrics"])
+    for columns in measured.values():
+        names = measurable(names, columns)
+    again = tabulate(measured, names, 0, session.corpus.classes, unit_of(session))
+    arms = {arm["name"]: arm for arm in again["arms"]}
+    for arm in claimed["arms"]:
+        title = f"{arm['name']}{where}"
+        if arm["name"] not in arms:
+            found.leave_out(title, reason if arm["name"] == "teacher" else "not released")
+            continue
+        for name, value in arm["metrics"].items():
+            if name in names:
+                own = arms[arm["name"]]
+                ends = [get_in(each, "intervals", name) for each in (arm, own)]
+                found.compare(f"{title}, {name}", value, own["metrics"][name], ends[0], ends[1], name)
+            else:
+                found.leave_out(f"{title}, {name}", reason if name in TEACHER_METRICS else "it needs other columns")
+    found.match(f"what was drawn{where}", claimed.get("drawn"), again["drawn"])
+    if found.within > before and not found.exact:
+        found.leave_out(f"classes and differences{where}", "the metrics moved within their intervals")
         return
-    names = measurable(list(arm["metrics"]), columns)
-    again = tabulate({str(arm["name"]): columns}, names, 0)["arms"][0] if names else {}
-    for name, claimed in arm["metrics"].items():
-        if name in names:
-            ends = [get_in(each, "intervals", name) for each in (arm, again)]
-            found.compare(f"{title}, {name}", claimed, again["metrics"][name], *ends)
-        else:
-            found.leave_out(f"{title}, {name}", reason if name in TEACHER_METRICS else "it needs other columns")
-
-
-def _check_card(found: Verification) -> None:
-    """Compare the card's table of arms, and the figures in its head, which the hub shows, with evaluation.json."""
-    path, figures = found.folder / "README.md", Figures(found.claims)
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    for table in map(arms_table, (figures, *figures.elsewhere.values())):
-        for row in table.rows:
-            there = "|" + "".join(f" {inline(cell)} |" for cell in row) in text
-            found.agree(f"card, row of {row[0]}", "as evaluation.json", "as evaluation.json" if there else "otherwise")
-    found.leave_out("card, what its examples print", "no code of a release is run")
-    metrics = figures.arms.get("distilled", {}).get("metrics", {})
-    head = ModelCard(text, ignore_metadata_errors=True).data
-    for result in getattr(head, "eval_results", None) or []:
-        found.compare(f"card head, {result.metric_type}", result.metric_value, metrics.get(result.metric_type))
-
-
-def _check_derived(found: Verification) -> None:
-    """Compute anew what follows from the claimed metrics: shares of the teacher's lead, and differences of arms."""
-    sets = {f" on {name}": own for name, own in (found.claims.get("sets") or {}).items()}
-    for where, claims in {"": found.claims, **sets}.items():
-        arms = {arm["name"]: {name: as_number(own) for name, own in arm["metrics"].items()} for arm in claims["arms"]}
-        teacher, majority = arms.get("teacher", {}), arms.get("majority", {})
-        wrong = [
-            arm["name"]
-            for arm in claims["arms"]
-            if (arm.get("retained") or {}) != retain(arms[arm["name"]], teacher, majority)
-        ]
-        pairs = claims.get("differences") or []
-        for pair in pairs if isinstance(pairs, list) else ():
-            ours, theirs = (arms.get(str(get_in(pair, side)), {}) for side in ("arm", "against"))
-            for name, claimed in (get_in(pair, "metrics") or {}).items():
-                sides = ours.get(name), theirs.get(name)
-                again = None if sides[0] is None or sides[1] is None else sides[0] - sides[1]
-                wrong += [f"less {get_in(pair, 'against')}"] if get_in(claimed, "value") != again else []
-        same = "as the figures"
-        found.agree(f"shares and differences{where}", same, ", ".join(dict.fromkeys(wrong)) or same)
+    for kind, own in (again["per_class"] or {}).items():
+        for name, figures in own.items():
+            found.match(f"{kind} of {name}{where}", get_in(claimed, "per_class", kind, name), figures)
+    for pair in again["differences"]:
+        pairs = [each for each in claimed.get("differences") or () if get_in(each, "against") == pair["against"]]
+        own = {name: get_in(pairs[0], "metrics", name) for name in pair["metrics"]} if pairs else None
+        found.match(f"distilled less {pair['against']}{where}", own, pair["metrics"])

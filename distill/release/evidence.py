@@ -121,7 +121,13 @@ def summarize(evidence: Evidence) -> str:
         facts.append(fact)
         facts += _gain(evidence)
     if evidence.ratio("throughput") is not None:
-        facts.append(f"{format_ratio(evidence.ratio('throughput'))} the teacher's throughput")
+        low, high = (as_number(get_in(evidence.ratio("throughput"), end)) for end in ("min", "max"))
+        unclear = low is not None and high is not None and low <= 1 <= high
+        facts.append(
+            f"a throughput that is not shown to differ from the teacher's ({low:.2f}x to {high:.2f}x)"
+            if unclear
+            else f"{format_ratio(evidence.ratio('throughput'))} the teacher's throughput"
+        )
     return f"{text}: {', '.join(facts)}." if facts else f"{text}."
 
 
@@ -133,7 +139,7 @@ def _gain(evidence: Evidence) -> list[str]:
             if _compare(evidence, rival, words).good:
                 return [f"better than {words}{shown and f' by {shown}'}"]
             if get_in(evidence.evaluation, "seeds"):
-                return [f"a gain over {words} is not shown by every seed"]
+                return [f"a gain over {words} is not shown by every seed and the interval of the released one"]
             return [f"a gain over {words} is not shown{shown and f' ({shown})'}"]
     return []
 
@@ -146,7 +152,7 @@ def _difference(evidence: Evidence, against: str, sign: int) -> tuple[str, float
     pair = evidence.difference(against)
     value, low, high = (as_number(pair.get(key)) for key in ("value", "low", "high"))
     if sign < 0:
-        value, low, high = (None if end is None else -end for end in (value, high, low))
+        value, low, high = (None if end is None else 0.0 - end for end in (value, high, low))  # and no -0.0
     return format_paired(evidence.primary, {"value": value, "low": low, "high": high}), low
 
 
@@ -176,23 +182,24 @@ def _compare(evidence: Evidence, rival: str, words: str) -> Verdict:
     figures = " against ".join(format_metric(metric, fmean(side)) for side in zip(*pairs, strict=True))
     each = ", ".join(f"{'-' if margin < 0 else '+'}{format_difference(metric, abs(margin))}" for margin in margins)
     figures = f"{metric} {figures}" + (f" on average over {len(pairs)} seeds ({each})" if len(pairs) > 1 else "")
-    shown, low = _difference(evidence, rival, evidence.direction) if len(pairs) == 1 else ("", None)
+    shown, low = _difference(evidence, rival, evidence.direction)
     against = f"{rival}, {words}"
     if lead <= 0:
-        behind = f", a gain of {shown}" if shown else ""
+        behind = f", a gain of {shown}" if shown and len(pairs) == 1 else ""
         text = f"The distilled student does not beat {against}: {figures}{behind}."
         return Verdict(False, text + _lesson(evidence, rival, "So"))
     if ahead < len(pairs):
         return Verdict(False, f"The distilled student beats {against}, with {ahead} of the seeds only: {figures}.")
-    if len(pairs) > 1:
-        by = format_difference(metric, lead)
-        return Verdict(True, f"The distilled student beats {against}, by {by}: {figures}.")
-    if low is None or low <= 0:
+    if low is None or low <= 0:  # other seeds do not tell what other examples would have given
         reason = f"a gain of {shown}, an interval that contains 0"
         if low is None:
             reason = f"and the difference has no interval ({evidence.difference(rival).get('note') or 'not computed'})"
-        text = f"A gain over {against}, is not shown: {figures}, {reason}."
+        released = f"; that of the released seed is {reason}" if len(pairs) > 1 else f", {reason}"
+        text = f"A gain over {against}, is not shown: {figures}{released}."
         return Verdict(False, text + _lesson(evidence, rival, "As far as it tells,"))
+    if len(pairs) > 1:
+        by = format_difference(metric, lead)
+        return Verdict(True, f"The distilled student beats {against}, by {by}: {figures}.")
     return Verdict(True, f"The distilled student beats {against}, by {shown}: {figures}.")
 
 

@@ -207,10 +207,10 @@ def data_table(evidence: Evidence) -> Table:
     }
     counts = {name: [get_in(own, *path) for own in splits.values()] for name, path in paths.items()}
     rows = [(name, *(MISSING if each is None else f"{each:,}" for each in own)) for name, own in counts.items()]
-    if splits:
-        rows.append(("unknown tokens", *(format_percent(own["unknown_share"]) for own in splits.values())))
     if len(classes) > LISTED:
         rows.append((f"and {len(classes) - LISTED} more classes", *("" for _ in splits)))
+    if splits:
+        rows.append(("unknown tokens", *(format_percent(own["unknown_share"]) for own in splits.values())))
     return Table(("", *splits), rows if splits else [])
 
 

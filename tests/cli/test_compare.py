@@ -22,7 +22,7 @@ def compare(*arguments, code=0):
     return SimpleNamespace(table=out.getvalue(), said=err.getvalue())
 
 
-def made_run(folder, score, parameters, *, primary="accuracy", recipe=RECIPE, teacher=0.9, **data):
+def made_run(folder, score, parameters, *, primary="accuracy", recipe=RECIPE, teacher=0.9, length=64, **data):
     """Write the two files of a finished run that are compared."""
     sizes = {
         name: {"parameters": count, "flops_per_example": 10 * count, "latency_ms": {"p50": count / 100}}
@@ -45,7 +45,7 @@ def made_run(folder, score, parameters, *, primary="accuracy", recipe=RECIPE, te
             {"name": "teacher", "metrics": {primary: teacher}},
             {"name": "distilled", "metrics": {primary: score}, "retained": {primary: score / teacher}},
         ],
-        "efficiency": {"protocol": {"device": "cpu"}, "models": sizes},
+        "efficiency": {"protocol": {"device": "cpu", "length": length}, "models": sizes},
     }
     folder.mkdir(parents=True)
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
@@ -66,6 +66,15 @@ def test_runs_that_no_other_beats_are_on_the_front(tmp_path):
     assert "parameters" in row(found, "small")[-1] and "parameters" in row(found, "large")[-1]
     assert row(found, "beaten")[-1] == MISSING
     assert row(found, "teacher")[1] == "90.0 %"
+
+
+def test_flops_and_times_of_examples_of_other_lengths_are_said_to_be_no_comparison(tmp_path):
+    short, long = (made_run(tmp_path / str(length), 0.7, 100, length=length) for length in (16, 128))
+    said = compare(short, long).said
+    assert (
+        "FLOPs and latency are those of other inputs (16: length 16; 128: length 128): compare the parameters" in said
+    )
+    assert "FLOPs" not in compare(short, made_run(tmp_path / "same", 0.8, 90, length=16)).said
 
 
 def test_of_metrics_where_less_is_better_the_lower_value_is_on_the_front(tmp_path):

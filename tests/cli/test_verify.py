@@ -103,8 +103,7 @@ def test_an_edited_figure_is_caught_in_the_evaluation_and_on_the_card(finished, 
     sign_again(release)
     found = verify(release, "--data", finished, code=1)
     assert re.search(r"distilled, accuracy\b.*DIFFERS", found.table)
-    assert re.search(r"card, row of distilled.*DIFFERS", found.table)
-    assert re.search(r"card head, accuracy.*DIFFERS", found.table)
+    assert re.search(r"card, a line.*DIFFERS", found.table)
 
 
 def test_a_figure_that_was_edited_within_its_interval_is_caught_as_the_interval_is_that_of_another(finished, release):
@@ -146,7 +145,87 @@ def test_an_edited_card_is_caught(finished, release):
     (release / "README.md").write_text(card.replace(row, re.sub(r"\d\d\.\d %", "99.9 %", row)))
     sign_again(release)
     found = verify(release, "--data", finished, code=1)
-    assert re.search(r"card, row of distilled.*DIFFERS", found.table) and "distilled, accuracy" in found.table
+    assert re.search(r"card, a line.*DIFFERS", found.table) and "distilled, accuracy" in found.table
+
+
+def within_json(name, change):
+    return lambda release: edit(release / name, change)
+
+
+def replaced(name, pattern, text):
+    def change(release):
+        before = (release / name).read_text()
+        assert re.search(pattern, before)
+        (release / name).write_text(re.sub(pattern, text, before, count=1))
+
+    return change
+
+
+def student_of(content):
+    return content["efficiency"]["models"]["student"]
+
+
+def classes_of(content):
+    return next(iter(content["per_class"]["classes"]["distilled"].values()))
+
+
+def evaluation(change):
+    return within_json("evaluation.json", change)
+
+
+BESIDE = {
+    "classes of distilled": evaluation(lambda own: classes_of(own).update(f1=0.99)),
+    "distilled less teacher": evaluation(lambda own: own["differences"][0]["metrics"]["loss"].update(low=-9.0)),
+    "student, parameters,": evaluation(lambda own: student_of(own).update(flops_per_example=1)),
+    "student, ratios of": evaluation(lambda own: own["efficiency"]["ratios"]["student"].update(parameters=0.1)),
+    "data, as counted": evaluation(lambda own: own["data"].update(train_examples=9)),
+    "arms, metrics and": evaluation(lambda own: own.update(rivals={}, primary="loss")),
+    "plan, policies": within_json("plan.json", lambda own: own.update(layer_policy="greedy_loss")),
+    "tokenizer_config.json,": within_json("tokenizer_config.json", lambda own: own.update(chat_template="{{ 1 }}")),
+    "config.json, as": within_json("config.json", lambda own: own.update(hidden_dropout_prob=0.9)),
+    "file pytorch_model.bin": lambda release: (release / "pytorch_model.bin").write_text("x"),
+    "file chat_template": lambda release: (release / "chat_template.jinja").write_text("x"),
+    "file more": lambda release: (release / "more").mkdir(),
+    "report, a line": replaced("report.html", "</body>", "<script>1</script></body>"),
+    "card, a line": evaluation(lambda own: student_of(own)["latency_ms"].update(p50=0.01)),
+}
+"""The claim that does not hold, and what somebody changed."""
+
+
+def test_whatever_is_edited_beside_the_metrics_is_caught_where_the_checksums_were_written_anew(finished, release):
+    for change in BESIDE.values():
+        change(release)
+    sign_again(release)
+    found = verify(release, "--data", finished, "--teacher", finished / "run/teacher", code=1)
+    rows = [line for line in found.table.splitlines() if "DIFFERS" in line]
+    assert [claim for claim in BESIDE if not any(f"│ {claim}" in row for row in rows)] == []
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text"),
+    [
+        ("instead of [0-9.]+ k", "instead of 99.9 M"),
+        ("## Results", "## Results\n\nIt is the best."),
+        ("license: apache-2.0", "license: mit"),
+        ("from transformers", "import os\nfrom transformers"),
+    ],
+)
+def test_any_line_of_the_card_that_the_figures_do_not_give_is_caught(finished, release, pattern, text):
+    replaced("README.md", pattern, text)(release)
+    sign_again(release)
+    assert re.search(r"card, a line.*DIFFERS", verify(release, "--data", finished, code=1).table)
+
+
+def test_weights_of_another_model_of_this_shape_are_caught_inside_the_intervals(finished, release):
+    shutil.copy(finished / "run/controls/labels_only/model/model.safetensors", release)
+    sign_again(release)
+    found = verify(release, "--data", finished, code=1)
+    assert re.search(r"distilled, loss\b.*DIFFERS", found.table)
+
+
+def test_without_the_teacher_a_line_says_that_its_files_were_not_compared(finished, release):
+    found = verify(release, "--data", finished)
+    assert re.search(r"configs, tokenizer and .*not checked: needs the", found.table)
 
 
 def test_another_tokenizer_is_caught(finished, release):
@@ -168,6 +247,29 @@ def test_missing_and_added_files_are_caught(finished, release):
     found = verify(release, "--data", finished, code=1)
     assert re.search(r"file plan2\.json.*not listed.*DIFFERS", found.table)
     assert re.search(r"file report\.html.*missing.*DIFFERS", found.table)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (replaced("recipe.yaml", r"source: \./data\.jsonl", "source: os:abort"), "names functions, os:abort"),
+        (evaluation(lambda own: own["metrics"].append("os:abort")), "names functions, os:abort"),
+        (evaluation(lambda own: own.update(forms={"x": 3})), "evaluation.json is not as distill wrote it (forms.x"),
+        (evaluation(lambda own: own.update(seeds={"seeds": [1], "arms": {"a": {"b": {}}}, "sets": {}})), "(seeds.arms"),
+    ],
+)
+def test_a_release_of_a_stranger_calls_nothing_and_is_refused_with_one_message(finished, release, change, said):
+    change(release)
+    sign_again(release)
+    assert said in verify(release, "--data", finished, code=2).said
+
+
+def test_figures_that_cannot_be_divided_do_not_hold(finished, release):
+    edit(
+        release / "evaluation.json", lambda own: own["efficiency"]["models"]["teacher"].update(parameters=0, bytes="x")
+    )
+    sign_again(release)
+    assert "card, a line" in verify(release, "--data", finished, code=1).table
 
 
 def test_changed_data_are_caught(finished, release, tmp_path):

@@ -81,6 +81,35 @@ def test_over_seeds_the_student_is_compared_with_the_rival_of_the_same_seed(
     assert (gain if good else "a gain over words for random_cut is not shown by every seed") in summarize(own)
 
 
+def test_a_gain_with_every_seed_is_not_shown_where_the_examples_do_not_show_it(evidence: Evidence) -> None:
+    own = changed(with_arm(evidence, "random_cut", 0.1), seeds=seeds([0.75, 0.5], [0.5, 0.375]), lessons=LESSONS)
+    own = changed(own, differences=[difference("random_cut", accuracy=(0.25, -0.02, 0.4))])
+    (verdict,) = judge(own)
+    assert not verdict.good and "is not shown: accuracy 62.5 % against 43.8 % on average over 2 seeds" in verdict.text
+    assert (
+        "that of the released seed is a gain of 25.0 points [-2.0, 40.0], an interval that contains 0" in verdict.text
+    )
+    assert "better than" not in summarize(own)
+
+
+@pytest.mark.parametrize(
+    ("rounds", "words"),
+    [
+        (
+            {"median": 1.8, "min": 0.62, "max": 3.79},
+            "a throughput that is not shown to differ from the teacher's (0.62x",
+        ),
+        ({"median": 1.8, "min": 1.62, "max": 1.9}, "1.80x (1.62 to 1.90) the teacher's throughput"),
+    ],
+)
+def test_a_throughput_is_claimed_where_every_round_shows_it(
+    evidence: Evidence, rounds: dict[str, float], words: str
+) -> None:
+    measured = evidence.evaluation["efficiency"]
+    ratios = measured["ratios"] | {"student": measured["ratios"]["student"] | {"throughput": rounds}}
+    assert words in summarize(changed(evidence, efficiency=measured | {"ratios": ratios}))
+
+
 def test_a_rival_that_no_seed_changes_is_compared_with_every_seed(evidence: Evidence) -> None:
     own = changed(evidence, seeds=seeds([0.5, 0.2], [0.1, 0.1]), rivals={"cut": "before training"})
     (verdict,) = judge(own)  # the cut student has 0.2319
