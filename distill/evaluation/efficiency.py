@@ -24,7 +24,9 @@ Layers = Callable[[nn.Module], Iterable[nn.Module]]
 Batch = Mapping[str, Tensor]
 BATCH_SIZES = (1, 8, 32)
 LATENCY_PASSES = 5
-"""Passes of one example per model and round: enough samples for a 90th percentile."""
+"""Passes of one example per model and round, after `UNTIMED`: enough samples for a 90th percentile."""
+UNTIMED = 3
+"""Passes of one example that begin a turn: the first of them find another model's weights in the processor's caches."""
 PATIENCE = 60.0
 """Seconds after which no other round of a batch size begins; a size that would take longer is left out, and named."""
 NEW_TOKENS = 16
@@ -116,14 +118,14 @@ def measure_efficiency(
     device = next(teacher.parameters()).device
     many = random_batch(teacher, (max(batch_sizes), length), vocabulary, target_length)
     one = _first(many, 1)
-    turns = partial(time_in_turns, repeats=repeats, device=device, patience=PATIENCE, untimed=1)
+    turns = partial(time_in_turns, repeats=repeats, device=device, patience=PATIENCE)
     with torch.inference_mode():
         lines = {
             name: model if isinstance(model, Line) else model_line(model, layers, one, many)
             for name, model in models.items()
         }
-        single = turns(_passes(lines, one), per_round=LATENCY_PASSES)
-        batched, skipped = _time_batches(lines, many, batch_sizes, turns, _seconds_of_first(single))
+        single = turns(_passes(lines, one), per_round=LATENCY_PASSES, untimed=UNTIMED)
+        batched, skipped = _time_batches(lines, many, batch_sizes, turns, single)
         written = _time_generation(lines, one, turns)
     measured = {
         name: {**line.figures, **summarize_speed(single[name], {size: own[name] for size, own in batched.items()})}
@@ -163,7 +165,7 @@ def _seconds_of_first(rounds: Rounds) -> float:
 
 
 def _time_batches(
-    lines: Mapping[str, Line], many: Batch, sizes: Sequence[int], turns: Callable[..., Rounds], each: float
+    lines: Mapping[str, Line], many: Batch, sizes: Sequence[int], turns: Callable[..., Rounds], single: Rounds
 ) -> tuple[dict[int, Rounds], list[int]]:
     """Time every batch size but those that would take too long by what an example took before; returns both.
 
@@ -172,13 +174,14 @@ def _time_batches(
         many: A batch of the largest size.
         sizes: Ascending.
         turns: Times passes in turns.
-        each: Seconds of one example in all lines together.
+        single: Times of one example, which are those of batches of one.
     """
     found: dict[int, Rounds] = {}
+    each = _seconds_of_first(single)
     for size in sizes:
         if found and (WARM_UP + 1) * size * each > PATIENCE:
             break
-        found[size] = turns(_passes(lines, _first(many, size)), per_round=1)
+        found[size] = single if size == 1 else turns(_passes(lines, _first(many, size)), per_round=1, untimed=1)
         each = _seconds_of_first(found[size]) / size
     return found, [size for size in sizes if size not in found]
 
@@ -194,7 +197,7 @@ def _time_generation(
     new = max(1, min(NEW_TOKENS, length // 2))
     prompt = {"input_ids": one["input_ids"][:, : max(1, length - new - 1)]}
     passes = {f"{name}:{count}": partial(run, prompt, count) for name, run in writing.items() for count in (1, new + 1)}
-    rounds = turns(passes, per_round=1)
+    rounds = turns(passes, per_round=1, untimed=1)
     found: dict[str, dict[str, float | None]] = {}
     for name in writing:
         first, all_ = ([*chain.from_iterable(rounds[f"{name}:{count}"])] for count in (1, new + 1))
