@@ -62,7 +62,7 @@ def teacher_path(
     say: Callable[[str], None] = lambda _line: None,
     key: str = "teacher.model",
 ) -> Path:
-    """Find the local folder of a teacher; downloads a hub id (safetensors, config and tokenizer files only).
+    """Find the local folder of a teacher; downloads a hub id (safetensors, config and tokenizer files, and the card).
 
     A GGUF file is dequantised into a folder first, if that was not done before.
 
@@ -94,7 +94,7 @@ def _from_hub(model: str, revision: str | None, code: list[str], key: str) -> Pa
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=[*HUB_FILES, *code]))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=[*HUB_FILES, "README.md", *code]))
     except (OSError, ValueError) as error:  # every hub error is one of these
         raise InputError(f"{key}: cannot get {model!r} from the model hub: {error}") from error
 

@@ -64,6 +64,8 @@ def check_facts(found: Verification, session: Session, recipe: Recipe, measured:
     found.match("arms, metrics and rivals", {key: own.get(key) for key in facts}, facts)
     if claims.get("harness") or recipe.evaluation.harness:
         found.leave_out("lm-evaluation-harness", "run its own command line on the folder")
+    if claims.get("licences"):
+        found.leave_out("licences of the models", "their cards are not here")
     if claims.get("teacher"):
         found.leave_out("teacher, as examined", "no page shows it")
 

@@ -24,7 +24,7 @@ from distill.pipeline.json_shapes import Evaluation, Examined
 from distill.pipeline.predictions import load_arm, measure, predict_arms, predict_split, save_rows
 from distill.pipeline.session import Session, in_precision
 from distill.pipeline.stage import Stage, harness_folder, settings_of
-from distill.pipeline.teachers import describe_teachers, load_teaching
+from distill.pipeline.teachers import describe_teachers, load_teaching, read_licences
 from distill.pipeline.train import mask_settings, steps_of
 from distill.ranks import process_state
 from distill.recipe.data import SET, SPLITS
@@ -74,6 +74,7 @@ def work(session: Session) -> None:
         "precision": describe_precisions(session, teacher, student),
         "rivals": rivals(recipe),
         "taught_by": describe_teachers(session),
+        "licences": read_licences(session),
         "lessons": lessons(recipe),
         "not_run": not_run(recipe),
         "efficiency": compare_speed(session, teacher.model, student) if recipe.evaluation.efficiency else None,
@@ -214,6 +215,7 @@ def own_inputs(session: Session) -> dict[str, Any]:
         "data": describe_data(session),
         "sets": {split: describe_set(session, split) | {"content": own} for split, own in session.corpus.sets.items()},
         "taught_by": describe_teachers(session),
+        "licences": read_licences(session),
         "examined": content_of(session.folder.examined),
         "student": folder_fingerprint(session.folder.distilled),
         "mask": {**mask, "training": settings_of(session.recipe.training)} if mask else None,

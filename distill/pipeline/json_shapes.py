@@ -71,6 +71,7 @@ Evaluation = TypedDict(
      "sets": NotRequired[dict[str, Measured]], "rivals": NotRequired[dict[str, str]],
      "not_run": NotRequired[dict[str, str]], "drawn": NotRequired[Drawn | None],
      "precision": NotRequired[Precisions | None], "taught_by": NotRequired[list[Taught] | None],
+     "licences": NotRequired[dict[str, dict[str, str]]],
      "efficiency": NotRequired[Speed | None], "seeds": NotRequired[Seeds | None],
      "harness": NotRequired[Harness | None], "sparsity": NotRequired[Sparsity | None],
      "forms": NotRequired[dict[str, Form]]},

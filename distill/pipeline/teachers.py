@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
 from typing import Any
 
 import torch
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from distill.errors import InputError
 from distill.losses import Objective
@@ -18,6 +21,9 @@ from distill.recipe.teachers import source_names, teaching_shares
 from distill.release.export import without_folders
 from distill.teacher import LiveTeacher, Mixture
 
+LICENCE = ("license", "license_name", "license_link")
+"""Keys of the head of a model card; name and link are those of a licence that is `other`."""
+LARGEST_CARD = 2**20
 COMPARED = 16
 """Training examples that both are compared on."""
 
@@ -85,3 +91,25 @@ def describe_teachers(session: Session) -> list[dict[str, Any]]:
         {**describe_model(one), "weight": one.weight, "sources": one.sources and [*map(without_folders, one.sources)]}
         for one in (session.recipe.teachers if session.recipe.mixes else ())
     ]
+
+
+def read_licences(session: Session) -> dict[str, dict[str, str]]:
+    """Read under which licence, by the card in its folder, each model is that the recipe names."""
+    found = {}
+    for key, model in session.recipe.models.items():
+        card = session.folder_of(key) / "README.md"
+        try:
+            text = (
+                card.read_text(encoding="utf-8-sig") if card.is_file() and card.stat().st_size <= LARGEST_CARD else ""
+            )
+            block = re.match(r"---\n(.*?)\n---\s", text, re.DOTALL)
+            head = YAML(typ="safe", pure=True).load(block[1]) if block else None
+        except (OSError, ValueError, YAMLError, RecursionError) as error:
+            reason = str(error).partition("\n")[0]
+            session.say_once(f"  {key}: no licence is read from its README.md, whose head is no YAML: {reason}")
+            continue
+        stated = head if isinstance(head, dict) else {}
+        own = {name: stated[name] for name in LICENCE if isinstance(stated.get(name), str)}
+        if "license" in own:
+            found[without_folders(model.model)] = own
+    return found

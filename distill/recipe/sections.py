@@ -307,7 +307,8 @@ class Release(Section):
     bits where it is asked to), which all hold different MLP widths; and `gguf` (llama.cpp, a file in fp32 and one of
     8 bits), which holds one width and pads to it with `format: padded`."""
     license: StrictStr | None = None
-    """SPDX id for the model card. Give the teacher's licence, or one that it allows."""
+    """SPDX id for the model card: the teacher's licence, or one that it allows. None: that of the teacher's card, where
+    one stands in its folder."""
     language: StrictStr | None = None
     """Language code for the model card."""
 

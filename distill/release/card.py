@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
@@ -52,6 +52,8 @@ def render_card(evidence: Evidence) -> str:
             **context_of(evidence),
             metadata=Markup(metadata(evidence).to_yaml(line_break="\n")),  # noqa: S704 (YAML quotes its own values)
             loading=Markup(LOADING[evidence.release_format]),  # noqa: S704 (our own text)
+            licences={model: name_of(own) for model, own in stated_licences(evidence).items()},
+            inherited=inherited_licence(evidence),
             snippet=shown.pop(STUDENT),
             forms=shown,
             command=fence(evidence.command, "bash"),
@@ -127,18 +129,37 @@ def metadata(evidence: Evidence) -> ModelCardData:
     on_hub = HUB_ID.fullmatch(model) is not None
     task, _ = USES.get(evidence.auto_class, (None, ""))
     results = eval_results(evidence, task or evidence.recipe.data.task)
+    licence = {"license": release.license} if release.license else inherited_licence(evidence) or {}
     return ModelCardData(
         base_model=model if on_hub else None,
         base_model_relation="finetune" if on_hub else None,
         library_name="sentence-transformers" if evidence.auto_class == VECTORS else "transformers",
         pipeline_tag=task,
-        license=release.license,
+        license=licence.get("license"),
+        license_name=licence.get("license_name"),
+        license_link=licence.get("license_link"),
         language=release.language,
         tags=["distillation", "pruning", "distill"],
         metrics=[result.metric_type for result in results] or None,
         model_name=evidence.recipe.name if results else None,
         eval_results=results or None,
     )
+
+
+def stated_licences(evidence: Evidence) -> dict[str, dict[str, str]]:
+    """Licences that the cards of the models state which the student was made from, by model."""
+    return dict(evidence.evaluation.get("licences") or {})
+
+
+def inherited_licence(evidence: Evidence) -> dict[str, str] | None:
+    """Return the licence of all models whose cards state one, where it is the same; None: there is none, or several."""
+    first, *others = stated_licences(evidence).values() or [None]
+    return first and ({key: one_line(text) for key, text in first.items()} if all(o == first for o in others) else None)
+
+
+def name_of(licence: Mapping[str, str]) -> str:
+    """Name a licence, also one that is `other`."""
+    return licence.get("license_name") or licence["license"]
 
 
 def eval_results(evidence: Evidence, task: str) -> list[EvalResult]:

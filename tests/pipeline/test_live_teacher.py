@@ -10,6 +10,7 @@ from tiny import RECIPE, tiny_project
 
 from distill.cli import main
 from distill.pipeline import RunDir, Session, calibrate, evaluate, examine, plan, repair
+from distill.pipeline.teachers import read_licences
 from distill.recipe import load_recipe
 from distill.training.provenance import flatten
 
@@ -85,3 +86,25 @@ def test_a_stage_that_measures_a_teacher_in_fp8_says_that_it_takes_the_stored_we
     assert lines == [
         "  the whole teacher is needed here, not shards or 8 bits: it is in the device, in its stored dtype"
     ]
+
+
+@pytest.mark.parametrize(
+    ("head", "found"),
+    [
+        ("---\nlicense: mit\ntags: [a]\n---\nText", {"license": "mit"}),
+        ("---\r\nlicense: mit\r\n---\r\n", {"license": "mit"}),
+        ("---\nlicense: other\nlicense_name: ours\n---\n", {"license": "other", "license_name": "ours"}),
+        ("---\nlicense: [mit]\n---\n", None),
+        ("---\n- license\n---\n", None),
+        ("license: mit", None),
+        ("---\nlicense: [mit\n---\n", None),
+        ("---\nlicense: " + 99_999 * "[" + "\n---\n", None),
+    ],
+)
+def test_a_licence_is_read_from_the_head_of_the_models_card(tmp_path, head, found):
+    tiny_project(tmp_path)
+    (tmp_path / "teacher/README.md").write_bytes(head.encode())
+    session, lines = session_of(tmp_path)
+    assert read_licences(session) == ({"./teacher": found} if found else {})
+    broken = "[mit\n" in head or "[[" in head
+    assert len(lines) == broken and all("no licence is read" in line for line in lines)

@@ -255,6 +255,23 @@ def test_card_of_a_bare_run_says_what_is_missing(bare: Evidence) -> None:
     assert "## Size and speed" not in card.text
 
 
+def test_a_licence_that_the_recipe_does_not_give_is_that_of_the_models_cards(
+    bare: Evidence, evidence: Evidence
+) -> None:
+    def card_with(of: Evidence, **licences: Any) -> ModelCard:
+        return ModelCard(render_card(replace(of, evaluation={**of.evaluation, "licences": licences})))
+
+    inherited = card_with(bare, teacher={"license": "other", "license_name": "of-ours", "license_link": "https://x.y"})
+    assert (inherited.data.license, inherited.data["license_name"]) == ("other", "of-ours")
+    assert "of-ours, as the card of teacher says: the recipe gives no licence" in inherited.text
+    several = card_with(bare, one={"license": "mit"}, two={"license": "gpl-3.0"})
+    assert several.data.license is None
+    assert "not stated.** The recipe gives none, the card of one says mit, the card of two says gpl-3.0" in several.text
+    given = card_with(evidence, one={"license": "apache-2.0"}, two={"license": "gpl-3.0 | <b>"})
+    assert given.data.license == "apache-2.0"
+    assert "apache-2.0. The card of two says gpl-3.0 \\| &lt;b&gt;. The teacher's own licence" in given.text
+
+
 MASK = {"sparsity": 0.5, "compact": True}
 HELD_OUT = {"loss": None, "kl": 0.25}
 STEP = {"name": "refit", "layers": [], "notes": [], "error_left": None, "held_out": HELD_OUT}
