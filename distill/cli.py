@@ -238,9 +238,9 @@ def _run(verb: str, path: Path, overrides: list[str] | None, out: Path | None, f
 
 def _plan_for(memory: str, path: Path, overrides: list[str] | None, remote_code: bool) -> None:
     """Say what fits on a card that need not be there, from the recipe and the teacher's config."""
-    from distill.recipe.load import load_recipe
+    from distill.recipe.load import load_without_weights
 
-    recipe = load_recipe(path, overrides or (), weights=False)
+    recipe = load_without_weights(path, overrides or ())
     quiet_libraries()
     from distill.models.memory import parse_size
     from distill.pipeline import RunDir, Session

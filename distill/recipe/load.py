@@ -29,18 +29,26 @@ Ranked = tuple[tuple[int, int, int], Problem]
 """A problem, and its place in reading order."""
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, weights: bool = True) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and check everything that can be known without loading a model.
 
     Args:
         path: The YAML file. Folders in it are relative to the file.
         overrides: `key.path=value` each, e.g. `losses.0.weight=0.5`; values are YAML. The last of two equal keys holds.
-        weights: The teacher has weights; False: there may be no more of it than a config and a tokenizer.
 
     Raises:
         RecipeError: The recipe is wrong; lists all problems.
         InputError: The file cannot be read.
     """
+    return _load(path, overrides, weights=True)
+
+
+def load_without_weights(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Do what `load_recipe` does for a teacher of which there may be no more than a config and a tokenizer."""
+    return _load(path, overrides, weights=False)
+
+
+def _load(path: str | Path, overrides: Sequence[str], *, weights: bool) -> Recipe:
     path = Path(path)
     document = _read_section(path)
     ranked = _override(document, overrides)

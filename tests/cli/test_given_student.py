@@ -22,6 +22,8 @@ from transformers import (
 from distill.cli import main
 from distill.models.load import load_student
 
+pytestmark = pytest.mark.slow
+
 CAUSAL = GIVEN.replace("task: classification, labelled: 24,", "task: causal_lm,").replace("steps: 12,", "steps: 40,", 1)
 
 
@@ -100,7 +102,6 @@ def test_maps_of_two_rounds_compose_where_the_rule_would_pair_other_layers(first
     assert "paired with layers 1, 3 of the teacher by an even rule" in said
 
 
-@pytest.mark.slow
 def test_a_release_with_a_width_of_its_own_in_each_layer_is_given(first, tmp_path, capsys):
     widths = "{keep: [8, 16], multiple_of: 8}"
     recipe = tiny_project(tmp_path, RECIPE.replace("{keep: 0.5, multiple_of: 8}", widths))

@@ -82,7 +82,7 @@ WRONG = [
     (["nowhere"], "neither"),
     (["./nowhere"], "there is no folder"),
     (["package:no_such_package/model"], "not installed"),
-    (["{}"], "names no architecture"),
+    (["{}"], "has no config.json; name what lies in it, as"),
     (["{}/teacher", "--calibration", "{}/none"], "not a calibration file"),
     (["{}/teacher", "--calibration", "{}/texts.txt"], "not a calibration file"),
     (["{}/teacher", "--data", "no-such-source"], "unknown data source"),

@@ -26,6 +26,8 @@ from distill.pipeline.session import Session
 from distill.recipe import load_recipe
 from distill.teacher import LiveTeacher
 
+pytestmark = pytest.mark.slow
+
 
 def project(folder, mask):
     return tiny_project(folder, RECIPE.replace("  calibration:", f"  mask: {mask}\n  calibration:"))

@@ -15,6 +15,8 @@ from distill.cli import main
 from distill.losses import LOGITS, MATCHES
 from distill.recipe.schema import Term
 
+pytestmark = pytest.mark.slow
+
 STEPS = """\
 training: {steps: 5, batch_size: 120, micro_batch_size: 60, lr: 1e-3, save_every: 5, log_every: 1}
 evaluation: {arms: [cut, distilled], efficiency: false}

@@ -12,6 +12,8 @@ from tiny import RECIPE, tiny_project
 
 from distill.cli import main
 
+pytestmark = pytest.mark.slow
+
 REPAIR = RECIPE.replace("student:\n", "student:\n  repair: {bias: true, refit: true}\n")
 TEXTS = (
     RECIPE.replace("task: classification, labelled: 24,", "task: causal_lm,")

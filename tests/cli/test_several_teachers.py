@@ -20,6 +20,8 @@ from distill.pipeline import RunDir, Session
 from distill.pipeline.train_checks import check_labels
 from distill.recipe import load_recipe
 
+pytestmark = pytest.mark.slow
+
 ONE = """\
 teacher:
   model: ./teacher
@@ -68,7 +70,6 @@ def test_a_mixture_teaches_a_student_to_a_release(mixed):
     assert [(one["model"], one["weight"]) for one in table["taught_by"]] == [("./one", 3.0), ("./two", 1.0)]
 
 
-@pytest.mark.slow
 def test_what_students_are_compared_with_is_the_weighted_sum_of_the_teachers_probabilities(mixed, tmp_path):
     kls = {}
     for name, weights in {"first": (1e9, 1e-9), "second": (1e-9, 1e9)}.items():

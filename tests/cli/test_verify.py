@@ -18,6 +18,8 @@ from tiny import RECIPE, tiny_project
 from distill.cli import main
 from distill.files import sha256_of
 
+pytestmark = pytest.mark.slow
+
 
 def verify(release, *options, code=0):
     out, err = io.StringIO(), io.StringIO()

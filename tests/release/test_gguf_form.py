@@ -17,6 +17,8 @@ from distill.models.sentence import SentenceHead
 from distill.recipe.locate import teacher_folder
 from distill.release.forms import FORMS, check_forms, compare_form, examples, write_forms
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("xllamacpp", reason="pip install 'distill[llamacpp]'")
 
 WIDTHS = (64, 32, 32)
@@ -82,14 +84,12 @@ def test_llama_cpp_says_what_a_student_says_with_narrower_layers_padded(written,
     check(folder, found, tokenizer)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mistral", "mixtral", "granite"])
 def test_llama_cpp_says_what_students_of_other_families_say(family, tokenizer, tmp_path):
     student = decoder(tokenizer, family)
     check(tmp_path, write_forms(tmp_path, student, [tokenizer], ["gguf"], probe_of(tokenizer)), tokenizer)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "mode", "normalize"),
     [("bert", "mean", True), ("bert", "lasttoken", False), ("distilbert", "cls", False)],
@@ -131,7 +131,6 @@ def test_a_tokenizer_that_the_converter_does_not_know_is_refused_with_what_is_un
         write_forms(tmp_path, decoder(own), [own], ["gguf"], probe_of(own, ("red",)))
 
 
-@pytest.mark.slow
 def test_a_tokenizer_that_llama_cpp_reads_otherwise_is_refused_with_a_text(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "alone")  # without tokenizer.model, which ranks what to merge
     alone = transformers.AutoTokenizer.from_pretrained(tmp_path / "alone")
