@@ -28,7 +28,6 @@ from distill.release.forms import FORMS
 from distill.release.hub_results import result_files
 from distill.release.report import render_report
 from distill.student import build_student
-from distill.teacher import LiveTeacher
 from distill.training.provenance import flatten
 
 OF_THE_RUN = {
@@ -75,11 +74,7 @@ def evidence_of(found: Verification, session: Session, recipe: Recipe, plan: Stu
         plan=plan,
         evaluation=found.claims,
         records={},
-        teacher={
-            **describe_model(recipe.teacher),
-            "model_type": plan.model_type,
-            "fitted": fitted,
-        },
+        teacher={**describe_model(recipe.teacher), "model_type": plan.model_type, "fitted": fitted},
         student={**describe_model(given), "model_type": plan.given.model_type} if given and plan.given else {},
         environment={},
         auto_class=session.task.auto_class,
@@ -140,13 +135,7 @@ def _compare_lines(found: Verification, what: str, claimed: list[str], own: list
 
 
 def check_written(
-    found: Verification,
-    session: Session,
-    recipe: Recipe,
-    plan: StudentPlan,
-    student: Any,
-    teacher: LiveTeacher | None,
-    reason: str,
+    found: Verification, session: Session, recipe: Recipe, plan: StudentPlan, student: Any, teacher: Any, reason: str
 ) -> None:
     """Write the release's other files anew, and compare: configs, tokenizer, templates, code, and that none was added.
 
