@@ -93,7 +93,7 @@ def _prepare(session: Session, cache: Path) -> None:
             recipe.seed,
             session.base,
             looks=looks(session),
-            packs=all(map(tells_documents_apart, readers.values())),
+            packs=session.packs and all(map(tells_documents_apart, readers.values())),
             teacher=session.source,
             routes={name: at for at, name in enumerate(source_names(recipe.rows))} if recipe.routes else {},
             own_order=own_order,
@@ -286,6 +286,7 @@ def inputs(session: Session) -> dict[str, Any]:
         "own_classes": recipe.teacher.fit is not None,
         "seed": recipe.seed,
         **({"routes": source_names(rows)} if recipe.routes else {}),
+        **({} if session.packs else {"packs": False}),
         **{
             # By these other models decide how rows are packed and padded.
             f"read_by.{key}": [read_object(folder / "config.json").get(name) for name in ("model_type", "pad_token_id")]

@@ -60,7 +60,8 @@ Speed = TypedDict("Speed", {"protocol": dict[str, Any], "models": dict[str, Mode
 Drawn = TypedDict("Drawn", {"unit": str, "number": int, "level": float})
 Released = TypedDict("Released", {"dtype": str, "examples": int})
 Precisions = TypedDict("Precisions", {"teacher": str, "students": str, "released": Released | None})
-Sparsity = TypedDict("Sparsity", {"zeros": float, "widths": list[int]})
+Matrix = TypedDict("Matrix", {"side": str, "layer": int, "neurons": int})
+Sparsity = TypedDict("Sparsity", {"zeros": float, "widths": list[int], "matrices": NotRequired[list[Matrix]]})
 Taught = TypedDict(
     "Taught", {"model": str, "weight": float, "sources": list[str] | None, "revision": str | None, "sha256": str | None}
 )

@@ -10,6 +10,7 @@ from typing import Any
 
 from distill.errors import InputError
 from distill.files import read_json, sha256_of
+from distill.models.mlp import placed_mlps
 from distill.models.pattern import pattern_note
 from distill.models.plan import StudentPlan
 from distill.models.sentence import sentence_files
@@ -27,7 +28,6 @@ from distill.release.forms import FORMS
 from distill.release.hub_results import result_files
 from distill.release.report import render_report
 from distill.student import build_student
-from distill.teacher import LiveTeacher
 from distill.training.provenance import flatten
 
 OF_THE_RUN = {
@@ -66,26 +66,33 @@ def check_pages(found: Verification, session: Session, recipe: Recipe, plan: Stu
 
 def evidence_of(found: Verification, session: Session, recipe: Recipe, plan: StudentPlan, student: Any) -> Evidence:
     """Put a release's claims together as its run did, without what only the run knows."""
-    given, unequal = recipe.student.given, len({*plan.widths}) > 1
-    padded, fitted = recipe.release.format == "padded", recipe.teacher.fit is not None
+    given, fitted = recipe.student.given, recipe.teacher.fit is not None
+    padded = recipe.release.format == "padded" and _was_unequal(found, recipe, plan, student)
     return Evidence(
         recipe=recipe,
         recipe_text=releasable_recipe(recipe),
         plan=plan,
         evaluation=found.claims,
         records={},
-        teacher={
-            **describe_model(recipe.teacher),
-            "model_type": plan.model_type,
-            "fitted": fitted,
-        },
+        teacher={**describe_model(recipe.teacher), "model_type": plan.model_type, "fitted": fitted},
         student={**describe_model(given), "model_type": plan.given.model_type} if given and plan.given else {},
         environment={},
         auto_class=session.task.auto_class,
-        release_format=("padded" if unequal else "uniform") if padded else format_of(student, recipe.release.format),
+        release_format="padded" if padded else format_of(student, recipe.release.format),
         sample=session.task.sample,
         pattern_note=pattern_note(student.config),
     )
+
+
+def _was_unequal(found: Verification, recipe: Recipe, plan: StudentPlan, student: Any) -> bool:
+    """Tell whether layers that share a key of the config differed in width, before zero neurons made them alike."""
+    placed = placed_mlps(student)
+    widths = {(side, index): layer.width for side, _, _ in placed for index, layer in enumerate(plan.stack(side))}
+    if recipe.student.mask and recipe.student.mask.compact:  # what the mask took is not in the plan
+        matrices = (found.claims.get("sparsity") or {}).get("matrices") or ()
+        widths |= {(each["side"], each["layer"]): each["neurons"] for each in matrices}
+    keys = {(mlp.axis.config_key, widths.get((side, index))) for side, index, mlp in placed}
+    return len(keys) > len({key for key, _ in keys})
 
 
 def _text_of(path: Path) -> str:
@@ -128,13 +135,7 @@ def _compare_lines(found: Verification, what: str, claimed: list[str], own: list
 
 
 def check_written(
-    found: Verification,
-    session: Session,
-    recipe: Recipe,
-    plan: StudentPlan,
-    student: Any,
-    teacher: LiveTeacher | None,
-    reason: str,
+    found: Verification, session: Session, recipe: Recipe, plan: StudentPlan, student: Any, teacher: Any, reason: str
 ) -> None:
     """Write the release's other files anew, and compare: configs, tokenizer, templates, code, and that none was added.
 

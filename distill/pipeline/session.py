@@ -59,6 +59,8 @@ class Session:
     """Go on with a teacher that is no better than chance."""
     oldest: Path | None = None
     """Folder with the oldest transformers that distill is for, where the release is loaded with it, too."""
+    packs: bool = True
+    """Rows may hold several documents, as far as the models that are here are concerned."""
     _said: set[str] = field(default_factory=set, repr=False)
     _folders: dict[str, Path] = field(default_factory=dict, init=False, repr=False)
 
@@ -143,19 +145,20 @@ class Session:
     @property
     def preprocessors(self) -> list[Any]:
         """List what turns rows into what a model reads, and is saved beside it: tokenizer, feature extractor."""
-        return [self.tokenizer, *self.bound_task.preprocessors]
-
-    @property
-    def released_preprocessors(self) -> list[Any]:
-        """List the same for a release: the tokenizer's limit is the length of the training, and no trace of its use."""
         tokenizer = copy.deepcopy(self.tokenizer)
-        tokenizer.model_max_length = self.recipe.data.max_length
-        for key in ("is_local", "local_files_only"):  # how it was loaded here
-            tokenizer.init_kwargs.pop(key, None)
         if tokenizer.is_fast:  # the last call's settings would cut whatever is read with the file
             tokenizer.backend_tokenizer.no_truncation()
             tokenizer.backend_tokenizer.no_padding()
         return [tokenizer, *self.bound_task.preprocessors]
+
+    @property
+    def released_preprocessors(self) -> list[Any]:
+        """List the same for a release: the tokenizer's limit is the length of the training."""
+        tokenizer, *others = self.preprocessors
+        tokenizer.model_max_length = self.recipe.data.max_length
+        for key in ("is_local", "local_files_only"):  # how it was loaded here
+            tokenizer.init_kwargs.pop(key, None)
+        return [tokenizer, *others]
 
     @cached_property
     def head(self) -> ModelHead:

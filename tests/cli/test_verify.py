@@ -11,9 +11,11 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
-from given import GIVEN, TINY, small
+from given import FITTED, GIVEN, GPT2, TINY, small
 from safetensors.torch import load_file, save_file
-from tiny import RECIPE, tiny_project
+from spans import question_rows, spans_project
+from tiny import RECIPE, tiny_config, tiny_project
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from distill.cli import main
 from distill.files import sha256_of
@@ -313,6 +315,71 @@ def test_a_teacher_that_is_not_there_is_said_with_its_option(finished, release, 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     found = verify(release, "--data", finished, "--teacher", "nobody/nothing", code=2)
     assert "--teacher: cannot get 'nobody/nothing' from the model hub" in found.said
+
+
+TEXTS = "task: causal_lm"
+CUT = RECIPE[RECIPE.index("student:") : RECIPE.index("data:")]
+
+
+def narrowed_by_a_mask(folder):
+    mask = "student.mask={per: neuron, sparsity: 0.4, only: ['*.layer.1.*'], compact: true}"
+    return tiny_project(folder), [mask, "student.mlp.multiple_of=2", "release.format=padded"], "run/teacher"
+
+
+def taught_by_source(folder):
+    recipe = GIVEN.replace("task: classification, labelled: 24", TEXTS).replace("source: ./data.jsonl", "SOURCES")
+    start, rest = recipe.split("teacher:\n")[0], CUT + recipe[recipe.index("data:") :]
+    teachers = "".join(f"  - {{model: ./{name}, sources: [./{rows}.jsonl]}}\n" for name, rows in ROUTES.items())
+    own = f"{start}teachers:\n{teachers}{rest}".replace("SOURCES", "train: [./data.jsonl, ./more.jsonl]")
+    path = tiny_project(folder, own, "llama")
+    for name in ROUTES:
+        small(folder, "llama", AutoModelForCausalLM, name=name)
+    rows = (folder / "data.jsonl").read_text().splitlines(keepends=True)
+    for name, part in {"data": rows[:70], "more": rows[70:]}.items():
+        (folder / f"{name}.jsonl").write_text("".join(part))
+    return path, [], "one"
+
+
+def taught_by_a_family_that_packs_no_rows(folder):
+    path = tiny_project(folder, GIVEN.replace("task: classification, labelled: 24", TEXTS), "opt")
+    small(folder, "gpt2", AutoModelForCausalLM, **GPT2)
+    return path, ["losses=[{match: logits}]"], "run/teacher"
+
+
+def fitted_with_a_tokenizer_that_had_cut_texts(folder):
+    return spans_project(folder, question_rows(100)), ["teacher.fit.steps=4"], "run/teacher"
+
+
+def taught_by_a_model_that_does_not_say_it_gives_sets(folder):
+    path = tiny_project(folder, FITTED.replace("  from: ./small\n", CUT.removeprefix("student:\n")))
+    names = ["cat", "dog", "fish"]
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: at for at, name in enumerate(names)}}
+    config = tiny_config("bert", pad_token_id=0, **labels)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder / "teacher")
+    rows = [json.loads(line)["text"] for line in (folder / "data.jsonl").read_text().splitlines()]
+    lines = [{"text": text, "label": [name for name in names if name in text]} for text in rows]
+    (folder / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path, [], "teacher"
+
+
+ROUTES = {"one": "data", "two": "more"}
+HONEST = [
+    narrowed_by_a_mask,
+    taught_by_source,
+    taught_by_a_family_that_packs_no_rows,
+    fitted_with_a_tokenizer_that_had_cut_texts,
+    taught_by_a_model_that_does_not_say_it_gives_sets,
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("made", HONEST)
+def test_nothing_is_said_against_a_release_that_nobody_edited(made, tmp_path):
+    path, own, teacher = made(tmp_path)
+    own += ["training.steps=2", "evaluation.efficiency=false", "evaluation.arms=[distilled]", "--accept-weak-teacher"]
+    assert main(["run", str(path), *own, "--out", str(tmp_path / "run")]) == 0
+    for given in ([], ["--teacher", tmp_path / teacher]):
+        assert "every claim that was checked holds" in verify(tmp_path / "run/release", "--data", tmp_path, *given).said
 
 
 def test_rows_of_one_document_are_drawn_together_in_the_run_and_by_verify(tmp_path):
