@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "distill").rglob("*.py"))
-BUDGET = 22_600
+BUDGET = 22_700
 """Code lines of the package: without docstrings, comments and blank lines. It goes down, and was raised twice: by what
 the teacher's other lives, the evidence and the other forms of a release took, and by GGUF and words about odd data."""
 PACKAGES = {

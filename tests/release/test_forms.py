@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import sys
 from dataclasses import replace
 
@@ -68,6 +69,14 @@ def test_ctranslate2_runs_different_widths_exactly(family, tokenizer, tmp_path):
     assert 0 < found["CTranslate2, fp32"]["difference"] < 2e-5 < found["CTranslate2, int8"]["difference"]
     assert (tmp_path / "ctranslate2/head.safetensors").exists() == (family in ENCODERS)
     assert len(transformers.AutoTokenizer.from_pretrained(tmp_path / "ctranslate2")) == VOCABULARY
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_ctranslate2_needs_no_token_for_beginnings(family, tokenizer, tmp_path):
+    without, student = copy.deepcopy(tokenizer), student_of(family)
+    without.bos_token = without.unk_token = None
+    found = write_forms(tmp_path, student, [without], ["ctranslate2"], probe_of(student))
+    assert found["CTranslate2, fp32"]["difference"] < 2e-5
 
 
 @pytest.mark.parametrize("head", ["AutoModelForTokenClassification", "AutoModelForQuestionAnswering", "AutoModel"])

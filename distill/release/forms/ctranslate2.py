@@ -99,6 +99,9 @@ def write(folder: Path, model: Any, preprocessors: Sequence[Any], _probe: Probe)
                 stack.pooler = SimpleNamespace(dense=nn.Linear(width, width))  # BERT's loader wants one
             with torch.no_grad():
                 spec = loader(stack, preprocessors[0])
+            for name, token in spec.config.to_dict().items():
+                if token is None and name.endswith("_token"):  # a Llama whose tokenizer has no token for beginnings
+                    setattr(spec.config, name, "")
             if not pooled and hasattr(spec, "pooler_dense"):
                 del spec.pooler_dense, spec.pooler_activation
             return spec
