@@ -152,6 +152,15 @@ def test_an_edited_card_is_caught(finished, release):
     assert re.search(r"card, a line.*DIFFERS", found.table) and "distilled, accuracy" in found.table
 
 
+def test_a_card_that_another_version_wrote_is_named_as_not_compared(finished, release):
+    card = (release / "README.md").read_text()
+    (release / "README.md").write_text(re.sub(r"(?m)^\| distill \| \S+ \|$", "| distill | 9.9.9 |", card))
+    sign_again(release)
+    found = verify(release, "--data", finished)
+    assert "9.9.9" in found.table and "report, its charts" not in found.table
+    assert "every claim that was checked holds" in found.said
+
+
 def within_json(name, change):
     return lambda release: edit(release / name, change)
 
